@@ -1,0 +1,1 @@
+"""Config in, weights out: the training step, the engine, checkpoints, tracking and measurements."""

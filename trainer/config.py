@@ -1,0 +1,292 @@
+"""Every field of a run. YAML files and `section.key=value` overrides fill this one tree; unknown keys are refused.
+
+Free of torch, so that the launcher can check a run before anything heavy is imported. The tree is frozen, and the resolved
+one is saved with each checkpoint. Numbers that follow from others are functions at the end of this file.
+"""
+
+import difflib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+BUILT_IN = "miniature"
+"""As model.base: the base model that is shipped with controlbooth."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    base: str
+    """A diffusers folder, a single .safetensors file, or `miniature` for the model shipped with controlbooth."""
+    family: Literal["auto", "sd15", "sd21", "sdxl", "miniature"] = "auto"
+    """What the base is; `auto` reads it from the base's own configuration."""
+    controlnet: str = "unet"
+    """`unet` copies the trainable half from the base; a diffusers ControlNet folder continues from those weights."""
+    hint_channels: tuple[int, ...] = (16, 32, 96, 256)
+    """Widths of the network that turns the condition image into the latent grid; one stride of 2 between neighbours."""
+    attention: Literal["auto", "xformers", "flash", "efficient", "math"] = "auto"
+    """Memory-efficient attention: `xformers` needs CUDA and the package; the others are PyTorch's kernels."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+
+class DataConfig(Section):
+    shards: str
+    """A manifest.jsonl, a folder of tar shards, a glob, or a brace expression such as train-{000..099}.tar."""
+    condition: str
+    """Which condition of a sample to train on: `edges` reads key.cond.edges.png."""
+    held_out: str | None = None
+    """Shards that are never trained on, for validation. Without them nothing is validated."""
+    resolution: int = Field(default=512, gt=0)
+    """Side of the square training picture in pixels; a multiple of 8, the VAE's factor."""
+    prompt_dropout: float = Field(default=0.5, ge=0.0, le=1.0)
+    """Share of presentations whose prompt is replaced by the empty string (ControlNet: 0.5)."""
+    random_flip: bool = False
+    """Mirror half of the presentations, picture and condition alike. Wrong where captions say left and right."""
+    random_crop: bool = False
+    """Crop at a random place rather than at the centre where a picture is not square."""
+    lanes: int | None = Field(default=None, gt=0)
+    """Streams into which an epoch is cut; the world sizes that a run can reach divide it. Default: global_batch_size."""
+    shards_per_block: int = Field(default=2, gt=0)
+    """Shards that each lane permutes as one block."""
+    threads: int = Field(default=2, gt=0)
+    """Threads of each rank that read and decode."""
+    prefetch_steps: int = Field(default=4, gt=0)
+    """Steps of decoded batches that each rank holds ready."""
+    max_bad_rate: float = Field(default=0.01, ge=0.0, le=1.0)
+    """Share of undecodable samples at which the run stops instead of replacing them."""
+
+    @field_validator("resolution")
+    @classmethod
+    def _divides(cls, value: int) -> int:
+        if value % 8:
+            down, up = value // 8 * 8, -(-value // 8) * 8
+            raise ValueError(f"{value} is not a multiple of 8, the VAE's factor. Use {max(down, 8)} or {up}")
+        return value
+
+
+class OptimizerConfig(Section):
+    learning_rate: float = Field(default=1e-5, gt=0.0)
+    """Peak learning rate, reached after warmup_steps (ControlNet: 1e-5)."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rate goes on after the warmup; linear and cosine end at 0 at max_steps."""
+    warmup_steps: int = Field(default=0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(default=1e-2, ge=0.0)
+    epsilon: float = Field(default=1e-8, gt=0.0)
+    max_grad_norm: float = Field(default=1.0, gt=0.0)
+    """Gradients are scaled down to this norm, taken over all trained parameters and all ranks."""
+    max_skipped_steps: int = Field(default=10, ge=0)
+    """Steps with a non-finite loss or gradient that are skipped and reported before the run stops."""
+    min_snr_gamma: float | None = Field(default=None, gt=0.0)
+    """Min-SNR weighting of the loss (arXiv 2303.09556; the paper takes 5)."""
+    ema_decay: float | None = Field(default=None, gt=0.0, lt=1.0)
+    """Keep an exponential moving average of the trained weights, and validate and export that."""
+
+
+class EngineConfig(Section):
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Of weights and activations under DeepSpeed. `auto` takes bf16 where the device multiplies in it, else fp32."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """DeepSpeed ZeRO: 1 splits optimizer states over ranks, 2 gradients too, 3 parameters too."""
+    offload_optimizer: bool = False
+    """Keep optimizer states in CPU memory (stages 1 to 3)."""
+    offload_parameters: bool = False
+    """Keep parameters in CPU memory (stage 3)."""
+
+
+class CheckpointConfig(Section):
+    every_steps: int = Field(default=1000, gt=0)
+    keep: int = Field(default=2, gt=0)
+    """Latest checkpoints that are kept; an older one is deleted only after a newer one is complete."""
+    keep_best: int = Field(default=1, ge=0)
+    """Checkpoints kept besides, by the validation's edge F1."""
+
+
+class ValidationConfig(Section):
+    every_steps: int = Field(default=1000, gt=0)
+    samples: int = Field(default=16, gt=0)
+    """Held-out conditions that are sampled and measured, spread over ranks."""
+    grid: int = Field(default=4, gt=0)
+    """How many of them are shown in the picture."""
+    sampling_steps: int = Field(default=20, gt=0)
+    guidance_scale: float = Field(default=7.5, ge=1.0)
+    micro_batch_size: int = Field(default=8, gt=0)
+    at_start: bool = True
+    """Validate before the first step too: the figures without control."""
+
+
+class TrackingConfig(Section):
+    uri: str | None = None
+    """An MLflow server or store, e.g. http://host:5000. Default: SQLite in the folder that holds the runs."""
+    experiment: str = "controlbooth"
+    system_metrics_seconds: float = Field(default=10.0, gt=0.0)
+    """How often memory and processor load are logged."""
+
+
+class RunConfig(Section):
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Names the folder of the run below `output`, and the run in MLflow."""
+    output: Path = Path("runs")
+    seed: int = Field(default=0, ge=0)
+    """With the configuration and the data set's fingerprint it determines the run."""
+    max_steps: int = Field(gt=0)
+    global_batch_size: int = Field(gt=0)
+    """Samples per optimizer step over all ranks; the number that the learning rate was tuned for."""
+    micro_batch_size: int = Field(gt=0)
+    """Samples per forward pass on one rank; lower it when memory runs out."""
+    model: ModelConfig
+    data: DataConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    engine: EngineConfig = EngineConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    validation: ValidationConfig = ValidationConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "RunConfig":
+        lanes = self.data.lanes or self.global_batch_size
+        if lanes % self.global_batch_size:
+            raise ValueError(
+                f"data.lanes={lanes} is not a multiple of global_batch_size={self.global_batch_size}. "
+                f"Leave data.lanes out, or use {self.global_batch_size * max(1, lanes // self.global_batch_size)}"
+            )
+        if self.engine.offload_parameters and self.engine.zero_stage != 3:
+            raise ValueError(
+                f"engine.offload_parameters needs engine.zero_stage=3, and it is {self.engine.zero_stage}. "
+                "Set engine.zero_stage=3, or offload the optimizer only"
+            )
+        if self.engine.offload_optimizer and self.engine.zero_stage == 0:
+            raise ValueError("engine.offload_optimizer needs engine.zero_stage 1, 2 or 3, and it is 0")
+        if self.optimizer.warmup_steps > self.max_steps:
+            raise ValueError(
+                f"optimizer.warmup_steps={self.optimizer.warmup_steps} is more than max_steps={self.max_steps}"
+            )
+        if self.validation.grid > self.validation.samples:
+            raise ValueError(
+                f"validation.grid={self.validation.grid} pictures cannot be shown of "
+                f"validation.samples={self.validation.samples}. Lower the one or raise the other"
+            )
+        return self
+
+
+class ConfigError(ValueError):
+    """A run file or an override that cannot be used; the message names the key, the value and the remedy."""
+
+
+def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a run file and applies `section.key=value` overrides, the last one winning.
+
+    Raises ConfigError for a missing or malformed file, an unknown key, a wrong type, or numbers that contradict.
+    """
+    path = Path(path)
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        shipped = ", ".join(sorted(p.name for p in (Path(__file__).parents[1] / "launch/configs").glob("*.yaml")))
+        raise ConfigError(f"run file {path} does not exist. Runs to start from, in launch/configs: {shipped}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise ConfigError(f"run file {path} is not readable as YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"run file {path} holds {type(tree).__name__}, but a run is a mapping of keys to values")
+    for override in overrides:
+        _override(tree, override)
+    return build_config(tree, source=str(path))
+
+
+def build_config(tree: dict[str, Any], source: str = "the run config") -> RunConfig:
+    """A nested dict -> RunConfig; every error of the tree in one ConfigError."""
+    try:
+        return RunConfig.model_validate(_exponents(tree))
+    except ValidationError as error:
+        lines = [_explain(one) for one in error.errors()]
+        raise ConfigError(f"{source}: " + "; ".join(lines)) from None
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override {override!r} is not of the form section.key=value, e.g. optimizer.learning_rate=1e-5")
+    *parents, leaf = key.split(".")
+    node = tree
+    for depth, parent in enumerate(parents):
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"override {override!r}: {'.'.join(parents[: depth + 1])} is a value, not a section")
+    try:
+        node[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: {value!r} is not a YAML value: {error}") from error
+
+
+def _exponents(node: Any) -> Any:
+    """YAML 1.1 reads 1e-5 as text; a text that is a number in Python becomes one."""
+    if isinstance(node, dict):
+        return {key: _exponents(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_exponents(value) for value in node]
+    if isinstance(node, str) and node[:1].isdigit() and "e" in node.lower():
+        try:
+            return float(node)
+        except ValueError:
+            return node
+    return node
+
+
+def _explain(error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        known = _keys_beside(error["loc"])
+        close = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
+        prefix = "".join(f"{part}." for part in error["loc"][:-1])
+        hint = f"did you mean '{prefix}{close[0]}'?" if close else f"known keys: {', '.join(known)}"
+        return f"unknown key '{where}'; {hint}"
+    if error["type"] == "missing":
+        return f"'{where}' is missing; set it in the file, or give {where}=VALUE on the command line"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"'{where}' is {error['input']!r}: {message}" if where else message
+
+
+def _keys_beside(location: tuple[Any, ...]) -> list[str]:
+    section: Any = RunConfig
+    for part in location[:-1]:
+        section = section.model_fields[part].annotation
+    return list(section.model_fields)
+
+
+def gradient_accumulation_steps(config: RunConfig, world_size: int) -> int:
+    """Forward passes that each rank makes per optimizer step. Raises ConfigError where the numbers do not divide."""
+    samples_per_pass = config.micro_batch_size * world_size
+    if config.global_batch_size % samples_per_pass:
+        ranks = [n for n in range(1, config.global_batch_size + 1) if config.global_batch_size % (config.micro_batch_size * n) == 0]
+        possible = ", ".join(map(str, ranks)) or "none with this micro_batch_size"
+        raise ConfigError(
+            f"global_batch_size={config.global_batch_size} is not a multiple of micro_batch_size * world_size = "
+            f"{config.micro_batch_size} * {world_size} = {samples_per_pass}. "
+            f"Change micro_batch_size, or start on another number of ranks (possible: {possible})."
+        )
+    return config.global_batch_size // samples_per_pass
+
+
+def lanes(config: RunConfig) -> int:
+    return config.data.lanes or config.global_batch_size
+
+
+def run_folder(config: RunConfig) -> Path:
+    return config.output / config.name
+
+
+def tracking_uri(config: RunConfig) -> str:
+    """Where MLflow keeps this run: the configured server, or mlflow.db beside the runs."""
+    return config.tracking.uri or f"sqlite:///{(config.output / 'mlflow.db').absolute()}"
+
+
+def dump(config: RunConfig) -> str:
+    """The resolved tree as YAML, in the order of the fields."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
