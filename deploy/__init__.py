@@ -1,0 +1,1 @@
+"""What surrounds training: templates for schedulers, retraining on a schedule, promotion of models."""

@@ -1,0 +1,1 @@
+"""nn.Modules for one device, and their weights."""

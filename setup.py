@@ -1,0 +1,65 @@
+"""Maps the flat repository folders onto one import namespace: data/ is imported as controlbooth.data, and so on.
+
+There is no root package: a folder `controlbooth/` in the checkout would break `python -m controlbooth...` from the
+repository root. Everything else about the project that tools read is in pyproject.toml.
+"""
+
+from setuptools import find_packages, setup
+
+NAMESPACE = "controlbooth"
+FOLDERS = ("data", "deploy", "launch", "models", "trainer")
+
+# Lower bounds are what the code was written against, upper bounds the next release that may break it; the exact
+# versions that were tested together are in constraints-cpu.txt.
+REQUIRED = [
+    "accelerate>=1.0",  # diffusers and transformers load weights without a second copy in memory through it
+    "alembic>=1.13",  # MLflow's SQLite store; mlflow-skinny leaves it out
+    "deepspeed>=0.19,<0.20",
+    "diffusers>=0.42,<0.43",
+    "fsspec>=2025.3",
+    "matplotlib>=3.9",
+    "mlflow-skinny>=3.17,<3.18",
+    "numpy>=2.0,<3",
+    "opencv-python-headless>=4.10",
+    "peft>=0.18",
+    "pillow>=11",
+    "psutil>=6",
+    "pyarrow>=18",
+    "pydantic>=2.10,<3",
+    "pyyaml>=6",
+    "rich>=13",
+    "safetensors>=0.5",
+    "simplejpeg>=1.8",
+    "sqlalchemy>=2.0,<3",  # as alembic
+    "torch>=2.13,<2.15",
+    "transformers>=5.0,<6",
+    "webdataset>=1.0,<2",
+]
+
+setup(
+    name=NAMESPACE,
+    version="0.1.0",
+    description="Trains ControlNets and DreamBooth subjects on one machine or many, reproducibly",
+    python_requires=">=3.11",
+    package_dir={f"{NAMESPACE}.{folder}": folder for folder in FOLDERS},
+    packages=[f"{NAMESPACE}.{folder}" for folder in FOLDERS]
+    + [f"{NAMESPACE}.{folder}.{inner}" for folder in FOLDERS for inner in find_packages(folder)],
+    package_data={f"{NAMESPACE}.{folder}": ["py.typed", "**/*.yaml"] for folder in FOLDERS}
+    | {f"{NAMESPACE}.models": ["py.typed", "miniature/**"]},
+    exclude_package_data={"": ["*.pyc"]},
+    install_requires=REQUIRED,
+    extras_require={
+        "mlflow": ["mlflow>=3.17,<3.18"],  # the UI and the server
+        "cuda": ["xformers>=0.0.35"],  # has no CPU kernels
+        "dev": [
+            "hypothesis>=6.100",
+            "pyright[nodejs]>=1.1.400",  # with Node.js as a wheel, for machines that have none
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "ruff>=0.14",
+            "setuptools>=77",
+            "wheel>=0.45",
+        ],
+    },
+    entry_points={"console_scripts": [f"{NAMESPACE} = {NAMESPACE}.launch.cli:main"]},
+)
