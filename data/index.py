@@ -1,0 +1,265 @@
+"""Building the sidecar of a shard: one pass over the tar that notes where everything lies and what is wrong with it.
+
+Any webdataset tar is read, ours or others'. A sample's key is webdataset's: the path up to the first dot of the base
+name; files without such a name, and folders, links and `__meta__` entries, are no samples there either.
+A fault is a `Problem` that names shard, byte and key. Faults of a sample are flagged in the index, which leaves the
+sample out of the order; a shard whose structure is damaged gets no index, so that nobody trains on a part of it.
+"""
+
+import argparse
+import multiprocessing
+import os
+import re
+import sys
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from controlbooth.data import sidecar
+from controlbooth.data.decode import image_size
+from controlbooth.data.draws import hash64
+from controlbooth.data.sidecar import CAPTION_EXTENSIONS, IMAGE_EXTENSIONS, PART, SAMPLE, ShardIndex
+from controlbooth.data.tar import Member, TarDamage, members
+
+_KEY = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)  # webdataset.tariterators.base_plus_ext
+_META = re.compile(r"__[^/]*__($|/)")
+STRUCTURAL = ("header", "truncated", "end", "trailing", "unsupported")
+"""Kinds of problem that make a whole shard unusable."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """kind: one of STRUCTURAL, or duplicate, adjacent, missing, image."""
+
+    shard: str
+    byte: int
+    key: str
+    kind: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.shard}: byte {self.byte}, key {self.key!r}: {self.message}"
+
+
+@dataclass
+class _Group:
+    """The neighbouring members of one key while they are read."""
+
+    key: str
+    offset: int
+    end: int = 0
+    parts: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+    """extension -> payload offset from `offset`, size, crc"""
+    sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """width and height of each target image"""
+    flags: int = 0
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """A member's name -> key and lower-case extension, or None where webdataset would not see a sample."""
+    match = _KEY.fullmatch(name)
+    if match is None or _META.match(name):
+        return None
+    return match.group(1), match.group(2).lower()
+
+
+def index_shard(path: Path) -> tuple[ShardIndex, list[Problem]]:
+    """Reads a whole shard. After structural damage the index covers what came before it, and must not be kept."""
+    file_bytes = path.stat().st_size
+    groups: list[_Group] = []
+    problems: list[Problem] = []
+
+    def report(byte: int, key: str, kind: str, message: str) -> None:
+        problems.append(Problem(str(path), byte, key, kind, message))
+
+    with open(path, "rb", buffering=1 << 20) as file:
+        try:
+            for member in members(file, file_bytes):
+                split = split_name(member.name)
+                if split is not None:
+                    file.seek(member.payload)
+                    _add(groups, member, *split, file.read(member.size))
+        except TarDamage as damage:
+            key = groups[-1].key if groups else ""
+            after = f" (the last sample before it is {len(groups) - 1})" if groups else ""
+            report(damage.byte, key, damage.kind, damage.message + after)
+    _check_keys(groups, report)
+    _check_parts(groups, report)
+    return _tables(groups, file_bytes), problems
+
+
+def _add(groups: list[_Group], member: Member, key: str, extension: str, payload: bytes) -> None:
+    if not groups or groups[-1].key != key or extension in groups[-1].parts:
+        groups.append(_Group(key, member.start))
+    group = groups[-1]
+    if member.payload + member.size - group.offset >= 2**32:
+        raise TarDamage("unsupported", member.start, f"sample {key!r} is larger than 4 GiB; store smaller parts")
+    group.parts[extension] = (member.payload - group.offset, member.size, zlib.crc32(payload))
+    group.end = member.payload + member.size
+    if extension in IMAGE_EXTENSIONS:
+        group.sizes[extension] = image_size(payload)
+
+
+def _check_keys(groups: list[_Group], report) -> None:
+    """Flags each later group of a key that was there before; the first keeps what it has."""
+    first: dict[str, _Group] = {}
+    for group in groups:
+        before = first.setdefault(group.key, group)
+        if before is group:
+            continue
+        group.flags |= sidecar.DUPLICATE
+        if common := sorted(before.parts.keys() & group.parts.keys()):
+            message = f"duplicate key: {common[0]!r} was at byte {before.offset} too; give every sample its own key"
+            report(group.offset, group.key, "duplicate", message)
+        else:
+            message = f"its members are not adjacent (the first lie at byte {before.offset}); write them side by side"
+            report(group.offset, group.key, "adjacent", message)
+
+
+def _check_parts(groups: list[_Group], report) -> None:
+    """Flags samples without a target image, a caption, or a condition that others of the shard have."""
+    kinds = {kind for group in groups for kind in map(sidecar.condition_kind, group.parts) if kind}
+    for group in groups:
+        if group.flags & sidecar.DUPLICATE:
+            continue
+        missing = []
+        if not group.sizes:
+            group.flags |= sidecar.MISSING_IMAGE
+            missing.append(f"target image ({', '.join(IMAGE_EXTENSIONS)})")
+        if not any(extension in group.parts for extension in CAPTION_EXTENSIONS):
+            group.flags |= sidecar.MISSING_CAPTION
+            missing.append(f"caption ({', '.join(CAPTION_EXTENSIONS)})")
+        if lacking := sorted(kinds - {sidecar.condition_kind(extension) for extension in group.parts}):
+            group.flags |= sidecar.MISSING_CONDITION
+            missing.append(f"condition {', '.join(lacking)}")
+        if missing:
+            message = f"has {', '.join(group.parts)} but no {' and no '.join(missing)}"
+            report(group.offset, group.key, "missing", message)
+        if group.sizes and _target_size(group) == (0, 0):
+            group.flags |= sidecar.BAD_IMAGE
+            report(group.offset, group.key, "image", "its target image has no readable JPEG, PNG or WebP header")
+
+
+def _target_size(group: _Group) -> tuple[int, int]:
+    return next((group.sizes[extension] for extension in IMAGE_EXTENSIONS if extension in group.sizes), (0, 0))
+
+
+def _tables(groups: list[_Group], shard_bytes: int) -> ShardIndex:
+    extensions = tuple(sorted({extension for group in groups for extension in group.parts}))
+    column = {extension: i for i, extension in enumerate(extensions)}
+    samples = np.zeros(len(groups), SAMPLE)
+    parts = np.zeros((len(groups), len(extensions)), PART)
+    for i, group in enumerate(groups):
+        size = group.end - group.offset
+        samples[i] = (group.offset, size, hash64(group.key), *_target_size(group), group.flags)
+        for extension, part in group.parts.items():
+            parts[i, column[extension]] = part
+    return sidecar.make_index(shard_bytes, extensions, samples, parts)
+
+
+def ensure_index(path: Path, rebuild: bool = False) -> list[Problem]:
+    """Indexes one shard if its sidecar is missing, unreadable or of another size; -> what is wrong with the shard.
+
+    A shard that is structurally damaged loses an old sidecar and gets no new one. A sidecar that fits is kept, and its
+    flagged samples are reported again from a fresh look at the shard only with `rebuild`.
+    """
+    where = sidecar.index_path(path)
+    if not rebuild and _fits(where, path):
+        return []
+    index, problems = index_shard(path)
+    if any(problem.kind in STRUCTURAL for problem in problems):
+        where.unlink(missing_ok=True)
+    else:
+        sidecar.write_index(index, where)
+    return problems
+
+
+def _fits(where: Path, shard: Path) -> bool:
+    try:
+        return sidecar.load_index(where).shard_bytes == shard.stat().st_size
+    except FileNotFoundError:
+        if not shard.exists():
+            raise
+        return False
+    except ValueError:  # damaged or of another version: it is about to be replaced
+        return False
+
+
+def ensure_indexes(paths: Sequence[Path], workers: int = 1, rebuild: bool = False) -> list[Problem]:
+    """`ensure_index` over many shards; with several workers each is a process of its own. Shows a progress bar."""
+    found: list[Problem] = []
+    results = _each(paths, workers, rebuild)
+    for problems in tqdm(results, total=len(paths), unit="shard", desc="index", disable=len(paths) < 2):
+        found += problems
+    return found
+
+
+def _each(paths: Sequence[Path], workers: int, rebuild: bool) -> Iterator[list[Problem]]:
+    if min(workers, len(paths)) <= 1:
+        yield from (ensure_index(path, rebuild) for path in paths)
+        return
+    # spawn: a forked child would inherit threads and locks of whoever calls
+    with ProcessPoolExecutor(min(workers, len(paths)), multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(ensure_index, paths, [rebuild] * len(paths), chunksize=1)
+
+
+def usable_cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`controlbooth data index`: 0 when every sample is usable, 1 when there are problems."""
+    from controlbooth.data import manifest  # which builds missing indexes with this module
+
+    parser = argparse.ArgumentParser(
+        prog="controlbooth data index",
+        description="Index tar shards: a sidecar x.tar.idx beside each x.tar, and a manifest of all. "
+        "Indexes that are there and fit are kept, so it can be stopped and started again.",
+        epilog="examples:\n  controlbooth data index shards/\n  controlbooth data index 'shards/train-{000..099}.tar' "
+        "--manifest train.jsonl",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("shards", nargs="+", help="folders, tar files, globs or {000..009} ranges")
+    parser.add_argument("--manifest", type=Path, help="where to write it (default: manifest.jsonl beside the shards)")
+    parser.add_argument("--workers", type=int, default=usable_cpus(), help="processes (default: the CPUs)")
+    parser.add_argument("--rebuild", action="store_true", help="read all shards again, for shards that were replaced")
+    arguments = parser.parse_args(argv)
+    try:
+        paths = [path for location in arguments.shards for path in manifest.find_shards(location)]
+        problems = ensure_indexes(paths, arguments.workers, arguments.rebuild)
+        damaged = {problem.shard for problem in problems if problem.kind in STRUCTURAL}
+        rows = [manifest.describe_shard(path) for path in paths if str(path) not in damaged]
+    except (OSError, ValueError) as error:
+        print(f"controlbooth data index: {error}", file=sys.stderr)
+        return 1
+    _print_table(rows, problems)
+    if damaged:
+        print(
+            f"{len(damaged)} of {len(paths)} shards are damaged, so no manifest was written: fetch or pack them "
+            f"again, or move them away, and repeat the command.",
+            file=sys.stderr,
+        )
+        return 1
+    target = arguments.manifest or Path(os.path.commonpath([path.parent.absolute() for path in paths])) / manifest.NAME
+    manifest.write_manifest(rows, target)
+    print(f"wrote {target} ({manifest.fingerprint(rows)})")
+    return 1 if any(row.usable < row.samples for row in rows) or problems else 0
+
+
+def _print_table(rows: list, problems: list[Problem], most: int = 20) -> None:
+    print(f"{'shard':40} {'samples':>8} {'usable':>8} {'MB':>9}  conditions")
+    shown = rows if len(rows) <= most else [row for row in rows if row.usable < row.samples][:most]
+    for row in shown:
+        conditions = ", ".join(f"{kind} {count}" for kind, count in row.conditions.items())
+        print(f"{Path(row.uri).name:40} {row.samples:8d} {row.usable:8d} {row.bytes / 1e6:9.1f}  {conditions}")
+    samples, usable, size = (sum(getattr(row, name) for row in rows) for name in ("samples", "usable", "bytes"))
+    print(f"{f'all {len(rows)} shards':40} {samples:8d} {usable:8d} {size / 1e6:9.1f}")
+    for problem in problems[:most]:
+        print(problem, file=sys.stderr)
+    if len(problems) > most:
+        print(f"... and {len(problems) - most} problems more", file=sys.stderr)

@@ -1,0 +1,211 @@
+"""A data set is an ordered list of indexed shards: `manifest.jsonl`, or whatever a path, glob or range names.
+
+The manifest has one JSON row a shard, its uri relative to the manifest. The fingerprint is a hash over the ordered
+index digests, so it changes with any sample and with the order of the shards, and not with where they are kept.
+"""
+
+import glob
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+import braceexpand
+import numpy as np
+
+from controlbooth.data.index import STRUCTURAL, ensure_indexes
+from controlbooth.data.sidecar import index_path, load_index, read_digest
+
+NAME = "manifest.jsonl"
+
+
+@dataclass(frozen=True)
+class ShardRow:
+    """What the manifest says of a shard."""
+
+    uri: str
+    """Its path, relative to the manifest where it is in a row of one; absolute in a Dataset."""
+    bytes: int
+    samples: int
+    usable: int
+    """Samples with a target image and a caption and without a known fault."""
+    conditions: dict[str, int]
+    """Usable samples that have a condition of each kind."""
+    index_hash: str
+    extensions: list[str]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Shards in their order. Nothing of them is read until a sample is."""
+
+    location: str
+    rows: tuple[ShardRow, ...]
+    fingerprint: str
+    paths: tuple[Path, ...] = field(repr=False)
+
+    def samples_per_shard(self, condition_kind: str | None = None) -> np.ndarray:
+        """(shards,) int64: usable samples, with a condition of that kind if one is asked for."""
+        if condition_kind is None:
+            return np.array([row.usable for row in self.rows], np.int64)
+        counts = np.array([row.conditions.get(condition_kind, 0) for row in self.rows], np.int64)
+        if not counts.any():
+            there = ", ".join(sorted({kind for row in self.rows for kind in row.conditions})) or "none"
+            raise ValueError(
+                f"no sample of {self.location} has a condition {condition_kind!r}; conditions there are: {there}. "
+                f"Change the condition's name, or pack the data with --condition {condition_kind}."
+            )
+        return counts
+
+
+def fingerprint(rows: Sequence[ShardRow]) -> str:
+    """blake2b-128 in hex over the index hashes in order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for row in rows:
+        digest.update(bytes.fromhex(row.index_hash))
+    return digest.hexdigest()
+
+
+def describe_shard(path: Path) -> ShardRow:
+    """A row from a shard's sidecar, its uri the path as given."""
+    index = load_index(index_path(path))
+    return ShardRow(
+        uri=str(path),
+        bytes=index.shard_bytes,
+        samples=len(index.samples),
+        usable=len(index.usable()),
+        conditions={kind: len(index.usable(kind)) for kind in index.condition_kinds},
+        index_hash=index.digest,
+        extensions=list(index.extensions),
+    )
+
+
+def write_manifest(rows: Sequence[ShardRow], path: Path) -> None:
+    """Writes rows with uris relative to the manifest's folder, to a temporary name and then to `path`."""
+    folder = path.absolute().parent
+    lines = []
+    for row in rows:
+        relative = Path(os.path.relpath(os.path.abspath(row.uri), folder)).as_posix()
+        lines.append(json.dumps(asdict(replace(row, uri=relative))) + "\n")
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(lines))
+    os.replace(temporary, path)
+
+
+def read_manifest(path: Path) -> list[ShardRow]:
+    """The rows of a manifest, their uris made absolute. Raises ValueError with the line that is wrong."""
+    rows = []
+    names = {item.name for item in fields(ShardRow)}
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            row = ShardRow(**json.loads(line))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path}, line {number} is not a shard row with {', '.join(sorted(names))} ({error}): "
+                f"write the manifest again with `controlbooth data index {path.parent}`"
+            ) from error
+        if "://" in row.uri:
+            raise ValueError(f"{path}, line {number}: {row.uri} is remote; copy the shards to a disk of this machine")
+        rows.append(replace(row, uri=os.path.normpath(path.absolute().parent / row.uri)))
+    if not rows:
+        raise ValueError(f"{path} lists no shards: write it again with `controlbooth data index {path.parent}`")
+    return rows
+
+
+def find_shards(location: str | Path) -> list[Path]:
+    """The tars that a folder, a file, a glob or a {000..009} range names, in sorted or in stated order."""
+    text = str(location)
+    if "://" in text:
+        raise ValueError(f"{text} is remote; copy the shards to a disk of this machine")
+    if Path(text).is_dir():
+        found = sorted(Path(text).glob("*.tar"))
+    elif Path(text).exists():
+        found = [Path(text)]
+    else:
+        try:
+            names = list(braceexpand.braceexpand(text))
+        except braceexpand.UnbalancedBracesError as error:
+            raise ValueError(f"the braces of {text!r} do not match; write shards-{{000..009}}.tar") from error
+        found = [Path(name) for pattern in names for name in _matches(pattern)]
+    missing = [path for path in found if not path.exists()]
+    if missing:
+        raise FileNotFoundError(f"{len(missing)} of the {len(found)} shards of {text} do not exist: {_some(missing)}")
+    if not found:
+        raise FileNotFoundError(f"no .tar shards at {text}; correct the path, or run `controlbooth data pack`")
+    return found
+
+
+def open_dataset(location: str | Path, index_missing: bool = False) -> Dataset:
+    """Opens a manifest, a folder of shards, a single shard, a glob or a {000..009} range, and checks it.
+
+    index_missing builds the sidecars that are missing or do not fit, as for shards of others: on one rank only, the
+    others open the data set after it. Raises FileNotFoundError and ValueError with the command that helps.
+    """
+    path = Path(location)
+    manifest = path / NAME if path.is_dir() else path
+    if manifest.suffix == ".jsonl" and (manifest.exists() or not path.is_dir()):
+        rows = read_manifest(manifest)
+        if path.is_dir():
+            _check_complete(rows, path)
+    else:
+        shards = find_shards(location)
+        if index_missing:
+            problems = ensure_indexes(shards)
+            if damaged := [problem for problem in problems if problem.kind in STRUCTURAL]:
+                raise ValueError(f"{len(damaged)} damaged shards; fetch or pack them again: {_some(damaged)}")
+        _check_indexed(shards, location)
+        rows = [replace(describe_shard(shard), uri=str(shard.absolute())) for shard in shards]
+    _check_unchanged(rows, location)
+    return Dataset(str(location), tuple(rows), fingerprint(rows), tuple(Path(row.uri) for row in rows))
+
+
+def _matches(pattern: str) -> list[str]:
+    """Names that were spelled out are kept, there or not, so that a missing one is an error."""
+    return sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
+
+
+def _check_complete(rows: Sequence[ShardRow], folder: Path) -> None:
+    listed = {Path(row.uri).name for row in rows}
+    if extra := [path for path in sorted(folder.glob("*.tar")) if path.name not in listed]:
+        raise ValueError(
+            f"{folder / NAME} lists {len(rows)} shards, and the folder holds {len(extra)} more ({_some(extra)}): run "
+            f"`controlbooth data index {folder}` to take them in, or name the manifest itself to leave them out"
+        )
+
+
+def _check_indexed(shards: Sequence[Path], location: str | Path) -> None:
+    if missing := [shard for shard in shards if not index_path(shard).exists()]:
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(shards)} shards have no index ({_some(missing)}): "
+            f"run `controlbooth data index {location}`"
+        )
+
+
+def _check_unchanged(rows: Sequence[ShardRow], location: str | Path) -> None:
+    """Compares every shard's size and every sidecar's digest with its row."""
+    with ThreadPoolExecutor(16) as pool:  # a network disk answers one question in milliseconds, and many at once
+        faults = [fault for fault in pool.map(_fault, rows) if fault]
+    if faults:
+        folder = location if Path(location).is_dir() else Path(rows[0].uri).parent
+        raise ValueError(
+            f"{len(faults)} of {len(rows)} shards are not as they were indexed: {_some(faults)}. Put the shards back, "
+            f"or run `controlbooth data index --rebuild {folder}` to take them as they are now (a new data set)."
+        )
+
+
+def _fault(row: ShardRow) -> str | None:
+    shard = Path(row.uri)
+    try:
+        size, digest = shard.stat().st_size, read_digest(index_path(shard))
+    except FileNotFoundError as error:
+        return f"{error.filename} is missing"
+    if size != row.bytes:
+        return f"{shard} has {size} bytes, its index says {row.bytes}"
+    return None if digest == row.index_hash else f"{index_path(shard)} was written anew after the manifest"
+
+
+def _some(items: Sequence, most: int = 3) -> str:
+    return ", ".join(map(str, items[:most])) + (f" and {len(items) - most} more" if len(items) > most else "")

@@ -1,0 +1,151 @@
+"""The index beside a shard: `x.tar.idx` says at which byte of `x.tar` every part of every sample lies.
+
+Layout, little-endian: magic (8 bytes), version u32, length of the extension table u32, shard bytes u64, samples u64,
+the extension table as JSON padded to 8 bytes, samples x SAMPLE, samples x extensions x PART, and a blake2b-128 of all
+before it: 34 bytes a sample and 12 for each of its parts. Sample and part tables are memory-mapped.
+"""
+
+import hashlib
+import json
+import mmap
+import os
+import re
+import struct
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+MAGIC = b"CBINDEX\n"
+VERSION = 1
+DIGEST_BYTES = 16
+_HEADER = struct.Struct("<8sIIQQ")
+
+SAMPLE = np.dtype(
+    [
+        ("offset", "<u8"),  # of the sample's first header in the shard
+        ("size", "<u8"),  # to the end of its last payload
+        ("key_hash", "<u8"),  # draws.hash64(key)
+        ("width", "<u4"),  # of the upright target image, 0 where it cannot be told
+        ("height", "<u4"),
+        ("flags", "<u2"),
+    ],
+)
+PART = np.dtype([("offset", "<u4"), ("size", "<u4"), ("crc", "<u4")])
+"""offset: of the payload from the sample's offset, 0 where the sample lacks the part. crc: zlib.crc32 of the bytes."""
+
+MISSING_IMAGE, MISSING_CAPTION, MISSING_CONDITION, DUPLICATE, BAD_IMAGE, QUARANTINED = 1, 2, 4, 8, 16, 32
+_UNUSABLE = MISSING_IMAGE | MISSING_CAPTION | DUPLICATE | BAD_IMAGE | QUARANTINED
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+"""Target images, and the order of choice where a sample has several."""
+CAPTION_EXTENSIONS = ("txt", "json")
+_CONDITION = re.compile(rf"(?:cond\.)?([^.]+)\.(?:{'|'.join(IMAGE_EXTENSIONS)})")
+
+
+def condition_kind(extension: str) -> str | None:
+    """The kind of condition that a part holds: "canny" for cond.canny.png, and for canny.png of others' shards."""
+    match = _CONDITION.fullmatch(extension)
+    return match.group(1) if match else None
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """What is known of a shard without reading it."""
+
+    shard_bytes: int
+    extensions: tuple[str, ...]
+    samples: np.ndarray
+    """(n,) SAMPLE"""
+    parts: np.ndarray
+    """(n, len(extensions)) PART"""
+    digest: str
+    """In hex; equal digests mean equal contents, sizes and places of all samples."""
+
+    @cached_property
+    def condition_kinds(self) -> tuple[str, ...]:
+        return tuple(sorted({kind for kind in map(condition_kind, self.extensions) if kind}))
+
+    def columns(self, role: str, kind: str | None = None) -> list[int]:
+        """Columns of `parts` for role "image", "caption" or "condition" (of that kind), in the order of choice."""
+        if role == "condition":
+            return [i for i, extension in enumerate(self.extensions) if condition_kind(extension) == kind]
+        wanted = IMAGE_EXTENSIONS if role == "image" else CAPTION_EXTENSIONS
+        return [self.extensions.index(extension) for extension in wanted if extension in self.extensions]
+
+    def usable(self, kind: str | None = None) -> np.ndarray:
+        """Rows of the samples to train on: image and caption present, no fault known, and the condition if one is
+        asked for. The order's ordinals count along this array."""
+        good = (self.samples["flags"] & _UNUSABLE) == 0
+        if kind is not None:
+            good = good & (self.parts["offset"][:, self.columns("condition", kind)] > 0).any(axis=1)
+        return np.flatnonzero(good)
+
+
+def index_path(shard: Path) -> Path:
+    return shard.with_name(shard.name + ".idx")
+
+
+def make_index(shard_bytes: int, extensions: tuple[str, ...], samples: np.ndarray, parts: np.ndarray) -> ShardIndex:
+    """samples: (n,) SAMPLE. parts: (n, len(extensions)) PART."""
+    body = _encode(shard_bytes, extensions, samples, parts)
+    return ShardIndex(shard_bytes, extensions, samples, parts, _digest(body).hex())
+
+
+def write_index(index: ShardIndex, path: Path) -> None:
+    """Writes to a temporary name and renames, so a file with the right name is always whole."""
+    body = _encode(index.shard_bytes, index.extensions, index.samples, index.parts)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(body + _digest(body))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load_index(path: Path) -> ShardIndex:
+    """Memory-maps an index and checks that it is whole.
+
+    Raises FileNotFoundError, and ValueError for a file that is damaged or of another version.
+    """
+    with open(path, "rb") as file:
+        if os.fstat(file.fileno()).st_size < _HEADER.size + DIGEST_BYTES:
+            raise ValueError(_damaged(path))
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    magic, version, table_bytes, shard_bytes, count = _HEADER.unpack_from(data)
+    if magic != MAGIC or data[-DIGEST_BYTES:] != _digest(memoryview(data)[:-DIGEST_BYTES]):
+        raise ValueError(_damaged(path))
+    if version != VERSION:
+        raise ValueError(f"{path} is an index of version {version}, this is version {VERSION}: {_remedy(path)}")
+    extensions = tuple(json.loads(data[_HEADER.size : _HEADER.size + table_bytes]))
+    at = _HEADER.size + table_bytes
+    samples = np.frombuffer(data, SAMPLE, count, at)
+    parts = np.frombuffer(data, PART, count * len(extensions), at + samples.nbytes)
+    return ShardIndex(shard_bytes, extensions, samples, parts.reshape(count, -1), data[-DIGEST_BYTES:].hex())
+
+
+def read_digest(path: Path) -> str:
+    """The digest that an index file states, without reading the rest of it."""
+    with open(path, "rb") as file:
+        file.seek(-DIGEST_BYTES, os.SEEK_END)
+        return file.read().hex()
+
+
+def _encode(shard_bytes: int, extensions: tuple[str, ...], samples: np.ndarray, parts: np.ndarray) -> bytes:
+    table = json.dumps(extensions).encode()
+    table += b" " * (-len(table) % 8)
+    header = _HEADER.pack(MAGIC, VERSION, len(table), shard_bytes, len(samples))
+    return header + table + samples.tobytes() + parts.tobytes()
+
+
+def _digest(body: bytes | memoryview) -> bytes:
+    return hashlib.blake2b(body, digest_size=DIGEST_BYTES).digest()
+
+
+def _damaged(path: Path) -> str:
+    return f"{path} is not a whole index: {_remedy(path)}"
+
+
+def _remedy(path: Path) -> str:
+    return f"delete it and run `controlbooth data index {path.with_suffix('')}`"
