@@ -1,0 +1,400 @@
+"""The micro-batches of each optimizer step: threads read and decode ahead of the step that is consumed.
+
+What a step holds is a function of (data set, seed, step): threads, ranks and the prefetch only decide when it is
+ready. So a resume needs the step alone, and `position` counts what was consumed, never what was prefetched.
+
+A sample whose bytes are bad is replaced by a hash-chosen one of its block, and after SUBSTITUTE_ATTEMPTS bad ones by a
+black image of weight 0; batch shapes and all other samples stay as they are. Failing reads are no bad samples: they
+are raised, since a sample that is there on one attempt and not on the next would make two runs differ.
+"""
+
+import json
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from controlbooth.data import draws
+from controlbooth.data.decode import BadSample, crop_slack, decode_image, prepare
+from controlbooth.data.manifest import Dataset
+from controlbooth.data.order import Order, Place
+from controlbooth.data.prompts import prompt, read_captions
+from controlbooth.data.shards import SampleBytes, ShardReader
+
+SUBSTITUTE_ATTEMPTS = 4
+BAD_RATE_SAMPLES = 1000
+"""The rate of bad samples is counted over at least so many, so that an early bad one does not stop a run."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """B samples of one forward pass; all arrays are numpy, pixels RGB in [0, 255]."""
+
+    positions: np.ndarray
+    """(B,) int64"""
+    keys: list[str]
+    """Of the samples used, which are the substitutes where there are any."""
+    pixel_values: np.ndarray
+    """(B, 3, H, W) uint8"""
+    conditioning: np.ndarray | None
+    """(B, 3, H, W) uint8; None without a condition kind."""
+    captions: list[str]
+    """The prompts to train on, "" where dropped."""
+    dropped: np.ndarray
+    """(B,) bool"""
+    timesteps: np.ndarray
+    """(B,) int64"""
+    noise: np.ndarray
+    """(B, *latent_shape) float32"""
+    weights: np.ndarray
+    """(B,) float32, factors on the samples' losses: 1, or 0 where no sample could be read."""
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """One rank's share of a global batch and what it took to have it."""
+
+    step: int
+    micro_batches: list[MicroBatch]
+    wait_seconds: float
+    """The consumer stood still for so long."""
+    fetch_seconds: float
+    """Of reading, summed over the threads."""
+    decode_seconds: float
+    queue_depth: int
+    """Later steps that were complete when this one was asked for."""
+    bytes_read: int
+    substitutions: int
+
+
+@dataclass
+class _Step:
+    """A step while threads fill its rows."""
+
+    number: int
+    positions: np.ndarray
+    flips: np.ndarray
+    pixel_values: np.ndarray
+    conditioning: np.ndarray | None
+    noise: np.ndarray
+    rows: list[Future] = field(default_factory=list)
+
+
+@dataclass
+class _Row:
+    """What is known of one sample besides its pixels, which are in the step's arrays."""
+
+    key: str
+    key_hash: int
+    epoch: int
+    captions: list[str]
+    weight: float
+    faults: list[dict]
+    fetch_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    bytes_read: int = 0
+
+
+class Loader:
+    """An endless iterator over the StepBatches of one rank, and a context manager that ends its threads."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        seed: int,
+        lanes: int,
+        shards_per_block: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+        condition_kind: str | None,
+        resolution: int,
+        prompt_dropout: float,
+        random_flip: bool,
+        random_crop: bool,
+        num_train_timesteps: int,
+        latent_shape: Sequence[int],
+        threads: int = 4,
+        prefetch_steps: int = 2,
+        start_step: int = 0,
+        positions: Sequence[int] | np.ndarray | None = None,
+        max_bad_rate: float = 0.01,
+        ledger_path: Path | None = None,
+    ):
+        """Prefetching begins at once, so make the loader before the model.
+
+        start_step: the first step to give, which is all that a resume sets. positions: gives these instead of
+        0, 1, 2, ...: step k takes positions[k * G : (k + 1) * G], and the iterator ends with them (to look at or to
+        repeat certain batches). max_bad_rate: the share of substituted samples above which the run stops.
+        ledger_path: a JSONL file to which each bad sample is appended, one file a rank; `ledger` has the same lines.
+        """
+        self.order = Order(dataset.samples_per_shard(condition_kind), seed, lanes, shards_per_block)
+        self.dataset, self.seed = dataset, seed
+        self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
+        self.condition_kind, self.resolution = condition_kind, resolution
+        self.prompt_dropout, self.random_flip, self.random_crop = prompt_dropout, random_flip, random_crop
+        self.num_train_timesteps, self.latent_shape = num_train_timesteps, tuple(latent_shape)
+        self.prefetch_steps, self.max_bad_rate, self.ledger_path = prefetch_steps, max_bad_rate, ledger_path
+        self.slots = self.order.rank_slots(0, global_batch_size, rank, world_size)
+        self.positions = None if positions is None else np.asarray(positions, np.int64)
+        self._check_arguments(world_size, threads)
+
+        self.step = start_step
+        """The next step to be consumed."""
+        self.ledger: list[dict] = []
+        self._samples_consumed = self._samples_bad = 0
+        self._next_submitted = start_step
+        self._queue: deque[_Step] = deque()
+        self._closed = False
+        cv2.setNumThreads(1)  # the loader's threads share the cores; OpenCV's own would compete with them
+        self._reader = ShardReader(dataset, condition_kind)
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="loader")
+        self._submit_ahead()
+
+    @property
+    def position(self) -> int:
+        """The first position that was not consumed, over all ranks: what a checkpoint saves."""
+        return self.step * self.global_batch_size
+
+    def __iter__(self) -> Iterator[StepBatch]:
+        return self
+
+    def __next__(self) -> StepBatch:
+        if self._closed:
+            raise RuntimeError("the loader is closed; make a new one with start_step to go on")
+        self._submit_ahead()
+        if not self._queue:
+            raise StopIteration
+        step = self._queue.popleft()
+        ready = sum(all(row.done() for row in later.rows) for later in self._queue)
+        began = time.perf_counter()
+        try:
+            rows = [row.result() for row in step.rows]
+            wait_seconds = time.perf_counter() - began
+            self._account(rows)
+        except BaseException:
+            self.close()
+            raise
+        self.step = step.number + 1
+        return StepBatch(
+            step=step.number,
+            micro_batches=self._micro_batches(step, rows),
+            wait_seconds=wait_seconds,
+            fetch_seconds=sum(row.fetch_seconds for row in rows),
+            decode_seconds=sum(row.decode_seconds for row in rows),
+            queue_depth=ready,
+            bytes_read=sum(row.bytes_read for row in rows),
+            substitutions=sum(bool(row.faults) for row in rows),
+        )
+
+    def close(self) -> None:
+        """Drops what is queued, waits for the threads and closes all files. May be called again."""
+        self._closed = True
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        self._queue.clear()
+        self._reader.close()
+
+    def __enter__(self) -> "Loader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _check_arguments(self, world_size: int, threads: int) -> None:
+        if self.micro_batch_size < 1 or len(self.slots) % self.micro_batch_size:
+            raise ValueError(
+                f"a rank's share of global_batch_size={self.global_batch_size} over world_size={world_size} is "
+                f"{len(self.slots)} samples, which is not a multiple of micro_batch_size={self.micro_batch_size}. "
+                f"Use a micro_batch_size that divides {len(self.slots)}."
+            )
+        if threads < 1 or self.prefetch_steps < 0:
+            raise ValueError(f"threads={threads} must be 1 or more, prefetch_steps={self.prefetch_steps} 0 or more")
+        if self.positions is not None and len(self.positions) % self.global_batch_size:
+            raise ValueError(
+                f"{len(self.positions)} positions do not fill whole batches of global_batch_size="
+                f"{self.global_batch_size}; give a multiple of it"
+            )
+
+    def _submit_ahead(self) -> None:
+        """Keeps the next step and prefetch_steps after it in work; nothing is started beyond them."""
+        while len(self._queue) <= self.prefetch_steps:
+            slots = self.slots + self._next_submitted * self.global_batch_size
+            if self.positions is not None:
+                if slots[0] >= len(self.positions):
+                    return
+                slots = self.positions[slots]
+            self._queue.append(self._start(self._next_submitted, slots))
+            self._next_submitted += 1
+
+    def _start(self, number: int, positions: np.ndarray) -> _Step:
+        pixels = (len(positions), 3, self.resolution, self.resolution)
+        step = _Step(
+            number,
+            positions,
+            flips=draws.flips(self.seed, positions) & self.random_flip,
+            pixel_values=np.zeros(pixels, np.uint8),
+            conditioning=None if self.condition_kind is None else np.zeros(pixels, np.uint8),
+            noise=np.empty((len(positions), *self.latent_shape), np.float32),
+        )
+        step.rows = [self._threads.submit(self._fill, step, row) for row in range(len(positions))]
+        return step
+
+    def _fill(self, step: _Step, at: int) -> _Row:
+        """Runs in a thread: the sample of one row into the step's arrays, or what stands in for it."""
+        position = int(step.positions[at])
+        step.noise[at] = draws.noise(self.seed, [position], self.latent_shape)[0]
+        original = place = self.order.locate(position)
+        faults: list[dict] = []
+        for attempt in range(SUBSTITUTE_ATTEMPTS + 1):
+            if attempt:
+                place = self.order.substitute(position, attempt)
+            try:
+                sample = self._reader.read(place.shard, place.ordinal)
+                row = self._decode(step, at, sample, place)
+            except BadSample as bad:
+                faults.append(self._fault(position, place, attempt, bad))
+                continue
+            except OSError as error:
+                error.add_note(f"while reading {self.dataset.paths[place.shard]} for position {position}")
+                raise
+            for fault in faults:
+                fault["substitute"] = row.key
+            row.faults = faults
+            return row
+        return _Row(faults[0]["key"], 0, original.epoch, [""], 0.0, faults)
+
+    def _decode(self, step: _Step, at: int, sample: SampleBytes, place: Place) -> _Row:
+        began = time.perf_counter()
+        image = decode_image(sample.image, sample.key, sample.image_extension)
+        condition = None
+        if sample.condition is not None:
+            condition = decode_image(sample.condition, sample.key, sample.condition_extension, background=0)
+        crop = None
+        if self.random_crop:
+            slack = np.array([crop_slack(image.shape[0], image.shape[1], self.resolution)])
+            top, left = draws.crops(self.seed, step.positions[at : at + 1], slack)[0].tolist()
+            crop = (top, left)
+        try:
+            pixels, conditioning = prepare(
+                image, condition, self.condition_kind, self.resolution, crop, bool(step.flips[at])
+            )
+        except ValueError as error:
+            raise BadSample(sample.key, sample.condition_extension, str(error)) from error
+        captions = read_captions(sample.caption, sample.caption_extension, sample.key)
+        # Last, so that a bad sample leaves the black rows black.
+        step.pixel_values[at] = pixels.transpose(2, 0, 1)
+        if step.conditioning is not None and conditioning is not None:
+            step.conditioning[at] = conditioning.transpose(2, 0, 1)
+        return _Row(
+            key=sample.key,
+            key_hash=sample.key_hash,
+            epoch=place.epoch,
+            captions=captions,
+            weight=1.0,
+            faults=[],
+            fetch_seconds=sample.seconds,
+            decode_seconds=time.perf_counter() - began,
+            bytes_read=len(sample.image) + len(sample.condition or b"") + len(sample.caption),
+        )
+
+    def _fault(self, position: int, place: Place, attempt: int, bad: BadSample) -> dict:
+        return {
+            "position": position,
+            "attempt": attempt,
+            "shard": str(self.dataset.paths[place.shard]),
+            "ordinal": place.ordinal,
+            "key": bad.key,
+            "part": bad.part,
+            "error": bad.reason,
+            "substitute": None,
+        }
+
+    def _account(self, rows: list[_Row]) -> None:
+        """Writes the ledger, in the order of positions, and stops the run when too much is bad."""
+        faults = [fault for row in rows for fault in row.faults]
+        self.ledger += faults
+        if faults and self.ledger_path is not None:
+            with open(self.ledger_path, "a") as file:
+                file.writelines(json.dumps(fault) + "\n" for fault in faults)
+        self._samples_consumed += len(rows)
+        self._samples_bad += sum(bool(row.faults) for row in rows)
+        if self._samples_bad > self.max_bad_rate * max(self._samples_consumed, BAD_RATE_SAMPLES):
+            last = self.ledger[-1]
+            raise ValueError(
+                f"{self._samples_bad} of {self._samples_consumed} samples were bad, more than max_bad_rate="
+                f"{self.max_bad_rate} allows. The last was {last['key']!r} in {last['shard']}: part {last['part']!r}, "
+                f"{last['error']}. Replace the shards in the ledger, or raise max_bad_rate to go on without them."
+            )
+
+    def _micro_batches(self, step: _Step, rows: list[_Row]) -> list[MicroBatch]:
+        epochs = np.array([row.epoch for row in rows])
+        key_hashes = np.array([row.key_hash for row in rows], np.uint64)
+        dropped = draws.prompt_dropped(self.seed, epochs, key_hashes, self.prompt_dropout)
+        choices = draws.caption_choice(self.seed, step.positions, np.array([len(row.captions) for row in rows]))
+        timesteps = draws.timesteps(self.seed, step.positions, self.num_train_timesteps)
+        weights = np.array([row.weight for row in rows], np.float32)
+        prompts = [
+            prompt(row.captions, choice, drop)
+            for row, choice, drop in zip(rows, choices.tolist(), dropped.tolist(), strict=True)
+        ]
+        batches = []
+        for first in range(0, len(rows), self.micro_batch_size):
+            part = slice(first, first + self.micro_batch_size)
+            batches.append(
+                MicroBatch(
+                    positions=step.positions[part],
+                    keys=[row.key for row in rows[part]],
+                    pixel_values=step.pixel_values[part],
+                    conditioning=None if step.conditioning is None else step.conditioning[part],
+                    captions=prompts[part],
+                    dropped=dropped[part],
+                    timesteps=timesteps[part],
+                    noise=step.noise[part],
+                    weights=weights[part],
+                )
+            )
+        return batches
+
+
+@dataclass(frozen=True)
+class HeldOutSample:
+    """A sample as it is, for validation: middle crop, no flip, its first caption."""
+
+    key: str
+    pixel_values: np.ndarray
+    """(3, H, W) uint8"""
+    conditioning: np.ndarray | None
+    """(3, H, W) uint8"""
+    caption: str
+
+
+def held_out(dataset: Dataset, count: int, *, condition_kind: str | None, resolution: int) -> Iterator[HeldOutSample]:
+    """The first `count` usable samples in the order of the shards. A bad one is raised, not replaced."""
+    counts = dataset.samples_per_shard(condition_kind)
+    if count > counts.sum():
+        raise ValueError(f"{dataset.location} has {counts.sum()} usable samples, {count} are asked for; ask for fewer")
+    reader = ShardReader(dataset, condition_kind, most_open=1)
+    try:
+        for number in range(count):
+            shard = int(np.searchsorted(np.cumsum(counts), number, side="right"))
+            sample = reader.read(shard, number - int(counts[:shard].sum()))
+            image = decode_image(sample.image, sample.key, sample.image_extension)
+            condition = None
+            if sample.condition is not None:
+                condition = decode_image(sample.condition, sample.key, sample.condition_extension, background=0)
+            pixels, conditioning = prepare(image, condition, condition_kind, resolution)
+            yield HeldOutSample(
+                key=sample.key,
+                pixel_values=np.ascontiguousarray(pixels.transpose(2, 0, 1)),
+                conditioning=None if conditioning is None else np.ascontiguousarray(conditioning.transpose(2, 0, 1)),
+                caption=read_captions(sample.caption, sample.caption_extension, sample.key)[0],
+            )
+    finally:
+        reader.close()

@@ -1,0 +1,164 @@
+"""One sample's bytes from a local shard: a single pread at the place its index states, checked by CRC and key."""
+
+import os
+import time
+import zlib
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from threading import Lock
+
+import numpy as np
+
+from controlbooth.data.decode import BadSample
+from controlbooth.data.draws import hash64
+from controlbooth.data.index import split_name
+from controlbooth.data.manifest import Dataset
+from controlbooth.data.sidecar import ShardIndex, index_path, load_index
+from controlbooth.data.tar import TarDamage, first_name
+
+
+@dataclass(frozen=True)
+class SampleBytes:
+    """The encoded parts of a sample. Extensions name the parts as the shard does."""
+
+    key: str
+    key_hash: int
+    image: bytes
+    image_extension: str
+    condition: bytes | None
+    condition_extension: str
+    caption: bytes
+    caption_extension: str
+    seconds: float
+    """Spent on opening and reading."""
+
+
+@dataclass
+class _OpenShard:
+    descriptor: int
+    index: ShardIndex
+    rows: np.ndarray
+    """Of the usable samples, by ordinal."""
+    users: int = 0
+
+
+class ShardReader:
+    """Reads samples of a data set from any thread; keeps the shards that were used last open, at most `most_open`."""
+
+    def __init__(self, dataset: Dataset, condition_kind: str | None, most_open: int = 256):
+        self.dataset, self.condition_kind, self.most_open = dataset, condition_kind, most_open
+        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._lock = Lock()
+
+    def read(self, shard: int, ordinal: int) -> SampleBytes:
+        """The sample with this ordinal among the shard's usable ones.
+
+        Raises BadSample where the bytes are not those that were indexed, OSError where they could not be read, and
+        ValueError when the file is another one than was indexed.
+        """
+        began = time.perf_counter()
+        with self._pinned(shard) as opened:
+            index = opened.index
+            row = int(opened.rows[ordinal])
+            record, parts = index.samples[row], index.parts[row]
+            columns = {role: self._column(index, parts, role) for role in ("image", "caption")}
+            if self.condition_kind is not None:
+                columns["condition"] = self._column(index, parts, "condition")
+            length = max(int(parts[column]["offset"]) + int(parts[column]["size"]) for column in columns.values())
+            data = self._pread(shard, opened.descriptor, length, int(record["offset"]))
+        key = _key(data, int(record["key_hash"]), f"{self.dataset.paths[shard].name}[{ordinal}]")
+        payloads = {}
+        for role, column in columns.items():
+            offset, size, crc = parts[column].tolist()
+            payloads[role] = data[offset : offset + size]
+            if zlib.crc32(payloads[role]) != crc:
+                raise BadSample(key, index.extensions[column], "its bytes have changed since they were indexed (CRC)")
+        return SampleBytes(
+            key=key,
+            key_hash=int(record["key_hash"]),
+            image=payloads["image"],
+            image_extension=index.extensions[columns["image"]],
+            condition=payloads.get("condition"),
+            condition_extension=index.extensions[columns["condition"]] if "condition" in columns else "",
+            caption=payloads["caption"],
+            caption_extension=index.extensions[columns["caption"]],
+            seconds=time.perf_counter() - began,
+        )
+
+    def close(self) -> None:
+        """Closes all files; no other thread may be reading any more."""
+        with self._lock:
+            for opened in self._open.values():
+                os.close(opened.descriptor)
+            self._open.clear()
+
+    def _column(self, index: ShardIndex, parts: np.ndarray, role: str) -> int:
+        return next(column for column in index.columns(role, self.condition_kind) if parts[column]["offset"])
+
+    def _pread(self, shard: int, descriptor: int, length: int, offset: int) -> bytes:
+        data = b""
+        while len(data) < length:  # a read may be short, on network disks above all
+            more = os.pread(descriptor, length - len(data), offset + len(data))
+            if not more:
+                path = self.dataset.paths[shard]
+                raise ValueError(f"{path} ends at byte {offset + len(data)}, it became shorter since it was opened")
+            data += more
+        return data
+
+    @contextmanager
+    def _pinned(self, shard: int) -> Iterator[_OpenShard]:
+        """The open shard, not closed before it is given back."""
+        with self._lock:
+            opened = self._open.get(shard)
+            if opened is None:
+                opened = self._open[shard] = self._open_shard(shard)
+            self._open.move_to_end(shard)
+            opened.users += 1
+        try:
+            yield opened
+        finally:
+            with self._lock:
+                opened.users -= 1
+                self._close_idle()
+
+    def _close_idle(self) -> None:
+        for shard in list(self._open)[: max(0, len(self._open) - self.most_open)]:
+            if self._open[shard].users == 0:
+                os.close(self._open.pop(shard).descriptor)
+
+    def _open_shard(self, shard: int) -> _OpenShard:
+        path, stated = self.dataset.paths[shard], self.dataset.rows[shard]
+        index = load_index(index_path(path))
+        if index.digest != stated.index_hash:
+            raise ValueError(f"{index_path(path)} was replaced while the data set is in use; start again from it")
+        descriptor = os.open(path, os.O_RDONLY)
+        size = os.fstat(descriptor).st_size
+        if size != stated.bytes:
+            os.close(descriptor)
+            raise ValueError(f"{path} has {size} bytes, its index says {stated.bytes}: run `controlbooth data index`")
+        return _OpenShard(descriptor, index, index.usable(self.condition_kind))
+
+
+def _key(data: bytes, key_hash: int, where: str) -> str:
+    """The key from the sample's first tar header, which must be the one that was indexed."""
+    name = _plain_name(data) or _full_name(data)
+    split = split_name(name)
+    if split is None or hash64(split[0]) != key_hash:
+        raise BadSample(where, "header", f"the tar header there, {name!r}, is not the one that was indexed")
+    return split[0]
+
+
+def _plain_name(data: bytes) -> str | None:
+    """The fast way for short ustar names: no prefix, no long-name or PAX header before it."""
+    if data[156:157] not in (b"0", b"\0") or data[345]:
+        return None
+    return data[: data.index(b"\0", 0, 101) if b"\0" in data[:100] else 100].decode("utf-8", "surrogateescape")
+
+
+def _full_name(data: bytes) -> str:
+    try:
+        return first_name(data)
+    except TarDamage as damage:
+        return f"<{damage.message}>"
