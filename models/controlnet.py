@@ -1,0 +1,216 @@
+"""The ControlNet (arXiv 2302.05543): a trainable copy of the U-Net's encoder, tied to the locked U-Net by zero
+convolutions.
+
+    y_c = F(x; T) + Z(F(x + Z(c; T_z1); T_c); T_z2)                                                             (eq. 2)
+
+`Z` are convolutions that start at zero, so an untrained ControlNet changes nothing, bit for bit.
+"""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import ControlNetModel, UNet2DConditionModel
+from torch import Tensor, nn
+
+from controlbooth.models.families import TextEncoding
+
+VAE_FACTOR = 8
+"""Pixels per latent position; the hint network brings a condition picture to the latents' size by as much."""
+
+COPIED = ("conv_in", "time_embedding", "class_embedding", "add_embedding", "down_blocks", "mid_block")
+"""Modules that a ControlNet has in common with its U-Net, and starts as a copy of."""
+
+_SHARED = set(inspect.signature(ControlNetModel.__init__).parameters) & set(
+    inspect.signature(UNet2DConditionModel.__init__).parameters
+) - {"self"}
+"""Configuration that both classes know. ControlNetModel.from_unet forgets addition_embed_type_num_heads, for one, which
+changes no shape and so would change the copy's function silently."""
+
+_NOT_IN_A_CONTROLNET: dict[str, Any] = dict(  # a U-Net's options that ControlNetModel lacks -> the one usable value
+    center_input_sample=False,
+    dropout=0.0,
+    encoder_hid_dim=None,  # ControlNetModel builds the projection and never applies it
+    dual_cross_attention=False,
+    resnet_skip_time_act=False,
+    resnet_out_scale_factor=1.0,
+    time_embedding_type="positional",
+    time_embedding_dim=None,
+    time_embedding_act_fn=None,
+    timestep_post_act=None,
+    time_cond_proj_dim=None,
+    conv_in_kernel=3,
+    attention_type="default",
+    class_embeddings_concat=False,
+    mid_block_only_cross_attention=None,
+    cross_attention_norm=None,
+)
+
+
+class Residuals(NamedTuple):
+    """What a ControlNet adds to the U-Net, in the ControlNet's dtype. Several ControlNets' residuals are summed."""
+
+    down: tuple[Tensor, ...]
+    """One for each skip connection, shallow to deep (SD1.5: 12), of that connection's shape."""
+    mid: Tensor
+    """Of the middle block's output shape."""
+
+
+@dataclass(frozen=True)
+class ParameterReport:
+    """Numbers of parameters. SD1.5: 348,712,960 + 11,479,680 + 1,086,480 = 361,279,120."""
+
+    copy: int
+    zero_convolutions: int
+    """The output convolutions, one a residual; the one that ends the hint network is counted there."""
+    hint: int
+
+    @property
+    def total(self) -> int:
+        return self.copy + self.zero_convolutions + self.hint
+
+
+def build_controlnet(
+    unet: UNet2DConditionModel,
+    hint_channels: Sequence[int] = (16, 32, 96, 256),
+    device: str | torch.device | None = None,
+) -> ControlNetModel:
+    """A trainable ControlNet for `unet`, in float32: copied encoder, zero convolutions, hint network.
+
+    hint_channels: widths of the hint network of the released code (3x3 convolutions, SiLU, the last one zero; the
+    paper's text describes a smaller one). Each step from one width to the next halves the picture: four widths.
+    The hint network is drawn from torch's global generator: seed it first. device: default the U-Net's; on "meta" the
+    ControlNet has shapes and no weights.
+    Raises ValueError for hint_channels that miss the latents' size and for a U-Net that ControlNetModel cannot mirror.
+    """
+    halvings = len(hint_channels) - 1
+    if 2**halvings != VAE_FACTOR:
+        raise ValueError(
+            f"hint_channels {tuple(hint_channels)} halves the condition picture {halvings} times, "
+            f"but latents have 1/{VAE_FACTOR} of its size: give four widths, e.g. (16, 32, 96, 256)"
+        )
+    for key, usable in _NOT_IN_A_CONTROLNET.items():
+        if unet.config.get(key, usable) != usable:
+            raise ValueError(
+                f"the U-Net's {key} is {unet.config[key]!r}, and a ControlNet cannot copy that (only {usable!r})"
+            )
+    shared = {key: unet.config[key] for key in _SHARED if key in unet.config}
+    device = torch.device(device or unet.device)
+    with device:
+        controlnet = ControlNetModel(**shared, conditioning_embedding_out_channels=tuple(hint_channels))
+    for name in COPIED if device.type != "meta" else ():
+        module = getattr(controlnet, name, None)
+        if module is not None:
+            module.load_state_dict(getattr(unet, name).state_dict())
+    return controlnet.train()
+
+
+def check_fits(controlnet: ControlNetModel, unet: UNet2DConditionModel, where: str = "the ControlNet") -> None:
+    """Raises ValueError where the ControlNet's configuration differs from the U-Net's in anything that both have."""
+    for key in sorted(_SHARED):
+        theirs, ours = controlnet.config.get(key), unet.config.get(key)
+        if _plain(theirs) != _plain(ours):
+            raise ValueError(
+                f"{where} was made for another base: its {key} is {_plain(theirs)!r}, "
+                f"and the base's is {_plain(ours)!r}. Continue it on the base that it was trained with."
+            )
+
+
+def parameter_report(controlnet: nn.Module) -> ParameterReport:
+    """Counts the parameters of a ControlNet, or of an engine around one, by their part."""
+    counts = dict(copy=0, zero_convolutions=0, hint=0)
+    for name, parameter in controlnet.named_parameters():
+        if "controlnet_cond_embedding." in name:
+            counts["hint"] += parameter.numel()
+        elif "controlnet_down_blocks." in name or "controlnet_mid_block." in name:
+            counts["zero_convolutions"] += parameter.numel()
+        else:
+            counts["copy"] += parameter.numel()
+    return ParameterReport(**counts)
+
+
+def control_residuals(
+    controlnet: nn.Module,
+    noisy_latents: Tensor,
+    timesteps: Tensor,
+    text: TextEncoding,
+    conditioning: Tensor,
+    conditioning_scale: float = 1.0,
+) -> Residuals:
+    """Runs a ControlNet, or an engine around one.
+
+    noisy_latents (B, C, h, w); timesteps (B,) or () int64; conditioning (B, 3, 8h, 8w), RGB in [0, 1]. Inputs of any
+    floating dtype are brought to the ControlNet's. conditioning_scale multiplies every residual.
+    """
+    height, width = noisy_latents.shape[-2:]
+    if conditioning.shape[-2:] != (VAE_FACTOR * height, VAE_FACTOR * width):
+        raise ValueError(
+            f"the condition is {conditioning.shape[-2]}x{conditioning.shape[-1]} pixels, "
+            f"but latents of {height}x{width} need {VAE_FACTOR * height}x{VAE_FACTOR * width}"
+        )
+    dtype = next(controlnet.parameters()).dtype
+    down, mid = controlnet(
+        noisy_latents.to(dtype),
+        timesteps,
+        encoder_hidden_states=text.encoder_hidden_states.to(dtype),
+        controlnet_cond=conditioning.to(dtype),
+        conditioning_scale=conditioning_scale,
+        added_cond_kwargs=text.added_cond_kwargs,
+        return_dict=False,
+    )
+    return Residuals(tuple(down), mid)
+
+
+def denoise(
+    unet: UNet2DConditionModel,
+    noisy_latents: Tensor,
+    timesteps: Tensor,
+    text: TextEncoding,
+    residuals: Residuals | None = None,
+) -> Tensor:
+    """The locked U-Net's prediction (B, C, h, w) in its dtype: the noise, or v, as the base's prediction_type says.
+
+    Its weights take no gradient; residuals do, through the middle block's output and the decoder. The encoder sees
+    nothing that needs a gradient, so autograd keeps none of its activations.
+    """
+    dtype = unet.dtype
+    added: dict[str, Any] = {}
+    if residuals is not None:
+        added["down_block_additional_residuals"] = tuple(residual.to(dtype) for residual in residuals.down)
+        added["mid_block_additional_residual"] = residuals.mid.to(dtype)
+    return unet(
+        noisy_latents.to(dtype),
+        timesteps,
+        encoder_hidden_states=text.encoder_hidden_states.to(dtype),
+        added_cond_kwargs=text.added_cond_kwargs,
+        return_dict=False,
+        **added,
+    )[0]
+
+
+def predict(
+    unet: UNet2DConditionModel,
+    controlnet: nn.Module | None,
+    noisy_latents: Tensor,
+    timesteps: Tensor,
+    text: TextEncoding,
+    conditioning: Tensor | None,
+    conditioning_scale: float = 1.0,
+) -> Tensor:
+    """(B, C, h, w): what the U-Net predicts under control, eq. 2; without a ControlNet, what it predicts by itself.
+
+    Shapes and dtypes as in `control_residuals` and `denoise`.
+    """
+    if controlnet is None:
+        return denoise(unet, noisy_latents, timesteps, text)
+    if conditioning is None:
+        raise ValueError("a ControlNet was given without a condition picture")
+    residuals = control_residuals(controlnet, noisy_latents, timesteps, text, conditioning, conditioning_scale)
+    return denoise(unet, noisy_latents, timesteps, text, residuals)
+
+
+def _plain(value: Any) -> Any:
+    """JSON makes lists of tuples."""
+    return tuple(value) if isinstance(value, list) else value
