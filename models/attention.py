@@ -1,0 +1,178 @@
+"""Which memory-efficient kernel computes attention, and putting it into a U-Net, ControlNet or VAE.
+
+xformers brings its own CUDA kernels. PyTorch's scaled_dot_product_attention has three: `flash`, `efficient` (CUDA
+only) and `math`, which is plain matrix multiplication. Whether a kernel runs depends on device, dtype and head width,
+so it is tried rather than looked up. The CUDA paths are not yet measured on a GPU.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0, XFormersAttnProcessor
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+KERNELS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+
+
+class AttentionShape(NamedTuple):
+    """Of a call: query (batch, heads, query_tokens, width), key and value (batch, heads, key_tokens, width)."""
+
+    batch: int
+    heads: int
+    query_tokens: int
+    key_tokens: int
+    width: int
+
+
+TYPICAL_SHAPES = (AttentionShape(1, 8, 64, 64, 40), AttentionShape(1, 8, 64, 77, 40))
+"""Tried where the caller names no shapes: self- and cross-attention with the head width of SD1.5's first level."""
+
+
+@dataclass(frozen=True)
+class AttentionChoice:
+    name: str
+    """xformers, flash, efficient or math."""
+    reason: str
+    """A sentence for the log."""
+
+
+class KernelAttnProcessor(AttnProcessor2_0):
+    """diffusers' processor, held to one of PyTorch's kernels: without this PyTorch chooses at every call."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        with sdpa_kernel(KERNELS[self.name]):
+            return super().__call__(*args, **kwargs)
+
+
+def choose_attention(
+    request: str,
+    device: str | torch.device,
+    dtype: torch.dtype = torch.float32,
+    shapes: Sequence[AttentionShape] = TYPICAL_SHAPES,
+) -> AttentionChoice:
+    """The kernel to use for `shapes`, see `attention_shapes`.
+
+    request: auto, xformers, flash, efficient or math. Auto takes, on CUDA, the first that runs of xformers, flash,
+    efficient and math; on a CPU it times a forward and backward pass of each that runs and takes the faster. Kernels
+    round differently: a run that is to resume bit for bit keeps the name it was started with and asks for that.
+    Raises ValueError for an unknown name, and for a kernel that cannot run here, with why and what can.
+    """
+    device = torch.device(device)
+    if request not in ("auto", "xformers", *KERNELS):
+        raise ValueError(f"attention {request!r} is not known. Use auto, xformers, {', '.join(KERNELS)}.")
+    obstacles = {name: _obstacle(name, device, dtype, shapes) for name in ("xformers", *KERNELS)}
+    usable = [name for name, obstacle in obstacles.items() if obstacle is None]
+    if request != "auto":
+        if obstacles[request] is not None:
+            raise ValueError(
+                f"attention {request!r} cannot run on {device} in {_short(dtype)}: {obstacles[request]}. "
+                f"Here can: {', '.join(usable)}; or use 'auto'."
+            )
+        return AttentionChoice(request, "asked for")
+    if device.type != "cpu":
+        without = "; ".join(f"{name}: {why}" for name, why in obstacles.items() if why is not None)
+        return AttentionChoice(usable[0], f"first of {', '.join(usable)}" + (f" ({without})" if without else ""))
+    milliseconds = {name: sum(_time(name, shape, device, dtype) for shape in shapes) for name in usable}
+    fastest = min(milliseconds, key=lambda name: milliseconds[name])
+    figures = ", ".join(f"{name} {figure:.2f} ms" for name, figure in milliseconds.items())
+    return AttentionChoice(fastest, f"fastest of {figures} for {len(shapes)} shapes, forward and backward")
+
+
+def apply_attention(module: nn.Module, choice: AttentionChoice) -> None:
+    """Puts the chosen kernel into every attention layer of a U-Net, ControlNet or VAE. TypeError for other modules."""
+    if not hasattr(module, "set_attn_processor"):
+        raise TypeError(f"{type(module).__name__} has no attention processors to set; give a U-Net, ControlNet or VAE")
+    processor = XFormersAttnProcessor() if choice.name == "xformers" else KernelAttnProcessor(choice.name)
+    module.set_attn_processor(processor)
+
+
+def attention_shapes(module: nn.Module, run: Callable[[], Any]) -> tuple[AttentionShape, ...]:
+    """The distinct shapes, largest first, with which attention layers of `module` are called when `run()` uses it."""
+    found: set[AttentionShape] = set()
+
+    def note(layer: nn.Module, args: tuple, kwargs: dict) -> None:
+        assert isinstance(layer, Attention)
+        hidden = args[0] if args else kwargs["hidden_states"]
+        context = kwargs.get("encoder_hidden_states")
+        tokens = hidden.shape[1] if hidden.ndim == 3 else hidden.shape[2] * hidden.shape[3]
+        keys = tokens if context is None else context.shape[1]
+        found.add(AttentionShape(hidden.shape[0], layer.heads, tokens, keys, layer.inner_dim // layer.heads))
+
+    layers = [layer for layer in module.modules() if isinstance(layer, Attention)]
+    handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
+    try:
+        with torch.no_grad():
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return tuple(sorted(found, key=lambda shape: shape.query_tokens * shape.key_tokens, reverse=True))
+
+
+def _obstacle(name: str, device: torch.device, dtype: torch.dtype, shapes: Sequence[AttentionShape]) -> str | None:
+    """Why a kernel cannot run for the shapes, forward and backward, or None."""
+    if name == "xformers":
+        if device.type != "cuda":
+            return "xformers has CUDA kernels only"
+        if find_spec("xformers") is None:
+            return "xformers is not installed (pip install 'controlbooth[cuda]')"
+    if name == "efficient" and device.type == "cpu":
+        return "PyTorch's memory-efficient kernel is for CUDA"
+    for shape in shapes:
+        try:
+            _attend(name, *_tensors(shape._replace(batch=1), device, dtype)).sum().backward()
+        except (RuntimeError, NotImplementedError, ValueError) as error:  # what the kernels raise for what they cannot
+            return f"{shape}: {str(error).strip().splitlines()[0]}"
+    return None
+
+
+def _attend(name: str, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """(batch, heads, tokens, width) each."""
+    if name == "xformers":
+        import xformers.ops  # an extra, CUDA only  # pyright: ignore[reportMissingImports]
+
+        # the layout in which diffusers' processor calls it: heads folded into the batch
+        folded = (tensor.flatten(0, 1).contiguous() for tensor in (query, key, value))
+        return xformers.ops.memory_efficient_attention(*folded)
+    with sdpa_kernel(KERNELS[name]):
+        return F.scaled_dot_product_attention(query, key, value)
+
+
+def _tensors(shape: AttentionShape, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(tokens: int) -> Tensor:
+        size = (shape.batch, tokens, shape.heads, shape.width)  # in memory tokens before heads, as projections leave it
+        tensor = torch.randn(size, generator=generator).to(device, dtype).requires_grad_()
+        return tensor.transpose(1, 2)
+
+    return draw(shape.query_tokens), draw(shape.key_tokens), draw(shape.key_tokens)
+
+
+def _time(name: str, shape: AttentionShape, device: torch.device, dtype: torch.dtype, repeats: int = 5) -> float:
+    """Milliseconds of a forward and backward pass: the fastest of several, since other processes only slow one down."""
+    best = float("inf")
+    tensors = _tensors(shape, device, dtype)
+    for _ in range(repeats + 1):  # the first warms up, and is never the fastest
+        start = time.perf_counter()
+        _attend(name, *tensors).sum().backward()
+        best = min(best, time.perf_counter() - start)
+    return 1000.0 * best
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
