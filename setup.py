@@ -58,7 +58,6 @@ setup(
             "pytest-xdist>=3.6",
             "ruff>=0.14",
             "setuptools>=77",
-            "wheel>=0.45",
         ],
     },
     entry_points={"console_scripts": [f"{NAMESPACE} = {NAMESPACE}.launch.cli:main"]},

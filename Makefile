@@ -1,0 +1,69 @@
+# make quickstart   install into .venv and train a ControlNet on this machine, from nothing
+# make test         all tests                         make check    ruff and pyright
+# make bench        the benchmarks, one by one        make clean    delete what tools made; .venv and runs stay
+# make setup        only install; runs once
+#
+# Variables: PYTHON=python3.12  DEVICE=cpu|cuda  JOBS=2 (test processes)
+#   TORCH_INDEX=URL of a package index with CPU builds of torch, or empty to use what pip is configured for
+
+DEVICE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+JOBS ?= 2
+
+BIN := .venv/bin
+READY := .venv/ready-$(DEVICE)
+
+.PHONY: quickstart test check bench clean setup
+.DELETE_ON_ERROR:
+
+quickstart: setup
+	$(BIN)/controlbooth quickstart
+
+test: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
+
+# pyright finds controlbooth.* in the folder above the checkout; a link makes it so whatever the checkout is called.
+check: setup
+	$(BIN)/ruff check .
+	@mkdir -p build/namespace && ln -sfn "$(CURDIR)" build/namespace/controlbooth
+	$(BIN)/pyright -p build/namespace/controlbooth --pythonpath $(BIN)/python
+
+bench: setup
+	@for file in tests/benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file" || exit 1; done
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find data deploy launch models trainer tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+setup: $(READY)
+
+ifeq ($(DEVICE),cuda)
+
+$(READY): setup.py constraints-cuda.txt | .venv/bin/python
+	@echo "Installing the CUDA set. It has not been measured on a GPU yet; DEVICE=cpu takes the set that was."
+	$(BIN)/python -m pip install -q -c constraints-cuda.txt -e ".[dev,cuda]"
+	@$(BIN)/python -c 'import torch; raise SystemExit(None if torch.version.cuda else \
+	  f"torch {torch.__version__} has no CUDA: pip is configured for CPU builds. Change that, or use DEVICE=cpu")'
+	@touch $@
+
+else
+
+# torch comes first and alone. Its pin in constraints-cpu.txt is the +cpu build, which PyPI does not have, so that the
+# CUDA build cannot slip in: pip's own configuration is asked for it, then TORCH_INDEX.
+$(READY): setup.py constraints-cpu.txt | .venv/bin/python
+	@echo "Installing the CPU set into .venv (about 2 GB; minutes)"
+	@$(BIN)/python -m pip install -q --no-deps -c constraints-cpu.txt torch >/dev/null 2>&1 \
+	  || $(BIN)/python -m pip install -q --no-deps -c constraints-cpu.txt $(addprefix --index-url ,$(TORCH_INDEX)) torch \
+	  || { echo "No CPU build of torch found. Give an index that has one: make setup TORCH_INDEX=URL" >&2; exit 1; }
+	$(BIN)/python -m pip install -q -c constraints-cpu.txt -e ".[dev]"
+	@$(BIN)/python -c 'import torch; raise SystemExit(torch.version.cuda and \
+	  f"torch {torch.__version__} is a CUDA build of several GB. Delete .venv and give an index of CPU builds: " \
+	  "make setup TORCH_INDEX=URL")'
+	@touch $@
+
+endif
+
+.venv/bin/python:
+	@for python in $(PYTHON) python3.11 python3.12 python3.13 python3; do \
+	  if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then exec $$python -m venv .venv; fi; \
+	done; echo "No Python >= 3.11 on the PATH. Install one, or say where it is: make setup PYTHON=/path/to/python" >&2; exit 1

@@ -1,0 +1,121 @@
+"""The `controlbooth` command: finds a verb's function, calls it with the rest of the line, and shows its errors.
+
+The functions are named as strings and imported when their verb is called, so that help needs nothing but the standard
+library, and the table below is the whole command line. Each takes a list of arguments and returns an exit status.
+"""
+
+import dis
+import importlib
+import importlib.metadata
+import os
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+VERBS = {  # group -> verb -> (module:function, what it does)
+    "Training": {
+        "quickstart": ("controlbooth.launch.quickstart:main", "train a ControlNet on this machine, from nothing"),
+        "train": ("controlbooth.launch.local:main", "run a training on this machine, or resume it"),
+        "export": ("controlbooth.trainer.export:main", "write a checkpoint in the format that diffusers loads"),
+    },
+    "Data": {
+        "data pack": ("controlbooth.data.pack:main", "write pictures, captions and conditions into tar shards"),
+        "data index": ("controlbooth.data.index:main", "check tar shards and index them beside the tars"),
+        "data info": ("controlbooth.data.inspect:info_main", "sizes, conditions and faults of a data set"),
+        "data show": ("controlbooth.data.inspect:show_main", "look at samples as the trainer sees them"),
+        "data order": ("controlbooth.data.inspect:order_main", "which samples a step reads, on which rank"),
+    },
+}
+TABLE = {verb: entry for group in VERBS.values() for verb, entry in group.items()}
+
+EXAMPLES = """\
+Examples:
+  controlbooth quickstart
+  controlbooth train launch/configs/quickstart.yaml max_steps=200
+  controlbooth train run.yaml --processes 8 --dry-run
+  controlbooth data index shards/
+"""
+
+USER_ERROR = 2
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command line and returns its exit status: 0, 2 for a mistake that a message explains, 130 for Ctrl-C."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["--version"]:
+        print(f"controlbooth {importlib.metadata.version('controlbooth')}")
+        return 0
+    verb = next((name for name in (" ".join(words[:2]), " ".join(words[:1])) if name in TABLE), None)
+    if verb is None:
+        return _no_verb(words)
+    try:
+        return _call(verb, words[len(verb.split()) :])
+    except KeyboardInterrupt:
+        print("\ncontrolbooth: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader has gone, as in `controlbooth data show ... | head`. Python would complain again as it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError) as error:
+        if not _is_message(error):
+            raise
+        print(f"controlbooth {verb}: {error}", file=sys.stderr)
+        return USER_ERROR
+
+
+def _call(verb: str, arguments: list[str]) -> int:
+    module, _, function = TABLE[verb][0].partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)(arguments) or 0
+    except SystemExit as stop:
+        if isinstance(stop.code, str):  # raise SystemExit("message") would end with status 1
+            print(f"controlbooth {verb}: {stop.code}", file=sys.stderr)
+            return USER_ERROR
+        return int(stop.code or 0)
+
+
+def _is_message(error: BaseException) -> bool:
+    """Whether a `raise` in this project wrote the message, or the system named a file that it could not use.
+
+    Other errors of the same types, such as numpy's about shapes, are defects, and are shown with their traceback.
+    """
+    if isinstance(error, OSError) and error.filename is not None:
+        return True
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    if place is None:
+        return False
+    code, module = place.tb_frame.f_code, place.tb_frame.f_globals.get("__name__", "")
+    return module.startswith("controlbooth.") and code.co_code[place.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+
+
+def _no_verb(words: list[str]) -> int:
+    """Help where it was asked for or nothing was; otherwise the nearest verb."""
+    first, *rest = words or ["--help"]
+    is_group = any(verb.startswith(f"{first} ") for verb in TABLE)
+    asked_for = rest[:1] if is_group else [first]
+    if not asked_for or asked_for[0] in ("-h", "--help"):
+        print(_help(prefix=first if is_group else ""), end="")
+        return 0
+    asked = " ".join(words[: 1 + is_group])
+    near = get_close_matches(asked, TABLE, n=1) or [verb for verb in TABLE if asked_for[0] in verb.split()]
+    hint = f"did you mean '{near[0]}'?" if near else f"verbs are: {', '.join(TABLE)}"
+    print(f"controlbooth: there is no verb '{asked}'; {hint}", file=sys.stderr)
+    return USER_ERROR
+
+
+def _help(prefix: str) -> str:
+    lines = ["usage: controlbooth VERB ...    (controlbooth VERB --help explains one; --version)", ""]
+    width = max(map(len, TABLE))
+    for group, verbs in VERBS.items():
+        shown = {verb: text for verb, (_, text) in verbs.items() if verb.startswith(prefix)}
+        if shown:
+            lines += [f"{group}:", *(f"  {verb:<{width}}  {text}" for verb, text in shown.items()), ""]
+    return "\n".join(lines) + "\n" + EXAMPLES
+
+
+if __name__ == "__main__":
+    sys.exit(main())

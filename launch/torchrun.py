@@ -1,0 +1,72 @@
+"""Pure: a run and the facts of one node -> the command and the environment that start the node's ranks.
+
+The worker is the same everywhere, `torchrun ... -m controlbooth.trainer.train run.yaml`; an engine only fills in Node.
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+WORKER = "controlbooth.trainer.train"
+GRACE_SECONDS = 300
+"""From SIGTERM until torchrun kills its ranks. Its own 30 s are less than a step and a checkpoint of a large model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """What an engine knows of one machine of a run."""
+
+    processes: int
+    """Ranks on this node."""
+    cores: int
+    """Cores that these ranks may use together."""
+    gpus: int
+    head_port: int
+    head_address: str = "127.0.0.1"
+    """Of the node with node_rank 0, where all nodes meet."""
+    nodes: int = 1
+    node_rank: int = 0
+    grace_seconds: int = GRACE_SECONDS
+    """Must be less than what the engine itself waits before it kills."""
+
+
+def world_size(node: Node) -> int:
+    """Ranks of the whole run; every node has the same number."""
+    return node.nodes * node.processes
+
+
+def threads_per_process(node: Node) -> int:
+    return max(1, node.cores // node.processes)
+
+
+def torchrun_command(run_file: str, overrides: Sequence[str], name: str, node: Node) -> list[str]:
+    """The argument list that starts one node. name: of the run, the same on every node; it names the rendezvous."""
+    return [
+        sys.executable,  # torchrun of this environment, whatever the PATH says
+        "-m",
+        "torch.distributed.run",
+        f"--nnodes={node.nodes}",
+        f"--nproc-per-node={node.processes}",
+        "--rdzv-backend=c10d",
+        f"--rdzv-id={name}",
+        f"--rdzv-endpoint={node.head_address}:{node.head_port}",
+        f"--rdzv-conf=is_host={int(node.node_rank == 0)}",  # otherwise guessed from host names, wrong in containers
+        "--max-restarts=0",  # a resume is a new start: its ranks must read the latest checkpoint
+        f"--shutdown-timeout={node.grace_seconds}",
+        "-m",
+        WORKER,
+        run_file,
+        *overrides,
+    ]
+
+
+def torchrun_environment(node: Node, inherited: Mapping[str, str]) -> dict[str, str]:
+    """The variables to set on top of `inherited`; what the user has set there stays."""
+    chosen = {
+        # torchrun would set 1, and without it every rank would take all cores
+        "OMP_NUM_THREADS": str(threads_per_process(node)),
+        "HF_HUB_OFFLINE": "1",  # models are folders; a name that looks like one of a hub must fail, not download
+    }
+    if node.gpus == 0:
+        chosen["DS_ACCELERATOR"] = "cpu"  # DeepSpeed otherwise guesses from installed packages
+    return {key: value for key, value in chosen.items() if key not in inherited}
