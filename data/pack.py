@@ -1,0 +1,354 @@
+"""`controlbooth data pack`: a source -> tar shards with their indexes and a manifest.
+
+A shard is written under a temporary name, renamed, indexed and then noted in pack.jsonl with a hash of what it was made
+from. So a pack that was killed goes on at the first shard that is not noted, and shards whose samples changed are
+written again. Nothing that differs between runs is written into a shard, so equal sources give equal bytes.
+"""
+
+import argparse
+import errno
+import fcntl
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+from tqdm import tqdm
+
+from controlbooth.data import manifest
+from controlbooth.data.conditions import CONDITIONS
+from controlbooth.data.decode import BadSample, decode_image, same_frame
+from controlbooth.data.draws import hash64
+from controlbooth.data.index import ensure_index, usable_cpus
+from controlbooth.data.sidecar import index_path, load_index, write_whole
+from controlbooth.data.sources import SCENE_KINDS, Source, SourceSample, encode_png, open_folder, open_scenes
+from controlbooth.data.tables import is_rows, open_rows
+
+JOURNAL = "pack.jsonl"
+_MAGIC = {b"\xff\xd8\xff": "jpg", b"\x89PN": "png", b"RIF": "webp"}
+
+
+class PackError(Exception):
+    """Something outside of the data that stops a pack; the message says how to go on."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One shard to write."""
+
+    path: Path
+    start: int
+    stop: int
+    identity: str
+
+
+def encode_parts(sample: SourceSample, computed: Sequence[str]) -> dict[str, bytes]:
+    """A source's sample -> {extension: bytes} as stored.
+
+    JPEG, PNG and WebP images are kept byte for byte, others become PNG; conditions become PNG. Everything is decoded,
+    so what cannot be is found here and not in training: BadSample.
+    """
+    image = decode_image(sample.image, sample.key, "image")
+    kind_of_image = _MAGIC.get(sample.image[:3])
+    parts = {kind_of_image: sample.image} if kind_of_image else {"png": encode_png(image)}
+    for kind, data in sample.conditions.items():
+        condition = decode_image(data, sample.key, f"cond.{kind}", background=0)
+        if not same_frame(image.shape, condition.shape):
+            sizes = f"{image.shape[1]}x{image.shape[0]}, {condition.shape[1]}x{condition.shape[0]}"
+            raise BadSample(sample.key, f"cond.{kind}", f"its aspect ratio is not the image's ({sizes})")
+        parts[f"cond.{kind}.png"] = encode_png(condition)
+    rgb = image if image.ndim == 3 else cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)
+    for kind in computed:
+        parts[f"cond.{kind}.png"] = encode_png(CONDITIONS[kind](rgb, hash64(sample.key)))
+    if len(sample.captions) == 1:
+        parts["txt"] = sample.captions[0].encode()
+    else:
+        parts["json"] = json.dumps({"captions": sample.captions}).encode()
+    return parts
+
+
+def write_shard(source: Source, job: Job, skip_bad: bool) -> list[str]:
+    """Writes and indexes one shard; -> what is wrong with the samples that cannot be packed.
+
+    If there are such samples and they may not be skipped, no shard is left behind. Raises PackError on a full disk.
+    """
+    from webdataset.writer import TarWriter  # imports torch, which takes seconds: not for --help
+
+    bad: list[str] = []
+    temporary = job.path.with_name(f"{job.path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            # TarWriter's own close writes the end blocks; owner and time are fixed
+            with TarWriter(file, encoder=False, mtime=0) as writer:
+                for sample in source.read(job.start, job.stop):
+                    try:
+                        parts = encode_parts(sample, source.computed)
+                    except BadSample as error:
+                        bad.append(f"{sample.origin}: {error.part}: {error.reason}")
+                        continue
+                    writer.write({"__key__": sample.key, **parts})
+            file.flush()
+            os.fsync(file.fileno())
+        if bad and not skip_bad:
+            return bad
+        index_path(job.path).unlink(missing_ok=True)  # one of an earlier pack would pass for this shard's
+        os.replace(temporary, job.path)
+        if problems := ensure_index(job.path):
+            raise PackError(f"the shard just written cannot be read back: {problems[0]}")
+        return bad
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise PackError(
+                f"the disk is full: {os.strerror(error.errno)} while writing {job.path}. Free some space and run the "
+                f"same command again; finished shards are kept."
+            ) from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def pack(source: Source, out: Path, samples_per_shard: int, workers: int = 1, skip_bad: bool = False) -> list[str]:
+    """Packs a source into out/shards-*.tar and writes out/manifest.jsonl; -> what could not be packed.
+
+    The manifest is written only when all shards are complete. Raises PackError and ValueError.
+    """
+    if samples_per_shard < 1 or workers < 1:
+        raise ValueError(f"samples per shard ({samples_per_shard}) and workers ({workers}) must be at least 1")
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / JOURNAL, "a+") as journal:
+        _lock(journal, out)
+        description = f"{source.describe()}, {samples_per_shard} a shard"
+        done = _read_journal(journal, out, description)
+        jobs = plan(source, out, samples_per_shard)
+        _remove_leftovers(out, jobs, done)
+        open_jobs = [job for job in jobs if not _is_done(job, done.get(job.path.name), skip_bad)]
+        bad = [line for job in jobs if job not in open_jobs for line in done[job.path.name]["skipped"]]
+        finished = source.count - sum(job.stop - job.start for job in open_jobs)
+        with tqdm(total=source.count, initial=finished, unit="sample", desc="pack") as progress:
+            for job, found in _run(source, open_jobs, workers, skip_bad):
+                progress.update(job.stop - job.start)
+                bad += found
+                if not found or skip_bad:
+                    done[job.path.name] = {"identity": job.identity, "skipped": found}
+                    journal.write(json.dumps({"shard": job.path.name, **done[job.path.name]}) + "\n")
+                    journal.flush()
+        if bad and not skip_bad:
+            return bad
+        manifest.write_manifest([manifest.describe_shard(job.path) for job in jobs], out / manifest.NAME)
+        _tidy_journal(out, description, jobs, done)
+        return bad
+
+
+def plan(source: Source, out: Path, samples_per_shard: int) -> list[Job]:
+    jobs = []
+    for number, start in enumerate(range(0, source.count, samples_per_shard)):
+        stop = min(start + samples_per_shard, source.count)
+        jobs.append(Job(out / f"shards-{number:06d}.tar", start, stop, source.identity(start, stop)))
+    return jobs
+
+
+def _run(source: Source, jobs: Sequence[Job], workers: int, skip_bad: bool) -> Iterator[tuple[Job, list[str]]]:
+    """Each job and its bad samples, as they are finished."""
+    if min(workers, len(jobs)) <= 1:
+        yield from ((job, write_shard(source, job, skip_bad)) for job in jobs)
+        return
+    spawn = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks of OpenCV and pyarrow
+    with ProcessPoolExecutor(min(workers, len(jobs)), spawn, _start_worker, (source, skip_bad)) as pool:
+        futures = {pool.submit(_work, job): job for job in jobs}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BrokenProcessPool as error:
+            raise PackError(
+                "a worker process was killed, most often for memory: use fewer --workers; finished shards are kept"
+            ) from error
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+_worker_arguments: tuple[Source, bool]
+
+
+def _start_worker(source: Source, skip_bad: bool) -> None:
+    global _worker_arguments  # sent once a process and not with each job, as it may list a million files
+    _worker_arguments = (source, skip_bad)
+    cv2.setNumThreads(1)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+
+
+def _end_with(sentinel: int) -> None:
+    """Without this, workers of a killed pack would live on, and write while the next one runs."""
+    multiprocessing.connection.wait([sentinel])
+    os._exit(1)
+
+
+def _work(job: Job) -> list[str]:
+    source, skip_bad = _worker_arguments
+    return write_shard(source, job, skip_bad)
+
+
+def _lock(journal, out: Path) -> None:
+    try:
+        fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise PackError(f"another pack is writing to {out}; wait for it, or choose another folder") from error
+
+
+def _read_journal(journal, out: Path, description: str) -> dict[str, dict]:
+    """{shard name: its line}. A folder that holds another pack, or shards of unknown origin, is refused."""
+    journal.seek(0)
+    lines = []
+    for line in journal.read().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:  # a kill cut the last line short: that shard is simply written again
+            journal.write("\n")
+    if not lines:
+        if foreign := sorted(out.glob("*.tar")):
+            raise ValueError(f"{out} holds {len(foreign)} shards that no pack wrote; choose another folder")
+        journal.write(json.dumps({"source": description}) + "\n")
+        journal.flush()
+        return {}
+    if lines[0] != {"source": description}:
+        raise ValueError(
+            f"{out} holds a pack of another source or with other options ({lines[0].get('source')}), this is "
+            f"{description}. Choose another folder, or delete that one."
+        )
+    return {line["shard"]: line for line in lines[1:]}
+
+
+def _tidy_journal(out: Path, description: str, jobs: Sequence[Job], done: dict[str, dict]) -> None:
+    """One line a shard in order, so that the folder does not tell in how many goes it was made."""
+    lines = [{"source": description}]
+    for job in jobs:
+        entry = done[job.path.name]
+        lines.append({"shard": job.path.name, "identity": entry["identity"], "skipped": entry["skipped"]})
+    write_whole(out / JOURNAL, "".join(json.dumps(line) + "\n" for line in lines).encode())
+
+
+def _remove_leftovers(out: Path, jobs: Sequence[Job], done: dict[str, dict]) -> None:
+    """Temporary files of a killed pack, and shards of an earlier state of this source that had more samples."""
+    for path in (*out.glob("shards-*.tmp"), *out.glob(f"{manifest.NAME}.*.tmp")):
+        path.unlink()
+    for name in done.keys() - {job.path.name for job in jobs}:
+        (out / name).unlink(missing_ok=True)
+        index_path(out / name).unlink(missing_ok=True)
+
+
+def _is_done(job: Job, noted: dict | None, skip_bad: bool) -> bool:
+    """Whether the shard is there, whole, and made of the same samples, with bad ones left out only if that is asked."""
+    if noted is None or noted["identity"] != job.identity or (noted["skipped"] and not skip_bad):
+        return False
+    try:
+        return load_index(index_path(job.path)).shard_bytes == job.path.stat().st_size
+    except (FileNotFoundError, ValueError):
+        return False
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`controlbooth data pack`: 0 when all is packed, 1 with a message on stderr."""
+    arguments = _parser().parse_args(argv)
+    try:
+        source = _open_source(arguments)
+        if arguments.dry_run:
+            _print_plan(source, arguments.out, arguments.samples_per_shard)
+            return 0
+        bad = pack(source, arguments.out, arguments.samples_per_shard, arguments.workers, arguments.skip_bad)
+    except (PackError, ValueError, OSError) as error:
+        print(f"controlbooth data pack: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ncontrolbooth data pack: stopped; the same command goes on where it was", file=sys.stderr)
+        return 130
+    for line in bad[:50]:
+        print(line, file=sys.stderr)
+    if bad and not arguments.skip_bad:
+        print(
+            f"{len(bad)} samples cannot be packed{' (50 shown)' if len(bad) > 50 else ''}. Replace or remove them and "
+            f"run the same command again, or add --skip-bad to leave them out; finished shards are kept.",
+            file=sys.stderr,
+        )
+        return 1
+    dataset = manifest.open_dataset(arguments.out)
+    samples = sum(row.samples for row in dataset.rows)
+    left_out = f", {len(bad)} left out" if bad else ""
+    print(f"{arguments.out}: {samples} samples in {len(dataset.rows)} shards{left_out} ({dataset.fingerprint})")
+    return 0
+
+
+def _open_source(arguments: argparse.Namespace) -> Source:
+    kinds = dict(_kind_and_column(text) for text in arguments.condition)
+    if (arguments.scenes is None) == (arguments.source is None):
+        raise ValueError("name one source: a folder, a table or a data set, or --scenes COUNT")
+    if arguments.scenes is not None:
+        return open_scenes(arguments.scenes, arguments.seed, arguments.start, arguments.size, list(kinds))
+    if is_rows(arguments.source) or not arguments.source.is_dir():
+        if arguments.caption is not None:
+            raise ValueError("--caption is for folders of images; rows have their own, see --caption-column")
+        return open_rows(arguments.source, kinds, arguments.image_column, arguments.caption_column)
+    for kind, column in kinds.items():
+        if column:
+            raise ValueError(f"--condition {kind}={column} is for tables; folders have conditions/{kind}/")
+    return open_folder(arguments.source, list(kinds), arguments.caption)
+
+
+def _kind_and_column(text: str) -> tuple[str, str | None]:
+    kind, _, column = text.partition("=")
+    return kind, column or None
+
+
+def _print_plan(source: Source, out: Path, samples_per_shard: int) -> None:
+    jobs = plan(source, out, samples_per_shard)
+    print(f"{source.describe()}\n{source.count} samples -> {len(jobs)} shards: {jobs[0].path} ...")
+    for sample in source.read(0, min(3, source.count)):
+        sizes = {extension: len(data) for extension, data in encode_parts(sample, source.computed).items()}
+        print(f"  {sample.key}: {sizes} bytes, {sample.captions[0]!r}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="controlbooth data pack",
+        description="Pack images, conditions and captions into tar shards with an index. A pack that was stopped, "
+        "even by kill -9, goes on with the same command.",
+        epilog=f"""sources:
+  a folder     images/, conditions/<kind>/, captions as x.txt beside x.jpg or in captions.csv or .jsonl; without an
+               images/ folder all images below it, and captions from --caption
+  a table      .csv, .jsonl or .parquet with columns image, caption and one for each condition; paths relative to it
+  a data set   a folder of Hugging Face `datasets` (save_to_disk, or Parquet files)
+  --scenes     the embedded world, with {", ".join(SCENE_KINDS)}
+conditions that a source lacks are computed if they are one of {", ".join(CONDITIONS)}
+
+examples:
+  controlbooth data pack photos/ -o shards/ --condition canny
+  controlbooth data pack pets/ -o shards/ --caption "a photo of a {{folder}}"
+  controlbooth data pack fill50k.parquet -o shards/ --condition fill=conditioning_image --caption-column text
+  controlbooth data pack --scenes 20000 --seed 0 --condition edges --condition depth -o shards/""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", nargs="?", type=Path, help="folder, table or data set")
+    parser.add_argument("-o", "--out", type=Path, required=True, help="folder for the shards")
+    parser.add_argument(
+        "--condition", action="append", default=[], metavar="KIND[=COLUMN]", help="a condition to pack; may be repeated"
+    )
+    parser.add_argument("--caption", help="caption of all images of a folder, with {folder} and {name}")
+    parser.add_argument("--image-column", default="image", help="of a table (default: image)")
+    parser.add_argument("--caption-column", default="caption", help="of a table (default: caption)")
+    parser.add_argument("--scenes", type=int, metavar="COUNT", help="draw so many scenes")
+    parser.add_argument("--seed", type=int, default=0, help="of the scenes (default: 0)")
+    parser.add_argument("--start", type=int, default=0, help="number of the first scene (default: 0)")
+    parser.add_argument("--size", type=int, default=64, help="side of the scenes in pixels (default: 64)")
+    parser.add_argument("--samples-per-shard", type=int, default=1000, help="(default: 1000)")
+    parser.add_argument("--workers", type=int, default=usable_cpus(), help="processes (default: the CPUs)")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be read, and list them")
+    parser.add_argument("--dry-run", action="store_true", help="check, show what would be packed, and write nothing")
+    return parser

@@ -1,0 +1,293 @@
+"""What can be packed: a folder of images and the embedded scenes; rows of tables and data sets are in tables.py.
+
+A source knows how many samples it has and gives any range of them, so that shards can be written by many processes.
+What can be told beforehand (captions and conditions that are missing, names that collide) is told when it is opened.
+"""
+
+import csv
+import functools
+import hashlib
+import io
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import cv2
+import numpy as np
+
+from controlbooth.data import scenes
+from controlbooth.data.conditions import CONDITIONS
+from controlbooth.data.index import split_name
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+CAPTION_TABLES = ("captions.csv", "captions.jsonl", "metadata.csv", "metadata.jsonl")
+SCENE_KINDS = ("edges", "segmentation", "depth", "normals", "keypoints")
+SEGMENTATION_STEP = 31
+"""Scene classes are stored this many gray levels apart, since levels 0 to 8 of 255 would look all black to a model."""
+
+
+@dataclass(frozen=True)
+class SourceSample:
+    key: str
+    origin: str
+    """Where it comes from, for messages: a path, or a file and row."""
+    image: bytes
+    conditions: dict[str, bytes]
+    captions: list[str]
+
+
+class Source(Protocol):
+    @property
+    def count(self) -> int: ...
+
+    @property
+    def computed(self) -> tuple[str, ...]:
+        """Condition kinds that the source does not hold and that are computed from its images."""
+        ...
+
+    def describe(self) -> str:
+        """One line that names the source and its options; equal for equal arguments."""
+        ...
+
+    def identity(self, start: int, stop: int) -> str:
+        """A hash over what these samples are made from, without reading the images."""
+        ...
+
+    def read(self, start: int, stop: int) -> Iterator[SourceSample]: ...
+
+
+@dataclass(frozen=True)
+class FolderItem:
+    key: str
+    image: str
+    conditions: tuple[tuple[str, str], ...]
+    caption: str | None
+    """None where it stands in a .txt beside the image."""
+
+
+@dataclass(frozen=True)
+class FolderSource:
+    """Images matched by name with conditions/<kind>/ and captions. Items are sorted by key."""
+
+    root: str
+    items: tuple[FolderItem, ...] = field(repr=False)
+    kinds: tuple[str, ...]
+    computed: tuple[str, ...]
+    caption_template: str | None
+
+    @property
+    def count(self) -> int:
+        return len(self.items)
+
+    def describe(self) -> str:
+        conditions = f"conditions {self.kinds}, computed {self.computed}"
+        return f"folder {self.root}, {conditions}, caption {self.caption_template!r}"
+
+    def identity(self, start: int, stop: int) -> str:
+        parts = []
+        for item in self.items[start:stop]:
+            paths = [item.image, *(path for _, path in item.conditions)]
+            if item.caption is None:
+                paths.append(str(Path(item.image).with_suffix(".txt")))
+            parts.append((item.key, item.caption, [(path, Path(path).stat().st_size) for path in paths]))
+        return stable_hash(parts)
+
+    def read(self, start: int, stop: int) -> Iterator[SourceSample]:
+        for item in self.items[start:stop]:
+            caption = item.caption
+            if caption is None:
+                caption = _read_text(Path(item.image).with_suffix(".txt")).strip()
+            conditions = {kind: Path(path).read_bytes() for kind, path in item.conditions}
+            yield SourceSample(item.key, item.image, Path(item.image).read_bytes(), conditions, [caption])
+
+
+def open_folder(root: Path, kinds: Sequence[str], caption_template: str | None) -> FolderSource:
+    """root/images/ (or root itself), root/conditions/<kind>/, and .txt files or a caption table.
+
+    kinds: the conditions wanted, from their folder or else computed; empty for all folders in conditions/.
+    caption_template: may hold {folder} and {name}, underscores there read as spaces.
+    """
+    image_root = root / "images" if (root / "images").is_dir() else root
+    condition_root = root / "conditions"
+    stored = sorted(path.name for path in condition_root.iterdir() if path.is_dir()) if condition_root.is_dir() else []
+    kinds = tuple(kinds) or tuple(stored)
+    computed = computed_kinds(kinds, stored, f"there is no folder {condition_root}/")
+    images = _images_by_name(image_root, skip=condition_root)
+    if not images:
+        raise ValueError(f"no images ({', '.join(IMAGE_SUFFIXES)}) below {image_root}")
+    conditions = {kind: _images_by_name(condition_root / kind) for kind in kinds if kind not in computed}
+    for kind, there in conditions.items():
+        remedy = f"put them in {condition_root / kind}/ under the image's name"
+        refuse_missing(f"{kind} condition", [name for name in images if name not in there], len(images), remedy)
+    captions = _folder_captions(root, image_root, images, caption_template)
+    items = []
+    for name, path in images.items():
+        paths = tuple((kind, str(there[name])) for kind, there in conditions.items())
+        items.append(FolderItem(_safe_key(name), str(path), paths, captions[name]))
+    _refuse_collisions(items)
+    return FolderSource(str(root), tuple(items), kinds, computed, caption_template)
+
+
+def _images_by_name(root: Path, skip: Path | None = None) -> dict[str, Path]:
+    """{path below root without its suffix: path}, sorted. Two images of one name are an error."""
+    found: dict[str, Path] = {}
+    for path in sorted(root.rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
+        if path.suffix.lower() not in IMAGE_SUFFIXES or hidden or (skip and path.is_relative_to(skip)):
+            continue
+        name = path.relative_to(root).with_suffix("").as_posix()
+        if name in found:
+            raise ValueError(f"{found[name]} and {path} have the same name: rename one, or remove it")
+        found[name] = path
+    return found
+
+
+def _folder_captions(
+    root: Path, image_root: Path, images: Mapping[str, Path], template: str | None
+) -> dict[str, str | None]:
+    """{image name: caption, or None where a .txt has it}."""
+    if template is not None:
+        return {name: _fill_template(template, path) for name, path in images.items()}
+    places = [folder / name for folder in dict.fromkeys((root, image_root)) for name in CAPTION_TABLES]
+    tables = [path for path in places if path.exists()]
+    if len(tables) > 1:
+        raise ValueError(f"{', '.join(map(str, tables))} all hold captions: keep one of them")
+    listed = _caption_table(tables[0]) if tables else {}
+    captions = {
+        name: listed.get(path.relative_to(image_root).as_posix(), listed.get(path.relative_to(root).as_posix()))
+        for name, path in images.items()
+    }
+    unlisted = [name for name in images if captions[name] is None]
+    missing = [name for name in unlisted if not images[name].with_suffix(".txt").exists()]
+    remedy = "put a .txt beside each image, a captions.csv with columns image,caption, or pass --caption"
+    refuse_missing("caption", missing, len(images), f"{remedy} 'a photo of a {{folder}}'")
+    return captions
+
+
+def _fill_template(template: str, path: Path) -> str:
+    try:
+        return template.format(folder=path.parent.name.replace("_", " "), name=path.stem.replace("_", " "))
+    except (KeyError, IndexError, ValueError) as error:
+        raise ValueError(f"--caption {template!r} may hold {{folder}} and {{name}} and no other braces") from error
+
+
+def _caption_table(path: Path) -> dict[str, str]:
+    """{file name: caption} from columns image or file_name, and caption or text."""
+    rows = text_rows(str(path))
+    columns = rows[0].keys() if rows else []
+    image = next((name for name in ("image", "file_name") if name in columns), None)
+    caption = next((name for name in ("caption", "text") if name in columns), None)
+    if image is None or caption is None:
+        raise ValueError(f"{path} has columns {', '.join(columns)}; it needs image and caption (or file_name and text)")
+    return {row[image]: row[caption] for row in rows if row.get(image) and row.get(caption)}
+
+
+@dataclass(frozen=True)
+class SceneSource:
+    """The embedded world, `count` scenes of a seed from `start` on."""
+
+    count: int
+    seed: int
+    start: int
+    size: int
+    kinds: tuple[str, ...]
+    computed: tuple[str, ...]
+
+    def describe(self) -> str:
+        return f"scenes of seed {self.seed} from {self.start}, {self.size} px, {self.kinds}, computed {self.computed}"
+
+    def identity(self, start: int, stop: int) -> str:
+        return stable_hash([self.describe(), start, stop])
+
+    def read(self, start: int, stop: int) -> Iterator[SourceSample]:
+        for index in range(self.start + start, self.start + stop):
+            what = scenes.scene(self.seed, index)
+            drawn = scenes.render(what, self.size)
+            conditions = {kind: encode_png(getattr(drawn, kind)) for kind in self.kinds if kind != "segmentation"}
+            if "segmentation" in self.kinds:
+                conditions["segmentation"] = encode_png(drawn.segmentation * np.uint8(SEGMENTATION_STEP))
+            key = f"scene-{self.seed}-{index:08d}"
+            yield SourceSample(key, key, encode_png(drawn.image), conditions, [what.caption])
+
+
+def open_scenes(count: int, seed: int, start: int, size: int, kinds: Sequence[str]) -> SceneSource:
+    """kinds: of SCENE_KINDS, exact, or of CONDITIONS, computed; empty for edges."""
+    if count < 1 or start < 0 or size < 8:
+        raise ValueError(f"--scenes {count} must be 1 or more, --start {start} 0 or more, --size {size} 8 or more")
+    kinds = tuple(kinds) or ("edges",)
+    computed = computed_kinds(kinds, SCENE_KINDS, f"scenes have {', '.join(SCENE_KINDS)} but no")
+    return SceneSource(count, seed, start, size, tuple(kind for kind in kinds if kind not in computed), computed)
+
+
+@functools.lru_cache(maxsize=2)
+def text_rows(path: str) -> list[dict[str, Any]]:
+    """The rows of a CSV or JSONL file."""
+    text = _read_text(Path(path))
+    if path.endswith(".csv"):
+        return list(csv.DictReader(io.StringIO(text, newline="")))
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(dict(json.loads(line)))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}, line {number} is not a JSON object: {error}") from error
+    return rows
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8") from error
+
+
+def encode_png(pixels: np.ndarray) -> bytes:
+    """(H, W) or (H, W, 3) RGB uint8 -> PNG, of one channel where one says it all: it decodes eight times as fast."""
+    if pixels.ndim == 3 and (pixels == pixels[..., :1]).all():
+        pixels = pixels[..., 0]
+    done, data = cv2.imencode(".png", pixels if pixels.ndim == 2 else cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))
+    if not done:
+        raise ValueError(f"OpenCV cannot encode an image of shape {pixels.shape} as PNG")
+    return data.tobytes()
+
+
+def computed_kinds(kinds: Sequence[str], stored: Sequence[str], otherwise: str) -> tuple[str, ...]:
+    """The kinds that are not stored, all of which can be computed."""
+    computed = tuple(kind for kind in kinds if kind not in stored)
+    for kind in kinds:
+        if not re.fullmatch(r"[a-z0-9_-]+", kind):
+            raise ValueError(f"condition {kind!r} becomes a file extension: use lower-case letters, digits, _ and -")
+        if kind in computed and kind not in CONDITIONS:
+            raise ValueError(f"{otherwise} {kind}, and only {', '.join(CONDITIONS)} can be computed from the image")
+    return computed
+
+
+def _safe_key(name: str) -> str:
+    """A path without suffix -> a webdataset key, which ends at the first dot of the base name."""
+    folder, slash, base = name.rpartition("/")
+    key = f"{folder}{slash}{base.replace('.', '_')}"
+    if split_name(f"{key}.jpg") != (key, "jpg"):
+        raise ValueError(f"webdataset cannot hold a sample named {name!r}: rename the file or its folder")
+    return key
+
+
+def _refuse_collisions(items: Sequence[FolderItem]) -> None:
+    first: dict[str, FolderItem] = {}
+    for item in items:
+        if (other := first.setdefault(item.key, item)) is not item:
+            raise ValueError(f"{other.image} and {item.image} would both be the sample {item.key!r}: rename one")
+
+
+def refuse_missing(what: str, missing: Sequence[str], count: int, remedy: str) -> None:
+    if missing:
+        some = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        raise ValueError(f"{len(missing)} of {count} samples have no {what}: {some}. To mend it, {remedy}.")
+
+
+def stable_hash(value: object) -> str:
+    return hashlib.blake2b(json.dumps(value).encode(), digest_size=16).hexdigest()
