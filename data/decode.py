@@ -37,7 +37,7 @@ def decode_image(data: bytes, key: str, part: str, background: int = 255) -> np.
     if pixels is None:
         raise BadSample(key, part, f"the image cannot be decoded ({len(data)} bytes, starting {data[:8]!r})")
     if pixels.dtype == np.uint16:
-        pixels = (pixels >> 8).astype(np.uint8)
+        pixels = np.right_shift(pixels, 8).astype(np.uint8)
     if pixels.dtype != np.uint8:
         raise BadSample(key, part, f"its values are {pixels.dtype}; store the image with 8 or 16 bits a channel")
     if pixels.ndim == 3 and pixels.shape[2] == 4:

@@ -249,7 +249,7 @@ class Loader:
     def _fill(self, step: _Step, at: int) -> _Row:
         """Runs in a thread: the sample of one row into the step's arrays, or what stands in for it."""
         position = int(step.positions[at])
-        step.noise[at] = draws.noise(self.seed, [position], self.latent_shape)[0]
+        step.noise[at] = draws.noise(self.seed, step.positions[at : at + 1], self.latent_shape)[0]
         original = place = self.order.locate(position)
         faults: list[dict] = []
         for attempt in range(SUBSTITUTE_ATTEMPTS + 1):

@@ -13,11 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
-import braceexpand
 import numpy as np
+from braceexpand import braceexpand
 
 from controlbooth.data.index import STRUCTURAL, ensure_indexes
-from controlbooth.data.sidecar import index_path, load_index, read_digest
+from controlbooth.data.sidecar import index_path, load_index, read_digest, write_whole
 
 NAME = "manifest.jsonl"
 
@@ -84,15 +84,13 @@ def describe_shard(path: Path) -> ShardRow:
 
 
 def write_manifest(rows: Sequence[ShardRow], path: Path) -> None:
-    """Writes rows with uris relative to the manifest's folder, to a temporary name and then to `path`."""
+    """Writes rows with uris relative to the manifest's folder, whole or not at all."""
     folder = path.absolute().parent
     lines = []
     for row in rows:
         relative = Path(os.path.relpath(os.path.abspath(row.uri), folder)).as_posix()
         lines.append(json.dumps(asdict(replace(row, uri=relative))) + "\n")
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(lines))
-    os.replace(temporary, path)
+    write_whole(path, "".join(lines).encode())
 
 
 def read_manifest(path: Path) -> list[ShardRow]:
@@ -126,8 +124,8 @@ def find_shards(location: str | Path) -> list[Path]:
         found = [Path(text)]
     else:
         try:
-            names = list(braceexpand.braceexpand(text))
-        except braceexpand.UnbalancedBracesError as error:
+            names = list(braceexpand(text))
+        except ValueError as error:
             raise ValueError(f"the braces of {text!r} do not match; write shards-{{000..009}}.tar") from error
         found = [Path(name) for pattern in names for name in _matches(pattern)]
     missing = [path for path in found if not path.exists()]

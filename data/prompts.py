@@ -18,8 +18,9 @@ def read_captions(data: bytes, extension: str, key: str) -> list[str]:
         raise BadSample(key, extension, f"the caption cannot be read: {error}") from error
     if isinstance(value, dict):
         value = value.get("captions", value.get("caption"))
-    captions = value if isinstance(value, list) else [value]
-    if not captions or not all(isinstance(caption, str) for caption in captions):
+    given = value if isinstance(value, list) else [value]
+    captions = [caption for caption in given if isinstance(caption, str)]
+    if not captions or len(captions) < len(given):
         expected = 'a string, {"caption": "..."} or {"captions": ["...", ...]}'
         raise BadSample(key, extension, f"the caption is not {expected}")
     return captions

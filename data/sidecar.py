@@ -94,14 +94,21 @@ def make_index(shard_bytes: int, extensions: tuple[str, ...], samples: np.ndarra
 
 
 def write_index(index: ShardIndex, path: Path) -> None:
-    """Writes to a temporary name and renames, so a file with the right name is always whole."""
     body = _encode(index.shard_bytes, index.extensions, index.samples, index.parts)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(body + _digest(body))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_whole(path, body + _digest(body))
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes to a temporary name of this process and renames, so a file with the right name is always whole."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_index(path: Path) -> ShardIndex:
