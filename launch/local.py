@@ -1,0 +1,183 @@
+"""`controlbooth train`: checks a run, starts its ranks on this machine through torchrun, and stops them cleanly."""
+
+import argparse
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import psutil
+
+from controlbooth.launch.preflight import preflight
+from controlbooth.launch.torchrun import (
+    Node,
+    threads_per_process,
+    torchrun_command,
+    torchrun_environment,
+    world_size,
+)
+from controlbooth.trainer.config import (
+    RunConfig,
+    gradient_accumulation_steps,
+    load_config,
+    run_folder,
+    tracking_uri,
+)
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="controlbooth train",
+        description="Runs a training on this machine. Started again, it goes on from its latest checkpoint.",
+    )
+    parser.add_argument("run", metavar="RUN.yaml", help="the run; launch/configs/ holds complete ones")
+    parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="a field of the run, set here")
+    parser.add_argument("--processes", type=int, help="ranks (default: one per GPU, or 1 on a machine without)")
+    parser.add_argument("--dry-run", action="store_true", help="check the run and print the command; start nothing")
+    options = parser.parse_intermixed_args(arguments)
+    return train(options.run, options.overrides, options.processes, options.dry_run)
+
+
+def train(run_file: str, overrides: Sequence[str] = (), processes: int | None = None, dry_run: bool = False) -> int:
+    """Runs to the end and returns torchrun's exit status; 2 where the checks found problems, 128 + signal if stopped.
+
+    processes: ranks on this machine; None for one per GPU, or 1 without. Raises ConfigError and ValueError.
+    """
+    config = load_config(run_file, overrides)
+    node = this_node(processes)
+    if problems := preflight(config, node):
+        for problem in problems:
+            print(f"controlbooth train: {problem}", file=sys.stderr)
+        return 2
+    print(plan(config, node), flush=True)
+    command = torchrun_command(run_file, overrides, config.name, node)
+    chosen = torchrun_environment(node, os.environ)
+    if dry_run:
+        print("command   ", *(f"{key}={value}" for key, value in chosen.items()), shlex.join(command))
+        return 0
+    return run(command, os.environ | chosen)
+
+
+def this_node(processes: int | None = None) -> Node:
+    """The facts of this machine. Raises ValueError where MASTER_PORT names a port that is taken."""
+    gpus = gpu_count()
+    if processes is not None and processes < 1:
+        raise ValueError(f"--processes is {processes}, but a run has at least one rank")
+    return Node(processes=processes or max(1, gpus), cores=core_count(), gpus=gpus, head_port=head_port())
+
+
+def core_count() -> int:
+    """Cores that this process may use, which is less than the machine's inside a container or under taskset."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def gpu_count() -> int:
+    """NVIDIA GPUs that CUDA_VISIBLE_DEVICES leaves visible, counted without torch."""
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=True).stdout
+    except (FileNotFoundError, subprocess.CalledProcessError):  # no driver, or a driver without a device
+        return 0
+    installed = sum(line.startswith("GPU ") for line in listed.splitlines())
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return installed
+    return min(installed, len([device for device in visible.split(",") if device.strip() not in ("", "-1")]))
+
+
+def head_port() -> int:
+    """MASTER_PORT if it is set and free, otherwise a free port that the system chooses."""
+    configured = os.environ.get("MASTER_PORT", "")
+    if configured and not configured.isdigit():
+        raise ValueError(f"MASTER_PORT is {configured!r}, but a port is a number. Unset it to have a free one chosen")
+    with socket.socket() as probe:
+        try:
+            probe.bind(("", int(configured or 0)))
+        except (OSError, OverflowError) as error:
+            raise ValueError(
+                f"MASTER_PORT={configured} cannot be used on this machine ({error}). "
+                "Unset it to have a free one chosen, or end the program that listens there"
+            ) from error
+        return probe.getsockname()[1]
+
+
+def plan(config: RunConfig, node: Node) -> str:
+    """What is about to run, for a person to check at a glance."""
+    accumulation = gradient_accumulation_steps(config, world_size(node))
+    devices = f"{node.gpus} GPUs" if node.gpus else f"CPU, {threads_per_process(node)} threads each"
+    held_out = f"held out: {config.data.held_out}" if config.data.held_out else "nothing is held out or validated"
+    return "\n".join(
+        [
+            f"run        {config.name} in {run_folder(config)}, which is resumed if it holds a checkpoint",
+            f"model      ControlNet for '{config.data.condition}' on {config.model.base}",
+            f"data       {config.data.shards}; {held_out}",
+            f"ranks      {world_size(node)} ({devices}), ZeRO stage {config.engine.zero_stage}",
+            f"batch      {config.global_batch_size} = {config.micro_batch_size} a rank x {world_size(node)} ranks "
+            f"x {accumulation} accumulation steps",
+            f"steps      {config.max_steps}, {config.max_steps * config.global_batch_size} samples",
+            f"tracking   {tracking_uri(config)}",
+        ]
+    )
+
+
+def run(command: Sequence[str], environment: dict[str, str]) -> int:
+    """Starts torchrun and waits. The first stop signal lets the ranks checkpoint; the second one kills them.
+
+    Returns the exit status; 128 + signal where a signal stopped a run that ended well.
+    """
+    # A session of its own: otherwise Ctrl-C would reach the ranks too, beside what is forwarded here.
+    agent = subprocess.Popen(command, env=environment, start_new_session=True)
+    received: list[int] = []
+
+    def forward(number: int, _frame: object) -> None:
+        received.append(number)
+        if len(received) == 1:
+            print("controlbooth: stopping after this step with a checkpoint; once more stops now", file=sys.stderr)
+            _terminate(agent)
+        else:
+            _kill(agent)
+
+    previous = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    for number in STOP_SIGNALS:
+        if previous[number] is not signal.SIG_IGN:  # nohup ignores SIGHUP for us
+            signal.signal(number, forward)
+    try:
+        status = agent.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if received and status <= 0:
+        return 128 + received[0]
+    return status if status >= 0 else 128 - status
+
+
+def _terminate(agent: subprocess.Popen) -> None:
+    """SIGTERM to the ranks: torchrun itself would end with status 1 and a traceback although all of them ended well."""
+    try:
+        ranks = psutil.Process(agent.pid).children()
+    except psutil.NoSuchProcess:
+        return
+    for process in ranks:
+        _signal(process.pid, signal.SIGTERM)
+    if not ranks:  # torchrun has not started them yet
+        _signal(agent.pid, signal.SIGTERM)
+
+
+def _kill(agent: subprocess.Popen) -> None:
+    try:
+        processes = [psutil.Process(agent.pid), *psutil.Process(agent.pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return
+    for process in processes:
+        _signal(process.pid, signal.SIGKILL)
+
+
+def _signal(process_id: int, number: signal.Signals) -> None:
+    try:
+        os.kill(process_id, number)
+    except ProcessLookupError:
+        return  # it ended by itself meanwhile, which is what was asked for

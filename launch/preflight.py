@@ -1,0 +1,221 @@
+"""Cheap checks before accelerators are spent: paths, arithmetic and disk space, without torch, in milliseconds.
+
+All problems are returned together, each with its value and its remedy. What only a loaded model or a read sample can
+tell is checked by the trainer; here is what people get wrong, found before anything starts.
+"""
+
+import glob
+import importlib.util
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import braceexpand
+
+from controlbooth.launch.torchrun import Node, world_size
+from controlbooth.trainer import config as trainer_config
+from controlbooth.trainer.config import BUILT_IN, ConfigError, RunConfig, gradient_accumulation_steps, run_folder
+
+MINIATURE = Path(trainer_config.__file__).parents[1] / "models" / "miniature"
+COPIED = ("conv_in.", "time_embedding.", "add_embedding.", "down_blocks.", "mid_block.")
+"""Parts of a diffusers U-Net of which a ControlNet has a copy."""
+COPIED_ORIGINAL = tuple(
+    f"model.diffusion_model.{part}." for part in ("input_blocks", "time_embed", "label_emb", "middle_block")
+)
+"""The same in a single file of the original layout."""
+TRAINING_BYTES = 4 + 4 + 4 + 4
+"""A trained parameter in a checkpoint: the weight, its fp32 master copy and Adam's two moments. An upper bound."""
+
+
+def preflight(config: RunConfig, node: Node) -> list[str]:
+    """Problems that would stop the run, or make it worthless; none is an empty list."""
+    return [problem for check in CHECKS for problem in check(config, node)]
+
+
+def check_ranks(config: RunConfig, node: Node) -> Iterator[str]:
+    try:
+        gradient_accumulation_steps(config, world_size(node))
+    except ConfigError as error:
+        yield str(error)
+    if 0 < node.gpus < node.processes:
+        yield (
+            f"{node.processes} processes need as many GPUs, and this machine shows {node.gpus}. "
+            f"Use --processes {node.gpus}, or look at CUDA_VISIBLE_DEVICES"
+        )
+    if config.model.attention == "xformers":
+        if node.gpus == 0:
+            yield "model.attention is xformers, which has no CPU kernels, and there is no GPU here. Use auto"
+        elif importlib.util.find_spec("xformers") is None:
+            yield 'model.attention is xformers, which is not installed: pip install "controlbooth[cuda]", or use auto'
+
+
+def check_data(config: RunConfig, node: Node) -> Iterator[str]:
+    shards: dict[str, set[Path]] = {}
+    for key, location in (("data.shards", config.data.shards), ("data.held_out", config.data.held_out)):
+        if location is None:
+            continue
+        try:
+            shards[key] = {path.resolve() for path in find_shards(location)}
+        except (OSError, ValueError) as error:
+            yield f"{key} is {location!r}: {error}"
+    common = shards.get("data.shards", set()) & shards.get("data.held_out", set())
+    if common:
+        yield (
+            f"{len(common)} shards are both in data.shards and in data.held_out (first: {min(common)}), so validation "
+            "would measure what was trained on. Name other shards in data.held_out"
+        )
+
+
+def find_shards(location: str) -> list[Path]:
+    """Paths of the tars that a location names, all of them existing. Raises FileNotFoundError and ValueError."""
+    if "://" in location:
+        raise ValueError("remote shards are not read; copy them to a disk of this machine")
+    path = Path(location)
+    manifest = path / "manifest.jsonl" if path.is_dir() else path
+    if manifest.suffix == ".jsonl" and manifest.exists():
+        found = [manifest.parent / uri for uri in _manifest_uris(manifest)]
+    elif path.is_dir():
+        found = sorted(path.glob("*.tar"))
+    else:
+        try:
+            patterns = list(braceexpand.braceexpand(location))
+        except ValueError as error:
+            raise ValueError("its braces do not match; write shards-{000..009}.tar") from error
+        names = [sorted(glob.glob(one)) if glob.has_magic(one) else [one] for one in patterns]
+        found = [Path(name) for group in names for name in group]
+    remedy = "correct the path, or write shards with `controlbooth data pack`"
+    if not found:
+        raise FileNotFoundError(f"there are no .tar shards; {remedy}")
+    if missing := [shard for shard in found if not shard.is_file()]:
+        raise FileNotFoundError(f"{len(missing)} of {len(found)} shards do not exist (first: {missing[0]}); {remedy}")
+    return found
+
+
+def _manifest_uris(manifest: Path) -> list[str]:
+    uris = []
+    for number, line in enumerate(manifest.read_text().splitlines(), 1):
+        try:
+            uris.append(json.loads(line)["uri"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"line {number} of {manifest} is no shard row ({error!r}): "
+                f"run `controlbooth data index {manifest.parent}`"
+            ) from error
+    return uris
+
+
+def check_base(config: RunConfig, node: Node) -> Iterator[str]:
+    base, named = base_path(config), f"model.base is {config.model.base!r}"
+    if config.model.base == BUILT_IN and not (base / "unet" / "config.json").is_file():
+        yield f"{named}, but its weights are not in {base}: this install is incomplete, install controlbooth again"
+    elif not base.exists():
+        yield (
+            f"{named}, which does not exist: give a diffusers folder, a .safetensors file or '{BUILT_IN}'; "
+            "nothing is downloaded from a hub"
+        )
+    elif base.is_dir() and not (base / "unet" / "config.json").is_file():
+        yield (
+            f"{named}, but there is no {base / 'unet' / 'config.json'}: "
+            "give the folder of a whole Stable Diffusion model, which holds unet/, vae/, text_encoder/ and tokenizer/"
+        )
+    elif not base_weights(base):
+        yield (
+            f"{named}, but there is no .safetensors file of its U-Net, the one format that cannot run code when it is "
+            "read: convert the model with save_pretrained(..., safe_serialization=True)"
+        )
+    else:
+        yield from _check_weights(config, base)
+    if config.model.controlnet != "unet" and not Path(config.model.controlnet).exists():
+        yield (
+            f"model.controlnet is {config.model.controlnet!r}, which does not exist: "
+            "give the folder of a ControlNet to go on from, or 'unet' to start one from the base"
+        )
+
+
+def _check_weights(config: RunConfig, base: Path) -> Iterator[str]:
+    for file in base_weights(base):
+        try:
+            safetensors_header(file)
+        except ValueError as error:
+            yield f"model.base is {config.model.base!r}: {error}"
+    if base.is_dir():
+        yield from _check_family(config.model.family, base)
+
+
+def _check_family(family: str, base: Path) -> Iterator[str]:
+    """Only SDXL is told apart here, the mistake that wastes a download; the loader tells all families."""
+    is_xl = json.loads((base / "unet" / "config.json").read_text()).get("addition_embed_type") == "text_time"
+    if family != "auto" and is_xl != (family == "sdxl"):
+        yield f"model.family is {family}, but {base} is {'' if is_xl else 'not '}Stable Diffusion XL. Use auto"
+
+
+def check_output(config: RunConfig, node: Node) -> Iterator[str]:
+    folder = run_folder(config)
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        yield f"the run's folder would be {folder}, but {existing} is a file. Change output or name"
+        return
+    if not os.access(existing, os.W_OK | os.X_OK):
+        yield f"the run's folder would be {folder}, but {existing} is not writable. Change output"
+        return
+    try:
+        checkpoint = checkpoint_bytes(config)
+    except ValueError:
+        return  # check_base has said what is wrong with the weights that this is estimated from
+    kept = config.checkpoint.keep + config.checkpoint.keep_best + 1  # a new one is complete before an old one goes
+    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.exists() else 0
+    needed, free = max(0, kept * checkpoint - there), shutil.disk_usage(existing).free
+    if needed > free:
+        yield (
+            f"{kept} checkpoints of about {_gib(checkpoint)} GiB need {_gib(needed)} GiB more in {existing}, which has "
+            f"{_gib(free)} GiB free. Free some, change output, or lower checkpoint.keep or checkpoint.keep_best"
+        )
+
+
+CHECKS = (check_ranks, check_data, check_base, check_output)
+
+
+def base_path(config: RunConfig) -> Path:
+    return MINIATURE if config.model.base == BUILT_IN else Path(config.model.base)
+
+
+def base_weights(base: Path) -> list[Path]:
+    """The .safetensors files that hold the base's U-Net."""
+    return sorted((base / "unet").glob("*.safetensors")) if base.is_dir() else [base] * (base.suffix == ".safetensors")
+
+
+def checkpoint_bytes(config: RunConfig) -> int:
+    """An upper estimate of one checkpoint's size, from the headers of the base. Raises ValueError for damaged ones."""
+    base = base_path(config)
+    shapes: dict[str, list[int]] = {}
+    for file in base_weights(base):  # a name that comes again is a variant of the same weights, such as fp16
+        shapes |= {name: entry["shape"] for name, entry in safetensors_header(file).items()}
+    copied = COPIED if base.is_dir() else COPIED_ORIGINAL
+    parameters = sum(math.prod(shape) for name, shape in shapes.items() if name.startswith(copied))
+    return parameters * (TRAINING_BYTES + (4 if config.optimizer.ema_decay else 0))
+
+
+def safetensors_header(file: Path) -> dict[str, Any]:
+    """name -> {dtype, shape, data_offsets} of every tensor. Raises ValueError for a file that is none or incomplete."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        size = file.stat().st_size
+        try:
+            header = json.loads(stream.read(length)) if length < size else None
+        except ValueError:
+            header = None
+    if not isinstance(header, dict):
+        raise ValueError(f"{file} is not a safetensors file; a pointer of git-lfs is not its content. Fetch it again")
+    header.pop("__metadata__", None)
+    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if 8 + length + end != size:
+        raise ValueError(f"{file} has {size} bytes where its header says {8 + length + end}. Fetch it again")
+    return header
+
+
+def _gib(size_bytes: int) -> str:
+    return f"{size_bytes / 2**30:.1f}"
