@@ -14,7 +14,7 @@ CATEGORICAL_KINDS = ("segmentation", "instances")
 """Conditions whose values are labels: they are resized to the nearest pixel, as a mean of two labels is a third one."""
 
 
-class BadSample(Exception):
+class BadSample(ValueError):
     """A fault that is in the data and will be there at every attempt, so another sample may take its place."""
 
     def __init__(self, key: str, part: str, reason: str):

@@ -229,14 +229,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=usable_cpus(), help="processes (default: the CPUs)")
     parser.add_argument("--rebuild", action="store_true", help="read all shards again, for shards that were replaced")
     arguments = parser.parse_args(argv)
-    try:
-        paths = [path for location in arguments.shards for path in manifest.find_shards(location)]
-        problems = ensure_indexes(paths, arguments.workers, arguments.rebuild)
-        damaged = {problem.shard for problem in problems if problem.kind in STRUCTURAL}
-        rows = [manifest.describe_shard(path) for path in paths if str(path) not in damaged]
-    except (OSError, ValueError) as error:
-        print(f"controlbooth data index: {error}", file=sys.stderr)
-        return 1
+    paths = [path for location in arguments.shards for path in manifest.find_shards(location)]
+    problems = ensure_indexes(paths, arguments.workers, arguments.rebuild)
+    damaged = {problem.shard for problem in problems if problem.kind in STRUCTURAL}
+    rows = [manifest.describe_shard(path) for path in paths if str(path) not in damaged]
     _print_table(rows, problems)
     if damaged:
         print(

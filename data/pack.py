@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -36,7 +37,7 @@ JOURNAL = "pack.jsonl"
 _MAGIC = {b"\xff\xd8\xff": "jpg", b"\x89PN": "png", b"RIF": "webp"}
 
 
-class PackError(Exception):
+class PackError(OSError):
     """Something outside of the data that stops a pack; the message says how to go on."""
 
 
@@ -166,6 +167,8 @@ def _run(source: Source, jobs: Sequence[Job], workers: int, skip_bad: bool) -> I
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()
+        except (OSError, ValueError) as error:  # its traceback is the worker's and stays in the cause
+            raise PackError(str(error)) from error
         except BrokenProcessPool as error:
             raise PackError(
                 "a worker process was killed, most often for memory: use fewer --workers; finished shards are kept"
@@ -181,6 +184,7 @@ def _start_worker(source: Source, skip_bad: bool) -> None:
     global _worker_arguments  # sent once a process and not with each job, as it may list a million files
     _worker_arguments = (source, skip_bad)
     cv2.setNumThreads(1)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends workers at once, without a traceback from each
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
@@ -256,20 +260,13 @@ def _is_done(job: Job, noted: dict | None, skip_bad: bool) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`controlbooth data pack`: 0 when all is packed, 1 with a message on stderr."""
+    """`controlbooth data pack`: 0 when all is packed, 1 when samples are bad, which are listed on stderr."""
     arguments = _parser().parse_args(argv)
-    try:
-        source = _open_source(arguments)
-        if arguments.dry_run:
-            _print_plan(source, arguments.out, arguments.samples_per_shard)
-            return 0
-        bad = pack(source, arguments.out, arguments.samples_per_shard, arguments.workers, arguments.skip_bad)
-    except (PackError, ValueError, OSError) as error:
-        print(f"controlbooth data pack: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ncontrolbooth data pack: stopped; the same command goes on where it was", file=sys.stderr)
-        return 130
+    source = _open_source(arguments)
+    if arguments.dry_run:
+        _print_plan(source, arguments.out, arguments.samples_per_shard)
+        return 0
+    bad = pack(source, arguments.out, arguments.samples_per_shard, arguments.workers, arguments.skip_bad)
     for line in bad[:50]:
         print(line, file=sys.stderr)
     if bad and not arguments.skip_bad:

@@ -1,0 +1,135 @@
+"""Looking at a data set before training on it: what it holds, what it looks like, in which order it will be seen."""
+
+import argparse
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from controlbooth.data.draws import prompt_dropped
+from controlbooth.data.loader import HeldOutSample, held_out
+from controlbooth.data.manifest import open_dataset
+from controlbooth.data.order import Order
+from controlbooth.data.shards import ShardReader
+
+_CAPTION_HEIGHT = 34
+_FONT = cv2.FONT_HERSHEY_SIMPLEX
+
+
+def info_main(argv: Sequence[str] | None = None) -> int:
+    """`controlbooth data info`: counts, sizes, conditions and the fingerprint of a data set."""
+    parser = _parser("info", "Say what a data set holds.")
+    arguments = parser.parse_args(argv)
+    dataset = open_dataset(arguments.shards)
+    samples = sum(row.samples for row in dataset.rows)
+    usable = sum(row.usable for row in dataset.rows)
+    conditions: Counter[str] = Counter()
+    extensions: Counter[str] = Counter()
+    for row in dataset.rows:
+        conditions.update(row.conditions)
+        extensions.update(row.extensions)
+    counts = [row.samples for row in dataset.rows]
+    print(f"data set      {dataset.location}")
+    print(f"fingerprint   {dataset.fingerprint}")
+    print(f"shards        {len(counts)}, of {min(counts)} to {max(counts)} samples")
+    print(f"samples       {samples}, usable {usable}")
+    print(f"size          {sum(row.bytes for row in dataset.rows) / 1e6:.1f} MB")
+    print(f"conditions    {', '.join(f'{kind} ({count})' for kind, count in sorted(conditions.items())) or 'none'}")
+    print(f"parts         {', '.join(f'{name} (in {count} shards)' for name, count in sorted(extensions.items()))}")
+    return 0
+
+
+def show_main(argv: Sequence[str] | None = None) -> int:
+    """`controlbooth data show`: a contact sheet of target, condition and caption."""
+    parser = _parser("show", "Draw a contact sheet: each sample's image, its condition and its caption.")
+    parser.add_argument("-o", "--out", type=Path, default=Path("sheet.png"), help="(default: sheet.png)")
+    parser.add_argument("--condition", help="kind to show (default: the first there is)")
+    parser.add_argument("--count", type=int, default=16, help="samples (default: 16)")
+    parser.add_argument("--columns", type=int, default=4, help="samples side by side (default: 4)")
+    parser.add_argument("--resolution", type=int, default=192, help="side of each picture (default: 192)")
+    arguments = parser.parse_args(argv)
+    if min(arguments.count, arguments.columns, arguments.resolution) < 1:
+        raise ValueError("--count, --columns and --resolution must be at least 1")
+    dataset = open_dataset(arguments.shards)
+    kinds = sorted({kind for row in dataset.rows for kind in row.conditions})
+    kind = arguments.condition or (kinds[0] if kinds else None)
+    count = min(arguments.count, int(dataset.samples_per_shard(kind).sum()))
+    samples = list(held_out(dataset, count, condition_kind=kind, resolution=arguments.resolution))
+    sheet = contact_sheet(samples, arguments.columns)
+    if not cv2.imwrite(str(arguments.out), cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR)):
+        raise OSError(f"cannot write {arguments.out}; does its folder exist?")
+    print(f"{arguments.out}: {len(samples)} samples, condition {kind}")
+    return 0
+
+
+def contact_sheet(samples: Sequence[HeldOutSample], columns: int) -> np.ndarray:
+    """Image | condition over the caption, for each sample: (H, W, 3) RGB uint8."""
+    tiles = [_tile(sample) for sample in samples]
+    blank = np.full_like(tiles[0], 255)
+    tiles += [blank] * (-len(tiles) % columns)
+    rows = [np.concatenate(tiles[i : i + columns], axis=1) for i in range(0, len(tiles), columns)]
+    return np.concatenate(rows)
+
+
+def _tile(sample: HeldOutSample) -> np.ndarray:
+    pictures = [sample.pixel_values] + ([] if sample.conditioning is None else [sample.conditioning])
+    picture = np.concatenate([pixels.transpose(1, 2, 0) for pixels in pictures], axis=1)
+    text = np.full((_CAPTION_HEIGHT, picture.shape[1], 3), 255, np.uint8)
+    for line, words in enumerate(_wrap(sample.caption, picture.shape[1])[:2]):
+        cv2.putText(text, words, (4, 13 + 14 * line), _FONT, 0.38, (0, 0, 0), 1, cv2.LINE_AA)
+    tile = np.concatenate([picture, text])
+    return cv2.copyMakeBorder(tile, 4, 4, 4, 4, cv2.BORDER_CONSTANT, value=(255, 255, 255))
+
+
+def _wrap(caption: str, width: int) -> list[str]:
+    """Lines that fit. OpenCV's font has ASCII alone, so other letters are shown as question marks."""
+    lines = [""]
+    for word in caption.encode("ascii", "replace").decode().split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and cv2.getTextSize(longer, _FONT, 0.38, 1)[0][0] > width - 8:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
+
+
+def order_main(argv: Sequence[str] | None = None) -> int:
+    """`controlbooth data order`: the samples of one step, as a run with these numbers sees them."""
+    parser = _parser("order", "List the samples of a step: where they lie, their keys, and whose prompt is dropped.")
+    parser.add_argument("--step", type=int, default=0, help="(default: 0)")
+    parser.add_argument("--global-batch-size", type=int, required=True)
+    parser.add_argument("--lanes", type=int, help="(default: the global batch size)")
+    parser.add_argument("--shards-per-block", type=int, default=2, help="(default: 2)")
+    parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
+    parser.add_argument("--world-size", type=int, default=1, help="(default: 1)")
+    parser.add_argument("--rank", type=int, default=0, help="(default: 0)")
+    parser.add_argument("--condition", help="kind that the run trains on (default: none, as for DreamBooth)")
+    parser.add_argument("--prompt-dropout", type=float, default=0.0, help="(default: 0)")
+    arguments = parser.parse_args(argv)
+    dataset = open_dataset(arguments.shards)
+    counts = dataset.samples_per_shard(arguments.condition)
+    lanes = arguments.lanes or arguments.global_batch_size
+    order = Order(counts, arguments.seed, lanes, arguments.shards_per_block)
+    slots = order.rank_slots(arguments.step, arguments.global_batch_size, arguments.rank, arguments.world_size)
+    reader = ShardReader(dataset, arguments.condition)
+    print(f"{'position':>10} {'epoch':>5}  {'shard':30} {'ordinal':>7}  {'prompt':7}  key")
+    try:
+        for position in slots.tolist():
+            place = order.locate(position)
+            sample = reader.read(place.shard, place.ordinal)
+            hashes, epochs = np.array([sample.key_hash], np.uint64), np.array([place.epoch])
+            dropped = prompt_dropped(arguments.seed, epochs, hashes, arguments.prompt_dropout)[0]
+            name = dataset.paths[place.shard].name
+            prompt = "dropped" if dropped else "kept"
+            print(f"{position:10d} {place.epoch:5d}  {name:30} {place.ordinal:7d}  {prompt:7}  {sample.key}")
+    finally:
+        reader.close()
+    return 0
+
+
+def _parser(verb: str, description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"controlbooth data {verb}", description=description)
+    parser.add_argument("shards", help="a manifest, a folder, a tar, a glob or a {000..009} range")
+    return parser
