@@ -1,7 +1,7 @@
 """Building the sidecar of a shard: one pass over the tar that notes where everything lies and what is wrong with it.
 
 Any webdataset tar is read, ours or others'. A sample's key is webdataset's: the path up to the first dot of the base
-name; files without such a name, and folders, links and `__meta__` entries, are no samples there either.
+name. Hidden files, files without a dot, folders, links and `__meta__` entries are no samples.
 A fault is a `Problem` that names shard, byte and key. Faults of a sample are flagged in the index, which leaves the
 sample out of the order; a shard whose structure is damaged gets no index, so that nobody trains on a part of it.
 """
@@ -63,7 +63,7 @@ class _Group:
 def split_name(name: str) -> tuple[str, str] | None:
     """A member's name -> key and lower-case extension, or None where webdataset would not see a sample."""
     match = _KEY.fullmatch(name)
-    if match is None or _META.match(name):
+    if match is None or match.group(1).endswith("/") or _META.match(name):
         return None
     return match.group(1), match.group(2).lower()
 
