@@ -163,10 +163,10 @@ def _tables(groups: list[_Group], shard_bytes: int) -> ShardIndex:
 
 
 def ensure_index(path: Path, rebuild: bool = False) -> list[Problem]:
-    """Indexes one shard if its sidecar is missing, unreadable or of another size; -> what is wrong with the shard.
+    """Indexes one shard if its sidecar is missing, unreadable, older or of another size; -> what is wrong with it.
 
-    A shard that is structurally damaged loses an old sidecar and gets no new one. A sidecar that fits is kept, and its
-    flagged samples are reported again from a fresh look at the shard only with `rebuild`.
+    A shard that is structurally damaged loses an old sidecar and gets no new one. Of a shard whose sidecar is kept
+    nothing is reported, though the sidecar may flag samples; `rebuild` reads every shard again.
     """
     where = sidecar.index_path(path)
     if not rebuild and _fits(where, path):
@@ -181,7 +181,9 @@ def ensure_index(path: Path, rebuild: bool = False) -> list[Problem]:
 
 def _fits(where: Path, shard: Path) -> bool:
     try:
-        return sidecar.load_index(where).shard_bytes == shard.stat().st_size
+        found, index = shard.stat(), sidecar.load_index(where)
+        # Tars are padded to 10 KiB, so a shard that was replaced often has the size of the old one.
+        return index.shard_bytes == found.st_size and where.stat().st_mtime_ns >= found.st_mtime_ns
     except FileNotFoundError:
         if not shard.exists():
             raise
@@ -227,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("shards", nargs="+", help="folders, tar files, globs or {000..009} ranges")
     parser.add_argument("--manifest", type=Path, help="where to write it (default: manifest.jsonl beside the shards)")
     parser.add_argument("--workers", type=int, default=usable_cpus(), help="processes (default: the CPUs)")
-    parser.add_argument("--rebuild", action="store_true", help="read all shards again, for shards that were replaced")
+    parser.add_argument("--rebuild", action="store_true", help="read all shards again, whatever their age")
     arguments = parser.parse_args(argv)
     paths = [path for location in arguments.shards for path in manifest.find_shards(location)]
     problems = ensure_indexes(paths, arguments.workers, arguments.rebuild)

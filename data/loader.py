@@ -9,6 +9,7 @@ are raised, since a sample that is there on one attempt and not on the next woul
 """
 
 import json
+import resource
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -154,7 +155,8 @@ class Loader:
         self._queue: deque[_Step] = deque()
         self._closed = False
         cv2.setNumThreads(1)  # the loader's threads share the cores; OpenCV's own would compete with them
-        self._reader = ShardReader(dataset, condition_kind)
+        live_shards = lanes // world_size * shards_per_block
+        self._reader = ShardReader(dataset, condition_kind, most_open=_affordable_files(2 * live_shards + 64))
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="loader")
         self._submit_ahead()
 
@@ -361,6 +363,12 @@ class Loader:
                 )
             )
         return batches
+
+
+def _affordable_files(wanted: int) -> int:
+    """So many open files, or half of what the process may have."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return wanted if limit == resource.RLIM_INFINITY else min(wanted, limit // 2)
 
 
 @dataclass(frozen=True)

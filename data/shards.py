@@ -45,7 +45,7 @@ class _OpenShard:
 
 
 class ShardReader:
-    """Reads samples of a data set from any thread; keeps the shards that were used last open, at most `most_open`."""
+    """Reads samples of a data set from any thread; keeps the `most_open` shards that were used last open."""
 
     def __init__(self, dataset: Dataset, condition_kind: str | None, most_open: int = 256):
         self.dataset, self.condition_kind, self.most_open = dataset, condition_kind, most_open
@@ -102,8 +102,8 @@ class ShardReader:
         while len(data) < length:  # a read may be short, on network disks above all
             more = os.pread(descriptor, length - len(data), offset + len(data))
             if not more:
-                path = self.dataset.paths[shard]
-                raise ValueError(f"{path} ends at byte {offset + len(data)}, it became shorter since it was opened")
+                path, size = self.dataset.paths[shard], os.fstat(descriptor).st_size
+                raise ValueError(f"{path} ends at byte {size}: it became shorter while it was open. Put it back")
             data += more
         return data
 

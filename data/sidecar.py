@@ -2,12 +2,11 @@
 
 Layout, little-endian: magic (8 bytes), version u32, length of the extension table u32, shard bytes u64, samples u64,
 the extension table as JSON padded to 8 bytes, samples x SAMPLE, samples x extensions x PART, and a blake2b-128 of all
-before it: 34 bytes a sample and 12 for each of its parts. Sample and part tables are memory-mapped.
+before it: 34 bytes a sample and 12 for each of its parts.
 """
 
 import hashlib
 import json
-import mmap
 import os
 import re
 import struct
@@ -112,14 +111,13 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def load_index(path: Path) -> ShardIndex:
-    """Memory-maps an index and checks that it is whole.
+    """Reads an index and checks that it is whole. Raises FileNotFoundError, and ValueError if it is not.
 
-    Raises FileNotFoundError, and ValueError for a file that is damaged or of another version.
+    It is read and not memory-mapped: the digest needs all of it, and each of Python's maps holds a file descriptor.
     """
-    with open(path, "rb") as file:
-        if os.fstat(file.fileno()).st_size < _HEADER.size + DIGEST_BYTES:
-            raise ValueError(_damaged(path))
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    data = path.read_bytes()
+    if len(data) < _HEADER.size + DIGEST_BYTES:
+        raise ValueError(_damaged(path))
     magic, version, table_bytes, shard_bytes, count = _HEADER.unpack_from(data)
     if magic != MAGIC or data[-DIGEST_BYTES:] != _digest(memoryview(data)[:-DIGEST_BYTES]):
         raise ValueError(_damaged(path))
