@@ -1,0 +1,354 @@
+import json
+import os
+import threading
+import time
+from dataclasses import fields
+
+import cv2
+import numpy as np
+import pytest
+import webdataset
+
+from controlbooth.data import draws, loader, scenes
+from controlbooth.data.index import ensure_index
+from controlbooth.data.loader import Loader, held_out
+from controlbooth.data.manifest import open_dataset
+from controlbooth.data.shards import ShardReader
+from controlbooth.data.sidecar import index_path, load_index
+
+SHARDS, PER_SHARD, SIZE = 6, 17, 24
+G = 8
+
+
+def encode_png(pixels):
+    return cv2.imencode(".png", pixels if pixels.ndim == 2 else pixels[..., ::-1])[1].tobytes()
+
+
+@pytest.fixture(scope="module")
+def scene_parts():
+    """The parts of 102 small scenes; every fifth has two captions."""
+    samples = []
+    for i in range(SHARDS * PER_SHARD):
+        what = scenes.scene(5, i)
+        drawn = scenes.render(what, SIZE)
+        captions = [what.caption, "a scene"]
+        caption = {"json": json.dumps({"captions": captions}).encode()} if i % 5 == 0 else {"txt": captions[0].encode()}
+        samples.append({"png": encode_png(drawn.image), "cond.edges.png": encode_png(drawn.edges), **caption})
+    return samples
+
+
+def write_shards(folder, samples):
+    for shard in range(SHARDS):
+        with webdataset.TarWriter(str(folder / f"{shard}.tar"), encoder=False, mtime=0) as writer:
+            for i in range(shard * PER_SHARD, (shard + 1) * PER_SHARD):
+                writer.write({"__key__": f"k{i:04d}", **samples[i]})
+        ensure_index(folder / f"{shard}.tar")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, scene_parts):
+    return write_shards(tmp_path_factory.mktemp("shards"), scene_parts)
+
+
+@pytest.fixture
+def own_folder(tmp_path, scene_parts):
+    """Shards to damage."""
+    return write_shards(tmp_path, scene_parts)
+
+
+def make(folder, **changes):
+    arguments = dict(
+        seed=1, lanes=G, shards_per_block=2, global_batch_size=G, micro_batch_size=2, rank=0, world_size=1,
+        condition_kind="edges", resolution=16, prompt_dropout=0.5, random_flip=True, random_crop=True,
+        num_train_timesteps=1000, latent_shape=(4, 2, 2), threads=3, prefetch_steps=2,
+    )  # fmt: skip
+    return Loader(open_dataset(folder), **(arguments | changes))
+
+
+def take(folder, steps, **changes):
+    """Steps of one rank -> [{position: everything about its sample}]."""
+    with make(folder, **changes) as batches:
+        return [by_position(next(batches)) for _ in range(steps)]
+
+
+def by_position(step):
+    rows = {}
+    for batch in step.micro_batches:
+        for i, position in enumerate(batch.positions.tolist()):
+            values = {item.name: getattr(batch, item.name) for item in fields(batch)}
+            rows[position] = {name: value[i] for name, value in values.items() if value is not None}
+    return rows
+
+
+def assert_equal(one, other):
+    assert one.keys() == other.keys()
+    for position, row in one.items():
+        for name, value in row.items():
+            assert np.array_equal(value, other[position][name]), (position, name)
+
+
+def test_every_world_size_sees_the_same_samples_and_draws(folder):
+    whole = take(folder, 15)
+    for world_size, micro in [(2, 4), (4, 1)]:
+        ranks = [take(folder, 15, rank=r, world_size=world_size, micro_batch_size=micro) for r in range(world_size)]
+        for step in range(15):
+            together: dict = {}
+            for rank in ranks:
+                assert len(rank[step]) == G // world_size
+                together |= rank[step]
+            assert_equal(whole[step], together)
+
+
+def test_each_sample_comes_once_an_epoch(folder):
+    steps = take(folder, 24)  # epochs of 96 of 102 samples
+    for epoch in range(2):
+        keys = [row["keys"] for step in steps[epoch * 12 : (epoch + 1) * 12] for row in step.values()]
+        assert len(keys) == len(set(keys)) == 96
+    seen = [{row["keys"] for step in steps[at : at + 12] for row in step.values()} for at in (0, 12)]
+    assert seen[0] != seen[1]
+
+
+def test_a_run_is_the_same_whatever_its_threads_and_prefetch(folder):
+    one, other = take(folder, 6, threads=1, prefetch_steps=0), take(folder, 6, threads=4, prefetch_steps=5)
+    for a, b in zip(one, other, strict=True):
+        assert_equal(a, b)
+
+
+@pytest.mark.parametrize("stops", [[5], [3, 7], [12], [11, 12, 13]])  # 12 is exactly an epoch's end
+def test_resumes_equal_an_uninterrupted_run(folder, stops):
+    whole = take(folder, 16)
+    parts = []
+    for start, stop in zip([0, *stops], [*stops, 16], strict=True):
+        parts += take(folder, stop - start, start_step=start)
+    for a, b in zip(whole, parts, strict=True):
+        assert_equal(a, b)
+
+
+def test_a_resume_may_change_the_world_size(folder):
+    whole = take(folder, 8)
+    later = [take(folder, 4, start_step=4, rank=rank, world_size=2) for rank in range(2)]
+    for step in range(4):
+        assert_equal(whole[4 + step], later[0][step] | later[1][step])
+
+
+def test_the_position_counts_what_was_consumed_and_not_what_was_prefetched(folder):
+    with make(folder, prefetch_steps=4, start_step=3) as batches:
+        assert batches.position == 3 * G
+        for expected in (3, 4, 5):
+            time.sleep(0.05)
+            assert next(batches).step == expected
+            assert batches.position == (expected + 1) * G
+
+
+def test_prefetching_is_bounded(folder, monkeypatch):
+    started = []
+    start = Loader._start
+
+    def count(self, number, positions):
+        started.append(number)
+        return start(self, number, positions)
+
+    monkeypatch.setattr(Loader, "_start", count)
+    with make(folder, prefetch_steps=3) as batches:
+        time.sleep(0.1)
+        assert started == [0, 1, 2, 3]  # before anything was asked for
+        next(batches)
+        next(batches)
+        assert started == [0, 1, 2, 3, 4]
+
+
+def test_shapes_and_types_are_as_stated(folder):
+    with make(folder, rank=1, world_size=2) as batches:
+        step = next(batches)
+    assert len(step.micro_batches) == 2 and step.substitutions == 0 and step.bytes_read > 0
+    assert step.wait_seconds >= 0 and step.fetch_seconds > 0 and step.decode_seconds > 0
+    batch = step.micro_batches[0]
+    assert batch.positions.tolist() == [4, 5] and batch.positions.dtype == np.int64
+    assert batch.pixel_values.shape == batch.conditioning.shape == (2, 3, 16, 16)
+    assert batch.pixel_values.dtype == batch.conditioning.dtype == np.uint8
+    assert batch.noise.shape == (2, 4, 2, 2) and batch.noise.dtype == np.float32
+    assert batch.timesteps.dtype == np.int64 and batch.dropped.dtype == bool
+    assert batch.weights.tolist() == [1.0, 1.0] and batch.weights.dtype == np.float32
+
+
+def test_draws_are_those_of_the_position_and_the_key(folder):
+    counts = open_dataset(folder).samples_per_shard()
+    for step in take(folder, 14):
+        for position, row in step.items():
+            at = np.array([position])
+            assert row["timesteps"] == draws.timesteps(1, at, 1000)[0]
+            assert np.array_equal(row["noise"], draws.noise(1, at, (4, 2, 2))[0])
+            epoch = np.array([position // (counts.sum() // G * G)])
+            key_hash = np.array([draws.hash64(row["keys"])], np.uint64)
+            assert row["dropped"] == draws.prompt_dropped(1, epoch, key_hash, 0.5)[0]
+            assert (row["captions"] == "") == row["dropped"]
+
+
+def test_captions_are_chosen_anew_and_dropping_is_exact_at_its_ends(folder):
+    rows = [row for step in take(folder, 36, prompt_dropout=0.0) for row in step.values()]
+    assert not any(row["dropped"] for row in rows)
+    second = [row["captions"] == "a scene" for row in rows if int(row["keys"][1:]) % 5 == 0]
+    assert 0.2 < np.mean(second) < 0.8
+    assert all(row["captions"] == "" for step in take(folder, 3, prompt_dropout=1.0) for row in step.values())
+
+
+def test_flip_and_crop_move_target_and_condition_together(tmp_path):
+    columns = np.tile(np.arange(0, 160, 2, dtype=np.uint8), (40, 1))  # 80 x 40, each column a level of its own
+    parts = {"png": encode_png(np.repeat(columns[..., None], 3, axis=2)), "cond.edges.png": encode_png(columns)}
+    with webdataset.TarWriter(str(tmp_path / "0.tar"), encoder=False) as writer:
+        for i in range(G):
+            writer.write({"__key__": f"k{i}", **parts, "txt": b""})
+    ensure_index(tmp_path / "0.tar")
+    rows = [row for step in take(tmp_path, 10, resolution=40) for row in step.values()]
+    assert all(np.array_equal(row["pixel_values"], row["conditioning"]) for row in rows)
+    left = {int(row["pixel_values"].min()) for row in rows}
+    assert len(left) > 15 and max(left) <= 80
+    rising = [row["pixel_values"][0, 0, 0] < row["pixel_values"][0, 0, -1] for row in rows]
+    assert 0.25 < np.mean(rising) < 0.75
+    plain = take(tmp_path, 2, resolution=40, random_flip=False, random_crop=False)
+    assert all(np.array_equal(row["pixel_values"][0], columns[:, 20:60]) for step in plain for row in step.values())
+
+
+def test_without_a_condition_there_is_none(folder):
+    with make(folder, condition_kind=None) as batches:
+        assert next(batches).micro_batches[0].conditioning is None
+
+
+def test_given_positions_are_repeated_and_then_it_ends(folder):
+    whole = take(folder, 4)
+    with make(folder, positions=[*range(24, 32), *range(8, 16)]) as batches:
+        steps = [by_position(step) for step in batches]
+    assert len(steps) == 2
+    assert_equal(steps[0], whole[3])
+    assert_equal(steps[1], whole[1])
+
+
+def damage(folder, rows, extension="png"):
+    """Flips a byte in a part of each of these samples, numbered over all shards."""
+    for row in rows:
+        path = folder / f"{row // PER_SHARD}.tar"
+        index = load_index(index_path(path))
+        part = index.parts[row % PER_SHARD][index.extensions.index(extension)]
+        data = bytearray(path.read_bytes())
+        data[int(index.samples[row % PER_SHARD]["offset"]) + int(part["offset"]) + 30] ^= 1
+        path.write_bytes(data)
+
+
+def test_a_bad_sample_is_replaced_and_no_other_one_moves(folder, own_folder):
+    whole = take(folder, 12)
+    bad = {whole[step][step * G + 3]["keys"] for step in (2, 9)}
+    damage(own_folder, [int(key[1:]) for key in bad], "cond.edges.png")
+    with make(own_folder, ledger_path=own_folder / "ledger.jsonl") as batches:
+        steps = [next(batches) for _ in range(12)]
+        ledger = batches.ledger
+    replaced = {fault["position"]: fault for fault in ledger}
+    for step, expected in zip(steps, whole, strict=True):
+        got = by_position(step)
+        for position, row in expected.items():
+            if row["keys"] in bad:
+                assert got[position]["keys"] == replaced[position]["substitute"] != row["keys"]
+                assert got[position]["weights"] == 1 and got[position]["pixel_values"].any()
+                assert np.array_equal(got[position]["noise"], row["noise"])
+            else:
+                assert_equal({0: row}, {0: got[position]})
+    assert {fault["key"] for fault in ledger} == bad
+    assert sum(step.substitutions for step in steps) == len(replaced) == 2
+    lines = [json.loads(line) for line in (own_folder / "ledger.jsonl").read_text().splitlines()]
+    assert lines == ledger and "CRC" in lines[0]["error"] and lines[0]["part"] == "cond.edges.png"
+    assert lines[0]["shard"].endswith(".tar") and {"position", "ordinal", "attempt"} <= lines[0].keys()
+
+
+def test_substitutes_are_the_same_on_every_world_size_and_rerun(own_folder):
+    damage(own_folder, range(0, 102, 4))
+    whole = take(own_folder, 12, max_bad_rate=1.0)
+    ranks = [take(own_folder, 12, max_bad_rate=1.0, rank=rank, world_size=4) for rank in range(4)]
+    for step in range(12):
+        assert_equal(whole[step], {k: v for rank in ranks for k, v in rank[step].items()})
+
+
+def test_where_all_are_bad_a_black_sample_of_weight_zero_stands_in(own_folder):
+    damage(own_folder, range(PER_SHARD * SHARDS))
+    with make(own_folder, max_bad_rate=1.0) as batches:
+        step = next(batches)
+        assert len(batches.ledger) == G * (1 + loader.SUBSTITUTE_ATTEMPTS)
+        assert all(fault["substitute"] is None for fault in batches.ledger)
+    for batch in step.micro_batches:
+        assert not batch.weights.any() and not batch.pixel_values.any() and not batch.conditioning.any()
+        assert np.abs(batch.noise).sum() > 0
+
+
+def test_images_that_cannot_be_decoded_and_frames_that_differ_are_bad_too(tmp_path, scene_parts):
+    samples = list(scene_parts)
+    samples[3] = {**samples[3], "png": samples[3]["png"][:60] + b"junk"}
+    samples[4] = {**samples[4], "cond.edges.png": encode_png(np.zeros((24, 60), np.uint8))}
+    samples[6] = {**samples[6], "txt": b"\xff"}
+    with make(write_shards(tmp_path, samples), lanes=1, global_batch_size=1, micro_batch_size=1) as batches:
+        for _ in range(102):
+            next(batches)
+    assert {(fault["key"], fault["part"]) for fault in batches.ledger} == {
+        ("k0003", "png"),
+        ("k0004", "cond.edges.png"),
+        ("k0006", "txt"),
+    }
+
+
+def test_too_many_bad_samples_stop_the_run_with_the_last_one_named(own_folder):
+    damage(own_folder, range(0, 102, 2))
+    with pytest.raises(ValueError, match=r"3 of \d+ samples were bad, more than max_bad_rate=0.002 allows.*'k00.*CRC"):
+        take(own_folder, 12, max_bad_rate=0.002, global_batch_size=1, lanes=1, micro_batch_size=1)
+
+
+def test_a_failing_disk_is_raised_and_never_replaced(folder, monkeypatch):
+    def fail(self, shard, ordinal):
+        raise OSError(5, "Input/output error")
+
+    with make(folder, prefetch_steps=0) as batches:
+        next(batches)
+        monkeypatch.setattr(ShardReader, "read", fail)
+        with pytest.raises(OSError, match="Input/output error") as raised:
+            next(batches)
+            next(batches)
+        assert batches.ledger == [] and "for position" in raised.value.__notes__[0]
+        with pytest.raises(RuntimeError, match="closed"):
+            next(batches)
+
+
+def test_closing_ends_the_threads_and_closes_the_files(folder):
+    threads, files = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    batches = make(folder, prefetch_steps=8)
+    next(batches)
+    assert threading.active_count() > threads
+    batches.close()
+    batches.close()
+    assert threading.active_count() == threads and len(os.listdir("/proc/self/fd")) == files
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"micro_batch_size": 3}, "is 8 samples, which is not a multiple of micro_batch_size=3"),
+        ({"world_size": 3}, "do not divide among world_size=3"),
+        ({"lanes": 3}, "lanes=3 and global_batch_size=8"),
+        ({"condition_kind": "depth"}, "condition 'depth'; conditions there are: edges"),
+        ({"positions": [1, 2, 3]}, "3 positions do not fill whole batches"),
+        ({"threads": 0}, "threads=0"),
+        ({"lanes": 128, "global_batch_size": 128}, "102 usable samples for lanes=128"),
+    ],
+)
+def test_arguments_that_cannot_work_are_refused_before_a_thread_starts(folder, changes, message):
+    threads = threading.active_count()
+    with pytest.raises(ValueError, match=message):
+        make(folder, **changes)
+    assert threading.active_count() == threads
+
+
+def test_held_out_samples_are_the_first_and_unaugmented(folder, scene_parts):
+    dataset = open_dataset(folder)
+    samples = list(held_out(dataset, 20, condition_kind="edges", resolution=SIZE))
+    assert [sample.key for sample in samples] == [f"k{i:04d}" for i in range(20)]
+    target = cv2.imdecode(np.frombuffer(scene_parts[19]["png"], np.uint8), cv2.IMREAD_COLOR_RGB)
+    assert np.array_equal(samples[19].pixel_values, target.transpose(2, 0, 1))
+    assert samples[5].caption == json.loads(scene_parts[5]["json"])["captions"][0]
+    with pytest.raises(ValueError, match="102 usable samples, 103 are asked for"):
+        next(held_out(dataset, 103, condition_kind=None, resolution=SIZE))
