@@ -1,0 +1,179 @@
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionControlNetPipeline, StableDiffusionXLControlNetPipeline
+
+from controlbooth.models.controlnet import build_controlnet
+from controlbooth.models.families import FAMILIES
+from controlbooth.models.pretrained import load_controlnet, save_controlnet
+from controlbooth.models.sampling import SCHEDULERS, initial_noise, sample
+
+PROMPTS = ["a cat", "red dog", "", "a blue cat"]
+SEEDS = [3, 1, 4, 1]
+SIZE = 32
+
+
+def conditions(count=4):
+    return torch.rand(count, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+
+
+def trained_controlnet(base):
+    """One whose residuals are not zero."""
+    torch.manual_seed(0)
+    controlnet = build_controlnet(base.unet)
+    with torch.no_grad():
+        for parameter in controlnet.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape)
+    return controlnet
+
+
+def pipeline_pictures(folder, controlnet_folder, base, controlnet, scheduler, negative_prompt, guidance_scale):
+    """The same prompts, latents and condition through diffusers' own pipeline, loaded from the folders."""
+    is_sdxl = base.family.name == "sdxl"
+    pipeline_class = StableDiffusionXLControlNetPipeline if is_sdxl else StableDiffusionControlNetPipeline
+    extra = {} if is_sdxl else dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    save_controlnet(controlnet, controlnet_folder)
+    controlnet = load_controlnet(controlnet_folder, base.unet).eval()
+    pipeline = pipeline_class.from_pretrained(folder, controlnet=controlnet, local_files_only=True, **extra)
+    pipeline.scheduler = SCHEDULERS[scheduler].from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    pictures = pipeline(
+        PROMPTS,
+        image=conditions(),
+        num_inference_steps=4,
+        guidance_scale=guidance_scale,
+        negative_prompt=negative_prompt and [negative_prompt] * len(PROMPTS),
+        controlnet_conditioning_scale=0.7,
+        latents=initial_noise(base, SEEDS, SIZE, SIZE),
+        output_type="np",
+    ).images
+    return torch.from_numpy(np.round(pictures * 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("family", "scheduler", "negative_prompt", "guidance_scale"),
+    [
+        ("sd15", "ddim", None, 5.0),
+        ("sd15", "unipc", "blue", 5.0),
+        ("sd15", "euler", None, 1.0),
+        ("sd21", "ddim", "blue", 5.0),
+        ("sdxl", "ddim", None, 5.0),
+        ("sdxl", "euler", "blue", 5.0),
+        ("miniature", "ddim", None, 5.0),
+        ("miniature", "unipc", None, 5.0),
+    ],
+)
+def test_pictures_equal_those_of_diffusers_pipeline(
+    family, scheduler, negative_prompt, guidance_scale, load_tiny, base_folder, tmp_path
+):
+    base = load_tiny(family)
+    controlnet = trained_controlnet(base)
+    ours = sample(
+        base,
+        controlnet,
+        PROMPTS,
+        conditions(),
+        seeds=SEEDS,
+        steps=4,
+        guidance_scale=guidance_scale,
+        conditioning_scale=0.7,
+        scheduler=scheduler,
+        negative_prompt=negative_prompt,
+    )
+    theirs = pipeline_pictures(
+        base_folder(family), tmp_path / "net", base, controlnet, scheduler, negative_prompt, guidance_scale
+    )
+    assert ours.shape == (4, SIZE, SIZE, 3) and ours.dtype == torch.uint8
+    assert ours.float().std() > 10  # not one flat colour, which would agree by itself
+    difference = (ours.int() - theirs.int()).abs()
+    assert difference.max() <= 1 and difference.float().mean() < 0.01  # 1: a value that lies on a rounding border
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_a_picture_depends_on_its_seed_and_not_on_its_batch(scheduler, load_tiny):
+    base = load_tiny("miniature")
+    controlnet = trained_controlnet(base)
+
+    def pictures(rows):
+        return sample(
+            base,
+            controlnet,
+            [PROMPTS[row] for row in rows],
+            conditions()[rows],
+            seeds=[SEEDS[row] for row in rows],
+            steps=3,
+            guidance_scale=4.0,
+            scheduler=scheduler,
+        ).int()
+
+    together = pictures([0, 1, 2, 3])
+    assert torch.equal(pictures([0, 1, 2, 3]), together)
+    apart = torch.cat([pictures([2, 1]), pictures([0]), pictures([3])])[[2, 1, 0, 3]]
+    difference = (apart - together).abs()
+    assert difference.max() <= 1 and difference.float().mean() < 0.01  # kernels round differently by batch size
+    assert (together[1] - together[3]).abs().max() > 1  # the same seed, another prompt and condition
+
+
+def test_first_noise_of_a_seed_is_pinned(load_tiny):
+    noise = initial_noise(load_tiny("miniature"), [7, 8], 64, 32)
+    assert noise.shape == (2, 12, 8, 4)
+    expected = torch.tensor([-0.8201, 0.3956, 0.8989])  # any change gives every user other pictures for their seeds
+    torch.testing.assert_close(noise[0, 0, 0, :3], expected, rtol=0, atol=1e-4)
+    assert torch.equal(noise[1], initial_noise(load_tiny("miniature"), [8], 64, 32)[0])
+
+
+def test_the_condition_changes_the_picture_and_an_untrained_controlnet_does_not(load_tiny):
+    base = load_tiny("miniature")
+    options = dict(seeds=[1], steps=2, guidance_scale=3.0)
+    without = sample(base, None, ["a cat"], None, **options)
+    assert without.shape == (1, SIZE, SIZE, 3)  # the size that the U-Net was made for
+    untrained = sample(base, build_controlnet(base.unet), ["a cat"], conditions(1), **options)
+    assert torch.equal(untrained, without)
+    controlnet = trained_controlnet(base)
+    one = sample(base, controlnet, ["a cat"], conditions(1), **options)
+    other = sample(base, controlnet, ["a cat"], 1 - conditions(1), **options)
+    assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_modules_are_left_as_they_were_and_can_train_on(training, load_tiny):
+    base = load_tiny("sd15")
+    controlnet = trained_controlnet(base).train(training)
+    with torch.inference_mode():
+        sample(base, controlnet, ["a cat"], conditions(1), seeds=[1], steps=1, guidance_scale=3.0)
+    assert controlnet.training is training
+    assert not base.unet.training
+    assert all(parameter.requires_grad and not parameter.is_inference() for parameter in controlnet.parameters())
+    assert not base.noise_scheduler.alphas_cumprod.is_inference()
+
+
+def test_modules_are_restored_after_an_error(load_tiny):
+    base = load_tiny("sd15")
+    controlnet = build_controlnet(base.unet)
+    with pytest.raises(ValueError, match="condition is 36x32 pixels"):
+        sample(base, controlnet, ["a"], torch.rand(1, 3, 36, 32), seeds=[1], steps=1, guidance_scale=1.0)
+    assert controlnet.training
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(seeds=[1]), "2 prompts need 2 seeds, and there are 1"),
+        (dict(steps=0), "steps is 0"),
+        (dict(scheduler="ancestral"), "scheduler 'ancestral' is not known. Use ddim, unipc, euler"),
+        (dict(conditioning=None), "a condition picture is missing"),
+        (dict(controlnet=None), "a ControlNet is missing"),
+        (dict(conditioning=conditions(3)), "2 prompts need 2 conditions, and there are 3"),
+    ],
+)
+def test_numbers_that_do_not_match_are_refused(change, message, load_tiny):
+    base = load_tiny("sd15")
+    options = dict(controlnet=build_controlnet(base.unet), conditioning=conditions(2), seeds=[1, 2], steps=1)
+    with pytest.raises(ValueError, match=message):
+        sample(base, prompts=["a", "b"], guidance_scale=2.0, **options | change)
+
+
+def test_every_family_samples_without_control(load_tiny):
+    for family in FAMILIES:
+        pictures = sample(load_tiny(family), None, ["a cat"], None, seeds=[1], steps=1, guidance_scale=1.0)
+        assert pictures.shape == (1, SIZE, SIZE, 3)
