@@ -1,0 +1,227 @@
+"""One run in MLflow: the records of the spool as the calls that put them there, each of them safe to repeat.
+
+MLflow is imported on connecting, which takes seconds, and for a new SQLite store some more to create its tables.
+"""
+
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from controlbooth.trainer.spool import Record, State
+
+METRICS_PER_CALL, ENTRIES_PER_CALL = 1000, 100
+"""MLflow's limits for log_batch: of metrics, and of params or tags."""
+KEY_TAG = "controlbooth.key"
+MLFLOW_MODEL_IS_EXTERNAL = "mlflow.model.isExternal"
+QUIET = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "GIT_PYTHON_REFRESH": "quiet",  # no warning where git is not installed
+    # The spool repeats, patiently and without holding anything up; MLflow's own retries take four minutes each.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+}
+Item = TypeVar("Item")
+
+
+class Refused(Exception):
+    """A record that the server will never take, so that sending it again is useless."""
+
+
+class MlflowRun:
+    """A connection to one run. Any method may raise whatever the server, a proxy or the client library raises."""
+
+    def __init__(self, state: State, run_name: str, folder: Path):
+        """Connects, and finds or creates the run.
+
+        folder: of the run; relative paths of artifacts and images start there.
+        """
+        from mlflow import MlflowClient
+
+        # Progress of creating tables; their errors are raised and need no log.
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
+        logging.getLogger("alembic").setLevel(logging.WARNING)
+        self._state, self._folder = state, folder
+        self._client = MlflowClient(state.uri)
+        self._experiment_id = self._find_or_create_experiment()
+        self.run_id = state.run_id or self._find_or_create_run(run_name)
+        self.latest_steps: dict[str, int] = {}
+        """metric -> a step; records up to it are not sent."""
+
+    def read_latest_steps(self) -> dict[str, int]:
+        """metric -> the last step that the server has of it; the earlier ones were sent before, in order."""
+        data = self._client.get_run(self.run_id).data
+        return {metric.key: metric.step for metric in data.to_proto().metrics}
+
+    def send(self, records: Sequence[Record]) -> None:
+        """Puts records of one kind there. Raises Refused, or anything that another try may cure."""
+        from mlflow.exceptions import MlflowException
+
+        kind = kind_of(records[0])
+        try:
+            if kind == "points":
+                metrics = [metric for record in records for metric in self._metrics(record)]
+                for some in _batched(metrics, METRICS_PER_CALL):
+                    self._client.log_batch(self.run_id, metrics=some)
+            else:
+                for record in records:
+                    getattr(self, f"_send_{kind}")(record)
+        except FileNotFoundError as error:
+            raise Refused(str(error)) from error
+        except MlflowException as error:
+            if error.error_code not in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST") or not self._is_active():
+                raise
+            raise Refused(str(error)) from error
+
+    def _is_active(self) -> bool:
+        """A deleted run refuses everything, until it is restored."""
+        return self._client.get_run(self.run_id).info.lifecycle_stage == "active"
+
+    def _find_or_create_experiment(self) -> str:
+        name = self._state.experiment
+        experiment = self._client.get_experiment_by_name(name)
+        if experiment is None:
+            return self._client.create_experiment(name, artifact_location=_artifact_location(self._state.uri))
+        if experiment.lifecycle_stage != "active":
+            raise RuntimeError(
+                f"the MLflow experiment {name!r} is deleted. Restore it with `mlflow experiments restore "
+                f"--experiment-id {experiment.experiment_id}`, or set tracking.experiment to another name"
+            )
+        return experiment.experiment_id
+
+    def _find_or_create_run(self, name: str) -> str:
+        """By our key: the answer to an earlier attempt to create it may have been lost."""
+        key = self._state.key
+        found = self._client.search_runs([self._experiment_id], f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
+        if found:
+            return found[0].info.run_id
+        start_time = round(self._state.created * 1000)
+        run = self._client.create_run(self._experiment_id, start_time, tags={KEY_TAG: key}, run_name=name)
+        return run.info.run_id
+
+    def _metrics(self, record: Record) -> Iterator[Any]:
+        """A record of a step or of the machine -> mlflow.entities.Metric, without those that the server has."""
+        from mlflow.entities import Metric
+
+        time = round(record["time"] * 1000)
+        if "system" in record:
+            step = max(0, int(record["time"] - self._state.created))  # seconds of the run, through all its starts
+            for name, value in record["system"].items():
+                yield Metric(f"system/{name}", float(value), time, step)
+        else:
+            for name, value in record["metrics"].items():
+                if record["step"] > self.latest_steps.get(name, -1):
+                    yield Metric(name, float(value), time, record["step"])
+
+    def _send_params(self, record: Record) -> None:
+        from mlflow.entities import Param
+
+        for some in _batched(list(record["params"].items()), ENTRIES_PER_CALL):
+            self._client.log_batch(self.run_id, params=[Param(name, value) for name, value in some])
+
+    def _send_tags(self, record: Record) -> None:
+        from mlflow.entities import RunTag
+
+        for some in _batched(list(record["tags"].items()), ENTRIES_PER_CALL):
+            self._client.log_batch(self.run_id, tags=[RunTag(name, value) for name, value in some])
+
+    def _send_status(self, record: Record) -> None:
+        if record["status"] == "RUNNING":
+            self._client.update_run(self.run_id, "RUNNING")
+        else:
+            self._client.set_terminated(self.run_id, record["status"], round(record["time"] * 1000))
+
+    def _send_artifact(self, record: Record) -> None:
+        self._client.log_artifact(self.run_id, str(self._folder / record["artifact"]))
+
+    def _send_image(self, record: Record) -> None:
+        from PIL import Image
+
+        image, time = record["image"], round(record["time"] * 1000)
+        there = f"images/{image['name'].replace('/', '~')}+step+{record['step']}+timestamp+{time}+"
+        if any(file.path.startswith(there) for file in self._client.list_artifacts(self.run_id, "images")):
+            return  # sent before; MLflow would add a copy under a random name
+        with Image.open(self._folder / image["path"]) as picture:
+            self._client.log_image(self.run_id, picture, key=image["name"], step=record["step"], timestamp=time)
+
+    def _send_checkpoint(self, record: Record) -> None:
+        """A LoggedModel, whose bytes stay where they are, with its metrics, as an output of the run."""
+        from mlflow.entities import LoggedModelOutput, Metric
+
+        checkpoint, step = record["checkpoint"], record["step"]
+        model_id = self._find_model(checkpoint["digest"], step) or self._create_model(checkpoint, step)
+        metrics = [
+            Metric(name, float(value), round(time * 1000), step, model_id=model_id)
+            for name, (value, time) in checkpoint["metrics"].items()
+        ]
+        for some in _batched(metrics, METRICS_PER_CALL):
+            self._client.log_batch(self.run_id, metrics=some)
+        outputs = self._client.get_run(self.run_id).outputs
+        if model_id not in {output.model_id for output in (outputs.model_outputs if outputs else ())}:
+            self._client.log_outputs(self.run_id, [LoggedModelOutput(model_id, step)])
+
+    def _find_model(self, digest: str, step: int) -> str | None:
+        found = self._client.search_logged_models(
+            [self._experiment_id],
+            f"source_run_id = '{self.run_id}' AND tags.digest = '{digest}' AND tags.step = '{step}'",
+        )
+        for model in found:
+            if str(model.status) == "READY":
+                return model.model_id
+            self._client.delete_logged_model(model.model_id)  # a creation that was cut off half way
+        return None
+
+    def _create_model(self, checkpoint: dict[str, Any], step: int) -> str:
+        """As mlflow.create_external_model does it, which needs pandas for a signature, and a global tracking URI."""
+        from mlflow.models import Model
+
+        model = self._client.create_logged_model(
+            self._experiment_id,
+            name=re.sub(r"[^A-Za-z0-9_-]", "-", f"{self._folder.name}-step-{step}"),
+            source_run_id=self.run_id,
+            tags={
+                "digest": checkpoint["digest"],
+                "step": str(step),
+                "uri": checkpoint["uri"],
+                MLFLOW_MODEL_IS_EXTERNAL: "true",
+            },
+        )
+        with tempfile.TemporaryDirectory() as folder:  # the registry wants a description among the model's artifacts
+            Model(
+                artifact_path=model.artifact_location,
+                model_uuid=model.model_id,
+                model_id=model.model_id,
+                run_id=self.run_id,
+                metadata={MLFLOW_MODEL_IS_EXTERNAL: True, "uri": checkpoint["uri"], "digest": checkpoint["digest"]},
+            ).save(os.path.join(folder, "MLmodel"))
+            self._client.log_model_artifacts(model.model_id, folder)
+        return self._client.finalize_logged_model(model.model_id, "READY").model_id
+
+
+def kind_of(record: Record) -> str:
+    """Neighbouring records of the kind `points` may be sent together."""
+    if record.keys() & {"metrics", "system"}:
+        return "points"
+    return next(kind for kind in ("params", "tags", "status", "artifact", "image", "checkpoint") if kind in record)
+
+
+def _artifact_location(uri: str) -> str | None:
+    """Beside a SQLite file, where MLflow would take the working directory; a server decides by itself."""
+    if not uri.startswith("sqlite:///"):
+        return None
+    return (Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlartifacts").as_uri()
+
+
+def quiet_environment() -> None:
+    """Sets, unless they are set, the variables that keep MLflow from calling home, from warning and from blocking."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+
+
+def _batched(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

@@ -1,0 +1,266 @@
+"""Tracking that neither stops a step nor loses a point: the trainer writes lines to a file, a thread sends them on.
+
+Used on rank 0 only; nothing in here talks to other ranks.
+"""
+
+import logging
+import os
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+
+from controlbooth.trainer.mlflow_run import METRICS_PER_CALL, MlflowRun, Refused, kind_of, quiet_environment
+from controlbooth.trainer.spool import STREAMS, Record, Spool
+
+logger = logging.getLogger(__name__)
+
+SEND_EVERY_SECONDS = 5.0
+FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 1.0, 60.0
+PARAM_LENGTH = 500
+GIB = 2**30
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+
+class Tracker:
+    """The one run of a run folder, in metrics.jsonl there and in MLflow.
+
+    What is logged is in the file on return; nothing here waits for a server but `close`. Started again on the same
+    folder, it sends what is left and goes on with the same MLflow run.
+    """
+
+    def __init__(
+        self,
+        run_folder: str | os.PathLike[str],
+        uri: str,
+        experiment: str,
+        run_name: str,
+        params: Mapping[str, Any],
+        tags: Mapping[str, str],
+        system_metrics_seconds: float,
+    ):
+        """params: may be nested; changed ones of a resumed run become tags, since MLflow refuses to change a param."""
+        quiet_environment()
+        if uri.startswith("sqlite:///"):
+            Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        self.folder = Path(run_folder).absolute()
+        self._spool = Spool(self.folder, uri, experiment)
+        self._run_name = run_name
+        self._run: MlflowRun | None = None
+        self._generation = -1  # of the lines that its latest_steps are about
+        self._logged: dict[str, tuple[int, float]] = {}  # metric -> step and time of its last record
+        self._spool.append({"status": "RUNNING"})
+        self._changed = self._log_params(flatten(params))
+        self.set_tags(tags)
+        self._closing = threading.Event()
+        self._deadline = 0.0
+        self._sampler = threading.Thread(
+            target=self._sample, args=(system_metrics_seconds,), name="system metrics", daemon=True
+        )
+        self._sender = threading.Thread(target=self._send, name="tracking", daemon=True)
+        self._sampler.start()
+        self._sender.start()
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One value per name and step. Raises OSError when the disk is full."""
+        now = time.time()
+        values = {name: float(value) for name, value in metrics.items()}
+        self._spool.append({"step": step, "time": now, "metrics": values})
+        self._logged |= dict.fromkeys(values, (step, now))
+
+    def log_image(self, path: str | os.PathLike[str], name: str, step: int) -> None:
+        """A picture of a series. The file must stay until it is sent."""
+        self._spool.append({"step": step, "image": {"path": self._stored(path), "name": name}})
+
+    def log_artifact(self, path: str | os.PathLike[str]) -> None:
+        """A file, under its base name. It must stay until it is sent."""
+        self._spool.append({"artifact": self._stored(path)})
+
+    def log_checkpoint(self, step: int, digest: str, uri: str, metrics: Mapping[str, float]) -> None:
+        """A checkpoint as a LoggedModel with metrics, so that the best one can be searched for; its bytes stay.
+
+        The metrics are the run's too: those that were logged at this step already count as the same points.
+        """
+        now, timed = time.time(), {}
+        for name, value in metrics.items():
+            logged_step, logged_time = self._logged.get(name, (None, now))
+            timed[name] = [float(value), logged_time if logged_step == step else now]
+        self._spool.append({"step": step, "checkpoint": {"digest": digest, "uri": uri, "metrics": timed}})
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        if tags:
+            self._spool.append({"tags": {name: str(value) for name, value in tags.items()}})
+
+    def cut_back(self, step: int) -> None:
+        """After a resume from a checkpoint at `step` (-1: from the start): forgets what will be logged again.
+
+        MLflow cannot forget. Repeated steps that it has are not sent again, as a resumed run repeats their values,
+        unless params have changed: then it has both.
+        """
+        self._spool.cut_back(step)
+
+    def finish(self, status: Status) -> None:
+        """How the run ended. To be followed by `close`."""
+        self._spool.append({"status": status})
+
+    def close(self, timeout_seconds: float) -> int:
+        """Tries to send what is left, and returns how many lines remain for the next start. Logs nothing after it."""
+        self._deadline = time.monotonic() + timeout_seconds
+        self._closing.set()
+        self._sampler.join()
+        self._sender.join(timeout_seconds)
+        unsent = self._spool.unsent()
+        self._spool.close()
+        if unsent:
+            logger.warning(
+                "%d lines of %s have not reached MLflow at %s. They are sent when the run is started again",
+                unsent,
+                self._spool.path,
+                self._spool.state.uri,
+            )
+        return unsent
+
+    def _log_params(self, params: dict[str, str]) -> bool:
+        """Returns whether any has another value than before."""
+        before = self._spool.state.params
+        new = {name: value for name, value in params.items() if name not in before}
+        changed = {name: value for name, value in params.items() if before.get(name, value) != value}
+        if new:
+            self._spool.append({"params": new})
+        self.set_tags({f"changed.{name}": value for name, value in changed.items()})
+        self._spool.update(params=before | params)
+        return bool(changed)
+
+    def _stored(self, path: str | os.PathLike[str]) -> str:
+        """Relative to the run's folder, which may be moved, where the file is in it."""
+        absolute = Path(path).absolute()
+        return str(absolute.relative_to(self.folder) if absolute.is_relative_to(self.folder) else absolute)
+
+    def _send(self) -> None:
+        """The sending thread: each stream at its own pace, until closed and empty, or closed and out of time."""
+        retry_at, pause = dict.fromkeys(STREAMS, 0.0), dict.fromkeys(STREAMS, 0.0)
+        while True:
+            for stream in STREAMS:
+                if time.monotonic() < retry_at[stream] and not self._closing.is_set():
+                    continue
+                try:
+                    while self._send_some(stream):
+                        pass
+                except Exception as error:  # of the server, a proxy or a library: the lines are kept, and sent later
+                    self._report(stream, error, again=pause[stream] > 0)
+                    pause[stream] = min(max(FIRST_RETRY_SECONDS, 2 * pause[stream]), LAST_RETRY_SECONDS)
+                    retry_at[stream] = time.monotonic() + pause[stream]
+                else:
+                    if pause[stream]:
+                        logger.warning("MLflow takes %s again", stream)
+                    pause[stream] = 0.0
+            if not self._closing.is_set():
+                self._closing.wait(SEND_EVERY_SECONDS)
+            elif time.monotonic() > self._deadline or not any(pause.values()):
+                return
+            else:
+                time.sleep(min(FIRST_RETRY_SECONDS, max(0.0, self._deadline - time.monotonic())))
+
+    def _send_some(self, stream: str) -> bool:
+        """Sends the next records that go together, and returns whether there were any."""
+        records, generation = self._spool.read(stream, METRICS_PER_CALL)
+        if not records:
+            return False
+        run = self._connect(generation)
+        for group in _groups(records):
+            self._send_group(run, [record for record, _ in group])
+            self._spool.acknowledge(stream, group[-1][1], generation)
+        return True
+
+    def _send_group(self, run: MlflowRun, records: list[Record]) -> None:
+        try:
+            run.send(records)
+        except Refused as error:
+            if len(records) > 1:  # find the one, and send the others
+                for record in records:
+                    self._send_group(run, [record])
+            else:
+                logger.warning("MLflow refuses %.200s: %s. It stays in %s", records[0], error, self._spool.path)
+
+    def _connect(self, generation: int) -> MlflowRun:
+        """The connection, which knows what the server has of the steps that are repeated after a cut."""
+        if self._run is None:
+            self._run = MlflowRun(self._spool.state, self._run_name, self.folder)
+            self._spool.update(run_id=self._run.run_id)
+        if self._generation != generation:
+            # with changed params, the values of repeated steps may be others
+            self._run.latest_steps = {} if self._changed else self._run.read_latest_steps()
+            self._generation = generation
+        return self._run
+
+    def _report(self, stream: str, error: Exception, again: bool) -> None:
+        if not again and time.monotonic() < (self._deadline or float("inf")):
+            kept = f"Its lines are kept in {self._spool.path}, and sent as soon as it does"
+            logger.warning("MLflow does not take %s (%s: %s). %s", stream, type(error).__name__, error, kept)
+
+    def _sample(self, seconds: float) -> None:
+        psutil.cpu_percent()  # the first call only starts the measurement
+        while not self._closing.wait(seconds):
+            self._spool.append({"system": system_metrics(self.folder)})
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested mappings -> dotted names with values as text, cut to MLflow's old limit of 500 characters."""
+    flat = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            text = str(value)
+            flat[f"{prefix}{name}"] = text if len(text) <= PARAM_LENGTH else text[: PARAM_LENGTH - 1] + "…"
+    return flat
+
+
+def system_metrics(folder: Path) -> dict[str, float]:
+    """Load of this machine in percent and GiB, memory of this process, free disk at `folder`, and its NVIDIA GPUs."""
+    memory = psutil.virtual_memory()
+    return {
+        "cpu_percent": psutil.cpu_percent(),
+        "memory_used_gib": (memory.total - memory.available) / GIB,
+        "process_memory_gib": psutil.Process().memory_info().rss / GIB,
+        "disk_free_gib": shutil.disk_usage(folder).free / GIB,
+    } | _gpu_metrics()
+
+
+def _gpu_metrics() -> dict[str, float]:
+    """Asks nvidia-smi, which comes with the driver; nothing where there is none or it does not answer."""
+    if shutil.which("nvidia-smi") is None:
+        return {}
+    query = ["nvidia-smi", "--query-gpu=index,utilization.gpu,memory.used", "--format=csv,noheader,nounits"]
+    try:
+        lines = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout.splitlines()
+    except (subprocess.SubprocessError, OSError):
+        return {}  # a gap in the curve; a GPU that is gone stops the training itself
+    metrics = {}
+    for line in lines:
+        index, utilization, memory_mib = (part.strip() for part in line.split(","))
+        if utilization.isdigit() and memory_mib.isdigit():  # otherwise [N/A], as on a divided GPU
+            metrics |= {f"gpu_{index}_percent": float(utilization), f"gpu_{index}_memory_gib": float(memory_mib) / 1024}
+    return metrics
+
+
+def _groups(records: list[tuple[Record, int]]) -> list[list[tuple[Record, int]]]:
+    """Neighbours that one call takes: records of metrics together, of up to 1000 values; all others alone."""
+    groups: list[list[tuple[Record, int]]] = []
+    values = 0
+    for record, end in records:
+        size = len(record.get("metrics", ())) + len(record.get("system", ()))
+        joins = groups and kind_of(record) == kind_of(groups[-1][0][0]) == "points"
+        if joins and values + size <= METRICS_PER_CALL:
+            groups[-1].append((record, end))
+            values += size
+        else:
+            groups.append([(record, end)])
+            values = size
+    return groups
