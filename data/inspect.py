@@ -13,6 +13,7 @@ from controlbooth.data.loader import HeldOutSample, held_out
 from controlbooth.data.manifest import open_dataset
 from controlbooth.data.order import Order
 from controlbooth.data.shards import ShardReader
+from controlbooth.data.sources import encode_png
 
 _CAPTION_HEIGHT = 34
 _FONT = cv2.FONT_HERSHEY_SIMPLEX
@@ -52,14 +53,15 @@ def show_main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if min(arguments.count, arguments.columns, arguments.resolution) < 1:
         raise ValueError("--count, --columns and --resolution must be at least 1")
+    if arguments.out.suffix != ".png":
+        raise ValueError(f"the sheet is a PNG image, so {arguments.out} must end in .png")
     dataset = open_dataset(arguments.shards)
     kinds = sorted({kind for row in dataset.rows for kind in row.conditions})
     kind = arguments.condition or (kinds[0] if kinds else None)
     count = min(arguments.count, int(dataset.samples_per_shard(kind).sum()))
     samples = list(held_out(dataset, count, condition_kind=kind, resolution=arguments.resolution))
     sheet = contact_sheet(samples, arguments.columns)
-    if not cv2.imwrite(str(arguments.out), cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR)):
-        raise OSError(f"cannot write {arguments.out}; does its folder exist?")
+    arguments.out.write_bytes(encode_png(sheet))
     print(f"{arguments.out}: {len(samples)} samples, condition {kind}")
     return 0
 
