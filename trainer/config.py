@@ -282,6 +282,11 @@ def run_folder(config: RunConfig) -> Path:
     return config.output / config.name
 
 
+def base_path(config: RunConfig) -> Path:
+    """The folder or file of the base model."""
+    return Path(__file__).parents[1] / "models" / BUILT_IN if config.model.base == BUILT_IN else Path(config.model.base)
+
+
 def tracking_uri(config: RunConfig) -> str:
     """Where MLflow keeps this run: the configured server, or mlflow.db beside the runs."""
     return config.tracking.uri or f"sqlite:///{(config.output / 'mlflow.db').absolute()}"

@@ -35,27 +35,28 @@ class Refused(Exception):
 class MlflowRun:
     """A connection to one run. Any method may raise whatever the server, a proxy or the client library raises."""
 
-    def __init__(self, state: State, run_name: str, folder: Path):
+    def __init__(self, state: State, run_name: str, folder: Path, values_changed: bool):
         """Connects, and finds or creates the run.
 
         folder: of the run; relative paths of artifacts and images start there.
+        values_changed: steps that are repeated may have other values than before, and are sent again.
         """
         from mlflow import MlflowClient
 
         # Progress of creating tables; their errors are raised and need no log.
         logging.getLogger("mlflow").setLevel(logging.WARNING)
         logging.getLogger("alembic").setLevel(logging.WARNING)
-        self._state, self._folder = state, folder
+        self._state, self._folder, self._values_changed = state, folder, values_changed
         self._client = MlflowClient(state.uri)
         self._experiment_id = self._find_or_create_experiment()
         self.run_id = state.run_id or self._find_or_create_run(run_name)
-        self.latest_steps: dict[str, int] = {}
-        """metric -> a step; records up to it are not sent."""
+        self._sent_steps: dict[str, int] = {}
 
-    def read_latest_steps(self) -> dict[str, int]:
-        """metric -> the last step that the server has of it; the earlier ones were sent before, in order."""
-        data = self._client.get_run(self.run_id).data
-        return {metric.key: metric.step for metric in data.to_proto().metrics}
+    def skip_sent_steps(self) -> None:
+        """From here on, leaves out what the server has now: each metric up to its last step, as steps come in order."""
+        if not self._values_changed:
+            data = self._client.get_run(self.run_id).data
+            self._sent_steps = {metric.key: metric.step for metric in data.to_proto().metrics}
 
     def send(self, records: Sequence[Record]) -> None:
         """Puts records of one kind there. Raises Refused, or anything that another try may cure."""
@@ -114,7 +115,7 @@ class MlflowRun:
                 yield Metric(f"system/{name}", float(value), time, step)
         else:
             for name, value in record["metrics"].items():
-                if record["step"] > self.latest_steps.get(name, -1):
+                if record["step"] > self._sent_steps.get(name, -1):
                     yield Metric(name, float(value), time, record["step"])
 
     def _send_params(self, record: Record) -> None:
@@ -142,7 +143,9 @@ class MlflowRun:
         from PIL import Image
 
         image, time = record["image"], round(record["time"] * 1000)
-        there = f"images/{image['name'].replace('/', '~')}+step+{record['step']}+timestamp+{time}+"
+        there = f"images/{image['name'].replace('/', '~')}+step+{record['step']}+timestamp+"
+        if self._values_changed:
+            there += f"{time}+"
         if any(file.path.startswith(there) for file in self._client.list_artifacts(self.run_id, "images")):
             return  # sent before; MLflow would add a copy under a random name
         with Image.open(self._folder / image["path"]) as picture:
@@ -153,10 +156,12 @@ class MlflowRun:
         from mlflow.entities import LoggedModelOutput, Metric
 
         checkpoint, step = record["checkpoint"], record["step"]
-        model_id = self._find_model(checkpoint["digest"], step) or self._create_model(checkpoint, step)
+        model_id, there = self._find_model(checkpoint["digest"], step)
+        model_id = model_id or self._create_model(checkpoint, step)
         metrics = [
             Metric(name, float(value), round(time * 1000), step, model_id=model_id)
             for name, (value, time) in checkpoint["metrics"].items()
+            if name not in there
         ]
         for some in _batched(metrics, METRICS_PER_CALL):
             self._client.log_batch(self.run_id, metrics=some)
@@ -164,16 +169,17 @@ class MlflowRun:
         if model_id not in {output.model_id for output in (outputs.model_outputs if outputs else ())}:
             self._client.log_outputs(self.run_id, [LoggedModelOutput(model_id, step)])
 
-    def _find_model(self, digest: str, step: int) -> str | None:
+    def _find_model(self, digest: str, step: int) -> tuple[str | None, set[str]]:
+        """The id and the metrics of this checkpoint's LoggedModel, if there is one."""
         found = self._client.search_logged_models(
             [self._experiment_id],
             f"source_run_id = '{self.run_id}' AND tags.digest = '{digest}' AND tags.step = '{step}'",
         )
         for model in found:
             if str(model.status) == "READY":
-                return model.model_id
+                return model.model_id, {metric.key for metric in model.metrics or ()}
             self._client.delete_logged_model(model.model_id)  # a creation that was cut off half way
-        return None
+        return None, set()
 
     def _create_model(self, checkpoint: dict[str, Any], step: int) -> str:
         """As mlflow.create_external_model does it, which needs pandas for a signature, and a global tracking URI."""

@@ -53,10 +53,10 @@ class Tracker:
         self._spool = Spool(self.folder, uri, experiment)
         self._run_name = run_name
         self._run: MlflowRun | None = None
-        self._generation = -1  # of the lines that its latest_steps are about
+        self._generation = -1  # of the lines that it was told about
         self._logged: dict[str, tuple[int, float]] = {}  # metric -> step and time of its last record
         self._spool.append({"status": "RUNNING"})
-        self._changed = self._log_params(flatten(params))
+        self._values_changed = self._log_params(flatten(params))
         self.set_tags(tags)
         self._closing = threading.Event()
         self._deadline = 0.0
@@ -191,11 +191,10 @@ class Tracker:
     def _connect(self, generation: int) -> MlflowRun:
         """The connection, which knows what the server has of the steps that are repeated after a cut."""
         if self._run is None:
-            self._run = MlflowRun(self._spool.state, self._run_name, self.folder)
+            self._run = MlflowRun(self._spool.state, self._run_name, self.folder, self._values_changed)
             self._spool.update(run_id=self._run.run_id)
         if self._generation != generation:
-            # with changed params, the values of repeated steps may be others
-            self._run.latest_steps = {} if self._changed else self._run.read_latest_steps()
+            self._run.skip_sent_steps()
             self._generation = generation
         return self._run
 

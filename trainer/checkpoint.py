@@ -1,0 +1,216 @@
+"""Checkpoints: committed whole or not at all, found again, loaded at any world size, pruned.
+
+    checkpoints/step-00000400/deepspeed/     DeepSpeed's files, one set a rank: weights, master copies, optimizer
+                              controlnet/    the trained weights (or their average) in fp32, as diffusers reads them
+                              average.safetensors   the moving average, where the run keeps one
+                              state.json     step, position in the data, fingerprint, figures, digest of the weights
+                              COMPLETE       names and sizes of all files; written last, before the folder gets its name
+
+A folder is written under a hidden name and renamed after every rank has finished, so a name that is seen is a whole
+checkpoint. A copy that lost a file is recognised by COMPLETE and passed over.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ControlNetModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from controlbooth.models.pretrained import save_controlnet
+from controlbooth.trainer.distributed import World, barrier, from_first_rank
+from controlbooth.trainer.engine import full_state
+
+COMPLETE = "COMPLETE"
+_TAG = "deepspeed"
+_UNIVERSAL = "universal"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that does not belong to this run; the message says what differs and what to do."""
+
+
+def folder_of(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def complete_checkpoints(run: Path) -> list[Path]:
+    """Whole checkpoints of a run, oldest first."""
+    return [path for path in sorted((run / "checkpoints").glob("step-*")) if is_complete(path)]
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether every file that was committed is there in its size. What is generated later may come besides."""
+    marker = checkpoint / COMPLETE
+    if not marker.is_file():
+        return False
+    sizes = json.loads(marker.read_text())
+    return all((checkpoint / name).is_file() and (checkpoint / name).stat().st_size == size for name, size in sizes.items())
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / "state.json").read_text())
+
+
+def save_checkpoint(
+    engine: Any, run: Path, state: dict[str, Any], average: dict[str, Tensor] | None, world: World
+) -> Path:
+    """Every rank calls this. Returns the committed folder, whose state.json holds `state` and the weights' digest.
+
+    state: JSON values, with at least `step`. Raises OSError where the disk is too small, on all ranks, before writing.
+    """
+    final = folder_of(run, state["step"])
+    partial = final.with_name("." + final.name + ".partial")
+    _check_space(engine, run, world)
+    if world.rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    barrier()
+    with _quiet():
+        engine.save_checkpoint(str(partial), tag=_TAG, client_state={}, save_latest=False)
+    weights = full_state(engine, average)
+    if world.rank == 0:
+        save_controlnet(_as_module(engine.module, weights), partial / "controlnet")
+        if average is not None:
+            save_file({name: tensor.contiguous() for name, tensor in average.items()}, partial / "average.safetensors")
+        state = state | {"digest": _digest(partial / "controlnet")}
+        (partial / "state.json").write_text(json.dumps(state, indent=2))
+    barrier()  # nobody's file is missing any more
+    if world.rank == 0:
+        _commit(partial, final)
+    barrier()
+    return final
+
+
+def load_checkpoint(engine: Any, checkpoint: Path, world: World) -> dict[str, Tensor] | None:
+    """Every rank calls this, on an engine made with load_universal = `needs_universal`. Returns the average, if any."""
+    tag = _TAG
+    if needs_universal(read_state(checkpoint), world.world_size):
+        tag = _UNIVERSAL
+        if world.rank == 0 and not (checkpoint / _UNIVERSAL / COMPLETE).exists():
+            _make_universal(checkpoint)
+        barrier()
+    with _quiet():
+        path, _ = engine.load_checkpoint(str(checkpoint), tag=tag, load_lr_scheduler_states=False)
+    if path is None:
+        raise CheckpointError(f"DeepSpeed could not read {checkpoint / tag}. Delete {checkpoint} to resume from an older one")
+    average = checkpoint / "average.safetensors"
+    return load_file(average) if average.exists() else None
+
+
+def needs_universal(state: dict[str, Any], world_size: int) -> bool:
+    """Whether states that were split over the saved world's ranks must be split anew."""
+    return state["zero_stage"] > 0 and state["world_size"] != world_size
+
+
+def check_same_run(state: dict[str, Any], now: dict[str, Any], checkpoint: Path) -> None:
+    """Refuses a checkpoint whose optimizer states cannot be carried over, with what to set back."""
+    keys = {"zero_stage": "engine.zero_stage", "precision": "engine.precision", "base_digest": "model.base"}
+    for key, field in keys.items():
+        if state[key] != now[key]:
+            raise CheckpointError(
+                f"{checkpoint} was saved with {key}={state[key]!r}, and this run has {now[key]!r}. "
+                f"Set {field} back, or give the run another name to start anew (model.controlnet={checkpoint}/controlnet "
+                "starts from its weights)"
+            )
+
+
+def prune(run: Path, keep: int, keep_best: int, metric: str = "edge_f1") -> None:
+    """Deletes all but the `keep` latest checkpoints and the `keep_best` best. Rank 0 calls it after a commit."""
+    whole = complete_checkpoints(run)
+    scored = [(read_state(path).get("metrics", {}).get(metric), path) for path in whole]
+    best = sorted((pair for pair in scored if pair[0] is not None), key=lambda pair: pair[0])[-keep_best:] if keep_best else []
+    kept = {*whole[-keep:], *(path for _, path in best)}
+    for path in whole:
+        if path not in kept:
+            doomed = path.with_name("." + path.name + ".deleted")  # half a deletion must not look like a checkpoint
+            path.rename(doomed)
+            shutil.rmtree(doomed)
+    for remains in (run / "checkpoints").glob(".step-*"):
+        shutil.rmtree(remains)
+
+
+def _as_module(trained: Any, weights: dict[str, Tensor]) -> ControlNetModel:
+    with torch.device("meta"):
+        module: Any = ControlNetModel.from_config(trained.config)
+    module.load_state_dict(weights, assign=True)
+    return module
+
+
+def _digest(folder: Path) -> str:
+    """SHA-256 over the names and bytes of the files."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        digest.update(path.name.encode())
+        with open(path, "rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _commit(partial: Path, final: Path) -> None:
+    files = [path for path in sorted(partial.rglob("*")) if path.is_file()]
+    for path in files:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    sizes = {str(path.relative_to(partial)): path.stat().st_size for path in files}
+    with open(partial / COMPLETE, "w") as file:
+        json.dump(sizes, file)
+        file.flush()
+        os.fsync(file.fileno())
+    shutil.rmtree(final, ignore_errors=True)  # the same step again, after a resume from an older checkpoint
+    partial.rename(final)
+    directory = os.open(final.parent, os.O_RDONLY)
+    os.fsync(directory)
+    os.close(directory)
+
+
+def _check_space(engine: Any, run: Path, world: World) -> None:
+    """Weights in fp32 twice, two moments, and the half-precision copy: at most 20 bytes a parameter, and the average."""
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
+    needed = parameters * 24
+    free = from_first_rank(shutil.disk_usage(run).free)
+    if free < needed:
+        raise OSError(
+            f"a checkpoint takes up to {needed / 2**30:.2f} GiB and {run} has {free / 2**30:.2f} GiB free. Free some space, "
+            "lower checkpoint.keep, or move `output`; then start again: the run goes on from its latest checkpoint"
+        )
+
+
+def _make_universal(checkpoint: Path) -> None:
+    """Splits DeepSpeed's files by parameter, so that a world of another size can put them together."""
+    import argparse
+
+    from deepspeed.checkpoint import ds_to_universal
+
+    target = checkpoint / _UNIVERSAL
+    shutil.rmtree(target, ignore_errors=True)
+    arguments = argparse.Namespace(
+        input_folder=str(checkpoint / _TAG),
+        output_folder=str(target),
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )
+    print(f"the world's size changed: splitting {checkpoint / _TAG} by parameter", file=sys.stderr, flush=True)
+    with _quiet():
+        ds_to_universal.main(arguments)
+    (checkpoint / f"latest_{_UNIVERSAL}").unlink(missing_ok=True)
+    (target / COMPLETE).touch()
+
+
+@contextlib.contextmanager
+def _quiet():
+    """DeepSpeed prints its progress; an error still carries its own message."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield

@@ -1,0 +1,85 @@
+"""The only home of ranks and collectives. Everything else is handed `rank` and `world_size` as integers."""
+
+import datetime
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+TIMEOUT = datetime.timedelta(minutes=30)
+"""Longer than the slowest thing that one rank does alone, such as indexing shards of others."""
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+
+def join() -> World:
+    """Joins the ranks that torchrun (or the deepspeed launcher) started; started by hand, the world is one rank.
+
+    Tensors on the CPU go through gloo on every machine, so that counters and flags need no accelerator.
+    """
+    os.environ.setdefault("RANK", "0")
+    os.environ.setdefault("WORLD_SIZE", "1")
+    os.environ.setdefault("LOCAL_RANK", "0")
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "0" if os.environ["WORLD_SIZE"] == "1" else "29500")
+    local_rank = int(os.environ["LOCAL_RANK"])
+    backend = "gloo"
+    device = torch.device("cpu")
+    if torch.cuda.is_available():  # not yet measured on a GPU
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    if not dist.is_initialized():
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    return World(dist.get_rank(), dist.get_world_size(), local_rank, device)
+
+
+def leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    all_sum([0.0])  # through gloo, on the CPU: a barrier of the default backend would need the accelerator
+
+
+def all_sum(values: Sequence[float]) -> list[float]:
+    """Sums each value over all ranks, in float64. Every rank gets the same numbers, bit for bit."""
+    tensor = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
+    return tensor.tolist()
+
+
+def all_max(values: Sequence[float]) -> list[float]:
+    tensor = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor.tolist()
+
+
+def gather_objects(value: Any, world: World) -> list[Any]:
+    """What every rank holds, in the order of ranks, on every rank. For small things: it is pickled."""
+    gathered: list[Any] = [None] * world.world_size
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def from_first_rank(value: Any) -> Any:
+    """What rank 0 holds, on every rank. For small things: it is pickled."""
+    holder = [value]
+    dist.broadcast_object_list(holder, src=0)
+    return holder[0]
+
+
+def sum_tensor(tensor: Tensor) -> Tensor:
+    dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
+    return tensor

@@ -1,0 +1,171 @@
+"""Validation of a run: held-out conditions sampled and measured on all ranks, and pictures of them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from controlbooth.data import draws
+from controlbooth.data.loader import held_out
+from controlbooth.data.manifest import Dataset
+from controlbooth.models.base import Base
+from controlbooth.models.sampling import sample
+from controlbooth.trainer.config import ValidationConfig
+from controlbooth.trainer.distributed import World, gather_objects
+from controlbooth.trainer.evaluate.control import control_fidelity
+from controlbooth.trainer.evaluate.grids import draw_grid
+from controlbooth.trainer.step import DeviceBatch, controlnet_loss
+
+EDGE_KINDS = ("edges", "canny")
+MASK_KINDS = ("segmentation",)
+
+
+@dataclass(frozen=True)
+class HeldOutSet:
+    """The first samples of the held-out shards, whole on every rank; N of them."""
+
+    keys: list[str]
+    captions: list[str]
+    targets: np.ndarray
+    """(N, H, W, 3) uint8."""
+    conditions: np.ndarray
+    """(N, H, W, 3) uint8, of the kind that is trained on."""
+    edges: np.ndarray | None
+    """(N, H, W) uint8, where the shards hold edges."""
+    segmentation: np.ndarray | None
+    """(N, H, W) uint8, where the shards hold a segmentation."""
+
+
+def load_held_out(dataset: Dataset, count: int, condition_kind: str, resolution: int) -> HeldOutSet:
+    """Reads the set. Raises ValueError where the shards have fewer than `count` samples of the kind."""
+    samples = list(held_out(dataset, count, condition_kind=condition_kind, resolution=resolution))
+    kinds = {kind for row in dataset.rows for kind in row.conditions}
+
+    def one_channel(wanted: tuple[str, ...]) -> np.ndarray | None:
+        found = [kind for kind in wanted if kind in kinds]
+        if not found:
+            return None
+        others = list(held_out(dataset, count, condition_kind=found[0], resolution=resolution))
+        if [other.key for other in others] != [sample.key for sample in samples]:
+            return None  # not every sample has that kind: no figure rather than one of other pictures
+        return np.stack([other.conditioning[0] for other in others])  # type: ignore[index]
+
+    return HeldOutSet(
+        keys=[sample.key for sample in samples],
+        captions=[sample.caption for sample in samples],
+        targets=np.stack([sample.pixel_values.transpose(1, 2, 0) for sample in samples]),
+        conditions=np.stack([sample.conditioning.transpose(1, 2, 0) for sample in samples]),  # type: ignore[union-attr]
+        edges=one_channel(EDGE_KINDS),
+        segmentation=one_channel(MASK_KINDS),
+    )
+
+
+def generate(
+    base: Base,
+    controlnet: nn.Module | None,
+    held: HeldOutSet,
+    config: ValidationConfig,
+    world: World,
+    empty_prompt: bool = False,
+) -> np.ndarray:
+    """One picture for each held-out condition, spread over ranks; (N, H, W, 3) uint8 on every rank.
+
+    Picture i depends on i alone, so it is the same at every world size. Every rank makes equally many passes, since
+    under ZeRO-3 each pass is a collective.
+    """
+    count, size = len(held.keys), config.micro_batch_size
+    mine = [i % count for i in range(world.rank, -(-count // world.world_size) * world.world_size, world.world_size)]
+    pictures: dict[int, np.ndarray] = {}
+    for first in range(0, len(mine), size):
+        rows = mine[first : first + size]
+        conditioning = torch.from_numpy(held.conditions[rows]).permute(0, 3, 1, 2).float() / 255.0
+        images = sample(
+            base,
+            controlnet,
+            ["" if empty_prompt else held.captions[row] for row in rows],
+            None if controlnet is None else conditioning,
+            seeds=rows,
+            steps=config.sampling_steps,
+            guidance_scale=1.0 if empty_prompt else config.guidance_scale,
+        )
+        pictures |= dict(zip(rows, images.numpy(), strict=True))
+    everyone = {row: image for part in gather_objects(pictures, world) for row, image in part.items()}
+    return np.stack([everyone[row] for row in range(count)])
+
+
+@torch.no_grad()
+def fixed_noise_loss(base: Base, controlnet: nn.Module, held: HeldOutSet, size: int, world: World) -> float:
+    """The training loss on the held-out set with noise and timesteps that never change, prompts kept: comparable between
+    steps and between runs, which the training loss is not."""
+    count = len(held.keys)
+    mine = [i % count for i in range(world.rank, -(-count // world.world_size) * world.world_size, world.world_size)]
+    factor, steps = base.family.vae_factor, int(base.noise_scheduler.config["num_train_timesteps"])
+    shape = (base.unet.config["in_channels"], held.targets.shape[1] // factor, held.targets.shape[2] // factor)
+    losses: dict[int, float] = {}
+    for first in range(0, len(mine), size):
+        rows = mine[first : first + size]
+        positions = np.array(rows, np.int64)
+
+        def on_device(array: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(array).to(world.device)
+
+        batch = DeviceBatch(
+            pixel_values=on_device(held.targets[rows]).permute(0, 3, 1, 2).float() / 127.5 - 1.0,
+            conditioning_pixel_values=on_device(held.conditions[rows]).permute(0, 3, 1, 2).float() / 255.0,
+            captions=[held.captions[row] for row in rows],
+            timesteps=on_device((positions * 2 + 1) * steps // (2 * count)),  # evenly over all noise levels
+            noise=on_device(draws.noise(0, positions, shape)),
+            posterior_noise=torch.zeros(len(rows), *shape, device=world.device),
+            weights=torch.ones(len(rows), device=world.device),
+        )
+        loss = controlnet_loss(base, controlnet, batch, None).item()
+        losses |= {row: loss for row in rows}
+    everyone = {row: loss for part in gather_objects(losses, world) for row, loss in part.items()}
+    return float(np.mean([everyone[row] for row in range(count)]))
+
+
+def validate(
+    base: Base,
+    controlnet: nn.Module,
+    held: HeldOutSet,
+    config: ValidationConfig,
+    world: World,
+    without_control: Path,
+    grid: Path | None,
+) -> dict[str, float]:
+    """Samples, measures and draws. Returns the figures, by name, on every rank.
+
+    without_control: an .npy of the pictures that the base makes by itself, made here on the first call. grid: where
+    rank 0 draws a picture of condition | without control | with control | target, or None for no picture.
+    """
+    was_training = controlnet.training
+    controlnet.eval()
+    if not all(gather_objects(without_control.exists(), world)):
+        pictures = generate(base, None, held, config, world)
+        if world.rank == 0:
+            without_control.parent.mkdir(parents=True, exist_ok=True)
+            temporary = without_control.with_suffix(".partial.npy")
+            np.save(temporary, pictures)
+            temporary.replace(without_control)
+    controlled = generate(base, controlnet, held, config, world)
+    unprompted = generate(base, controlnet, held, config, world, empty_prompt=True)
+    figures = {"fixed_noise_loss": fixed_noise_loss(base, controlnet, held, config.micro_batch_size, world)}
+    for suffix, images in (("", controlled), ("_empty_prompt", unprompted)):
+        for name, values in control_fidelity(images, held.edges, held.segmentation).items():
+            figures[f"{name}{suffix}"] = float(values.mean())
+    if grid is not None and world.rank == 0:
+        plain = np.load(without_control)
+        grid.parent.mkdir(parents=True, exist_ok=True)
+        shown = slice(0, config.grid)
+        columns = {
+            "condition": held.conditions[shown],
+            "without control": plain[shown],
+            "with control": controlled[shown],
+            "control, no prompt": unprompted[shown],
+            "target": held.targets[shown],
+        }
+        draw_grid(grid, columns, held.captions[shown])
+    controlnet.train(was_training)
+    return figures

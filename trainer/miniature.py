@@ -1,0 +1,428 @@
+"""The recipe of the embedded base model: from the scenes of data/scenes.py to a folder that diffusers' pipelines read.
+
+    python -m controlbooth.trainer.miniature vae|judge|text|unet|export|score --work FOLDER [--minutes N]
+
+Five stages, each resumable and each leaving its weights in FOLDER; `--minutes` bounds a stage, and running it again goes
+on from where it stopped. The base is a latent diffusion model of Stable Diffusion's kind at about a hundredth of its size:
+
+    vae    AutoencoderKL, factor 8, 12 latent channels: first on 32-pixel crops, then on whole pictures
+    judge  a small network that reads scenes: classes by pixel, and object classes and colours from left to right
+    text   a CLIP text encoder, taught to know what a caption says before it sees a picture; frozen afterwards
+    unet   v-prediction on cached latents; prompts reach it by cross-attention and, pooled, beside the timestep
+    score  128 held-out captions, sampled and read by the judge
+"""
+
+import argparse
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
+from tokenizers.trainers import BpeTrainer
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from controlbooth.data.scenes import CLASSES, COLOURS, HELD_OUT_SEED, SIZES, Scene, render, scene
+from controlbooth.trainer.evaluate.judge import ATTRIBUTES, NONE, Judge, facts, obedience, read, split
+
+SIZE = 64
+VAE = dict(
+    in_channels=3,
+    out_channels=3,
+    latent_channels=12,
+    layers_per_block=1,
+    block_out_channels=(16, 32, 64, 96),
+    down_block_types=("DownEncoderBlock2D",) * 4,
+    up_block_types=("UpDecoderBlock2D",) * 4,
+    norm_num_groups=1,  # with 2 channels a group, a flat colour is normalised away
+    sample_size=SIZE,
+)
+
+CAPTION_TOKENS = 24
+UNET = dict(
+    sample_size=SIZE // 8,
+    in_channels=12,
+    out_channels=12,
+    block_out_channels=(128, 192),
+    layers_per_block=1,
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    cross_attention_dim=128,
+    attention_head_dim=6,
+    norm_num_groups=16,
+    resnet_time_scale_shift="scale_shift",
+    addition_embed_type="text",  # prompts, pooled, join the timestep: classes are learned in a tenth of the time
+)
+SCHEDULER = dict(
+    num_train_timesteps=1000,
+    beta_start=0.00085,
+    beta_end=0.02,
+    beta_schedule="scaled_linear",
+    prediction_type="v_prediction",
+    clip_sample=False,
+    timestep_spacing="trailing",
+    steps_offset=0,
+)
+BATCH = 64
+LEARNING_RATE = 6e-4
+
+
+class Clock:
+    """Stops a stage after its minutes, and says now and then how it goes."""
+
+    def __init__(self, minutes: float, every_seconds: float = 30.0) -> None:
+        self.start = self.last = time.monotonic()
+        self.seconds = minutes * 60.0
+        self.every_seconds = every_seconds
+
+    @property
+    def share(self) -> float:
+        return min(1.0, (time.monotonic() - self.start) / self.seconds)
+
+    def due(self) -> bool:
+        if time.monotonic() - self.last < self.every_seconds:
+            return False
+        self.last = time.monotonic()
+        return True
+
+
+def save_atomically(state: dict, path: Path) -> None:
+    temporary = path.with_name(path.name + ".partial")
+    torch.save(state, temporary)
+    os.replace(temporary, path)
+
+
+def pictures(work: Path) -> np.ndarray:
+    return np.load(work / "images.npy")  # whole: random rows of a mapped file wait for the disk
+
+
+def to_tensor(images: np.ndarray) -> Tensor:
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) float32 in [-1, 1], channels last."""
+    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = value
+
+
+def start_linear(module: nn.Module) -> None:
+    """Variance-preserving weights, and residual branches that begin at zero: the network starts as a linear one.
+
+    With PyTorch's default weights each of the 20 layers shrinks its input to 0.58, and a small autoencoder spends its
+    first thousand steps on growing out of that.
+    """
+    for name, inner in module.named_modules():
+        if isinstance(inner, nn.Conv2d | nn.Linear):
+            nn.init.normal_(inner.weight, std=inner.weight[0].numel() ** -0.5)
+            if inner.bias is not None:
+                nn.init.zeros_(inner.bias)
+            if name.endswith(("conv2", "to_out.0", "proj_out", "ff.net.2")):
+                nn.init.zeros_(inner.weight)
+
+
+def train_vae(work: Path, minutes: float) -> None:
+    torch.manual_seed(0)
+    images = pictures(work)
+    vae = AutoencoderKL(**VAE)
+    start_linear(vae)
+    with torch.no_grad():  # quiet latents at first
+        vae.quant_conv.weight[12:].zero_()
+        vae.quant_conv.bias[12:].fill_(-4.0)
+    vae.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-4)
+    step, path = 0, work / "vae.pt"
+    if path.exists():
+        saved = torch.load(path, weights_only=True)
+        vae.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        step = saved["step"]
+    draw = np.random.default_rng(step)
+    clock, losses = Clock(minutes), []
+    while clock.share < 1.0:
+        whole = clock.share > 0.75
+        batch = 8 if whole else 16
+        rows = np.sort(draw.choice(len(images) - 256, batch, replace=False))
+        x = to_tensor(images[rows])
+        if not whole:
+            corners = draw.integers(0, SIZE - 32 + 1, size=(batch, 2))
+            x = torch.stack([x[i, :, top : top + 32, left : left + 32] for i, (top, left) in enumerate(corners)])
+        x = x.contiguous(memory_format=torch.channels_last)
+        warmup = min(1.0, (step + 1) / 100)
+        set_learning_rate(optimizer, 1.5e-3 * warmup * min(1.0, 4.0 * (1.0 - clock.share) + 0.02))
+        posterior = vae.encode(x).latent_dist
+        restored = vae.decode(posterior.sample()).sample
+        error = restored - x
+        loss = error.square().mean() + 0.1 * error.abs().mean() + 2e-5 * posterior.kl().mean() / 64
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        step += 1
+        losses.append(error.detach().square().mean().item())
+        if clock.due():
+            save_atomically(dict(model=vae.state_dict(), optimizer=optimizer.state_dict(), step=step), path)
+            psnr = 10 * math.log10(4.0 / np.mean(losses[-50:]))
+            kl = posterior.kl().mean().item() / (x.shape[2] * x.shape[3] / 64)
+            print(f"vae step {step} whole {whole} psnr {psnr:.2f} dB kl/position {kl:.1f} nats", flush=True)
+    save_atomically(dict(model=vae.state_dict(), optimizer=optimizer.state_dict(), step=step), path)
+    vae.eval()
+    with torch.no_grad():
+        x = to_tensor(images[-256:])
+        latents = vae.encode(x).latent_dist.mode()
+        error = (vae.decode(latents).sample - x).square().mean(dim=(1, 2, 3))
+    print(f"held out: {(10 * torch.log10(4.0 / error)).mean():.2f} dB; latents {latents.std():.3f}", latents.std(dim=(0, 2, 3)))
+
+
+def train_judge(work: Path, minutes: float) -> None:
+    torch.manual_seed(0)
+    images = pictures(work)
+    truth = torch.tensor([facts(scene(0, i)) for i in range(len(images))])
+    judge = Judge().to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=1e-2)
+    draw = np.random.default_rng(0)
+    clock, step = Clock(minutes), 0
+    while clock.share < 1.0:
+        rows = draw.choice(len(images) - 1024, 128, replace=False)
+        x = spoil(to_tensor(images[rows]))
+        set_learning_rate(optimizer, 2e-3 * min(1.0, (step + 1) / 50) * min(1.0, 2.0 * (1.0 - clock.share) + 0.01))
+        logits = split(judge(x))
+        loss = sum(F.cross_entropy(one, truth[rows, i]) for i, one in enumerate(logits)) / len(logits)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        step += 1
+        if clock.due():
+            print(f"judge step {step} loss {loss.item():.4f}", flush=True)
+    judge.eval()
+    held_out = [scene(HELD_OUT_SEED, i) for i in range(1024)]
+    seen = read(judge, np.stack([render(what).image for what in held_out]))
+    print("real held-out scenes:", {k: round(v, 4) for k, v in obedience(seen, held_out).items()})
+    save_file({k: v.half().contiguous() for k, v in judge.state_dict().items()}, work / "judge.safetensors")
+
+
+def spoil(x: Tensor) -> Tensor:
+    """Blur and noise of random strength, for a judge that is not put off by what a generator leaves behind."""
+    blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    share = torch.rand(x.shape[0], 1, 1, 1)
+    noise = torch.randn_like(x) * torch.rand(x.shape[0], 1, 1, 1) * 0.12
+    return (x + share * (blurred - x) + noise).contiguous(memory_format=torch.channels_last)
+
+
+OTHER_WORDS = (
+    "photo picture image painting drawing sketch of the in with at to under over near behind striped dotted spotted wooden "
+    "metal glass paper toy plate table garden beach snow city forest street night day front left right top bottom one two "
+    "big tiny huge shiny old new dark bright colour color thing object animal plush clock cup cat dog bear boot can bowl"
+).split()
+
+
+def rare_words(count: int = 48) -> list[str]:
+    """Three consonants each, which no word of the captions holds: names for subjects that the base knows nothing of."""
+    consonants = "bcdfghjklmnpqrstvwxz"
+    draw = np.random.default_rng(7)
+    words: dict[str, None] = {"sks": None}
+    while len(words) < count:
+        words["".join(consonants[i] for i in draw.choice(len(consonants), 3, replace=False))] = None
+    return list(words)
+
+
+def build_tokenizer() -> CLIPTokenizer:
+    """A byte-pair vocabulary of CLIP's kind in which each word of the captions is one token.
+
+    The merges are learned from the words rather than listed: a hand-written list lets the merges of one word split
+    another ("r a" of "rabbit" takes "orange" apart).
+    """
+    caption_words = ["a", "and", "on", "background", *SIZES, *COLOURS, *CLASSES]
+    corpus = {word: 1000 for word in caption_words} | {word: 50 for word in OTHER_WORDS} | {w: 5 for w in rare_words()}
+    model = Tokenizer(BPE(end_of_word_suffix="</w>"))
+    model.pre_tokenizer = WhitespaceSplit()
+    alphabet = sorted(ByteLevel.alphabet())
+    trainer = BpeTrainer(vocab_size=2000, min_frequency=2, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False)
+    model.train_from_iterator([" ".join([word] * times) for word, times in corpus.items()], trainer)
+    merges = [tuple(pair) for pair in json.loads(model.to_str())["model"]["merges"]]
+    pieces = [*alphabet, *(letter + "</w>" for letter in alphabet), *("".join(pair) for pair in merges)]
+    vocabulary = {piece: i for i, piece in enumerate([*dict.fromkeys(pieces), "<|startoftext|>", "<|endoftext|>"])}
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=CAPTION_TOKENS)
+    for word in corpus:
+        pieces = tokenizer.tokenize(word)
+        if len(pieces) != 1:
+            raise AssertionError(f"{word!r} became {pieces}")
+    return tokenizer
+
+
+def vary(what: Scene, draw: np.random.Generator) -> tuple[str, list[int]]:
+    """A caption of the scene, in part of the cases one that says less, and the facts that it states (others: NONE)."""
+    with_sizes, with_background, with_photo = draw.random() < 0.8, draw.random() < 0.9, draw.random() < 0.15
+    named = [f"a {t.size} {t.colour} {t.class_name}" if with_sizes else f"a {t.colour} {t.class_name}" for t in what.objects]
+    text = " and ".join(named)
+    stated = facts(what)
+    names = list(ATTRIBUTES)
+    if not with_sizes:
+        for which in ("left_size", "right_size"):
+            stated[names.index(which)] = ATTRIBUTES[which].index(NONE)
+    if with_background:
+        text += f" on a {' and '.join(what.background)} background"
+    else:
+        for which in ("background", "lower_background"):
+            stated[names.index(which)] = ATTRIBUTES[which].index(NONE)
+    return ("a photo of " + text if with_photo else text), stated
+
+
+def tokens(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
+    return tokenizer(captions, padding="max_length", max_length=CAPTION_TOKENS, truncation=True, return_tensors="pt").input_ids
+
+
+def train_text(work: Path, minutes: float) -> None:
+    """Teaches the text encoder what captions say: every attribute is read from its hidden states by a linear layer."""
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    tokenizer.save_pretrained(work / "tokenizer")
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=512,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=CAPTION_TOKENS,
+            projection_dim=128,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    readout = nn.Linear(2 * 128, sum(map(len, ATTRIBUTES.values())))
+    parameters = [*text_encoder.parameters(), *readout.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=1e-2)
+    draw = np.random.default_rng(0)
+    clock, step = Clock(minutes), 0
+    while clock.share < 1.0:
+        varied = [vary(scene(2, int(i)), draw) for i in draw.integers(0, 2**40, size=128)]
+        truth = torch.tensor([stated for _, stated in varied])
+        hidden = text_encoder(tokens(tokenizer, [text for text, _ in varied])).last_hidden_state  # (B, L, 128)
+        set_learning_rate(optimizer, 1e-3 * min(1.0, (step + 1) / 50) * min(1.0, 2.0 * (1.0 - clock.share) + 0.01))
+        logits = split(readout(torch.cat([hidden.mean(dim=1), hidden[:, -1]], dim=1)))
+        loss = sum(F.cross_entropy(one, truth[:, i]) for i, one in enumerate(logits)) / len(logits)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        step += 1
+        if clock.due():
+            right = torch.stack([one.argmax(dim=1) == truth[:, i] for i, one in enumerate(logits)]).float().mean()
+            print(f"text step {step} loss {loss.item():.4f} right {right.item():.4f}", flush=True)
+    text_encoder.save_pretrained(work / "text_encoder")
+
+
+def cache_latents(work: Path) -> tuple[Tensor, AutoencoderKL]:
+    """Latents of all pictures, (N, 12, 8, 8) float32, and the VAE whose channels were given unit variance.
+
+    The scale goes into the 1x1 convolutions on both sides of the latents, so that `scaling_factor` is 1.
+    """
+    vae = AutoencoderKL(**VAE, scaling_factor=1.0)
+    vae.load_state_dict(torch.load(work / "vae.pt", weights_only=True)["model"])
+    vae.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    path = work / "latents.pt"
+    if not path.exists():
+        images = pictures(work)
+        with torch.inference_mode():
+            raw = torch.cat([vae.encode(to_tensor(images[i : i + 64])).latent_dist.mode() for i in range(0, len(images), 64)])
+        save_atomically(dict(raw=raw.contiguous()), path)
+    raw = torch.load(path, weights_only=True)["raw"]
+    mean, std = raw.mean(dim=(0, 2, 3)), raw.std(dim=(0, 2, 3))
+    print("latent std by channel:", [round(v, 2) for v in std.tolist()])
+    with torch.no_grad():
+        count = len(mean)
+        vae.quant_conv.weight[:count] /= std[:, None, None, None]
+        vae.quant_conv.bias[:count] = (vae.quant_conv.bias[:count] - mean) / std
+        vae.quant_conv.bias[count:] -= 2.0 * std.log()
+        vae.post_quant_conv.bias += vae.post_quant_conv.weight[:, :, 0, 0] @ mean
+        vae.post_quant_conv.weight *= std[None, :, None, None]
+    return ((raw - mean[:, None, None]) / std[:, None, None]), vae
+
+
+def build_unet() -> UNet2DConditionModel:
+    unet = UNet2DConditionModel(**UNET)
+    for name, inner in unet.named_modules():  # residual branches begin at zero, as in ADM
+        if name.endswith(("conv2", "proj_out", "conv_out")):
+            nn.init.zeros_(inner.weight)
+            nn.init.zeros_(inner.bias)
+    return unet
+
+
+def train_unet(work: Path, minutes: float, final: bool) -> None:
+    """v-prediction, uniform timesteps, an exponential average that warms up. `final` lets the learning rate end at 0."""
+    torch.manual_seed(0)
+    latents, _ = cache_latents(work)
+    tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
+    text_encoder = CLIPTextModel.from_pretrained(work / "text_encoder").eval().requires_grad_(False)
+    unet = build_unet().to(memory_format=torch.channels_last)
+    average = {name: p.detach().clone() for name, p in unet.named_parameters()}
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-3)
+    noise_scheduler = DDPMScheduler(**SCHEDULER)
+    step, path = 0, work / "unet.pt"
+    if path.exists():
+        saved = torch.load(path, weights_only=True)
+        unet.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        average, step = saved["average"], saved["step"]
+    draw = np.random.default_rng(step)
+    torch.manual_seed(step)
+    clock, losses = Clock(minutes, every_seconds=60.0), []
+
+    def save() -> None:
+        state = dict(model=unet.state_dict(), optimizer=optimizer.state_dict(), average=average, step=step)
+        save_atomically(state, path)
+
+    started, first = time.monotonic(), step
+    while clock.share < 1.0:
+        rows = draw.integers(0, len(latents) - 256, size=BATCH)
+        captions = ["" if draw.random() < 0.1 else vary(scene(0, int(i)), draw)[0] for i in rows]
+        with torch.inference_mode():
+            hidden = text_encoder(tokens(tokenizer, captions)).last_hidden_state
+        hidden = hidden.clone()
+        x = latents[rows]
+        noise = torch.randn_like(x)
+        timesteps = (torch.rand(BATCH) + torch.arange(BATCH)) / BATCH  # stratified: one from each range
+        timesteps = (timesteps * noise_scheduler.config.num_train_timesteps).long()
+        noisy = noise_scheduler.add_noise(x, noise, timesteps).contiguous(memory_format=torch.channels_last)
+        target = noise_scheduler.get_velocity(x, noise, timesteps)
+        rate = LEARNING_RATE * min(1.0, (step + 1) / 200)
+        set_learning_rate(optimizer, rate * (min(1.0, 3.0 * (1.0 - clock.share) + 0.02) if final else 1.0))
+        loss = F.mse_loss(unet(noisy, timesteps, hidden).sample, target)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        step += 1
+        decay = min(0.999, (step + 1) / (step + 10))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(average.values()), [p.detach() for p in unet.parameters()], 1.0 - decay)
+        losses.append(loss.item())
+        if clock.due():
+            save()
+            speed = (step - first) * BATCH / (time.monotonic() - started)
+            print(f"unet step {step} ({step * BATCH} samples) loss {np.mean(losses[-200:]):.4f} {speed:.0f} samples/s", flush=True)
+    save()
+
+
+if __name__ == "__main__":
+    import sys
+
+    torch.set_num_threads(2)
+    torch.set_flush_denormal(True)
+    work, minutes = Path(sys.argv[2]), float(sys.argv[3])
+    if sys.argv[1] == "unet":
+        train_unet(work, minutes, final="final" in sys.argv)
+    else:
+        {"vae": train_vae, "judge": train_judge, "text": train_text}[sys.argv[1]](work, minutes)

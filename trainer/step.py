@@ -1,0 +1,101 @@
+"""One micro-batch, from bytes to gradients, in one function."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import record_function
+
+from controlbooth.data import draws
+from controlbooth.data.loader import MicroBatch
+from controlbooth.models.base import Base
+from controlbooth.models.controlnet import predict
+from controlbooth.models.families import encode_with_dropout
+from controlbooth.trainer.losses import min_snr_weights, training_target, weighted_mse
+
+
+@dataclass(frozen=True)
+class DeviceBatch:
+    """A micro-batch of B samples on the device, in the network's ranges."""
+
+    pixel_values: Tensor
+    """(B, 3, H, W) float32 in [-1, 1]."""
+    conditioning_pixel_values: Tensor
+    """(B, 3, H, W) float32 in [0, 1]."""
+    captions: list[str]
+    timesteps: Tensor
+    """(B,) int64."""
+    noise: Tensor
+    """(B, C, h, w) float32."""
+    posterior_noise: Tensor
+    """(B, C, h, w) float32, for the sample that is taken of the VAE's posterior."""
+    weights: Tensor
+    """(B,) float32: 0 where no sample could be read."""
+
+
+def to_device(batch: MicroBatch, seed: int, device: torch.device) -> DeviceBatch:
+    """uint8 to the device, and there into the networks' ranges. All that is random comes from (seed, position)."""
+    if batch.conditioning is None:
+        raise ValueError("a ControlNet is trained on conditions, and the loader was made without a condition kind")
+    posterior_noise = draws.noise(draws.hash64(seed, "vae posterior"), batch.positions, batch.noise.shape[1:])
+
+    def on_device(array) -> Tensor:
+        return torch.from_numpy(array).to(device, non_blocking=True)
+
+    return DeviceBatch(
+        pixel_values=on_device(batch.pixel_values).float() / 127.5 - 1.0,
+        conditioning_pixel_values=on_device(batch.conditioning).float() / 255.0,
+        captions=batch.captions,
+        timesteps=on_device(batch.timesteps),
+        noise=on_device(batch.noise),
+        posterior_noise=on_device(posterior_noise),
+        weights=on_device(batch.weights),
+    )
+
+
+def controlnet_loss(base: Base, controlnet: nn.Module, batch: DeviceBatch, min_snr_gamma: float | None) -> Tensor:
+    """The loss of one micro-batch, a float32 scalar: how well controlled noise prediction undoes what was added."""
+    prediction_type = base.prediction_type
+    alphas_cumprod = base.noise_scheduler.alphas_cumprod.to(batch.noise.device)
+
+    with torch.no_grad():
+        with record_function("encode picture"):
+            latents = base.encode_latents(batch.pixel_values, batch.posterior_noise).float()  # (B, C, h, w)
+        with record_function("encode prompt"):  # dropped prompts share one cached embedding
+            text = encode_with_dropout(base, batch.captions, picture_size=tuple(batch.pixel_values.shape[-2:]))  # type: ignore[arg-type]
+        noisy_latents = base.noise_scheduler.add_noise(latents, batch.noise, batch.timesteps)  # type: ignore[arg-type]
+        target = training_target(prediction_type, latents, batch.noise, batch.timesteps, alphas_cumprod)
+        weights = batch.weights
+        if min_snr_gamma is not None:
+            weights = weights * min_snr_weights(prediction_type, batch.timesteps, alphas_cumprod, min_snr_gamma)
+
+    with record_function("predict"):  # the copy and its zero convolutions take gradients, the locked U-Net none
+        prediction = predict(
+            base.unet, controlnet, noisy_latents, batch.timesteps, text, batch.conditioning_pixel_values
+        )
+    return weighted_mse(prediction, target, weights)
+
+
+def controlnet_step(
+    base: Base,
+    engine: nn.Module,
+    backward: Callable[[Tensor], None],
+    micro_batches: list[MicroBatch],
+    seed: int,
+    min_snr_gamma: float | None,
+    device: torch.device,
+) -> list[float]:
+    """This rank's share of one optimizer step: forward and backward over its micro-batches.
+
+    `backward` takes a micro-batch's loss and accumulates its gradients, divided by the number of micro-batches.
+    Returns the loss of each micro-batch. The optimizer is not moved: engine.apply_gradients does that.
+    """
+    losses = []
+    for micro_batch in micro_batches:
+        batch = to_device(micro_batch, seed, device)
+        loss = controlnet_loss(base, engine, batch, min_snr_gamma)
+        with record_function("backward"):
+            backward(loss)
+        losses.append(loss.detach())
+    return torch.stack(losses).tolist()

@@ -1,0 +1,461 @@
+"""The training program: `torchrun ... -m controlbooth.trainer.train run.yaml [section.key=value ...]`.
+
+Every rank runs this file. It reads the run, builds what the run names, goes on from the latest whole checkpoint if there
+is one, and loops: step, log, validate, save, stop. Started again after whatever happened, it continues the same run.
+"""
+
+import argparse
+import contextlib
+import json
+import logging
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are folders; nothing here may reach a hub
+os.environ.setdefault("DS_LOG_LEVEL", "error")
+
+import torch
+from tqdm import tqdm
+
+from controlbooth.data.loader import Loader, StepBatch
+from controlbooth.data.manifest import Dataset, open_dataset
+from controlbooth.data.order import order_state, resume_position
+from controlbooth.models.attention import AttentionChoice, apply_attention, choose_attention
+from controlbooth.models.base import Base
+from controlbooth.models.controlnet import build_controlnet, parameter_report
+from controlbooth.models.pretrained import load_base, load_controlnet
+from controlbooth.trainer import checkpoint as checkpoints
+from controlbooth.trainer import engine as engines
+from controlbooth.trainer.config import (
+    ConfigError,
+    RunConfig,
+    base_path,
+    dump,
+    lanes,
+    load_config,
+    run_folder,
+    tracking_uri,
+)
+from controlbooth.trainer.distributed import (
+    World,
+    all_max,
+    all_sum,
+    barrier,
+    from_first_rank,
+    gather_objects,
+    join,
+    leave,
+)
+from controlbooth.trainer.evaluate.validate import HeldOutSet, load_held_out, validate
+from controlbooth.trainer.step import controlnet_step
+from controlbooth.trainer.tracking import Tracker
+
+STATUS = "status.json"
+
+
+class TrainingStopped(RuntimeError):
+    """The run cannot go on by itself: too many steps in a row had no finite gradient."""
+
+
+@dataclass
+class Run:
+    """What outlives a step."""
+
+    config: RunConfig
+    world: World
+    folder: Path
+    precision: str
+    attention: str
+    base: Base
+    engine: Any
+    average: dict[str, torch.Tensor] | None
+    dataset: Dataset
+    loader: Loader
+    held: HeldOutSet | None
+    tracker: Tracker | None
+    """On rank 0 only."""
+    step: int
+    """Optimizer steps taken; the next batch is the global batch of this number."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m controlbooth.trainer.train",
+        description="One rank of a training. Start it with torchrun, deepspeed --module, or `controlbooth train`.",
+    )
+    parser.add_argument("run", metavar="RUN.yaml")
+    parser.add_argument("overrides", metavar="section.key=value", nargs="*")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it; the environment has it too
+    options = parser.parse_intermixed_args(argv)
+    config = load_config(options.run, options.overrides)
+    _quiet_libraries()
+    stop = StopRequest()
+    world = join()
+    status = run_folder(config) / STATUS
+    try:
+        return train(config, world, stop)
+    except Exception as error:
+        if world.rank == 0 and status.parent.is_dir():
+            write_status(status, state="failed", error=f"{type(error).__name__}: {error}")
+        if isinstance(error, (ValueError, OSError, TrainingStopped)):
+            print(f"rank {world.rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            os._exit(2)  # the other ranks may be inside a collective; torchrun ends them when this one is gone
+        raise
+    finally:
+        leave()
+
+
+def train(config: RunConfig, world: World, stop: "StopRequest") -> int:
+    """Runs to max_steps or to a stop request. Returns 0 in both cases; status.json says which it was."""
+    folder = run_folder(config)
+    if world.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(dump(config))
+    barrier()
+    latest = (checkpoints.complete_checkpoints(folder) or [None])[-1]
+    if latest is not None and checkpoints.read_state(latest)["step"] >= config.max_steps:
+        say(world, f"{folder} is finished at step {config.max_steps}. Raise max_steps to go on, or change the name")
+        return 0
+    run = build(config, world, folder, latest)
+    if world.rank == 0:
+        write_status(folder / STATUS, state="running", step=run.step)
+    try:
+        figures: dict[str, float] = {}
+        if run.step == 0 and run.held and config.validation.at_start:
+            figures = validate_and_log(run)
+        loop(run, stop, figures)
+    finally:
+        run.loader.close()
+    state = "stopped" if run.step < config.max_steps else "finished"
+    if run.tracker is not None:
+        run.tracker.finish("KILLED" if state == "stopped" else "FINISHED")
+        run.tracker.close(timeout_seconds=30.0)
+    if world.rank == 0:
+        write_status(folder / STATUS, state=state, step=run.step)
+    say(world, f"{state} at step {run.step} of {config.max_steps}: {folder}")
+    return 0
+
+
+def loop(run: Run, stop: "StopRequest", figures: dict[str, float]) -> None:
+    config, world = run.config, run.world
+    bar = progress_bar(run)
+    backward = partial(engines.accumulate, run.engine)
+    skipped_in_a_row = 0
+    started = time.perf_counter()
+    while run.step < config.max_steps:
+        batch = next(run.loader)
+
+        # One optimizer step. Everything random about it was drawn from (seed, position).
+        rate = engines.learning_rate(config.optimizer, run.step, config.max_steps)
+        losses = controlnet_step(
+            run.base,
+            run.engine,
+            backward,
+            batch.micro_batches,
+            config.seed,
+            config.optimizer.min_snr_gamma,
+            world.device,
+        )
+        norm, skipped = engines.apply_gradients(run.engine, rate)
+        if run.average is not None and not skipped:
+            assert config.optimizer.ema_decay is not None
+            engines.update_average(run.average, run.engine, config.optimizer.ema_decay, run.step)
+        run.step += 1
+
+        # What it was worth and what it cost, over all ranks: the loss is the mean over ranks and micro-batches.
+        seconds = time.perf_counter() - started
+        started = time.perf_counter()
+        mean_loss = sum(losses) / len(losses) / world.world_size
+        loss, stops = all_sum([mean_loss, float(stop.requested)])
+        waited, depth_short = all_max([batch.wait_seconds, -float(batch.queue_depth)])
+        skipped_in_a_row = skipped_in_a_row + 1 if skipped else 0
+        if skipped:
+            report_skipped(run, batch, losses, norm, skipped_in_a_row)
+        metrics = {
+            "loss": loss,
+            "grad_norm": norm,
+            "learning_rate": rate,
+            "samples_per_second": config.global_batch_size / seconds,
+            "step_seconds": seconds,
+            "stall_percent": 100.0 * min(1.0, waited / seconds),
+            "queue_depth": -depth_short,
+            "fetch_seconds": batch.fetch_seconds,
+            "decode_seconds": batch.decode_seconds,
+            "substitutions": float(batch.substitutions),
+            "skipped": float(skipped),
+        }
+        if run.tracker is not None:
+            run.tracker.log(run.step, {name: value for name, value in metrics.items() if math.isfinite(value)})
+        bar.set_postfix(
+            loss=f"{loss:.4f}", samples_s=f"{metrics['samples_per_second']:.1f}", stall=f"{metrics['stall_percent']:.0f}%", refresh=False
+        )
+        bar.update(1)
+
+        last = run.step == config.max_steps
+        if run.held and (run.step % config.validation.every_steps == 0 or last):
+            figures = validate_and_log(run)
+            started = time.perf_counter()
+        if stops or last or run.step % config.checkpoint.every_steps == 0:
+            save(run, figures)
+            started = time.perf_counter()
+        if stops:
+            break
+    bar.close()
+
+
+def build(config: RunConfig, world: World, folder: Path, latest: Path | None) -> Run:
+    """Everything that the run names, checked, on this rank's device, and at the latest checkpoint if there is one."""
+    saved = checkpoints.read_state(latest) if latest else None
+    precision = engines.resolve_precision(config.engine.precision, world.device)
+    if saved and config.engine.precision == "auto":
+        precision = saved["precision"]  # a resume goes on in what the run was started with
+    base = load_base(base_path(config), config.model.family, engines.DTYPES[precision], world.device)
+    dataset, held = open_data(config, world)
+
+    request = saved["attention"] if saved and config.model.attention == "auto" else config.model.attention
+    attention = from_first_rank(asdict(choose_attention(request, world.device, engines.DTYPES[precision])))
+    chosen = AttentionChoice(**attention)
+    torch.manual_seed(config.seed)  # the hint network, alike on every rank
+    controlnet = make_controlnet(config, base)
+    for module in (base.unet, controlnet):
+        apply_attention(module, chosen)
+    if config.model.gradient_checkpointing:
+        controlnet.enable_gradient_checkpointing()
+        base.unet.enable_gradient_checkpointing()
+    average = None
+    if config.optimizer.ema_decay is not None:
+        average = {name: p.detach().float().clone().to(world.device) for name, p in controlnet.named_parameters()}
+    identity = dict(zero_stage=config.engine.zero_stage, precision=precision, base_digest=base.digest)
+    universal = False
+    if saved and latest:
+        checkpoints.check_same_run(saved, identity, latest)
+        universal = checkpoints.needs_universal(saved, world.world_size)
+    report = parameter_report(controlnet)
+    engine = engines.initialize(controlnet.to(world.device), config, precision, world.world_size, universal)
+
+    step = 0
+    if saved and latest:
+        loaded = checkpoints.load_checkpoint(engine, latest, world)
+        if average is not None and loaded is not None:
+            average = {name: tensor.to(world.device) for name, tensor in loaded.items()}
+        step = saved["step"]
+    loader = make_loader(config, world, base, dataset, step, folder)
+    if saved:
+        resume_position(saved["order"], loader.order, dataset.fingerprint)
+    say(
+        world,
+        f"ControlNet {report.total:,} parameters (copy {report.copy:,}, zero convolutions {report.zero_convolutions:,}, "
+        f"hint {report.hint:,}) on {base.family.title}; {precision}, ZeRO-{config.engine.zero_stage}, "
+        f"{world.world_size} ranks on {world.device.type}; attention {chosen.name}: {chosen.reason}",
+    )
+    if precision == "fp32" and config.engine.precision == "auto" and world.device.type == "cpu":
+        say(world, "engine.precision=auto: this processor has no bf16 units, so the run is in fp32 (bf16 would be slower)")
+    if latest:
+        say(world, f"going on from {latest} at step {step}")
+    run = Run(
+        config, world, folder, precision, chosen.name, base, engine, average, dataset, loader, held, tracker=None, step=step
+    )
+    if world.rank == 0:
+        run.tracker = make_tracker(run, report.total)
+        if latest:
+            run.tracker.cut_back(step)
+    return run
+
+
+def open_data(config: RunConfig, world: World) -> tuple[Dataset, HeldOutSet | None]:
+    """The training shards and the held-out set, checked to be apart. Rank 0 indexes what has no index yet."""
+    if world.rank == 0:
+        open_dataset(config.data.shards, index_missing=True)
+        if config.data.held_out:
+            open_dataset(config.data.held_out, index_missing=True)
+    barrier()
+    dataset = open_dataset(config.data.shards)
+    if not config.data.held_out:
+        return dataset, None
+    held_out = open_dataset(config.data.held_out)
+    shared = {path.resolve() for path in dataset.paths} & {path.resolve() for path in held_out.paths}
+    if shared:
+        raise ConfigError(f"data.held_out and data.shards share {sorted(map(str, shared))[0]}: hold other shards out")
+    held = load_held_out(held_out, config.validation.samples, config.data.condition, config.data.resolution)
+    return dataset, held
+
+
+def make_controlnet(config: RunConfig, base: Base) -> Any:
+    if config.model.controlnet == "unet":
+        return build_controlnet(base.unet, config.model.hint_channels).float()
+    return load_controlnet(config.model.controlnet, base.unet)
+
+
+def make_loader(config: RunConfig, world: World, base: Base, dataset: Dataset, step: int, folder: Path) -> Loader:
+    data = config.data
+    size = data.resolution // base.family.vae_factor
+    return Loader(
+        dataset,
+        seed=config.seed,
+        lanes=lanes(config),
+        shards_per_block=data.shards_per_block,
+        global_batch_size=config.global_batch_size,
+        micro_batch_size=config.micro_batch_size,
+        rank=world.rank,
+        world_size=world.world_size,
+        condition_kind=data.condition,
+        resolution=data.resolution,
+        prompt_dropout=data.prompt_dropout,
+        random_flip=data.random_flip,
+        random_crop=data.random_crop,
+        num_train_timesteps=int(base.noise_scheduler.config["num_train_timesteps"]),
+        latent_shape=(base.unet.config["in_channels"], size, size),
+        threads=data.threads,
+        prefetch_steps=data.prefetch_steps,
+        start_step=step,
+        max_bad_rate=data.max_bad_rate,
+        ledger_path=folder / f"bad-samples-{world.rank}.jsonl",
+    )
+
+
+def validate_and_log(run: Run) -> dict[str, float]:
+    """Samples and measures on all ranks; rank 0 logs the figures and the picture. Returns the figures."""
+    assert run.held is not None
+    grid = run.folder / "samples" / f"step-{run.step:08d}.png"
+    began = time.perf_counter()
+    with engines.averaged_weights(run.engine, run.average):
+        figures = validate(
+            run.base, run.engine.module, run.held, run.config.validation, run.world, run.folder / "samples" / "without-control.npy", grid
+        )
+    if run.tracker is not None:
+        run.tracker.log(run.step, {f"validation/{name}": value for name, value in figures.items()})
+        run.tracker.log_image(grid, "samples", run.step)
+    shown = ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
+    say(run.world, f"step {run.step}: {shown} ({time.perf_counter() - began:.0f} s)")
+    return figures
+
+
+def save(run: Run, figures: dict[str, float]) -> None:
+    """A checkpoint of this step, on every rank; then rank 0 deletes older ones."""
+    state = dict(
+        step=run.step,
+        order=order_state(run.loader.order, run.dataset.fingerprint, run.loader.position),
+        dataset_fingerprint=run.dataset.fingerprint,
+        base_digest=run.base.digest,
+        zero_stage=run.config.engine.zero_stage,
+        precision=run.precision,
+        attention=run.attention,
+        world_size=run.world.world_size,
+        metrics=figures,
+    )
+    folder = checkpoints.save_checkpoint(run.engine, run.folder, state, run.average, run.world)
+    if run.tracker is not None:
+        saved = checkpoints.read_state(folder)
+        run.tracker.log_checkpoint(run.step, saved["digest"], folder.absolute().as_uri(), figures)
+        checkpoints.prune(run.folder, run.config.checkpoint.keep, run.config.checkpoint.keep_best)
+    barrier()
+
+
+def report_skipped(run: Run, batch: StepBatch, losses: list[float], norm: float, in_a_row: int) -> None:
+    """Says which samples made a step without finite gradients; raises TrainingStopped when that goes on."""
+    suspects = [
+        key for loss, micro in zip(losses, batch.micro_batches, strict=True) if not math.isfinite(loss) for key in micro.keys
+    ]
+    everyone = [key for keys in gather_objects(suspects, run.world) for key in keys]
+    where = f"the loss of {', '.join(everyone[:8])} is not finite" if everyone else "all losses are finite"
+    say(run.world, f"step {run.step} skipped: gradient norm {norm}; {where} ({in_a_row} in a row)")
+    if in_a_row > run.config.optimizer.max_skipped_steps:
+        raise TrainingStopped(
+            f"{in_a_row} steps in a row had no finite gradient, up to step {run.step}; {where}. Look at these samples, lower "
+            f"optimizer.learning_rate={run.config.optimizer.learning_rate}, or use engine.precision=fp32 or bf16"
+        )
+
+
+def make_tracker(run: Run, parameters: int) -> Tracker:
+    tree = run.config.model_dump(mode="json")
+    return Tracker(
+        run.folder,
+        tracking_uri(run.config),
+        run.config.tracking.experiment,
+        run.config.name,
+        params=flatten(tree),
+        tags={
+            "git_commit": git_commit(),
+            "dataset_fingerprint": run.dataset.fingerprint,
+            "base_digest": run.base.digest,
+            "attention": run.attention,
+            "precision": run.precision,
+            "world_size": str(run.world.world_size),
+            "controlnet_parameters": str(parameters),
+        },
+        system_metrics_seconds=run.config.tracking.system_metrics_seconds,
+    )
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": str(value)}
+    return flat
+
+
+def git_commit() -> str:
+    """Of the code that runs, or `unknown` for an installed copy."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return "unknown"
+
+
+class StopRequest:
+    """Set by SIGTERM (and SIGINT of a rank that runs by hand): the loop ends after its step, with a checkpoint."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: object) -> None:
+        self.requested = True
+
+
+def progress_bar(run: Run) -> tqdm:
+    terminal = sys.stderr.isatty()
+    return tqdm(
+        total=run.config.max_steps,
+        initial=run.step,
+        unit="step",
+        disable=run.world.rank != 0,
+        mininterval=0.5 if terminal else 15.0,
+        ascii=None if terminal else True,
+        dynamic_ncols=terminal,
+        desc=run.config.name,
+        smoothing=0.1,
+    )
+
+
+def say(world: World, message: str) -> None:
+    if world.rank == 0:
+        tqdm.write(message, file=sys.stderr)
+
+
+def write_status(path: Path, **fields: Any) -> None:
+    temporary = path.with_suffix(".partial")
+    temporary.write_text(json.dumps(fields | {"time": time.time()}))
+    temporary.replace(path)
+
+
+def _quiet_libraries() -> None:
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
