@@ -1,0 +1,509 @@
+"""Against real SQLite stores, and an HTTP server in front of one that dies, hangs, and loses its answers.
+
+The server speaks the REST protocol with the messages and the store of MLflow; only the dispatch is written here, because
+the package with the real one is ten times as large as what a trainer needs.
+"""
+
+import json
+import logging
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+
+from controlbooth.trainer import tracking
+from controlbooth.trainer.spool import Spool, read_metrics
+from controlbooth.trainer.tracking import Tracker, flatten, system_metrics
+
+NEVER = 3600.0
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory) -> Path:
+    """MLflow takes seconds to make its tables: once is enough."""
+    from mlflow import MlflowClient
+
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def uri(empty_store, tmp_path) -> str:
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    return f"sqlite:///{tmp_path / 'mlflow.db'}"
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(tracking, "SEND_EVERY_SECONDS", 0.05)
+    monkeypatch.setattr(tracking, "FIRST_RETRY_SECONDS", 0.1)
+    monkeypatch.setattr(tracking, "LAST_RETRY_SECONDS", 0.2)
+
+
+def start(folder: Path, uri: str, params=None, tags=None) -> Tracker:
+    return Tracker(folder, uri, "tests", "a run", params or {"seed": 0}, tags or {}, system_metrics_seconds=NEVER)
+
+
+def client_and_run(uri: str):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(uri)
+    runs = client.search_runs([client.get_experiment_by_name("tests").experiment_id])
+    assert len(runs) == 1
+    return client, runs[0]
+
+
+def history(uri: str, name: str) -> list[tuple[int, float]]:
+    client, run = client_and_run(uri)
+    return sorted((point.step, point.value) for point in client.get_metric_history(run.info.run_id, name))
+
+
+def wait_for(condition, seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.02)
+
+
+# The file
+
+
+def test_what_was_logged_is_in_the_file_on_return_and_reads_back_with_nan_and_infinity(tmp_path):
+    tracker = start(tmp_path / "run", f"http://127.0.0.1:{closed_port()}")
+    tracker.log(1, {"loss": 0.5, "norm": float("inf")})
+    tracker.log(2, {"loss": float("nan")})
+    (step, at, metrics), (_, _, last) = read_metrics(tmp_path / "run")
+    assert (step, metrics) == (1, {"loss": 0.5, "norm": float("inf")}) and abs(time.time() - at) < 60
+    assert last["loss"] != last["loss"]
+    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    tracker.close(0)
+
+
+def test_a_torn_last_line_is_dropped_and_the_next_line_is_whole(tmp_path):
+    spool = Spool(tmp_path, "uri", "tests")
+    spool.append({"step": 1, "metrics": {"loss": 1.0}})
+    spool.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step":2,"metrics":{"lo')
+    assert [step for step, _, _ in read_metrics(tmp_path)] == [1]
+    spool = Spool(tmp_path, "uri", "tests")
+    spool.append({"step": 2, "metrics": {"loss": 2.0}})
+    assert [step for step, _, _ in read_metrics(tmp_path)] == [1, 2]
+    spool.close()
+
+
+def test_a_file_that_is_one_torn_line_is_emptied(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step":1' + "0" * 200_000)
+    Spool(tmp_path, "uri", "tests").close()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b""
+
+
+def test_a_damaged_line_is_left_out_and_named(tmp_path, caplog):
+    spool = Spool(tmp_path, "uri", "tests")
+    spool.append({"step": 1, "metrics": {"loss": 1.0}})
+    spool.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write("\0\0\0\0\n" + '{"step":3,"time":0,"metrics":{"loss":3.0}}\n')
+    assert [step for step, _, _ in read_metrics(tmp_path)] == [1, 3]
+    assert "is not a record" in caplog.text
+
+
+def test_cutting_back_removes_later_steps_and_keeps_what_has_no_step(tmp_path):
+    spool = Spool(tmp_path, "uri", "tests")
+    for step in range(1, 6):
+        spool.append({"step": step, "metrics": {"loss": float(step)}})
+        spool.append({"system": {"cpu_percent": float(step)}})
+    spool.cut_back(3)
+    spool.append({"step": 4, "metrics": {"loss": 40.0}})
+    assert [metrics["loss"] for _, _, metrics in read_metrics(tmp_path)] == [1, 2, 3, 40]
+    assert (tmp_path / "metrics.jsonl").read_text().count("system") == 5
+    spool.close()
+
+
+def test_cutting_back_never_leaves_the_acknowledged_offset_ahead(tmp_path):
+    spool = Spool(tmp_path, "uri", "tests")
+    for step in range(1, 6):
+        spool.append({"step": step, "metrics": {"loss": float(step)}})
+    records, generation = spool.read("metrics", 4)
+    spool.acknowledge("metrics", records[-1][1], generation)
+    spool.cut_back(2)
+    spool.acknowledge("metrics", records[-1][1], generation)  # a sender that was still at work
+    spool.append({"step": 3, "metrics": {"loss": 30.0}})
+    assert [record["step"] for record, _ in spool.read("metrics", 10)[0]] == [3]
+    spool.close()
+
+
+def test_an_unreadable_state_names_the_way_out(tmp_path):
+    (tmp_path / "tracking.json").write_text("{")
+    with pytest.raises(ValueError, match="Delete it to send all of metrics.jsonl again"):
+        Spool(tmp_path, "uri", "tests")
+
+
+def test_a_killed_process_loses_no_finished_call(tmp_path):
+    program = """
+import os, sys
+from controlbooth.trainer.spool import Spool
+from pathlib import Path
+spool = Spool(Path(sys.argv[1]), "uri", "tests")
+for step in range(1, 10**9):
+    spool.append({"step": step, "metrics": {"loss": 1.0 / step}})
+    os.write(1, b"%d\\n" % step)
+"""
+    process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    wait_for(lambda: process.stdout.readline().startswith(b"200"))
+    process.kill()
+    said = 200 + process.stdout.read().count(b"\n")
+    process.wait()
+    steps = [step for step, _, _ in read_metrics(tmp_path)]
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) >= said
+
+
+# SQLite
+
+
+def test_everything_that_is_logged_arrives_once(tmp_path, uri):
+    from PIL import Image
+
+    folder = tmp_path / "run"
+    tracker = start(folder, uri, {"model": {"base": "x" * 900}, **{f"p{n}": n for n in range(250)}}, {"commit": "abc"})
+    for step in range(1, 1201):  # more values than one call takes
+        tracker.log(step, {"loss": 1 / step, "rate": float("nan")})
+    tracker.log(1200, {"f1": 0.5})
+    Image.new("RGB", (8, 8)).save(folder / "grid.png")
+    (folder / "run.yaml").write_text("name: a")
+    tracker.log_image(folder / "grid.png", "validation/grid", 1200)
+    tracker.log_artifact(folder / "run.yaml")
+    tracker.log_checkpoint(1200, "digest", "file:///run/checkpoint", {"f1": 0.5})
+    tracker.finish("FINISHED")
+    assert tracker.close(60) == 0
+
+    client, run = client_and_run(uri)
+    assert run.info.status == "FINISHED" and run.info.run_name == "a run" and run.data.tags["commit"] == "abc"
+    assert len(run.data.params) == 251 and len(run.data.params["model.base"]) == 500
+    assert history(uri, "loss") == [(step, 1 / step) for step in range(1, 1201)]
+    assert history(uri, "f1") == [(1200, 0.5)]
+    assert {file.path for file in client.list_artifacts(run.info.run_id)} == {"images", "run.yaml"}
+    assert len(client.list_artifacts(run.info.run_id, "images")) == 2  # the picture and its thumbnail
+    (model,) = client.search_logged_models([run.info.experiment_id], "metrics.f1 > 0.4")
+    assert (model.tags["uri"], model.tags["step"], str(model.status)) == ("file:///run/checkpoint", "1200", "READY")
+    assert [(output.model_id, output.step) for output in run.outputs.model_outputs] == [(model.model_id, 1200)]
+    assert run.info.artifact_uri.startswith((tmp_path / "mlartifacts").as_uri())
+
+
+def test_sending_everything_again_changes_nothing(tmp_path, uri):
+    from PIL import Image
+
+    folder = tmp_path / "run"
+    tracker = start(folder, uri)
+    Image.new("RGB", (8, 8)).save(folder / "grid.png")
+    tracker.log(1, {"loss": 1.0})
+    tracker.log_image(folder / "grid.png", "grid", 1)
+    tracker.log_checkpoint(1, "digest", "file:///checkpoint", {"loss": 1.0})
+    assert tracker.close(60) == 0
+    state = json.loads((folder / "tracking.json").read_text())
+    # as if the process had died after each answer and before it was noted, the creation of the run included
+    state |= {"acknowledged": {"metrics": 0, "artifacts": 0}, "run_id": None}
+    (folder / "tracking.json").write_text(json.dumps(state))
+    assert start(folder, uri).close(60) == 0
+
+    client, run = client_and_run(uri)
+    assert history(uri, "loss") == [(1, 1.0)]
+    assert len(client.list_artifacts(run.info.run_id, "images")) == 2
+    assert len(client.search_logged_models([run.info.experiment_id])) == 1
+    assert len(run.outputs.model_outputs) == 1
+
+
+def test_a_resumed_run_goes_on_in_the_same_mlflow_run_with_each_step_once(tmp_path, uri):
+    tracker = start(tmp_path / "run", uri)
+    for step in range(1, 8):
+        tracker.log(step, {"loss": float(step), "seconds": 0.1})
+    assert tracker.close(60) == 0  # killed at step 7; the checkpoint is of step 5
+    tracker = start(tmp_path / "run", uri)
+    tracker.cut_back(5)
+    for step in range(6, 11):
+        tracker.log(step, {"loss": float(step), "seconds": 0.2})
+    tracker.finish("FINISHED")
+    assert tracker.close(60) == 0
+    assert history(uri, "loss") == [(step, float(step)) for step in range(1, 11)]
+    assert [step for step, _ in history(uri, "seconds")] == list(range(1, 11))
+    assert [step for step, _, _ in read_metrics(tmp_path / "run")] == list(range(1, 11))
+
+
+def test_changed_params_become_tags_and_repeated_steps_are_then_sent_again(tmp_path, uri):
+    tracker = start(tmp_path / "run", uri, {"optimizer": {"learning_rate": 1e-5}, "seed": 1})
+    tracker.log(1, {"loss": 1.0})
+    tracker.log(2, {"loss": 2.0})
+    assert tracker.close(60) == 0
+    tracker = start(tmp_path / "run", uri, {"optimizer": {"learning_rate": 2e-5}, "seed": 1})
+    tracker.cut_back(1)
+    tracker.log(2, {"loss": 20.0})
+    assert tracker.close(60) == 0
+    _, run = client_and_run(uri)
+    assert run.data.params == {"optimizer.learning_rate": "1e-05", "seed": "1"}
+    assert run.data.tags["changed.optimizer.learning_rate"] == "2e-05"
+    assert history(uri, "loss") == [(1, 1.0), (2, 2.0), (2, 20.0)]
+
+
+def test_one_refused_record_does_not_hold_up_the_others_and_stays_in_the_file(tmp_path, uri, caplog):
+    tracker = start(tmp_path / "run", uri)
+    tracker.log(1, {"loss": 1.0})
+    tracker.log(2, {"a name with * in it": 1.0})
+    tracker.log(3, {"loss": 3.0})
+    tracker.log_artifact(tmp_path / "gone.png")
+    assert tracker.close(60) == 0
+    assert history(uri, "loss") == [(1, 1.0), (3, 3.0)]
+    assert "MLflow refuses {'time'" in caplog.text and "gone.png" in caplog.text
+    assert "a name with *" in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+def test_a_deleted_run_loses_nothing_and_takes_all_when_it_is_restored(tmp_path, uri, caplog):
+    tracker = start(tmp_path / "run", uri)
+    tracker.log(1, {"loss": 1.0})
+    assert tracker.close(60) == 0
+    client, run = client_and_run(uri)
+    client.delete_run(run.info.run_id)
+    tracker = start(tmp_path / "run", uri)
+    tracker.log(2, {"loss": 2.0})
+    assert tracker.close(0.5) == 2  # with the line that it runs again
+    assert "MLflow does not take metrics" in caplog.text
+    client.restore_run(run.info.run_id)
+    assert start(tmp_path / "run", uri).close(60) == 0
+    assert history(uri, "loss") == [(1, 1.0), (2, 2.0)]
+
+
+def test_artifacts_that_cannot_be_stored_do_not_hold_back_metrics(tmp_path, uri):
+    folder = tmp_path / "run"
+    tracker = start(folder, uri)
+    (tmp_path / "mlartifacts").write_text("a file where the folder should be")
+    (folder / "run.yaml").write_text("name: a")
+    tracker.log_artifact(folder / "run.yaml")
+    tracker.log(1, {"loss": 1.0})
+    assert tracker.close(3) == 1
+    assert history(uri, "loss") == [(1, 1.0)]
+    (tmp_path / "mlartifacts").unlink()
+    assert start(folder, uri).close(60) == 0
+    client, run = client_and_run(uri)
+    assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["run.yaml"]
+
+
+def test_another_store_gets_the_run_from_its_first_line(tmp_path, uri, empty_store):
+    tracker = start(tmp_path / "run", uri, {"seed": 5})
+    tracker.log(1, {"loss": 1.0})
+    assert tracker.close(60) == 0
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy(empty_store, other / "mlflow.db")
+    assert start(tmp_path / "run", f"sqlite:///{other / 'mlflow.db'}", {"seed": 5}).close(60) == 0
+    assert history(f"sqlite:///{other / 'mlflow.db'}", "loss") == [(1, 1.0)]
+    assert client_and_run(f"sqlite:///{other / 'mlflow.db'}")[1].data.params == {"seed": "5"}
+
+
+# A server
+
+
+def closed_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Server:
+    """MLflow's REST calls that a tracker makes for metrics, answered from a SQLite store, with faults on demand."""
+
+    def __init__(self, store_uri: str, port: int):
+        from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+        self.store = SqlAlchemyStore(store_uri, "./unused")
+        self.fault = ""  # "", "unavailable", "hang" or "lose the answer"
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                query = {key: value[0] for key, value in parse_qs(urlsplit(self.path).query).items()}
+                outer.answer(self, query)
+
+            def do_POST(self):
+                outer.answer(self, json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+
+            def log_message(self, format, *args):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self.http.daemon_threads = True
+        self.uri = f"http://127.0.0.1:{self.http.server_port}"
+        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
+
+    def stop(self) -> None:
+        self.http.shutdown()
+        self.http.server_close()
+
+    def answer(self, handler: BaseHTTPRequestHandler, body: dict) -> None:
+        from mlflow.exceptions import MlflowException
+
+        if self.fault == "hang":
+            time.sleep(5)
+            return
+        if self.fault == "unavailable":
+            return self.reply(handler, 503, "<html>no healthy upstream</html>")
+        try:
+            response = self.call(urlsplit(handler.path).path.partition("/mlflow/")[2], body)
+        except MlflowException as error:
+            return self.reply(handler, error.get_http_status_code(), error.serialize_as_json())
+        if self.fault == "lose the answer":
+            self.fault = ""
+            handler.connection.close()
+            return
+        self.reply(handler, 200, response)
+
+    def reply(self, handler: BaseHTTPRequestHandler, status: int, text: str) -> None:
+        handler.send_response(status)
+        handler.end_headers()
+        handler.wfile.write(text.encode())
+
+    def call(self, name: str, body: dict) -> str:
+        from mlflow.entities import Metric, Param, RunStatus, RunTag
+        from mlflow.protos import service_pb2 as messages
+        from mlflow.utils.proto_json_utils import message_to_json, parse_dict
+
+        def parsed(message):
+            parse_dict(body, message)
+            return message
+
+        if name == "experiments/get-by-name":
+            experiment = self.store.get_experiment_by_name(body["experiment_name"])
+            if experiment is None:
+                from mlflow.exceptions import MlflowException
+
+                raise MlflowException("no such experiment", error_code=messages_code("RESOURCE_DOES_NOT_EXIST"))
+            return message_to_json(messages.GetExperimentByName.Response(experiment=experiment.to_proto()))
+        if name == "experiments/create":
+            return json.dumps({"experiment_id": self.store.create_experiment(body["name"])})
+        if name == "runs/search":
+            runs = self.store.search_runs(body["experiment_ids"], body["filter"], 1, 1)
+            return message_to_json(messages.SearchRuns.Response(runs=[run.to_proto() for run in runs]))
+        if name == "runs/create":
+            tags = [RunTag(tag["key"], tag["value"]) for tag in body["tags"]]
+            run = self.store.create_run(body["experiment_id"], "", body["start_time"], tags, body["run_name"])
+            return message_to_json(messages.CreateRun.Response(run=run.to_proto()))
+        if name == "runs/get":
+            return message_to_json(messages.GetRun.Response(run=self.store.get_run(body["run_id"]).to_proto()))
+        if name == "runs/update":
+            status = RunStatus.from_string(body["status"]) if isinstance(body["status"], str) else body["status"]
+            info = self.store.update_run_info(body["run_id"], status, body.get("end_time"), None)
+            return message_to_json(messages.UpdateRun.Response(run_info=info.to_proto()))
+        if name == "runs/log-batch":
+            batch = parsed(messages.LogBatch())
+            self.store.log_batch(
+                batch.run_id,
+                [Metric.from_proto(metric) for metric in batch.metrics],
+                [Param.from_proto(param) for param in batch.params],
+                [RunTag.from_proto(tag) for tag in batch.tags],
+            )
+            return "{}"
+        raise AssertionError(f"the tracker called {name}, which this server does not know")
+
+
+def messages_code(name: str) -> int:
+    from mlflow.protos.databricks_pb2 import ErrorCode
+
+    return ErrorCode.Value(name)
+
+
+def test_a_server_that_is_away_at_the_start_gets_everything_when_it_comes(tmp_path, uri):
+    port = closed_port()
+    started = time.monotonic()
+    tracker = start(tmp_path / "run", f"http://127.0.0.1:{port}")
+    for step in range(1, 101):
+        tracker.log(step, {"loss": float(step)})
+    assert time.monotonic() - started < 1.0  # nothing waited
+    server = Server(uri, port)
+    tracker.finish("FINISHED")
+    assert tracker.close(60) == 0
+    server.stop()
+    assert history(uri, "loss") == [(step, float(step)) for step in range(1, 101)]
+    assert client_and_run(uri)[1].info.status == "FINISHED"
+
+
+def test_a_server_that_dies_and_comes_back_misses_nothing_and_has_nothing_twice(tmp_path, uri, caplog):
+    server = Server(uri, 0)
+    port = server.http.server_port
+    tracker = start(tmp_path / "run", server.uri)
+    tracker.log(1, {"loss": 1.0})
+    wait_for(lambda: tracker._spool.unsent() == 0)
+    server.stop()
+    for step in range(2, 51):
+        tracker.log(step, {"loss": float(step)})
+    wait_for(lambda: "does not take metrics" in caplog.text)
+    server = Server(uri, port)
+    wait_for(lambda: tracker._spool.unsent() == 0)
+    assert "MLflow takes metrics again" in caplog.text
+    for fault in ("lose the answer", "unavailable"):
+        server.fault = fault
+        tracker.log({"lose the answer": 51, "unavailable": 52}[fault], {"loss": 0.0})
+        time.sleep(0.3)
+        server.fault = ""
+        wait_for(lambda: tracker._spool.unsent() == 0)
+    assert tracker.close(60) == 0
+    server.stop()
+    assert [step for step, _ in history(uri, "loss")] == list(range(1, 53))
+
+
+def test_a_server_that_hangs_or_never_comes_delays_close_no_longer_than_it_was_told(tmp_path, uri, caplog):
+    server = Server(uri, 0)
+    server.fault = "hang"
+    tracker = start(tmp_path / "run", server.uri)
+    slowest = 0.0
+    for step in range(1, 101):
+        started = time.perf_counter()
+        tracker.log(step, {"loss": float(step)})
+        slowest = max(slowest, time.perf_counter() - started)
+    assert slowest < 0.5
+    started = time.monotonic()
+    left = tracker.close(0.5)
+    assert time.monotonic() - started < 2.0
+    assert left == 102  # and that it runs, and the params
+    assert "102 lines of" in caplog.text and "are sent when the run is started again" in caplog.text
+    server.fault = ""
+    assert start(tmp_path / "run", server.uri).close(60) == 0
+    server.stop()
+    assert len(history(uri, "loss")) == 100
+
+
+# The rest
+
+
+def test_params_are_flattened_to_dotted_names_and_long_values_are_cut():
+    flat = flatten({"a": {"b": {"c": 1}, "d": [1, 2]}, "e": None, "f": "x" * 501})
+    assert flat == {"a.b.c": "1", "a.d": "[1, 2]", "e": "None", "f": "x" * 499 + "…"}
+
+
+def test_system_metrics_reach_the_file_with_the_gpus_that_nvidia_smi_names(tmp_path, monkeypatch):
+    program = tmp_path / "bin" / "nvidia-smi"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\necho '0, 87, 20480'\necho '1, [N/A], [N/A]'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
+    values = system_metrics(tmp_path)
+    assert values["gpu_0_percent"] == 87 and values["gpu_0_memory_gib"] == 20 and "gpu_1_percent" not in values
+    assert 0 <= values["cpu_percent"] <= 100 and values["process_memory_gib"] > 0.01 and values["disk_free_gib"] > 0
+
+    port = closed_port()
+    tracker = Tracker(tmp_path / "run", f"http://127.0.0.1:{port}", "tests", "a run", {}, {}, 0.01)
+    wait_for(lambda: '"system"' in (tmp_path / "run" / "metrics.jsonl").read_text())
+    tracker.close(0)
+
+
+def test_importing_the_tracker_does_not_import_mlflow():
+    program = "import sys, controlbooth.trainer.tracking; sys.exit('mlflow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
