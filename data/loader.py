@@ -21,7 +21,7 @@ import cv2
 import numpy as np
 
 from controlbooth.data import draws
-from controlbooth.data.decode import BadSample, crop_slack, decode_image, prepare
+from controlbooth.data.decode import BadSample, crop_slack, decode_image, prepare, write_planes
 from controlbooth.data.manifest import Dataset
 from controlbooth.data.order import Order, Place
 from controlbooth.data.prompts import prompt, read_captions
@@ -279,9 +279,9 @@ class Loader:
         if sample.condition is not None:
             condition = decode_image(sample.condition, sample.key, sample.condition_extension, background=0)
         crop = None
-        if self.random_crop:
-            slack = np.array([crop_slack(image.shape[0], image.shape[1], self.resolution)])
-            top, left = draws.crops(self.seed, step.positions[at : at + 1], slack)[0].tolist()
+        slack = crop_slack(image.shape[0], image.shape[1], self.resolution)
+        if self.random_crop and any(slack):
+            top, left = draws.crops(self.seed, step.positions[at : at + 1], np.array([slack]))[0].tolist()
             crop = (top, left)
         try:
             pixels, conditioning = prepare(
@@ -291,9 +291,9 @@ class Loader:
             raise BadSample(sample.key, sample.condition_extension, str(error)) from error
         captions = read_captions(sample.caption, sample.caption_extension, sample.key)
         # Last, so that a bad sample leaves the black rows black.
-        step.pixel_values[at] = pixels.transpose(2, 0, 1)
+        write_planes(pixels, step.pixel_values[at])
         if step.conditioning is not None and conditioning is not None:
-            step.conditioning[at] = conditioning.transpose(2, 0, 1)
+            write_planes(conditioning, step.conditioning[at])
         return _Row(
             key=sample.key,
             key_hash=sample.key_hash,
@@ -389,6 +389,7 @@ def held_out(dataset: Dataset, count: int, *, condition_kind: str | None, resolu
     if count > counts.sum():
         raise ValueError(f"{dataset.location} has {counts.sum()} usable samples, {count} are asked for; ask for fewer")
     reader = ShardReader(dataset, condition_kind, most_open=1)
+    shape = (3, resolution, resolution)
     try:
         for number in range(count):
             shard = int(np.searchsorted(np.cumsum(counts), number, side="right"))
@@ -400,8 +401,8 @@ def held_out(dataset: Dataset, count: int, *, condition_kind: str | None, resolu
             pixels, conditioning = prepare(image, condition, condition_kind, resolution)
             yield HeldOutSample(
                 key=sample.key,
-                pixel_values=np.ascontiguousarray(pixels.transpose(2, 0, 1)),
-                conditioning=None if conditioning is None else np.ascontiguousarray(conditioning.transpose(2, 0, 1)),
+                pixel_values=write_planes(pixels, np.empty(shape, np.uint8)),
+                conditioning=None if conditioning is None else write_planes(conditioning, np.empty(shape, np.uint8)),
                 caption=read_captions(sample.caption, sample.caption_extension, sample.key)[0],
             )
     finally:

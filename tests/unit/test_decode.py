@@ -14,6 +14,7 @@ from controlbooth.data.decode import (
     jpeg_orientation,
     prepare,
     same_frame,
+    write_planes,
 )
 
 RNG = np.random.default_rng(0)
@@ -123,8 +124,15 @@ def test_target_and_condition_are_cut_alike():
         left = 5 if crop is None else crop[1]
         expected = PICTURE[:, left : left + 30]
         assert np.array_equal(pixels, expected[:, ::-1] if flip else expected)
-        assert conditioning.shape == (30, 30, 3)
-        assert all(np.array_equal(conditioning[..., channel], pixels[..., 0]) for channel in range(3))
+        assert np.array_equal(conditioning, pixels[..., 0])
+
+
+def test_planes_are_filled_in_place_with_one_channel_three_times():
+    batch = np.zeros((2, 3, 30, 30), np.uint8)
+    write_planes(PICTURE[:, 5:35], batch[0])
+    write_planes(PICTURE[:, 5:35, 1], batch[1])
+    assert np.array_equal(batch[0], PICTURE[:, 5:35].transpose(2, 0, 1))
+    assert all(np.array_equal(plane, PICTURE[:, 5:35, 1]) for plane in batch[1])
 
 
 @pytest.mark.parametrize("resolution", [8, 15, 64])
