@@ -17,10 +17,15 @@ from typing import Any
 import braceexpand
 
 from controlbooth.launch.torchrun import Node, world_size
-from controlbooth.trainer import config as trainer_config
-from controlbooth.trainer.config import BUILT_IN, ConfigError, RunConfig, gradient_accumulation_steps, run_folder
+from controlbooth.trainer.config import (
+    BUILT_IN,
+    ConfigError,
+    RunConfig,
+    base_path,
+    gradient_accumulation_steps,
+    run_folder,
+)
 
-MINIATURE = Path(trainer_config.__file__).parents[1] / "models" / "miniature"
 COPIED = ("conv_in.", "time_embedding.", "add_embedding.", "down_blocks.", "mid_block.")
 """Parts of a diffusers U-Net of which a ControlNet has a copy."""
 COPIED_ORIGINAL = tuple(
@@ -177,10 +182,6 @@ def check_output(config: RunConfig, node: Node) -> Iterator[str]:
 
 
 CHECKS = (check_ranks, check_data, check_base, check_output)
-
-
-def base_path(config: RunConfig) -> Path:
-    return MINIATURE if config.model.base == BUILT_IN else Path(config.model.base)
 
 
 def base_weights(base: Path) -> list[Path]:

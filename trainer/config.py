@@ -1,9 +1,10 @@
 """Every field of a run. YAML files and `section.key=value` overrides fill this one tree; unknown keys are refused.
 
-Free of torch, so that the launcher can check a run before anything heavy is imported. The tree is frozen, and the resolved
-one is saved with each checkpoint. Numbers that follow from others are functions at the end of this file.
+Free of torch, so that the launcher can check a run before anything heavy is imported. The tree is frozen, and the
+resolved one is saved with each checkpoint. Numbers that follow from others are functions at the end of this file.
 """
 
+import contextlib
 import difflib
 import os
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 BUILT_IN = "miniature"
 """As model.base: the base model that is shipped with controlbooth."""
@@ -19,6 +20,20 @@ BUILT_IN = "miniature"
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_yaml_means_it(cls, value: Any, info: ValidationInfo) -> Any:
+        """An empty section is one; 1e5, which YAML 1.1 reads as text, is a number; yes and no are none."""
+        wanted = cls.model_fields[info.field_name or ""].annotation
+        if value is None and isinstance(wanted, type) and issubclass(wanted, Section):
+            return {}
+        if isinstance(value, bool) and wanted is not bool:
+            raise ValueError("yes and no are not taken here; where a value may be left out, write null")
+        if isinstance(value, str) and wanted in (int, int | None):
+            with contextlib.suppress(ValueError):
+                return float(value)
+        return value
 
 
 class ModelConfig(Section):
@@ -52,7 +67,7 @@ class DataConfig(Section):
     random_crop: bool = False
     """Crop at a random place rather than at the centre where a picture is not square."""
     lanes: int | None = Field(default=None, gt=0)
-    """Streams into which an epoch is cut; the world sizes that a run can reach divide it. Default: global_batch_size."""
+    """Streams into which an epoch is cut; every world size of a run divides it. Default: global_batch_size."""
     shards_per_block: int = Field(default=2, gt=0)
     """Shards that each lane permutes as one block."""
     threads: int = Field(default=2, gt=0)
@@ -67,7 +82,7 @@ class DataConfig(Section):
     def _divides(cls, value: int) -> int:
         if value % 8:
             down, up = value // 8 * 8, -(-value // 8) * 8
-            raise ValueError(f"{value} is not a multiple of 8, the VAE's factor. Use {max(down, 8)} or {up}")
+            raise ValueError(f"not a multiple of 8, the VAE's factor. Use {max(down, 8)} or {up}")
         return value
 
 
@@ -203,7 +218,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 def build_config(tree: dict[str, Any], source: str = "the run config") -> RunConfig:
     """A nested dict -> RunConfig; every error of the tree in one ConfigError."""
     try:
-        return RunConfig.model_validate(_exponents(tree))
+        return RunConfig.model_validate(tree)
     except ValidationError as error:
         lines = [_explain(one) for one in error.errors()]
         raise ConfigError(f"{source}: " + "; ".join(lines)) from None
@@ -212,31 +227,19 @@ def build_config(tree: dict[str, Any], source: str = "the run config") -> RunCon
 def _override(tree: dict[str, Any], override: str) -> None:
     key, separator, value = override.partition("=")
     if not separator or not key:
-        raise ConfigError(f"override {override!r} is not of the form section.key=value, e.g. optimizer.learning_rate=1e-5")
+        raise ConfigError(f"override {override!r} is not section.key=value, e.g. optimizer.learning_rate=1e-5")
     *parents, leaf = key.split(".")
     node = tree
     for depth, parent in enumerate(parents):
-        node = node.setdefault(parent, {})
+        if node.get(parent) is None:  # not in the file, or a section without a key
+            node[parent] = {}
+        node = node[parent]
         if not isinstance(node, dict):
             raise ConfigError(f"override {override!r}: {'.'.join(parents[: depth + 1])} is a value, not a section")
     try:
         node[leaf] = yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r}: {value!r} is not a YAML value: {error}") from error
-
-
-def _exponents(node: Any) -> Any:
-    """YAML 1.1 reads 1e-5 as text; a text that is a number in Python becomes one."""
-    if isinstance(node, dict):
-        return {key: _exponents(value) for key, value in node.items()}
-    if isinstance(node, list):
-        return [_exponents(value) for value in node]
-    if isinstance(node, str) and node[:1].isdigit() and "e" in node.lower():
-        try:
-            return float(node)
-        except ValueError:
-            return node
-    return node
 
 
 def _explain(error: Any) -> str:
@@ -247,6 +250,8 @@ def _explain(error: Any) -> str:
         prefix = "".join(f"{part}." for part in error["loc"][:-1])
         hint = f"did you mean '{prefix}{close[0]}'?" if close else f"known keys: {', '.join(known)}"
         return f"unknown key '{where}'; {hint}"
+    if error["type"] == "missing" and isinstance(error["loc"][-1], int):
+        return f"'{where.rpartition('.')[0]}' has {error['loc'][-1]} values, and needs more"
     if error["type"] == "missing":
         return f"'{where}' is missing; set it in the file, or give {where}=VALUE on the command line"
     message = error["msg"].removeprefix("Value error, ")
@@ -264,8 +269,9 @@ def gradient_accumulation_steps(config: RunConfig, world_size: int) -> int:
     """Forward passes that each rank makes per optimizer step. Raises ConfigError where the numbers do not divide."""
     samples_per_pass = config.micro_batch_size * world_size
     if config.global_batch_size % samples_per_pass:
-        ranks = [n for n in range(1, config.global_batch_size + 1) if config.global_batch_size % (config.micro_batch_size * n) == 0]
-        possible = ", ".join(map(str, ranks)) or "none with this micro_batch_size"
+        passes = config.global_batch_size / config.micro_batch_size
+        ranks = [str(n) for n in range(1, int(passes) + 1) if passes % n == 0]
+        possible = ", ".join(ranks) or "none with this micro_batch_size"
         raise ConfigError(
             f"global_batch_size={config.global_batch_size} is not a multiple of micro_batch_size * world_size = "
             f"{config.micro_batch_size} * {world_size} = {samples_per_pass}. "

@@ -1,7 +1,7 @@
 """Against real SQLite stores, and an HTTP server in front of one that dies, hangs, and loses its answers.
 
-The server speaks the REST protocol with the messages and the store of MLflow; only the dispatch is written here, because
-the package with the real one is ten times as large as what a trainer needs.
+The server speaks the REST protocol with the messages and the store of MLflow; only the dispatch is written here,
+because the package with the real one is ten times as large as what a trainer needs.
 """
 
 import json
