@@ -162,14 +162,14 @@ def _tables(groups: list[_Group], shard_bytes: int) -> ShardIndex:
     return sidecar.make_index(shard_bytes, extensions, samples, parts)
 
 
-def ensure_index(path: Path, rebuild: bool = False) -> list[Problem]:
-    """Indexes one shard if its sidecar is missing, unreadable, older or of another size; -> what is wrong with it.
+def ensure_index(path: Path) -> list[Problem]:
+    """Indexes one shard if its sidecar is missing, unreadable or of another size; -> what is wrong with the shard.
 
     A shard that is structurally damaged loses an old sidecar and gets no new one. Of a shard whose sidecar is kept
-    nothing is reported, though the sidecar may flag samples; `rebuild` reads every shard again.
+    nothing is reported, though the sidecar may flag samples.
     """
     where = sidecar.index_path(path)
-    if not rebuild and _fits(where, path):
+    if _fits(where, path):
         return []
     index, problems = index_shard(path)
     if any(problem.kind in STRUCTURAL for problem in problems):
@@ -181,9 +181,7 @@ def ensure_index(path: Path, rebuild: bool = False) -> list[Problem]:
 
 def _fits(where: Path, shard: Path) -> bool:
     try:
-        found, index = shard.stat(), sidecar.load_index(where)
-        # Tars are padded to 10 KiB, so a shard that was replaced often has the size of the old one.
-        return index.shard_bytes == found.st_size and where.stat().st_mtime_ns >= found.st_mtime_ns
+        return sidecar.load_index(where).shard_bytes == shard.stat().st_size
     except FileNotFoundError:
         if not shard.exists():
             raise
@@ -192,22 +190,33 @@ def _fits(where: Path, shard: Path) -> bool:
         return False
 
 
-def ensure_indexes(paths: Sequence[Path], workers: int = 1, rebuild: bool = False) -> list[Problem]:
+def _drop_old_indexes(paths: Sequence[Path], all_of_them: bool) -> None:
+    """Deletes sidecars that are older than their shard. Tars are padded, so a replaced one often has the same size.
+
+    Only the command does so: a run that starts on copied shards must not read terabytes because of their times.
+    """
+    for path in paths:
+        where = sidecar.index_path(path)
+        if where.exists() and (all_of_them or where.stat().st_mtime_ns < path.stat().st_mtime_ns):
+            where.unlink()
+
+
+def ensure_indexes(paths: Sequence[Path], workers: int = 1) -> list[Problem]:
     """`ensure_index` over many shards; with several workers each is a process of its own. Shows a progress bar."""
     found: list[Problem] = []
-    results = _each(paths, workers, rebuild)
+    results = _each(paths, workers)
     for problems in tqdm(results, total=len(paths), unit="shard", desc="index", disable=len(paths) < 2):
         found += problems
     return found
 
 
-def _each(paths: Sequence[Path], workers: int, rebuild: bool) -> Iterator[list[Problem]]:
+def _each(paths: Sequence[Path], workers: int) -> Iterator[list[Problem]]:
     if min(workers, len(paths)) <= 1:
-        yield from (ensure_index(path, rebuild) for path in paths)
+        yield from (ensure_index(path) for path in paths)
         return
     # spawn: a forked child would inherit threads and locks of whoever calls
     with ProcessPoolExecutor(min(workers, len(paths)), multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(ensure_index, paths, [rebuild] * len(paths), chunksize=1)
+        yield from pool.map(ensure_index, paths, chunksize=1)
 
 
 def usable_cpus() -> int:
@@ -232,7 +241,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rebuild", action="store_true", help="read all shards again, whatever their age")
     arguments = parser.parse_args(argv)
     paths = [path for location in arguments.shards for path in manifest.find_shards(location)]
-    problems = ensure_indexes(paths, arguments.workers, arguments.rebuild)
+    _drop_old_indexes(paths, arguments.rebuild)
+    problems = ensure_indexes(paths, arguments.workers)
     damaged = {problem.shard for problem in problems if problem.kind in STRUCTURAL}
     rows = [manifest.describe_shard(path) for path in paths if str(path) not in damaged]
     _print_table(rows, problems)

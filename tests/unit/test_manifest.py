@@ -63,7 +63,8 @@ def test_the_fingerprint_changes_with_the_order_and_the_content_only(folder):
     rows = [describe_shard(path) for path in find_shards(folder)]
     assert fingerprint(rows) != fingerprint(rows[::-1])
     write_shard(folder / "s-001.tar", ["k1-0", "k1-1", "other"])
-    ensure_index(folder / "s-001.tar", rebuild=True)
+    index_path(folder / "s-001.tar").unlink()
+    ensure_index(folder / "s-001.tar")
     assert open_dataset(folder).fingerprint != fingerprint(rows)
 
 
@@ -112,7 +113,8 @@ def test_a_shard_or_index_that_is_gone_is_refused(folder):
 def test_an_index_written_after_the_manifest_is_refused(folder):
     with_manifest(folder)
     write_shard(folder / "s-000.tar", ["aa-0", "aa-1"])  # of equal size
-    ensure_index(folder / "s-000.tar", rebuild=True)
+    index_path(folder / "s-000.tar").unlink()
+    ensure_index(folder / "s-000.tar")
     with pytest.raises(ValueError, match="s-000.tar.idx was written anew after the manifest"):
         open_dataset(folder)
 
@@ -169,6 +171,22 @@ def test_the_index_command_writes_indexes_and_a_manifest(folder, capsys):
     assert index_main([str(folder), "--workers", "1"]) == 0
     assert len(open_dataset(folder).rows) == 3
     assert "all 3 shards" in capsys.readouterr().out
+
+
+def test_the_index_command_notices_a_newer_shard_of_the_same_size(folder):
+    before, size = open_dataset(folder).fingerprint, (folder / "s-001.tar").stat().st_size
+    write_shard(folder / "s-001.tar", ["other-0", "other-1", "other-2"])
+    assert (folder / "s-001.tar").stat().st_size == size
+    assert index_main([str(folder), "--workers", "1"]) == 0
+    assert open_dataset(folder).fingerprint != before
+
+
+def test_the_index_command_reads_all_again_when_told_to(folder):
+    write_shard(folder / "s-001.tar", ["other-0", "other-1", "other-2"])
+    os.utime(folder / "s-001.tar", (0, 0))
+    before = open_dataset(folder).fingerprint
+    assert index_main([str(folder), "--workers", "1"]) == 0 and open_dataset(folder).fingerprint == before
+    assert index_main([str(folder), "--workers", "1", "--rebuild"]) == 0 and open_dataset(folder).fingerprint != before
 
 
 def test_the_index_command_reports_damage_and_writes_no_manifest(folder, capsys):
