@@ -81,8 +81,8 @@ class DataConfig(Section):
     @classmethod
     def _divides(cls, value: int) -> int:
         if value % 8:
-            down, up = value // 8 * 8, -(-value // 8) * 8
-            raise ValueError(f"not a multiple of 8, the VAE's factor. Use {max(down, 8)} or {up}")
+            near = sorted({max(8, value // 8 * 8), -(-value // 8) * 8})
+            raise ValueError(f"not a multiple of 8, the VAE's factor. Use {' or '.join(map(str, near))}")
         return value
 
 

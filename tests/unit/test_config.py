@@ -1,0 +1,151 @@
+"""What a run file may say, and how it is told what is wrong with it."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from controlbooth.trainer.config import (
+    ConfigError,
+    RunConfig,
+    base_path,
+    build_config,
+    dump,
+    gradient_accumulation_steps,
+    lanes,
+    load_config,
+    run_folder,
+    tracking_uri,
+)
+
+RUN = """
+name: first
+max_steps: 100
+global_batch_size: 64
+micro_batch_size: 4
+model: {base: miniature}
+data: {shards: shards/, condition: edges}
+"""
+
+
+def write(tmp_path: Path, text: str = RUN) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_the_last_override_wins_over_earlier_ones_over_the_file_over_the_default(tmp_path):
+    path = write(tmp_path, RUN + "optimizer: {learning_rate: 2e-5}\nseed: 3\n")
+    config = load_config(path, ["seed=4", "seed=5", "checkpoint.keep=7"])
+    assert isinstance(config, RunConfig)
+    assert (config.seed, config.optimizer.learning_rate, config.checkpoint.keep) == (5, 2e-5, 7)
+    assert config.optimizer.warmup_steps == 0
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.resolution=510", r"'data.resolution' is 510: not a multiple of 8, the VAE's factor. Use 504 or 512"),
+        ("data.resolution=3", "'data.resolution' is 3: .* Use 8$"),
+        ("optimizer.learning_rat=1.0", "unknown key 'optimizer.learning_rat'; did you mean 'optimizer.learning_rate'"),
+        ("zzz=1", "unknown key 'zzz'; known keys: name, output, seed"),
+        ("max_steps=many", "'max_steps' is 'many': Input should be a valid integer"),
+        ("max_steps=0", "'max_steps' is 0: Input should be greater than 0"),
+        ("max_steps=yes", "'max_steps' is True: yes and no are not taken here"),
+        ("name=a/b", "'name' is 'a/b': String should match pattern"),
+        ("model.family=sd3", "'model.family' is 'sd3': Input should be 'auto', 'sd15', 'sd21'"),
+        ("data.prompt_dropout=1.5", "'data.prompt_dropout' is 1.5: Input should be less than or equal to 1"),
+        ("data.lanes=100", "data.lanes=100 is not a multiple of global_batch_size=64. Leave data.lanes out, or"),
+        ("optimizer.betas=[0.9]", "'optimizer.betas' has 1 values, and needs more"),
+        ("optimizer.warmup_steps=101", "optimizer.warmup_steps=101 is more than max_steps=100"),
+        ("engine.offload_parameters=true", "needs engine.zero_stage=3, and it is 2. Set engine.zero_stage=3, or"),
+        ("validation.grid=17", "validation.grid=17 pictures cannot be shown of validation.samples=16"),
+        ("seed", "override 'seed' is not section.key=value, e.g. optimizer.learning_rate=1e-5"),
+        ("seed.x=1", "override 'seed.x=1': seed is a value, not a section"),
+        ("name=[", r"override 'name=\[': '\[' is not a YAML value"),
+    ],
+)
+def test_an_error_names_the_key_the_value_and_the_remedy(tmp_path, override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(write(tmp_path, RUN + "seed: 0\n"), [override])
+
+
+def test_all_errors_of_a_file_are_told_at_once_and_name_the_file(tmp_path):
+    path = write(tmp_path, "name: a\nmax_stepps: 1\nmodel: {}\ndata: {shards: s}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ")
+    for part in ("did you mean 'max_steps'", "'model.base' is missing", "or give data.condition=VALUE on the command"):
+        assert part in message
+
+
+def test_a_file_that_is_not_there_names_those_that_are_shipped(tmp_path):
+    shipped = ", ".join(sorted(path.name for path in (Path(__file__).parents[2] / "launch/configs").glob("*.yaml")))
+    with pytest.raises(ConfigError) as caught:
+        load_config(tmp_path / "nothing.yaml")
+    assert str(caught.value).endswith(f"nothing.yaml does not exist. Runs to start from, in launch/configs: {shipped}")
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "", "just words"])
+def test_a_file_that_is_no_mapping_is_refused(tmp_path, text):
+    with pytest.raises(ConfigError, match="but a run is a mapping of keys to values"):
+        load_config(write(tmp_path, text))
+
+
+def test_a_file_that_is_not_yaml_is_refused_with_the_line(tmp_path):
+    with pytest.raises(ConfigError, match="(?s)not readable as YAML.*line 2"):
+        load_config(write(tmp_path, "name: [\n"))
+    with pytest.raises(ConfigError, match="not readable as YAML"):
+        load_config(tmp_path)
+
+
+def test_numbers_may_be_written_with_exponents_and_names_may_look_like_numbers(tmp_path):
+    config = load_config(write(tmp_path, RUN.replace("first", "1e5")), ["max_steps=1e3", "optimizer.weight_decay=1e-3"])
+    assert (config.name, config.max_steps, config.optimizer.weight_decay) == ("1e5", 1000, 1e-3)
+
+
+def test_an_empty_section_has_its_defaults_and_can_be_overridden(tmp_path):
+    path = write(tmp_path, RUN + "optimizer:\n#  learning_rate: 1e-4\nengine:\n")
+    config = load_config(path, ["engine.zero_stage=1"])
+    assert (config.optimizer.learning_rate, config.engine.zero_stage) == (1e-5, 1)
+
+
+def test_the_resolved_tree_reads_back_as_itself(tmp_path):
+    overrides = ["optimizer.ema_decay=0.999", "model.hint_channels=[8, 16]", "data.held_out=h"]
+    config = load_config(write(tmp_path), overrides)
+    assert build_config(yaml.safe_load(dump(config))) == config
+
+
+def test_a_config_is_frozen(tmp_path):
+    config = load_config(write(tmp_path))
+    with pytest.raises(ValueError, match="frozen"):
+        config.seed = 1  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_every_field_is_explained_or_says_what_it_is_by_its_name():
+    plain = {"warmup_steps", "betas", "weight_decay", "epsilon", "every_steps", "sampling_steps", "guidance_scale"}
+    plain |= {"max_steps", "global_batch_size", "micro_batch_size", "experiment", "output"}
+    for section in (RunConfig, *(field.annotation for field in RunConfig.model_fields.values())):
+        for name, field in getattr(section, "model_fields", {}).items():
+            nested = hasattr(field.annotation, "model_fields")
+            assert field.description or nested or name in plain, f"{section}.{name} wants a docstring"
+
+
+def test_accumulation_keeps_the_global_batch_and_its_error_names_every_number(tmp_path):
+    config = load_config(write(tmp_path))
+    assert [gradient_accumulation_steps(config, ranks) for ranks in (1, 2, 8, 16)] == [16, 8, 2, 1]
+    with pytest.raises(ConfigError, match=r"global_batch_size=64 .* 4 \* 3 = 12.* \(possible: 1, 2, 4, 8, 16\)"):
+        gradient_accumulation_steps(config, world_size=3)
+    with pytest.raises(ConfigError, match="possible: none with this micro_batch_size"):
+        gradient_accumulation_steps(load_config(write(tmp_path), ["micro_batch_size=5"]), world_size=1)
+
+
+def test_what_follows_from_the_fields(tmp_path):
+    config = load_config(write(tmp_path), [f"output={tmp_path}"])
+    assert lanes(config) == 64 and lanes(load_config(write(tmp_path), ["data.lanes=128"])) == 128
+    assert run_folder(config) == tmp_path / "first"
+    assert tracking_uri(config) == f"sqlite:///{tmp_path}/mlflow.db"
+    assert tracking_uri(load_config(write(tmp_path), ["tracking.uri=http://host:5000"])) == "http://host:5000"
+    assert base_path(config).parts[-2:] == ("models", "miniature")
+    assert base_path(load_config(write(tmp_path), ["model.base=/models/sd"])) == Path("/models/sd")
