@@ -96,7 +96,7 @@ def choose_attention(
     return AttentionChoice(fastest, f"by time: {figures}, forward and backward, for {len(shapes)} shapes")
 
 
-def apply_attention(module: nn.Module, choice: AttentionChoice) -> None:
+def apply_attention(module: Any, choice: AttentionChoice) -> None:
     """Puts the chosen kernel into every attention layer of a U-Net, ControlNet or VAE. TypeError for other modules."""
     if not hasattr(module, "set_attn_processor"):
         raise TypeError(f"{type(module).__name__} has no attention processors to set; give a U-Net, ControlNet or VAE")

@@ -1,12 +1,12 @@
 """A base model as the rest of the system sees it: frozen modules, and pictures to latents and back."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 
 from controlbooth.models.families import Family
@@ -21,8 +21,10 @@ class Base:
 
     family: Family
     path: Path
-    vae: AutoencoderKL
+    vae: Any
+    """An AutoencoderKL."""
     text_encoders: tuple[Any, ...]
+    """A CLIPTextModel; of SDXL also a CLIPTextModelWithProjection."""
     tokenizers: tuple[Any, ...]
     unet: UNet2DConditionModel
     noise_scheduler: DDPMScheduler
@@ -79,6 +81,11 @@ class Base:
     @property
     def _shift(self) -> float:
         return self.vae.config["shift_factor"] or 0.0
+
+
+def vae_dtype(config: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype:
+    """The dtype for a VAE under a base of `dtype`: float32 where half precision overflows, as SDXL's VAE does."""
+    return torch.float32 if dtype == torch.float16 and config.get("force_upcast", True) else dtype
 
 
 def check_parts_fit(base: Base) -> None:

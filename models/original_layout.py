@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from controlbooth.models.architectures import Architecture
+from controlbooth.models.base import vae_dtype
 
 PREFIX = "control_model."
 
@@ -118,7 +119,7 @@ def to_diffusers(weights: Mapping[str, Tensor], controlnet: ControlNetModel) -> 
     return {names.get(key, key): tensor for key, tensor in stripped.items()}  # an unknown name is reported by `fill`
 
 
-def fill(module: nn.Module, weights: Mapping[str, Tensor], where: str) -> None:
+def fill(module: nn.Module, weights: Mapping[str, Tensor], dtype: torch.dtype, where: str) -> None:
     """Makes `weights` the parameters of `module`, which may be on the meta device. Every name and shape must match."""
     expected = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
     found = {key: tuple(tensor.shape) for key, tensor in weights.items()}
@@ -134,22 +135,22 @@ def fill(module: nn.Module, weights: Mapping[str, Tensor], where: str) -> None:
                 f"{where} does not fit {type(module).__name__}: {key} has shape {found[key]}, "
                 f"and the base needs {shape}. It was made for another base."
             )
-    module.load_state_dict(dict(weights), assign=True)
+    module.load_state_dict({key: tensor.to(dtype) for key, tensor in weights.items()}, assign=True)
 
 
 def build_base(
-    state: Mapping[str, Tensor], architecture: Architecture, where: str
+    state: Mapping[str, Tensor], architecture: Architecture, dtype: torch.dtype, where: str
 ) -> tuple[UNet2DConditionModel, AutoencoderKL, tuple[nn.Module, ...]]:
-    """U-Net, VAE and text encoders from a whole checkpoint in the original layout, in the file's dtype."""
+    """U-Net, VAE and text encoders from a whole checkpoint in the original layout, on the CPU."""
     with torch.device("meta"):
         unet, vae = UNet2DConditionModel(**architecture.unet), AutoencoderKL(**architecture.vae)
-    fill(unet, convert_ldm_unet_checkpoint(state, unet.config), f"the U-Net of {where}")
-    fill(vae, convert_ldm_vae_checkpoint(state, vae.config), f"the VAE of {where}")
+    fill(unet, convert_ldm_unet_checkpoint(state, unet.config), dtype, f"the U-Net of {where}")
+    fill(vae, convert_ldm_vae_checkpoint(state, vae.config), vae_dtype(vae.config, dtype), f"the VAE of {where}")
     classes = (CLIPTextModel, CLIPTextModelWithProjection)
     encoders = []
     for number, config in enumerate(architecture.text_encoders):
         encoder = classes[number](CLIPTextConfig(**config))
-        fill(encoder, _text_weights(state, encoder), f"text encoder {number + 1} of {where}")
+        fill(encoder, _text_weights(state, encoder), dtype, f"text encoder {number + 1} of {where}")
         encoders.append(encoder)
     return unet, vae, tuple(encoders)
 

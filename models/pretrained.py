@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
 
 from controlbooth.models import original_layout
-from controlbooth.models.base import Base, check_parts_fit
+from controlbooth.models.base import Base, check_parts_fit, vae_dtype
 from controlbooth.models.controlnet import build_controlnet, check_fits
 from controlbooth.models.families import Family, check_family, identify
 
@@ -49,7 +49,8 @@ def load_base(
             f"base model {path} does not exist. Give a diffusers folder, a single .safetensors file, or 'miniature'."
         )
     check_parts_fit(base)
-    for module in (base.vae, base.unet, *base.text_encoders):
+    modules: list[Any] = [base.vae, base.unet, *base.text_encoders]
+    for module in modules:
         module.requires_grad_(False).eval().to(device)
     return base
 
@@ -60,12 +61,12 @@ def _load_folder(folder: Path, requested: str, dtype: torch.dtype) -> Base:
     suffixes = [""] if family.text_encoder_count == 1 else ["", "_2"]
     names = ["unet", "vae", *(f"text_encoder{suffix}" for suffix in suffixes)]
     weights = {name: _weights_files(folder / name) for name in names}
-    options: dict[str, Any] = dict(use_safetensors=True, local_files_only=True)
 
     def load(cls: Any, name: str, keyword: str) -> Any:
-        folder_dtype = _vae_dtype(folder / name, dtype) if name == "vae" else dtype
-        variant = _variant(weights[name])
-        return cls.from_pretrained(folder / name, variant=variant, **{keyword: folder_dtype}, **options)
+        options: dict[str, Any] = dict(use_safetensors=True, local_files_only=True)
+        config = json.loads((folder / name / "config.json").read_text())
+        options[keyword] = vae_dtype(config, dtype) if name == "vae" else dtype
+        return cls.from_pretrained(folder / name, variant=_variant(weights[name]), **options)
 
     encoder_classes = (CLIPTextModel, CLIPTextModelWithProjection)
     index_path = folder / "model_index.json"
@@ -127,13 +128,6 @@ def _variant(files: Iterable[Path]) -> str | None:
     return parts[1].split("-")[0] if len(parts) > 1 else None
 
 
-def _vae_dtype(config_or_folder: Path | Mapping[str, Any], dtype: torch.dtype) -> torch.dtype:
-    config = config_or_folder
-    if isinstance(config, Path):
-        config = json.loads((config / "config.json").read_text())
-    return torch.float32 if dtype == torch.float16 and config.get("force_upcast", True) else dtype
-
-
 def _load_tokenizer(folder: Path, name: str) -> Any:
     if not (folder / name).is_dir():
         raise FileNotFoundError(
@@ -153,7 +147,9 @@ def _load_noise_scheduler(folder: Path) -> DDPMScheduler:
             f"{folder / 'scheduler_config.json'} does not exist. It says how noise is added and what the U-Net "
             "predicts: copy it from the base's diffusers release."
         )
-    return DDPMScheduler.from_pretrained(folder, local_files_only=True, clip_sample=False, thresholding=False)
+    options: dict[str, Any] = dict(clip_sample=False, thresholding=False, local_files_only=True)
+    scheduler: Any = DDPMScheduler.from_pretrained(folder, **options)
+    return scheduler
 
 
 def _digest(root: Path, files: Iterable[Path]) -> str:
@@ -177,14 +173,14 @@ def _load_single_file(path: Path, requested: str, dtype: torch.dtype) -> Base:
     tokenizers = tuple(_load_tokenizer(path.parent, f"tokenizer{suffix}") for suffix in suffixes)
     noise_scheduler = _single_file_scheduler(path, family, shapes, metadata)
     assert family.architecture is not None  # `identify` finds only families whose single files can be read
-    unet, vae, text_encoders = original_layout.build_base(load_file(path), family.architecture, str(path))
+    unet, vae, text_encoders = original_layout.build_base(load_file(path), family.architecture, dtype, str(path))
     return Base(
         family=family,
         path=path,
-        vae=vae.to(_vae_dtype(vae.config, dtype)),
-        text_encoders=tuple(encoder.to(dtype) for encoder in text_encoders),
+        vae=vae,
+        text_encoders=text_encoders,
         tokenizers=tokenizers,
-        unet=unet.to(dtype),
+        unet=unet,
         noise_scheduler=noise_scheduler,
         digest=_digest(path.parent, [path]),
         zero_empty_prompt=family.name == "sdxl",
@@ -233,8 +229,8 @@ def load_controlnet(
         raise FileNotFoundError(f"ControlNet {path} does not exist. Give a diffusers folder or a .safetensors file.")
     weights = load_file(path)
     controlnet = build_controlnet(unet, original_layout.hint_channels(weights, str(path)), device="meta")
-    original_layout.fill(controlnet, original_layout.to_diffusers(weights, controlnet), str(path))
-    return controlnet.to(dtype).train()
+    original_layout.fill(controlnet, original_layout.to_diffusers(weights, controlnet), dtype, str(path))
+    return controlnet
 
 
 def save_controlnet(controlnet: nn.Module, folder: str | os.PathLike[str]) -> None:

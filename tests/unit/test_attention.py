@@ -10,7 +10,7 @@ from controlbooth.models.attention import (
     choose_attention,
 )
 from controlbooth.models.controlnet import build_controlnet, predict
-from controlbooth.models.families import FAMILIES, encode_prompts
+from controlbooth.models.families import encode_prompts
 
 
 def forward(base, controlnet=None):
@@ -21,7 +21,7 @@ def forward(base, controlnet=None):
     return predict(base.unet, controlnet, latents, torch.tensor([10, 700]), text, conditioning)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["sd15", "miniature"])
 def test_kernels_agree_within_rounding_forward_and_backward(family, load_tiny):
     base = load_tiny(family)
     controlnet = build_controlnet(base.unet)

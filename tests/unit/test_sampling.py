@@ -53,14 +53,12 @@ def pipeline_pictures(folder, controlnet_folder, base, controlnet, scheduler, ne
 @pytest.mark.parametrize(
     ("family", "scheduler", "negative_prompt", "guidance_scale"),
     [
-        ("sd15", "ddim", None, 5.0),
         ("sd15", "unipc", "blue", 5.0),
-        ("sd15", "euler", None, 1.0),
+        ("sd15", "ddim", None, 1.0),
         ("sd21", "ddim", "blue", 5.0),
         ("sdxl", "ddim", None, 5.0),
         ("sdxl", "euler", "blue", 5.0),
         ("miniature", "ddim", None, 5.0),
-        ("miniature", "unipc", None, 5.0),
     ],
 )
 def test_pictures_equal_those_of_diffusers_pipeline(
@@ -101,15 +99,14 @@ def test_a_picture_depends_on_its_seed_and_not_on_its_batch(scheduler, load_tiny
             [PROMPTS[row] for row in rows],
             conditions()[rows],
             seeds=[SEEDS[row] for row in rows],
-            steps=3,
+            steps=2,
             guidance_scale=4.0,
             scheduler=scheduler,
         ).int()
 
     together = pictures([0, 1, 2, 3])
     assert torch.equal(pictures([0, 1, 2, 3]), together)
-    apart = torch.cat([pictures([2, 1]), pictures([0]), pictures([3])])[[2, 1, 0, 3]]
-    difference = (apart - together).abs()
+    difference = (torch.cat([pictures([2, 1]), pictures([3])]) - together[[2, 1, 3]]).abs()
     assert difference.max() <= 1 and difference.float().mean() < 0.01  # kernels round differently by batch size
     assert (together[1] - together[3]).abs().max() > 1  # the same seed, another prompt and condition
 
