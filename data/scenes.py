@@ -95,7 +95,8 @@ class Rendering:
     keypoints: np.ndarray
     """(H, W, 3) RGB, each object's landmarks as coloured dots joined to its centre by lines, on black."""
     landmarks: tuple[np.ndarray, ...]
-    """For each object (5, 2) float32 x, y in pixels: its centre, then its top, right, bottom and left in its own frame."""
+    """For each object (5, 2) float32 x, y in pixels: its centre, then its top, right, bottom and left in its own
+    frame."""
 
 
 def _regular(count: int, radius: float = 1.0, start: float = -90.0) -> np.ndarray:
@@ -138,7 +139,11 @@ def _moon() -> list[Part]:
 
 def _fish() -> list[Part]:
     tail = np.array([[0.30, 0.0], [1.0, -0.55], [0.86, 0.0], [1.0, 0.55]])
-    return [Part(tail, 0.85), Part(_ellipse(-0.25, 0.0, 0.75, 0.52)), Part(_ellipse(-0.62, -0.12, 0.09, 0.09, 12), 0.25)]
+    return [
+        Part(tail, 0.85),
+        Part(_ellipse(-0.25, 0.0, 0.75, 0.52)),
+        Part(_ellipse(-0.62, -0.12, 0.09, 0.09, 12), 0.25),
+    ]
 
 
 def _house() -> list[Part]:

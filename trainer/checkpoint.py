@@ -53,7 +53,9 @@ def is_complete(checkpoint: Path) -> bool:
     if not marker.is_file():
         return False
     sizes = json.loads(marker.read_text())
-    return all((checkpoint / name).is_file() and (checkpoint / name).stat().st_size == size for name, size in sizes.items())
+    return all(
+        (checkpoint / name).is_file() and (checkpoint / name).stat().st_size == size for name, size in sizes.items()
+    )
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -101,7 +103,9 @@ def load_checkpoint(engine: Any, checkpoint: Path, world: World) -> dict[str, Te
     with _quiet():
         path, _ = engine.load_checkpoint(str(checkpoint), tag=tag, load_lr_scheduler_states=False)
     if path is None:
-        raise CheckpointError(f"DeepSpeed could not read {checkpoint / tag}. Delete {checkpoint} to resume from an older one")
+        raise CheckpointError(
+            f"DeepSpeed could not read {checkpoint / tag}. Delete {checkpoint} to resume from an older one"
+        )
     average = checkpoint / "average.safetensors"
     return load_file(average) if average.exists() else None
 
@@ -118,8 +122,8 @@ def check_same_run(state: dict[str, Any], now: dict[str, Any], checkpoint: Path)
         if state[key] != now[key]:
             raise CheckpointError(
                 f"{checkpoint} was saved with {key}={state[key]!r}, and this run has {now[key]!r}. "
-                f"Set {field} back, or give the run another name to start anew (model.controlnet={checkpoint}/controlnet "
-                "starts from its weights)"
+                f"Set {field} back, or give the run another name to start anew "
+                f"(model.controlnet={checkpoint}/controlnet starts from its weights)"
             )
 
 
@@ -127,7 +131,11 @@ def prune(run: Path, keep: int, keep_best: int, metric: str = "edge_f1") -> None
     """Deletes all but the `keep` latest checkpoints and the `keep_best` best. Rank 0 calls it after a commit."""
     whole = complete_checkpoints(run)
     scored = [(read_state(path).get("metrics", {}).get(metric), path) for path in whole]
-    best = sorted((pair for pair in scored if pair[0] is not None), key=lambda pair: pair[0])[-keep_best:] if keep_best else []
+    best = (
+        sorted((pair for pair in scored if pair[0] is not None), key=lambda pair: pair[0])[-keep_best:]
+        if keep_best
+        else []
+    )
     kept = {*whole[-keep:], *(path for _, path in best)}
     for path in whole:
         if path not in kept:
@@ -174,13 +182,13 @@ def _commit(partial: Path, final: Path) -> None:
 
 
 def _check_space(engine: Any, run: Path, world: World) -> None:
-    """Weights in fp32 twice, two moments, and the half-precision copy: at most 20 bytes a parameter, and the average."""
+    """Weights in fp32 twice, two moments, a half-precision copy, the average: at most 24 bytes a parameter."""
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
     needed = parameters * 24
     free = from_first_rank(shutil.disk_usage(run).free)
     if free < needed:
         raise OSError(
-            f"a checkpoint takes up to {needed / 2**30:.2f} GiB and {run} has {free / 2**30:.2f} GiB free. Free some space, "
+            f"a checkpoint takes up to {needed / 2**30:.2f} GiB and {run} has {free / 2**30:.2f} GiB free. Free some, "
             "lower checkpoint.keep, or move `output`; then start again: the run goes on from its latest checkpoint"
         )
 

@@ -66,9 +66,7 @@ def deepspeed_config(config: RunConfig, precision: str, world_size: int, load_un
     return tree
 
 
-def initialize(
-    controlnet: nn.Module, config: RunConfig, precision: str, world_size: int, load_universal: bool
-) -> Any:
+def initialize(controlnet: nn.Module, config: RunConfig, precision: str, world_size: int, load_universal: bool) -> Any:
     """Wraps the ControlNet in a DeepSpeed engine. The process group must have been joined."""
     import deepspeed  # costs seconds, and `--help` should not pay them
 
@@ -115,7 +113,9 @@ def apply_gradients(engine: Any, rate: float) -> tuple[float, bool]:
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
-    plain = not hasattr(engine.optimizer, "overflow")  # stage 0 in fp32: PyTorch's optimizer itself, which checks nothing
+    plain = not hasattr(
+        engine.optimizer, "overflow"
+    )  # stage 0 in fp32: PyTorch's optimizer itself, which checks nothing
     if plain:
         norm = float(_gradient_norm(engine.module))
         if not math.isfinite(norm):
@@ -157,13 +157,17 @@ def full_state(engine: Any, average: dict[str, Tensor] | None = None) -> dict[st
 
     state = {}
     for name, parameter in engine.module.named_parameters():
-        whole = safe_get_full_fp32_param(parameter) if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping") else None
+        whole = (
+            safe_get_full_fp32_param(parameter)
+            if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
+            else None
+        )
         state[name] = (parameter.detach() if whole is None else whole).float().cpu().clone()
     return state
 
 
 def update_average(average: dict[str, Tensor], engine: Any, decay: float, step: int) -> None:
-    """Exponential moving average in fp32, warmed up: min(decay, (1 + step) / (10 + step)), as the first steps matter least."""
+    """Exponential moving average in fp32, which warms up: decay is min(decay, (1 + step) / (10 + step))."""
     weight = 1.0 - min(decay, (1 + step) / (10 + step))
     with gathered(engine), torch.no_grad():
         for name, parameter in engine.module.named_parameters():

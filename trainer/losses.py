@@ -1,6 +1,5 @@
 """Pure: what the network should predict, and how much each sample counts."""
 
-import torch
 from torch import Tensor
 
 

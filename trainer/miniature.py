@@ -2,8 +2,10 @@
 
     python -m controlbooth.trainer.miniature vae|judge|text|unet|export|score --work FOLDER [--minutes N]
 
-Five stages, each resumable and each leaving its weights in FOLDER; `--minutes` bounds a stage, and running it again goes
-on from where it stopped. The base is a latent diffusion model of Stable Diffusion's kind at about a hundredth of its size:
+Five stages, each resumable and each leaving its weights in FOLDER; `--minutes` bounds a stage, and running it again
+goes
+on from where it stopped. The base is a latent diffusion model of Stable Diffusion's kind at about a hundredth of its
+size:
 
     vae    AutoencoderKL, factor 8, 12 latent channels: first on 32-pixel crops, then on whole pictures
     judge  a small network that reads scenes: classes by pixel, and object classes and colours from left to right
@@ -12,12 +14,10 @@ on from where it stopped. The base is a latent diffusion model of Stable Diffusi
     score  128 held-out captions, sampled and read by the judge
 """
 
-import argparse
 import json
 import math
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -181,7 +181,10 @@ def train_vae(work: Path, minutes: float) -> None:
         x = to_tensor(images[-256:])
         latents = vae.encode(x).latent_dist.mode()
         error = (vae.decode(latents).sample - x).square().mean(dim=(1, 2, 3))
-    print(f"held out: {(10 * torch.log10(4.0 / error)).mean():.2f} dB; latents {latents.std():.3f}", latents.std(dim=(0, 2, 3)))
+    print(
+        f"held out: {(10 * torch.log10(4.0 / error)).mean():.2f} dB; latents {latents.std():.3f}",
+        latents.std(dim=(0, 2, 3)),
+    )
 
 
 def train_judge(work: Path, minutes: float) -> None:
@@ -220,9 +223,10 @@ def spoil(x: Tensor) -> Tensor:
 
 
 OTHER_WORDS = (
-    "photo picture image painting drawing sketch of the in with at to under over near behind striped dotted spotted wooden "
-    "metal glass paper toy plate table garden beach snow city forest street night day front left right top bottom one two "
-    "big tiny huge shiny old new dark bright colour color thing object animal plush clock cup cat dog bear boot can bowl"
+    "photo picture image painting drawing sketch of the in with at to under over near behind striped dotted spotted "
+    "wooden metal glass paper toy plate table garden beach snow city forest street night day front left right top bottom "
+    "one two big tiny huge shiny old new dark bright colour color thing object animal plush clock cup cat dog bear boot "
+    "can bowl"
 ).split()
 
 
@@ -247,7 +251,9 @@ def build_tokenizer() -> CLIPTokenizer:
     model = Tokenizer(BPE(end_of_word_suffix="</w>"))
     model.pre_tokenizer = WhitespaceSplit()
     alphabet = sorted(ByteLevel.alphabet())
-    trainer = BpeTrainer(vocab_size=2000, min_frequency=2, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False)
+    trainer = BpeTrainer(
+        vocab_size=2000, min_frequency=2, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+    )
     model.train_from_iterator([" ".join([word] * times) for word, times in corpus.items()], trainer)
     merges = [tuple(pair) for pair in json.loads(model.to_str())["model"]["merges"]]
     pieces = [*alphabet, *(letter + "</w>" for letter in alphabet), *("".join(pair) for pair in merges)]
@@ -263,7 +269,9 @@ def build_tokenizer() -> CLIPTokenizer:
 def vary(what: Scene, draw: np.random.Generator) -> tuple[str, list[int]]:
     """A caption of the scene, in part of the cases one that says less, and the facts that it states (others: NONE)."""
     with_sizes, with_background, with_photo = draw.random() < 0.8, draw.random() < 0.9, draw.random() < 0.15
-    named = [f"a {t.size} {t.colour} {t.class_name}" if with_sizes else f"a {t.colour} {t.class_name}" for t in what.objects]
+    named = [
+        f"a {t.size} {t.colour} {t.class_name}" if with_sizes else f"a {t.colour} {t.class_name}" for t in what.objects
+    ]
     text = " and ".join(named)
     stated = facts(what)
     names = list(ATTRIBUTES)
@@ -279,7 +287,9 @@ def vary(what: Scene, draw: np.random.Generator) -> tuple[str, list[int]]:
 
 
 def tokens(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
-    return tokenizer(captions, padding="max_length", max_length=CAPTION_TOKENS, truncation=True, return_tensors="pt").input_ids
+    return tokenizer(
+        captions, padding="max_length", max_length=CAPTION_TOKENS, truncation=True, return_tensors="pt"
+    ).input_ids
 
 
 def train_text(work: Path, minutes: float) -> None:
@@ -336,7 +346,9 @@ def cache_latents(work: Path) -> tuple[Tensor, AutoencoderKL]:
     if not path.exists():
         images = pictures(work)
         with torch.inference_mode():
-            raw = torch.cat([vae.encode(to_tensor(images[i : i + 64])).latent_dist.mode() for i in range(0, len(images), 64)])
+            raw = torch.cat(
+                [vae.encode(to_tensor(images[i : i + 64])).latent_dist.mode() for i in range(0, len(images), 64)]
+            )
         save_atomically(dict(raw=raw.contiguous()), path)
     raw = torch.load(path, weights_only=True)["raw"]
     mean, std = raw.mean(dim=(0, 2, 3)), raw.std(dim=(0, 2, 3))
@@ -361,7 +373,7 @@ def build_unet() -> UNet2DConditionModel:
 
 
 def train_unet(work: Path, minutes: float, final: bool) -> None:
-    """v-prediction, uniform timesteps, an exponential average that warms up. `final` lets the learning rate end at 0."""
+    """v-prediction, uniform timesteps, an exponential average that warms up. `final`: the learning rate ends at 0."""
     torch.manual_seed(0)
     latents, _ = cache_latents(work)
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
@@ -412,7 +424,10 @@ def train_unet(work: Path, minutes: float, final: bool) -> None:
         if clock.due():
             save()
             speed = (step - first) * BATCH / (time.monotonic() - started)
-            print(f"unet step {step} ({step * BATCH} samples) loss {np.mean(losses[-200:]):.4f} {speed:.0f} samples/s", flush=True)
+            print(
+                f"unet step {step} ({step * BATCH} samples) loss {np.mean(losses[-200:]):.4f} {speed:.0f} samples/s",
+                flush=True,
+            )
     save()
 
 

@@ -1,6 +1,7 @@
 """The training program: `torchrun ... -m controlbooth.trainer.train run.yaml [section.key=value ...]`.
 
-Every rank runs this file. It reads the run, builds what the run names, goes on from the latest whole checkpoint if there
+Every rank runs this file. It reads the run, builds what the run names, goes on from the latest whole checkpoint if
+there
 is one, and loops: step, log, validate, save, stop. Started again after whatever happened, it continues the same run.
 """
 
@@ -10,6 +11,7 @@ import json
 import logging
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are folders; nothing here may reach a hub
@@ -57,6 +60,7 @@ from controlbooth.trainer.distributed import (
     leave,
 )
 from controlbooth.trainer.evaluate.validate import HeldOutSet, load_held_out, validate
+from controlbooth.trainer.spool import read_metrics
 from controlbooth.trainer.step import controlnet_step
 from controlbooth.trainer.tracking import Tracker
 
@@ -95,7 +99,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("run", metavar="RUN.yaml")
     parser.add_argument("overrides", metavar="section.key=value", nargs="*")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it; the environment has it too
+    parser.add_argument(
+        "--local_rank", help=argparse.SUPPRESS
+    )  # the deepspeed launcher adds it; the environment has it too
     options = parser.parse_intermixed_args(argv)
     config = load_config(options.run, options.overrides)
     _quiet_libraries()
@@ -141,6 +147,7 @@ def train(config: RunConfig, world: World, stop: "StopRequest") -> int:
         run.tracker.finish("KILLED" if state == "stopped" else "FINISHED")
         run.tracker.close(timeout_seconds=30.0)
     if world.rank == 0:
+        write_speed(folder, precision=run.precision, attention=run.attention, world_size=world.world_size)
         write_status(folder / STATUS, state=state, step=run.step)
     say(world, f"{state} at step {run.step} of {config.max_steps}: {folder}")
     return 0
@@ -177,7 +184,7 @@ def loop(run: Run, stop: "StopRequest", figures: dict[str, float]) -> None:
         started = time.perf_counter()
         mean_loss = sum(losses) / len(losses) / world.world_size
         loss, stops = all_sum([mean_loss, float(stop.requested)])
-        waited, depth_short = all_max([batch.wait_seconds, -float(batch.queue_depth)])
+        waited, depth_short, memory = all_max([batch.wait_seconds, -float(batch.queue_depth), peak_memory_gib(world)])
         skipped_in_a_row = skipped_in_a_row + 1 if skipped else 0
         if skipped:
             report_skipped(run, batch, losses, norm, skipped_in_a_row)
@@ -192,12 +199,16 @@ def loop(run: Run, stop: "StopRequest", figures: dict[str, float]) -> None:
             "fetch_seconds": batch.fetch_seconds,
             "decode_seconds": batch.decode_seconds,
             "substitutions": float(batch.substitutions),
+            "peak_memory_gib": memory,
             "skipped": float(skipped),
         }
         if run.tracker is not None:
             run.tracker.log(run.step, {name: value for name, value in metrics.items() if math.isfinite(value)})
         bar.set_postfix(
-            loss=f"{loss:.4f}", samples_s=f"{metrics['samples_per_second']:.1f}", stall=f"{metrics['stall_percent']:.0f}%", refresh=False
+            loss=f"{loss:.4f}",
+            samples_s=f"{metrics['samples_per_second']:.1f}",
+            stall=f"{metrics['stall_percent']:.0f}%",
+            refresh=False,
         )
         bar.update(1)
 
@@ -254,16 +265,31 @@ def build(config: RunConfig, world: World, folder: Path, latest: Path | None) ->
         resume_position(saved["order"], loader.order, dataset.fingerprint)
     say(
         world,
-        f"ControlNet {report.total:,} parameters (copy {report.copy:,}, zero convolutions {report.zero_convolutions:,}, "
-        f"hint {report.hint:,}) on {base.family.title}; {precision}, ZeRO-{config.engine.zero_stage}, "
+        f"ControlNet {report.total:,} parameters (copy {report.copy:,}, zero convolutions "
+        f"{report.zero_convolutions:,}, hint {report.hint:,}) on {base.family.title}; {precision}, ZeRO-{config.engine.zero_stage}, "
         f"{world.world_size} ranks on {world.device.type}; attention {chosen.name}: {chosen.reason}",
     )
     if precision == "fp32" and config.engine.precision == "auto" and world.device.type == "cpu":
-        say(world, "engine.precision=auto: this processor has no bf16 units, so the run is in fp32 (bf16 would be slower)")
+        say(
+            world,
+            "engine.precision=auto: this processor has no bf16 units, so the run is in fp32 (bf16 would be slower)",
+        )
     if latest:
         say(world, f"going on from {latest} at step {step}")
     run = Run(
-        config, world, folder, precision, chosen.name, base, engine, average, dataset, loader, held, tracker=None, step=step
+        config,
+        world,
+        folder,
+        precision,
+        chosen.name,
+        base,
+        engine,
+        average,
+        dataset,
+        loader,
+        held,
+        tracker=None,
+        step=step,
     )
     if world.rank == 0:
         run.tracker = make_tracker(run, report.total)
@@ -330,7 +356,13 @@ def validate_and_log(run: Run) -> dict[str, float]:
     began = time.perf_counter()
     with engines.averaged_weights(run.engine, run.average):
         figures = validate(
-            run.base, run.engine.module, run.held, run.config.validation, run.world, run.folder / "samples" / "without-control.npy", grid
+            run.base,
+            run.engine.module,
+            run.held,
+            run.config.validation,
+            run.world,
+            run.folder / "samples" / "without-control.npy",
+            grid,
         )
     if run.tracker is not None:
         run.tracker.log(run.step, {f"validation/{name}": value for name, value in figures.items()})
@@ -364,26 +396,28 @@ def save(run: Run, figures: dict[str, float]) -> None:
 def report_skipped(run: Run, batch: StepBatch, losses: list[float], norm: float, in_a_row: int) -> None:
     """Says which samples made a step without finite gradients; raises TrainingStopped when that goes on."""
     suspects = [
-        key for loss, micro in zip(losses, batch.micro_batches, strict=True) if not math.isfinite(loss) for key in micro.keys
+        key
+        for loss, micro in zip(losses, batch.micro_batches, strict=True)
+        if not math.isfinite(loss)
+        for key in micro.keys
     ]
     everyone = [key for keys in gather_objects(suspects, run.world) for key in keys]
     where = f"the loss of {', '.join(everyone[:8])} is not finite" if everyone else "all losses are finite"
     say(run.world, f"step {run.step} skipped: gradient norm {norm}; {where} ({in_a_row} in a row)")
     if in_a_row > run.config.optimizer.max_skipped_steps:
         raise TrainingStopped(
-            f"{in_a_row} steps in a row had no finite gradient, up to step {run.step}; {where}. Look at these samples, lower "
-            f"optimizer.learning_rate={run.config.optimizer.learning_rate}, or use engine.precision=fp32 or bf16"
+            f"{in_a_row} steps in a row had no finite gradient, up to step {run.step}; {where}. Look at these samples, "
+            f"lower optimizer.learning_rate={run.config.optimizer.learning_rate}, or use engine.precision=fp32 or bf16"
         )
 
 
 def make_tracker(run: Run, parameters: int) -> Tracker:
-    tree = run.config.model_dump(mode="json")
     return Tracker(
         run.folder,
         tracking_uri(run.config),
         run.config.tracking.experiment,
         run.config.name,
-        params=flatten(tree),
+        params=run.config.model_dump(mode="json"),
         tags={
             "git_commit": git_commit(),
             "dataset_fingerprint": run.dataset.fingerprint,
@@ -395,13 +429,6 @@ def make_tracker(run: Run, parameters: int) -> Tracker:
         },
         system_metrics_seconds=run.config.tracking.system_metrics_seconds,
     )
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": str(value)}
-    return flat
 
 
 def git_commit() -> str:
@@ -445,9 +472,29 @@ def say(world: World, message: str) -> None:
 
 
 def write_status(path: Path, **fields: Any) -> None:
+    write_json(path, fields | {"time": time.time()})
+
+
+def write_json(path: Path, tree: dict[str, Any]) -> None:
     temporary = path.with_suffix(".partial")
-    temporary.write_text(json.dumps(fields | {"time": time.time()}))
+    temporary.write_text(json.dumps(tree))
     temporary.replace(path)
+
+
+def peak_memory_gib(world: World) -> float:
+    """The most that this rank has held: of the GPU where there is one, else of its process."""
+    if world.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(world.device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def write_speed(run: Path, **facts: Any) -> None:
+    """speed.json: medians over the run's logged steps, the first three of which still warm up."""
+    steps = [metrics for _, _, metrics in read_metrics(run) if "step_seconds" in metrics]
+    steps = steps[3:] or steps
+    medians = {name: median(m[name] for m in steps) for name in ("step_seconds", "samples_per_second", "stall_percent")}
+    peak = max(m["peak_memory_gib"] for m in steps)
+    write_json(run / "speed.json", medians | {"peak_memory_gib": peak, "steps": len(steps)} | facts)
 
 
 def _quiet_libraries() -> None:

@@ -1,9 +1,12 @@
-"""Control fidelity: the condition is extracted again from the generated picture and compared with the one that was given.
+"""Control fidelity: the condition is extracted again from the generated picture and compared with the one that was
+given.
 
 The loss of a ControlNet says nothing about whether it obeys; these figures do. Two are measured on every picture: how
 well its edges lie on the given ones (edge F1), and, where shards hold a segmentation, how well its object covers the
-true one (mask IoU). A picture of equal-area discs at the true places scores an IoU of about .8 without following a single
-outline: an IoU means little without the edge F1 beside it, and neither without the figures of pictures made without control.
+true one (mask IoU). A picture of equal-area discs at the true places scores an IoU of about .8 without following a
+single
+outline: an IoU means little without the edge F1 beside it, and neither without the figures of pictures made without
+control.
 """
 
 import cv2
@@ -19,7 +22,9 @@ def edge_map(image: np.ndarray) -> np.ndarray:
 
     Gray values would miss the edge between two colours of the same brightness, such as red on teal.
     """
-    gradients = [[cv2.Sobel(image[..., c], cv2.CV_16S, *order, ksize=3) for c in range(3)] for order in ((1, 0), (0, 1))]
+    gradients = [
+        [cv2.Sobel(image[..., c], cv2.CV_16S, *order, ksize=3) for c in range(3)] for order in ((1, 0), (0, 1))
+    ]
     across, down = (np.stack(one, axis=2) for one in gradients)
     strongest = (np.abs(across.astype(np.int32)) + np.abs(down.astype(np.int32))).argmax(axis=2)[..., None]
     dx, dy = (np.take_along_axis(one, strongest, axis=2)[..., 0] for one in (across, down))
@@ -83,5 +88,7 @@ def control_fidelity(
     if edges is not None:
         figures["edge_f1"] = np.array([edge_f1(edge_map(i), e > 0) for i, e in zip(images, edges, strict=True)])
     if segmentation is not None:
-        figures["mask_iou"] = np.array([mask_iou(object_mask(i), s > 0) for i, s in zip(images, segmentation, strict=True)])
+        figures["mask_iou"] = np.array(
+            [mask_iou(object_mask(i), s > 0) for i, s in zip(images, segmentation, strict=True)]
+        )
     return figures

@@ -28,12 +28,16 @@ def draw_grid(path: Path, columns: dict[str, np.ndarray], captions: Sequence[str
         draw.text((left + TILE / 2, head / 2), name, fill="black", font=font, anchor="mm")
         for row, image in enumerate(images):
             smooth = max(image.shape[:2]) > TILE
-            tile = Image.fromarray(image).resize((TILE, TILE), Image.Resampling.LANCZOS if smooth else Image.Resampling.NEAREST)
+            tile = Image.fromarray(image).resize(
+                (TILE, TILE), Image.Resampling.LANCZOS if smooth else Image.Resampling.NEAREST
+            )
             canvas.paste(tile, (left, head + row * (TILE + MARGIN)))
     left = MARGIN + len(columns) * (TILE + MARGIN)
     for row, caption in enumerate(captions):
         lines = textwrap.wrap(caption, 26)[:8]
-        draw.multiline_text((left, head + row * (TILE + MARGIN) + 6), "\n".join(lines), fill="black", font=small, spacing=4)
+        draw.multiline_text(
+            (left, head + row * (TILE + MARGIN) + 6), "\n".join(lines), fill="black", font=small, spacing=4
+        )
     temporary = path.with_name(path.name + ".partial")
     canvas.save(temporary, format="PNG")
     temporary.replace(path)

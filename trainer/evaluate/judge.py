@@ -1,7 +1,9 @@
 """A small network that reads scenes: which classes, colours and sizes stand from left to right, on what background.
 
-It is trained on real scenes (`trainer/miniature.py`, stage `judge`) and only ever used to say whether a generated picture
-obeys its caption. Its accuracy on real held-out scenes bounds what it can say and is written into the base's model card.
+It is trained on real scenes (`trainer/miniature.py`, stage `judge`) and only ever used to say whether a generated
+picture
+obeys its caption. Its accuracy on real held-out scenes bounds what it can say and is written into the base's model
+card.
 """
 
 from pathlib import Path
@@ -45,7 +47,9 @@ class Judge(nn.Module):
             blocks += [nn.Conv2d(inner, outer, 3, stride=2, padding=1), nn.BatchNorm2d(outer), nn.ReLU()]
             blocks += [nn.Conv2d(outer, outer, 3, padding=1), nn.BatchNorm2d(outer), nn.ReLU()]
         self.features = nn.Sequential(*blocks)  # (B, 128, 4, 4)
-        self.head = nn.Sequential(nn.Linear(128 * 16, 256), nn.ReLU(), nn.Linear(256, sum(map(len, ATTRIBUTES.values()))))
+        self.head = nn.Sequential(
+            nn.Linear(128 * 16, 256), nn.ReLU(), nn.Linear(256, sum(map(len, ATTRIBUTES.values())))
+        )
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         return self.head(self.features(pixel_values).flatten(1))
@@ -85,7 +89,9 @@ def obedience(seen: np.ndarray, scenes: list[Scene]) -> dict[str, float]:
     for name in ("class", "colour", "size"):
         columns = [names.index(f"{which}_{name}") for which in ("left", "right")]
         result[f"object_{name}"] = float(hit[:, columns][there].mean())
-    result["background"] = float(hit[:, [names.index("background"), names.index("lower_background")]].all(axis=1).mean())
+    result["background"] = float(
+        hit[:, [names.index("background"), names.index("lower_background")]].all(axis=1).mean()
+    )
     right = names.index("right_class")
     none = ATTRIBUTES["right_class"].index(NONE)
     result["count"] = float(((seen[:, right] == none) == (truth[:, right] == none)).mean())

@@ -97,8 +97,8 @@ def generate(
 
 @torch.no_grad()
 def fixed_noise_loss(base: Base, controlnet: nn.Module, held: HeldOutSet, size: int, world: World) -> float:
-    """The training loss on the held-out set with noise and timesteps that never change, prompts kept: comparable between
-    steps and between runs, which the training loss is not."""
+    """The training loss on the held-out set with noise and timesteps that never change, prompts kept: comparable
+    between steps and between runs, which the training loss is not."""
     count = len(held.keys)
     mine = [i % count for i in range(world.rank, -(-count // world.world_size) * world.world_size, world.world_size)]
     factor, steps = base.family.vae_factor, int(base.noise_scheduler.config["num_train_timesteps"])

@@ -1,0 +1,17 @@
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # worker.py, a program, and these tests share tiny.py
+
+
+@pytest.fixture(scope="session")
+def world_folder(tmp_path_factory) -> Path:
+    """A folder with base/, train/ and held/; runs go to runs/."""
+    import tiny
+
+    folder = tmp_path_factory.mktemp("world")
+    tiny.write_base(folder / "base")
+    tiny.write_shards(folder)
+    return folder

@@ -1,0 +1,134 @@
+"""Real trainings of a tiny base on ranks of torchrun, through DeepSpeed."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tiny
+import yaml
+
+
+@pytest.fixture(scope="module")
+def plain(world_folder):
+    return tiny.torchrun(1, "plain", world_folder)["losses"]
+
+
+def test_zero_stages_0_to_3_on_two_ranks_have_the_losses_of_one_plain_process(world_folder, plain):
+    losses = tiny.torchrun(2, "stages", world_folder)
+    assert len(plain) == 6 and plain[0] != plain[1]
+    for stage, curve in losses.items():
+        np.testing.assert_allclose(curve, plain, rtol=2e-6, err_msg=f"ZeRO stage {stage}")
+
+
+def test_world_sizes_1_2_and_4_see_the_same_keys_drops_timesteps_and_noise_in_each_global_batch(world_folder):
+    one, two, four = (tiny.torchrun(n, "batches", world_folder)["batches"] for n in (1, 2, 4))
+    assert one == two == four
+    keys = [row[1] for batch in one for row in batch]
+    assert len(set(keys)) == len(keys) == 48
+    drops = [row[2] for batch in one for row in batch]
+    assert 0 < sum(drops) < 48
+    assert all((row[5] == "") == row[2] for batch in one for row in batch)
+    assert len({row[4] for batch in one for row in batch}) == 48  # no two samples share their noise
+
+
+def test_a_step_without_finite_gradient_on_one_rank_is_skipped_on_all_and_training_goes_on(world_folder):
+    for stage, outcome in tiny.torchrun(2, "poisoned", world_folder).items():
+        assert outcome["skipped"] == [0, 0, 1, 0, 0, 0], f"ZeRO stage {stage}"
+        assert np.isfinite([loss for loss in outcome["losses"]]).all()
+
+
+def run_file(folder, name, **changes):
+    tree = tiny.run_tree(folder, name)
+    for section, value in changes.items():
+        tree[section] = tree[section] | value if isinstance(value, dict) else value
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def start(path, processes):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    return subprocess.Popen(
+        [*command, "-m", "controlbooth.trainer.train", str(path)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for_step(run, step):
+    """Until metrics.jsonl holds the step; the run must still be going."""
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        log = run / "metrics.jsonl"
+        if log.exists() and any(json.loads(line).get("step", 0) >= step for line in log.read_text().splitlines()[:-1]):
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was not reached")
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output[-4000:]
+    return output
+
+
+def logged(run, name):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["metrics"][name] for line in lines if name in line.get("metrics", {})}
+
+
+def test_a_run_killed_twice_ends_with_bitwise_the_weights_of_an_uninterrupted_one(world_folder):
+    runs = world_folder / "runs"
+    finish(start(run_file(world_folder, "whole", max_steps=8), 2))
+    path = run_file(world_folder, "killed", max_steps=8)
+    for step in sorted(random.Random(5).sample(range(2, 7), 2)):
+        process = start(path, 2)
+        wait_for_step(runs / "killed", step)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    assert "going on from" in finish(start(path, 2))
+    assert logged(runs / "killed", "loss") == logged(runs / "whole", "loss")
+    ours, theirs = (tiny.weights(runs / name / "checkpoints" / "step-00000008") for name in ("killed", "whole"))
+    assert ours.keys() == theirs.keys()
+    assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
+
+    # And at another world size, from the middle: the same within rounding.
+    import shutil
+
+    moved = runs / "moved"
+    shutil.copytree(runs / "whole", moved)
+    for step in (6, 8):
+        shutil.rmtree(moved / "checkpoints" / f"step-{step:08d}")
+    output = finish(start(run_file(world_folder, "moved", max_steps=8), 1))
+    assert "going on from" in output and "at step 4" in output
+    moved_loss, whole_loss = logged(moved, "loss"), logged(runs / "whole", "loss")
+    np.testing.assert_allclose([moved_loss[s] for s in range(5, 9)], [whole_loss[s] for s in range(5, 9)], rtol=2e-6)
+
+
+def test_sigterm_leaves_a_checkpoint_at_the_step_boundary_and_the_same_command_goes_on(world_folder):
+    run = world_folder / "runs" / "stopped"
+    path = run_file(world_folder, "stopped", max_steps=60, checkpoint={"every_steps": 1000})
+    process = start(path, 2)
+    wait_for_step(run, 3)
+    import psutil
+
+    for rank in psutil.Process(process.pid).children():
+        rank.send_signal(signal.SIGTERM)
+    finish(process)
+    status = json.loads((run / "status.json").read_text())
+    assert status["state"] == "stopped" and 3 <= status["step"] < 60
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    assert checkpoint.name == f"step-{status['step']:08d}"
+    run_file(world_folder, "stopped", max_steps=status["step"] + 2)
+    assert f"at step {status['step']}" in finish(start(path, 2))
+    assert json.loads((run / "status.json").read_text())["state"] == "finished"
