@@ -1,0 +1,218 @@
+"""What is found before anything starts, and that all of it is found at once."""
+
+import json
+import os
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from controlbooth.launch import preflight as checks
+from controlbooth.launch.preflight import checkpoint_bytes, find_shards, preflight, safetensors_header
+from controlbooth.launch.torchrun import Node
+from controlbooth.trainer.config import RunConfig, build_config
+
+
+def node(processes: int = 1, gpus: int = 0) -> Node:
+    return Node(processes=processes, cores=2, gpus=gpus, head_port=29500)
+
+
+def write_safetensors(path: Path, shapes: dict[str, list[int]]) -> None:
+    """A file whose header names float32 tensors of these shapes, and whose data is a hole."""
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, shape in shapes.items():
+        size = 4
+        for side in shape:
+            size *= side
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+
+
+@pytest.fixture
+def good(tmp_path) -> dict:
+    """A run in which there is nothing to find."""
+    for name in ("train/a.tar", "train/b.tar", "held_out/c.tar"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    write_safetensors(tmp_path / "base/unet/model.safetensors", {"conv_in.weight": [250], "up_blocks.0.weight": [999]})
+    (tmp_path / "base/unet/config.json").write_text('{"cross_attention_dim": 768}')
+    return {
+        "name": "first",
+        "output": str(tmp_path / "runs"),
+        "max_steps": 10,
+        "global_batch_size": 8,
+        "micro_batch_size": 2,
+        "model": {"base": str(tmp_path / "base")},
+        "data": {
+            "shards": str(tmp_path / "train"),
+            "held_out": str(tmp_path / "held_out"),
+            "condition": "edges",
+        },
+    }
+
+
+def config(tree: dict, **changes) -> RunConfig:
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        (tree[section] if name else tree)[name or section] = value
+    return build_config(tree)
+
+
+def only_problem(tree: dict, where: Node | None = None, **changes) -> str:
+    (problem,) = preflight(config(tree, **changes), where or node())
+    return problem
+
+
+def test_a_good_run_has_no_problem_and_leaves_no_trace(good, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    assert preflight(config(good), node()) == []
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_all_problems_are_found_at_once(good):
+    problems = preflight(config(good, data__shards="nowhere", model__base="nothing", micro_batch_size=3), node())
+    assert [problem.split()[0] for problem in problems] == ["global_batch_size=8", "data.shards", "model.base"]
+
+
+def test_the_batch_must_divide_over_the_ranks(good):
+    assert "2 * 3 = 6" in only_problem(good, node(processes=3))
+
+
+def test_every_process_needs_a_gpu_of_its_own_where_there_are_gpus(good):
+    assert "4 processes need as many GPUs, and this machine shows 2. Use --processes 2" in only_problem(
+        good, node(processes=4, gpus=2)
+    )
+
+
+def test_xformers_needs_a_gpu_and_the_package(good, monkeypatch):
+    assert "has no CPU kernels" in only_problem(good, model__attention="xformers")
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
+    assert 'pip install "controlbooth[cuda]"' in only_problem(good, node(gpus=1))
+
+
+@pytest.mark.parametrize(
+    ("location", "message"),
+    [
+        ("nowhere", "1 of 1 shards do not exist (first: nowhere)"),
+        ("nowhere/*.tar", "there are no .tar shards; correct the path, or write shards with `controlbooth data pack`"),
+        ("nowhere-{000..009}.tar", "10 of 10 shards do not exist (first: nowhere-000.tar)"),
+        ("nowhere-{000..009.tar", "its braces do not match"),
+        ("s3://bucket/x.tar", "remote shards are not read; copy them to a disk"),
+    ],
+)
+def test_shards_that_are_not_there_are_named(good, location, message):
+    problem = only_problem(good, data__shards=location)
+    assert problem.startswith(f"data.shards is {location!r}: ") and message in problem
+
+
+def test_shards_are_found_in_a_folder_a_glob_a_range_and_a_manifest(good, tmp_path):
+    train = tmp_path / "train"
+    both = [train / "a.tar", train / "b.tar"]
+    assert find_shards(str(train)) == find_shards(f"{train}/*.tar") == find_shards(f"{train}/{{a,b}}.tar") == both
+    manifest = train / "manifest.jsonl"
+    manifest.write_text('{"uri": "b.tar"}\n')
+    assert find_shards(str(manifest)) == find_shards(str(train)) == [train / "b.tar"]
+    manifest.write_text('{"uri": "b.tar"}\n{"uri": "gone.tar"}\n')
+    assert "gone.tar" in only_problem(good)
+    manifest.write_text("not json\n")
+    assert "line 1 of" in (problem := only_problem(good)) and "controlbooth data index" in problem
+
+
+def test_an_empty_folder_has_no_shards(good, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "there are no .tar shards" in only_problem(good, data__held_out=str(tmp_path / "empty"))
+
+
+def test_held_out_shards_must_not_be_trained_on_not_even_by_another_name(good, tmp_path):
+    (tmp_path / "held_out/link.tar").symlink_to(tmp_path / "train/b.tar")
+    problem = only_problem(good)
+    assert "1 shards are both in data.shards and in data.held_out" in problem and "b.tar" in problem
+
+
+def test_a_run_without_held_out_shards_is_allowed(good):
+    assert preflight(config(good, data__held_out=None), node()) == []
+
+
+def test_a_base_that_is_not_there_is_not_downloaded(good):
+    assert "nothing is downloaded from a hub" in only_problem(good, model__base="runwayml/stable-diffusion-v1-5")
+
+
+def test_a_folder_that_is_no_base_is_told_what_is_missing(good, tmp_path):
+    (tmp_path / "base/unet/config.json").unlink()
+    assert "give the folder of a whole Stable Diffusion model" in only_problem(good)
+
+
+def test_a_base_without_safetensors_is_refused(good, tmp_path):
+    (tmp_path / "base/unet/model.safetensors").rename(tmp_path / "base/unet/model.bin")
+    assert "safe_serialization=True" in only_problem(good)
+    (tmp_path / "model.ckpt").touch()
+    assert "no .safetensors file" in only_problem(good, model__base=str(tmp_path / "model.ckpt"))
+
+
+def test_a_pointer_of_git_lfs_and_a_file_cut_short_are_recognised(good, tmp_path):
+    file = tmp_path / "base/unet/model.safetensors"
+    size = file.stat().st_size
+    os.truncate(file, size - 4)
+    assert f"has {size - 4} bytes where its header says {size}. Fetch it again" in only_problem(good)
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 3438167540\n")
+    assert "is not a safetensors file; a pointer of git-lfs is not its content" in only_problem(good)
+    file.write_bytes(b"")
+    assert "is not a safetensors file" in only_problem(good)
+
+
+def test_a_family_that_cannot_be_is_refused(good, tmp_path):
+    assert "not Stable Diffusion XL. Use auto" in only_problem(good, model__family="sdxl")
+    (tmp_path / "base/unet/config.json").write_text('{"addition_embed_type": "text_time"}')
+    assert "is Stable Diffusion XL. Use auto" in only_problem(good, model__family="sd15")
+    assert preflight(config(good, model__family="sdxl"), node()) == []
+
+
+def test_a_controlnet_to_go_on_from_must_exist(good, tmp_path):
+    assert "or 'unet' to start one from the base" in only_problem(good, model__controlnet="nothing")
+    assert preflight(config(good, model__controlnet=str(tmp_path / "base")), node()) == []
+
+
+def test_the_output_must_be_a_folder_that_can_be_written(good, tmp_path, monkeypatch):
+    (tmp_path / "runs").touch()
+    assert "runs is a file. Change output or name" in only_problem(good)
+    (tmp_path / "runs").unlink()
+    monkeypatch.setattr(checks.os, "access", lambda path, mode: False)  # root may write everywhere
+    assert f"{tmp_path} is not writable. Change output" in only_problem(good)
+
+
+def test_checkpoints_are_estimated_from_the_copied_half_of_the_base(good, tmp_path):
+    assert checkpoint_bytes(config(good)) == 250 * 16  # a weight, its fp32 copy, two moments of Adam
+    assert checkpoint_bytes(config(good, optimizer={"ema_decay": 0.999})) == 250 * 20
+    shutil.copy(tmp_path / "base/unet/model.safetensors", tmp_path / "base/unet/model.fp16.safetensors")
+    assert checkpoint_bytes(config(good)) == 250 * 20
+    single = tmp_path / "single.safetensors"
+    prefix = "model.diffusion_model."
+    write_safetensors(single, {f"{prefix}input_blocks.0.weight": [10, 10], f"{prefix}output_blocks.0.weight": [99]})
+    assert checkpoint_bytes(config(good, model__base=str(single), optimizer={})) == 100 * 16
+    assert preflight(config(good), node()) == []
+
+
+def test_a_disk_that_is_too_small_for_the_checkpoints_is_found_with_numbers(good, tmp_path, monkeypatch):
+    write_safetensors(tmp_path / "base/unet/model.safetensors", {"down_blocks.0.weight": [2**30 // 16]})
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: usage(2**40, 0, 3 * 2**30))
+    problem = only_problem(good)
+    assert "4 checkpoints of about 1.0 GiB need 4.0 GiB more" in problem and "3.0 GiB free" in problem
+    assert preflight(config(good, checkpoint={"keep": 1}), node()) == []
+    existing = tmp_path / "runs/first/checkpoints/step-1"
+    existing.mkdir(parents=True)
+    with (existing / "weights").open("wb") as file:
+        file.truncate(2**30)  # a resumed run has some of its checkpoints already
+    assert preflight(config(good, checkpoint={"keep": 2}), node()) == []
+
+
+def test_a_header_is_read_without_the_data(tmp_path):
+    write_safetensors(tmp_path / "x.safetensors", {"a": [2, 3], "b": []})
+    header = safetensors_header(tmp_path / "x.safetensors")
+    assert {name: entry["shape"] for name, entry in header.items()} == {"a": [2, 3], "b": []}

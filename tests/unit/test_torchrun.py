@@ -1,0 +1,237 @@
+"""From a run and a machine to a command; and that command started, stopped and killed."""
+
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from controlbooth.launch import local
+from controlbooth.launch.torchrun import (
+    Node,
+    threads_per_process,
+    torchrun_command,
+    torchrun_environment,
+    world_size,
+)
+
+
+def node(**facts) -> Node:
+    return Node(**{"processes": 2, "cores": 16, "gpus": 0, "head_port": 29500} | facts)
+
+
+def test_the_command_of_one_node():
+    command = torchrun_command("run.yaml", ["seed=1", "name=b"], "first", node())
+    assert shlex.join(command[1:]) == (
+        "-m torch.distributed.run --nnodes=1 --nproc-per-node=2 --rdzv-backend=c10d --rdzv-id=first "
+        "--rdzv-endpoint=127.0.0.1:29500 --rdzv-conf=is_host=1 --max-restarts=0 --shutdown-timeout=300 "
+        "-m controlbooth.trainer.train run.yaml seed=1 name=b"
+    )
+    assert command[0] == sys.executable
+
+
+def test_the_nodes_of_a_run_differ_in_who_is_the_host_only():
+    first, second = (
+        torchrun_command("run.yaml", [], "first", node(nodes=2, node_rank=rank, head_address="n1", grace_seconds=60))
+        for rank in (0, 1)
+    )
+    assert [pair for pair in zip(first, second, strict=True) if pair[0] != pair[1]] == [
+        ("--rdzv-conf=is_host=1", "--rdzv-conf=is_host=0")
+    ]
+    assert {"--nnodes=2", "--rdzv-endpoint=n1:29500", "--shutdown-timeout=60"} <= set(first)
+
+
+def test_torchrun_understands_every_argument():
+    program = (
+        "import sys; from torch.distributed.run import parse_args, config_from_args; a = parse_args(sys.argv[1:])\n"
+        "c = config_from_args(a)[0]\n"
+        "print(c.min_nodes, c.nproc_per_node, c.rdzv_endpoint, c.rdzv_configs['is_host'], c.shutdown_timeout, "
+        "a.training_script, *a.training_script_args)"
+    )
+    command = torchrun_command("run.yaml", ["seed=1"], "first", node())
+    done = subprocess.run([sys.executable, "-c", program, *command[3:]], capture_output=True, text=True)
+    assert done.stdout.split() == "1 2 127.0.0.1:29500 1 300 controlbooth.trainer.train run.yaml seed=1".split()
+
+
+def test_ranks_share_the_cores_and_the_world_is_all_nodes():
+    assert [threads_per_process(node(processes=ranks)) for ranks in (1, 2, 3, 32)] == [16, 8, 5, 1]
+    assert world_size(node(nodes=3, processes=4)) == 12
+
+
+def test_the_environment_keeps_what_the_user_has_set():
+    assert torchrun_environment(node(), {}) == {"OMP_NUM_THREADS": "8", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
+    assert torchrun_environment(node(gpus=2), {"OMP_NUM_THREADS": "3", "HF_HUB_OFFLINE": "0"}) == {}
+
+
+# This machine
+
+
+def fake_nvidia_smi(tmp_path: Path, monkeypatch, script: str) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+
+
+def test_gpus_are_those_that_the_driver_lists_and_the_user_leaves_visible(tmp_path, monkeypatch):
+    fake_nvidia_smi(tmp_path, monkeypatch, "echo 'GPU 0: A (UUID: 1)'; echo 'GPU 1: A (UUID: 2)'; echo '  MIG 1g'")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert local.gpu_count() == 2
+    for visible, count in (("", 0), ("1", 1), ("0,1", 2), ("-1", 0), ("0,1,2", 2)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert local.gpu_count() == count
+
+
+def test_a_machine_without_a_working_driver_has_no_gpu_and_runs_one_rank(tmp_path, monkeypatch):
+    fake_nvidia_smi(tmp_path, monkeypatch, "echo 'NVIDIA-SMI has failed'; exit 9")
+    assert local.gpu_count() == 0
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    assert local.gpu_count() == 0
+    assert local.this_node().processes == 1 and local.this_node(processes=3).processes == 3
+    with pytest.raises(ValueError, match="--processes is 0, but a run has at least one rank"):
+        local.this_node(processes=0)
+
+
+def test_the_port_is_free_or_the_configured_one_or_an_error(monkeypatch):
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    free = local.head_port()
+    monkeypatch.setenv("MASTER_PORT", str(free))
+    assert local.head_port() == free
+    with socket.socket() as taken:
+        taken.bind(("", free))
+        taken.listen()
+        with pytest.raises(ValueError, match=f"MASTER_PORT={free} cannot be used .*in use.*Unset it to have a free"):
+            local.head_port()
+    for wrong in ("many", "99999"):
+        monkeypatch.setenv("MASTER_PORT", wrong)
+        with pytest.raises(ValueError, match=f"MASTER_PORT.*{wrong}.*Unset it to have a free one"):
+            local.head_port()
+
+
+# `controlbooth train`
+
+
+@pytest.fixture
+def run_file(tmp_path) -> Path:
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    (shards / "a.tar").touch()
+    unet = tmp_path / "base" / "unet"
+    unet.mkdir(parents=True)
+    (unet / "config.json").write_text("{}")
+    (unet / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    tree = {
+        "name": "first",
+        "output": str(tmp_path / "runs"),
+        "max_steps": 10,
+        "global_batch_size": 8,
+        "micro_batch_size": 2,
+        "model": {"base": str(tmp_path / "base")},
+        "data": {"shards": str(shards), "condition": "edges"},
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def test_a_dry_run_shows_the_plan_and_the_command_and_starts_nothing(run_file, monkeypatch, capsys):
+    monkeypatch.setattr(local, "run", lambda *_: pytest.fail("a dry run started something"))
+    monkeypatch.setattr(local, "gpu_count", lambda: 0)
+    assert local.main([str(run_file), "max_steps=20", "--processes", "2", "--dry-run", "seed=3"]) == 0
+    shown = capsys.readouterr().out
+    assert "batch      8 = 2 a rank x 2 ranks x 2 accumulation steps" in shown
+    assert "steps      20, 160 samples" in shown and "nothing is held out or validated" in shown
+    assert f"-m controlbooth.trainer.train {run_file} max_steps=20 seed=3" in shown and "DS_ACCELERATOR=cpu" in shown
+    assert not (run_file.parent / "runs").exists()
+
+
+def test_problems_are_shown_together_and_nothing_starts(run_file, monkeypatch, capsys):
+    monkeypatch.setattr(local, "run", lambda *_: pytest.fail("started in spite of problems"))
+    assert local.main([str(run_file), "--processes", "3", "data.shards=nowhere"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and "2 * 3 = 6" in lines[0] and "nowhere" in lines[1]
+
+
+def test_the_run_gets_the_environment_and_its_status_is_returned(run_file, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(local, "run", lambda command, environment: seen.update(environment) or 5)
+    assert local.main([str(run_file)]) == 5
+    assert seen["HF_HUB_OFFLINE"] == "1" and seen["HOME"] == os.environ["HOME"]
+
+
+def launcher(tmp_path: Path, command: list[str], environment: dict[str, str] | None = None) -> subprocess.Popen:
+    """local.run in a process of its own, as it is when a person starts it."""
+    program = "import os, sys; from controlbooth.launch.local import run; sys.exit(run(sys.argv[1:], dict(os.environ)))"
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *command],
+        cwd=tmp_path,
+        env=os.environ | (environment or {}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_files(folder: Path, pattern: str, count: int, seconds: float = 90.0) -> None:
+    end = time.monotonic() + seconds
+    while len(list(folder.glob(pattern))) < count:
+        assert time.monotonic() < end, f"{count} of {pattern} did not appear"
+        time.sleep(0.05)
+
+
+RANK = """
+import os, pathlib, signal, sys, time
+rank = os.environ.get("RANK", "0")
+def stop(number, frame):
+    pathlib.Path(f"checkpoint.{rank}").touch()
+    sys.exit(0)
+signal.signal(signal.SIGTERM, stop)
+signal.signal(signal.SIGINT, lambda number, frame: pathlib.Path(f"interrupted.{rank}").touch())
+pathlib.Path(f"ready.{rank}").write_text(str(os.getpid()))
+time.sleep(120)
+"""
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stop_signal_reaches_the_ranks_of_torchrun_as_sigterm_and_leaves_no_traceback(tmp_path, number, status):
+    (tmp_path / "rank.py").write_text(RANK)
+    command = torchrun_command("run.yaml", [], "first", node(head_port=local.head_port()))
+    command = [*command[: command.index("controlbooth.trainer.train") - 1], "rank.py"]
+    process = launcher(tmp_path, command, {"OMP_NUM_THREADS": "1"})
+    wait_for_files(tmp_path, "ready.*", 2)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert "stopping after this step with a checkpoint" in errors and "Traceback" not in errors
+    assert len(list(tmp_path.glob("checkpoint.*"))) == 2 and not list(tmp_path.glob("interrupted.*"))
+
+
+def test_a_second_signal_kills_ranks_that_do_not_stop(tmp_path):
+    (tmp_path / "rank.py").write_text(RANK.replace("sys.exit(0)", "time.sleep(120)"))
+    agent = "import subprocess, sys; subprocess.run([sys.executable, 'rank.py'], start_new_session=True)"
+    process = launcher(tmp_path, [sys.executable, "-c", agent])
+    wait_for_files(tmp_path, "ready.0", 1)
+    process.send_signal(signal.SIGTERM)
+    wait_for_files(tmp_path, "checkpoint.0", 1)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=20)
+    assert process.returncode == 128 + signal.SIGTERM
+    rank = int((tmp_path / "ready.0").read_text())
+    end = time.monotonic() + 20
+    while psutil.pid_exists(rank) and psutil.Process(rank).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < end, "the rank is still running"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(("program", "status"), [("raise SystemExit(3)", 3), ("", 0), ("import os; os.abort()", 134)])
+def test_the_status_of_a_run_that_ends_by_itself_is_passed_on(tmp_path, program, status):
+    process = launcher(tmp_path, [sys.executable, "-c", program])
+    process.communicate(timeout=60)
+    assert process.returncode == status
