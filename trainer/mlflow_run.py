@@ -21,8 +21,9 @@ QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
     "GIT_PYTHON_REFRESH": "quiet",  # no warning where git is not installed
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     # The spool repeats, patiently and without holding anything up; MLflow's own retries take four minutes each.
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
 }
 Item = TypeVar("Item")

@@ -201,7 +201,7 @@ class Tracker:
     def _report(self, stream: str, error: Exception, again: bool) -> None:
         if not again and time.monotonic() < (self._deadline or float("inf")):
             kept = f"Its lines are kept in {self._spool.path}, and sent as soon as it does"
-            logger.warning("MLflow does not take %s (%s: %s). %s", stream, type(error).__name__, error, kept)
+            logger.warning("MLflow does not take %s (%s: %.300s). %s", stream, type(error).__name__, error, kept)
 
     def _sample(self, seconds: float) -> None:
         psutil.cpu_percent()  # the first call only starts the measurement

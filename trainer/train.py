@@ -266,7 +266,8 @@ def build(config: RunConfig, world: World, folder: Path, latest: Path | None) ->
     say(
         world,
         f"ControlNet {report.total:,} parameters (copy {report.copy:,}, zero convolutions "
-        f"{report.zero_convolutions:,}, hint {report.hint:,}) on {base.family.title}; {precision}, ZeRO-{config.engine.zero_stage}, "
+        f"{report.zero_convolutions:,}, hint {report.hint:,}) on {base.family.title}; "
+        f"{precision}, ZeRO-{config.engine.zero_stage}, "
         f"{world.world_size} ranks on {world.device.type}; attention {chosen.name}: {chosen.reason}",
     )
     if precision == "fp32" and config.engine.precision == "auto" and world.device.type == "cpu":

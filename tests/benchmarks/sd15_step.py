@@ -1,0 +1,114 @@
+"""One real optimizer step of Stable Diffusion 1.5's shapes under ZeRO-2, with random weights, and what it takes.
+
+    .venv/bin/torchrun --standalone --nproc-per-node 2 tests/benchmarks/sd15_step.py [--resolution 256]
+
+Nothing is loaded: the U-Net, VAE and text encoder have the real configurations and random weights, so that the step
+does the real work. Prints parameter counts, the 13 residuals' shapes, the step-0 identity, seconds and peak memory.
+"""
+
+import argparse
+import os
+import resource
+import time
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from controlbooth.models.architectures import SD15
+from controlbooth.models.controlnet import build_controlnet, control_residuals, denoise, parameter_report
+from controlbooth.models.families import TextEncoding
+from controlbooth.trainer import engine as engines
+from controlbooth.trainer.config import build_config
+from controlbooth.trainer.distributed import gather_objects, join, leave
+from controlbooth.trainer.losses import weighted_mse
+
+
+def random_module(build, dtype: torch.dtype):
+    """A module in `dtype` that never exists in float32: 860M parameters would take 3.4 GiB twice."""
+    with torch.device("meta"):
+        module = build()
+    module = module.to(dtype).to_empty(device="cpu").eval().requires_grad_(False)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.5 * parameter[0].numel() ** -0.5)
+            else:
+                parameter.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+        for name, buffer in module.named_buffers():
+            if name.endswith("position_ids"):
+                buffer.copy_(torch.arange(buffer.shape[-1])[None])
+    return module
+
+
+def peak_gib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--resolution", type=int, default=256)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    options = parser.parse_args()
+    world = join()
+    dtype = engines.DTYPES[options.precision]
+    torch.manual_seed(0)
+    unet = random_module(lambda: UNet2DConditionModel(**SD15.unet), dtype)
+    vae = random_module(lambda: AutoencoderKL(**SD15.vae), dtype)
+    text_encoder = random_module(lambda: CLIPTextModel(CLIPTextConfig(**SD15.text_encoders[0])), dtype)
+    controlnet = build_controlnet(unet)
+    report = parameter_report(controlnet)
+    say = print if world.rank == 0 else (lambda *_: None)
+    say(f"U-Net {sum(p.numel() for p in unet.parameters()):,} parameters")
+    say(f"ControlNet {report.total:,} = {report.copy:,} + {report.zero_convolutions:,} + {report.hint:,}")
+
+    size = options.resolution // 8
+    generator = torch.Generator().manual_seed(world.rank)
+    pixels = torch.rand(1, 3, options.resolution, options.resolution, generator=generator)
+    noise = torch.randn(1, 4, size, size, generator=generator)
+    timesteps = torch.randint(0, 1000, (1,), generator=generator)
+    noise_scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+
+    with torch.no_grad():
+        text = TextEncoding(text_encoder(torch.randint(0, 49406, (1, 77), generator=generator)).last_hidden_state)
+        residuals = control_residuals(controlnet.to(dtype), noise, timesteps, text, pixels)
+        say("residuals", [tuple(r.shape) for r in (*residuals.down, residuals.mid)])
+        plain = denoise(unet, noise, timesteps, text)
+        same = torch.equal(plain, denoise(unet, noise, timesteps, text, residuals))
+        verdict = "equals" if same else "DIFFERS FROM"
+        say(f"step 0: the prediction with the untrained ControlNet {verdict} the U-Net's own, bit for bit")
+
+    tree = dict(
+        name="sd15", max_steps=1, global_batch_size=world.world_size, micro_batch_size=1,
+        model=dict(base="random"), data=dict(shards="none", condition="edges"),
+    )  # fmt: skip
+    engine = engines.initialize(controlnet.float(), build_config(tree), options.precision, world.world_size, False)
+    before = {name: parameter.detach().float().sum().item() for name, parameter in engine.module.named_parameters()}
+    started = time.perf_counter()
+    with torch.no_grad():
+        latents = vae.encode((pixels * 2 - 1).to(dtype)).latent_dist.mean.float() * 0.18215
+        noisy = noise_scheduler.add_noise(latents, noise, timesteps)
+    encoded = time.perf_counter()
+    prediction = denoise(unet, noisy, timesteps, text, control_residuals(engine, noisy, timesteps, text, pixels))
+    loss = weighted_mse(prediction, noise, torch.ones(1))
+    forward = time.perf_counter()
+    engines.accumulate(engine, loss)
+    backward = time.perf_counter()
+    norm, skipped = engines.apply_gradients(engine, 1e-5)
+    done = time.perf_counter()
+    moved = sum(p.detach().float().sum().item() != before[name] for name, p in engine.module.named_parameters())
+    peaks = gather_objects(peak_gib(), world)
+    say(
+        f"one step, {options.resolution} px, {options.precision}, ZeRO-2, {world.world_size} ranks: "
+        f"loss {loss.item():.4f}, gradient norm {norm:.4f}, skipped {skipped}, {moved} tensors moved; {done - started:.0f} s "
+        f"= encode {encoded - started:.0f} + forward {forward - encoded:.0f} + backward {backward - forward:.0f} + "
+        f"optimizer {done - backward:.0f}"
+    )
+    say("peak memory by rank, GiB:", *(f"{peak:.2f}" for peak in peaks))
+    leave()
+
+
+if __name__ == "__main__":
+    main()
