@@ -33,9 +33,16 @@ from tqdm import tqdm
 from controlbooth.data.loader import Loader, StepBatch
 from controlbooth.data.manifest import Dataset, open_dataset
 from controlbooth.data.order import order_state, resume_position
-from controlbooth.models.attention import AttentionChoice, apply_attention, choose_attention
+from controlbooth.models.attention import (
+    AttentionChoice,
+    AttentionShape,
+    apply_attention,
+    attention_shapes,
+    choose_attention,
+)
 from controlbooth.models.base import Base
-from controlbooth.models.controlnet import build_controlnet, parameter_report
+from controlbooth.models.controlnet import build_controlnet, denoise, parameter_report
+from controlbooth.models.families import encode_with_dropout
 from controlbooth.models.pretrained import load_base, load_controlnet
 from controlbooth.trainer import checkpoint as checkpoints
 from controlbooth.trainer import engine as engines
@@ -234,8 +241,10 @@ def build(config: RunConfig, world: World, folder: Path, latest: Path | None) ->
     dataset, held = open_data(config, world)
 
     request = saved["attention"] if saved and config.model.attention == "auto" else config.model.attention
-    attention = from_first_rank(asdict(choose_attention(request, world.device, engines.DTYPES[precision])))
-    chosen = AttentionChoice(**attention)
+    shapes = unet_attention_shapes(config, base)
+    chosen = AttentionChoice(
+        **from_first_rank(asdict(choose_attention(request, world.device, engines.DTYPES[precision], shapes)))
+    )
     torch.manual_seed(config.seed)  # the hint network, alike on every rank
     controlnet = make_controlnet(config, base)
     for module in (base.unet, controlnet):
@@ -297,6 +306,15 @@ def build(config: RunConfig, world: World, folder: Path, latest: Path | None) ->
         if latest:
             run.tracker.cut_back(step)
     return run
+
+
+def unet_attention_shapes(config: RunConfig, base: Base) -> tuple[AttentionShape, ...]:
+    """Those of one micro-batch's pass, for choosing the kernel by timing it."""
+    size, picture = config.data.resolution // base.family.vae_factor, (config.data.resolution,) * 2
+    latents = torch.zeros(config.micro_batch_size, base.unet.config["in_channels"], size, size, device=base.device)
+    text = encode_with_dropout(base, [""] * len(latents), picture_size=picture)
+    timesteps = torch.zeros(len(latents), dtype=torch.int64, device=base.device)
+    return attention_shapes(base.unet, lambda: denoise(base.unet, latents, timesteps, text))
 
 
 def open_data(config: RunConfig, world: World) -> tuple[Dataset, HeldOutSet | None]:

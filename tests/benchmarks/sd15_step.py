@@ -102,9 +102,9 @@ def main() -> None:
     peaks = gather_objects(peak_gib(), world)
     say(
         f"one step, {options.resolution} px, {options.precision}, ZeRO-2, {world.world_size} ranks: "
-        f"loss {loss.item():.4f}, gradient norm {norm:.4f}, skipped {skipped}, {moved} tensors moved; {done - started:.0f} s "
-        f"= encode {encoded - started:.0f} + forward {forward - encoded:.0f} + backward {backward - forward:.0f} + "
-        f"optimizer {done - backward:.0f}"
+        f"loss {loss.item():.4f}, gradient norm {norm:.4f}, skipped {skipped}, {moved} tensors moved; "
+        f"{done - started:.0f} s = encode {encoded - started:.0f} + forward {forward - encoded:.0f} "
+        f"+ backward {backward - forward:.0f} + optimizer {done - backward:.0f}"
     )
     say("peak memory by rank, GiB:", *(f"{peak:.2f}" for peak in peaks))
     leave()
