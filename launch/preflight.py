@@ -96,7 +96,8 @@ def find_shards(location: str) -> list[Path]:
     if not found:
         raise FileNotFoundError(f"there are no .tar shards; {remedy}")
     if missing := [shard for shard in found if not shard.is_file()]:
-        raise FileNotFoundError(f"{len(missing)} of {len(found)} shards do not exist (first: {missing[0]}); {remedy}")
+        some = f"{len(missing)} of {len(found)} shards do not exist (first: {missing[0]})"
+        raise FileNotFoundError(f"{some if len(found) > 1 else 'it does not exist'}; {remedy}")
     return found
 
 

@@ -18,6 +18,7 @@ from controlbooth.trainer.config import (
     tracking_uri,
 )
 
+SHIPPED = sorted((Path(__file__).parents[2] / "launch/configs").glob("*.yaml"))
 RUN = """
 name: first
 max_steps: 100
@@ -81,7 +82,7 @@ def test_all_errors_of_a_file_are_told_at_once_and_name_the_file(tmp_path):
 
 
 def test_a_file_that_is_not_there_names_those_that_are_shipped(tmp_path):
-    shipped = ", ".join(sorted(path.name for path in (Path(__file__).parents[2] / "launch/configs").glob("*.yaml")))
+    shipped = ", ".join(path.name for path in SHIPPED)
     with pytest.raises(ConfigError) as caught:
         load_config(tmp_path / "nothing.yaml")
     assert str(caught.value).endswith(f"nothing.yaml does not exist. Runs to start from, in launch/configs: {shipped}")
@@ -115,6 +116,13 @@ def test_the_resolved_tree_reads_back_as_itself(tmp_path):
     overrides = ["optimizer.ema_decay=0.999", "model.hint_channels=[8, 16]", "data.held_out=h"]
     config = load_config(write(tmp_path), overrides)
     assert build_config(yaml.safe_load(dump(config))) == config
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_run_is_complete_and_is_told_how_to_be_started(path):
+    load_config(path)
+    header = path.read_text().partition("\nname:")[0]
+    assert f"controlbooth train launch/configs/{path.name}" in header
 
 
 def test_a_config_is_frozen(tmp_path):
