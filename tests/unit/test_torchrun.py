@@ -66,8 +66,14 @@ def test_ranks_share_the_cores_and_the_world_is_all_nodes():
 
 
 def test_the_environment_keeps_what_the_user_has_set():
-    assert torchrun_environment(node(), {}) == {"OMP_NUM_THREADS": "8", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
-    assert torchrun_environment(node(gpus=2), {"OMP_NUM_THREADS": "3", "HF_HUB_OFFLINE": "0"}) == {}
+    assert torchrun_environment(node(), {}) == {
+        "OMP_NUM_THREADS": "8",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "HF_HUB_OFFLINE": "1",
+        "DS_ACCELERATOR": "cpu",
+    }
+    users = {"OMP_NUM_THREADS": "3", "OMP_WAIT_POLICY": "ACTIVE", "HF_HUB_OFFLINE": "0"}
+    assert torchrun_environment(node(gpus=2), users) == {}
 
 
 # This machine
