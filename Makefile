@@ -1,6 +1,6 @@
 # make quickstart   install into .venv and train a ControlNet on this machine, from nothing
 # make test         all tests                         make check    ruff and pyright
-# make bench        the benchmarks, one by one        make clean    delete what tools made; .venv and runs stay
+# make bench        the benchmarks that need no run   make clean    delete what tools made; .venv and runs stay
 # make setup        only install; runs once
 #
 # Variables: PYTHON=python3.12  DEVICE=cpu|cuda  JOBS=2 (test processes)
@@ -20,7 +20,7 @@ quickstart: setup
 	$(BIN)/controlbooth quickstart
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
 # pyright finds controlbooth.* in the folder above the checkout; a link makes it so whatever the checkout is called.
 check: setup
@@ -29,7 +29,8 @@ check: setup
 	$(BIN)/pyright -p build/namespace/controlbooth --pythonpath $(BIN)/python
 
 bench: setup
-	@for file in tests/benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file" || exit 1; done
+	$(BIN)/python tests/benchmarks/exactness.py
+	$(BIN)/torchrun --standalone --nproc-per-node 2 tests/benchmarks/sd15_step.py
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
