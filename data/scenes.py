@@ -237,8 +237,7 @@ def render(what: Scene, size: int = 64) -> Rendering:
     image = np.empty((side, side, 3), np.float32)
     image[:] = _colour(what.background[0])
     parts = np.zeros(shape, np.uint8)  # a number for every region whose border is an edge
-    instances = np.zeros(shape, np.uint8)
-    segmentation = np.zeros(shape, np.uint8)
+    owner = [0, 0]  # for each part: 0 for background, else 1 + the object's place
     depth = np.full(shape, 40.0, np.float32)
     normals = np.zeros((side, side, 3), np.float32)
     normals[..., 2] = 1.0
@@ -253,17 +252,14 @@ def render(what: Scene, size: int = 64) -> Rendering:
         normals[floor] = (0.0, 0.894, 0.447)
 
     names = list(CLASSES)
-    next_part = 2
     for place, thing in enumerate(what.objects):
         outline = np.zeros(shape, bool)
         for part in _PARTS[thing.class_name]:
             mask = _fill(shape, _place(part.polygon, thing, side))
             image[mask] = _colour(thing.colour, part.shade, thing.tint)
-            parts[mask] = next_part
-            next_part += 1
+            parts[mask] = len(owner)
+            owner.append(place + 1)
             outline |= mask
-        instances[outline] = place + 1
-        segmentation[outline] = names.index(thing.class_name) + 1
         box = _bounding_box(outline)
         inside = outline[box]
         height, tilt = _inflate(inside, thing.radius * side)
@@ -274,11 +270,13 @@ def render(what: Scene, size: int = 64) -> Rendering:
 
     small = (size, size)
     ids = _majority(parts, size)
+    instances = np.array(owner, np.uint8)[ids]  # of one map, so that edges, instances and classes never disagree
+    classes = np.array([0, *(names.index(thing.class_name) + 1 for thing in what.objects)], np.uint8)
     return Rendering(
         image=np.clip(cv2.resize(image, small, interpolation=cv2.INTER_AREA), 0, 255).round().astype(np.uint8),
         edges=boundaries(ids),
-        segmentation=_majority(segmentation, size),
-        instances=_majority(instances, size),
+        segmentation=classes[instances],
+        instances=instances,
         depth=cv2.resize(depth, small, interpolation=cv2.INTER_AREA).round().astype(np.uint8),
         normals=_encode_normals(cv2.resize(normals, small, interpolation=cv2.INTER_AREA)),
         keypoints=_draw_keypoints(what, size),

@@ -120,7 +120,9 @@ def apply_gradients(engine: Any, rate: float) -> tuple[float, bool]:
         norm = float(_gradient_norm(engine.module))
         if not math.isfinite(norm):
             engine.zero_grad()
-            engine.tput_timer.stop(global_step=True)
+            engine.set_gradient_accumulation_boundary(False)  # so that step only counts this micro-batch
+            engine.step()
+            engine.set_gradient_accumulation_boundary(None)
             return norm, True
     engine.step()
     if plain:

@@ -1,39 +1,47 @@
 """The recipe of the embedded base model: from the scenes of data/scenes.py to a folder that diffusers' pipelines read.
 
-    python -m controlbooth.trainer.miniature vae|judge|text|unet|export|score --work FOLDER [--minutes N]
+    python -m controlbooth.trainer.miniature STAGE --work FOLDER [--minutes N]
 
-Five stages, each resumable and each leaving its weights in FOLDER; `--minutes` bounds a stage, and running it again
-goes
-on from where it stopped. The base is a latent diffusion model of Stable Diffusion's kind at about a hundredth of its
-size:
+    scenes   draws the pictures that the other stages learn from
+    vae      AutoencoderKL, factor 8, 12 latent channels: first on 32-pixel crops, then on whole pictures
+    judge    a small network that reads scenes: object classes, colours and sizes from left to right, and backgrounds
+    text     a CLIP text encoder, taught to know what a caption says before it sees a picture; frozen afterwards
+    unet     v-prediction on cached latents; prompts reach it by cross-attention and, pooled, beside the timestep.
+             On two ranks: torchrun --standalone --nproc-per-node 2 -m controlbooth.trainer.miniature unet --work FOLDER
+    export   writes the diffusers folder;   score   samples 128 held-out captions and has the judge read them
 
-    vae    AutoencoderKL, factor 8, 12 latent channels: first on 32-pixel crops, then on whole pictures
-    judge  a small network that reads scenes: classes by pixel, and object classes and colours from left to right
-    text   a CLIP text encoder, taught to know what a caption says before it sees a picture; frozen afterwards
-    unet   v-prediction on cached latents; prompts reach it by cross-attention and, pooled, beside the timestep
-    score  128 held-out captions, sampled and read by the judge
+`vae` and `unet` go on from what they saved. MINUTES of each stage of the shipped weights are in its model card.
 """
 
+import argparse
 import json
 import math
 import os
+import shutil
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
 from tokenizers.trainers import BpeTrainer
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from controlbooth.data.scenes import CLASSES, COLOURS, HELD_OUT_SEED, SIZES, Scene, render, scene
-from controlbooth.trainer.evaluate.judge import ATTRIBUTES, NONE, Judge, facts, obedience, read, split
+from controlbooth.models.pretrained import MINIATURE, load_base
+from controlbooth.models.sampling import sample, to_uint8
+from controlbooth.trainer.distributed import World, join, sum_tensor
+from controlbooth.trainer.evaluate.control import control_fidelity
+from controlbooth.trainer.evaluate.grids import draw_grid
+from controlbooth.trainer.evaluate.judge import ATTRIBUTES, NONE, Judge, facts, load_judge, obedience, read, split
 
 SIZE = 64
 VAE = dict(
@@ -73,7 +81,8 @@ SCHEDULER = dict(
     timestep_spacing="trailing",
     steps_offset=0,
 )
-BATCH = 32
+BATCH = 32  # on each of two ranks
+GUIDANCE = 3.0
 LEARNING_RATE = 5e-4
 
 
@@ -100,6 +109,21 @@ def save_atomically(state: dict, path: Path) -> None:
     temporary = path.with_name(path.name + ".partial")
     torch.save(state, temporary)
     os.replace(temporary, path)
+
+
+def _picture(index: int) -> np.ndarray:
+    return render(scene(0, index), SIZE).image
+
+
+def draw_scenes(work: Path, count: int) -> None:
+    temporary = work / "images.partial.npy"
+    images = np.lib.format.open_memmap(temporary, "w+", np.uint8, (count, SIZE, SIZE, 3))
+    with ProcessPoolExecutor() as processes:
+        drawn = processes.map(_picture, range(count), chunksize=64)
+        for i, image in enumerate(tqdm(drawn, total=count, unit="scene")):
+            images[i] = image
+    images.flush()
+    temporary.replace(work / "images.npy")
 
 
 def pictures(work: Path) -> np.ndarray:
@@ -372,8 +396,19 @@ def build_unet() -> UNet2DConditionModel:
     return unet
 
 
+def average_gradients(module: nn.Module, share: float, world: World) -> float:
+    """Replaces gradients by their mean over ranks. Returns the mean of `share`, so that all ranks end together."""
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    flat = sum_tensor(torch.cat([*(g.flatten() for g in gradients), torch.tensor([share])])) / world.world_size
+    for gradient, mean in zip(gradients, flat[:-1].split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
+    return flat[-1].item()
+
+
 def train_unet(work: Path, minutes: float, final: bool) -> None:
     """v-prediction, uniform timesteps, an exponential average that warms up. `final`: the learning rate ends at 0."""
+    world = join()  # two ranks with a thread each: small operations do not gain from two threads
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.world_size))
     torch.manual_seed(0)
     latents, _ = cache_latents(work)
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
@@ -388,16 +423,16 @@ def train_unet(work: Path, minutes: float, final: bool) -> None:
         unet.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         average, step = saved["average"], saved["step"]
-    draw = np.random.default_rng(step)
-    torch.manual_seed(step)
-    clock, losses = Clock(minutes, every_seconds=60.0), []
+    draw = np.random.default_rng([step, world.rank])
+    torch.manual_seed(step * world.world_size + world.rank)
+    clock, losses, share = Clock(minutes, every_seconds=60.0), [], 0.0
 
     def save() -> None:
         state = dict(model=unet.state_dict(), optimizer=optimizer.state_dict(), average=average, step=step)
         save_atomically(state, path)
 
     started, first = time.monotonic(), step
-    while clock.share < 1.0:
+    while share < 1.0:
         rows = draw.integers(0, len(latents) - 256, size=BATCH)
         captions = ["" if draw.random() < 0.1 else vary(scene(0, int(i)), draw)[0] for i in rows]
         with torch.inference_mode():
@@ -410,10 +445,11 @@ def train_unet(work: Path, minutes: float, final: bool) -> None:
         noisy = noise_scheduler.add_noise(x, noise, timesteps).contiguous(memory_format=torch.channels_last)
         target = noise_scheduler.get_velocity(x, noise, timesteps)
         rate = LEARNING_RATE * min(1.0, (step + 1) / 200)
-        set_learning_rate(optimizer, rate * (min(1.0, 3.0 * (1.0 - clock.share) + 0.02) if final else 1.0))
+        set_learning_rate(optimizer, rate * (min(1.0, 3.0 * (1.0 - share) + 0.02) if final else 1.0))
         loss = F.mse_loss(unet(noisy, timesteps, hidden).sample, target)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        share = average_gradients(unet, clock.share, world)
         nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
         step += 1
@@ -421,23 +457,109 @@ def train_unet(work: Path, minutes: float, final: bool) -> None:
         with torch.no_grad():
             torch._foreach_lerp_(list(average.values()), [p.detach() for p in unet.parameters()], 1.0 - decay)
         losses.append(loss.item())
-        if clock.due():
+        if clock.due() and world.rank == 0:
             save()
-            speed = (step - first) * BATCH / (time.monotonic() - started)
+            speed = (step - first) * BATCH * world.world_size / (time.monotonic() - started)
             print(
-                f"unet step {step} ({step * BATCH} samples) loss {np.mean(losses[-200:]):.4f} {speed:.0f} samples/s",
+                f"unet step {step} loss {np.mean(losses[-200:]):.4f} {speed:.0f} samples/s",
                 flush=True,
             )
-    save()
+    if world.rank == 0:
+        save()
+
+
+def export(work: Path, out: Path) -> None:
+    """Writes the diffusers folder in fp16: averaged U-Net, VAE with unit-variance latents, text encoder, tokenizer."""
+    latents, vae = cache_latents(work)
+    unet = build_unet()
+    saved = torch.load(work / "unet.pt", weights_only=True)
+    unet.load_state_dict(saved["average"])
+    text_encoder = CLIPTextModel.from_pretrained(work / "text_encoder")
+    temporary = out.with_name(out.name + ".partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    pipeline = StableDiffusionPipeline(
+        vae=vae.to(memory_format=torch.contiguous_format).half(),
+        text_encoder=text_encoder.half(),
+        tokenizer=CLIPTokenizer.from_pretrained(work / "tokenizer"),
+        unet=unet.half(),
+        scheduler=DDIMScheduler(**SCHEDULER),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(temporary)
+    shutil.copy(work / "judge.safetensors", temporary)
+    for kept in ("README.md", "samples.png"):
+        if (out / kept).exists():
+            shutil.copy(out / kept, temporary)
+    shutil.rmtree(out, ignore_errors=True)
+    temporary.rename(out)
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    print(f"{out}: {size / 1e6:.1f} MB, after {saved['step']} steps")
+
+
+def score(out: Path, count: int = 128) -> dict[str, float]:
+    """Samples held-out captions, has the judge read the pictures, and draws some of them."""
+    base = load_base(out)
+    judge = load_judge(out / "judge.safetensors")
+    scenes = [scene(HELD_OUT_SEED, i) for i in range(count)]
+    captions = [what.caption for what in scenes]
+    batches = [range(first, min(first + 32, count)) for first in range(0, count, 32)]
+    pictures = np.concatenate(
+        [
+            sample(base, None, [captions[i] for i in rows], None, seeds=rows, steps=25, guidance_scale=GUIDANCE).numpy()
+            for rows in batches
+        ]
+    )
+    real = np.stack([render(what).image for what in scenes])
+    restored = to_uint8(
+        torch.cat([base.decode_latents(base.encode_latents(to_tensor(real[list(rows)]))) for rows in batches])
+    ).numpy()
+    error = np.square(restored.astype(float) - real).mean(axis=(1, 2, 3))
+    figures = {f"samples_{k}": v for k, v in obedience(read(judge, pictures), scenes).items()}
+    figures |= {f"real_{k}": v for k, v in obedience(read(judge, real), scenes).items()}
+    figures |= {f"restored_{k}": v for k, v in obedience(read(judge, restored), scenes).items()}
+    figures["vae_psnr"] = float((10 * np.log10(255.0**2 / error)).mean())
+    figures |= {f"restored_{k}": float(v.mean()) for k, v in _control_of(restored, scenes).items()}
+    columns = {"sample": pictures[:12], "real": real[:12], "through the VAE": restored[:12]}
+    draw_grid(out / "samples.png", columns, captions[:12])
+    for name, value in figures.items():
+        print(f"  {name:<32}{value:.3f}")
+    return figures
+
+
+def _control_of(pictures: np.ndarray, scenes: list[Scene]) -> dict[str, np.ndarray]:
+    rendered = [render(what) for what in scenes]
+    return control_fidelity(
+        pictures, np.stack([r.edges for r in rendered]), np.stack([r.segmentation for r in rendered])
+    )
+
+
+STAGES = {"vae": train_vae, "judge": train_judge, "text": train_text, "unet": train_unet}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=("scenes", *STAGES, "export", "score"))
+    parser.add_argument("--work", type=Path, required=True, help="folder of the training's own files")
+    parser.add_argument("--out", type=Path, default=MINIATURE, help="the diffusers folder (default: models/miniature)")
+    parser.add_argument("--minutes", type=float, default=10.0, help="how long the stage trains")
+    parser.add_argument("--scenes", type=int, default=48_000, help="how many the stage `scenes` draws")
+    parser.add_argument("--final", action="store_true", help="let the U-Net's learning rate end at 0 (the last run)")
+    options = parser.parse_args()
+    torch.set_flush_denormal(True)
+    options.work.mkdir(parents=True, exist_ok=True)
+    if options.stage == "scenes":
+        draw_scenes(options.work, options.scenes)
+    elif options.stage == "export":
+        export(options.work, options.out)
+    elif options.stage == "score":
+        score(options.out)
+    elif options.stage == "unet":
+        train_unet(options.work, options.minutes, options.final)
+    else:
+        STAGES[options.stage](options.work, options.minutes)
 
 
 if __name__ == "__main__":
-    import sys
-
-    torch.set_num_threads(2)
-    torch.set_flush_denormal(True)
-    work, minutes = Path(sys.argv[2]), float(sys.argv[3])
-    if sys.argv[1] == "unet":
-        train_unet(work, minutes, final="final" in sys.argv)
-    else:
-        {"vae": train_vae, "judge": train_judge, "text": train_text}[sys.argv[1]](work, minutes)
+    main()

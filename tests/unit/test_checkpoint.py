@@ -1,0 +1,66 @@
+import json
+
+import pytest
+
+from controlbooth.trainer.checkpoint import (
+    COMPLETE,
+    CheckpointError,
+    check_same_run,
+    complete_checkpoints,
+    folder_of,
+    needs_universal,
+    prune,
+)
+
+
+def write(run, step, metrics=None):
+    folder = folder_of(run, step)
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text(json.dumps({"step": step, "metrics": metrics or {}}))
+    (folder / "weights").write_bytes(b"12345678")
+    (folder / COMPLETE).write_text(json.dumps({"weights": 8}))
+    return folder
+
+
+def names(run):
+    return [path.name for path in complete_checkpoints(run)]
+
+
+def test_a_folder_without_its_marker_or_with_a_short_or_missing_file_is_no_checkpoint(tmp_path):
+    whole, unmarked, short, missing = (write(tmp_path, step) for step in (1, 2, 3, 4))
+    (unmarked / COMPLETE).unlink()
+    (short / "weights").write_bytes(b"123")
+    (missing / "weights").unlink()
+    (tmp_path / "checkpoints" / ".step-00000005.partial").mkdir()
+    assert names(tmp_path) == [whole.name]
+
+
+def test_pruning_keeps_the_latest_and_the_best_and_clears_remains(tmp_path):
+    for step, score in ((1, 0.2), (2, 0.9), (3, 0.4), (4, 0.5), (5, None)):
+        write(tmp_path, step, {} if score is None else {"edge_f1": score})
+    (tmp_path / "checkpoints" / ".step-00000009.partial").mkdir()
+    prune(tmp_path, keep=2, keep_best=1)
+    assert names(tmp_path) == ["step-00000002", "step-00000004", "step-00000005"]
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
+def test_pruning_without_keep_best_keeps_only_the_latest(tmp_path):
+    for step in (1, 2, 3):
+        write(tmp_path, step, {"edge_f1": 1.0 / step})
+    prune(tmp_path, keep=1, keep_best=0)
+    assert names(tmp_path) == ["step-00000003"]
+
+
+def test_another_precision_stage_or_base_is_refused_with_the_field_to_set_back(tmp_path):
+    saved = dict(zero_stage=2, precision="bf16", base_digest="a")
+    check_same_run(saved, dict(saved), tmp_path)
+    with pytest.raises(CheckpointError, match="zero_stage=2, and this run has 3. Set engine.zero_stage back"):
+        check_same_run(saved, saved | dict(zero_stage=3), tmp_path)
+    with pytest.raises(CheckpointError, match="Set model.base back"):
+        check_same_run(saved, saved | dict(base_digest="b"), tmp_path)
+
+
+def test_only_split_states_need_to_be_split_anew():
+    assert needs_universal(dict(zero_stage=2, world_size=4), 2)
+    assert not needs_universal(dict(zero_stage=2, world_size=2), 2)
+    assert not needs_universal(dict(zero_stage=0, world_size=4), 2)
