@@ -206,7 +206,8 @@ def scene(seed: int, index: int, two_objects_rate: float = 0.4, two_tone_rate: f
             radius = draw.uniform(0.19, 0.22) if large else draw.uniform(0.135, 0.165)
             x = draw.uniform(radius + 0.03, 0.49 - radius) + 0.49 * place
             y = draw.uniform(radius + 0.04, 0.96 - radius)
-        tint = tuple(int(v) for v in draw.integers(-6, 7, size=3))
+        red, green, blue = draw.integers(-6, 7, size=3).tolist()
+        tint = (red, green, blue)
         class_name = list(CLASSES)[int(draw.integers(len(CLASSES)))]
         colour = colours.pop()
         objects.append(SceneObject(class_name, colour, size, x, y, radius, draw.uniform(-20.0, 20.0), tint))

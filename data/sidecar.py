@@ -127,7 +127,8 @@ def load_index(path: Path) -> ShardIndex:
     at = _HEADER.size + table_bytes
     samples = np.frombuffer(data, SAMPLE, count, at)
     parts = np.frombuffer(data, PART, count * len(extensions), at + samples.nbytes)
-    return ShardIndex(shard_bytes, extensions, samples, parts.reshape(count, len(extensions)), data[-DIGEST_BYTES:].hex())
+    parts = parts.reshape(count, len(extensions))
+    return ShardIndex(shard_bytes, extensions, samples, parts, data[-DIGEST_BYTES:].hex())
 
 
 def read_digest(path: Path) -> str:

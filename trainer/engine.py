@@ -76,7 +76,10 @@ def initialize(controlnet: nn.Module, config: RunConfig, precision: str, world_s
         betas=config.optimizer.betas,
         eps=config.optimizer.epsilon,
         weight_decay=config.optimizer.weight_decay,
+        fused=True,
     )
+    # Compiled at the first start, for a minute, where there is a compiler: gloo does the same everywhere.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_init_required=False)
     engine, *_ = deepspeed.initialize(
         model=controlnet,

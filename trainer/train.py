@@ -310,9 +310,10 @@ def build(config: RunConfig, world: World, folder: Path, latest: Path | None) ->
 
 def unet_attention_shapes(config: RunConfig, base: Base) -> tuple[AttentionShape, ...]:
     """Those of one micro-batch's pass, for choosing the kernel by timing it."""
-    size, picture = config.data.resolution // base.family.vae_factor, (config.data.resolution,) * 2
+    resolution = config.data.resolution
+    size = resolution // base.family.vae_factor
     latents = torch.zeros(config.micro_batch_size, base.unet.config["in_channels"], size, size, device=base.device)
-    text = encode_with_dropout(base, [""] * len(latents), picture_size=picture)
+    text = encode_with_dropout(base, [""] * len(latents), picture_size=(resolution, resolution))
     timesteps = torch.zeros(len(latents), dtype=torch.int64, device=base.device)
     return attention_shapes(base.unet, lambda: denoise(base.unet, latents, timesteps, text))
 

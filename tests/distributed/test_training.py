@@ -3,12 +3,14 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import numpy as np
+import psutil
 import pytest
 import tiny
 import yaml
@@ -82,37 +84,48 @@ def finish(process):
     return output
 
 
+def kill(process):
+    """torchrun and, since it starts them in sessions of their own, its ranks."""
+    for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+        one.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
 def logged(run, name):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return {line["step"]: line["metrics"][name] for line in lines if name in line.get("metrics", {})}
 
 
-def test_a_run_killed_twice_ends_with_bitwise_the_weights_of_an_uninterrupted_one(world_folder):
-    runs = world_folder / "runs"
+@pytest.fixture(scope="module")
+def whole(world_folder):
+    """The folder of an uninterrupted run of 8 steps on 2 ranks, with checkpoints at 4, 6 and 8."""
     finish(start(run_file(world_folder, "whole", max_steps=8), 2))
+    return world_folder / "runs" / "whole"
+
+
+def test_a_run_killed_twice_ends_with_bitwise_the_weights_of_an_uninterrupted_one(world_folder, whole):
     path = run_file(world_folder, "killed", max_steps=8)
+    killed = world_folder / "runs" / "killed"
     for step in sorted(random.Random(5).sample(range(2, 7), 2)):
         process = start(path, 2)
-        wait_for_step(runs / "killed", step)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        wait_for_step(killed, step)
+        kill(process)
     assert "going on from" in finish(start(path, 2))
-    assert logged(runs / "killed", "loss") == logged(runs / "whole", "loss")
-    ours, theirs = (tiny.weights(runs / name / "checkpoints" / "step-00000008") for name in ("killed", "whole"))
+    assert logged(killed, "loss") == logged(whole, "loss")
+    ours, theirs = (tiny.weights(run / "checkpoints" / "step-00000008") for run in (killed, whole))
     assert ours.keys() == theirs.keys()
     assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
 
-    # And at another world size, from the middle: the same within rounding.
-    import shutil
 
-    moved = runs / "moved"
-    shutil.copytree(runs / "whole", moved)
+def test_a_run_goes_on_at_another_world_size_from_its_middle_with_the_same_losses_within_rounding(world_folder, whole):
+    moved = world_folder / "runs" / "moved"
+    shutil.copytree(whole, moved)
     for step in (6, 8):
         shutil.rmtree(moved / "checkpoints" / f"step-{step:08d}")
     output = finish(start(run_file(world_folder, "moved", max_steps=8), 1))
     assert "going on from" in output and "at step 4" in output
-    moved_loss, whole_loss = logged(moved, "loss"), logged(runs / "whole", "loss")
-    np.testing.assert_allclose([moved_loss[s] for s in range(5, 9)], [whole_loss[s] for s in range(5, 9)], rtol=2e-6)
+    after, before = logged(moved, "loss"), logged(whole, "loss")
+    np.testing.assert_allclose([after[s] for s in range(5, 9)], [before[s] for s in range(5, 9)], rtol=2e-6)
 
 
 def test_sigterm_leaves_a_checkpoint_at_the_step_boundary_and_the_same_command_goes_on(world_folder):
@@ -120,8 +133,6 @@ def test_sigterm_leaves_a_checkpoint_at_the_step_boundary_and_the_same_command_g
     path = run_file(world_folder, "stopped", max_steps=60, checkpoint={"every_steps": 1000})
     process = start(path, 2)
     wait_for_step(run, 3)
-    import psutil
-
     for rank in psutil.Process(process.pid).children():
         rank.send_signal(signal.SIGTERM)
     finish(process)

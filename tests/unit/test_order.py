@@ -17,10 +17,22 @@ def test_the_order_is_pinned():
     order = Order([5, 0, 7, 3, 4], seed=42, lanes=4, shards_per_block=2)
     assert order.samples_per_epoch == 16
     assert [tuple(place[1:]) for place in epoch_of(order, 0)] == [
-        (3, 0), (0, 1), (2, 2), (2, 6),
-        (3, 2), (0, 2), (2, 1), (2, 5),
-        (3, 1), (0, 3), (0, 4), (2, 4),
-        (4, 3), (0, 0), (2, 0), (2, 3),
+        (3, 0),
+        (0, 1),
+        (2, 2),
+        (2, 6),
+        (3, 2),
+        (0, 2),
+        (2, 1),
+        (2, 5),
+        (3, 1),
+        (0, 3),
+        (0, 4),
+        (2, 4),
+        (4, 3),
+        (0, 0),
+        (2, 0),
+        (2, 3),
     ]
     assert order.locate(1000) == (62, 2, 0)
     assert [order.substitute(5, attempt)[1:] for attempt in (1, 2, 3)] == [(0, 2), (0, 3), (0, 1)]

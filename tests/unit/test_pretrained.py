@@ -87,9 +87,7 @@ def test_latents_are_scaled_and_noise_draws_from_the_posterior(load_tiny):
     assert mode.shape == (2, 12, 4, 4)
     torch.testing.assert_close(mode, posterior.mode() * 0.4)
     noise = torch.randn(2, 12, 4, 4)
-    torch.testing.assert_close(
-        base.encode_latents(pixel_values, noise), (posterior.mean + posterior.std * noise) * 0.4
-    )
+    torch.testing.assert_close(base.encode_latents(pixel_values, noise), (posterior.mean + posterior.std * noise) * 0.4)
     torch.testing.assert_close(base.decode_latents(mode), base.vae.decode(posterior.mode()).sample)
 
 
