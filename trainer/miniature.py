@@ -40,7 +40,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from controlbooth.data.scenes import CLASSES, COLOURS, HELD_OUT_SEED, SIZES, Scene, render, scene
 from controlbooth.models.pretrained import MINIATURE, load_base
 from controlbooth.models.sampling import sample, to_uint8
-from controlbooth.trainer.distributed import World, join, sum_tensor
+from controlbooth.trainer.distributed import World, barrier, gather_objects, join, sum_tensor
 from controlbooth.trainer.evaluate.control import control_fidelity
 from controlbooth.trainer.evaluate.grids import draw_grid
 from controlbooth.trainer.evaluate.judge import ATTRIBUTES, NONE, Judge, facts, load_judge, obedience, read, split
@@ -369,23 +369,35 @@ def train_text(work: Path, minutes: float) -> None:
     text_encoder.save_pretrained(work / "text_encoder")
 
 
-def cache_latents(work: Path) -> tuple[Tensor, Any]:
-    """Latents of all pictures, (N, 12, 8, 8) float32, and the VAE whose channels were given unit variance.
+def load_vae(work: Path) -> Any:
+    vae = AutoencoderKL(**VAE, scaling_factor=1.0)
+    vae.load_state_dict(torch.load(work / "vae.pt", weights_only=True)["model"])
+    return vae.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+def cache_latents(work: Path, world: World) -> None:
+    """latents.pt: those of all pictures, (N, 12, 8, 8) float32, each rank encoding its share."""
+    path = work / "latents.pt"
+    if not all(gather_objects(path.exists(), world)):
+        vae, images = load_vae(work), pictures(work)
+        raw = torch.zeros(len(images), VAE["latent_channels"], SIZE // 8, SIZE // 8)
+        mine = range(64 * world.rank, len(images), 64 * world.world_size)
+        with torch.inference_mode(), mixed_precision():
+            for i in tqdm(mine, desc="latents", disable=world.rank != 0):
+                raw[i : i + 64] = vae.encode(to_tensor(images[i : i + 64])).latent_dist.mode().float()
+        raw = sum_tensor(raw)
+        if world.rank == 0:
+            save_atomically(dict(raw=raw), path)
+        barrier()
+
+
+def read_latents(work: Path) -> tuple[Tensor, Any]:
+    """The cached latents and the VAE, both with channels of mean 0 and variance 1.
 
     The scale goes into the 1x1 convolutions on both sides of the latents, so that `scaling_factor` is 1.
     """
-    vae: Any = AutoencoderKL(**VAE, scaling_factor=1.0)
-    vae.load_state_dict(torch.load(work / "vae.pt", weights_only=True)["model"])
-    vae.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-    path = work / "latents.pt"
-    if not path.exists():
-        images = pictures(work)
-        with torch.inference_mode():
-            raw = torch.cat(
-                [vae.encode(to_tensor(images[i : i + 64])).latent_dist.mode() for i in range(0, len(images), 64)]
-            )
-        save_atomically(dict(raw=raw.contiguous()), path)
-    raw = torch.load(path, weights_only=True)["raw"]
+    vae = load_vae(work)
+    raw = torch.load(work / "latents.pt", weights_only=True)["raw"]
     mean, std = raw.mean(dim=(0, 2, 3)), raw.std(dim=(0, 2, 3))
     print("latent std by channel:", [round(v, 2) for v in std.tolist()])
     with torch.no_grad():
@@ -421,7 +433,8 @@ def train_unet(work: Path, minutes: float, final: bool) -> None:
     world = join()  # two ranks with a thread each: small operations do not gain from two threads
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.world_size))
     torch.manual_seed(0)
-    latents, _ = cache_latents(work)
+    cache_latents(work, world)
+    latents, _ = read_latents(work)
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
     text_encoder = CLIPTextModel.from_pretrained(work / "text_encoder").eval().requires_grad_(False)
     unet: Any = build_unet()
@@ -484,7 +497,7 @@ def train_unet(work: Path, minutes: float, final: bool) -> None:
 
 def export(work: Path, out: Path) -> None:
     """Writes the diffusers folder in fp16: averaged U-Net, VAE with unit-variance latents, text encoder, tokenizer."""
-    latents, vae = cache_latents(work)
+    _, vae = read_latents(work)
     unet: Any = build_unet()
     saved = torch.load(work / "unet.pt", weights_only=True)
     unet.load_state_dict(saved["average"])
