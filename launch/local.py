@@ -82,6 +82,11 @@ def gpu_count() -> int:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=True).stdout
     except (FileNotFoundError, subprocess.CalledProcessError):  # no driver, or a driver without a device
         return 0
+    except subprocess.TimeoutExpired as error:
+        raise ValueError(
+            f"nvidia-smi -L gave no answer in {error.timeout:.0f} s, so the driver hangs. Look at `dmesg`, or set "
+            "PATH without nvidia-smi to run on the CPU"
+        ) from error
     installed = sum(line.startswith("GPU ") for line in listed.splitlines())
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:

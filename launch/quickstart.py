@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from controlbooth.launch.local import train
+from controlbooth.launch.local import gpu_count, train
 from controlbooth.trainer.config import load_config, run_folder, tracking_uri
 
 CONFIG = Path(__file__).parent / "configs" / "quickstart.yaml"
@@ -41,8 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         [*pack, "--scenes", str(HELD_OUT_SCENES), "--seed", str(HELD_OUT_SEED), "-o", str(config.data.held_out)],
     ]
     after = [["fidelity", str(run)], ["export", str(run), str(export), "--force"]]
+    processes = 1 if gpu_count() == 1 else 2
     if options.dry_run:
-        training = ["train", str(CONFIG), *options.overrides, "--processes", "2"]
+        training = ["train", str(CONFIG), *options.overrides, "--processes", str(processes)]
         for command in (*before, training, *after):
             print("controlbooth", *command)
         return 0
@@ -51,9 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, command in (("data", before[0]), ("held-out data", before[1])):
         heading(f"{name}: controlbooth {' '.join(command)}")
         seconds[name] = verb(command)
-    heading(f"training: controlbooth train {CONFIG} --processes 2")
+    heading(f"training: controlbooth train {CONFIG} --processes {processes}")
     started = time.monotonic()
-    status = train(str(CONFIG), options.overrides, processes=2)
+    status = train(str(CONFIG), options.overrides, processes)
     seconds["training"] = time.monotonic() - started
     if status:
         return status

@@ -1,8 +1,9 @@
 """Checkpoints: committed whole or not at all, found again, loaded at any world size, pruned.
 
     checkpoints/step-00000400/deepspeed/     DeepSpeed's files, one set a rank: weights, master copies, optimizer
-                              controlnet/    the trained weights (or their average) in fp32, as diffusers reads them
-                              average.safetensors   the moving average, where the run keeps one
+                              controlnet/    the trained weights (or their moving average) in fp32, as diffusers reads
+                                             them
+                              config.yaml    the resolved configuration that the step was trained with
                               state.json     step, position in the data, fingerprint, figures, digest of the weights
                               COMPLETE       names and sizes of all files; written last, before the folder gets its name
 
@@ -22,12 +23,13 @@ from typing import Any
 
 import torch
 from diffusers import ControlNetModel
-from safetensors.torch import load_file, save_file
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
 from torch import Tensor
 
 from controlbooth.models.pretrained import save_controlnet
-from controlbooth.trainer.distributed import World, barrier, from_first_rank
-from controlbooth.trainer.engine import full_state
+from controlbooth.trainer.distributed import World, barrier, from_first_rank, gather_objects
+from controlbooth.trainer.engine import Average, full_state
 
 COMPLETE = "COMPLETE"
 _TAG = "deepspeed"
@@ -62,12 +64,28 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / "state.json").read_text())
 
 
+def latest_checkpoint(run: Path, world: World) -> Path | None:
+    """The same on every rank: the last one that rank 0 sees whole. Raises CheckpointError where another rank does not.
+
+    Ranks that looked for themselves would go on from different steps where a node's view of a shared disk is old.
+    """
+    latest: Path | None = from_first_rank((complete_checkpoints(run) or [None])[-1])
+    seen = gather_objects(latest is None or is_complete(latest), world)
+    if not all(seen):
+        raise CheckpointError(
+            f"{latest} is whole on rank 0 and not on ranks {[rank for rank, whole in enumerate(seen) if not whole]}. "
+            "Every node must see the same `output`: put it on a shared disk"
+        )
+    return latest
+
+
 def save_checkpoint(
-    engine: Any, run: Path, state: dict[str, Any], average: dict[str, Tensor] | None, world: World
+    engine: Any, run: Path, state: dict[str, Any], config: str, average: Average | None, world: World
 ) -> Path:
     """Every rank calls this. Returns the committed folder, whose state.json holds `state` and the weights' digest.
 
-    state: JSON values, with at least `step`. Raises OSError where the disk is too small, on all ranks, before writing.
+    state: JSON values, with at least `step`. config: the run's, as YAML. Raises OSError where the disk is too small,
+    and CheckpointError where rank 0 does not see what another rank wrote; on all ranks, and nothing is committed.
     """
     final = folder_of(run, state["step"])
     partial = final.with_name("." + final.name + ".partial")
@@ -78,24 +96,32 @@ def save_checkpoint(
     barrier()
     with _quiet():
         engine.save_checkpoint(str(partial), tag=_TAG, client_state={}, save_latest=False)
-    weights = full_state(engine, average)
+    weights = full_state(engine) if average is None else average.full_state()
     if world.rank == 0:
         save_controlnet(_as_module(engine.module, weights), partial / "controlnet")
         if average is not None:
-            save_file({name: tensor.contiguous() for name, tensor in average.items()}, partial / "average.safetensors")
+            state = state | {"average": True}
         state = state | {"digest": _digest(partial / "controlnet")}
         (partial / "state.json").write_text(json.dumps(state, indent=2))
+        (partial / "config.yaml").write_text(config)
     barrier()  # nobody's file is missing any more
+    seen = gather_objects(sorted(_sizes(partial / _TAG)), world)
+    missing = sorted({name for names in seen for name in names} - set(seen[0]))
+    if missing:
+        raise CheckpointError(f"rank 0 does not see {missing[0]} in {partial / _TAG}. Put `output` on a shared disk")
     if world.rank == 0:
         _commit(partial, final)
     barrier()
     return final
 
 
-def load_checkpoint(engine: Any, checkpoint: Path, world: World) -> dict[str, Tensor] | None:
-    """Every rank calls this, on an engine made with load_universal = `needs_universal`. Returns the average, if any."""
-    tag = _TAG
-    if needs_universal(read_state(checkpoint), world.world_size):
+def load_checkpoint(engine: Any, checkpoint: Path, average: Average | None, world: World) -> None:
+    """Every rank calls this, on an engine made with load_universal = `needs_universal`.
+
+    An average that the checkpoint does not hold begins at its weights.
+    """
+    state, tag = read_state(checkpoint), _TAG
+    if needs_universal(state, world.world_size):
         tag = _UNIVERSAL
         if world.rank == 0 and not (checkpoint / _UNIVERSAL / COMPLETE).exists():
             _make_universal(checkpoint)
@@ -106,8 +132,9 @@ def load_checkpoint(engine: Any, checkpoint: Path, world: World) -> dict[str, Te
         raise CheckpointError(
             f"DeepSpeed could not read {checkpoint / tag}. Delete {checkpoint} to resume from an older one"
         )
-    average = checkpoint / "average.safetensors"
-    return load_file(average) if average.exists() else None
+    if average is not None:
+        held = state.get("average", False)
+        average.load(load_file(checkpoint / "controlnet" / SAFETENSORS_WEIGHTS_NAME) if held else full_state(engine))
 
 
 def needs_universal(state: dict[str, Any], world_size: int) -> bool:
@@ -117,7 +144,12 @@ def needs_universal(state: dict[str, Any], world_size: int) -> bool:
 
 def check_same_run(state: dict[str, Any], now: dict[str, Any], checkpoint: Path) -> None:
     """Refuses a checkpoint whose optimizer states cannot be carried over, with what to set back."""
-    keys = {"zero_stage": "engine.zero_stage", "precision": "engine.precision", "base_digest": "model.base"}
+    keys = {
+        "zero_stage": "engine.zero_stage",
+        "precision": "engine.precision",
+        "base_digest": "model.base",
+        "condition": "data.condition",
+    }
     for key, field in keys.items():
         if state[key] != now[key]:
             raise CheckpointError(
@@ -164,12 +196,16 @@ def _digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def _sizes(folder: Path) -> dict[str, int]:
+    """Bytes of every file below the folder, by relative name."""
+    return {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
 def _commit(partial: Path, final: Path) -> None:
-    files = [path for path in sorted(partial.rglob("*")) if path.is_file()]
-    for path in files:
-        with open(path, "rb") as file:
+    sizes = _sizes(partial)
+    for name in sizes:
+        with open(partial / name, "rb") as file:
             os.fsync(file.fileno())
-    sizes = {str(path.relative_to(partial)): path.stat().st_size for path in files}
     with open(partial / COMPLETE, "w") as file:
         json.dump(sizes, file)
         file.flush()

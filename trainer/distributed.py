@@ -14,6 +14,10 @@ TIMEOUT = datetime.timedelta(minutes=30)
 """Longer than the slowest thing that one rank does alone, such as indexing shards of others."""
 
 
+DistError = dist.DistError
+"""What PyTorch raises where ranks do not find each other, such as a port that is taken."""
+
+
 @dataclass(frozen=True)
 class World:
     rank: int
@@ -68,6 +72,8 @@ def all_max(values: Sequence[float]) -> list[float]:
 
 def gather_objects(value: Any, world: World) -> list[Any]:
     """What every rank holds, in the order of ranks, on every rank. For small things: it is pickled."""
+    if world.world_size == 1:
+        return [value]
     gathered: list[Any] = [None] * world.world_size
     dist.all_gather_object(gathered, value)
     return gathered

@@ -17,18 +17,22 @@ from controlbooth.trainer.config import OptimizerConfig, RunConfig, gradient_acc
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def resolve_precision(requested: str, device: torch.device) -> str:
-    """`auto` -> bf16 where the device multiplies in it, else fp32: a CPU without such units is ten times slower in it.
+def resolve_precision(requested: str, device: torch.device, zero_stage: int) -> str:
+    """`auto` -> bf16 where the device multiplies in it, else fp16 on a GPU and fp32 on a CPU.
 
-    Raises ValueError for fp16 on a CPU, on which DeepSpeed has no loss scaling.
+    Raises ValueError for fp16 on a CPU, on which DeepSpeed has no loss scaling, and for fp16 at stage 0, at which
+    DeepSpeed 0.19 divides gradients by a scale that it has not multiplied the loss with.
     """
-    if requested == "fp16" and device.type == "cpu":
+    precision = requested
+    if requested == "auto" and device.type == "cuda":
+        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    elif requested == "auto":
+        precision = "bf16" if cpu_multiplies_bf16() else "fp32"
+    if precision == "fp16" and device.type == "cpu":
         raise ValueError("engine.precision=fp16 needs a GPU. On a CPU use bf16, fp32, or auto")
-    if requested != "auto":
-        return requested
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return "bf16" if cpu_multiplies_bf16() else "fp32"
+    if precision == "fp16" and zero_stage == 0:
+        raise ValueError("engine.precision=fp16 needs engine.zero_stage 1, 2 or 3: DeepSpeed scales no loss at stage 0")
+    return precision
 
 
 def cpu_multiplies_bf16() -> bool:
@@ -61,6 +65,9 @@ def deepspeed_config(config: RunConfig, precision: str, world_size: int, load_un
     }
     if precision == "bf16":
         tree["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        if engine.zero_stage:  # else every micro-batch and every rank that is added rounds to 8 bits
+            tree["data_types"] = {"grad_accum_dtype": "fp32"}
+            tree["communication_data_type"] = "fp32"
     if precision == "fp16":
         tree["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 16}
     return tree
@@ -87,7 +94,21 @@ def initialize(controlnet: nn.Module, config: RunConfig, precision: str, world_s
         config=deepspeed_config(config, precision, world_size, load_universal),
         dist_init_required=False,
     )
+    if engine.zero_optimization_stage() == 0 and precision != "fp32":
+        engine.optimizer.optimizer.state.clear()  # DeepSpeed has made a step with zeros, to allocate
     return engine
+
+
+def apply_settings(engine: Any, config: OptimizerConfig, device: torch.device) -> None:
+    """To be called after a checkpoint was loaded: the run's settings count, not those that were saved."""
+    for group in engine.optimizer.param_groups:
+        group |= dict(betas=config.betas, eps=config.epsilon, weight_decay=config.weight_decay)
+    if hasattr(engine.optimizer, "clip_grad"):
+        engine.optimizer.clip_grad = config.max_grad_norm
+    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    for state in inner.state.values():  # the universal format's are on the CPU, which the fused kernel refuses
+        if torch.is_tensor(state.get("step")):
+            state["step"] = state["step"].to(device, copy=True)
 
 
 def learning_rate(config: OptimizerConfig, step: int, max_steps: int) -> float:
@@ -139,56 +160,104 @@ def _gradient_norm(module: nn.Module) -> Tensor:
     )
 
 
-@contextmanager
-def gathered(engine: Any) -> Iterator[None]:
-    """Inside, every rank sees whole parameters; outside ZeRO-3 they always are. Every rank enters together."""
-    if engine.zero_optimization_stage() < 3:
-        yield
-        return
-    import deepspeed
+def masters(engine: Any) -> list[Tensor]:
+    """The fp32 tensors that the optimizer moves, as this rank holds them: its share, flat, under ZeRO."""
+    optimizer = engine.optimizer
+    if engine.zero_optimization_stage() == 3:
+        return list(optimizer.fp32_partitioned_groups_flat)
+    if engine.zero_optimization_stage() == 0:
+        if hasattr(optimizer, "fp32_groups"):
+            return [tensor for group in optimizer.fp32_groups for tensor in group]
+        return list(engine.module.parameters())
+    if hasattr(optimizer, "fp32_groups_flat_partition"):  # stage 1 in bf16
+        return list(optimizer.fp32_groups_flat_partition)
+    return list(optimizer.single_partition_of_fp32_groups)
 
-    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
-        yield
 
-
-def full_state(engine: Any, average: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The trained weights in fp32 on the CPU of every rank: the optimizer's master copies, or the given average.
-
-    Every rank calls this: under ZeRO the master copies are spread over ranks.
-    """
-    if average is not None:
-        return {name: tensor.clone() for name, tensor in average.items()}
+def full_state(engine: Any) -> dict[str, Tensor]:
+    """The masters by parameter name, whole, fp32, on the CPU of every rank. Every rank calls this."""
     from deepspeed.utils import safe_get_full_fp32_param
 
-    state = {}
-    for name, parameter in engine.module.named_parameters():
-        whole = (
-            safe_get_full_fp32_param(parameter)
-            if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
-            else None
-        )
-        state[name] = (parameter.detach() if whole is None else whole).float().cpu().clone()
-    return state
+    if engine.zero_optimization_stage() == 0:
+        wholes = dict(zip(_names_of_masters(engine), masters(engine), strict=True))
+    else:
+        wholes = {name: safe_get_full_fp32_param(p) for name, p in engine.module.named_parameters()}
+    return {
+        name: wholes[name].detach().float().reshape(getattr(p, "ds_shape", p.shape)).cpu().clone()
+        for name, p in engine.module.named_parameters()
+    }
 
 
-def update_average(average: dict[str, Tensor], engine: Any, decay: float, step: int) -> None:
-    """Exponential moving average in fp32, which warms up: decay is min(decay, (1 + step) / (10 + step))."""
-    weight = 1.0 - min(decay, (1 + step) / (10 + step))
-    with gathered(engine), torch.no_grad():
-        for name, parameter in engine.module.named_parameters():
-            average[name].lerp_(parameter.detach().to(average[name]), weight)
+def _names_of_masters(engine: Any) -> list[str]:
+    """At stage 0, where each parameter has a whole master."""
+    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+    if hasattr(engine.optimizer, "fp16_groups"):  # bf16's too
+        return [names[id(parameter)] for group in engine.optimizer.fp16_groups for parameter in group]
+    return list(names.values())
+
+
+class Average:
+    """Exponential moving average of the masters, which warms up: the decay is min(decay, (1 + step) / (10 + step)).
+
+    Each rank averages its own share in fp32. Averaging the half-precision weights would miss updates below their
+    rounding, and gathering whole ones would cost a collective a step.
+    """
+
+    def __init__(self, engine: Any, decay: float) -> None:
+        self.engine, self.decay = engine, decay
+        self.shares = [share.detach().clone() for share in masters(engine)]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        weight = 1.0 - min(self.decay, (1 + step) / (10 + step))
+        for mean, share in zip(self.shares, masters(self.engine), strict=True):
+            mean.lerp_(share.detach(), weight)
+
+    def full_state(self) -> dict[str, Tensor]:
+        """By parameter name, whole, fp32, on the CPU of every rank. Every rank calls this."""
+        with self._instead_of_masters():
+            return full_state(self.engine)
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Takes over what `full_state` returned, at whatever world size. Every rank calls this."""
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        with self._instead_of_masters(), torch.no_grad():
+            if self.engine.zero_optimization_stage() == 0:
+                for name, master in zip(_names_of_masters(self.engine), masters(self.engine), strict=True):
+                    master.copy_(state[name])
+            else:
+                for name, parameter in self.engine.module.named_parameters():
+                    safe_set_full_fp32_param(parameter, state[name].to(self.engine.device))
+
+    @contextmanager
+    def _instead_of_masters(self) -> Iterator[None]:
+        """Inside, the masters hold the average; what is written there is the average afterwards."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for mean, share in zip(self.shares, masters(self.engine), strict=True):
+            kept = share.detach().clone()
+            share.copy_(mean)
+            mean.copy_(kept)
 
 
 @contextmanager
-def averaged_weights(engine: Any, average: dict[str, Tensor] | None) -> Iterator[None]:
+def averaged_weights(engine: Any, average: Average | None) -> Iterator[None]:
     """Inside, the network holds the averaged weights. Under ZeRO-3 rank 0's copy is scattered on leaving the block."""
     if average is None:
         yield
         return
+    means = average.full_state()
     with _writable(engine), torch.no_grad():
         kept = {name: parameter.detach().clone() for name, parameter in engine.module.named_parameters()}
         for name, parameter in engine.module.named_parameters():
-            parameter.copy_(average[name].to(parameter))
+            parameter.copy_(means[name].to(parameter))
     try:
         yield
     finally:

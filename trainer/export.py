@@ -135,7 +135,7 @@ def _write(run: Path, checkpoint: Path, folder: Path, format: str, dtype: str) -
     from controlbooth.models.families import identify
     from controlbooth.models.pretrained import save_controlnet, save_single_file
 
-    config = load_config(run / "config.yaml")
+    config = load_config(checkpoint / "config.yaml")
     torch_dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
     controlnet: Any = ControlNetModel.from_pretrained(
         checkpoint / "controlnet", torch_dtype=torch_dtype, use_safetensors=True, local_files_only=True

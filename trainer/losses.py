@@ -37,5 +37,10 @@ def weighted_mse(prediction: Tensor, target: Tensor, weights: Tensor) -> Tensor:
     It divides by B, not by the sum of the weights: then micro-batches of equal size average to the global batch's mean
     whichever way it is cut.
     """
-    error = (prediction.float() - target.float()).square().flatten(1).mean(dim=1)  # (B,)
+    error = squared_error(prediction, target)
     return (error * weights.to(error)).mean()
+
+
+def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean over each sample's values, in float32, (B,)."""
+    return (prediction.float() - target.float()).square().flatten(1).mean(dim=1)

@@ -54,26 +54,32 @@ def to_device(batch: MicroBatch, seed: int, device: torch.device) -> DeviceBatch
     )
 
 
-def controlnet_loss(base: Base, controlnet: nn.Module, batch: DeviceBatch, min_snr_gamma: float | None) -> Tensor:
-    """The loss of one micro-batch, a float32 scalar: how well controlled noise prediction undoes what was added."""
-    prediction_type = base.prediction_type
-    alphas_cumprod = base.noise_scheduler.alphas_cumprod.to(batch.noise.device)
-
+def prediction_and_target(base: Base, controlnet: nn.Module, batch: DeviceBatch) -> tuple[Tensor, Tensor]:
+    """What the controlled network says of the noisy latents, and what it should say; (B, C, h, w) each."""
     with torch.no_grad():
         with record_function("encode picture"):
             latents = base.encode_latents(batch.pixel_values, batch.posterior_noise).float()  # (B, C, h, w)
         with record_function("encode prompt"):  # dropped prompts share one cached embedding
-            text = encode_with_dropout(base, batch.captions, picture_size=tuple(batch.pixel_values.shape[-2:]))  # type: ignore[arg-type]
+            height, width = batch.pixel_values.shape[-2:]
+            text = encode_with_dropout(base, batch.captions, picture_size=(height, width))
         noisy_latents = base.noise_scheduler.add_noise(latents, batch.noise, batch.timesteps)  # type: ignore[arg-type]
-        target = training_target(prediction_type, latents, batch.noise, batch.timesteps, alphas_cumprod)
-        weights = batch.weights
-        if min_snr_gamma is not None:
-            weights = weights * min_snr_weights(prediction_type, batch.timesteps, alphas_cumprod, min_snr_gamma)
+        alphas_cumprod = base.noise_scheduler.alphas_cumprod.to(batch.noise.device)
+        target = training_target(base.prediction_type, latents, batch.noise, batch.timesteps, alphas_cumprod)
 
     with record_function("predict"):  # the copy and its zero convolutions take gradients, the locked U-Net none
         prediction = predict(
             base.unet, controlnet, noisy_latents, batch.timesteps, text, batch.conditioning_pixel_values
         )
+    return prediction, target
+
+
+def controlnet_loss(base: Base, controlnet: nn.Module, batch: DeviceBatch, min_snr_gamma: float | None) -> Tensor:
+    """The loss of one micro-batch, a float32 scalar: how well controlled noise prediction undoes what was added."""
+    prediction, target = prediction_and_target(base, controlnet, batch)
+    weights = batch.weights
+    if min_snr_gamma is not None:
+        alphas_cumprod = base.noise_scheduler.alphas_cumprod.to(weights.device)
+        weights = weights * min_snr_weights(base.prediction_type, batch.timesteps, alphas_cumprod, min_snr_gamma)
     return weighted_mse(prediction, target, weights)
 
 

@@ -7,6 +7,7 @@ is one, and loops: step, log, validate, save, stop. Started again after whatever
 
 import argparse
 import contextlib
+import fcntl
 import json
 import logging
 import math
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -57,6 +58,7 @@ from controlbooth.trainer.config import (
     tracking_uri,
 )
 from controlbooth.trainer.distributed import (
+    DistError,
     World,
     all_max,
     all_sum,
@@ -89,7 +91,7 @@ class Run:
     attention: str
     base: Base
     engine: Any
-    average: dict[str, torch.Tensor] | None
+    average: engines.Average | None
     dataset: Dataset
     loader: Loader
     held: HeldOutSet | None
@@ -106,22 +108,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("run", metavar="RUN.yaml")
     parser.add_argument("overrides", metavar="section.key=value", nargs="*")
-    parser.add_argument(
-        "--local_rank", help=argparse.SUPPRESS
-    )  # the deepspeed launcher adds it; the environment has it too
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # from deepspeed; the environment has it too
     options = parser.parse_intermixed_args(argv)
-    config = load_config(options.run, options.overrides)
-    _quiet_libraries()
     stop = StopRequest()
-    world = join()
-    status = run_folder(config) / STATUS
+    rank, folder = int(os.environ.get("RANK", "0")), None
+    _quiet_libraries()
     try:
+        config = load_config(options.run, options.overrides)
+        world = join()
+        folder = run_folder(config)
         return train(config, world, stop)
     except Exception as error:
-        if world.rank == 0 and status.parent.is_dir():
-            write_status(status, state="failed", error=f"{type(error).__name__}: {error}")
-        if isinstance(error, (ValueError, OSError, TrainingStopped)):
-            print(f"rank {world.rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        if folder is not None and folder.is_dir():
+            note_failure(folder, rank, error)
+        if isinstance(error, (ValueError, OSError, TrainingStopped, DistError)):
+            print(f"rank {rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
             os._exit(2)  # the other ranks may be inside a collective; torchrun ends them when this one is gone
         raise
     finally:
@@ -131,36 +132,79 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(config: RunConfig, world: World, stop: "StopRequest") -> int:
     """Runs to max_steps or to a stop request. Returns 0 in both cases; status.json says which it was."""
     folder = run_folder(config)
-    if world.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(dump(config))
-    barrier()
-    latest = (checkpoints.complete_checkpoints(folder) or [None])[-1]
-    if latest is not None and checkpoints.read_state(latest)["step"] >= config.max_steps:
-        say(world, f"{folder} is finished at step {config.max_steps}. Raise max_steps to go on, or change the name")
-        return 0
-    run = build(config, world, folder, latest)
-    if world.rank == 0:
-        write_status(folder / STATUS, state="running", step=run.step)
-    try:
-        figures: dict[str, float] = {}
-        if run.step == 0 and run.held and config.validation.at_start:
-            figures = validate_and_log(run)
-        loop(run, stop, figures)
-    finally:
-        run.loader.close()
-    state = "stopped" if run.step < config.max_steps else "finished"
-    if run.tracker is not None:
-        run.tracker.finish("KILLED" if state == "stopped" else "FINISHED")
-        run.tracker.close(timeout_seconds=30.0)
-    if world.rank == 0:
-        write_speed(folder, precision=run.precision, attention=run.attention, world_size=world.world_size)
-        write_status(folder / STATUS, state=state, step=run.step)
+    with only_run(folder, world):
+        latest = checkpoints.latest_checkpoint(folder, world)
+        if latest is not None and checkpoints.read_state(latest)["step"] >= config.max_steps:
+            if world.rank == 0:
+                send_what_is_left(folder, config)
+            say(world, f"{folder} is finished at step {config.max_steps}. Raise max_steps to go on, or change the name")
+            return 0
+        run = build(config, world, folder, latest)
+        if world.rank == 0:
+            write_text(folder / "config.yaml", dump(config))  # only now: it is the run's, and has been accepted
+            write_status(folder / STATUS, state="running", step=run.step)
+        state = "failed"
+        try:
+            if run.step == 0 and run.held and config.validation.at_start:
+                validate_and_log(run)
+            loop(run, stop)
+            state = "stopped" if run.step < config.max_steps else "finished"
+        finally:
+            run.loader.close()
+            if world.rank == 0 and state != "failed":
+                write_speed(folder, precision=run.precision, attention=run.attention, world_size=world.world_size)
+                write_status(folder / STATUS, state=state, step=run.step)  # before MLflow, which may take its time
+            if run.tracker is not None:
+                run.tracker.finish({"failed": "FAILED", "stopped": "KILLED", "finished": "FINISHED"}[state])
+                run.tracker.close(timeout_seconds=30.0)
     say(world, f"{state} at step {run.step} of {config.max_steps}: {folder}")
     return 0
 
 
-def loop(run: Run, stop: "StopRequest", figures: dict[str, float]) -> None:
+@contextlib.contextmanager
+def only_run(folder: Path, world: World) -> Iterator[None]:
+    """Makes the folder and holds its lock: two trainings in one folder would delete each other's checkpoints.
+
+    Raises ConfigError on all ranks where another process has it. The lock goes with the process, however that ends.
+    """
+    lock, free = None, True
+    if world.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            free = False
+    try:
+        if not from_first_rank(free):
+            raise ConfigError(f"{folder} is in use by another training. Wait for it, stop it, or change `name`")
+        yield
+    finally:
+        if lock is not None:
+            lock.close()
+
+
+def note_failure(folder: Path, rank: int, error: Exception) -> None:
+    """failed-RANK.json, as each rank may fail for another reason, and status.json from rank 0."""
+    with contextlib.suppress(OSError):  # a full disk may be what failed; the message on the terminal remains
+        fields = dict(state="failed", rank=rank, error=f"{type(error).__name__}: {error}")
+        write_status(folder / f"failed-{rank}.json", **fields)
+        if rank == 0 and not isinstance(error, ConfigError):  # one that is refused has not changed the run
+            write_status(folder / STATUS, **fields)
+
+
+def send_what_is_left(folder: Path, config: RunConfig) -> None:
+    """Of a finished run whose server did not answer at its end, or which was killed on its very last line."""
+    tracker = open_tracker(folder, config, {})
+    tracker.finish("FINISHED")
+    tracker.close(timeout_seconds=30.0)
+    state = checkpoints.read_state(checkpoints.complete_checkpoints(folder)[-1])
+    if not (folder / "speed.json").exists():
+        write_speed(folder, precision=state["precision"], attention=state["attention"], world_size=state["world_size"])
+    write_status(folder / STATUS, state="finished", step=state["step"])
+
+
+def loop(run: Run, stop: "StopRequest") -> None:
     config, world = run.config, run.world
     bar = progress_bar(run)
     backward = partial(engines.accumulate, run.engine)
@@ -182,16 +226,23 @@ def loop(run: Run, stop: "StopRequest", figures: dict[str, float]) -> None:
         )
         norm, skipped = engines.apply_gradients(run.engine, rate)
         if run.average is not None and not skipped:
-            assert config.optimizer.ema_decay is not None
-            engines.update_average(run.average, run.engine, config.optimizer.ema_decay, run.step)
+            run.average.update(run.step)
         run.step += 1
 
         # What it was worth and what it cost, over all ranks: the loss is the mean over ranks and micro-batches.
         seconds = time.perf_counter() - started
         started = time.perf_counter()
         mean_loss = sum(losses) / len(losses) / world.world_size
-        loss, stops = all_sum([mean_loss, float(stop.requested)])
-        waited, depth_short, memory = all_max([batch.wait_seconds, -float(batch.queue_depth), peak_memory_gib(world)])
+        loss, stops, substitutions = all_sum([mean_loss, float(stop.requested), float(batch.substitutions)])
+        waited, depth_short, fetch, decode, memory = all_max(
+            [
+                batch.wait_seconds,
+                -float(batch.queue_depth),
+                batch.fetch_seconds,
+                batch.decode_seconds,
+                peak_memory_gib(world),
+            ]
+        )
         skipped_in_a_row = skipped_in_a_row + 1 if skipped else 0
         if skipped:
             report_skipped(run, batch, losses, norm, skipped_in_a_row)
@@ -203,9 +254,9 @@ def loop(run: Run, stop: "StopRequest", figures: dict[str, float]) -> None:
             "step_seconds": seconds,
             "stall_percent": 100.0 * min(1.0, waited / seconds),
             "queue_depth": -depth_short,
-            "fetch_seconds": batch.fetch_seconds,
-            "decode_seconds": batch.decode_seconds,
-            "substitutions": float(batch.substitutions),
+            "fetch_seconds": fetch,
+            "decode_seconds": decode,
+            "substitutions": substitutions,
             "peak_memory_gib": memory,
             "skipped": float(skipped),
         }
@@ -220,8 +271,9 @@ def loop(run: Run, stop: "StopRequest", figures: dict[str, float]) -> None:
         bar.update(1)
 
         last = run.step == config.max_steps
-        if run.held and (run.step % config.validation.every_steps == 0 or last):
-            figures = validate_and_log(run)
+        figures = {"loss": loss}
+        if run.held and not stops and (run.step % config.validation.every_steps == 0 or last):
+            figures |= validate_and_log(run)
             started = time.perf_counter()
         if stops or last or run.step % config.checkpoint.every_steps == 0:
             save(run, figures)
@@ -234,17 +286,14 @@ def loop(run: Run, stop: "StopRequest", figures: dict[str, float]) -> None:
 def build(config: RunConfig, world: World, folder: Path, latest: Path | None) -> Run:
     """Everything that the run names, checked, on this rank's device, and at the latest checkpoint if there is one."""
     saved = checkpoints.read_state(latest) if latest else None
-    precision = engines.resolve_precision(config.engine.precision, world.device)
-    if saved and config.engine.precision == "auto":
-        precision = saved["precision"]  # a resume goes on in what the run was started with
+    request = config.engine.precision
+    if saved and request == "auto":
+        request = saved["precision"]  # a resume goes on in what the run was started with
+    precision = engines.resolve_precision(request, world.device, config.engine.zero_stage)
     base = load_base(base_path(config), config.model.family, engines.DTYPES[precision], world.device)
     dataset, held = open_data(config, world)
 
-    request = saved["attention"] if saved and config.model.attention == "auto" else config.model.attention
-    shapes = unet_attention_shapes(config, base)
-    chosen = AttentionChoice(
-        **from_first_rank(asdict(choose_attention(request, world.device, engines.DTYPES[precision], shapes)))
-    )
+    chosen = choose_once(config, world, base, precision, folder)
     torch.manual_seed(config.seed)  # the hint network, alike on every rank
     controlnet = make_controlnet(config, base)
     for module in (base.unet, controlnet):
@@ -252,10 +301,12 @@ def build(config: RunConfig, world: World, folder: Path, latest: Path | None) ->
     if config.model.gradient_checkpointing:
         controlnet.enable_gradient_checkpointing()
         base.unet.enable_gradient_checkpointing()
-    average = None
-    if config.optimizer.ema_decay is not None:
-        average = {name: p.detach().float().clone().to(world.device) for name, p in controlnet.named_parameters()}
-    identity = dict(zero_stage=config.engine.zero_stage, precision=precision, base_digest=base.digest)
+    identity = dict(
+        zero_stage=config.engine.zero_stage,
+        precision=precision,
+        base_digest=base.digest,
+        condition=config.data.condition,
+    )
     universal = False
     if saved and latest:
         checkpoints.check_same_run(saved, identity, latest)
@@ -263,15 +314,15 @@ def build(config: RunConfig, world: World, folder: Path, latest: Path | None) ->
     report = parameter_report(controlnet)
     engine = engines.initialize(controlnet.to(world.device), config, precision, world.world_size, universal)
 
+    average = None if config.optimizer.ema_decay is None else engines.Average(engine, config.optimizer.ema_decay)
     step = 0
     if saved and latest:
-        loaded = checkpoints.load_checkpoint(engine, latest, world)
-        if average is not None and loaded is not None:
-            average = {name: tensor.to(world.device) for name, tensor in loaded.items()}
+        checkpoints.load_checkpoint(engine, latest, average, world)
+        engines.apply_settings(engine, config.optimizer, world.device)
         step = saved["step"]
     loader = make_loader(config, world, base, dataset, step, folder)
     if saved:
-        resume_position(saved["order"], loader.order, dataset.fingerprint)
+        check_position(resume_position(saved["order"], loader.order, dataset.fingerprint), step, config)
     say(
         world,
         f"ControlNet {report.total:,} parameters (copy {report.copy:,}, zero convolutions "
@@ -303,9 +354,31 @@ def build(config: RunConfig, world: World, folder: Path, latest: Path | None) ->
     )
     if world.rank == 0:
         run.tracker = make_tracker(run, report.total)
-        if latest:
-            run.tracker.cut_back(step)
+        run.tracker.cut_back(step if latest else -1)
     return run
+
+
+def choose_once(config: RunConfig, world: World, base: Base, precision: str, folder: Path) -> AttentionChoice:
+    """The kernel, chosen on rank 0, and with `auto` only at the run's first start: another one rounds otherwise."""
+    remembered = folder / "attention.json"
+    chosen = None
+    if world.rank == 0:
+        request = config.model.attention
+        if request == "auto" and remembered.exists():
+            request = json.loads(remembered.read_text())["name"]
+        shapes = unet_attention_shapes(config, base)
+        chosen = asdict(choose_attention(request, world.device, engines.DTYPES[precision], shapes))
+        write_text(remembered, json.dumps(chosen))
+    return AttentionChoice(**from_first_rank(chosen))
+
+
+def check_position(position: int, step: int, config: RunConfig) -> None:
+    if position != step * config.global_batch_size:
+        raise ConfigError(
+            f"the checkpoint of step {step} has consumed {position} samples, which is not {step} times "
+            f"global_batch_size={config.global_batch_size}. Set it back to {position // max(1, step)}, or start "
+            "another run from its weights with model.controlnet"
+        )
 
 
 def unet_attention_shapes(config: RunConfig, base: Base) -> tuple[AttentionShape, ...]:
@@ -381,7 +454,6 @@ def validate_and_log(run: Run) -> dict[str, float]:
             run.held,
             run.config.validation,
             run.world,
-            run.folder / "samples" / "without-control.npy",
             grid,
         )
     if run.tracker is not None:
@@ -398,6 +470,7 @@ def save(run: Run, figures: dict[str, float]) -> None:
         step=run.step,
         order=order_state(run.loader.order, run.dataset.fingerprint, run.loader.position),
         dataset_fingerprint=run.dataset.fingerprint,
+        condition=run.config.data.condition,
         base_digest=run.base.digest,
         zero_stage=run.config.engine.zero_stage,
         precision=run.precision,
@@ -405,10 +478,11 @@ def save(run: Run, figures: dict[str, float]) -> None:
         world_size=run.world.world_size,
         metrics=figures,
     )
-    folder = checkpoints.save_checkpoint(run.engine, run.folder, state, run.average, run.world)
+    folder = checkpoints.save_checkpoint(run.engine, run.folder, state, dump(run.config), run.average, run.world)
     if run.tracker is not None:
         saved = checkpoints.read_state(folder)
-        run.tracker.log_checkpoint(run.step, saved["digest"], folder.absolute().as_uri(), figures)
+        named = {name if name == "loss" else f"validation/{name}": value for name, value in figures.items()}
+        run.tracker.log_checkpoint(run.step, saved["digest"], folder.absolute().as_uri(), named)
         checkpoints.prune(run.folder, run.config.checkpoint.keep, run.config.checkpoint.keep_best)
     barrier()
 
@@ -432,22 +506,27 @@ def report_skipped(run: Run, batch: StepBatch, losses: list[float], norm: float,
 
 
 def make_tracker(run: Run, parameters: int) -> Tracker:
+    tags = {
+        "git_commit": git_commit(),
+        "dataset_fingerprint": run.dataset.fingerprint,
+        "base_digest": run.base.digest,
+        "attention": run.attention,
+        "precision": run.precision,
+        "world_size": str(run.world.world_size),
+        "controlnet_parameters": str(parameters),
+    }
+    return open_tracker(run.folder, run.config, tags)
+
+
+def open_tracker(folder: Path, config: RunConfig, tags: dict[str, str]) -> Tracker:
     return Tracker(
-        run.folder,
-        tracking_uri(run.config),
-        run.config.tracking.experiment,
-        run.config.name,
-        params=run.config.model_dump(mode="json"),
-        tags={
-            "git_commit": git_commit(),
-            "dataset_fingerprint": run.dataset.fingerprint,
-            "base_digest": run.base.digest,
-            "attention": run.attention,
-            "precision": run.precision,
-            "world_size": str(run.world.world_size),
-            "controlnet_parameters": str(parameters),
-        },
-        system_metrics_seconds=run.config.tracking.system_metrics_seconds,
+        folder,
+        tracking_uri(config),
+        config.tracking.experiment,
+        config.name,
+        params=config.model_dump(mode="json"),
+        tags=tags,
+        system_metrics_seconds=config.tracking.system_metrics_seconds,
     )
 
 
@@ -496,8 +575,13 @@ def write_status(path: Path, **fields: Any) -> None:
 
 
 def write_json(path: Path, tree: dict[str, Any]) -> None:
+    write_text(path, json.dumps(tree))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Whole or not at all."""
     temporary = path.with_suffix(".partial")
-    temporary.write_text(json.dumps(tree))
+    temporary.write_text(text)
     temporary.replace(path)
 
 

@@ -6,10 +6,8 @@ Trains tiny real models many times, each on ranks of torchrun; about five minute
 with a plain PyTorch loop in one process, with the uninterrupted run, or between world sizes.
 """
 
-import os
 import random
 import shutil
-import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -26,7 +24,7 @@ def stages(folder: Path) -> None:
     plain = np.array(tiny.torchrun(1, "plain", folder)["losses"])
     print("losses of 6 steps on the same global batches (8 samples, 2 accumulation steps), fp32")
     print(f"  {'plain PyTorch, 1 process':<28}", *(f"{loss:.7f}" for loss in plain))
-    for stage, curve in tiny.torchrun(2, "stages", folder).items():
+    for stage, curve in tiny.torchrun(2, "stages", folder, "fp32").items():
         largest = np.abs(np.array(curve) - plain).max()
         print(
             f"  {f'ZeRO {stage}, 2 ranks':<28}",
@@ -51,8 +49,7 @@ def kills(folder: Path, seed: int) -> None:
     for step in sorted(random.Random(seed).sample(range(2, 7), 2)):
         process = runs.start(path, 2)
         runs.wait_for_step(out / "killed", step)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        runs.kill(process)
         print(f"  SIGKILL to all ranks once step {step} was logged")
     runs.finish(runs.start(path, 2))
     shutil.copytree(out / "whole", out / "moved")

@@ -27,12 +27,13 @@ def main() -> None:
     parser.add_argument("export", type=Path)
     parser.add_argument("--samples", type=int, default=4)
     options = parser.parse_args()
-    config = load_config(options.run / "config.yaml")
+    checkpoint = complete_checkpoints(options.run)[-1]
+    config = load_config(checkpoint / "config.yaml")
     held = load_held_out(
         open_dataset(str(config.data.held_out)), options.samples, config.data.condition, config.data.resolution
     )
     base = load_base(base_path(config), config.model.family, torch.float32, "cpu")
-    ours_from = load_controlnet(complete_checkpoints(options.run)[-1] / "controlnet", base.unet).eval()
+    ours_from = load_controlnet(checkpoint / "controlnet", base.unet).eval()
     conditioning = torch.from_numpy(held.conditions).permute(0, 3, 1, 2).float() / 255.0
     seeds = range(options.samples)
     arguments = dict(guidance_scale=3.0)

@@ -5,15 +5,22 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 import tiny
 import yaml
+from diffusers import ControlNetModel
+from safetensors.numpy import load_file
+
+from controlbooth.trainer import export
+from controlbooth.trainer.evaluate import fidelity
 
 
 @pytest.fixture(scope="module")
@@ -21,11 +28,36 @@ def plain(world_folder):
     return tiny.torchrun(1, "plain", world_folder)["losses"]
 
 
-def test_zero_stages_0_to_3_on_two_ranks_have_the_losses_of_one_plain_process(world_folder, plain):
-    losses = tiny.torchrun(2, "stages", world_folder)
+def test_zero_stages_0_to_3_on_two_ranks_have_the_losses_and_averages_of_one_plain_process(world_folder, plain):
+    losses = tiny.torchrun(2, "stages", world_folder, "fp32")
+    average = load_file(world_folder / "plain-average.safetensors")
     assert len(plain) == 6 and plain[0] != plain[1]
     for stage, curve in losses.items():
         np.testing.assert_allclose(curve, plain, rtol=2e-6, err_msg=f"ZeRO stage {stage}")
+        ours = tiny.weights(world_folder / "runs" / f"stage-{stage}-fp32" / "checkpoints" / "step-00000006")
+        for name, tensor in average.items():
+            np.testing.assert_allclose(ours[name], tensor, atol=2e-5, err_msg=f"ZeRO stage {stage}: {name}")
+
+
+def test_in_bf16_all_stages_learn_alike_and_checkpoints_hold_masters_that_are_not_rounded(world_folder, plain):
+    losses = tiny.torchrun(2, "stages", world_folder, "bf16")
+    for stage, curve in losses.items():
+        np.testing.assert_allclose(curve, plain, rtol=3e-2, err_msg=f"ZeRO stage {stage}")
+        ours = tiny.weights(world_folder / "runs" / f"stage-{stage}-bf16" / "checkpoints" / "step-00000006")
+        weight = ours["conv_in.weight"]
+        rounded = (weight.view(np.uint32) & 0xFFFF) == 0
+        assert rounded.mean() < 0.01, f"ZeRO stage {stage}"
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_resume_takes_weights_and_averages_over_bit_for_bit_and_the_settings_of_the_run(world_folder, processes):
+    outcome = tiny.torchrun(processes, "settings", world_folder)
+    assert len(outcome) == 8
+    for what, found in outcome.items():
+        assert found["betas"] == [0.5, 0.9] and found["weight_decay"] == 0.25, what
+        assert found["clip"] in (9.0, None), what
+        assert found["same_weights"] and found["same_average"] and found["masters_untouched"], what
+        assert found["average_differs"] and found["rounded"] < 0.5, what
 
 
 def test_world_sizes_1_2_and_4_see_the_same_keys_drops_timesteps_and_noise_in_each_global_batch(world_folder):
@@ -91,9 +123,22 @@ def kill(process):
     process.communicate()
 
 
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+def path_with_python():
+    """The deepspeed launcher looks for `python` on the PATH."""
+    return f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+
 def logged(run, name):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line["metrics"][name] for line in lines if name in line.get("metrics", {})}
+    values = [(line["step"], line["metrics"][name]) for line in lines if name in line.get("metrics", {})]
+    assert len(dict(values)) == len(values), "a step was logged twice"
+    return dict(values)
 
 
 @pytest.fixture(scope="module")
@@ -126,20 +171,75 @@ def test_a_run_goes_on_at_another_world_size_from_its_middle_with_the_same_losse
     assert "going on from" in output and "at step 4" in output
     after, before = logged(moved, "loss"), logged(whole, "loss")
     np.testing.assert_allclose([after[s] for s in range(5, 9)], [before[s] for s in range(5, 9)], rtol=2e-6)
+    ours, theirs = (tiny.weights(run / "checkpoints" / "step-00000008") for run in (moved, whole))
+    for name, tensor in theirs.items():
+        np.testing.assert_allclose(ours[name], tensor, atol=2e-5, err_msg=name)
 
 
-def test_sigterm_leaves_a_checkpoint_at_the_step_boundary_and_the_same_command_goes_on(world_folder):
+def test_a_bf16_run_under_zero_3_goes_on_at_another_world_size(world_folder):
+    half = dict(max_steps=6, engine={"precision": "bf16", "zero_stage": 3})
+    run = world_folder / "runs" / "half"
+    finish(start(run_file(world_folder, "half", **half), 2))
+    before = logged(run, "loss")
+    shutil.rmtree(run / "checkpoints" / "step-00000006")
+    assert "at step 4" in finish(start(run_file(world_folder, "half", **half), 1))
+    after = logged(run, "loss")
+    assert after.keys() == before.keys()
+    np.testing.assert_allclose([after[5], after[6]], [before[5], before[6]], rtol=1e-3)
+
+
+def test_fidelity_and_export_read_a_run(whole, tmp_path, capsys):
+    assert fidelity.main([str(whole), "--samples", "4"]) == 0
+    assert "with control, no prompt" in capsys.readouterr().out
+    figures = json.loads((whole / "fidelity.json").read_text())["pictures"]
+    assert figures["real pictures"]["edge_f1"] > 0.9 > figures["discs at the true places"]["edge_f1"]
+    assert (whole / "fidelity.png").stat().st_size > 1000
+    assert export.main([str(whole), str(tmp_path / "out")]) == 0
+    ControlNetModel.from_pretrained(tmp_path / "out")
+
+
+def test_the_deepspeed_launcher_starts_a_run_too(world_folder):
+    path = run_file(world_folder, "launched", max_steps=2, checkpoint={"every_steps": 2})
+    command = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", "2", "--master_port", str(free_port())]
+    done = subprocess.run(
+        [*command, "--module", "controlbooth.trainer.train", path, "optimizer.learning_rate=2e-3"],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PATH": path_with_python()},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert logged(world_folder / "runs" / "launched", "learning_rate") == {1: 2e-3, 2: 2e-3}
+    state = json.loads(
+        (world_folder / "runs" / "launched" / "checkpoints" / "step-00000002" / "state.json").read_text()
+    )
+    assert state["world_size"] == 2
+
+
+def test_sigterm_leaves_a_checkpoint_and_the_same_command_goes_on_but_no_other_run_takes_the_folder(world_folder):
     run = world_folder / "runs" / "stopped"
-    path = run_file(world_folder, "stopped", max_steps=60, checkpoint={"every_steps": 1000})
+    path = run_file(world_folder, "stopped", max_steps=400, checkpoint={"every_steps": 1000})
     process = start(path, 2)
     wait_for_step(run, 3)
+    second = start(path, 1)
+    output, _ = second.communicate(timeout=300)
+    assert second.returncode != 0 and "is in use by another training" in output
     for rank in psutil.Process(process.pid).children():
         rank.send_signal(signal.SIGTERM)
     finish(process)
     status = json.loads((run / "status.json").read_text())
-    assert status["state"] == "stopped" and 3 <= status["step"] < 60
+    assert status["state"] == "stopped" and 3 <= status["step"] < 400
     (checkpoint,) = (run / "checkpoints").iterdir()
     assert checkpoint.name == f"step-{status['step']:08d}"
+
+    # A restart that is refused says why, and leaves the run as it was.
+    kept = (run / "config.yaml").read_bytes()
+    refused = start(run_file(world_folder, "stopped", max_steps=400, data={"condition": "segmentation"}), 2)
+    output, _ = refused.communicate(timeout=300)
+    assert refused.returncode != 0 and "Set data.condition back" in output
+    assert (run / "config.yaml").read_bytes() == kept
+    assert json.loads((run / "status.json").read_text()) == status
+
     run_file(world_folder, "stopped", max_steps=status["step"] + 2)
     assert f"at step {status['step']}" in finish(start(path, 2))
     assert json.loads((run / "status.json").read_text())["state"] == "finished"

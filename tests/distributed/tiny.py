@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from safetensors.numpy import load_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from controlbooth.data import pack
@@ -80,7 +81,7 @@ def run_tree(folder: Path, name: str) -> dict:
         data=dict(
             shards=str(folder / "train"), condition="edges", resolution=64, held_out=str(folder / "held"), threads=1
         ),
-        optimizer=dict(learning_rate=1e-3),
+        optimizer=dict(learning_rate=1e-3, ema_decay=0.5),
         engine=dict(precision="fp32", zero_stage=2),
         checkpoint=dict(every_steps=2, keep=10),
         validation=dict(every_steps=100, samples=4, grid=2, sampling_steps=2, at_start=False),
@@ -102,6 +103,5 @@ def torchrun(processes: int, scenario: str, folder: Path, *arguments: str) -> di
 
 
 def weights(checkpoint: Path) -> dict[str, np.ndarray]:
-    from safetensors.numpy import load_file
-
+    """What a checkpoint gives to others: the moving average, since the runs keep one."""
     return load_file(checkpoint / "controlnet" / "diffusion_pytorch_model.safetensors")

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -36,12 +37,14 @@ def run(tree: dict, world: World) -> list[float]:
     return [metrics["loss"] for _, _, metrics in read_metrics(config.output / config.name) if "loss" in metrics]
 
 
-def stages(folder: Path, world: World) -> dict:
-    """The losses of every ZeRO stage."""
+def stages(folder: Path, world: World, precision: str) -> dict:
+    """The losses of every ZeRO stage; in bf16 without an average, so that checkpoints hold the weights themselves."""
     losses = {}
     for stage in (0, 1, 2, 3):
-        tree = run_tree(folder, f"stage-{stage}")
-        tree["engine"]["zero_stage"] = stage
+        tree = run_tree(folder, f"stage-{stage}-{precision}")
+        tree["engine"] = dict(zero_stage=stage, precision=precision)
+        if precision == "bf16":
+            tree["optimizer"]["ema_decay"] = None
         losses[str(stage)] = run(tree, world)
     return losses
 
@@ -57,8 +60,9 @@ def plain(folder: Path, world: World) -> dict:
     o = config.optimizer
     optimizer = torch.optim.AdamW(controlnet.parameters(), o.learning_rate, o.betas, o.epsilon, o.weight_decay)
     losses = []
+    mean = {name: parameter.detach().clone() for name, parameter in controlnet.named_parameters()}
     with training.make_loader(config, world, base, open_dataset(config.data.shards), 0, folder) as loader:
-        for _ in range(config.max_steps):
+        for number in range(config.max_steps):
             batch = next(loader)
             share = len(batch.micro_batches)
             step = controlnet_step(
@@ -74,6 +78,9 @@ def plain(folder: Path, world: World) -> dict:
             optimizer.step()
             optimizer.zero_grad()
             losses.append(sum(step) / share)
+            for name, parameter in controlnet.named_parameters():
+                mean[name].lerp_(parameter.detach(), 1.0 - min(o.ema_decay, (1 + number) / (10 + number)))
+    save_file(mean, folder / "plain-average.safetensors")
     return {"losses": losses}
 
 
@@ -135,6 +142,56 @@ def poisoned(folder: Path, world: World) -> dict:
             rows = [m["skipped"] for _, _, m in read_metrics(config.output / config.name) if "skipped" in m]
         outcome[str(stage)] = {"losses": losses, "skipped": rows}
     return outcome
+
+
+def settings(folder: Path, world: World) -> dict:
+    """A small network stepped, saved, and loaded into an engine of other settings, at every stage and precision.
+
+    Says what settings count afterwards, whether the weights came over bit for bit, and whether the average, loaded
+    into the other engine, is the one that was saved.
+    """
+    tree = run_tree(folder, "settings") | dict(micro_batch_size=8 // world.world_size)
+    changed = tree | {"optimizer": dict(learning_rate=1e-3, betas=[0.5, 0.9], weight_decay=0.25, max_grad_norm=9.0)}
+    outcome = {}
+    for stage in (0, 1, 2, 3):
+        for precision in ("fp32", "bf16"):
+            engine = engine_of(tree, stage, precision, world)
+            average = engines.Average(engine, 0.5)
+            for step in range(3):
+                x = torch.linspace(-1, 1, 16, dtype=engines.DTYPES[precision]).view(2, 8) * (step + 1 + world.rank)
+                engines.accumulate(engine, engine(x).square().mean())
+                engines.apply_gradients(engine, 1e-2)
+                average.update(step)
+            where = folder / f"settings-{stage}-{precision}"
+            engine.save_checkpoint(str(where), tag="x")
+            other = engine_of(changed, stage, precision, world)
+            other.load_checkpoint(str(where), tag="x")
+            config = build_config(changed)
+            engines.apply_settings(other, config.optimizer, world.device)
+            before, after = engines.full_state(engine), engines.full_state(other)
+            copied = engines.Average(other, 0.5)
+            copied.load(average.full_state())
+            same_average = all(torch.equal(copied.full_state()[n], average.full_state()[n]) for n in before)
+            untouched = all(torch.equal(engines.full_state(other)[n], after[n]) for n in after)
+            (group,) = other.optimizer.param_groups
+            outcome[f"{stage} {precision}"] = dict(
+                betas=group["betas"],
+                weight_decay=group["weight_decay"],
+                clip=getattr(other.optimizer, "clip_grad", None),
+                same_weights=all(torch.equal(before[n], after[n]) for n in before),
+                same_average=same_average,
+                masters_untouched=untouched,
+                average_differs=any(not torch.equal(average.full_state()[n], before[n]) for n in before),
+                rounded=max(float((v == v.bfloat16().float()).float().mean()) for v in before.values()),
+            )
+    return outcome
+
+
+def engine_of(tree: dict, stage: int, precision: str, world: World):
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.SiLU(), torch.nn.Linear(32, 8))
+    config = build_config(tree | {"engine": dict(zero_stage=stage, precision=precision)})
+    return engines.initialize(network, config, precision, world.world_size, load_universal=False)
 
 
 def main() -> None:

@@ -52,7 +52,7 @@ def test_pruning_without_keep_best_keeps_only_the_latest(tmp_path):
 
 
 def test_another_precision_stage_or_base_is_refused_with_the_field_to_set_back(tmp_path):
-    saved = dict(zero_stage=2, precision="bf16", base_digest="a")
+    saved = dict(zero_stage=2, precision="bf16", base_digest="a", condition="edges")
     check_same_run(saved, dict(saved), tmp_path)
     with pytest.raises(CheckpointError, match="zero_stage=2, and this run has 3. Set engine.zero_stage back"):
         check_same_run(saved, saved | dict(zero_stage=3), tmp_path)

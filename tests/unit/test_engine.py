@@ -40,12 +40,19 @@ def test_offload_reaches_deepspeed_without_its_compiled_optimizer():
     assert tree["zero_force_ds_cpu_optimizer"] is False
 
 
-def test_fp16_on_a_cpu_is_refused_with_what_can_be_used():
+def test_half_precision_gradients_are_added_up_in_fp32_over_micro_batches_and_ranks():
+    tree = deepspeed_config(config(), "bf16", world_size=2, load_universal=False)
+    assert tree["data_types"] == {"grad_accum_dtype": "fp32"} and tree["communication_data_type"] == "fp32"
+
+
+def test_fp16_where_losses_are_not_scaled_is_refused_with_what_can_be_used():
     with pytest.raises(ValueError, match="needs a GPU. On a CPU use bf16, fp32, or auto"):
-        resolve_precision("fp16", torch.device("cpu"))
+        resolve_precision("fp16", torch.device("cpu"), zero_stage=2)
+    with pytest.raises(ValueError, match="needs engine.zero_stage 1, 2 or 3"):
+        resolve_precision("fp16", torch.device("cuda"), zero_stage=0)
 
 
 def test_a_precision_that_is_asked_for_is_taken():
-    assert resolve_precision("bf16", torch.device("cpu")) == "bf16"
-    assert resolve_precision("fp32", torch.device("cpu")) == "fp32"
-    assert resolve_precision("auto", torch.device("cpu")) in ("bf16", "fp32")
+    assert resolve_precision("bf16", torch.device("cpu"), 2) == "bf16"
+    assert resolve_precision("fp32", torch.device("cpu"), 2) == "fp32"
+    assert resolve_precision("auto", torch.device("cpu"), 2) in ("bf16", "fp32")

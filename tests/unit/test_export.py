@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 from controlbooth.models.controlnet import build_controlnet
 from controlbooth.models.pretrained import load_controlnet, save_controlnet
 from controlbooth.trainer import export as exports
-from controlbooth.trainer.checkpoint import COMPLETE, complete_checkpoints
+from controlbooth.trainer.checkpoint import COMPLETE, complete_checkpoints, folder_of
 from controlbooth.trainer.config import build_config, dump
 from controlbooth.trainer.export import main
 
@@ -57,6 +58,7 @@ def make_run(tmp_path, load_tiny, base_folder):
         base = load_tiny(family)
         for step, score in STEPS.items():
             write_checkpoint(run, step, base, dict(edge_f1=score, fixed_noise_loss=0.123456))
+            shutil.copy(run / "config.yaml", folder_of(run, step))
         write_checkpoint(run, 400, base, {}, complete=False)
         (run / "samples").mkdir()
         Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(run / "samples" / "step-00000300.png")

@@ -43,12 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError(
             f"{options.run} holds no config.yaml, so it is no run. Give the folder that `controlbooth train` made"
         )
-    config = load_config(options.run / "config.yaml")
-    if config.data.held_out is None:
-        raise ConfigError(f"{options.run} has no held-out shards: set data.held_out in its config.yaml")
     whole = complete_checkpoints(options.run)
     if not whole:
         raise ConfigError(f"{options.run} holds no whole checkpoint yet. Train it further")
+    config = load_config(whole[-1] / "config.yaml")
+    if config.data.held_out is None:
+        raise ConfigError(f"{options.run} has no held-out shards: start it again with data.held_out=SHARDS")
     result = measure(config, options.run, whole[-1], options.samples)
     target = options.run / "fidelity.json"
     temporary = target.with_suffix(".partial")

@@ -1,5 +1,6 @@
 """Validation of a run: held-out conditions sampled and measured on all ranks, and pictures of them."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from controlbooth.trainer.config import ValidationConfig
 from controlbooth.trainer.distributed import World, gather_objects
 from controlbooth.trainer.evaluate.control import control_fidelity
 from controlbooth.trainer.evaluate.grids import draw_grid
-from controlbooth.trainer.step import DeviceBatch, controlnet_loss
+from controlbooth.trainer.losses import squared_error
+from controlbooth.trainer.step import DeviceBatch, prediction_and_target
 
 EDGE_KINDS = ("edges", "canny")
 MASK_KINDS = ("segmentation",)
@@ -120,8 +122,8 @@ def fixed_noise_loss(base: Base, controlnet: nn.Module, held: HeldOutSet, size: 
             posterior_noise=torch.zeros(len(rows), *shape, device=world.device),
             weights=torch.ones(len(rows), device=world.device),
         )
-        loss = controlnet_loss(base, controlnet, batch, None).item()
-        losses |= {row: loss for row in rows}
+        errors = squared_error(*prediction_and_target(base, controlnet, batch))
+        losses |= dict(zip(rows, errors.tolist(), strict=True))
     everyone = {row: loss for part in gather_objects(losses, world) for row, loss in part.items()}
     return float(np.mean([everyone[row] for row in range(count)]))
 
@@ -132,16 +134,26 @@ def validate(
     held: HeldOutSet,
     config: ValidationConfig,
     world: World,
-    without_control: Path,
-    grid: Path | None,
+    grid: Path,
 ) -> dict[str, float]:
     """Samples, measures and draws. Returns the figures, by name, on every rank.
 
-    without_control: an .npy of the pictures that the base makes by itself, made here on the first call. grid: where
-    rank 0 draws a picture of condition | without control | with control | target, or None for no picture.
+    grid: where rank 0 draws a picture of condition | without control | with control | target. What the base makes by
+    itself is made on the first call, and kept beside it as an .npy for as long as nothing that it depends on changes.
     """
     was_training = controlnet.training
     controlnet.eval()
+    depends_on = (
+        base.digest,
+        held.keys,
+        held.captions,
+        held.targets.shape,
+        config.sampling_steps,
+        config.guidance_scale,
+    )
+    without_control = grid.with_name(
+        f".without-control-{hashlib.sha256(repr(depends_on).encode()).hexdigest()[:12]}.npy"
+    )
     if not all(gather_objects(without_control.exists(), world)):
         pictures = generate(base, None, held, config, world)
         if world.rank == 0:
@@ -155,7 +167,7 @@ def validate(
     for suffix, images in (("", controlled), ("_empty_prompt", unprompted)):
         for name, values in control_fidelity(images, held.edges, held.segmentation).items():
             figures[f"{name}{suffix}"] = float(values.mean())
-    if grid is not None and world.rank == 0:
+    if world.rank == 0:
         plain = np.load(without_control)
         grid.parent.mkdir(parents=True, exist_ok=True)
         shown = slice(0, config.grid)
