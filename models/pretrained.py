@@ -3,6 +3,7 @@
 Nothing here opens a network connection: what a base lacks is an error that says which file to put where.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
+from transformers.utils import logging as transformers_logging
 
 from controlbooth.models import original_layout
 from controlbooth.models.base import Base, check_parts_fit, vae_dtype
@@ -41,7 +43,8 @@ def load_base(
     """
     path = MINIATURE if os.fspath(path) == "miniature" else Path(path)
     if path.is_dir():
-        base = _load_folder(path, family, dtype)
+        with _without_bars():
+            base = _load_folder(path, family, dtype)
     elif path.is_file():
         base = _load_single_file(path, family, dtype)
     else:
@@ -53,6 +56,18 @@ def load_base(
     for module in modules:
         module.requires_grad_(False).eval().to(device)
     return base
+
+
+@contextlib.contextmanager
+def _without_bars():
+    """transformers draws a progress bar for each module that it reads, on every rank."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def _load_folder(folder: Path, requested: str, dtype: torch.dtype) -> Base:

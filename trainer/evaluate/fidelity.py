@@ -60,16 +60,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure(config: RunConfig, run: Path, checkpoint: Path, samples: int) -> dict[str, Any]:
-    base = load_base(base_path(config), config.model.family, torch.float32, "cpu")
-    controlnet = load_controlnet(checkpoint / "controlnet", base.unet).eval()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    base = load_base(base_path(config), config.model.family, torch.float32, device)
+    controlnet = load_controlnet(checkpoint / "controlnet", base.unet).eval().to(device)
     assert config.data.held_out
     dataset = open_dataset(config.data.held_out)
     held = load_held_out(dataset, samples, config.data.condition, config.data.resolution)
-    world = World(0, 1, 0, torch.device("cpu"))
+    world = World(0, 1, 0, device)
+    ways = {
+        "without control": (None, False),
+        "with control": (controlnet, False),
+        "with control, no prompt": (controlnet, True),
+    }
     images = {
-        "without control": generate(base, None, held, config.validation, world),
-        "with control": generate(base, controlnet, held, config.validation, world),
-        "with control, no prompt": generate(base, controlnet, held, config.validation, world, empty_prompt=True),
+        name: generate(base, network, held, config.validation, world, empty_prompt, progress=name)
+        for name, (network, empty_prompt) in ways.items()
     }
     scenes = scenes_of(held)
     if scenes:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from controlbooth.data import draws
 from controlbooth.data.loader import held_out
@@ -71,16 +72,17 @@ def generate(
     config: ValidationConfig,
     world: World,
     empty_prompt: bool = False,
+    progress: str | None = None,
 ) -> np.ndarray:
     """One picture for each held-out condition, spread over ranks; (N, H, W, 3) uint8 on every rank.
 
     Picture i depends on i alone, so it is the same at every world size. Every rank makes equally many passes, since
-    under ZeRO-3 each pass is a collective.
+    under ZeRO-3 each pass is a collective. progress: what a progress bar calls it; none without.
     """
     count, size = len(held.keys), config.micro_batch_size
     mine = [i % count for i in range(world.rank, -(-count // world.world_size) * world.world_size, world.world_size)]
     pictures: dict[int, np.ndarray] = {}
-    for first in range(0, len(mine), size):
+    for first in tqdm(range(0, len(mine), size), desc=progress, unit="batch", disable=progress is None):
         rows = mine[first : first + size]
         conditioning = torch.from_numpy(held.conditions[rows]).permute(0, 3, 1, 2).float() / 255.0
         images = sample(
