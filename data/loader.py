@@ -311,6 +311,7 @@ class Loader:
             "position": position,
             "attempt": attempt,
             "shard": str(self.dataset.paths[place.shard]),
+            "byte": self._reader.byte(place.shard, place.ordinal),
             "ordinal": place.ordinal,
             "key": bad.key,
             "part": bad.part,

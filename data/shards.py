@@ -87,6 +87,11 @@ class ShardReader:
             seconds=time.perf_counter() - began,
         )
 
+    def byte(self, shard: int, ordinal: int) -> int:
+        """Where this sample begins in its shard: its name in ledgers, as it holds for every condition kind."""
+        with self._pinned(shard) as opened:
+            return int(opened.index.samples[int(opened.rows[ordinal])]["offset"])
+
     def close(self) -> None:
         """Closes all files; no other thread may be reading any more."""
         with self._lock:

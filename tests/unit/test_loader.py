@@ -3,6 +3,7 @@ import os
 import threading
 import time
 from dataclasses import fields
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -257,6 +258,8 @@ def test_a_bad_sample_is_replaced_and_no_other_one_moves(folder, own_folder):
     lines = [json.loads(line) for line in (own_folder / "ledger.jsonl").read_text().splitlines()]
     assert lines == ledger and "CRC" in lines[0]["error"] and lines[0]["part"] == "cond.edges.png"
     assert lines[0]["shard"].endswith(".tar") and {"position", "ordinal", "attempt"} <= lines[0].keys()
+    index = load_index(index_path(Path(lines[0]["shard"])))
+    assert index.samples["key_hash"][index.samples["offset"] == lines[0]["byte"]] == [draws.hash64(lines[0]["key"])]
 
 
 def test_substitutes_are_the_same_on_every_world_size_and_rerun(own_folder):

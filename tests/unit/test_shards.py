@@ -58,6 +58,13 @@ def test_a_read_gives_the_parts_of_the_usable_sample(folder):
     reader.close()
 
 
+def test_a_sample_is_named_by_the_byte_at_which_it_begins(folder):
+    reader = ShardReader(open_dataset(folder), None)
+    offsets = load_index(index_path(folder / "1.tar")).samples["offset"]
+    assert [reader.byte(1, ordinal) for ordinal in range(4)] == offsets[[0, 1, 3, 4]].tolist()
+    reader.close()
+
+
 def test_without_a_condition_kind_none_is_read(folder):
     reader = ShardReader(open_dataset(folder), None)
     assert reader.read(0, 0).condition is None
