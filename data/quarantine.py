@@ -1,0 +1,222 @@
+"""Taking bad samples out of the next run: the ledgers of a run become flags in the indexes of its shards.
+
+A run that meets a bad sample replaces it and notes it in `bad-samples-<rank>.jsonl`. Quarantine flags what was noted,
+so that the next run has it not in its order at all. The flags are part of the index digests: the data set's
+fingerprint changes, and what has begun on the old one cannot go on until they are taken back.
+"""
+
+import argparse
+import fcntl
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from tqdm import tqdm
+
+from controlbooth.data.draws import hash64
+from controlbooth.data.manifest import NAME, describe_shard, find_shards, fingerprint, read_manifest, write_manifest
+from controlbooth.data.sidecar import QUARANTINED, ShardIndex, index_path, load_index, make_index, write_index
+
+LEDGER = "bad-samples-*.jsonl"
+_NAMED_BY_PLACE = "header"
+"""The part of ledger entries whose sample could not be read as far as its key."""
+
+
+_FIELDS = ("position", "attempt", "shard", "byte", "key", "part", "error")
+
+
+def read_ledgers(run: Path) -> list[dict]:
+    """The entries of a run's ledgers, each event once, by position.
+
+    A run that goes on from a checkpoint meets the bad samples since then again, perhaps on another rank, and notes them
+    again; and a process that is killed may leave a torn line, which its next entry is then appended to. Raises
+    ValueError for a line that never was an entry.
+    """
+    events: dict[tuple[int, int], dict] = {}
+    for path in sorted(run.glob(LEDGER)):
+        for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+            try:
+                entry = json.loads(line[max(line.rfind('{"position"'), 0) :])
+            except ValueError:
+                if not line.startswith("{"):
+                    raise ValueError(f"{path}, line {number} is no ledger entry: {line[:80]!r}. Remove it") from None
+                continue
+            if missing := [name for name in _FIELDS if name not in entry]:
+                raise ValueError(
+                    f"{path}, line {number} is no ledger entry, as it has no {', '.join(missing)}. Remove it"
+                )
+            events.setdefault((entry["position"], entry["attempt"]), entry)
+    return [events[event] for event in sorted(events)]
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """The resolved configuration of a run folder, as a tree. Raises ValueError where there is none."""
+    path = folder / "config.yaml"
+    if not path.exists():
+        raise ValueError(f"{folder} holds no config.yaml, so it is no run; give the folder of a run, as runs/photos")
+    return yaml.safe_load(path.read_text())
+
+
+@dataclass(frozen=True)
+class Change:
+    """What quarantine does to one shard: rows whose flag changes, and entries that match no sample of it."""
+
+    path: Path
+    index: ShardIndex
+    rows: np.ndarray
+    unmatched: list[dict]
+
+
+def plan_changes(entries: Sequence[dict], paths: Sequence[Path], undo: bool = False) -> list[Change]:
+    """The shards that the entries name, with the rows to flag (undo: to clear). Reads indexes, changes nothing.
+
+    Raises ValueError for an entry whose shard is not among `paths`.
+    """
+    by_shard: dict[str, dict[int, dict]] = {}
+    for entry in entries:
+        by_shard.setdefault(entry["shard"], {})[entry["byte"]] = entry
+    known = {str(path): path for path in paths}
+    if foreign := sorted(by_shard.keys() - known.keys()):
+        raise ValueError(
+            f"{len(foreign)} shards of the ledger are not in this data set, as {foreign[0]}: "
+            f"name the data set that the run was trained on with --shards"
+        )
+    changes = []
+    for name in tqdm(sorted(by_shard), unit="shard", desc="quarantine", disable=len(by_shard) < 50):
+        index = load_index(index_path(known[name]))
+        rows, unmatched = [], []
+        for byte, entry in sorted(by_shard[name].items()):
+            row = _row(index, byte, entry)
+            if row is None:
+                unmatched.append(entry)
+            elif bool(index.samples["flags"][row] & QUARANTINED) == undo:
+                rows.append(row)
+        changes.append(Change(known[name], index, np.array(rows, np.int64), unmatched))
+    return changes
+
+
+def apply_changes(changes: Sequence[Change]) -> None:
+    """Flips the quarantine flag of the planned rows; each sidecar is replaced whole."""
+    for change in tqdm(changes, unit="shard", desc="write", disable=len(changes) < 50):
+        if len(change.rows):
+            samples = change.index.samples.copy()
+            samples["flags"][change.rows] ^= QUARANTINED
+            index = make_index(change.index.shard_bytes, change.index.extensions, samples, change.index.parts)
+            write_index(index, index_path(change.path))
+
+
+def _row(index: ShardIndex, byte: int, entry: dict) -> int | None:
+    """The row of the sample that begins at this byte, if it is still the one that was noted."""
+    row = int(np.searchsorted(index.samples["offset"], byte))
+    if row == len(index.samples) or int(index.samples["offset"][row]) != byte:
+        return None
+    same = entry["part"] == _NAMED_BY_PLACE or int(index.samples["key_hash"][row]) == hash64(entry["key"])
+    return row if same else None
+
+
+def _paths_and_manifest(location: str) -> tuple[list[Path], Path | None]:
+    """The shards of a data set, and its manifest where it has one, without holding them against each other.
+
+    That is what lets a quarantine that was killed between two shards be repeated.
+    """
+    path = Path(location)
+    manifest = path / NAME if path.is_dir() else path
+    if manifest.suffix == ".jsonl" and manifest.exists():
+        return [Path(row.uri) for row in read_manifest(manifest)], manifest
+    return [path.absolute() for path in find_shards(location)], None
+
+
+def _refuse_while_training(run: Path) -> None:
+    """Raises ValueError while a training holds the run's lock: it would stop at the next shard that it opens."""
+    lock = run / ".lock"
+    if not lock.exists():
+        return
+    with open(lock) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"{run} is training, and reads the indexes that would change. Wait for it, or stop it first"
+            ) from None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`controlbooth data quarantine`: flags what the ledgers of runs name."""
+    arguments = _parser().parse_args(argv)
+    trees = [read_run(run) for run in arguments.runs]
+    locations = {arguments.shards} if arguments.shards else {tree["data"]["shards"] for tree in trees}
+    if len(locations) > 1:
+        raise ValueError(
+            f"the runs have different data sets ({', '.join(sorted(locations))}); give one after the other"
+        )
+    entries = [entry for run in arguments.runs for entry in read_ledgers(run)]
+    if not entries:
+        print(f"no bad samples: no entries in {LEDGER} of {', '.join(map(str, arguments.runs))}")
+        return 0
+    for run in arguments.runs:
+        _refuse_while_training(run)
+    paths, manifest = _paths_and_manifest(locations.pop())
+    changes = plan_changes(entries, paths, arguments.undo)
+    _print_entries(entries, changes)
+    before = fingerprint(read_manifest(manifest) if manifest else [describe_shard(path) for path in paths])
+    if not arguments.dry_run:
+        apply_changes(changes)
+        rows = [describe_shard(path) for path in tqdm(paths, unit="shard", desc="manifest", disable=len(paths) < 1000)]
+        if manifest:
+            write_manifest(rows, manifest)
+        _print_outcome(before, fingerprint(rows), sum(row.usable for row in rows), arguments)
+    return 0
+
+
+def _print_entries(entries: Sequence[dict], changes: Sequence[Change], most: int = 20) -> None:
+    named = {(entry["shard"], entry["byte"]): entry for entry in entries}
+    print(f"{len(entries)} events, {len(named)} bad samples in {len(changes)} shards")
+    for entry in list(named.values())[:most]:
+        print(
+            f"  {Path(entry['shard']).name}, byte {entry['byte']}, {entry['key']!r}: {entry['part']}: {entry['error']}"
+        )
+    if len(named) > most:
+        print(f"  ... and {len(named) - most} more")
+    flips = sum(len(change.rows) for change in changes)
+    unmatched = [entry for change in changes for entry in change.unmatched]
+    print(f"{flips} flags change, {len(named) - flips - len(unmatched)} are as they should be already")
+    if unmatched:
+        first = f"{unmatched[0]['key']!r} in {unmatched[0]['shard']}"
+        print(
+            f"{len(unmatched)} entries match no sample any more, as {first}: "
+            f"these shards were written anew since, and are left alone"
+        )
+
+
+def _print_outcome(before: str, after: str, usable: int, arguments: argparse.Namespace) -> None:
+    if before == after:
+        print(f"the data set is as it was: {usable} usable samples, fingerprint {after}")
+        return
+    print(f"{usable} usable samples; the fingerprint changes from {before} to {after}")
+    repeat = f"controlbooth data quarantine {' '.join(map(str, arguments.runs))}"
+    repeat += f" --shards {arguments.shards}" if arguments.shards else ""
+    if arguments.undo:
+        print(f"runs that began on the data set as it is now can go on; flag them again with: {repeat}")
+    else:
+        print(f"new runs leave these samples out. Runs that began before refuse to go on until: {repeat} --undo")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="controlbooth data quarantine",
+        description="Leave the bad samples that runs met out of the next run: flag them in the indexes of the shards. "
+        "The shards themselves are not changed. What is flagged stays so until --undo, or until `controlbooth data "
+        "index --rebuild` reads the shard anew.",
+        epilog="examples:\n  controlbooth data quarantine runs/photos --dry-run\n"
+        "  controlbooth data quarantine runs/photos\n  controlbooth data quarantine runs/photos --undo",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("runs", nargs="+", type=Path, help=f"folders of runs; their ledgers are {LEDGER}")
+    parser.add_argument("--shards", help="the data set (default: data.shards of the run's config.yaml)")
+    parser.add_argument("--dry-run", action="store_true", help="say what would change, and change nothing")
+    parser.add_argument("--undo", action="store_true", help="clear the flags of these ledgers' samples instead")
+    return parser
