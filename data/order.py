@@ -97,6 +97,23 @@ class Order:
         within = self._block_permutation(epoch.number, lane, block)[at]
         return self._place(epoch, self._lane(epoch.number, lane), block, int(within))
 
+    def position_of(self, epoch: int, shard: int, ordinal: int) -> int | None:
+        """The position at which an epoch reads this sample, or None where the epoch leaves it out. Inverts `locate`."""
+        table = self._epoch(epoch)
+        hole, length = int(table.hole_start[shard]), int(table.hole_length[shard])
+        if not 0 <= ordinal < self.samples_per_shard[shard]:
+            raise ValueError(f"shard {shard} has {self.samples_per_shard[shard]} samples, so none numbered {ordinal}")
+        if hole <= ordinal < hole + length:
+            return None
+        kept = ordinal - length if ordinal >= hole else ordinal
+        number, at = divmod(int(table.starts[np.flatnonzero(table.shards == shard)[0]]) + kept, self.samples_per_lane)
+        lane = self._lane(epoch, number)
+        block = int(np.searchsorted(lane.block_starts, at, side="right")) - 1
+        within = at - int(lane.block_starts[block])
+        read_at = int(np.flatnonzero(self._block_permutation(epoch, number, block) == within)[0])
+        i = (int(lane.block_starts[block]) + read_at - lane.rotation) % self.samples_per_lane
+        return epoch * self.samples_per_epoch + i * self.lanes + number
+
     def substitute(self, position: int, attempt: int) -> Place:
         """A hash-chosen sample of the block that the position lies in, to stand in for a bad one. attempt: 1, 2, ...
 

@@ -54,6 +54,25 @@ def test_each_sample_comes_at_most_once_an_epoch_and_all_but_the_left_over_come(
     assert all(place.epoch == epoch and 0 <= place.ordinal < counts[place.shard] for place in places)
 
 
+@given(
+    st.lists(st.integers(0, 30), min_size=1, max_size=12).filter(any),
+    st.integers(0, 2**62),
+    st.integers(1, 16),
+    st.integers(1, 4),
+    st.integers(0, 1000),
+)
+@settings(max_examples=50, deadline=None)
+def test_a_sample_is_found_at_the_one_position_of_an_epoch_that_reads_it(counts, seed, lanes, block, epoch):
+    order = Order(counts, seed, min(lanes, sum(counts)), block)
+    start = epoch * order.samples_per_epoch
+    read = {place[1:]: start + i for i, place in enumerate(epoch_of(order, epoch))}
+    for shard, count in enumerate(counts):
+        for ordinal in range(count):
+            assert order.position_of(epoch, shard, ordinal) == read.get((shard, ordinal))
+        with pytest.raises(ValueError, match=f"shard {shard} has {count} samples, so none numbered {count}"):
+            order.position_of(epoch, shard, count)
+
+
 @pytest.mark.parametrize("samples", [n for k in (6, 9, 12) for n in (2**k - 1, 2**k, 2**k + 1)])
 def test_an_epoch_is_a_bijection_around_powers_of_two(samples):
     order = Order([samples], seed=1, lanes=1)
