@@ -35,6 +35,14 @@ PART = np.dtype([("offset", "<u4"), ("size", "<u4"), ("crc", "<u4")])
 """offset: of the payload from the sample's offset, 0 where the sample lacks the part. crc: zlib.crc32 of the bytes."""
 
 MISSING_IMAGE, MISSING_CAPTION, MISSING_CONDITION, DUPLICATE, BAD_IMAGE, QUARANTINED = 1, 2, 4, 8, 16, 32
+FLAG_NAMES = {
+    MISSING_IMAGE: "no target image",
+    MISSING_CAPTION: "no caption",
+    MISSING_CONDITION: "a condition is missing",
+    DUPLICATE: "its key was there before",
+    BAD_IMAGE: "its target image has no readable header",
+    QUARANTINED: "quarantined",
+}
 _UNUSABLE = MISSING_IMAGE | MISSING_CAPTION | DUPLICATE | BAD_IMAGE | QUARANTINED
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")

@@ -25,6 +25,8 @@ VERBS = {  # group -> verb -> (module:function, what it does)
         "data info": ("controlbooth.data.inspect:info_main", "sizes, conditions and faults of a data set"),
         "data show": ("controlbooth.data.inspect:show_main", "look at samples as the trainer sees them"),
         "data order": ("controlbooth.data.inspect:order_main", "which samples a step reads, on which rank"),
+        "data explain": ("controlbooth.data.explain:main", "every step of a run that sees one sample, and how"),
+        "data bench": ("controlbooth.data.bench:main", "how fast a data set is read and decoded here"),
         "data quarantine": ("controlbooth.data.quarantine:main", "leave the bad samples of a run out of the next"),
     },
 }

@@ -1,0 +1,266 @@
+"""Where one sample lies, and every step of a run that sees it: its prompt, flip, crop and timestep there.
+
+All of it is arithmetic on positions, so steps that are still to come are told as surely as those that were.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from controlbooth.data import draws
+from controlbooth.data.decode import BadSample, crop_slack
+from controlbooth.data.manifest import Dataset, open_dataset
+from controlbooth.data.order import Order
+from controlbooth.data.prompts import read_captions
+from controlbooth.data.quarantine import read_ledgers, read_run
+from controlbooth.data.shards import ShardReader
+from controlbooth.data.sidecar import FLAG_NAMES, ShardIndex, index_path, load_index
+
+TRAIN_TIMESTEPS = 1000
+"""Of every base model that there is a family for."""
+
+
+@dataclass(frozen=True)
+class RunNumbers:
+    """What decides when a sample is seen, and how."""
+
+    shards: str
+    condition: str | None
+    seed: int
+    global_batch_size: int
+    lanes: int
+    shards_per_block: int
+    steps: int
+    prompt_dropout: float
+    random_flip: bool
+    crop_resolution: int | None
+    """Side of random crops in pixels, None where the middle is taken."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A sample with the key that was asked for."""
+
+    shard: int
+    row: int
+    ordinal: int | None
+    """Among the samples that the run uses, None where it is not one of them."""
+    byte: int
+    size: tuple[int, int]
+    """Width and height of the target image."""
+    flags: int
+
+
+@dataclass(frozen=True)
+class Presentation:
+    """One time at which a run sees a sample."""
+
+    position: int
+    step: int
+    epoch: int
+    dropped: bool
+    flipped: bool
+    crop: tuple[int, int] | None
+    """Top and left of the square, in the resized picture."""
+    timestep: int
+    caption: int
+    """Which of its captions is the prompt, where it is not dropped."""
+
+
+def numbers_of_run(folder: Path, steps: int | None = None) -> RunNumbers:
+    """From the run's config.yaml; steps: instead of its max_steps."""
+    tree = read_run(folder)
+    data = tree["data"]
+    return RunNumbers(
+        shards=data["shards"],
+        condition=data["condition"],
+        seed=tree["seed"],
+        global_batch_size=tree["global_batch_size"],
+        lanes=data["lanes"] or tree["global_batch_size"],
+        shards_per_block=data["shards_per_block"],
+        steps=steps or tree["max_steps"],
+        prompt_dropout=data["prompt_dropout"],
+        random_flip=data["random_flip"],
+        crop_resolution=data["resolution"] if data["random_crop"] else None,
+    )
+
+
+def find_key(dataset: Dataset, key: str, condition: str | None) -> list[Found]:
+    """All samples of this key; more than one where keys are not unique. Reads every index."""
+    wanted, found = draws.hash64(key), []
+    for shard, path in enumerate(tqdm(dataset.paths, unit="shard", desc="search", disable=len(dataset.paths) < 1000)):
+        index = load_index(index_path(path))
+        for row in np.flatnonzero(index.samples["key_hash"] == np.uint64(wanted)).tolist():
+            found.append(_found(index, shard, row, condition))
+    return found
+
+
+def _found(index: ShardIndex, shard: int, row: int, condition: str | None) -> Found:
+    record = index.samples[row]
+    ordinals = np.flatnonzero(index.usable(condition) == row)
+    size = (int(record["width"]), int(record["height"]))
+    ordinal = int(ordinals[0]) if len(ordinals) else None
+    return Found(shard, row, ordinal, int(record["offset"]), size, int(record["flags"]))
+
+
+def presentations(
+    order: Order, numbers: RunNumbers, found: Found, key: str, captions: int
+) -> Iterator[Presentation | int]:
+    """Each time that a run of these numbers sees the sample, in order; the number of an epoch that leaves it out.
+
+    found must have an ordinal. captions: how many the sample has.
+    """
+    assert found.ordinal is not None
+    key_hashes = np.array([draws.hash64(key)], np.uint64)
+    positions = numbers.steps * numbers.global_batch_size
+    for epoch in range(-(-positions // order.samples_per_epoch)):
+        position = order.position_of(epoch, found.shard, found.ordinal)
+        if position is None:
+            yield epoch
+        elif position < positions:
+            at = np.array([position])
+            crop = None
+            if numbers.crop_resolution is not None:
+                slack = crop_slack(found.size[1], found.size[0], numbers.crop_resolution)
+                top, left = draws.crops(numbers.seed, at, np.array([slack]))[0].tolist()
+                crop = (top, left)
+            yield Presentation(
+                position=position,
+                step=position // numbers.global_batch_size,
+                epoch=epoch,
+                dropped=bool(
+                    draws.prompt_dropped(numbers.seed, np.array([epoch]), key_hashes, numbers.prompt_dropout)[0]
+                ),
+                flipped=numbers.random_flip and bool(draws.flips(numbers.seed, at)[0]),
+                crop=crop,
+                timestep=int(draws.timesteps(numbers.seed, at, TRAIN_TIMESTEPS)[0]),
+                caption=int(draws.caption_choice(numbers.seed, at, np.array([captions]))[0]),
+            )
+
+
+def steps_done(run: Path) -> int:
+    """How many steps a run has finished, as its metrics.jsonl says; the last line may be torn."""
+    path = run / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    whole = (line for line in reversed(lines) if line.endswith(b"\n") and b'"step":' in line)
+    return next((record["step"] for record in map(json.loads, whole) if "step" in record), 0)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`controlbooth data explain`: 0 where the sample is found, 1 where it is not."""
+    arguments = _parser().parse_args(argv)
+    numbers = _numbers(arguments)
+    dataset = open_dataset(numbers.shards)
+    found = find_key(dataset, arguments.key, numbers.condition)
+    if not found:
+        print(f"no sample of {dataset.location} has the key {arguments.key!r}")
+        return 1
+    order = Order(dataset.samples_per_shard(numbers.condition), numbers.seed, numbers.lanes, numbers.shards_per_block)
+    done = steps_done(arguments.run) if arguments.run else None
+    reader = ShardReader(dataset, numbers.condition)
+    try:
+        for one in found:
+            captions = _print_sample(dataset, reader, one, arguments.key)
+            if one.ordinal is not None:
+                _print_presentations(order, numbers, one, arguments.key, captions, done)
+    finally:
+        reader.close()
+    if arguments.run:
+        _print_substitutions(arguments.run, arguments.key)
+    return 0
+
+
+def _numbers(arguments: argparse.Namespace) -> RunNumbers:
+    if arguments.run:
+        return numbers_of_run(arguments.run, arguments.steps)
+    if not (arguments.shards and arguments.global_batch_size and arguments.steps):
+        raise ValueError("give --run, or --shards with --global-batch-size and --steps, to say which run is meant")
+    return RunNumbers(
+        shards=arguments.shards,
+        condition=arguments.condition,
+        seed=arguments.seed,
+        global_batch_size=arguments.global_batch_size,
+        lanes=arguments.lanes or arguments.global_batch_size,
+        shards_per_block=arguments.shards_per_block,
+        steps=arguments.steps,
+        prompt_dropout=arguments.prompt_dropout,
+        random_flip=arguments.random_flip,
+        crop_resolution=None,
+    )
+
+
+def _print_sample(dataset: Dataset, reader: ShardReader, found: Found, key: str) -> int:
+    """Prints where it lies and what it is; -> how many captions it has, at least 1."""
+    print(f"{key}: {dataset.paths[found.shard]}, sample {found.row}, byte {found.byte}")
+    if found.ordinal is None:
+        faults = [name for flag, name in FLAG_NAMES.items() if found.flags & flag] or ["it lacks the condition"]
+        print(f"  not trained on: {', '.join(faults)}")
+        return 1
+    try:
+        sample = reader.read(found.shard, found.ordinal)
+        captions = read_captions(sample.caption, sample.caption_extension, sample.key)
+    except BadSample as bad:
+        print(f"  bad: {bad.part}: {bad.reason}; another sample stands in for it")
+        return 1
+    parts = f"{sample.image_extension}{f', {sample.condition_extension}' if sample.condition_extension else ''}"
+    print(f"  {found.size[0]} x {found.size[1]} pixels; {parts}, {sample.caption_extension}")
+    for number, caption in enumerate(captions):
+        print(f"  caption {number}: {caption}")
+    return len(captions)
+
+
+def _print_presentations(
+    order: Order, numbers: RunNumbers, found: Found, key: str, captions: int, done: int | None
+) -> None:
+    left_out = []
+    print(f"  {'step':>10} {'epoch':>6} {'position':>12}  {'prompt':9}  {'flip':4}  {'crop':>9}  {'timestep':>8}")
+    for item in presentations(order, numbers, found, key, captions):
+        if isinstance(item, int):
+            left_out.append(item)
+            continue
+        prompt = "dropped" if item.dropped else f"caption {item.caption}"
+        crop = "middle" if item.crop is None else f"{item.crop[0]},{item.crop[1]}"
+        when = "" if done is None else "  seen" if item.step < done else "  to come"
+        print(
+            f"  {item.step:10d} {item.epoch:6d} {item.position:12d}  {prompt:9}  {'yes' if item.flipped else 'no':4}  "
+            f"{crop:>9}  {item.timestep:8d}{when}"
+        )
+    if left_out:
+        print(f"  left out of epochs {', '.join(map(str, left_out))}, whose samples do not fill a row of lanes")
+
+
+def _print_substitutions(run: Path, key: str) -> None:
+    for entry in read_ledgers(run):
+        if entry["key"] == key:
+            stand_in = entry["substitute"] or "nothing, with weight 0"
+            print(f"  position {entry['position']}: it was bad ({entry['error']}), and replaced by {stand_in}")
+        elif entry["substitute"] == key:
+            print(f"  position {entry['position']}: it stood in for {entry['key']}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="controlbooth data explain",
+        description="Say where a sample lies and at which steps a run has seen it or will.",
+        epilog="examples:\n  controlbooth data explain 000123 --run runs/photos\n"
+        "  controlbooth data explain 000123 --shards shards/train --global-batch-size 256 --steps 10000",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("key")
+    parser.add_argument("--run", type=Path, help="the folder of a run, whose numbers and ledgers are taken")
+    parser.add_argument("--steps", type=int, help="look so many steps ahead (default: max_steps of the run)")
+    instead = parser.add_argument_group("without a run")
+    instead.add_argument("--shards", help="a manifest, a folder, a tar, a glob or a {000..009} range")
+    instead.add_argument("--global-batch-size", type=int)
+    instead.add_argument("--condition", help="kind that the run trains on (default: none)")
+    instead.add_argument("--lanes", type=int, help="(default: the global batch size)")
+    instead.add_argument("--shards-per-block", type=int, default=2, help="(default: 2)")
+    instead.add_argument("--seed", type=int, default=0, help="(default: 0)")
+    instead.add_argument("--prompt-dropout", type=float, default=0.0, help="(default: 0)")
+    instead.add_argument("--random-flip", action="store_true")
+    return parser
