@@ -246,3 +246,15 @@ def test_a_condition_of_the_wrong_size_is_refused(load_tiny):
     latents, timesteps, text, conditioning = batch(base)
     with pytest.raises(ValueError, match="condition is 16x32 pixels, but latents of 4x4 need 32x32"):
         predict(base.unet, build_controlnet(base.unet), latents, timesteps, text, conditioning[:, :, :16])
+
+
+def test_a_sparse_condition_reaches_the_end_of_an_untrained_hint_network(load_tiny):
+    torch.manual_seed(0)
+    hint = build_controlnet(load_tiny("sd15").unet, (16, 32, 96, 256)).controlnet_cond_embedding
+    condition = torch.zeros(1, 3, 64, 64)
+    condition[..., 20:22, 10:50] = 1.0  # an edge
+    features = {name: hint.conv_in(picture) for name, picture in (("edge", condition), ("none", condition * 0))}
+    for block in hint.blocks:
+        features = {name: block(torch.nn.functional.silu(x)) for name, x in features.items()}
+    assert (features["edge"] - features["none"]).std() > 0.01
+    assert not hint.conv_out.weight.any()
