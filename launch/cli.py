@@ -27,6 +27,8 @@ VERBS = {  # group -> verb -> (module:function, what it does)
         "data order": ("controlbooth.data.inspect:order_main", "which samples a step reads, on which rank"),
         "data explain": ("controlbooth.data.explain:main", "every step of a run that sees one sample, and how"),
         "data bench": ("controlbooth.data.bench:main", "how fast a data set is read and decoded here"),
+        "data lint": ("controlbooth.data.lint:main", "find copies, mismatched pairs, broken and useless samples"),
+        "data stats": ("controlbooth.data.stats:main", "lengths and frequencies of captions, sizes of pictures"),
         "data quarantine": ("controlbooth.data.quarantine:main", "leave the bad samples of a run out of the next"),
     },
 }

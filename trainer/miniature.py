@@ -9,6 +9,7 @@
     unet     v-prediction on cached latents; prompts reach it by cross-attention and, pooled, beside the timestep.
              On two ranks: torchrun --standalone --nproc-per-node 2 -m controlbooth.trainer.miniature unet --work FOLDER
     export   writes the diffusers folder;   score   samples 128 held-out captions and has the judge read them
+    unpack   the reverse of export: fills an empty work folder from the shipped weights, so that `unet` trains them on
 
 `vae` and `unet` go on from what they saved. MINUTES of each stage of the shipped weights are in its model card.
 """
@@ -446,8 +447,9 @@ def train_unet(work: Path, minutes: float, final: bool) -> None:
     if path.exists():
         saved = torch.load(path, weights_only=True)
         unet.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
         average, step = saved["average"], saved["step"]
+        if saved["optimizer"] is not None:  # none after `unpack`
+            optimizer.load_state_dict(saved["optimizer"])
     draw = np.random.default_rng([step, world.rank])
     torch.manual_seed(step * world.world_size + world.rank)
     clock, losses, share = Clock(minutes, every_seconds=60.0), [], 0.0
@@ -469,7 +471,7 @@ def train_unet(work: Path, minutes: float, final: bool) -> None:
         timesteps = (timesteps * noise_scheduler.config.num_train_timesteps).long()
         noisy = noise_scheduler.add_noise(x, noise, timesteps).contiguous(memory_format=torch.channels_last)
         target = noise_scheduler.get_velocity(x, noise, timesteps)
-        rate = LEARNING_RATE * min(1.0, (step + 1) / 200)
+        rate = LEARNING_RATE * min(1.0, (step - first + 1) / 200)
         set_learning_rate(optimizer, rate * (min(1.0, 3.0 * (1.0 - share) + 0.02) if final else 1.0))
         with mixed_precision(), sdpa_kernel(SDPBackend.MATH):  # for so few tokens faster than the fused kernel
             predicted = unet(noisy, timesteps, hidden).sample
@@ -517,6 +519,7 @@ def export(work: Path, out: Path) -> None:
     )
     pipeline.save_pretrained(temporary)
     shutil.copy(work / "judge.safetensors", temporary)
+    (temporary / "training.json").write_text(json.dumps({"unet_steps": saved["step"], "batch": 2 * BATCH}))
     for kept in ("README.md", "samples.png"):
         if (out / kept).exists():
             shutil.copy(out / kept, temporary)
@@ -524,6 +527,19 @@ def export(work: Path, out: Path) -> None:
     temporary.rename(out)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     print(f"{out}: {size / 1e6:.1f} MB, after {saved['step']} steps")
+
+
+def unpack(work: Path, out: Path) -> None:
+    """Fills a work folder from the exported one. The optimizer's moments are not shipped: they warm up again."""
+    for name in ("text_encoder", "tokenizer"):
+        shutil.copytree(out / name, work / name, dirs_exist_ok=True)
+    shutil.copy(out / "judge.safetensors", work)
+    vae: Any = AutoencoderKL.from_pretrained(out / "vae", torch_dtype=torch.float32)
+    save_atomically(dict(model=vae.state_dict(), optimizer=None, step=0), work / "vae.pt")
+    unet: Any = UNet2DConditionModel.from_pretrained(out / "unet", torch_dtype=torch.float32)
+    average = {name: p.detach().clone() for name, p in unet.named_parameters()}
+    steps = json.loads((out / "training.json").read_text())["unet_steps"]
+    save_atomically(dict(model=unet.state_dict(), optimizer=None, average=average, step=steps), work / "unet.pt")
 
 
 def score(out: Path, count: int = 128) -> dict[str, float]:
@@ -555,11 +571,11 @@ def score(out: Path, count: int = 128) -> dict[str, float]:
     draw_grid(out / "samples.png", columns, captions[:12])
     for name, value in figures.items():
         print(f"  {name:<32}{value:.3f}")
-    (out / "README.md").write_text(card(figures, count))
+    (out / "README.md").write_text(card(out, figures, count))
     return figures
 
 
-def card(figures: dict[str, float], count: int) -> str:
+def card(out: Path, figures: dict[str, float], count: int) -> str:
     """The model card: what it is, how it was made, what it can do."""
     asked = ("background", "object_colour", "object_class", "object_size", "count")
     rows = [
@@ -572,6 +588,7 @@ def card(figures: dict[str, float], count: int) -> str:
         "U-Net": build_unet(),
         "VAE": AutoencoderKL(**VAE),
     }
+    steps = json.loads((out / "training.json").read_text())["unet_steps"]
     sizes = ", ".join(f"{name} {sum(p.numel() for p in part.parameters()):,}" for name, part in parts.items())
     return f"""---
 library_name: diffusers
@@ -611,13 +628,16 @@ Trained by `trainer/miniature.py` from random weights on scenes of `data/scenes.
 
 ```
 python -m controlbooth.trainer.miniature scenes --work FOLDER
-python -m controlbooth.trainer.miniature vae    --work FOLDER --minutes 16
-python -m controlbooth.trainer.miniature judge  --work FOLDER --minutes 5
-python -m controlbooth.trainer.miniature text   --work FOLDER --minutes 5
+python -m controlbooth.trainer.miniature vae    --work FOLDER --minutes 22
+python -m controlbooth.trainer.miniature judge  --work FOLDER --minutes 7
+python -m controlbooth.trainer.miniature text   --work FOLDER --minutes 4
 torchrun --standalone --nproc-per-node 2 -m controlbooth.trainer.miniature unet --work FOLDER --minutes 80 --final
 python -m controlbooth.trainer.miniature export --work FOLDER
 python -m controlbooth.trainer.miniature score  --work FOLDER
 ```
+
+The U-Net has seen {2 * BATCH * steps:,} samples. To train it on: stages `unpack` and `scenes` into an empty folder,
+then `unet`.
 """
 
 
@@ -633,11 +653,11 @@ STAGES = {"vae": train_vae, "judge": train_judge, "text": train_text, "unet": tr
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("scenes", *STAGES, "export", "score"))
+    parser.add_argument("stage", choices=("scenes", *STAGES, "export", "score", "unpack"))
     parser.add_argument("--work", type=Path, required=True, help="folder of the training's own files")
     parser.add_argument("--out", type=Path, default=MINIATURE, help="the diffusers folder (default: models/miniature)")
     parser.add_argument("--minutes", type=float, default=10.0, help="how long the stage trains")
-    parser.add_argument("--scenes", type=int, default=48_000, help="how many the stage `scenes` draws")
+    parser.add_argument("--scenes", type=int, default=64_000, help="how many the stage `scenes` draws")
     parser.add_argument("--final", action="store_true", help="let the U-Net's learning rate end at 0 (the last run)")
     options = parser.parse_args()
     torch.set_flush_denormal(True)
@@ -648,6 +668,8 @@ def main() -> None:
         export(options.work, options.out)
     elif options.stage == "score":
         score(options.out)
+    elif options.stage == "unpack":
+        unpack(options.work, options.out)
     elif options.stage == "unet":
         train_unet(options.work, options.minutes, options.final)
     else:
