@@ -79,6 +79,11 @@ def verb(command: Sequence[str]) -> float:
     return time.monotonic() - started
 
 
+def beside_python(program: str) -> str:
+    """How to call a program of this environment from here, whether or not the environment is active."""
+    return os.path.relpath(Path(sys.executable).with_name(program))
+
+
 def summary(run: Path, data: Path, export: Path, uri: str, seconds: dict[str, float]) -> str:
     """The closing table: what was made, where it lies, how to open it, what to do next."""
     fidelity = json.loads((run / "fidelity.json").read_text())
@@ -88,6 +93,7 @@ def summary(run: Path, data: Path, export: Path, uri: str, seconds: dict[str, fl
         (name, f"{figures['mask_iou']:.3f}", f"{figures['edge_f1']:.3f}")
         for name, figures in fidelity["pictures"].items()
     ]
+    us = beside_python("controlbooth")
     grids = sorted((run / "samples").glob("step-*.png"))
     lines = [
         "",
@@ -110,11 +116,11 @@ def summary(run: Path, data: Path, export: Path, uri: str, seconds: dict[str, fl
         "  " + ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items()),
         "",
         "== next",
-        f"  pip install 'controlbooth[mlflow]' && mlflow ui --backend-store-uri {uri}",
+        f"  {beside_python('mlflow')} ui --backend-store-uri {uri}",
         "  your own pictures:",
-        "    controlbooth data pack PHOTOS/ -o shards/ --condition canny --caption 'a photo of a {folder}'",
-        "    controlbooth data show shards/ -o sheet.png",
-        "    controlbooth train launch/configs/photos.yaml data.shards=shards/ data.held_out=null",
+        f"    {us} data pack PHOTOS/ -o shards/ --condition canny --caption 'a photo of a {{folder}}'",
+        f"    {us} data show shards/ -o sheet.png",
+        f"    {us} train launch/configs/photos.yaml data.shards=shards/ data.held_out=null",
         "  full size: launch/configs/sd15-edges.yaml",
     ]
     return "\n".join(lines)
