@@ -114,6 +114,16 @@ class Order:
         i = (int(lane.block_starts[block]) + read_at - lane.rotation) % self.samples_per_lane
         return epoch * self.samples_per_epoch + i * self.lanes + number
 
+    def block_shards(self, position: int) -> tuple[list[int], int]:
+        """The shards of the block in which a position lies, and the position at which its lane enters the next one."""
+        epoch, lane, block, at = self._block_at(position)
+        table = self._lane(epoch.number, lane)
+        first, last = np.searchsorted(table.starts, table.block_starts[block : block + 2]).tolist()
+        i = position % self.samples_per_epoch // self.lanes
+        size = int(table.block_starts[block + 1] - table.block_starts[block])
+        left = min(size - at, self.samples_per_lane - i)  # an epoch ends inside the block with which it began
+        return table.shards[first:last].tolist(), position + left * self.lanes
+
     def substitute(self, position: int, attempt: int) -> Place:
         """A hash-chosen sample of the block that the position lies in, to stand in for a bad one. attempt: 1, 2, ...
 
