@@ -5,9 +5,12 @@ torch and what builds on it are imported inside the functions: most unit tests d
 
 import copy
 import json
+import sys
 from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # damage.py is shared with tests/benchmarks
 
 TOKENS = 12
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz,"
