@@ -17,6 +17,7 @@ REQUIRED = [
     "braceexpand>=0.1.7",
     "deepspeed>=0.19,<0.20",
     "diffusers>=0.42,<0.43",
+    "fsspec>=2026.2",
     "mlflow-skinny>=3.17,<3.18",
     "numpy>=2.0,<3",
     "opencv-python-headless>=4.10",
@@ -50,8 +51,15 @@ setup(
     extras_require={
         "mlflow": ["mlflow>=3.17,<3.18"],  # the UI and the server
         "cuda": ["xformers>=0.0.35"],  # has no CPU kernels
+        "remote": [  # shards in stores and on web servers
+            "aiohttp>=3.9",
+            "botocore>=1.34",
+            "gcsfs>=2026.2",
+            "s3fs>=2026.2",
+        ],
         "dev": [
             "hypothesis>=6.100",
+            "moto[server]>=5.1",
             "pyright[nodejs]>=1.1.400",  # with Node.js as a wheel, for machines that have none
             "pytest>=8",
             "pytest-xdist>=3.6",

@@ -24,7 +24,7 @@ IMPORT_NAMES = {  # what a distribution is imported as, where that is not its na
     "PIL": "pillow",
     "yaml": "pyyaml",
 }
-NOT_IMPORTED = {"accelerate", "alembic", "sqlalchemy"}  # needed by what we import, which does not ask for them
+NOT_IMPORTED = {"accelerate", "alembic", "gcsfs", "s3fs", "sqlalchemy"}  # needed by what we import, which does not ask for them
 
 
 def tracked_files() -> list[str]:
@@ -118,7 +118,7 @@ def requirements(unpacked) -> dict[str, set[str]]:
 def test_what_is_imported_is_asked_for(requirements):
     for name, path in third_party_imports(FOLDERS).items():
         distribution = IMPORT_NAMES.get(name, name)
-        assert distribution in requirements[""] | requirements["cuda"], f"{path} imports {name}: add it to setup.py"
+        assert distribution in requirements[""] | requirements["cuda"] | requirements["remote"], f"{path} imports {name}: add it to setup.py"
     for name, path in third_party_imports(("tests",)).items():
         distribution = IMPORT_NAMES.get(name, name)
         assert distribution in requirements[""] | requirements["dev"], f"{path} imports {name}: add it to setup.py"
@@ -126,7 +126,7 @@ def test_what_is_imported_is_asked_for(requirements):
 
 def test_what_is_asked_for_is_imported(requirements):
     imported = {IMPORT_NAMES.get(name, name) for name in third_party_imports(FOLDERS)}
-    assert requirements[""] - imported == NOT_IMPORTED
+    assert (requirements[""] | requirements["remote"]) - imported == NOT_IMPORTED
 
 
 @pytest.mark.parametrize("name", ["constraints-cpu.txt", "constraints-cuda.txt"])
@@ -135,7 +135,7 @@ def test_every_requirement_is_pinned_to_one_version(name, requirements):
     pinned = {re.sub(r"[_.]", "-", pin.lower()) for pin, _ in pins}
     lines = [line for line in (ROOT / name).read_text().splitlines() if line and not line.startswith("#")]
     assert len(pins) == len(lines)
-    extras = ["", "dev", "mlflow", *(["cuda"] if "cuda" in name else [])]
+    extras = ["", "dev", "mlflow", "remote", *(["cuda"] if "cuda" in name else [])]
     wanted = set().union(*(requirements[extra] for extra in extras))
     assert wanted <= pinned, f"{name} lacks {wanted - pinned}"
 
