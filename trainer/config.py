@@ -53,7 +53,8 @@ class ModelConfig(Section):
 
 class DataConfig(Section):
     shards: str
-    """A manifest.jsonl, a folder of tar shards, a glob, or a brace expression such as train-{000..099}.tar."""
+    """A manifest.jsonl, a folder of tar shards, a glob, or a brace expression such as train-{000..099}.tar. Shards in
+    http(s)://, s3:// or gs:// are named by the manifest that `controlbooth data index` wrote of them."""
     condition: str
     """Which condition of a sample to train on: `edges` reads key.cond.edges.png."""
     held_out: str | None = None
@@ -74,6 +75,11 @@ class DataConfig(Section):
     """Threads of each rank that read and decode."""
     prefetch_steps: int = Field(default=4, gt=0)
     """Steps of decoded batches that each rank holds ready."""
+    cache: Path | None = None
+    """Folder on a local disk of each node for shards of http(s), s3 or gs, which need one; ranks and runs share it."""
+    cache_gib: float = Field(default=100.0, gt=0.0)
+    """What the cache may hold; the shards used last stay. Room for lanes * shards_per_block shards over the nodes is
+    needed, and twice that lets each next shard be fetched before its lane reaches it."""
     max_bad_rate: float = Field(default=0.01, ge=0.0, le=1.0)
     """Share of undecodable samples at which the run stops instead of replacing them."""
 

@@ -24,6 +24,7 @@ class World:
     world_size: int
     local_rank: int
     device: torch.device
+    ranks_per_node: int = 1
 
 
 def join() -> World:
@@ -45,7 +46,8 @@ def join() -> World:
         backend = "cpu:gloo,cuda:nccl"
     if not dist.is_initialized():
         dist.init_process_group(backend, timeout=TIMEOUT)
-    return World(dist.get_rank(), dist.get_world_size(), local_rank, device)
+    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return World(dist.get_rank(), dist.get_world_size(), local_rank, device, ranks_per_node)
 
 
 def leave() -> None:

@@ -31,8 +31,9 @@ os.environ.setdefault("DS_LOG_LEVEL", "error")
 import torch
 from tqdm import tqdm
 
+from controlbooth.data.cache import Cache
 from controlbooth.data.loader import Loader, StepBatch
-from controlbooth.data.manifest import Dataset, open_dataset
+from controlbooth.data.manifest import Dataset, open_dataset, same_place
 from controlbooth.data.order import order_state, resume_position
 from controlbooth.models.attention import (
     AttentionChoice,
@@ -233,7 +234,9 @@ def loop(run: Run, stop: "StopRequest") -> None:
         seconds = time.perf_counter() - started
         started = time.perf_counter()
         mean_loss = sum(losses) / len(losses) / world.world_size
-        loss, stops, substitutions = all_sum([mean_loss, float(stop.requested), float(batch.substitutions)])
+        loss, stops, substitutions, cache_hits = all_sum(
+            [mean_loss, float(stop.requested), float(batch.substitutions), float(batch.cache_hits)]
+        )
         waited, depth_short, fetch, decode, memory = all_max(
             [
                 batch.wait_seconds,
@@ -257,6 +260,7 @@ def loop(run: Run, stop: "StopRequest") -> None:
             "fetch_seconds": fetch,
             "decode_seconds": decode,
             "substitutions": substitutions,
+            "cache_hits": cache_hits,
             "peak_memory_gib": memory,
             "skipped": float(skipped),
         }
@@ -402,9 +406,9 @@ def open_data(config: RunConfig, world: World) -> tuple[Dataset, HeldOutSet | No
     if not config.data.held_out:
         return dataset, None
     held_out = open_dataset(config.data.held_out)
-    shared = {path.resolve() for path in dataset.paths} & {path.resolve() for path in held_out.paths}
+    shared = set(map(same_place, dataset.paths)) & set(map(same_place, held_out.paths))
     if shared:
-        raise ConfigError(f"data.held_out and data.shards share {sorted(map(str, shared))[0]}: hold other shards out")
+        raise ConfigError(f"data.held_out and data.shards share {min(shared)}: hold other shards out")
     held = load_held_out(held_out, config.validation.samples, config.data.condition, config.data.resolution)
     return dataset, held
 
@@ -439,6 +443,8 @@ def make_loader(config: RunConfig, world: World, base: Base, dataset: Dataset, s
         start_step=step,
         max_bad_rate=data.max_bad_rate,
         ledger_path=folder / f"bad-samples-{world.rank}.jsonl",
+        cache=Cache(data.cache, int(data.cache_gib * 2**30)) if data.cache else None,
+        ranks_per_node=world.ranks_per_node,
     )
 
 
