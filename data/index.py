@@ -20,10 +20,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from controlbooth.data import sidecar
+from controlbooth.data import sidecar, storage
 from controlbooth.data.decode import image_size
 from controlbooth.data.draws import hash64
 from controlbooth.data.sidecar import CAPTION_EXTENSIONS, IMAGE_EXTENSIONS, PART, SAMPLE, ShardIndex
+from controlbooth.data.storage import RemoteShard, Shard, StorageError
 from controlbooth.data.tar import Member, TarDamage, members
 
 _KEY = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)  # webdataset.tariterators.base_plus_ext
@@ -68,16 +69,20 @@ def split_name(name: str) -> tuple[str, str] | None:
     return match.group(1), match.group(2).lower()
 
 
-def index_shard(path: Path) -> tuple[ShardIndex, list[Problem]]:
-    """Reads a whole shard. After structural damage the index covers what came before it, and must not be kept."""
-    file_bytes = path.stat().st_size
+def index_shard(path: Shard) -> tuple[ShardIndex, list[Problem]]:
+    """Reads a whole shard. After structural damage the index covers what came before it, and must not be kept.
+
+    One in a store is read through without being kept, so its size is not limited by a disk.
+    """
+    remote = isinstance(path, RemoteShard)
+    file_bytes = path.bytes if remote else path.stat().st_size
     groups: list[_Group] = []
     problems: list[Problem] = []
 
     def report(byte: int, key: str, kind: str, message: str) -> None:
         problems.append(Problem(str(path), byte, key, kind, message))
 
-    with open(path, "rb", buffering=1 << 20) as file:
+    with storage.open_sequential(path) if remote else open(path, "rb", buffering=1 << 20) as file:
         try:
             for member in members(file, file_bytes):
                 split = split_name(member.name)
@@ -88,6 +93,8 @@ def index_shard(path: Path) -> tuple[ShardIndex, list[Problem]]:
             key = groups[-1].key if groups else ""
             after = f" (the last sample before it is {len(groups) - 1})" if groups else ""
             report(damage.byte, key, damage.kind, damage.message + after)
+    if remote:
+        storage.check_version(path)
     _check_keys(groups, report)
     _check_parts(groups, report)
     return _tables(groups, file_bytes), problems
@@ -162,7 +169,7 @@ def _tables(groups: list[_Group], shard_bytes: int) -> ShardIndex:
     return sidecar.make_index(shard_bytes, extensions, samples, parts)
 
 
-def ensure_index(path: Path) -> list[Problem]:
+def ensure_index(path: Shard) -> list[Problem]:
     """Indexes one shard if its sidecar is missing, unreadable or of another size; -> what is wrong with the shard.
 
     A shard that is structurally damaged loses an old sidecar and gets no new one. Of a shard whose sidecar is kept
@@ -171,6 +178,7 @@ def ensure_index(path: Path) -> list[Problem]:
     where = sidecar.index_path(path)
     if _fits(where, path):
         return []
+    where.parent.mkdir(parents=True, exist_ok=True)
     index, problems = index_shard(path)
     if any(problem.kind in STRUCTURAL for problem in problems):
         where.unlink(missing_ok=True)
@@ -179,29 +187,32 @@ def ensure_index(path: Path) -> list[Problem]:
     return problems
 
 
-def _fits(where: Path, shard: Path) -> bool:
+def _fits(where: Path, shard: Shard) -> bool:
     try:
-        return sidecar.load_index(where).shard_bytes == shard.stat().st_size
+        size = shard.bytes if isinstance(shard, RemoteShard) else shard.stat().st_size
+        return sidecar.load_index(where).shard_bytes == size
     except FileNotFoundError:
-        if not shard.exists():
+        if isinstance(shard, Path) and not shard.exists():
             raise
         return False
     except ValueError:  # damaged or of another version: it is about to be replaced
         return False
 
 
-def _drop_old_indexes(paths: Sequence[Path], all_of_them: bool) -> None:
+def _drop_old_indexes(paths: Sequence[Shard], all_of_them: bool) -> None:
     """Deletes sidecars that are older than their shard. Tars are padded, so a replaced one often has the same size.
 
-    Only the command does so: a run that starts on copied shards must not read terabytes because of their times.
+    Only the command does so: a run that starts on copied shards must not read terabytes because of their times. The
+    sidecar of a shard in a store is named by its version, so it is never that of another one.
     """
     for path in paths:
         where = sidecar.index_path(path)
-        if where.exists() and (all_of_them or where.stat().st_mtime_ns < path.stat().st_mtime_ns):
-            where.unlink()
+        older = isinstance(path, Path) and where.exists() and where.stat().st_mtime_ns < path.stat().st_mtime_ns
+        if all_of_them or older:
+            where.unlink(missing_ok=True)
 
 
-def ensure_indexes(paths: Sequence[Path], workers: int = 1) -> list[Problem]:
+def ensure_indexes(paths: Sequence[Shard], workers: int = 1) -> list[Problem]:
     """`ensure_index` over many shards; with several workers each is a process of its own. Shows a progress bar."""
     found: list[Problem] = []
     results = _each(paths, workers)
@@ -210,13 +221,17 @@ def ensure_indexes(paths: Sequence[Path], workers: int = 1) -> list[Problem]:
     return found
 
 
-def _each(paths: Sequence[Path], workers: int) -> Iterator[list[Problem]]:
+def _each(paths: Sequence[Shard], workers: int) -> Iterator[list[Problem]]:
     if min(workers, len(paths)) <= 1:
         yield from (ensure_index(path) for path in paths)
         return
     # spawn: a forked child would inherit threads and locks of whoever calls
     with ProcessPoolExecutor(min(workers, len(paths)), multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(ensure_index, paths, chunksize=1)
+        try:
+            yield from pool.map(ensure_index, paths, chunksize=1)
+        except StorageError as error:  # of a process: raised anew, so that it is a message here as it was there
+            pool.shutdown(cancel_futures=True)
+            raise StorageError(f"{error} (indexes that are written are kept)") from error
 
 
 def usable_cpus() -> int:
@@ -229,18 +244,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(
         prog="controlbooth data index",
-        description="Index tar shards: a sidecar x.tar.idx beside each x.tar, and a manifest of all. "
+        description="Index tar shards: a sidecar x.tar.idx beside each x.tar, and a manifest of all. Of shards in "
+        "stores the sidecars and the manifest are written to a disk; training then names the manifest. "
         "Indexes that are there and fit are kept, so it can be stopped and started again.",
         epilog="examples:\n  controlbooth data index shards/\n  controlbooth data index 'shards/train-{000..099}.tar' "
-        "--manifest train.jsonl",
+        "--manifest train.jsonl\n  controlbooth data index s3://bucket/photos/ --manifest photos.jsonl\n"
+        "  controlbooth data index 'https://host/train-{000..099}.tar' --manifest train.jsonl --indexes /data/indexes",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("shards", nargs="+", help="folders, tar files, globs or {000..009} ranges")
+    parser.add_argument("shards", nargs="+", help="folders, tars, globs or {000..009} ranges; http(s), s3, gs too")
     parser.add_argument("--manifest", type=Path, help="where to write it (default: manifest.jsonl beside the shards)")
+    parser.add_argument("--indexes", type=Path, help="folder for sidecars of remote shards (default: MANIFEST.indexes)")
     parser.add_argument("--workers", type=int, default=usable_cpus(), help="processes (default: the CPUs)")
     parser.add_argument("--rebuild", action="store_true", help="read all shards again, whatever their age")
     arguments = parser.parse_args(argv)
-    paths = [path for location in arguments.shards for path in manifest.find_shards(location)]
+    paths: list[Shard] = []
+    for location in arguments.shards:
+        if not storage.is_remote(location):
+            paths += manifest.find_shards(location)
+        elif arguments.manifest is None:
+            raise ValueError(f"{location} is remote, and its manifest goes to a disk: add --manifest set.jsonl")
+        else:
+            indexes = arguments.indexes or arguments.manifest.with_suffix(".indexes")
+            paths += manifest.locate_remote(location, indexes)
     _drop_old_indexes(paths, arguments.rebuild)
     problems = ensure_indexes(paths, arguments.workers)
     damaged = {problem.shard for problem in problems if problem.kind in STRUCTURAL}
@@ -253,7 +279,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
-    target = arguments.manifest or Path(os.path.commonpath([path.parent.absolute() for path in paths])) / manifest.NAME
+    folders = [path.parent.absolute() for path in paths if isinstance(path, Path)]
+    target = arguments.manifest or Path(os.path.commonpath(folders)) / manifest.NAME
     manifest.write_manifest(rows, target)
     print(f"wrote {target} ({manifest.fingerprint(rows)})")
     return 1 if any(row.usable < row.samples for row in rows) or problems else 0
@@ -264,7 +291,7 @@ def _print_table(rows: list, problems: list[Problem], most: int = 20) -> None:
     shown = rows if len(rows) <= most else [row for row in rows if row.usable < row.samples][:most]
     for row in shown:
         conditions = ", ".join(f"{kind} {count}" for kind, count in row.conditions.items())
-        print(f"{Path(row.uri).name:40} {row.samples:8d} {row.usable:8d} {row.bytes / 1e6:9.1f}  {conditions}")
+        print(f"{storage.base_name(row.uri):40} {row.samples:8d} {row.usable:8d} {row.bytes / 1e6:9.1f}  {conditions}")
     samples, usable, size = (sum(getattr(row, name) for row in rows) for name in ("samples", "usable", "bytes"))
     print(f"{f'all {len(rows)} shards':40} {samples:8d} {usable:8d} {size / 1e6:9.1f}")
     for problem in problems[:most]:

@@ -21,11 +21,14 @@ import cv2
 import numpy as np
 
 from controlbooth.data import draws
+from controlbooth.data.cache import Cache
 from controlbooth.data.decode import BadSample, crop_slack, decode_image, prepare, write_planes
 from controlbooth.data.manifest import Dataset
 from controlbooth.data.order import Order, Place
+from controlbooth.data.prefetch import Prefetcher, upcoming_shards
 from controlbooth.data.prompts import prompt, read_captions
 from controlbooth.data.shards import SampleBytes, ShardReader
+from controlbooth.data.storage import RemoteShard
 
 SUBSTITUTE_ATTEMPTS = 4
 BAD_RATE_SAMPLES = 1000
@@ -70,6 +73,8 @@ class StepBatch:
     queue_depth: int
     """Later steps that were complete when this one was asked for."""
     bytes_read: int
+    cache_hits: int
+    """Samples whose shard lay in the cache already; of shards on a disk there are none."""
     substitutions: int
 
 
@@ -99,6 +104,7 @@ class _Row:
     fetch_seconds: float = 0.0
     decode_seconds: float = 0.0
     bytes_read: int = 0
+    cache_hit: bool = False
 
 
 class Loader:
@@ -128,6 +134,8 @@ class Loader:
         positions: Sequence[int] | np.ndarray | None = None,
         max_bad_rate: float = 0.01,
         ledger_path: Path | None = None,
+        cache: Cache | None = None,
+        ranks_per_node: int = 1,
     ):
         """Prefetching begins at once, so make the loader before the model.
 
@@ -135,6 +143,7 @@ class Loader:
         0, 1, 2, ...: step k takes positions[k * G : (k + 1) * G], and the iterator ends with them (to look at or to
         repeat certain batches). max_bad_rate: the share of substituted samples above which the run stops.
         ledger_path: a JSONL file to which each bad sample is appended, one file a rank; `ledger` has the same lines.
+        cache: for the shards that lie in a store, shared by ranks_per_node ranks of this machine.
         """
         self.order = Order(dataset.samples_per_shard(condition_kind), seed, lanes, shards_per_block)
         self.dataset, self.seed = dataset, seed
@@ -146,6 +155,7 @@ class Loader:
         self.slots = self.order.rank_slots(0, global_batch_size, rank, world_size)
         self.positions = None if positions is None else np.asarray(positions, np.int64)
         self._check_arguments(world_size, threads)
+        self._check_cache(cache, lanes // world_size * shards_per_block, ranks_per_node)
 
         self.step = start_step
         """The next step to be consumed."""
@@ -156,7 +166,11 @@ class Loader:
         self._closed = False
         cv2.setNumThreads(1)  # the loader's threads share the cores; OpenCV's own would compete with them
         live_shards = lanes // world_size * shards_per_block
-        self._reader = ShardReader(dataset, condition_kind, most_open=_affordable_files(2 * live_shards + 64))
+        self._reader = ShardReader(dataset, condition_kind, _affordable_files(2 * live_shards + 64), cache)
+        self._prefetcher = None
+        if cache is not None and positions is None:
+            self._cache_share = cache.limit_bytes // ranks_per_node
+            self._prefetcher = Prefetcher(dataset.paths, cache, self._shards_to_have, start_step)
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="loader")
         self._submit_ahead()
 
@@ -193,12 +207,16 @@ class Loader:
             decode_seconds=sum(row.decode_seconds for row in rows),
             queue_depth=ready,
             bytes_read=sum(row.bytes_read for row in rows),
+            cache_hits=sum(row.cache_hit for row in rows),
             substitutions=sum(bool(row.faults) for row in rows),
         )
 
     def close(self) -> None:
         """Drops what is queued, waits for the threads and closes all files. May be called again."""
         self._closed = True
+        self._reader.closing.set()
+        if self._prefetcher is not None:
+            self._prefetcher.close()
         self._threads.shutdown(wait=True, cancel_futures=True)
         self._queue.clear()
         self._reader.close()
@@ -224,6 +242,32 @@ class Loader:
                 f"{self.global_batch_size}; give a multiple of it"
             )
 
+    def _check_cache(self, cache: Cache | None, live_shards: int, ranks_per_node: int) -> None:
+        """Raises ValueError where remote shards have no cache, or one that the shards read at once do not fit in."""
+        sizes = [shard.bytes for shard in self.dataset.paths if isinstance(shard, RemoteShard)]
+        if not sizes:
+            return
+        if cache is None:
+            raise ValueError(
+                f"{self.dataset.location} has {len(sizes)} shards in a store, which are read from a cache: "
+                "set data.cache to a folder on a local disk"
+            )
+        needed = ranks_per_node * min(live_shards * max(sizes), sum(sizes))
+        if needed > cache.limit_bytes:
+            raise ValueError(
+                f"data.cache_gib={cache.limit_bytes / 2**30:g} is less than what {ranks_per_node} ranks of this "
+                f"machine read from at once, each up to {live_shards} shards of {max(sizes) / 2**30:.3g} GiB. Raise it "
+                f"to {2 * needed / 2**30:.3g}, which leaves room to fetch ahead, or lower data.shards_per_block"
+            )
+
+    def _shards_to_have(self, step: int) -> list[int]:
+        """For the prefetcher: what this rank's lanes read in this step and soon after, the most urgent first."""
+        steps = max(1, self.order.lanes // self.global_batch_size)  # which together touch every lane of the rank
+        slots = np.concatenate([self.slots + (step + i) * self.global_batch_size for i in range(steps)])
+        first = np.unique(slots % self.order.lanes, return_index=True)[1]
+        sizes = [row.bytes for row in self.dataset.rows]
+        return upcoming_shards(self.order, slots[first], sizes, self._cache_share)
+
     def _submit_ahead(self) -> None:
         """Keeps the next step and prefetch_steps after it in work; nothing is started beyond them."""
         while len(self._queue) <= self.prefetch_steps:
@@ -234,6 +278,8 @@ class Loader:
                 slots = self.positions[slots]
             self._queue.append(self._start(self._next_submitted, slots))
             self._next_submitted += 1
+        if self._prefetcher is not None:
+            self._prefetcher.follow(self._queue[0].number)
 
     def _start(self, number: int, positions: np.ndarray) -> _Step:
         pixels = (len(positions), 3, self.resolution, self.resolution)
@@ -304,6 +350,7 @@ class Loader:
             fetch_seconds=sample.seconds,
             decode_seconds=time.perf_counter() - began,
             bytes_read=len(sample.image) + len(sample.condition or b"") + len(sample.caption),
+            cache_hit=sample.cache_hit,
         )
 
     def _fault(self, position: int, place: Place, attempt: int, bad: BadSample) -> dict:

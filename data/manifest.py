@@ -1,9 +1,11 @@
 """A data set is an ordered list of indexed shards: `manifest.jsonl`, or whatever a path, glob or range names.
 
-The manifest has one JSON row a shard, its uri relative to the manifest. The fingerprint is a hash over the ordered
+The manifest has one JSON row a shard, its uri relative to the manifest, or http(s)://, s3:// or gs://; then the sidecar
+lies in a folder on a disk, which the row names too. The fingerprint is a hash over the ordered
 index digests, so it changes with any sample and with the order of the shards, and not with where they are kept.
 """
 
+import errno
 import glob
 import hashlib
 import json
@@ -16,8 +18,10 @@ from pathlib import Path
 import numpy as np
 from braceexpand import braceexpand
 
+from controlbooth.data import storage
 from controlbooth.data.index import STRUCTURAL, ensure_indexes
 from controlbooth.data.sidecar import index_path, load_index, read_digest, write_whole
+from controlbooth.data.storage import RemoteShard, Shard
 
 NAME = "manifest.jsonl"
 
@@ -27,7 +31,7 @@ class ShardRow:
     """What the manifest says of a shard."""
 
     uri: str
-    """Its path, relative to the manifest where it is in a row of one; absolute in a Dataset."""
+    """A URI; or its path, relative to the manifest where it is in a row of one, and absolute in a Dataset."""
     bytes: int
     samples: int
     usable: int
@@ -36,6 +40,10 @@ class ShardRow:
     """Usable samples that have a condition of each kind."""
     index_hash: str
     extensions: list[str]
+    etag: str = ""
+    """Of a shard in a store: its version when it was indexed."""
+    index: str = ""
+    """Of a shard in a store: the path of its sidecar, relative or absolute like that of a shard on a disk."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,8 @@ class Dataset:
     location: str
     rows: tuple[ShardRow, ...]
     fingerprint: str
-    paths: tuple[Path, ...] = field(repr=False)
+    paths: tuple[Shard, ...] = field(repr=False)
+    """Where each shard lies: the path of one on a disk, a RemoteShard otherwise."""
 
     def samples_per_shard(self, condition_kind: str | None = None) -> np.ndarray:
         """(shards,) int64: usable samples, with a condition of that kind if one is asked for."""
@@ -69,27 +78,51 @@ def fingerprint(rows: Sequence[ShardRow]) -> str:
     return digest.hexdigest()
 
 
-def describe_shard(path: Path) -> ShardRow:
+def shard_of(row: ShardRow) -> Shard:
+    """Where the shard of a row with absolute paths lies."""
+    if storage.is_remote(row.uri):
+        return RemoteShard(row.uri, row.bytes, row.etag, Path(row.index))
+    return Path(row.uri)
+
+
+def same_place(shard: Shard) -> str:
+    """A text that is equal for two names of one shard."""
+    return str(shard.resolve()) if isinstance(shard, Path) else shard.uri
+
+
+def describe_shard(shard: Shard) -> ShardRow:
     """A row from a shard's sidecar, its uri the path as given."""
-    index = load_index(index_path(path))
+    index = load_index(index_path(shard))
+    remote = isinstance(shard, RemoteShard)
     return ShardRow(
-        uri=str(path),
+        uri=str(shard),
         bytes=index.shard_bytes,
         samples=len(index.samples),
         usable=len(index.usable()),
         conditions={kind: len(index.usable(kind)) for kind in index.condition_kinds},
         index_hash=index.digest,
         extensions=list(index.extensions),
+        etag=shard.etag if remote else "",
+        index=str(shard.index) if remote else "",
     )
 
 
 def write_manifest(rows: Sequence[ShardRow], path: Path) -> None:
-    """Writes rows with uris relative to the manifest's folder, whole or not at all."""
+    """Writes rows with paths relative to the manifest's folder, whole or not at all."""
     folder = path.absolute().parent
+
+    def relative(name: str) -> str:
+        return Path(os.path.relpath(os.path.abspath(name), folder)).as_posix()
+
     lines = []
     for row in rows:
-        relative = Path(os.path.relpath(os.path.abspath(row.uri), folder)).as_posix()
-        lines.append(json.dumps(asdict(replace(row, uri=relative))) + "\n")
+        tree = asdict(row)
+        if storage.is_remote(row.uri):
+            tree["index"] = relative(row.index)
+        else:
+            tree["uri"] = relative(row.uri)
+            del tree["etag"], tree["index"]
+        lines.append(json.dumps(tree) + "\n")
     write_whole(path, "".join(lines).encode())
 
 
@@ -105,9 +138,10 @@ def read_manifest(path: Path) -> list[ShardRow]:
                 f"{path}, line {number} is not a shard row with {', '.join(sorted(names))} ({error}): "
                 f"write the manifest again with `controlbooth data index {path.parent}`"
             ) from error
-        if "://" in row.uri:
-            raise ValueError(f"{path}, line {number}: {row.uri} is remote; copy the shards to a disk of this machine")
-        rows.append(replace(row, uri=os.path.normpath(path.absolute().parent / row.uri)))
+        inside = "index" if storage.is_remote(row.uri) else "uri"
+        if not getattr(row, inside):
+            raise ValueError(f"{path}, line {number}: {row.uri} has no index; run `controlbooth data index {row.uri}`")
+        rows.append(replace(row, **{inside: os.path.normpath(path.absolute().parent / getattr(row, inside))}))
     if not rows:
         raise ValueError(f"{path} lists no shards: write it again with `controlbooth data index {path.parent}`")
     return rows
@@ -116,18 +150,17 @@ def read_manifest(path: Path) -> list[ShardRow]:
 def find_shards(location: str | Path) -> list[Path]:
     """The tars that a folder, a file, a glob or a {000..009} range names, in sorted or in stated order."""
     text = str(location)
-    if "://" in text:
-        raise ValueError(f"{text} is remote; copy the shards to a disk of this machine")
+    if storage.is_remote(text):
+        raise ValueError(
+            f"{text} is remote, so its indexes need a place on a disk: run "
+            f"`controlbooth data index '{text}' --manifest set.jsonl` once, and name set.jsonl instead"
+        )
     if Path(text).is_dir():
         found = sorted(Path(text).glob("*.tar"))
     elif Path(text).exists():
         found = [Path(text)]
     else:
-        try:
-            names = list(braceexpand(text))
-        except ValueError as error:
-            raise ValueError(f"the braces of {text!r} do not match; write shards-{{000..009}}.tar") from error
-        found = [Path(name) for pattern in names for name in _matches(pattern)]
+        found = [Path(name) for pattern in _expand_braces(text) for name in _matches(pattern)]
     missing = [path for path in found if not path.exists()]
     if missing:
         raise FileNotFoundError(f"{len(missing)} of the {len(found)} shards of {text} do not exist: {_some(missing)}")
@@ -157,7 +190,41 @@ def open_dataset(location: str | Path, index_missing: bool = False) -> Dataset:
         _check_indexed(shards, location)
         rows = [replace(describe_shard(shard), uri=str(shard.absolute())) for shard in shards]
     _check_unchanged(rows, location)
-    return Dataset(str(location), tuple(rows), fingerprint(rows), tuple(Path(row.uri) for row in rows))
+    return Dataset(str(location), tuple(rows), fingerprint(rows), tuple(shard_of(row) for row in rows))
+
+
+def locate_remote(location: str, indexes: Path) -> list[RemoteShard]:
+    """The shards that a URI names, a {000..009} range, or in s3:// and gs:// a folder or a glob, as they are now.
+
+    indexes: the folder for their sidecars, whose names hold a hash of the URI and the version.
+    Raises FileNotFoundError, StorageError and ValueError.
+    """
+    uris = [uri for pattern in _expand_braces(location) for uri in storage.find(pattern)]
+    with ThreadPoolExecutor(16) as pool:
+        stats = list(pool.map(_stat_or_none, uris))
+    if missing := [uri for uri, stat in zip(uris, stats, strict=True) if stat is None]:
+        raise FileNotFoundError(
+            errno.ENOENT, f"{len(missing)} of the {len(uris)} shards of {location} do not exist", _some(missing)
+        )
+    return [
+        RemoteShard(uri, stat.size, stat.etag, indexes / f"{storage.version_name(uri, stat.size, stat.etag)}.idx")
+        for uri, stat in zip(uris, stats, strict=True)
+        if stat is not None
+    ]
+
+
+def _stat_or_none(uri: str) -> storage.ObjectStat | None:
+    try:
+        return storage.stat(uri)
+    except FileNotFoundError:
+        return None
+
+
+def _expand_braces(text: str) -> list[str]:
+    try:
+        return list(braceexpand(text))
+    except ValueError as error:
+        raise ValueError(f"the braces of {text!r} do not match; write shards-{{000..009}}.tar") from error
 
 
 def _matches(pattern: str) -> list[str]:
@@ -183,11 +250,15 @@ def _check_indexed(shards: Sequence[Path], location: str | Path) -> None:
 
 
 def _check_unchanged(rows: Sequence[ShardRow], location: str | Path) -> None:
-    """Compares every shard's size and every sidecar's digest with its row."""
+    """Compares every shard's size and every sidecar's digest with its row.
+
+    A shard in a store is compared when it is fetched: asking for the size of each would take a run minutes to start.
+    """
     with ThreadPoolExecutor(16) as pool:  # a network disk answers one question in milliseconds, and many at once
         faults = [fault for fault in pool.map(_fault, rows) if fault]
     if faults:
-        folder = location if Path(location).is_dir() else Path(rows[0].uri).parent
+        remote = storage.is_remote(rows[0].uri)
+        folder = location if remote or Path(location).is_dir() else Path(rows[0].uri).parent
         raise ValueError(
             f"{len(faults)} of {len(rows)} shards are not as they were indexed: {_some(faults)}. Put the shards back, "
             f"or run `controlbooth data index --rebuild {folder}` to take them as they are now (a new data set)."
@@ -195,9 +266,10 @@ def _check_unchanged(rows: Sequence[ShardRow], location: str | Path) -> None:
 
 
 def _fault(row: ShardRow) -> str | None:
-    shard = Path(row.uri)
+    shard = shard_of(row)
     try:
-        size, digest = shard.stat().st_size, read_digest(index_path(shard))
+        size = shard.stat().st_size if isinstance(shard, Path) else row.bytes
+        digest = read_digest(index_path(shard))
     except FileNotFoundError as error:
         return f"{error.filename} is missing"
     if size != row.bytes:

@@ -18,8 +18,17 @@ import yaml
 from tqdm import tqdm
 
 from controlbooth.data.draws import hash64
-from controlbooth.data.manifest import NAME, describe_shard, find_shards, fingerprint, read_manifest, write_manifest
+from controlbooth.data.manifest import (
+    NAME,
+    describe_shard,
+    find_shards,
+    fingerprint,
+    read_manifest,
+    shard_of,
+    write_manifest,
+)
 from controlbooth.data.sidecar import QUARANTINED, ShardIndex, index_path, load_index, make_index, write_index
+from controlbooth.data.storage import Shard
 
 LEDGER = "bad-samples-*.jsonl"
 _NAMED_BY_PLACE = "header"
@@ -65,13 +74,13 @@ def read_run(folder: Path) -> dict[str, Any]:
 class Change:
     """What quarantine does to one shard: rows whose flag changes, and entries that match no sample of it."""
 
-    path: Path
+    path: Shard
     index: ShardIndex
     rows: np.ndarray
     unmatched: list[dict]
 
 
-def plan_changes(entries: Sequence[dict], paths: Sequence[Path], undo: bool = False) -> list[Change]:
+def plan_changes(entries: Sequence[dict], paths: Sequence[Shard], undo: bool = False) -> list[Change]:
     """The shards that the entries name, with the rows to flag (undo: to clear). Reads indexes, changes nothing.
 
     Raises ValueError for an entry whose shard is not among `paths`.
@@ -118,7 +127,7 @@ def _row(index: ShardIndex, byte: int, entry: dict) -> int | None:
     return row if same else None
 
 
-def _paths_and_manifest(location: str) -> tuple[list[Path], Path | None]:
+def _paths_and_manifest(location: str) -> tuple[Sequence[Shard], Path | None]:
     """The shards of a data set, and its manifest where it has one, without holding them against each other.
 
     That is what lets a quarantine that was killed between two shards be repeated.
@@ -126,7 +135,7 @@ def _paths_and_manifest(location: str) -> tuple[list[Path], Path | None]:
     path = Path(location)
     manifest = path / NAME if path.is_dir() else path
     if manifest.suffix == ".jsonl" and manifest.exists():
-        return [Path(row.uri) for row in read_manifest(manifest)], manifest
+        return [shard_of(row) for row in read_manifest(manifest)], manifest
     return [path.absolute() for path in find_shards(location)], None
 
 

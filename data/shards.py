@@ -1,4 +1,8 @@
-"""One sample's bytes from a local shard: a single pread at the place its index states, checked by CRC and key."""
+"""One sample's bytes from a shard: a single read at the place its index states, checked by CRC and key.
+
+A shard on a disk is read where it lies. One in a store is fetched whole into a cache and read there; without a cache,
+as for looking at some samples, the sample's own range is asked for.
+"""
 
 import os
 import time
@@ -7,10 +11,13 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from threading import Lock
+from pathlib import Path
+from threading import Event, Lock
 
 import numpy as np
 
+from controlbooth.data import storage
+from controlbooth.data.cache import Cache
 from controlbooth.data.decode import BadSample
 from controlbooth.data.draws import hash64
 from controlbooth.data.index import split_name
@@ -33,11 +40,14 @@ class SampleBytes:
     caption_extension: str
     seconds: float
     """Spent on opening and reading."""
+    cache_hit: bool
+    """Whether the shard was in the cache when the sample was asked for."""
 
 
 @dataclass
 class _OpenShard:
-    descriptor: int
+    descriptor: int | None
+    """None of a shard in a store, which is opened in the cache for each read and pinned no longer."""
     index: ShardIndex
     rows: np.ndarray
     """Of the usable samples, by ordinal."""
@@ -47,8 +57,10 @@ class _OpenShard:
 class ShardReader:
     """Reads samples of a data set from any thread; keeps the `most_open` shards that were used last open."""
 
-    def __init__(self, dataset: Dataset, condition_kind: str | None, most_open: int = 256):
+    def __init__(self, dataset: Dataset, condition_kind: str | None, most_open: int = 256, cache: Cache | None = None):
         self.dataset, self.condition_kind, self.most_open = dataset, condition_kind, most_open
+        self.cache, self.closing = cache, Event()
+        self._fetched_again: set[int] = set()
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._lock = Lock()
 
@@ -58,6 +70,16 @@ class ShardReader:
         Raises BadSample where the bytes are not those that were indexed, OSError where they could not be read, and
         ValueError when the file is another one than was indexed.
         """
+        try:
+            return self._read(shard, ordinal)
+        except BadSample:
+            # In the store it is bad at every attempt and on every node. A copy may be bad here and now only, and then a
+            # substitute would make this run differ from others.
+            if not self._drop_copy(shard):
+                raise
+        return self._read(shard, ordinal)
+
+    def _read(self, shard: int, ordinal: int) -> SampleBytes:
         began = time.perf_counter()
         with self._pinned(shard) as opened:
             index = opened.index
@@ -67,7 +89,7 @@ class ShardReader:
             if self.condition_kind is not None:
                 columns["condition"] = self._column(index, parts, "condition")
             length = max(int(parts[column]["offset"]) + int(parts[column]["size"]) for column in columns.values())
-            data = self._pread(shard, opened.descriptor, length, int(record["offset"]))
+            data, hit = self._bytes(shard, opened, length, int(record["offset"]))
         key = _key(data, int(record["key_hash"]), f"{self.dataset.paths[shard].name}[{ordinal}]")
         payloads = {}
         for role, column in columns.items():
@@ -85,6 +107,7 @@ class ShardReader:
             caption=payloads["caption"],
             caption_extension=index.extensions[columns["caption"]],
             seconds=time.perf_counter() - began,
+            cache_hit=hit,
         )
 
     def byte(self, shard: int, ordinal: int) -> int:
@@ -96,8 +119,29 @@ class ShardReader:
         """Closes all files; no other thread may be reading any more."""
         with self._lock:
             for opened in self._open.values():
-                os.close(opened.descriptor)
+                _close(opened)
             self._open.clear()
+
+    def _drop_copy(self, shard: int) -> bool:
+        """Deletes the shard from the cache, once in a process, so that it is fetched again; whether it did."""
+        where = self.dataset.paths[shard]
+        with self._lock:
+            if self.cache is None or isinstance(where, Path) or shard in self._fetched_again:
+                return False
+            self._fetched_again.add(shard)
+        self.cache.discard(where)
+        return True
+
+    def _bytes(self, shard: int, opened: _OpenShard, length: int, offset: int) -> tuple[bytes, bool]:
+        """-> the bytes, and whether they were in the cache."""
+        where = self.dataset.paths[shard]
+        if isinstance(where, Path):
+            assert opened.descriptor is not None
+            return self._pread(shard, opened.descriptor, length, offset), False
+        if self.cache is None:
+            return storage.read(where.uri, offset, offset + length, self.closing), False
+        with self.cache.pinned(where, self.closing) as (descriptor, hit):
+            return self._pread(shard, descriptor, length, offset), hit
 
     def _column(self, index: ShardIndex, parts: np.ndarray, role: str) -> int:
         return next(column for column in index.columns(role, self.condition_kind) if parts[column]["offset"])
@@ -131,19 +175,26 @@ class ShardReader:
     def _close_idle(self) -> None:
         for shard in list(self._open)[: max(0, len(self._open) - self.most_open)]:
             if self._open[shard].users == 0:
-                os.close(self._open.pop(shard).descriptor)
+                _close(self._open.pop(shard))
 
     def _open_shard(self, shard: int) -> _OpenShard:
         path, stated = self.dataset.paths[shard], self.dataset.rows[shard]
         index = load_index(index_path(path))
         if index.digest != stated.index_hash:
             raise ValueError(f"{index_path(path)} was replaced while the data set is in use; start again from it")
+        if not isinstance(path, Path):
+            return _OpenShard(None, index, index.usable(self.condition_kind))
         descriptor = os.open(path, os.O_RDONLY)
         size = os.fstat(descriptor).st_size
         if size != stated.bytes:
             os.close(descriptor)
             raise ValueError(f"{path} has {size} bytes, its index says {stated.bytes}: run `controlbooth data index`")
         return _OpenShard(descriptor, index, index.usable(self.condition_kind))
+
+
+def _close(opened: _OpenShard) -> None:
+    if opened.descriptor is not None:
+        os.close(opened.descriptor)
 
 
 def _key(data: bytes, key_hash: int, where: str) -> str:

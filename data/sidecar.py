@@ -16,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
+from controlbooth.data.storage import RemoteShard, Shard
+
 MAGIC = b"CBINDEX\n"
 VERSION = 1
 DIGEST_BYTES = 16
@@ -90,8 +92,9 @@ class ShardIndex:
         return np.flatnonzero(good)
 
 
-def index_path(shard: Path) -> Path:
-    return shard.with_name(shard.name + ".idx")
+def index_path(shard: Shard) -> Path:
+    """Beside a shard on a disk; of one in a store, where its manifest says."""
+    return shard.index if isinstance(shard, RemoteShard) else shard.with_name(shard.name + ".idx")
 
 
 def make_index(shard_bytes: int, extensions: tuple[str, ...], samples: np.ndarray, parts: np.ndarray) -> ShardIndex:

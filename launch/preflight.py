@@ -59,12 +59,19 @@ def check_ranks(config: RunConfig, node: Node) -> Iterator[str]:
 
 
 def check_data(config: RunConfig, node: Node) -> Iterator[str]:
-    shards: dict[str, set[Path]] = {}
+    shards: dict[str, set[str]] = {}
     for key, location in (("data.shards", config.data.shards), ("data.held_out", config.data.held_out)):
         if location is None:
             continue
         try:
-            shards[key] = {path.resolve() for path in find_shards(location)}
+            found = find_shards(location)
+            shards[key] = {uri if is_remote(uri) else str(Path(uri).resolve()) for uri in found}
+            remote = [uri for uri in found if is_remote(uri)]
+            if remote and key == "data.shards" and config.data.cache is None:
+                yield (
+                    f"data.shards is {location!r}, with {len(remote)} shards in a store (first: {remote[0]}), and "
+                    "data.cache is not set: give a folder on a local disk of each node"
+                )
         except (OSError, ValueError) as error:
             yield f"{key} is {location!r}: {error}"
     common = shards.get("data.shards", set()) & shards.get("data.held_out", set())
@@ -75,14 +82,23 @@ def check_data(config: RunConfig, node: Node) -> Iterator[str]:
         )
 
 
-def find_shards(location: str) -> list[Path]:
-    """Paths of the tars that a location names, all of them existing. Raises FileNotFoundError and ValueError."""
-    if "://" in location:
-        raise ValueError("remote shards are not read; copy them to a disk of this machine")
+def find_shards(location: str) -> list[str]:
+    """Paths of the tars that a location names, all of them existing, and the URIs that a manifest lists, not asked for.
+
+    Raises FileNotFoundError and ValueError.
+    """
+    if is_remote(location):
+        raise ValueError(
+            f"remote shards are indexed first: run `controlbooth data index '{location}' --manifest set.jsonl`, "
+            "and name set.jsonl here"
+        )
     path = Path(location)
     manifest = path / "manifest.jsonl" if path.is_dir() else path
+    remote = []
     if manifest.suffix == ".jsonl" and manifest.exists():
-        found = [manifest.parent / uri for uri in _manifest_uris(manifest)]
+        uris = _manifest_uris(manifest)
+        remote = [uri for uri in uris if is_remote(uri)]
+        found = [manifest.parent / uri for uri in uris if not is_remote(uri)]
     elif path.is_dir():
         found = sorted(path.glob("*.tar"))
     else:
@@ -93,12 +109,17 @@ def find_shards(location: str) -> list[Path]:
         names = [sorted(glob.glob(one)) if glob.has_magic(one) else [one] for one in patterns]
         found = [Path(name) for group in names for name in group]
     remedy = "correct the path, or write shards with `controlbooth data pack`"
-    if not found:
+    if not found and not remote:
         raise FileNotFoundError(f"there are no .tar shards; {remedy}")
     if missing := [shard for shard in found if not shard.is_file()]:
         some = f"{len(missing)} of {len(found)} shards do not exist (first: {missing[0]})"
         raise FileNotFoundError(f"{some if len(found) > 1 else 'it does not exist'}; {remedy}")
-    return found
+    return [*map(str, found), *remote]
+
+
+def is_remote(location: str) -> bool:
+    """Whether it is a URI; `data.storage` says which of them are read."""
+    return "://" in location
 
 
 def _manifest_uris(manifest: Path) -> list[str]:

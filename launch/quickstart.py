@@ -13,7 +13,7 @@ from controlbooth.launch.local import gpu_count, train
 from controlbooth.trainer.config import load_config, run_folder, tracking_uri
 
 CONFIG = Path(__file__).parent / "configs" / "quickstart.yaml"
-TRAINING_SCENES = 4096
+TRAINING_SCENES = 8192
 HELD_OUT_SCENES = 64
 HELD_OUT_SEED = 1_000_003
 """data.scenes.HELD_OUT_SEED: scenes that neither this run nor the base model has seen."""

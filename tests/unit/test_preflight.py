@@ -103,7 +103,7 @@ def test_xformers_needs_a_gpu_and_the_package(good, monkeypatch):
         ("nowhere/*.tar", "there are no .tar shards; correct the path, or write shards with `controlbooth data pack`"),
         ("nowhere-{000..009}.tar", "10 of 10 shards do not exist (first: nowhere-000.tar)"),
         ("nowhere-{000..009.tar", "its braces do not match"),
-        ("s3://bucket/x.tar", "remote shards are not read; copy them to a disk"),
+        ("s3://bucket/x.tar", "remote shards are indexed first: run `controlbooth data index 's3://bucket/x.tar'"),
     ],
 )
 def test_shards_that_are_not_there_are_named(good, location, message):
@@ -113,15 +113,30 @@ def test_shards_that_are_not_there_are_named(good, location, message):
 
 def test_shards_are_found_in_a_folder_a_glob_a_range_and_a_manifest(good, tmp_path):
     train = tmp_path / "train"
-    both = [train / "a.tar", train / "b.tar"]
+    both = [str(train / "a.tar"), str(train / "b.tar")]
     assert find_shards(str(train)) == find_shards(f"{train}/*.tar") == find_shards(f"{train}/{{a,b}}.tar") == both
     manifest = train / "manifest.jsonl"
     manifest.write_text('{"uri": "b.tar"}\n')
-    assert find_shards(str(manifest)) == find_shards(str(train)) == [train / "b.tar"]
+    assert find_shards(str(manifest)) == find_shards(str(train)) == both[1:]
     manifest.write_text('{"uri": "b.tar"}\n{"uri": "gone.tar"}\n')
     assert "gone.tar" in only_problem(good)
     manifest.write_text("not json\n")
     assert "line 1 of" in (problem := only_problem(good)) and "controlbooth data index" in problem
+
+
+def test_a_manifest_of_remote_shards_is_taken_with_a_cache_and_refused_without(good, tmp_path):
+    manifest = tmp_path / "remote.jsonl"
+    manifest.write_text('{"uri": "s3://bucket/a.tar"}\n{"uri": "gs://bucket/b.tar"}\n')
+    problem = only_problem(good, data__shards=str(manifest))
+    assert "2 shards in a store (first: s3://bucket/a.tar), and data.cache is not set" in problem
+    assert preflight(config(good, data__cache=str(tmp_path / "cache")), node()) == []
+    assert "1 shards are both in" in only_problem(good, data__held_out=str(one_of(manifest, tmp_path)))
+
+
+def one_of(manifest: Path, folder: Path) -> Path:
+    """A manifest of the first shard of another."""
+    (folder / "one.jsonl").write_text(manifest.read_text().splitlines()[0] + "\n")
+    return folder / "one.jsonl"
 
 
 def test_an_empty_folder_has_no_shards(good, tmp_path):
