@@ -192,6 +192,7 @@ def test_a_shard_is_downloaded_and_read_through_whole_in_chunks_of_any_size(tmp_
             assert file.read(3) == data[7:10]
             file.seek(0)
             assert file.read() == data
+            assert file.read(10) == b"" and storage.read(shard.uri, 5, 5) == b""
 
 
 def test_another_version_than_the_indexed_one_is_refused(s3, tmp_path):
