@@ -32,6 +32,8 @@ FIRST_DELAY_SECONDS, LONGEST_DELAY_SECONDS = 0.5, 60.0
 CONNECT_SECONDS, SILENT_SECONDS = 10, 60
 """Time limits for a connection, and for a gap inside an answer."""
 
+_VERSIONS = ("generation", "ETag", "Content-MD5", "Last-Modified")
+"""What names an object's version, the surest first. A generation is Google's; its etag changes with the labels too."""
 _TRANSIENT_STATUS = (408, 425, 429, *range(500, 600))
 _TRANSIENT_ERRNO = (errno.EBUSY, errno.EREMOTEIO, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN)
 """EBUSY and EREMOTEIO are s3fs's words for 503 Slow Down and 500 Internal Error."""
@@ -102,7 +104,7 @@ def stat(uri: str, closing: threading.Event | None = None) -> ObjectStat:
         raise FileNotFoundError(errno.ENOENT, "there is no such object", uri)
     if info.get("size") is None:
         raise StorageError(f"{uri}: the server states no size; serve shards as plain files, with Content-Length")
-    etag = next((info[name] for name in ("ETag", "etag", "Content-MD5", "Last-Modified") if info.get(name)), "")
+    etag = next((info[name] for name in _VERSIONS if info.get(name)), "")
     return ObjectStat(int(info["size"]), str(etag).strip('"'))
 
 
@@ -288,7 +290,10 @@ def _open_s3() -> Any:
 
 
 def _open_gs() -> Any:
-    return fsspec.filesystem("gs", use_listings_cache=False)  # its six quick attempts of its own cannot be turned off
+    # The plain JSON API. What gcsfs opens by default asks Google's control API, over gRPC, about each bucket first.
+    from gcsfs.core import GCSFileSystem
+
+    return GCSFileSystem(use_listings_cache=False)  # its six quick attempts of its own cannot be turned off
 
 
 _OPEN: dict[str, Callable[[], Any]] = {"http": _open_http, "https": _open_http, "s3": _open_s3, "gs": _open_gs}

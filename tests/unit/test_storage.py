@@ -1,11 +1,13 @@
 """Ranges of bytes from real servers, and what is said when they fail."""
 
 import errno
+import json
 import socket
 import struct
 import threading
 import time
 
+import fsspec
 import pytest
 from stores import MotoStore, forget_stores, web_server
 
@@ -98,6 +100,25 @@ def test_a_web_server_gives_the_same(s3):
     with web_server({"/dir/a.tar": DATA}) as url:
         assert storage.stat(f"{url}/dir/a.tar").size == len(DATA)
         assert storage.read(f"{url}/dir/a.tar", 250, 260) == DATA[250:260]
+
+
+def test_google_storage_gives_the_same(monkeypatch):
+    """Through a server that answers as Google's JSON API does, as there is none to install."""
+    about = {"bucket": "bucket", "name": "dir/a.tar", "size": str(len(DATA)), "generation": "17", "etag": "x"}
+    objects = "storage/v1/b/bucket/o"
+    files = {
+        f"/{objects}/dir%2Fa.tar": json.dumps(about).encode(),
+        f"/download/{objects}/dir%2Fa.tar?alt=media": DATA,
+    }
+    with web_server(files) as url:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", url)
+        monkeypatch.setitem(fsspec.config.conf, "gs", {"token": "anon"})
+        forget_stores()
+        assert storage.stat("gs://bucket/dir/a.tar") == storage.ObjectStat(len(DATA), "17")
+        assert storage.read("gs://bucket/dir/a.tar", 250, 260) == DATA[250:260]
+        with pytest.raises(FileNotFoundError, match="gs://bucket/dir/gone.tar"):
+            storage.stat("gs://bucket/dir/gone.tar")
+    forget_stores()
 
 
 def test_folders_and_globs_of_a_store_are_listed_in_order(s3):
