@@ -49,7 +49,10 @@ class Prefetcher:
         self._open: deque[int] = deque()
         self._busy: set[int] = set()
         self._changed = threading.Condition()
-        self._threads = [threading.Thread(target=self._work, name=f"fetch-{i}") for i in range(FETCH_THREADS)]
+        # Daemons: a program that fails before it closes its loader must still end, and the cache bears being cut off.
+        self._threads = [
+            threading.Thread(target=self._work, name=f"fetch-{i}", daemon=True) for i in range(FETCH_THREADS)
+        ]
         for thread in self._threads:
             thread.start()
 

@@ -46,7 +46,8 @@ def join() -> World:
         backend = "cpu:gloo,cuda:nccl"
     if not dist.is_initialized():
         dist.init_process_group(backend, timeout=TIMEOUT)
-    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    # torchrun's name for it, and the deepspeed launcher's
+    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
     return World(dist.get_rank(), dist.get_world_size(), local_rank, device, ranks_per_node)
 
 

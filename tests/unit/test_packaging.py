@@ -118,7 +118,8 @@ def requirements(unpacked) -> dict[str, set[str]]:
 def test_what_is_imported_is_asked_for(requirements):
     for name, path in third_party_imports(FOLDERS).items():
         distribution = IMPORT_NAMES.get(name, name)
-        assert distribution in requirements[""] | requirements["cuda"] | requirements["remote"], f"{path} imports {name}: add it to setup.py"
+        asked = requirements[""] | requirements["cuda"] | requirements["remote"]
+        assert distribution in asked, f"{path} imports {name}: add it to setup.py"
     for name, path in third_party_imports(("tests",)).items():
         distribution = IMPORT_NAMES.get(name, name)
         assert distribution in requirements[""] | requirements["dev"], f"{path} imports {name}: add it to setup.py"
