@@ -96,7 +96,7 @@ def find_shards(location: str) -> list[str]:
     manifest = path / "manifest.jsonl" if path.is_dir() else path
     remote = []
     if manifest.suffix == ".jsonl" and manifest.exists():
-        uris = _manifest_uris(manifest)
+        uris = [row["uri"] for row in _manifest_rows(manifest)]
         remote = [uri for uri in uris if is_remote(uri)]
         found = [manifest.parent / uri for uri in uris if not is_remote(uri)]
     elif path.is_dir():
@@ -122,17 +122,40 @@ def is_remote(location: str) -> bool:
     return "://" in location
 
 
-def _manifest_uris(manifest: Path) -> list[str]:
-    uris = []
+def _manifest_rows(manifest: Path) -> list[dict[str, Any]]:
+    rows = []
     for number, line in enumerate(manifest.read_text().splitlines(), 1):
         try:
-            uris.append(json.loads(line)["uri"])
+            row = json.loads(line)
+            rows.append(row | {"uri": row["uri"]})  # each of which fails where it is no row
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"line {number} of {manifest} is no shard row ({error!r}): "
                 f"run `controlbooth data index {manifest.parent}`"
             ) from error
-    return uris
+    return rows
+
+
+def check_cache(config: RunConfig, node: Node) -> Iterator[str]:
+    """Whether the disk has what the cache of remote shards may come to hold."""
+    cache, manifest = config.data.cache, Path(config.data.shards)
+    if cache is None or manifest.suffix != ".jsonl" or not manifest.is_file():
+        return
+    try:
+        data_set = sum(row.get("bytes", 0) for row in _manifest_rows(manifest) if is_remote(row["uri"]))
+    except ValueError:
+        return  # check_data has said which line is wrong
+    existing = next(path for path in (cache.absolute(), *cache.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        yield f"data.cache is {cache}, but {existing} is no folder that can be written to. Change data.cache"
+        return
+    there = sum(path.stat().st_size for path in cache.glob("*.tar")) if cache.is_dir() else 0
+    needed, free = min(data_set, config.data.cache_gib * 2**30) - there, shutil.disk_usage(existing).free
+    if needed > free:
+        yield (
+            f"the cache in {cache} will come to hold {_gib(needed)} GiB more, and its disk has {_gib(free)} GiB free. "
+            f"Free some, change data.cache, or lower data.cache_gib={config.data.cache_gib:g}"
+        )
 
 
 def check_base(config: RunConfig, node: Node) -> Iterator[str]:
@@ -203,7 +226,7 @@ def check_output(config: RunConfig, node: Node) -> Iterator[str]:
         )
 
 
-CHECKS = (check_ranks, check_data, check_base, check_output)
+CHECKS = (check_ranks, check_data, check_cache, check_base, check_output)
 
 
 def base_weights(base: Path) -> list[Path]:

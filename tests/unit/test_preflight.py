@@ -133,6 +133,23 @@ def test_a_manifest_of_remote_shards_is_taken_with_a_cache_and_refused_without(g
     assert "1 shards are both in" in only_problem(good, data__held_out=str(one_of(manifest, tmp_path)))
 
 
+def test_a_cache_that_its_disk_cannot_hold_is_found_before_it_is_full(good, tmp_path, monkeypatch):
+    manifest, cache = tmp_path / "remote.jsonl", tmp_path / "cache"
+    manifest.write_text('{"uri": "s3://bucket/a.tar", "bytes": 8589934592}\n')
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: usage(2**40, 0, 5 * 2**30))
+    problem = only_problem(good, data__shards=str(manifest), data__cache=str(cache))
+    assert f"{cache} will come to hold 8.0 GiB more, and its disk has 5.0 GiB free" in problem
+    assert "lower data.cache_gib=100" in problem
+    assert preflight(config(good, data__cache_gib=4), node()) == []
+    cache.mkdir()
+    with open(cache / "entry.tar", "wb") as file:
+        file.truncate(4 * 2**30)  # a part of the 8 GiB is there, as a hole
+    assert preflight(config(good, data__cache_gib=100), node()) == []
+    (tmp_path / "file").touch()
+    assert "is no folder that can be written to" in only_problem(good, data__cache=str(tmp_path / "file"))
+
+
 def one_of(manifest: Path, folder: Path) -> Path:
     """A manifest of the first shard of another."""
     (folder / "one.jsonl").write_text(manifest.read_text().splitlines()[0] + "\n")
