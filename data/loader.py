@@ -250,7 +250,7 @@ class Loader:
         if cache is None:
             raise ValueError(
                 f"{self.dataset.location} has {len(sizes)} shards in a store, which are read from a cache: "
-                "set data.cache to a folder on a local disk"
+                "give a folder on a local disk, data.cache of a run"
             )
         needed = ranks_per_node * min(live_shards * max(sizes), sum(sizes))
         if needed > cache.limit_bytes:

@@ -1,10 +1,8 @@
 """Indexing and training on shards in an S3 store: the same data set, order and draws as from a disk."""
 
-import os
 import shutil
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +11,7 @@ from stores import MotoStore, forget_stores
 
 from controlbooth.data import index as indexing
 from controlbooth.data import scenes, storage
+from controlbooth.data.bench import main as bench_main
 from controlbooth.data.cache import Cache
 from controlbooth.data.inspect import order_main, show_main
 from controlbooth.data.loader import Loader, held_out
@@ -291,7 +290,7 @@ def test_a_shard_that_was_replaced_in_the_store_stops_the_run(folder, remote, st
 
 
 def test_remote_shards_need_a_cache_that_holds_what_is_read_at_once(folder, remote, tmp_path):
-    with pytest.raises(ValueError, match="8 shards in a store.*set data.cache"):
+    with pytest.raises(ValueError, match="8 shards in a store.*a folder on a local disk, data.cache"):
         make(remote)
     threads = threading.active_count()
     with pytest.raises(ValueError, match="data.cache_gib=.* is less than what 2 ranks .* read from at once"):
@@ -307,4 +306,12 @@ def test_samples_are_looked_at_without_a_cache(folder, remote, tmp_path, capsys)
     assert all(np.array_equal(a.pixel_values, b.pixel_values) for a, b in zip(*samples, strict=True))
     assert show_main([str(remote), "-o", str(tmp_path / "sheet.png"), "--count", "4"]) == 0
     assert order_main([str(remote), "--global-batch-size", "8"]) == 0
-    assert "k00" in capsys.readouterr().out and not list(Path(os.fspath(tmp_path)).glob("cache"))
+    assert "k00" in capsys.readouterr().out and not (tmp_path / "cache").exists()
+
+
+def test_the_speed_of_a_store_is_measured_through_a_cache(remote, tmp_path, capsys):
+    arguments = [str(remote), "--resolution", "16", "--batch-size", "8", "--threads", "1", "--seconds", "0.2"]
+    with pytest.raises(ValueError, match="give a folder"):
+        bench_main(arguments)
+    assert bench_main([*arguments, "--cache", str(tmp_path / "cache")]) == 0
+    assert list((tmp_path / "cache").glob("*.tar")) and "samples/s" in capsys.readouterr().out
