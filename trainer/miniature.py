@@ -518,6 +518,8 @@ def export(work: Path, out: Path) -> None:
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(temporary)
+    config = temporary / "text_encoder" / "config.json"  # else transformers loads it in fp16, beside a U-Net in fp32
+    config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
     shutil.copy(work / "judge.safetensors", temporary)
     (temporary / "training.json").write_text(json.dumps({"unet_steps": saved["step"], "batch": 2 * BATCH}))
     for kept in ("README.md", "samples.png"):
@@ -599,8 +601,8 @@ tags: [controlbooth, latent-diffusion, text-to-image]
 
 64 x 64 pictures of one or two objects ({", ".join(CLASSES)}) in {len(COLOURS)} colours
 on plain or two-tone backgrounds, from captions such as "a large red mug and a small yellow star on a teal background".
-It is what controlbooth's main job, tests and figures run on; it draws nothing else. Parameters: {sizes}; factor 8,
-12 latent channels, v-prediction.
+It is what controlbooth's main job, tests and figures run on; it draws nothing else. Parameters: {sizes};
+factor 8, 12 latent channels, v-prediction.
 
 ```python
 from diffusers import StableDiffusionPipeline

@@ -190,8 +190,9 @@ def note_failure(folder: Path, rank: int, error: Exception) -> None:
     with contextlib.suppress(OSError):  # a full disk may be what failed; the message on the terminal remains
         fields = dict(state="failed", rank=rank, error=f"{type(error).__name__}: {error}")
         write_status(folder / f"failed-{rank}.json", **fields)
-        if rank == 0 and not isinstance(error, ConfigError):  # one that is refused has not changed the run
-            write_status(folder / STATUS, **fields)
+        status = folder / STATUS
+        if rank == 0 and (not status.exists() or json.loads(status.read_text())["state"] == "running"):
+            write_status(status, **fields)  # a restart that was refused has not changed a run that had ended
 
 
 def send_what_is_left(folder: Path, config: RunConfig) -> None:
