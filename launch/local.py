@@ -1,13 +1,16 @@
 """`controlbooth train`: checks a run, starts its ranks on this machine through torchrun, and stops them cleanly."""
 
 import argparse
+import json
 import os
 import shlex
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import psutil
 
@@ -60,7 +63,18 @@ def train(run_file: str, overrides: Sequence[str] = (), processes: int | None = 
     if dry_run:
         print("command   ", *(f"{key}={value}" for key, value in chosen.items()), shlex.join(command))
         return 0
-    return run(command, os.environ | chosen)
+    began = time.time()
+    status = run(command, os.environ | chosen)
+    if status not in (0, *(128 + number for number in STOP_SIGNALS)):
+        for reason in failures(run_folder(config), began):  # once more, below torchrun's own report
+            print(f"controlbooth train: {reason}", file=sys.stderr)
+    return status
+
+
+def failures(folder: Path, since: float) -> list[str]:
+    """What the ranks of a run have said about their failures since a time in seconds since 1970."""
+    notes = [json.loads(path.read_text()) for path in sorted(folder.glob("failed-*.json"))]
+    return [f"rank {note['rank']}: {note['error']}" for note in notes if note["time"] >= since]
 
 
 def this_node(processes: int | None = None) -> Node:

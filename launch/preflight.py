@@ -51,6 +51,8 @@ def check_ranks(config: RunConfig, node: Node) -> Iterator[str]:
             f"{node.processes} processes need as many GPUs, and this machine shows {node.gpus}. "
             f"Use --processes {node.gpus}, or look at CUDA_VISIBLE_DEVICES"
         )
+    if config.engine.precision == "fp16" and node.gpus == 0:
+        yield "engine.precision is fp16, which needs a GPU, and there is none here. Use bf16, fp32, or auto"
     if config.model.attention == "xformers":
         if node.gpus == 0:
             yield "model.attention is xformers, which has no CPU kernels, and there is no GPU here. Use auto"

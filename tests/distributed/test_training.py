@@ -216,6 +216,15 @@ def test_the_deepspeed_launcher_starts_a_run_too(world_folder):
     assert state["world_size"] == 2
 
 
+def test_the_last_thing_a_failed_start_says_is_why(world_folder):
+    path = run_file(world_folder, "refused", data={"condition": "depth"})
+    command = [sys.executable, "-m", "controlbooth.launch.cli", "train", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("controlbooth train: rank 0: ") and "depth" in last and "edges" in last
+
+
 def test_sigterm_leaves_a_checkpoint_and_the_same_command_goes_on_but_no_other_run_takes_the_folder(world_folder):
     run = world_folder / "runs" / "stopped"
     path = run_file(world_folder, "stopped", max_steps=400, checkpoint={"every_steps": 1000})

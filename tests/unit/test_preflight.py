@@ -90,6 +90,10 @@ def test_every_process_needs_a_gpu_of_its_own_where_there_are_gpus(good):
     )
 
 
+def test_fp16_needs_a_gpu(good):
+    assert "Use bf16, fp32, or auto" in only_problem(good | {"engine": {"precision": "fp16"}})
+
+
 def test_xformers_needs_a_gpu_and_the_package(good, monkeypatch):
     assert "has no CPU kernels" in only_problem(good, model__attention="xformers")
     monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
