@@ -214,7 +214,11 @@ def _join(scans: Sequence[Scan], kinds: Sequence[str]) -> Scan:
         caption_owners=np.concatenate([one.caption_owners + start for one, start in zip(scans, starts, strict=False)]),
         scores={kind: np.concatenate([one.scores[kind] for one in scans]) for kind in kinds},
         strangers={kind: np.concatenate([one.strangers[kind] for one in scans]) for kind in kinds},
-        faults=[(at + start, *fault) for one, start in zip(scans, starts, strict=False) for at, *fault in one.faults],
+        faults=[
+            (at + start, finding, detail, kind)
+            for one, start in zip(scans, starts, strict=False)
+            for at, finding, detail, kind in one.faults
+        ],
     )
 
 

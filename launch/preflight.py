@@ -265,5 +265,5 @@ def safetensors_header(file: Path) -> dict[str, Any]:
     return header
 
 
-def _gib(size_bytes: int) -> str:
+def _gib(size_bytes: float) -> str:
     return f"{size_bytes / 2**30:.1f}"

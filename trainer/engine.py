@@ -88,6 +88,7 @@ def initialize(controlnet: nn.Module, config: RunConfig, precision: str, world_s
     # Compiled at the first start, for a minute, where there is a compiler: gloo does the same everywhere.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_init_required=False)
+    engine: Any
     engine, *_ = deepspeed.initialize(
         model=controlnet,
         optimizer=optimizer,
@@ -179,7 +180,7 @@ def full_state(engine: Any) -> dict[str, Tensor]:
     from deepspeed.utils import safe_get_full_fp32_param
 
     if engine.zero_optimization_stage() == 0:
-        wholes = dict(zip(_names_of_masters(engine), masters(engine), strict=True))
+        wholes: dict[str, Any] = dict(zip(_names_of_masters(engine), masters(engine), strict=True))
     else:
         wholes = {name: safe_get_full_fp32_param(p) for name, p in engine.module.named_parameters()}
     return {

@@ -371,7 +371,7 @@ def train_text(work: Path, minutes: float) -> None:
 
 
 def load_vae(work: Path) -> Any:
-    vae = AutoencoderKL(**VAE, scaling_factor=1.0)
+    vae: Any = AutoencoderKL(**VAE, scaling_factor=1.0)
     vae.load_state_dict(torch.load(work / "vae.pt", weights_only=True)["model"])
     return vae.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 

@@ -72,9 +72,10 @@ from controlbooth.trainer.distributed import (
 from controlbooth.trainer.evaluate.validate import HeldOutSet, load_held_out, validate
 from controlbooth.trainer.spool import read_metrics
 from controlbooth.trainer.step import controlnet_step
-from controlbooth.trainer.tracking import Tracker
+from controlbooth.trainer.tracking import Status, Tracker
 
 STATUS = "status.json"
+IN_MLFLOW: dict[str, Status] = {"failed": "FAILED", "stopped": "KILLED", "finished": "FINISHED"}
 
 
 class TrainingStopped(RuntimeError):
@@ -156,7 +157,7 @@ def train(config: RunConfig, world: World, stop: "StopRequest") -> int:
                 write_speed(folder, precision=run.precision, attention=run.attention, world_size=world.world_size)
                 write_status(folder / STATUS, state=state, step=run.step)  # before MLflow, which may take its time
             if run.tracker is not None:
-                run.tracker.finish({"failed": "FAILED", "stopped": "KILLED", "finished": "FINISHED"}[state])
+                run.tracker.finish(IN_MLFLOW[state])
                 run.tracker.close(timeout_seconds=30.0)
     say(world, f"{state} at step {run.step} of {config.max_steps}: {folder}")
     return 0

@@ -62,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def measure(config: RunConfig, run: Path, checkpoint: Path, samples: int) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     base = load_base(base_path(config), config.model.family, torch.float32, device)
-    controlnet = load_controlnet(checkpoint / "controlnet", base.unet).eval().to(device)
+    controlnet: Any = load_controlnet(checkpoint / "controlnet", base.unet)
+    controlnet.eval().to(device)
     assert config.data.held_out
     dataset = open_dataset(config.data.held_out)
     held = load_held_out(dataset, samples, config.data.condition, config.data.resolution)
