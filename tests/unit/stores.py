@@ -1,8 +1,10 @@
 """Real servers on this machine for shards: moto's S3, and plain HTTP with byte ranges and with faults on request."""
 
+import contextlib
 import os
 import re
 import socket
+import socketserver
 import subprocess
 import sys
 import threading
@@ -22,15 +24,18 @@ SIGNATURE = "AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/s3/aws4_request
 
 
 class MotoStore:
-    """moto's S3 server as a process of its own, so that it can be killed. It keeps its objects in memory."""
+    """moto's S3 server as a process of its own, so that it can be killed. It keeps its objects in memory.
+
+    Clients reach it through a port that is open only while all objects are there: a store that comes back has not
+    forgotten them.
+    """
 
     def __init__(self) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port, self._inner_port = free_port(), free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.objects: dict[str, bytes] = {}
         self.process: subprocess.Popen | None = None
+        self._door: socketserver.ThreadingTCPServer | None = None
 
     @property
     def environment(self) -> dict[str, str]:
@@ -46,20 +51,25 @@ class MotoStore:
 
     def start(self) -> None:
         """Starts it, again after a kill with the objects that it had."""
-        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
+        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self._inner_port)]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         until = time.monotonic() + 120
         while True:
             try:
-                socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
+                socket.create_connection(("127.0.0.1", self._inner_port), timeout=1).close()
                 break
             except OSError:
                 assert time.monotonic() < until and self.process.poll() is None, "moto's server did not start"
                 time.sleep(0.1)
         for name, data in self.objects.items():
             self._write(name, data)
+        self._door = forward(self.port, self._inner_port)
 
     def kill(self) -> None:
+        if self._door is not None:
+            self._door.shutdown()
+            self._door.server_close()
+            self._door = None
         if self.process is not None:
             self.process.kill()
             self.process.wait()
@@ -82,8 +92,46 @@ class MotoStore:
 
     def _request(self, method: str, name: str, data: bytes) -> None:
         headers = {"Content-Type": "application/x-tar", "Authorization": SIGNATURE}
-        request = urllib.request.Request(f"{self.url}/{name}", data, headers, method=method)
+        request = urllib.request.Request(f"http://127.0.0.1:{self._inner_port}/{name}", data, headers, method=method)
         urllib.request.urlopen(request, timeout=20).close()
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def forward(port: int, to: int) -> socketserver.ThreadingTCPServer:
+    """Passes connections to `port` on to the port `to`, until its shutdown(); connections end with the other side."""
+
+    def pump(source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                sink.sendall(data)
+        with contextlib.suppress(OSError):
+            sink.shutdown(socket.SHUT_WR)
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            try:
+                other = socket.create_connection(("127.0.0.1", to))
+            except OSError:
+                return
+            with other:
+                back = threading.Thread(target=pump, args=(other, self.request), daemon=True)
+                back.start()
+                pump(self.request, other)
+                back.join()
+
+    class Server(socketserver.ThreadingTCPServer):
+        allow_reuse_address = daemon_threads = True
+        block_on_close = False
+        request_queue_size = 64
+
+    server = Server(("127.0.0.1", port), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    return server
 
 
 def forget_stores() -> None:
