@@ -73,26 +73,26 @@ def prepare(
     image: np.ndarray,
     condition: np.ndarray | None,
     kind: str | None,
-    resolution: int,
+    shape: tuple[int, int],
     crop: tuple[int, int] | None = None,
     flip: bool = False,
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Resizes the short side to `resolution` and cuts a square, the same for target and condition.
+    """Resizes until `shape` is just covered and cuts it out, the same for target and condition.
 
-    image: (H, W) or (H, W, 3) uint8; condition likewise, of any size with the same aspect ratio. crop: top and left of
-    the square, within `crop_slack`; None takes the middle. flip mirrors left to right.
-    Returns both as (resolution, resolution) or (resolution, resolution, 3) uint8. Raises ValueError when the two do not
-    show the same frame.
+    image: (H, W) or (H, W, 3) uint8; condition likewise, of any size with the same aspect ratio. shape: (height, width)
+    in pixels. crop: top and left of what is cut out, within `crop_slack`; None takes the middle. flip mirrors left to
+    right. Returns both as (height, width) or (height, width, 3) uint8. Raises ValueError when the two do not show the
+    same frame.
     """
-    height, width = scaled_size(image.shape[0], image.shape[1], resolution)
+    height, width = scaled_size(image.shape[0], image.shape[1], shape)
     if condition is not None and not same_frame(image.shape, condition.shape):
         sizes = f"{image.shape[1]}x{image.shape[0]} and {condition.shape[1]}x{condition.shape[0]}"
         raise ValueError(f"target and condition have different aspect ratios ({sizes})")
-    top, left = crop if crop is not None else ((height - resolution) // 2, (width - resolution) // 2)
+    top, left = crop if crop is not None else ((height - shape[0]) // 2, (width - shape[1]) // 2)
 
     def fit(pixels: np.ndarray, nearest: bool) -> np.ndarray:
-        square = _resize(pixels, height, width, nearest)[top : top + resolution, left : left + resolution]
-        return cv2.flip(square, 1) if flip else square
+        part = _resize(pixels, height, width, nearest)[top : top + shape[0], left : left + shape[1]]
+        return cv2.flip(part, 1) if flip else part
 
     return fit(image, False), None if condition is None else fit(condition, kind in CATEGORICAL_KINDS)
 
@@ -106,16 +106,17 @@ def write_planes(pixels: np.ndarray, planes: np.ndarray) -> np.ndarray:
     return planes
 
 
-def scaled_size(height: int, width: int, resolution: int) -> tuple[int, int]:
-    """(height, width) after the short side becomes `resolution`."""
-    short = min(height, width)
-    return round(height * resolution / short), round(width * resolution / short)
+def scaled_size(height: int, width: int, shape: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of the image once it is as small as may be to cover `shape`; one of the two is met exactly."""
+    if shape[0] * width <= shape[1] * height:
+        return max(shape[0], round(height * shape[1] / width)), shape[1]
+    return shape[0], max(shape[1], round(width * shape[0] / height))
 
 
-def crop_slack(height: int, width: int, resolution: int) -> tuple[int, int]:
-    """How far the square can move down and to the right in an image of this size, once that is resized."""
-    scaled = scaled_size(height, width, resolution)
-    return scaled[0] - resolution, scaled[1] - resolution
+def crop_slack(height: int, width: int, shape: tuple[int, int]) -> tuple[int, int]:
+    """How far the part of this shape can move down and to the right in an image of this size, once that is resized."""
+    scaled = scaled_size(height, width, shape)
+    return scaled[0] - shape[0], scaled[1] - shape[1]
 
 
 def same_frame(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:

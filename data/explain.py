@@ -6,18 +6,21 @@ All of it is arithmetic on positions, so steps that are still to come are told a
 import argparse
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from controlbooth.data import draws
+from controlbooth.data.buckets import Buckets
 from controlbooth.data.decode import BadSample, crop_slack
-from controlbooth.data.manifest import Dataset, open_dataset
-from controlbooth.data.order import Order
+from controlbooth.data.manifest import Dataset, join_datasets, open_dataset
+from controlbooth.data.mixture import History, Mixture
+from controlbooth.data.plan import plan_order, source_weights
 from controlbooth.data.prompts import read_captions
-from controlbooth.data.quarantine import read_ledgers, read_run
+from controlbooth.data.quarantine import read_ledgers, read_run, source_trees
 from controlbooth.data.shards import ShardReader
 from controlbooth.data.sidecar import FLAG_NAMES, ShardIndex, index_path, load_index
 
@@ -29,7 +32,10 @@ TRAIN_TIMESTEPS = 1000
 class RunNumbers:
     """What decides when a sample is seen, and how."""
 
-    shards: str
+    sources: list[dict[str, Any]]
+    """shards, weight and repeat of each, as in a run's data.sources."""
+    history: History | None
+    """The weights that the sources had so far; None for those that follow from `sources`."""
     condition: str | None
     seed: int
     global_batch_size: int
@@ -38,8 +44,10 @@ class RunNumbers:
     steps: int
     prompt_dropout: float
     random_flip: bool
-    crop_resolution: int | None
-    """Side of random crops in pixels, None where the middle is taken."""
+    random_crop: bool
+    resolution: int
+    max_aspect_ratio: float
+    aspect_step: int
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,7 @@ class Found:
     size: tuple[int, int]
     """Width and height of the target image."""
     flags: int
+    bucket: int
 
 
 @dataclass(frozen=True)
@@ -66,7 +75,7 @@ class Presentation:
     dropped: bool
     flipped: bool
     crop: tuple[int, int] | None
-    """Top and left of the square, in the resized picture."""
+    """Top and left of the part that is trained on, in the resized picture."""
     timestep: int
     caption: int
     """Which of its captions is the prompt, where it is not dropped."""
@@ -77,7 +86,8 @@ def numbers_of_run(folder: Path, steps: int | None = None) -> RunNumbers:
     tree = read_run(folder)
     data = tree["data"]
     return RunNumbers(
-        shards=data["shards"],
+        sources=source_trees(tree),
+        history=_history_of_run(folder),
         condition=data["condition"],
         seed=tree["seed"],
         global_batch_size=tree["global_batch_size"],
@@ -86,30 +96,73 @@ def numbers_of_run(folder: Path, steps: int | None = None) -> RunNumbers:
         steps=steps or tree["max_steps"],
         prompt_dropout=data["prompt_dropout"],
         random_flip=data["random_flip"],
-        crop_resolution=data["resolution"] if data["random_crop"] else None,
+        random_crop=data["random_crop"],
+        resolution=data["resolution"],
+        max_aspect_ratio=data["max_aspect_ratio"],
+        aspect_step=data["aspect_step"],
     )
 
 
-def find_key(dataset: Dataset, key: str, condition: str | None) -> list[Found]:
+def _history_of_run(folder: Path) -> History | None:
+    """From the newest checkpoint, which records every change; None before there is one."""
+    states = sorted(folder.glob("checkpoints/step-*/state.json"))
+    return json.loads(states[-1].read_text())["order"]["weights"] if states else None
+
+
+def open_sources(numbers: RunNumbers) -> Dataset:
+    return join_datasets([open_dataset(source["shards"]) for source in numbers.sources])
+
+
+def order_of_run(dataset: Dataset, numbers: RunNumbers) -> tuple[Mixture, Buckets]:
+    weights = source_weights(
+        dataset,
+        numbers.condition,
+        [source["weight"] for source in numbers.sources],
+        [source["repeat"] for source in numbers.sources],
+    )
+    return plan_order(
+        dataset,
+        numbers.condition,
+        numbers.history or [(0, weights)],
+        seed=numbers.seed,
+        lanes=numbers.lanes,
+        shards_per_block=numbers.shards_per_block,
+        global_batch_size=numbers.global_batch_size,
+        resolution=numbers.resolution,
+        max_aspect_ratio=numbers.max_aspect_ratio,
+        bucket_multiple=numbers.aspect_step,
+    )
+
+
+def find_key(dataset: Dataset, key: str, condition: str | None, buckets: Buckets) -> list[Found]:
     """All samples of this key; more than one where keys are not unique. Reads every index."""
+    ends = np.cumsum([len(source.rows) for source in dataset.sources])
     wanted, found = draws.hash64(key), []
     for shard, path in enumerate(tqdm(dataset.paths, unit="shard", desc="search", disable=len(dataset.paths) < 1000)):
         index = load_index(index_path(path))
         for row in np.flatnonzero(index.samples["key_hash"] == np.uint64(wanted)).tolist():
-            found.append(_found(index, shard, row, condition))
+            source = int(np.searchsorted(ends, shard, side="right")) if len(ends) else 0
+            found.append(
+                _found(
+                    index, shard, row, index.usable(condition), buckets.bucket_of(source, index.aspect_bins(condition))
+                )
+            )
     return found
 
 
-def _found(index: ShardIndex, shard: int, row: int, condition: str | None) -> Found:
+def _found(index: ShardIndex, shard: int, row: int, usable: np.ndarray, numbers: np.ndarray) -> Found:
+    """usable: rows that the run uses. numbers: the bucket of each of them."""
     record = index.samples[row]
-    ordinals = np.flatnonzero(index.usable(condition) == row)
     size = (int(record["width"]), int(record["height"]))
-    ordinal = int(ordinals[0]) if len(ordinals) else None
-    return Found(shard, row, ordinal, int(record["offset"]), size, int(record["flags"]))
+    place = Found(shard, row, None, int(record["offset"]), size, int(record["flags"]), 0)
+    if row not in usable:
+        return place
+    bucket = int(numbers[usable == row][0])
+    return replace(place, bucket=bucket, ordinal=int(np.flatnonzero(usable[numbers == bucket] == row)[0]))
 
 
 def presentations(
-    order: Order, numbers: RunNumbers, found: Found, key: str, captions: int
+    order: Mixture, numbers: RunNumbers, found: Found, key: str, captions: int
 ) -> Iterator[Presentation | int]:
     """Each time that a run of these numbers sees the sample, in order; the number of an epoch that leaves it out.
 
@@ -118,15 +171,15 @@ def presentations(
     assert found.ordinal is not None
     key_hashes = np.array([draws.hash64(key)], np.uint64)
     positions = numbers.steps * numbers.global_batch_size
-    for epoch in range(-(-positions // order.samples_per_epoch)):
-        position = order.position_of(epoch, found.shard, found.ordinal)
+    for epoch in range(order.epochs_begun(positions, found.shard, found.bucket)):
+        position = order.position_of(epoch, found.shard, found.ordinal, found.bucket)
         if position is None:
             yield epoch
         elif position < positions:
             at = np.array([position])
             crop = None
-            if numbers.crop_resolution is not None:
-                slack = crop_slack(found.size[1], found.size[0], numbers.crop_resolution)
+            if numbers.random_crop:
+                slack = crop_slack(found.size[1], found.size[0], order.shapes[found.bucket])
                 top, left = draws.crops(numbers.seed, at, np.array([slack]))[0].tolist()
                 crop = (top, left)
             yield Presentation(
@@ -154,15 +207,15 @@ def steps_done(run: Path) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """`controlbooth data explain`: 0 where the sample is found, 1 where it is not."""
     arguments = _parser().parse_args(argv)
-    numbers = _numbers(arguments)
-    dataset = open_dataset(numbers.shards)
-    found = find_key(dataset, arguments.key, numbers.condition)
+    numbers = run_numbers(arguments, arguments.steps)
+    dataset = open_sources(numbers)
+    order, buckets = order_of_run(dataset, numbers)
+    found = find_key(dataset, arguments.key, numbers.condition, buckets)
     if not found:
         print(f"no sample of {dataset.location} has the key {arguments.key!r}")
         return 1
-    order = Order(dataset.samples_per_shard(numbers.condition), numbers.seed, numbers.lanes, numbers.shards_per_block)
     done = steps_done(arguments.run) if arguments.run else None
-    reader = ShardReader(dataset, numbers.condition)
+    reader = ShardReader(dataset, numbers.condition, buckets=buckets)
     try:
         for one in found:
             captions = _print_sample(dataset, reader, one, arguments.key)
@@ -175,22 +228,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _numbers(arguments: argparse.Namespace) -> RunNumbers:
+def run_numbers(arguments: argparse.Namespace, steps: int | None) -> RunNumbers:
+    """Of the run or the numbers that `add_run_numbers` asks for."""
     if arguments.run:
-        return numbers_of_run(arguments.run, arguments.steps)
-    if not (arguments.shards and arguments.global_batch_size and arguments.steps):
-        raise ValueError("give --run, or --shards with --global-batch-size and --steps, to say which run is meant")
+        return numbers_of_run(arguments.run, steps)
+    if not (arguments.shards and arguments.global_batch_size and steps):
+        raise ValueError("give --run, or the shards with --global-batch-size and steps, to say which run is meant")
     return RunNumbers(
-        shards=arguments.shards,
+        sources=[{"shards": arguments.shards, "weight": None, "repeat": 1}],
+        history=None,
         condition=arguments.condition,
         seed=arguments.seed,
         global_batch_size=arguments.global_batch_size,
         lanes=arguments.lanes or arguments.global_batch_size,
         shards_per_block=arguments.shards_per_block,
-        steps=arguments.steps,
+        steps=steps,
         prompt_dropout=arguments.prompt_dropout,
         random_flip=arguments.random_flip,
-        crop_resolution=None,
+        random_crop=False,
+        resolution=512,
+        max_aspect_ratio=1.0,
+        aspect_step=64,
     )
 
 
@@ -202,7 +260,7 @@ def _print_sample(dataset: Dataset, reader: ShardReader, found: Found, key: str)
         print(f"  not trained on: {', '.join(faults)}")
         return 1
     try:
-        sample = reader.read(found.shard, found.ordinal)
+        sample = reader.read(found.shard, found.ordinal, found.bucket)
         captions = read_captions(sample.caption, sample.caption_extension, sample.key)
     except BadSample as bad:
         print(f"  bad: {bad.part}: {bad.reason}; another sample stands in for it")
@@ -215,7 +273,7 @@ def _print_sample(dataset: Dataset, reader: ShardReader, found: Found, key: str)
 
 
 def _print_presentations(
-    order: Order, numbers: RunNumbers, found: Found, key: str, captions: int, done: int | None
+    order: Mixture, numbers: RunNumbers, found: Found, key: str, captions: int, done: int | None
 ) -> None:
     left_out = []
     print(f"  {'step':>10} {'epoch':>6} {'position':>12}  {'prompt':9}  {'flip':4}  {'crop':>9}  {'timestep':>8}")
@@ -252,15 +310,20 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("key")
-    parser.add_argument("--run", type=Path, help="the folder of a run, whose numbers and ledgers are taken")
     parser.add_argument("--steps", type=int, help="look so many steps ahead (default: max_steps of the run)")
+    parser.add_argument("--shards", help="without a run: a manifest, a folder, a tar, a glob or a {000..009} range")
+    add_run_numbers(parser)
+    return parser
+
+
+def add_run_numbers(parser: argparse.ArgumentParser) -> None:
+    """The options that say which order is meant: a run's, or that of stated numbers."""
+    parser.add_argument("--run", type=Path, help="the folder of a run, whose numbers are taken")
     instead = parser.add_argument_group("without a run")
-    instead.add_argument("--shards", help="a manifest, a folder, a tar, a glob or a {000..009} range")
     instead.add_argument("--global-batch-size", type=int)
-    instead.add_argument("--condition", help="kind that the run trains on (default: none)")
+    instead.add_argument("--condition", help="kind that the run trains on (default: none, as for DreamBooth)")
     instead.add_argument("--lanes", type=int, help="(default: the global batch size)")
     instead.add_argument("--shards-per-block", type=int, default=2, help="(default: 2)")
     instead.add_argument("--seed", type=int, default=0, help="(default: 0)")
     instead.add_argument("--prompt-dropout", type=float, default=0.0, help="(default: 0)")
     instead.add_argument("--random-flip", action="store_true")
-    return parser

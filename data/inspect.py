@@ -9,9 +9,9 @@ import cv2
 import numpy as np
 
 from controlbooth.data.draws import prompt_dropped
+from controlbooth.data.explain import add_run_numbers, open_sources, order_of_run, run_numbers
 from controlbooth.data.loader import HeldOutSample, held_out
 from controlbooth.data.manifest import open_dataset
-from controlbooth.data.order import Order
 from controlbooth.data.shards import ShardReader
 from controlbooth.data.sources import encode_png
 
@@ -99,30 +99,31 @@ def _wrap(caption: str, width: int) -> list[str]:
 
 def order_main(argv: Sequence[str] | None = None) -> int:
     """`controlbooth data order`: the samples of one step, as a run with these numbers sees them."""
-    parser = _parser("order", "List the samples of a step: where they lie, their keys, and whose prompt is dropped.")
+    parser = argparse.ArgumentParser(
+        prog="controlbooth data order",
+        description="List the samples of a step: where they lie, their keys, and whose prompt is dropped.",
+        epilog="examples:\n  controlbooth data order --run runs/photos --step 1200 --world-size 8 --rank 3\n"
+        "  controlbooth data order shards/train --global-batch-size 256 --step 1200",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("shards", nargs="?", help="a manifest, a folder, a tar, a glob or a {000..009} range")
     parser.add_argument("--step", type=int, default=0, help="(default: 0)")
-    parser.add_argument("--global-batch-size", type=int, required=True)
-    parser.add_argument("--lanes", type=int, help="(default: the global batch size)")
-    parser.add_argument("--shards-per-block", type=int, default=2, help="(default: 2)")
-    parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
     parser.add_argument("--world-size", type=int, default=1, help="(default: 1)")
     parser.add_argument("--rank", type=int, default=0, help="(default: 0)")
-    parser.add_argument("--condition", help="kind that the run trains on (default: none, as for DreamBooth)")
-    parser.add_argument("--prompt-dropout", type=float, default=0.0, help="(default: 0)")
+    add_run_numbers(parser)
     arguments = parser.parse_args(argv)
-    dataset = open_dataset(arguments.shards)
-    counts = dataset.samples_per_shard(arguments.condition)
-    lanes = arguments.lanes or arguments.global_batch_size
-    order = Order(counts, arguments.seed, lanes, arguments.shards_per_block)
-    slots = order.rank_slots(arguments.step, arguments.global_batch_size, arguments.rank, arguments.world_size)
-    reader = ShardReader(dataset, arguments.condition)
+    numbers = run_numbers(arguments, steps=arguments.step + 1)
+    dataset = open_sources(numbers)
+    order, buckets = order_of_run(dataset, numbers)
+    slots = order.rank_slots(arguments.step, numbers.global_batch_size, arguments.rank, arguments.world_size)
+    reader = ShardReader(dataset, numbers.condition, buckets=buckets)
     print(f"{'position':>10} {'epoch':>5}  {'shard':30} {'ordinal':>7}  {'prompt':7}  key")
     try:
         for position in slots.tolist():
             place = order.locate(position)
-            sample = reader.read(place.shard, place.ordinal)
+            sample = reader.read(place.shard, place.ordinal, place.bucket)
             hashes, epochs = np.array([sample.key_hash], np.uint64), np.array([place.epoch])
-            dropped = prompt_dropped(arguments.seed, epochs, hashes, arguments.prompt_dropout)[0]
+            dropped = prompt_dropped(numbers.seed, epochs, hashes, numbers.prompt_dropout)[0]
             name = dataset.paths[place.shard].name
             prompt = "dropped" if dropped else "kept"
             print(f"{position:10d} {place.epoch:5d}  {name:30} {place.ordinal:7d}  {prompt:7}  {sample.key}")

@@ -24,7 +24,8 @@ from controlbooth.data import draws
 from controlbooth.data.cache import Cache
 from controlbooth.data.decode import BadSample, crop_slack, decode_image, prepare, write_planes
 from controlbooth.data.manifest import Dataset
-from controlbooth.data.order import Order, Place
+from controlbooth.data.mixture import History, Place
+from controlbooth.data.plan import plan_order
 from controlbooth.data.prefetch import Prefetcher, upcoming_shards
 from controlbooth.data.prompts import prompt, read_captions
 from controlbooth.data.shards import SampleBytes, ShardReader
@@ -136,6 +137,9 @@ class Loader:
         ledger_path: Path | None = None,
         cache: Cache | None = None,
         ranks_per_node: int = 1,
+        history: History | None = None,
+        max_aspect_ratio: float = 1.0,
+        bucket_multiple: int = 64,
     ):
         """Prefetching begins at once, so make the loader before the model.
 
@@ -144,8 +148,20 @@ class Loader:
         repeat certain batches). max_bad_rate: the share of substituted samples above which the run stops.
         ledger_path: a JSONL file to which each bad sample is appended, one file a rank; `ledger` has the same lines.
         cache: for the shards that lie in a store, shared by ranks_per_node ranks of this machine.
+        history, max_aspect_ratio, bucket_multiple: see `plan_order`. latent_shape: (C, h, w) of a square picture.
         """
-        self.order = Order(dataset.samples_per_shard(condition_kind), seed, lanes, shards_per_block)
+        self.order, buckets = plan_order(
+            dataset,
+            condition_kind,
+            history,
+            seed=seed,
+            lanes=lanes,
+            shards_per_block=shards_per_block,
+            global_batch_size=global_batch_size,
+            resolution=resolution,
+            max_aspect_ratio=max_aspect_ratio,
+            bucket_multiple=bucket_multiple,
+        )
         self.dataset, self.seed = dataset, seed
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.condition_kind, self.resolution = condition_kind, resolution
@@ -155,7 +171,8 @@ class Loader:
         self.slots = self.order.rank_slots(0, global_batch_size, rank, world_size)
         self.positions = None if positions is None else np.asarray(positions, np.int64)
         self._check_arguments(world_size, threads)
-        self._check_cache(cache, lanes // world_size * shards_per_block, ranks_per_node)
+        live_shards = lanes // world_size * shards_per_block * self.order.streams
+        self._check_cache(cache, live_shards, ranks_per_node)
 
         self.step = start_step
         """The next step to be consumed."""
@@ -165,8 +182,7 @@ class Loader:
         self._queue: deque[_Step] = deque()
         self._closed = False
         cv2.setNumThreads(1)  # the loader's threads share the cores; OpenCV's own would compete with them
-        live_shards = lanes // world_size * shards_per_block
-        self._reader = ShardReader(dataset, condition_kind, _affordable_files(2 * live_shards + 64), cache)
+        self._reader = ShardReader(dataset, condition_kind, _affordable_files(2 * live_shards + 64), cache, buckets)
         self._prefetcher = None
         if cache is not None and positions is None:
             self._cache_share = cache.limit_bytes // ranks_per_node
@@ -262,11 +278,8 @@ class Loader:
 
     def _shards_to_have(self, step: int) -> list[int]:
         """For the prefetcher: what this rank's lanes read in this step and soon after, the most urgent first."""
-        steps = max(1, self.order.lanes // self.global_batch_size)  # which together touch every lane of the rank
-        slots = np.concatenate([self.slots + (step + i) * self.global_batch_size for i in range(steps)])
-        first = np.unique(slots % self.order.lanes, return_index=True)[1]
         sizes = [row.bytes for row in self.dataset.rows]
-        return upcoming_shards(self.order, slots[first], sizes, self._cache_share)
+        return upcoming_shards(self.order.upcoming_blocks(step, self.slots), sizes, self._cache_share)
 
     def _submit_ahead(self) -> None:
         """Keeps the next step and prefetch_steps after it in work; nothing is started beyond them."""
@@ -282,14 +295,18 @@ class Loader:
             self._prefetcher.follow(self._queue[0].number)
 
     def _start(self, number: int, positions: np.ndarray) -> _Step:
-        pixels = (len(positions), 3, self.resolution, self.resolution)
+        # Positions that were given may be of steps of several shapes; a batch has one, that of its first sample.
+        height, width = self.order.shape(int(positions[0]) // self.global_batch_size)
+        pixels = (len(positions), 3, height, width)
+        channels, rows, columns = self.latent_shape
+        latents = (len(positions), channels, rows * height // self.resolution, columns * width // self.resolution)
         step = _Step(
             number,
             positions,
             flips=draws.flips(self.seed, positions) & self.random_flip,
             pixel_values=np.zeros(pixels, np.uint8),
             conditioning=None if self.condition_kind is None else np.zeros(pixels, np.uint8),
-            noise=np.empty((len(positions), *self.latent_shape), np.float32),
+            noise=np.empty(latents, np.float32),
         )
         step.rows = [self._threads.submit(self._fill, step, row) for row in range(len(positions))]
         return step
@@ -297,14 +314,14 @@ class Loader:
     def _fill(self, step: _Step, at: int) -> _Row:
         """Runs in a thread: the sample of one row into the step's arrays, or what stands in for it."""
         position = int(step.positions[at])
-        step.noise[at] = draws.noise(self.seed, step.positions[at : at + 1], self.latent_shape)[0]
+        step.noise[at] = draws.noise(self.seed, step.positions[at : at + 1], step.noise.shape[1:])[0]
         original = place = self.order.locate(position)
         faults: list[dict] = []
         for attempt in range(SUBSTITUTE_ATTEMPTS + 1):
             if attempt:
                 place = self.order.substitute(position, attempt)
             try:
-                sample = self._reader.read(place.shard, place.ordinal)
+                sample = self._reader.read(place.shard, place.ordinal, place.bucket)
                 row = self._decode(step, at, sample, place)
             except BadSample as bad:
                 faults.append(self._fault(position, place, attempt, bad))
@@ -325,13 +342,14 @@ class Loader:
         if sample.condition is not None:
             condition = decode_image(sample.condition, sample.key, sample.condition_extension, background=0)
         crop = None
-        slack = crop_slack(image.shape[0], image.shape[1], self.resolution)
+        height, width = step.pixel_values.shape[2:]
+        slack = crop_slack(image.shape[0], image.shape[1], (height, width))
         if self.random_crop and any(slack):
             top, left = draws.crops(self.seed, step.positions[at : at + 1], np.array([slack]))[0].tolist()
             crop = (top, left)
         try:
             pixels, conditioning = prepare(
-                image, condition, self.condition_kind, self.resolution, crop, bool(step.flips[at])
+                image, condition, self.condition_kind, (height, width), crop, bool(step.flips[at])
             )
         except ValueError as error:
             raise BadSample(sample.key, sample.condition_extension, str(error)) from error
@@ -358,7 +376,7 @@ class Loader:
             "position": position,
             "attempt": attempt,
             "shard": str(self.dataset.paths[place.shard]),
-            "byte": self._reader.byte(place.shard, place.ordinal),
+            "byte": self._reader.byte(place.shard, place.ordinal, place.bucket),
             "ordinal": place.ordinal,
             "key": bad.key,
             "part": bad.part,
@@ -446,7 +464,7 @@ def held_out(dataset: Dataset, count: int, *, condition_kind: str | None, resolu
             condition = None
             if sample.condition is not None:
                 condition = decode_image(sample.condition, sample.key, sample.condition_extension, background=0)
-            pixels, conditioning = prepare(image, condition, condition_kind, resolution)
+            pixels, conditioning = prepare(image, condition, condition_kind, (resolution, resolution))
             yield HeldOutSample(
                 key=sample.key,
                 pixel_values=write_planes(pixels, np.empty(shape, np.uint8)),

@@ -20,7 +20,7 @@ from braceexpand import braceexpand
 
 from controlbooth.data import storage
 from controlbooth.data.index import STRUCTURAL, ensure_indexes
-from controlbooth.data.sidecar import index_path, load_index, read_digest, write_whole
+from controlbooth.data.sidecar import ShardIndex, index_path, load_index, read_digest, write_whole
 from controlbooth.data.storage import RemoteShard, Shard
 
 NAME = "manifest.jsonl"
@@ -44,6 +44,8 @@ class ShardRow:
     """Of a shard in a store: its version when it was indexed."""
     index: str = ""
     """Of a shard in a store: the path of its sidecar, relative or absolute like that of a shard on a disk."""
+    aspects: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Usable samples by aspect-ratio bin, see `data.buckets`: for each kind of condition, and for "", without one."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ class Dataset:
     fingerprint: str
     paths: tuple[Shard, ...] = field(repr=False)
     """Where each shard lies: the path of one on a disk, a RemoteShard otherwise."""
+    sources: tuple["Dataset", ...] = field(default=(), repr=False)
+    """The data sets that this one joins, whose shards follow each other here; empty where it is a single one."""
 
     def samples_per_shard(self, condition_kind: str | None = None) -> np.ndarray:
         """(shards,) int64: usable samples, with a condition of that kind if one is asked for."""
@@ -68,6 +72,22 @@ class Dataset:
                 f"Change the condition's name, or pack the data with --condition {condition_kind}."
             )
         return counts
+
+
+def join_datasets(datasets: Sequence[Dataset]) -> Dataset:
+    """One data set with the shards of all, in their order; of a single one, itself."""
+    if len(datasets) == 1:
+        return datasets[0]
+    digest = hashlib.blake2b(digest_size=16)
+    for dataset in datasets:  # where one ends and the next begins matters to the order
+        digest.update(bytes.fromhex(dataset.fingerprint))
+    return Dataset(
+        ", ".join(dataset.location for dataset in datasets),
+        tuple(row for dataset in datasets for row in dataset.rows),
+        digest.hexdigest(),
+        tuple(path for dataset in datasets for path in dataset.paths),
+        tuple(datasets),
+    )
 
 
 def fingerprint(rows: Sequence[ShardRow]) -> str:
@@ -104,7 +124,13 @@ def describe_shard(shard: Shard) -> ShardRow:
         extensions=list(index.extensions),
         etag=shard.etag if remote else "",
         index=str(shard.index) if remote else "",
+        aspects={kind: _aspects(index, kind or None) for kind in ("", *index.condition_kinds)},
     )
+
+
+def _aspects(index: ShardIndex, kind: str | None) -> dict[str, int]:
+    bins, counts = np.unique(index.aspect_bins(kind), return_counts=True)
+    return dict(zip(map(str, bins.tolist()), counts.tolist(), strict=True))
 
 
 def write_manifest(rows: Sequence[ShardRow], path: Path) -> None:

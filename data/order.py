@@ -25,8 +25,6 @@ import numpy as np
 
 from controlbooth.data.draws import hash64, permutation
 
-STATE_VERSION = 1
-
 
 class Place(NamedTuple):
     """Where a sample lies: `ordinal` counts the usable samples of shard number `shard`."""
@@ -236,37 +234,6 @@ def rank_unit(lanes: int, global_batch_size: int, world_size: int) -> int:
             f"among world_size={world_size} ranks. Start on a number of ranks that divides {unit}."
         )
     return unit
-
-
-def order_state(order: Order, dataset_fingerprint: str, position: int) -> dict[str, int | str]:
-    """What a checkpoint keeps of the data order. position: the first one that was not consumed yet, on any rank."""
-    return {
-        "version": STATE_VERSION,
-        "dataset_fingerprint": dataset_fingerprint,
-        "seed": order.seed,
-        "lanes": order.lanes,
-        "shards_per_block": order.shards_per_block,
-        "position": position,
-    }
-
-
-def resume_position(state: dict[str, int | str], order: Order, dataset_fingerprint: str) -> int:
-    """The position at which a saved order goes on; refused where the order now is another one."""
-    now = order_state(order, dataset_fingerprint, 0)
-    remedies = {
-        "version": "resume with the version of controlbooth that wrote it",
-        "dataset_fingerprint": "point the run at the data set it began with, or start a new run from these weights",
-        "seed": "set the seed back",
-        "lanes": "set lanes back; the batch size may change as long as it and the lanes divide",
-        "shards_per_block": "set shards_per_block back",
-    }
-    for name, remedy in remedies.items():
-        if state.get(name) != now[name]:
-            raise ValueError(
-                f"the checkpoint's data order has {name}={state.get(name)!r}, this run has {now[name]!r}, so the "
-                f"samples would not continue where they stopped: {remedy}."
-            )
-    return int(state["position"])
 
 
 class _Recent:

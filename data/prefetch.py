@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from controlbooth.data.cache import Cache
-from controlbooth.data.order import Order
 from controlbooth.data.storage import RemoteShard, Shard
 
 FETCH_THREADS = 4
@@ -17,24 +16,21 @@ _log = logging.getLogger(__name__)
 
 
 def upcoming_shards(
-    order: Order, positions: Sequence[int] | np.ndarray, shard_bytes: Sequence[int] | np.ndarray, budget_bytes: int
+    blocks: Sequence[tuple[int, list[int]]], shard_bytes: Sequence[int] | np.ndarray, budget_bytes: int
 ) -> list[int]:
-    """Which shards to have: those of the blocks in which the positions lie, then those of the blocks after them.
+    """Which shards to have, the most urgent first; the list ends before the one that would exceed budget_bytes.
 
-    positions: the next position of each lane. The blocks after are in the order in which their lanes reach them, and
-    the list ends before the first shard that would take it above budget_bytes.
+    blocks: (when, shards), as `Mixture.upcoming_blocks` gives them.
     """
-    lanes = [order.block_shards(int(position)) for position in sorted(positions)]
-    blocks = [shards for shards, _ in lanes]
-    blocks += [order.block_shards(position)[0] for position in sorted(position for _, position in lanes)]
     chosen: dict[int, None] = {}
-    for shard in (shard for shards in blocks for shard in shards):
-        if shard in chosen:
-            continue
-        budget_bytes -= int(shard_bytes[shard])
-        if budget_bytes < 0:
-            break
-        chosen[shard] = None
+    for _, shards in sorted(blocks, key=lambda block: block[0]):
+        for shard in shards:
+            if shard in chosen:
+                continue
+            budget_bytes -= int(shard_bytes[shard])
+            if budget_bytes < 0:
+                return list(chosen)
+            chosen[shard] = None
     return list(chosen)
 
 

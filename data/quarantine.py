@@ -70,6 +70,11 @@ def read_run(folder: Path) -> dict[str, Any]:
     return yaml.safe_load(path.read_text())
 
 
+def source_trees(tree: dict[str, Any]) -> list[dict[str, Any]]:
+    """shards, weight and repeat of each source of a run's resolved configuration."""
+    return tree["data"]["sources"] or [{"shards": tree["data"]["shards"], "weight": None, "repeat": 1}]
+
+
 @dataclass(frozen=True)
 class Change:
     """What quarantine does to one shard: rows whose flag changes, and entries that match no sample of it."""
@@ -157,27 +162,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     """`controlbooth data quarantine`: flags what the ledgers of runs name."""
     arguments = _parser().parse_args(argv)
     trees = [read_run(run) for run in arguments.runs]
-    locations = {arguments.shards} if arguments.shards else {tree["data"]["shards"] for tree in trees}
-    if len(locations) > 1:
-        raise ValueError(
-            f"the runs have different data sets ({', '.join(sorted(locations))}); give one after the other"
-        )
+    of_runs = sorted({", ".join(source["shards"] for source in source_trees(tree)) for tree in trees})
+    if len(of_runs) > 1 and not arguments.shards:
+        raise ValueError(f"the runs have different data sets ({'; '.join(of_runs)}); give one after the other")
+    locations = [arguments.shards] if arguments.shards else [source["shards"] for source in source_trees(trees[0])]
     entries = [entry for run in arguments.runs for entry in read_ledgers(run)]
     if not entries:
         print(f"no bad samples: no entries in {LEDGER} of {', '.join(map(str, arguments.runs))}")
         return 0
     for run in arguments.runs:
         _refuse_while_training(run)
-    paths, manifest = _paths_and_manifest(locations.pop())
-    changes = plan_changes(entries, paths, arguments.undo)
+    sources = [_paths_and_manifest(location) for location in locations]
+    changes = plan_changes(entries, [path for paths, _ in sources for path in paths], arguments.undo)
     _print_entries(entries, changes)
-    before = fingerprint(read_manifest(manifest) if manifest else [describe_shard(path) for path in paths])
-    if not arguments.dry_run:
-        apply_changes(changes)
+    before = [
+        fingerprint(read_manifest(manifest) if manifest else [describe_shard(path) for path in paths])
+        for paths, manifest in sources
+    ]
+    if arguments.dry_run:
+        return 0
+    apply_changes(changes)
+    for (paths, manifest), old in zip(sources, before, strict=True):
         rows = [describe_shard(path) for path in tqdm(paths, unit="shard", desc="manifest", disable=len(paths) < 1000)]
         if manifest:
             write_manifest(rows, manifest)
-        _print_outcome(before, fingerprint(rows), sum(row.usable for row in rows), arguments)
+        _print_outcome(old, fingerprint(rows), sum(row.usable for row in rows), arguments)
     return 0
 
 

@@ -17,6 +17,7 @@ from threading import Event, Lock
 import numpy as np
 
 from controlbooth.data import storage
+from controlbooth.data.buckets import Buckets
 from controlbooth.data.cache import Cache
 from controlbooth.data.decode import BadSample
 from controlbooth.data.draws import hash64
@@ -49,41 +50,51 @@ class _OpenShard:
     descriptor: int | None
     """None of a shard in a store, which is opened in the cache for each read and pinned no longer."""
     index: ShardIndex
-    rows: np.ndarray
-    """Of the usable samples, by ordinal."""
+    rows: list[np.ndarray]
+    """Of the usable samples of each bucket, by ordinal."""
     users: int = 0
 
 
 class ShardReader:
     """Reads samples of a data set from any thread; keeps the `most_open` shards that were used last open."""
 
-    def __init__(self, dataset: Dataset, condition_kind: str | None, most_open: int = 256, cache: Cache | None = None):
+    def __init__(
+        self,
+        dataset: Dataset,
+        condition_kind: str | None,
+        most_open: int = 256,
+        cache: Cache | None = None,
+        buckets: Buckets | None = None,
+    ):
+        """buckets: of the order whose places are read; None where all samples are in one."""
         self.dataset, self.condition_kind, self.most_open = dataset, condition_kind, most_open
         self.cache, self.closing = cache, Event()
+        self.buckets = buckets
+        self._first_shard = np.cumsum([0, *(len(source.rows) for source in dataset.sources)])
         self._fetched_again: set[int] = set()
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._lock = Lock()
 
-    def read(self, shard: int, ordinal: int) -> SampleBytes:
-        """The sample with this ordinal among the shard's usable ones.
+    def read(self, shard: int, ordinal: int, bucket: int = 0) -> SampleBytes:
+        """The sample with this ordinal among the shard's usable ones of that bucket.
 
         Raises BadSample where the bytes are not those that were indexed, OSError where they could not be read, and
         ValueError when the file is another one than was indexed.
         """
         try:
-            return self._read(shard, ordinal)
+            return self._read(shard, ordinal, bucket)
         except BadSample:
             # In the store it is bad at every attempt and on every node. A copy may be bad here and now only, and then a
             # substitute would make this run differ from others.
             if not self._drop_copy(shard):
                 raise
-        return self._read(shard, ordinal)
+        return self._read(shard, ordinal, bucket)
 
-    def _read(self, shard: int, ordinal: int) -> SampleBytes:
+    def _read(self, shard: int, ordinal: int, bucket: int) -> SampleBytes:
         began = time.perf_counter()
         with self._pinned(shard) as opened:
             index = opened.index
-            row = int(opened.rows[ordinal])
+            row = int(opened.rows[bucket][ordinal])
             record, parts = index.samples[row], index.parts[row]
             columns = {role: self._column(index, parts, role) for role in ("image", "caption")}
             if self.condition_kind is not None:
@@ -110,10 +121,10 @@ class ShardReader:
             cache_hit=hit,
         )
 
-    def byte(self, shard: int, ordinal: int) -> int:
+    def byte(self, shard: int, ordinal: int, bucket: int = 0) -> int:
         """Where this sample begins in its shard: its name in ledgers, as it holds for every condition kind."""
         with self._pinned(shard) as opened:
-            return int(opened.index.samples[int(opened.rows[ordinal])]["offset"])
+            return int(opened.index.samples[int(opened.rows[bucket][ordinal])]["offset"])
 
     def close(self) -> None:
         """Closes all files; no other thread may be reading any more."""
@@ -183,13 +194,21 @@ class ShardReader:
         if index.digest != stated.index_hash:
             raise ValueError(f"{index_path(path)} was replaced while the data set is in use; start again from it")
         if not isinstance(path, Path):
-            return _OpenShard(None, index, index.usable(self.condition_kind))
+            return _OpenShard(None, index, self._rows(shard, index))
         descriptor = os.open(path, os.O_RDONLY)
         size = os.fstat(descriptor).st_size
         if size != stated.bytes:
             os.close(descriptor)
             raise ValueError(f"{path} has {size} bytes, its index says {stated.bytes}: run `controlbooth data index`")
-        return _OpenShard(descriptor, index, index.usable(self.condition_kind))
+        return _OpenShard(descriptor, index, self._rows(shard, index))
+
+    def _rows(self, shard: int, index: ShardIndex) -> list[np.ndarray]:
+        usable = index.usable(self.condition_kind)
+        if self.buckets is None or len(self.buckets.shapes) == 1:
+            return [usable]
+        source = max(0, int(np.searchsorted(self._first_shard, shard, side="right")) - 1)
+        numbers = self.buckets.bucket_of(source, index.aspect_bins(self.condition_kind))
+        return [usable[numbers == bucket] for bucket in range(len(self.buckets.shapes))]
 
 
 def _close(opened: _OpenShard) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from controlbooth.data.buckets import aspect_bins
 from controlbooth.data.storage import RemoteShard, Shard
 
 MAGIC = b"CBINDEX\n"
@@ -90,6 +91,11 @@ class ShardIndex:
         if kind is not None:
             good = good & (self.parts["offset"][:, self.columns("condition", kind)] > 0).any(axis=1)
         return np.flatnonzero(good)
+
+    def aspect_bins(self, kind: str | None = None) -> np.ndarray:
+        """(n,) int64, the aspect-ratio bin of each of the usable samples."""
+        used = self.samples[self.usable(kind)]
+        return aspect_bins(used["width"], used["height"])
 
 
 def index_path(shard: Shard) -> Path:

@@ -24,6 +24,7 @@ from controlbooth.launch.torchrun import (
 )
 from controlbooth.trainer.config import (
     RunConfig,
+    data_set_name,
     gradient_accumulation_steps,
     load_config,
     run_folder,
@@ -133,7 +134,7 @@ def plan(config: RunConfig, node: Node) -> str:
         [
             f"run        {config.name} in {run_folder(config)}, which is resumed if it holds a checkpoint",
             f"model      ControlNet for '{config.data.condition}' on {config.model.base}",
-            f"data       {config.data.shards}; {held_out}",
+            f"data       {data_set_name(config)}; {held_out}",
             f"ranks      {world_size(node)} ({devices}), ZeRO stage {config.engine.zero_stage}",
             f"batch      {config.global_batch_size} = {config.micro_batch_size} a rank x {world_size(node)} ranks "
             f"x {accumulation} accumulation steps",

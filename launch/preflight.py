@@ -24,6 +24,7 @@ from controlbooth.trainer.config import (
     base_path,
     gradient_accumulation_steps,
     run_folder,
+    sources,
 )
 
 COPIED = ("conv_in.", "time_embedding.", "add_embedding.", "down_blocks.", "mid_block.")
@@ -61,13 +62,14 @@ def check_ranks(config: RunConfig, node: Node) -> Iterator[str]:
 
 
 def check_data(config: RunConfig, node: Node) -> Iterator[str]:
-    shards: dict[str, set[str]] = {}
-    for key, location in (("data.shards", config.data.shards), ("data.held_out", config.data.held_out)):
+    shards: dict[str, set[str]] = {"data.shards": set()}
+    named = [("data.shards", source.shards) for source in sources(config)]
+    for key, location in (*named, ("data.held_out", config.data.held_out)):
         if location is None:
             continue
         try:
             found = find_shards(location)
-            shards[key] = {uri if is_remote(uri) else str(Path(uri).resolve()) for uri in found}
+            shards.setdefault(key, set()).update(uri if is_remote(uri) else str(Path(uri).resolve()) for uri in found)
             remote = [uri for uri in found if is_remote(uri)]
             if remote and key == "data.shards" and config.data.cache is None:
                 yield (
@@ -76,7 +78,7 @@ def check_data(config: RunConfig, node: Node) -> Iterator[str]:
                 )
         except (OSError, ValueError) as error:
             yield f"{key} is {location!r}: {error}"
-    common = shards.get("data.shards", set()) & shards.get("data.held_out", set())
+    common = shards["data.shards"] & shards.get("data.held_out", set())
     if common:
         yield (
             f"{len(common)} shards are both in data.shards and in data.held_out (first: {min(common)}), so validation "
@@ -140,11 +142,13 @@ def _manifest_rows(manifest: Path) -> list[dict[str, Any]]:
 
 def check_cache(config: RunConfig, node: Node) -> Iterator[str]:
     """Whether the disk has what the cache of remote shards may come to hold."""
-    cache, manifest = config.data.cache, Path(config.data.shards)
-    if cache is None or manifest.suffix != ".jsonl" or not manifest.is_file():
+    cache = config.data.cache
+    manifests = [Path(source.shards) for source in sources(config) if source.shards.endswith(".jsonl")]
+    if cache is None:
         return
     try:
-        data_set = sum(row.get("bytes", 0) for row in _manifest_rows(manifest) if is_remote(row["uri"]))
+        rows = [row for manifest in manifests if manifest.is_file() for row in _manifest_rows(manifest)]
+        data_set = sum(row.get("bytes", 0) for row in rows if is_remote(row["uri"]))
     except ValueError:
         return  # check_data has said which line is wrong
     existing = next(path for path in (cache.absolute(), *cache.absolute().parents) if path.exists())

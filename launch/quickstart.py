@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from controlbooth.launch.local import gpu_count, train
-from controlbooth.trainer.config import load_config, run_folder, tracking_uri
+from controlbooth.trainer.config import load_config, run_folder, sources, tracking_uri
 
 CONFIG = Path(__file__).parent / "configs" / "quickstart.yaml"
 TRAINING_SCENES = 8192
@@ -33,11 +33,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="print the commands; start nothing")
     options = parser.parse_intermixed_args(arguments)
     config = load_config(CONFIG, options.overrides)
-    run, data = run_folder(config), Path(config.data.shards).parent
+    shards = sources(config)[0].shards
+    run, data = run_folder(config), Path(shards).parent
     export = run / "export"
     pack = ["data", "pack", "--condition", "edges", "--condition", "segmentation"]
     before = [
-        [*pack, "--scenes", str(TRAINING_SCENES), "--samples-per-shard", "256", "-o", config.data.shards],
+        [*pack, "--scenes", str(TRAINING_SCENES), "--samples-per-shard", "256", "-o", shards],
         [*pack, "--scenes", str(HELD_OUT_SCENES), "--seed", str(HELD_OUT_SEED), "-o", str(config.data.held_out)],
     ]
     after = [["fidelity", str(run)], ["export", str(run), str(export), "--force"]]

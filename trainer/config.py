@@ -51,16 +51,36 @@ class ModelConfig(Section):
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
 
-class DataConfig(Section):
+class SourceConfig(Section):
+    """One of several data sets that a run draws from."""
+
     shards: str
+    """As data.shards."""
+    weight: float | None = Field(default=None, ge=0.0)
+    """Its share of every batch, relative to the other weights; given for all sources or for none. It may be changed
+    between two starts of a run: the new share holds from the step where the run goes on, and checkpoints record it."""
+    repeat: int = Field(default=1, gt=0)
+    """Without weights: how often each of its samples is seen while those of a source with repeat=1 are seen once."""
+
+
+class DataConfig(Section):
+    shards: str | None = None
     """A manifest.jsonl, a folder of tar shards, a glob, or a brace expression such as train-{000..099}.tar. Shards in
-    http(s)://, s3:// or gs:// are named by the manifest that `controlbooth data index` wrote of them."""
+    http(s)://, s3:// or gs:// are named by the manifest that `controlbooth data index` wrote of them. Or, instead,
+    `sources`."""
+    sources: tuple[SourceConfig, ...] = ()
+    """Several such data sets, mixed by weight or in proportion to their samples."""
     condition: str
     """Which condition of a sample to train on: `edges` reads key.cond.edges.png."""
     held_out: str | None = None
     """Shards that are never trained on, for validation. Without them nothing is validated."""
     resolution: int = Field(default=512, gt=0)
     """Side of the square training picture in pixels; a multiple of 8, the VAE's factor."""
+    max_aspect_ratio: float = Field(default=1.0, ge=1.0, le=8.0)
+    """Above 1: train on several shapes of about resolution**2 pixels, whose long side is at most so many short ones.
+    Each picture goes to the nearest shape, and each step has one, on all ranks. 1 cuts squares out of all pictures."""
+    aspect_step: int = Field(default=64, gt=0)
+    """Sides of these shapes are multiples of it: 64 for Stable Diffusion, 16 for the miniature."""
     prompt_dropout: float = Field(default=0.5, ge=0.0, le=1.0)
     """Share of presentations whose prompt is replaced by the empty string (ControlNet: 0.5)."""
     random_flip: bool = False
@@ -172,6 +192,20 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
+        if (self.data.shards is None) == (not self.data.sources):
+            raise ValueError(
+                "'data.shards' is missing; set it in the file, or give data.shards=VALUE on the command line"
+                if self.data.shards is None
+                else "data.shards and data.sources are both set: move the shards into a source of their own"
+            )
+        given = [source.weight for source in self.data.sources if source.weight is not None]
+        if given and (len(given) < len(self.data.sources) or not any(given)):
+            raise ValueError(
+                f"data.sources have the weights {[source.weight for source in self.data.sources]}: give one to every "
+                "source, not all of them 0, or to none, which takes them by their samples"
+            )
+        if given and any(source.repeat != 1 for source in self.data.sources):
+            raise ValueError("data.sources have weights and a repeat: a weight says it all, leave repeat out")
         lanes = self.data.lanes or self.global_batch_size
         if lanes % self.global_batch_size:
             raise ValueError(
@@ -284,6 +318,21 @@ def gradient_accumulation_steps(config: RunConfig, world_size: int) -> int:
             f"Change micro_batch_size, or start on another number of ranks (possible: {possible})."
         )
     return config.global_batch_size // samples_per_pass
+
+
+def sources(config: RunConfig) -> tuple[SourceConfig, ...]:
+    """What the run draws from; data.shards is a single source."""
+    return (SourceConfig(shards=config.data.shards),) if config.data.shards else config.data.sources
+
+
+def data_set_name(config: RunConfig) -> str:
+    """The sources as a person would write them."""
+    return ", ".join(
+        source.shards
+        + (f" (weight {source.weight:g})" if source.weight is not None else "")
+        + (f" (x {source.repeat})" if source.repeat > 1 else "")
+        for source in sources(config)
+    )
 
 
 def lanes(config: RunConfig) -> int:

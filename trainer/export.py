@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from controlbooth.trainer.config import BUILT_IN, RunConfig, load_config
+from controlbooth.trainer.config import BUILT_IN, RunConfig, data_set_name, load_config
 
 EXAMPLES = """\
 examples:
@@ -240,7 +240,7 @@ def _origin_table(exported: Exported) -> str:
         "samples seen": f"{state['step'] * config.global_batch_size:,}",
         "weights": exported.dtype if decay is None else f"{exported.dtype}, moving average with decay {decay}",
         "digest of the checkpoint's weights": state.get("digest"),
-        "data set": config.data.shards,
+        "data set": data_set_name(config),
         "fingerprint of the data set": state.get("dataset_fingerprint"),
         "digest of the base model": state.get("base_digest"),
         "prompt dropout": config.data.prompt_dropout,

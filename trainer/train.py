@@ -33,8 +33,8 @@ from tqdm import tqdm
 
 from controlbooth.data.cache import Cache
 from controlbooth.data.loader import Loader, StepBatch
-from controlbooth.data.manifest import Dataset, open_dataset, same_place
-from controlbooth.data.order import order_state, resume_position
+from controlbooth.data.manifest import Dataset, join_datasets, open_dataset, same_place
+from controlbooth.data.plan import continued_history, order_state, resume_position, source_weights
 from controlbooth.models.attention import (
     AttentionChoice,
     AttentionShape,
@@ -56,6 +56,7 @@ from controlbooth.trainer.config import (
     lanes,
     load_config,
     run_folder,
+    sources,
     tracking_uri,
 )
 from controlbooth.trainer.distributed import (
@@ -326,7 +327,7 @@ def build(config: RunConfig, world: World, folder: Path, latest: Path | None) ->
         checkpoints.load_checkpoint(engine, latest, average, world)
         engines.apply_settings(engine, config.optimizer, world.device)
         step = saved["step"]
-    loader = make_loader(config, world, base, dataset, step, folder)
+    loader = make_loader(config, world, base, dataset, step, folder, saved and saved["order"])
     if saved:
         check_position(resume_position(saved["order"], loader.order, dataset.fingerprint), step, config)
     say(
@@ -399,18 +400,19 @@ def unet_attention_shapes(config: RunConfig, base: Base) -> tuple[AttentionShape
 
 def open_data(config: RunConfig, world: World) -> tuple[Dataset, HeldOutSet | None]:
     """The training shards and the held-out set, checked to be apart. Rank 0 indexes what has no index yet."""
+    locations = [source.shards for source in sources(config)]
     if world.rank == 0:
-        open_dataset(config.data.shards, index_missing=True)
-        if config.data.held_out:
-            open_dataset(config.data.held_out, index_missing=True)
+        for location in [*locations, config.data.held_out]:
+            if location:
+                open_dataset(location, index_missing=True)
     barrier()
-    dataset = open_dataset(config.data.shards)
+    dataset = join_datasets([open_dataset(location) for location in locations])
     if not config.data.held_out:
         return dataset, None
     held_out = open_dataset(config.data.held_out)
     shared = set(map(same_place, dataset.paths)) & set(map(same_place, held_out.paths))
     if shared:
-        raise ConfigError(f"data.held_out and data.shards share {min(shared)}: hold other shards out")
+        raise ConfigError(f"data.held_out and the training data share {min(shared)}: hold other shards out")
     held = load_held_out(held_out, config.validation.samples, config.data.condition, config.data.resolution)
     return dataset, held
 
@@ -421,9 +423,26 @@ def make_controlnet(config: RunConfig, base: Base) -> Any:
     return load_controlnet(config.model.controlnet, base.unet)
 
 
-def make_loader(config: RunConfig, world: World, base: Base, dataset: Dataset, step: int, folder: Path) -> Loader:
+def make_loader(
+    config: RunConfig,
+    world: World,
+    base: Base,
+    dataset: Dataset,
+    step: int,
+    folder: Path,
+    order: dict[str, Any] | None = None,
+) -> Loader:
+    """order: the data order of the checkpoint that the run goes on from."""
     data = config.data
     size = data.resolution // base.family.vae_factor
+    check_aspect_step(config, base)
+    mixed = sources(config)
+    weights = source_weights(
+        dataset, data.condition, [source.weight for source in mixed], [source.repeat for source in mixed]
+    )
+    history = continued_history(order, weights)
+    if order is not None and len(history) > len(order["weights"]):
+        say(world, f"from step {step} on the sources have the weights {weights}, before {order['weights'][-1][1]}")
     return Loader(
         dataset,
         seed=config.seed,
@@ -447,7 +466,20 @@ def make_loader(config: RunConfig, world: World, base: Base, dataset: Dataset, s
         ledger_path=folder / f"bad-samples-{world.rank}.jsonl",
         cache=Cache(data.cache, int(data.cache_gib * 2**30)) if data.cache else None,
         ranks_per_node=world.ranks_per_node,
+        history=history,
+        max_aspect_ratio=data.max_aspect_ratio,
+        bucket_multiple=data.aspect_step,
     )
+
+
+def check_aspect_step(config: RunConfig, base: Base) -> None:
+    """Raises ConfigError where the U-Net cannot halve the latents of the planned shapes as often as it does."""
+    needed = base.family.vae_factor * 2 ** (len(base.unet.config["block_out_channels"]) - 1)
+    if config.data.max_aspect_ratio > 1.0 and config.data.aspect_step % needed:
+        raise ConfigError(
+            f"data.aspect_step={config.data.aspect_step} is not a multiple of {needed}, by which {base.family.title} "
+            f"shrinks a picture. Set data.aspect_step={needed}"
+        )
 
 
 def validate_and_log(run: Run) -> dict[str, float]:

@@ -120,7 +120,7 @@ def test_a_size_that_cannot_be_told_is_zero(data):
 def test_target_and_condition_are_cut_alike():
     condition = PICTURE[..., 0].copy()
     for crop, flip in [((0, 0), False), ((0, 10), True), (None, False), (None, True)]:
-        pixels, conditioning = prepare(PICTURE, condition, "edges", 30, crop, flip)
+        pixels, conditioning = prepare(PICTURE, condition, "edges", (30, 30), crop, flip)
         left = 5 if crop is None else crop[1]
         expected = PICTURE[:, left : left + 30]
         assert np.array_equal(pixels, expected[:, ::-1] if flip else expected)
@@ -135,30 +135,30 @@ def test_planes_are_filled_in_place_with_one_channel_three_times():
     assert all(np.array_equal(plane, PICTURE[:, 5:35, 1]) for plane in batch[1])
 
 
-@pytest.mark.parametrize("resolution", [8, 15, 64])
-@pytest.mark.parametrize("shape", [(30, 40), (40, 30), (31, 33), (30, 30)])
-def test_every_crop_within_the_slack_fits(shape, resolution):
+@pytest.mark.parametrize("wanted", [(8, 8), (15, 15), (64, 64), (16, 48), (48, 16), (7, 11)])
+@pytest.mark.parametrize("shape", [(30, 40), (40, 30), (31, 33), (30, 30), (10, 90)])
+def test_every_crop_within_the_slack_fits(shape, wanted):
     picture = cv2.resize(PICTURE, shape[::-1])
-    down, right = crop_slack(*shape, resolution)
+    down, right = crop_slack(*shape, wanted)
     assert min(down, right) == 0
     for crop in [(0, 0), (down, right)]:
-        pixels, _ = prepare(picture, None, None, resolution, crop)
-        assert pixels.shape == (resolution, resolution, 3)
+        pixels, _ = prepare(picture, None, None, wanted, crop)
+        assert pixels.shape == (*wanted, 3)
 
 
 def test_a_condition_of_another_scale_fits_and_of_another_shape_does_not():
     small = cv2.resize(PICTURE, (20, 15))
-    assert prepare(PICTURE, small, "blur", 30)[1].shape == (30, 30, 3)
+    assert prepare(PICTURE, small, "blur", (30, 30))[1].shape == (30, 30, 3)
     with pytest.raises(ValueError, match=r"different aspect ratios \(40x30 and 30x30\)"):
-        prepare(PICTURE, PICTURE[:, :30], "blur", 30)
+        prepare(PICTURE, PICTURE[:, :30], "blur", (30, 30))
 
 
 def test_labels_are_not_mixed_when_resized():
     labels = np.kron(RNG.choice([0, 31, 248], (10, 10)), np.ones((3, 3))).astype(np.uint8)
     image = np.zeros((30, 30, 3), np.uint8)
     for resolution in (17, 64):
-        assert set(np.unique(prepare(image, labels, "segmentation", resolution)[1])) == {0, 31, 248}
-        assert len(np.unique(prepare(image, labels, "depth", resolution)[1])) > 3
+        assert set(np.unique(prepare(image, labels, "segmentation", (resolution, resolution))[1])) == {0, 31, 248}
+        assert len(np.unique(prepare(image, labels, "depth", (resolution, resolution))[1])) > 3
 
 
 def test_sizes_that_were_rounded_are_the_same_frame():

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,10 +8,17 @@ import yaml
 from controlbooth.data.bench import main as bench_main
 from controlbooth.data.bench import measure
 from controlbooth.data.draws import crops, hash64
-from controlbooth.data.explain import find_key, main, numbers_of_run, presentations, steps_done
+from controlbooth.data.explain import (
+    find_key,
+    main,
+    numbers_of_run,
+    open_sources,
+    order_of_run,
+    presentations,
+    steps_done,
+)
 from controlbooth.data.loader import Loader
 from controlbooth.data.manifest import open_dataset
-from controlbooth.data.order import Order
 from controlbooth.data.pack import pack
 from controlbooth.data.sidecar import MISSING_CAPTION, QUARANTINED, index_path, load_index, make_index, write_index
 from controlbooth.data.sources import open_scenes
@@ -29,7 +37,7 @@ def run(tmp_path):
     samples["flags"][4] = QUARANTINED | MISSING_CAPTION
     write_index(make_index(index.shard_bytes, index.extensions, samples, index.parts), path)
     data = dict(shards=str(tmp_path / "shards"), condition="edges", lanes=None, shards_per_block=2, prompt_dropout=0.5)
-    data |= dict(random_flip=True, random_crop=True, resolution=16)
+    data |= dict(random_flip=True, random_crop=True, resolution=16, sources=[], max_aspect_ratio=1.0, aspect_step=64)
     tree = dict(seed=3, global_batch_size=G, max_steps=STEPS, data=data)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
     return tmp_path
@@ -57,9 +65,9 @@ def key_of(number):
 
 def explained(run, key):
     numbers = numbers_of_run(run)
-    dataset = open_dataset(numbers.shards)
-    order = Order(dataset.samples_per_shard("edges"), 3, G, 2)
-    [found] = find_key(dataset, key, "edges")
+    dataset = open_sources(numbers)
+    order, buckets = order_of_run(dataset, numbers)
+    [found] = find_key(dataset, key, "edges", buckets)
     return list(presentations(order, numbers, found, key, 1))
 
 
@@ -85,9 +93,10 @@ def test_flips_and_crops_are_those_of_the_position(run):
     item = told[0]
     assert item.crop == (0, 0)  # scenes are square, so nothing is cut off
     numbers = numbers_of_run(run)
-    [found] = find_key(open_dataset(numbers.shards), key_of(0), "edges")
-    wide = type(found)(found.shard, found.row, found.ordinal, found.byte, (48, 24), 0)
-    order = Order(open_dataset(numbers.shards).samples_per_shard("edges"), 3, G, 2)
+    dataset = open_sources(numbers)
+    order, buckets = order_of_run(dataset, numbers)
+    [found] = find_key(dataset, key_of(0), "edges", buckets)
+    wide = replace(found, size=(48, 24))
     [first, *_] = presentations(order, numbers, wide, key_of(0), 1)
     assert first.crop == tuple(crops(3, np.array([first.position]), np.array([[0, 16]]))[0].tolist())
 
@@ -118,7 +127,7 @@ def test_a_sample_that_is_not_trained_on_says_why(run, capsys):
 def test_without_a_run_the_numbers_are_given(run, capsys):
     assert main([key_of(3), "--shards", str(run / "shards"), "--global-batch-size", "8", "--steps", "7"]) == 0
     assert capsys.readouterr().out.count("caption 0") == 2  # of the sample, and of its only presentation
-    with pytest.raises(ValueError, match="give --run, or --shards with --global-batch-size and --steps"):
+    with pytest.raises(ValueError, match="give --run, or the shards with --global-batch-size and steps"):
         main([key_of(3)])
 
 

@@ -2,7 +2,7 @@ import json
 import os
 import threading
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import cv2
@@ -13,7 +13,8 @@ import webdataset
 from controlbooth.data import draws, loader, scenes
 from controlbooth.data.index import ensure_index
 from controlbooth.data.loader import Loader, held_out
-from controlbooth.data.manifest import open_dataset
+from controlbooth.data.manifest import join_datasets, open_dataset
+from controlbooth.data.plan import plan_order
 from controlbooth.data.shards import ShardReader
 from controlbooth.data.sidecar import index_path, load_index
 
@@ -302,8 +303,101 @@ def test_too_many_bad_samples_stop_the_run_with_the_last_one_named(own_folder):
         take(own_folder, 12, max_bad_rate=0.002, global_batch_size=1, lanes=1, micro_batch_size=1)
 
 
+PARTS = ((1.0, range(0, 40)), (1.5, range(40, 80)), (0.6, range(80, 102)))
+"""Width over height of the pictures, and which scenes are drawn so."""
+
+
+@pytest.fixture(scope="module")
+def shapely(tmp_path_factory):
+    """Two sources of pictures of three shapes: 0 has four shards of mixed shapes, 1 two of wide and tall ones."""
+    folder = tmp_path_factory.mktemp("shapes")
+    pictures = []
+    for ratio, numbers in PARTS:
+        for i in numbers:
+            drawn = scenes.render(scenes.scene(5, i), 48)
+            size = (48, 48) if ratio == 1 else (48, 32) if ratio > 1 else (30, 50)
+            parts = {
+                "png": encode_png(cv2.resize(drawn.image, size)),
+                "cond.edges.png": encode_png(cv2.resize(drawn.edges, size)),
+                "txt": f"ratio {ratio}".encode(),
+            }
+            pictures.append((f"k{i:04d}", parts))
+    mixed = [pictures[i] for i in np.random.default_rng(0).permutation(len(pictures))]
+    for name, samples, shards in (("a", mixed, 4), ("b", pictures[40:], 2)):
+        (folder / name).mkdir()
+        for shard in range(shards):
+            with webdataset.TarWriter(str(folder / name / f"{shard}.tar"), encoder=False, mtime=0) as writer:
+                for key, parts in samples[shard::shards]:
+                    writer.write({"__key__": name + key, **parts})
+            ensure_index(folder / name / f"{shard}.tar")
+    return folder
+
+
+def mix(folder, **changes):
+    dataset = join_datasets([open_dataset(folder / "a"), open_dataset(folder / "b")])
+    arguments = dict(
+        seed=1, lanes=4, shards_per_block=2, global_batch_size=4, micro_batch_size=2, rank=0, world_size=1,
+        condition_kind="edges", resolution=32, prompt_dropout=0.0, random_flip=False, random_crop=True,
+        num_train_timesteps=1000, latent_shape=(4, 4, 4), threads=3, prefetch_steps=1,
+        history=[(0, [1, 1])], max_aspect_ratio=2.0, bucket_multiple=8,
+    )  # fmt: skip
+    return Loader(dataset, **(arguments | changes))
+
+
+def test_every_step_has_one_shape_the_nearest_to_its_pictures_with_latents_to_match(shapely):
+    shapes = {}
+    with mix(shapely) as batches:
+        for _ in range(60):
+            step = next(batches)
+            for batch in step.micro_batches:
+                assert batch.conditioning is not None and batch.conditioning.shape == batch.pixel_values.shape
+                height, width = batch.pixel_values.shape[2:]
+                assert batch.noise.shape == (2, 4, height // 8, width // 8)
+                for caption in batch.captions:
+                    shapes.setdefault(caption, set()).add((step.step, height, width))
+    steps = {}
+    for caption, seen in shapes.items():
+        assert len({(height, width) for _, height, width in seen}) == 1, caption
+        for number, height, width in seen:
+            assert steps.setdefault(number, (height, width)) == (height, width)
+    assert {caption: next(iter(seen))[1:] for caption, seen in shapes.items()} == {
+        "ratio 1.0": (32, 32), "ratio 1.5": (24, 40), "ratio 0.6": (40, 24)
+    }  # fmt: skip
+
+
+def test_a_mixture_gives_each_world_size_the_same_batches_and_each_source_its_weight(shapely):
+    with mix(shapely) as whole, mix(shapely, rank=0, world_size=2) as one, mix(shapely, rank=1, world_size=2) as two:
+        keys = []
+        for _ in range(60):
+            expected = [key for batch in next(whole).micro_batches for key in batch.keys]
+            assert [key for part in (one, two) for batch in next(part).micro_batches for key in batch.keys] == expected
+            keys += expected
+    share = np.mean([key.startswith("a") for key in keys])
+    assert 0.4 < share < 0.6
+    with mix(shapely, start_step=17) as resumed:
+        assert [key for batch in next(resumed).micro_batches for key in batch.keys] == keys[17 * 4 : 18 * 4]
+
+
+def test_a_source_is_read_once_an_epoch_in_all_its_shapes_together(shapely):
+    with mix(shapely, history=[(0, [1, 0])]) as batches:
+        keys = [key for _ in range(100) for batch in next(batches).micro_batches for key in batch.keys]
+    first = keys[: len(keys) // 4]
+    assert all(key.startswith("a") for key in keys) and len(set(keys)) == 102
+    assert len(set(first)) >= len(first) - 12  # shapes end their epochs at different steps
+
+
+def test_aspect_ratios_that_an_old_manifest_lacks_are_asked_for(shapely):
+    dataset = open_dataset(shapely / "a")
+    old = replace(dataset, rows=tuple(replace(row, aspects={}) for row in dataset.rows))
+    with pytest.raises(ValueError, match="does not count samples by aspect ratio.*controlbooth data index"):
+        plan_order(
+            old, "edges", seed=0, lanes=4, shards_per_block=2, global_batch_size=4, resolution=32,
+            max_aspect_ratio=2.0, bucket_multiple=8,
+        )  # fmt: skip
+
+
 def test_a_failing_disk_is_raised_and_never_replaced(folder, monkeypatch):
-    def fail(self, shard, ordinal):
+    def fail(self, shard, ordinal, bucket):
         raise OSError(5, "Input/output error")
 
     with make(folder, prefetch_steps=0) as batches:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from controlbooth.data.order import Order, Place, order_state, rank_unit, resume_position
+from controlbooth.data.order import Order, Place, rank_unit
 
 
 def epoch_of(order, number):
@@ -204,23 +204,3 @@ def test_negative_positions_and_foreign_ranks_are_refused():
         order.locate(-1)
     with pytest.raises(ValueError, match="rank 2 is not in a world of 2"):
         order.rank_slots(0, 2, 2, 2)
-
-
-def test_a_saved_order_goes_on_at_its_position_and_at_another_world_size():
-    order = Order([10, 20], seed=1, lanes=4)
-    assert resume_position(order_state(order, "abc", 120), Order([10, 20], seed=1, lanes=4), "abc") == 120
-
-
-@pytest.mark.parametrize(
-    ("order", "fingerprint", "message"),
-    [
-        (Order([10, 20], seed=2, lanes=4), "abc", "seed=1, this run has 2.*set the seed back"),
-        (Order([10, 20], seed=1, lanes=2), "abc", "lanes=4, this run has 2"),
-        (Order([10, 20], seed=1, lanes=4, shards_per_block=3), "abc", "shards_per_block=2"),
-        (Order([10, 20], seed=1, lanes=4), "abd", "dataset_fingerprint='abc'.*start a new run from these weights"),
-    ],
-)
-def test_a_changed_order_is_refused(order, fingerprint, message):
-    state = order_state(Order([10, 20], seed=1, lanes=4), "abc", 120)
-    with pytest.raises(ValueError, match=message):
-        resume_position(state, order, fingerprint)

@@ -7,8 +7,8 @@ import yaml
 from controlbooth.data.draws import hash64
 from controlbooth.data.loader import Loader
 from controlbooth.data.manifest import open_dataset
-from controlbooth.data.order import Order, order_state, resume_position
 from controlbooth.data.pack import pack
+from controlbooth.data.plan import order_state, plan_order, resume_position
 from controlbooth.data.quarantine import apply_changes, main, plan_changes, read_ledgers
 from controlbooth.data.sidecar import index_path, load_index
 from controlbooth.data.sources import open_scenes
@@ -35,7 +35,7 @@ def shards(tmp_path):
 def train(shards, run, steps, start=0, rank=0, world_size=1):
     """Steps of a run without a model: the loader, and the ledger where a trainer puts it. Returns the keys."""
     run.mkdir(exist_ok=True, parents=True)
-    (run / "config.yaml").write_text(yaml.safe_dump({"data": {"shards": str(shards)}}))
+    (run / "config.yaml").write_text(yaml.safe_dump({"data": {"shards": str(shards), "sources": []}}))
     with Loader(
         open_dataset(shards), seed=0, lanes=G, shards_per_block=2, global_batch_size=G, micro_batch_size=1, rank=rank,
         world_size=world_size, condition_kind="edges", resolution=16, prompt_dropout=0.0, random_flip=False,
@@ -43,6 +43,12 @@ def train(shards, run, steps, start=0, rank=0, world_size=1):
         ledger_path=run / f"bad-samples-{rank}.jsonl",
     ) as loader:  # fmt: skip
         return [key for _ in range(steps) for batch in next(loader).micro_batches for key in batch.keys]
+
+
+def order_of(dataset):
+    return plan_order(
+        dataset, "edges", seed=0, lanes=G, shards_per_block=2, global_batch_size=G, resolution=16
+    )[0]  # fmt: skip
 
 
 @pytest.fixture
@@ -67,12 +73,12 @@ def test_the_next_run_meets_none_of_the_bad_samples(shards, run, tmp_path, capsy
 
 def test_a_run_that_began_before_is_refused_and_can_go_on_after_undo(shards, run, capsys):
     before = open_dataset(shards)
-    state = order_state(Order(before.samples_per_shard("edges"), 0, G), before.fingerprint, 8)
+    state = order_state(order_of(before), before.fingerprint, 8)
     assert main([str(run)]) == 0
     assert "Runs that began before refuse to go on until: controlbooth data quarantine" in capsys.readouterr().out
     now = open_dataset(shards)
     with pytest.raises(ValueError, match="dataset_fingerprint"):
-        resume_position(state, Order(now.samples_per_shard("edges"), 0, G), now.fingerprint)
+        resume_position(state, order_of(now), now.fingerprint)
     assert main([str(run), "--undo"]) == 0
     assert open_dataset(shards) == before
 

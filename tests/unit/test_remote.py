@@ -171,7 +171,8 @@ def test_the_next_shard_of_a_lane_is_there_before_the_lane_reaches_it(folder, re
         hits = []
         for step in range(40):
             hits.append(next(batches).cache_hits)
-            ahead = [shard for lane in (0, 1) for shard in batches.order.block_shards(2 * (step + 1) + lane)[0]]
+            blocks = batches.order.upcoming_blocks(step + 1, np.arange(2))
+            ahead = [shard for when, shards in blocks if when == 0 for shard in shards]
             until = time.monotonic() + 10
             while not all(cache.holds(batches.dataset.paths[shard]) for shard in ahead):
                 assert time.monotonic() < until
@@ -193,14 +194,9 @@ def test_the_blocks_of_a_lane_follow_each_other():
 
 
 def test_what_to_fetch_is_the_current_blocks_then_the_nearest_next_ones_within_the_budget():
-    order = Order([10] * 12, seed=3, lanes=3, shards_per_block=1)
-    positions, sizes = [30, 31, 32], [100] * 12
-    now = [order.block_shards(position) for position in positions]
-    current = [shard for shards, _ in now for shard in shards]
-    later = [shard for following in sorted(at for _, at in now) for shard in order.block_shards(following)[0]]
-    expected = list(dict.fromkeys(current + later))
-    for budget in (0, 300, 450, 10**6):
-        assert upcoming_shards(order, positions, sizes, budget) == expected[: budget // 100]
+    blocks = [(0, [4]), (7, [9, 2]), (0, [1, 4]), (3, [5, 1])]
+    for budget, expected in ((0, []), (300, [4, 1, 5]), (450, [4, 1, 5, 9]), (10**6, [4, 1, 5, 9, 2])):
+        assert upcoming_shards(blocks, [100] * 12, budget) == expected
 
 
 def test_a_store_that_dies_in_mid_epoch_and_comes_back_loses_nothing(folder, remote, store, tmp_path):

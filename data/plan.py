@@ -1,0 +1,134 @@
+"""A run's order, from its data sets and its numbers; and what a checkpoint keeps of it."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from controlbooth.data.buckets import Buckets, bucket_shapes, plan_buckets
+from controlbooth.data.manifest import Dataset
+from controlbooth.data.mixture import History, Mixture
+
+STATE_VERSION = 2
+
+
+def source_weights(
+    dataset: Dataset, condition_kind: str | None, weights: Sequence[float | None], repeats: Sequence[int]
+) -> list[int]:
+    """Integers in proportion to the shares of the sources in each batch.
+
+    weights: shares, taken to a millionth; None for a source's samples times its repeats, so that while a sample of
+    repeats 1 is seen once, one of repeats 3 is seen three times. Of all sources, or of none.
+    """
+    if weights[0] is not None:
+        return [round(1e6 * (weight or 0.0)) for weight in weights]
+    samples = [int(source.samples_per_shard(condition_kind).sum()) for source in dataset.sources or (dataset,)]
+    return [count * repeat for count, repeat in zip(samples, repeats, strict=True)]
+
+
+def plan_order(
+    dataset: Dataset,
+    condition_kind: str | None,
+    history: History | None = None,
+    *,
+    seed: int,
+    lanes: int,
+    shards_per_block: int,
+    global_batch_size: int,
+    resolution: int,
+    max_aspect_ratio: float = 1.0,
+    bucket_multiple: int = 64,
+) -> tuple[Mixture, Buckets]:
+    """history: weights of the sources; None weighs each by its samples. See `bucket_shapes` for the last three.
+
+    Raises ValueError with what to change where lanes, buckets and samples do not fit each other.
+    """
+    sources = dataset.sources or (dataset,)
+    counts = [source.samples_per_shard(condition_kind) for source in sources]
+    shapes = bucket_shapes(resolution, max_aspect_ratio, bucket_multiple)
+    if len(shapes) == 1:
+        buckets, by_bucket = Buckets(shapes, ({},) * len(sources)), [counts]
+    else:
+        histograms = [_histograms(source, condition_kind) for source in sources]
+        totals = [sum(map(Counter, shards), Counter()) for shards in histograms]
+        buckets, _ = plan_buckets(shapes, totals, lanes)
+        by_bucket = [
+            [_counts(shards, table, bucket) for shards, table in zip(histograms, buckets.assigned, strict=True)]
+            for bucket in range(len(buckets.shapes))
+        ]
+    order = Mixture(
+        by_bucket,
+        history or [(0, [int(shards.sum()) for shards in counts])],
+        seed=seed,
+        lanes=lanes,
+        shards_per_block=shards_per_block,
+        global_batch_size=global_batch_size,
+        names=[source.location for source in sources],
+        shapes=buckets.shapes,
+    )
+    return order, buckets
+
+
+def _histograms(dataset: Dataset, condition_kind: str | None) -> list[dict[int, int]]:
+    """For each shard: aspect bin -> usable samples with this condition."""
+    old = [row.uri for row in dataset.rows if row.usable and not row.aspects]
+    if old:
+        raise ValueError(
+            f"the manifest of {dataset.location} does not count samples by aspect ratio ({old[0]}), which "
+            f"data.max_aspect_ratio needs: write it again with `controlbooth data index {dataset.location}`"
+        )
+    return [
+        {int(bin): count for bin, count in row.aspects.get(condition_kind or "", {}).items()} for row in dataset.rows
+    ]
+
+
+def _counts(shards: Sequence[Mapping[int, int]], table: Mapping[int, int], bucket: int) -> np.ndarray:
+    """(shards,) int64: how many samples of each shard are in this bucket."""
+    return np.array([sum(n for bin, n in shard.items() if table[bin] == bucket) for shard in shards], np.int64)
+
+
+def order_state(order: Mixture, dataset_fingerprint: str, position: int) -> dict[str, Any]:
+    """What a checkpoint keeps of the data order. position: the first one that was not consumed yet, on any rank."""
+    return {
+        "version": STATE_VERSION,
+        "dataset_fingerprint": dataset_fingerprint,
+        "seed": order.seed,
+        "lanes": order.lanes,
+        "shards_per_block": order.shards_per_block,
+        "shapes": [list(shape) for shape in order.shapes] if len(order.shapes) > 1 else [],  # one decides no order
+        "weights": [[since, list(weights)] for since, weights in order.history],
+        "position": position,
+    }
+
+
+def continued_history(state: Mapping[str, Any] | None, weights: Sequence[int]) -> list[tuple[int, Sequence[int]]]:
+    """The weights of a run so far, and the ones of now from the position where it goes on, if they are others."""
+    if state is None:
+        return [(0, weights)]
+    history = [(since, past) for since, past in state["weights"]]
+    if list(history[-1][1]) == list(weights):
+        return history
+    return [entry for entry in history if entry[0] < state["position"]] + [(state["position"], weights)]
+
+
+def resume_position(state: Mapping[str, Any], order: Mixture, dataset_fingerprint: str) -> int:
+    """The position at which a saved order goes on; refused where the order now is another one."""
+    now = order_state(order, dataset_fingerprint, 0)
+    remedies = {
+        "version": "resume with the version of controlbooth that wrote it",
+        "dataset_fingerprint": "point the run at the data set it began with, or start a new run from these weights",
+        "seed": "set the seed back",
+        "lanes": "set lanes back; the batch size may change as long as it and the lanes divide",
+        "shards_per_block": "set shards_per_block back",
+        "shapes": "set resolution and max_aspect_ratio back",
+    }
+    for name, remedy in remedies.items():
+        if state.get(name) != now[name]:
+            raise ValueError(
+                f"the checkpoint's data order has {name}={state.get(name)!r}, this run has {now[name]!r}, so the "
+                f"samples would not continue where they stopped: {remedy}."
+            )
+    if now["weights"][: len(state["weights"])] != state["weights"] and state["weights"][-1][0] < state["position"]:
+        raise ValueError(f"the order forgets the weights that the checkpoint's samples had: {state['weights']}")
+    return int(state["position"])
