@@ -11,14 +11,20 @@ import sys
 import time
 from pathlib import Path
 
+import cv2
 import numpy as np
 import psutil
 import pytest
 import tiny
+import webdataset
 import yaml
 from diffusers import ControlNetModel
 from safetensors.numpy import load_file
 
+from controlbooth.data import scenes
+from controlbooth.data.explain import main as explain_main
+from controlbooth.data.inspect import order_main
+from controlbooth.data.sources import encode_png
 from controlbooth.trainer import export
 from controlbooth.trainer.evaluate import fidelity
 
@@ -174,6 +180,47 @@ def test_a_run_goes_on_at_another_world_size_from_its_middle_with_the_same_losse
     ours, theirs = (tiny.weights(run / "checkpoints" / "step-00000008") for run in (moved, whole))
     for name, tensor in theirs.items():
         np.testing.assert_allclose(ours[name], tensor, atol=2e-5, err_msg=name)
+
+
+def write_wide_shards(folder):
+    """24 pictures that are 1.5 times as wide as high, in three shards."""
+    folder.mkdir()
+    for shard in range(3):
+        with webdataset.TarWriter(str(folder / f"{shard}.tar"), encoder=False, mtime=0) as writer:
+            for number in range(8 * shard, 8 * shard + 8):
+                drawn = scenes.render(scenes.scene(9, number), 96)
+                image, edges = (cv2.resize(picture, (96, 64)) for picture in (drawn.image, drawn.edges))
+                parts = {"png": encode_png(image), "cond.edges.png": encode_png(edges), "txt": b"a wide picture"}
+                writer.write({"__key__": f"wide{number:02d}", **parts})
+
+
+def test_mixed_sources_in_two_shapes_train_and_weights_change_where_the_run_goes_on(world_folder, capsys):
+    wide = world_folder / "wide"
+    write_wide_shards(wide)
+    data = dict(shards=None, max_aspect_ratio=2.0, aspect_step=16)
+
+    def mixed(weights, steps):
+        named = [{"shards": str(world_folder / "train")}, {"shards": str(wide)}]
+        chosen = [source | {"weight": weight} for source, weight in zip(named, weights, strict=True)]
+        return run_file(world_folder, "mixed", data=data | {"sources": chosen}, max_steps=steps)
+
+    run = world_folder / "runs" / "mixed"
+    finish(start(mixed([3, 1], 4), 2))
+    output = finish(start(mixed([1, 3], 12), 1))
+    assert "from step 4 on the sources have the weights [1000000, 3000000], before [3000000, 1000000]" in output
+    state = json.loads((run / "checkpoints" / "step-00000012" / "state.json").read_text())
+    assert state["order"]["weights"] == [[0, [3000000, 1000000]], [32, [1000000, 3000000]]]
+    assert state["order"]["shapes"] == [[64, 64], [48, 80]]
+    assert np.isfinite(list(logged(run, "loss").values())).all()
+    wide_steps = []
+    for step in range(12):
+        order_main(["--run", str(run), "--step", str(step)])
+        keys = [line.split()[-1] for line in capsys.readouterr().out.splitlines()[1:]]
+        assert len(keys) == 8 and len({key.startswith("wide") for key in keys}) == 1  # here shape tells the source
+        wide_steps.append(keys[0].startswith("wide"))
+    assert sum(wide_steps[:4]) == 1 and sum(wide_steps[4:]) == 6
+    assert explain_main(["wide05", "--run", str(run)]) == 0
+    assert "96 x 64 pixels" in capsys.readouterr().out
 
 
 def test_a_bf16_run_under_zero_3_goes_on_at_another_world_size(world_folder):
