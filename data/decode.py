@@ -84,17 +84,45 @@ def prepare(
     right. Returns both as (height, width) or (height, width, 3) uint8. Raises ValueError when the two do not show the
     same frame.
     """
-    height, width = scaled_size(image.shape[0], image.shape[1], shape)
-    if condition is not None and not same_frame(image.shape, condition.shape):
-        sizes = f"{image.shape[1]}x{image.shape[0]} and {condition.shape[1]}x{condition.shape[0]}"
+    size = (image.shape[0], image.shape[1])
+    prepared = None if condition is None else prepare_condition(condition, size, kind, shape, crop, flip)
+    return prepare_target(image, shape, crop, flip), prepared
+
+
+def prepare_target(
+    image: np.ndarray, shape: tuple[int, int], crop: tuple[int, int] | None = None, flip: bool = False
+) -> np.ndarray:
+    """What `prepare` makes of a target."""
+    return _fit(image, (image.shape[0], image.shape[1]), False, shape, crop, flip)
+
+
+def prepare_condition(
+    condition: np.ndarray,
+    size: tuple[int, int],
+    kind: str | None,
+    shape: tuple[int, int],
+    crop: tuple[int, int] | None = None,
+    flip: bool = False,
+) -> np.ndarray:
+    """What `prepare` makes of a condition. size: (height, width) of the target, which is not needed itself."""
+    if not same_frame(size, condition.shape):
+        sizes = f"{size[1]}x{size[0]} and {condition.shape[1]}x{condition.shape[0]}"
         raise ValueError(f"target and condition have different aspect ratios ({sizes})")
+    return _fit(condition, size, kind in CATEGORICAL_KINDS, shape, crop, flip)
+
+
+def _fit(
+    pixels: np.ndarray,
+    size: tuple[int, int],
+    nearest: bool,
+    shape: tuple[int, int],
+    crop: tuple[int, int] | None,
+    flip: bool,
+) -> np.ndarray:
+    height, width = scaled_size(*size, shape)
     top, left = crop if crop is not None else ((height - shape[0]) // 2, (width - shape[1]) // 2)
-
-    def fit(pixels: np.ndarray, nearest: bool) -> np.ndarray:
-        part = _resize(pixels, height, width, nearest)[top : top + shape[0], left : left + shape[1]]
-        return cv2.flip(part, 1) if flip else part
-
-    return fit(image, False), None if condition is None else fit(condition, kind in CATEGORICAL_KINDS)
+    part = _resize(pixels, height, width, nearest)[top : top + shape[0], left : left + shape[1]]
+    return cv2.flip(part, 1) if flip else part
 
 
 def write_planes(pixels: np.ndarray, planes: np.ndarray) -> np.ndarray:

@@ -22,7 +22,16 @@ import numpy as np
 
 from controlbooth.data import draws
 from controlbooth.data.cache import Cache
-from controlbooth.data.decode import BadSample, crop_slack, decode_image, prepare, write_planes
+from controlbooth.data.columns import ColumnReader, Columns, EncodedBatch
+from controlbooth.data.decode import (
+    BadSample,
+    crop_slack,
+    decode_image,
+    prepare,
+    prepare_condition,
+    prepare_target,
+    write_planes,
+)
 from controlbooth.data.manifest import Dataset
 from controlbooth.data.mixture import History, Place
 from controlbooth.data.plan import plan_order
@@ -44,10 +53,12 @@ class MicroBatch:
     """(B,) int64"""
     keys: list[str]
     """Of the samples used, which are the substitutes where there are any."""
-    pixel_values: np.ndarray
-    """(B, 3, H, W) uint8"""
+    pixel_values: np.ndarray | None
+    """(B, 3, H, W) uint8; None with columns, which stand for them."""
     conditioning: np.ndarray | None
     """(B, 3, H, W) uint8; None without a condition kind."""
+    columns: EncodedBatch | None
+    """What the encoders made of pictures and prompts, where that was computed before."""
     captions: list[str]
     """The prompts to train on, "" where dropped."""
     dropped: np.ndarray
@@ -86,7 +97,11 @@ class _Step:
     number: int
     positions: np.ndarray
     flips: np.ndarray
-    pixel_values: np.ndarray
+    shape: tuple[int, int]
+    """(height, width) of the pictures."""
+    pixel_values: np.ndarray | None
+    posterior: np.ndarray | None
+    """(2, n, C, h, w): mean and standard deviation, from columns."""
     conditioning: np.ndarray | None
     noise: np.ndarray
     rows: list[Future] = field(default_factory=list)
@@ -102,6 +117,8 @@ class _Row:
     captions: list[str]
     weight: float
     faults: list[dict]
+    text: list[np.ndarray] | None = None
+    """From columns, of a prompt that is not empty: hidden states (L, D), and (P,) where there is a pooled embedding."""
     fetch_seconds: float = 0.0
     decode_seconds: float = 0.0
     bytes_read: int = 0
@@ -140,6 +157,7 @@ class Loader:
         history: History | None = None,
         max_aspect_ratio: float = 1.0,
         bucket_multiple: int = 64,
+        columns: Columns | None = None,
     ):
         """Prefetching begins at once, so make the loader before the model.
 
@@ -149,6 +167,7 @@ class Loader:
         ledger_path: a JSONL file to which each bad sample is appended, one file a rank; `ledger` has the same lines.
         cache: for the shards that lie in a store, shared by ranks_per_node ranks of this machine.
         history, max_aspect_ratio, bucket_multiple: see `plan_order`. latent_shape: (C, h, w) of a square picture.
+        columns: of this data set, whole; then target pictures are neither read nor decoded.
         """
         self.order, buckets = plan_order(
             dataset,
@@ -171,6 +190,11 @@ class Loader:
         self.slots = self.order.rank_slots(0, global_batch_size, rank, world_size)
         self.positions = None if positions is None else np.asarray(positions, np.int64)
         self._check_arguments(world_size, threads)
+        if columns is not None and (random_crop or random_flip != columns.flips):
+            raise ValueError(
+                f"{columns.folder} has latents of pictures cut at the centre, {'and' if columns.flips else 'not'} "
+                f"mirrored, and the loader has random_crop={random_crop}, random_flip={random_flip}"
+            )
         live_shards = lanes // world_size * shards_per_block * self.order.streams
         self._check_cache(cache, live_shards, ranks_per_node)
 
@@ -182,7 +206,11 @@ class Loader:
         self._queue: deque[_Step] = deque()
         self._closed = False
         cv2.setNumThreads(1)  # the loader's threads share the cores; OpenCV's own would compete with them
-        self._reader = ShardReader(dataset, condition_kind, _affordable_files(2 * live_shards + 64), cache, buckets)
+        files = _affordable_files((2 if columns is None else 6) * live_shards + 64)
+        self._columns = None if columns is None else ColumnReader(columns, files * 2 // 3)
+        self._reader = ShardReader(
+            dataset, condition_kind, files if columns is None else files // 3, cache, buckets, columns is None
+        )
         self._prefetcher = None
         if cache is not None and positions is None:
             self._cache_share = cache.limit_bytes // ranks_per_node
@@ -236,6 +264,8 @@ class Loader:
         self._threads.shutdown(wait=True, cancel_futures=True)
         self._queue.clear()
         self._reader.close()
+        if self._columns is not None:
+            self._columns.close()
 
     def __enter__(self) -> "Loader":
         return self
@@ -304,7 +334,9 @@ class Loader:
             number,
             positions,
             flips=draws.flips(self.seed, positions) & self.random_flip,
-            pixel_values=np.zeros(pixels, np.uint8),
+            shape=(height, width),
+            pixel_values=np.zeros(pixels, np.uint8) if self._columns is None else None,
+            posterior=None if self._columns is None else np.zeros((2, *latents), self._columns.latents_stored),
             conditioning=None if self.condition_kind is None else np.zeros(pixels, np.uint8),
             noise=np.empty(latents, np.float32),
         )
@@ -337,39 +369,66 @@ class Loader:
 
     def _decode(self, step: _Step, at: int, sample: SampleBytes, place: Place) -> _Row:
         began = time.perf_counter()
-        image = decode_image(sample.image, sample.key, sample.image_extension)
-        condition = None
+        image = condition = conditioning = crop = None
+        if self._columns is None:
+            image = decode_image(sample.image, sample.key, sample.image_extension)
+        size = sample.size if image is None else (image.shape[0], image.shape[1])
         if sample.condition is not None:
             condition = decode_image(sample.condition, sample.key, sample.condition_extension, background=0)
-        crop = None
-        height, width = step.pixel_values.shape[2:]
-        slack = crop_slack(image.shape[0], image.shape[1], (height, width))
+        slack = crop_slack(*size, step.shape)
         if self.random_crop and any(slack):
             top, left = draws.crops(self.seed, step.positions[at : at + 1], np.array([slack]))[0].tolist()
             crop = (top, left)
+        flip = bool(step.flips[at])
         try:
-            pixels, conditioning = prepare(
-                image, condition, self.condition_kind, (height, width), crop, bool(step.flips[at])
-            )
+            if condition is not None:
+                conditioning = prepare_condition(condition, size, self.condition_kind, step.shape, crop, flip)
         except ValueError as error:
             raise BadSample(sample.key, sample.condition_extension, str(error)) from error
-        captions = read_captions(sample.caption, sample.caption_extension, sample.key)
-        # Last, so that a bad sample leaves the black rows black.
-        write_planes(pixels, step.pixel_values[at])
-        if step.conditioning is not None and conditioning is not None:
-            write_planes(conditioning, step.conditioning[at])
-        return _Row(
+        row = _Row(
             key=sample.key,
             key_hash=sample.key_hash,
             epoch=place.epoch,
-            captions=captions,
+            captions=read_captions(sample.caption, sample.caption_extension, sample.key),
             weight=1.0,
             faults=[],
             fetch_seconds=sample.seconds,
-            decode_seconds=time.perf_counter() - began,
             bytes_read=len(sample.image) + len(sample.condition or b"") + len(sample.caption),
             cache_hit=sample.cache_hit,
         )
+        # From here on the step's arrays are written: a bad sample has been raised, and leaves its rows black.
+        seconds = (
+            0.0 if self._columns is None else self._read_columns(self._columns, step, at, sample, place.shard, row)
+        )
+        if image is not None and step.pixel_values is not None:
+            write_planes(prepare_target(image, step.shape, crop, flip), step.pixel_values[at])
+        if step.conditioning is not None and conditioning is not None:
+            write_planes(conditioning, step.conditioning[at])
+        row.fetch_seconds += seconds
+        row.decode_seconds = time.perf_counter() - began - seconds
+        return row
+
+    def _read_columns(
+        self, columns: ColumnReader, step: _Step, at: int, sample: SampleBytes, shard: int, row: _Row
+    ) -> float:
+        """The posterior into the step, the text into the row where it is not dropped; -> seconds spent."""
+        began = time.perf_counter()
+        assert step.posterior is not None
+        where = (shard, sample.row, sample.key, sample.key_hash)
+        posterior = columns.latents(*where, flipped=bool(step.flips[at]))
+        dropped, choice = self._prompt_draws(step.positions[at : at + 1], [row])
+        if prompt(row.captions, int(choice[0]), bool(dropped[0])):
+            row.text = columns.text(*where, caption=int(choice[0]))
+        step.posterior[:, at] = posterior
+        return time.perf_counter() - began
+
+    def _prompt_draws(self, positions: np.ndarray, rows: list[_Row]) -> tuple[np.ndarray, np.ndarray]:
+        """Whether the prompt of each row is dropped, and which of its captions it is otherwise."""
+        epochs = np.array([row.epoch for row in rows])
+        key_hashes = np.array([row.key_hash for row in rows], np.uint64)
+        counts = np.array([len(row.captions) for row in rows])
+        dropped = draws.prompt_dropped(self.seed, epochs, key_hashes, self.prompt_dropout)
+        return dropped, draws.caption_choice(self.seed, positions, counts)
 
     def _fault(self, position: int, place: Place, attempt: int, bad: BadSample) -> dict:
         return {
@@ -402,10 +461,7 @@ class Loader:
             )
 
     def _micro_batches(self, step: _Step, rows: list[_Row]) -> list[MicroBatch]:
-        epochs = np.array([row.epoch for row in rows])
-        key_hashes = np.array([row.key_hash for row in rows], np.uint64)
-        dropped = draws.prompt_dropped(self.seed, epochs, key_hashes, self.prompt_dropout)
-        choices = draws.caption_choice(self.seed, step.positions, np.array([len(row.captions) for row in rows]))
+        dropped, choices = self._prompt_draws(step.positions, rows)
         timesteps = draws.timesteps(self.seed, step.positions, self.num_train_timesteps)
         weights = np.array([row.weight for row in rows], np.float32)
         prompts = [
@@ -419,8 +475,9 @@ class Loader:
                 MicroBatch(
                     positions=step.positions[part],
                     keys=[row.key for row in rows[part]],
-                    pixel_values=step.pixel_values[part],
+                    pixel_values=None if step.pixel_values is None else step.pixel_values[part],
                     conditioning=None if step.conditioning is None else step.conditioning[part],
+                    columns=self._encoded(step, rows, part),
                     captions=prompts[part],
                     dropped=dropped[part],
                     timesteps=timesteps[part],
@@ -429,6 +486,20 @@ class Loader:
                 )
             )
         return batches
+
+    def _encoded(self, step: _Step, rows: list[_Row], part: slice) -> EncodedBatch | None:
+        if step.posterior is None or self._columns is None:
+            return None
+        text = [row.text for row in rows[part] if row.text is not None]
+        identities = self._columns.columns.identities
+        return EncodedBatch(
+            mean=step.posterior[0, part],
+            std=step.posterior[1, part],
+            latents_dtype=identities["latents"]["dtype"],
+            hidden_states=np.stack([one[0] for one in text]) if text else None,
+            pooled=np.stack([one[1] for one in text]) if text and identities["text"]["pooled"] else None,
+            text_dtype=identities["text"]["dtype"],
+        )
 
 
 def _affordable_files(wanted: int) -> int:

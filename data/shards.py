@@ -33,7 +33,12 @@ class SampleBytes:
 
     key: str
     key_hash: int
+    row: int
+    """Of the shard's index."""
+    size: tuple[int, int]
+    """(height, width) of the upright target image, as the index has it."""
     image: bytes
+    """Empty from a reader without pictures."""
     image_extension: str
     condition: bytes | None
     condition_extension: str
@@ -65,11 +70,14 @@ class ShardReader:
         most_open: int = 256,
         cache: Cache | None = None,
         buckets: Buckets | None = None,
+        pictures: bool = True,
     ):
-        """buckets: of the order whose places are read; None where all samples are in one."""
+        """buckets: of the order whose places are read; None where all samples are in one. pictures: read the targets;
+        not where columns stand for them.
+        """
         self.dataset, self.condition_kind, self.most_open = dataset, condition_kind, most_open
         self.cache, self.closing = cache, Event()
-        self.buckets = buckets
+        self.buckets, self.pictures = buckets, pictures
         self._first_shard = np.cumsum([0, *(len(source.rows) for source in dataset.sources)])
         self._fetched_again: set[int] = set()
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
@@ -96,7 +104,7 @@ class ShardReader:
             index = opened.index
             row = int(opened.rows[bucket][ordinal])
             record, parts = index.samples[row], index.parts[row]
-            columns = {role: self._column(index, parts, role) for role in ("image", "caption")}
+            columns = {role: self._column(index, parts, role) for role in ("caption", "image")[: 1 + self.pictures]}
             if self.condition_kind is not None:
                 columns["condition"] = self._column(index, parts, "condition")
             length = max(int(parts[column]["offset"]) + int(parts[column]["size"]) for column in columns.values())
@@ -111,8 +119,10 @@ class ShardReader:
         return SampleBytes(
             key=key,
             key_hash=int(record["key_hash"]),
-            image=payloads["image"],
-            image_extension=index.extensions[columns["image"]],
+            row=row,
+            size=(int(record["height"]), int(record["width"])),
+            image=payloads.get("image", b""),
+            image_extension=index.extensions[columns["image"]] if "image" in columns else "",
             condition=payloads.get("condition"),
             condition_extension=index.extensions[columns["condition"]] if "condition" in columns else "",
             caption=payloads["caption"],
