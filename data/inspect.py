@@ -11,7 +11,8 @@ import numpy as np
 from controlbooth.data.draws import prompt_dropped
 from controlbooth.data.explain import add_run_numbers, open_sources, order_of_run, run_numbers
 from controlbooth.data.loader import HeldOutSample, held_out
-from controlbooth.data.manifest import open_dataset
+from controlbooth.data.manifest import Dataset, open_dataset
+from controlbooth.data.plan import plan_order
 from controlbooth.data.shards import ShardReader
 from controlbooth.data.sources import encode_png
 
@@ -21,7 +22,20 @@ _FONT = cv2.FONT_HERSHEY_SIMPLEX
 
 def info_main(argv: Sequence[str] | None = None) -> int:
     """`controlbooth data info`: counts, sizes, conditions and the fingerprint of a data set."""
-    parser = _parser("info", "Say what a data set holds.")
+    parser = argparse.ArgumentParser(
+        prog="controlbooth data info",
+        description="Say what a data set holds, and how a run would sort it into shapes.",
+        epilog="examples:\n  controlbooth data info shards/train\n"
+        "  controlbooth data info shards/train --max-aspect-ratio 2 --resolution 512",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("shards", help="a manifest, a folder, a tar, a glob or a {000..009} range")
+    plan = parser.add_argument_group("shapes, as the fields of data in a run")
+    plan.add_argument("--max-aspect-ratio", type=float, help="show the shapes that a run with this ratio trains on")
+    plan.add_argument("--resolution", type=int, default=512, help="(default: 512)")
+    plan.add_argument("--aspect-step", type=int, default=64, help="(default: 64)")
+    plan.add_argument("--lanes", type=int, default=256, help="of the run, its global batch size (default: 256)")
+    plan.add_argument("--condition", help="kind that the run trains on (default: none)")
     arguments = parser.parse_args(argv)
     dataset = open_dataset(arguments.shards)
     samples = sum(row.samples for row in dataset.rows)
@@ -39,7 +53,29 @@ def info_main(argv: Sequence[str] | None = None) -> int:
     print(f"size          {sum(row.bytes for row in dataset.rows) / 1e6:.1f} MB")
     print(f"conditions    {', '.join(f'{kind} ({count})' for kind, count in sorted(conditions.items())) or 'none'}")
     print(f"parts         {', '.join(f'{name} (in {count} shards)' for name, count in sorted(extensions.items()))}")
+    if arguments.max_aspect_ratio is not None:
+        _print_shapes(dataset, arguments)
     return 0
+
+
+def _print_shapes(dataset: Dataset, arguments: argparse.Namespace) -> None:
+    if arguments.max_aspect_ratio < 1.0:
+        raise ValueError(f"--max-aspect-ratio is {arguments.max_aspect_ratio:g}, long by short side: use 1 or more")
+    order, _ = plan_order(
+        dataset,
+        arguments.condition,
+        seed=0,
+        lanes=arguments.lanes,
+        shards_per_block=1,
+        global_batch_size=arguments.lanes,
+        resolution=arguments.resolution,
+        max_aspect_ratio=arguments.max_aspect_ratio,
+        bucket_multiple=arguments.aspect_step,
+    )
+    print(f"{'shape':13} {'aspect':>6}  {'samples':>12}  share of steps")
+    for (height, width), (stream, *_) in zip(order.shapes, order.orders, strict=True):
+        count = stream.samples if stream else 0
+        print(f"{width:5d} x {height:<5d} {width / height:6.2f}  {count:12d}  {count / order.samples:6.1%}")
 
 
 def show_main(argv: Sequence[str] | None = None) -> int:

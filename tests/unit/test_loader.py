@@ -12,6 +12,7 @@ import webdataset
 
 from controlbooth.data import draws, loader, scenes
 from controlbooth.data.index import ensure_index
+from controlbooth.data.inspect import info_main
 from controlbooth.data.loader import Loader, held_out
 from controlbooth.data.manifest import join_datasets, open_dataset
 from controlbooth.data.plan import plan_order
@@ -384,6 +385,15 @@ def test_a_source_is_read_once_an_epoch_in_all_its_shapes_together(shapely):
     first = keys[: len(keys) // 4]
     assert all(key.startswith("a") for key in keys) and len(set(keys)) == 102
     assert len(set(first)) >= len(first) - 12  # shapes end their epochs at different steps
+
+
+def test_info_shows_the_shapes_that_a_run_would_train_on(shapely, capsys):
+    plan = ["--max-aspect-ratio", "2", "--resolution", "32", "--aspect-step", "8", "--lanes", "4"]
+    assert info_main([str(shapely / "a"), *plan]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[-3:]]
+    assert [(row[0], row[2], row[4]) for row in rows] == [("24", "40", "22"), ("32", "32", "40"), ("40", "24", "40")]
+    with pytest.raises(ValueError, match="--max-aspect-ratio is 0.5"):
+        info_main([str(shapely / "a"), "--max-aspect-ratio", "0.5"])
 
 
 def test_aspect_ratios_that_an_old_manifest_lacks_are_asked_for(shapely):
