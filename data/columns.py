@@ -23,7 +23,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -62,6 +62,8 @@ class Columns:
     identities: Mapping[str, Identity]
     paths: Mapping[str, tuple[Path, ...]]
     """Kind -> the column shard of each shard of the data set."""
+    computed: Sequence[Mapping[str, Any]] = ()
+    """Facts of the machines that computed what is there, none twice."""
 
     @property
     def flips(self) -> bool:
@@ -103,22 +105,18 @@ def plan_columns(folder: Path, dataset: Dataset, buckets: Buckets, identities: M
     return Columns(folder, identities, paths)
 
 
-def open_columns(
-    folder: Path, dataset: Dataset, buckets: Buckets, identities: Mapping[str, Identity], remedy: str
-) -> Columns:
-    """Columns that are all there and are what they have to be.
-
-    Raises ValueError that names what differs or is missing, and ends with the remedy.
-    """
+def open_columns(folder: Path, dataset: Dataset, buckets: Buckets, identities: Mapping[str, Identity]) -> Columns:
+    """Columns that are all there and are what they have to be. Raises ValueError that names what differs or lacks."""
+    remedy = "run `controlbooth data precompute` with the arguments of this run, or leave data.columns out"
     stated = read_stated(folder)
     if stated is None:
         raise ValueError(f"{folder} holds no column caches: {remedy}")
     if different := differences(stated, identities):
         raise ValueError(
             f"the columns in {folder} are others than this run computes: {different}. "
-            f"Set that back, or give another folder in data.columns and {remedy}"
+            f"Set that back, or name another folder in data.columns and {remedy}"
         )
-    columns = plan_columns(folder, dataset, buckets, identities)
+    columns = replace(plan_columns(folder, dataset, buckets, identities), computed=tuple(stated["computed"]))
     if lacking := missing(columns):
         kind, shard = lacking[0]
         raise ValueError(

@@ -29,6 +29,7 @@ VERBS = {  # group -> verb -> (module:function, what it does)
         "data bench": ("controlbooth.data.bench:main", "how fast a data set is read and decoded here"),
         "data lint": ("controlbooth.data.lint:main", "find copies, mismatched pairs, broken and useless samples"),
         "data stats": ("controlbooth.data.stats:main", "lengths and frequencies of captions, sizes of pictures"),
+        "data precompute": ("controlbooth.launch.precompute:main", "write a run's latents and text embeddings once"),
         "data quarantine": ("controlbooth.data.quarantine:main", "leave the bad samples of a run out of the next"),
     },
 }

@@ -144,9 +144,12 @@ def plan(config: RunConfig, node: Node) -> str:
     )
 
 
-def run(command: Sequence[str], environment: dict[str, str]) -> int:
-    """Starts torchrun and waits. The first stop signal lets the ranks checkpoint; the second one kills them.
+def run(
+    command: Sequence[str], environment: dict[str, str], stopping: str = "after this step with a checkpoint"
+) -> int:
+    """Starts torchrun and waits. The first stop signal is handed to the ranks as SIGTERM; the second one kills them.
 
+    stopping: what the ranks do at the first one, for people.
     Returns the exit status; 128 + signal where a signal stopped a run that ended well.
     """
     # A session of its own: otherwise Ctrl-C would reach the ranks too, beside what is forwarded here.
@@ -156,7 +159,7 @@ def run(command: Sequence[str], environment: dict[str, str]) -> int:
     def forward(number: int, _frame: object) -> None:
         received.append(number)
         if len(received) == 1:
-            print("controlbooth: stopping after this step with a checkpoint; once more stops now", file=sys.stderr)
+            print(f"controlbooth: stopping {stopping}; once more stops now", file=sys.stderr)
             _terminate(agent)
         else:
             _kill(agent)

@@ -232,7 +232,17 @@ def check_output(config: RunConfig, node: Node) -> Iterator[str]:
         )
 
 
-CHECKS = (check_ranks, check_data, check_cache, check_base, check_output)
+def check_columns(config: RunConfig, node: Node) -> Iterator[str]:
+    """Whether there are any; the trainer compares what they are of."""
+    folder = config.data.columns
+    if folder is not None and not (folder / "columns.json").is_file():
+        yield (
+            f"data.columns is {folder}, which holds no column caches: write them with `controlbooth data precompute` "
+            "and the arguments of this run, or leave data.columns out"
+        )
+
+
+CHECKS = (check_ranks, check_data, check_cache, check_columns, check_base, check_output)
 
 
 def base_weights(base: Path) -> list[Path]:

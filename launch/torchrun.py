@@ -39,8 +39,11 @@ def threads_per_process(node: Node) -> int:
     return max(1, node.cores // node.processes)
 
 
-def torchrun_command(run_file: str, overrides: Sequence[str], name: str, node: Node) -> list[str]:
-    """The argument list that starts one node. name: of the run, the same on every node; it names the rendezvous."""
+def torchrun_command(run_file: str, overrides: Sequence[str], name: str, node: Node, worker: str = WORKER) -> list[str]:
+    """The argument list that starts one node. name: of the run, the same on every node; it names the rendezvous.
+
+    worker: the module that each rank runs.
+    """
     return [
         sys.executable,  # torchrun of this environment, whatever the PATH says
         "-m",
@@ -54,7 +57,7 @@ def torchrun_command(run_file: str, overrides: Sequence[str], name: str, node: N
         "--max-restarts=0",  # a resume is a new start: its ranks must read the latest checkpoint
         f"--shutdown-timeout={node.grace_seconds}",
         "-m",
-        WORKER,
+        worker,
         run_file,
         *overrides,
     ]

@@ -9,7 +9,7 @@ import difflib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -100,6 +100,9 @@ class DataConfig(Section):
     cache_gib: float = Field(default=100.0, gt=0.0)
     """What the cache may hold; the shards used last stay. Room for lanes * shards_per_block shards over the nodes is
     needed, and twice that lets each next shard be fetched before its lane reaches it."""
+    columns: Path | None = None
+    """Folder of latents and text embeddings, which `controlbooth data precompute` writes there and the run then takes
+    instead of running the VAE and the text encoder. Not with random_crop."""
     max_bad_rate: float = Field(default=0.01, ge=0.0, le=1.0)
     """Share of undecodable samples at which the run stops instead of replacing them."""
 
@@ -206,6 +209,11 @@ class RunConfig(Section):
             )
         if given and any(source.repeat != 1 for source in self.data.sources):
             raise ValueError("data.sources have weights and a repeat: a weight says it all, leave repeat out")
+        if self.data.columns and self.data.random_crop:
+            raise ValueError(
+                f"data.columns={self.data.columns} has latents of pictures cut at the centre, and data.random_crop "
+                "wants others at every presentation: set data.random_crop=false, or leave data.columns out"
+            )
         lanes = self.data.lanes or self.global_batch_size
         if lanes % self.global_batch_size:
             raise ValueError(
@@ -240,6 +248,11 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 
     Raises ConfigError for a missing or malformed file, an unknown key, a wrong type, or numbers that contradict.
     """
+    return build_config(read_tree(path, overrides), source=str(path))
+
+
+def read_tree(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """A run file and its overrides, before anything is checked but that it is a mapping."""
     path = Path(path)
     try:
         tree = yaml.safe_load(path.read_text())
@@ -252,7 +265,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         raise ConfigError(f"run file {path} holds {type(tree).__name__}, but a run is a mapping of keys to values")
     for override in overrides:
         _override(tree, override)
-    return build_config(tree, source=str(path))
+    return tree
 
 
 def build_config(tree: dict[str, Any], source: str = "the run config") -> RunConfig:
@@ -260,8 +273,12 @@ def build_config(tree: dict[str, Any], source: str = "the run config") -> RunCon
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(one) for one in error.errors()]
-        raise ConfigError(f"{source}: " + "; ".join(lines)) from None
+        raise ConfigError(f"{source}: {explain_errors(error, RunConfig)}") from None
+
+
+def explain_errors(error: ValidationError, model: type[BaseModel]) -> str:
+    """All that is wrong with a tree, with the values and what to do. model: the class that refused it."""
+    return "; ".join(_explain(one, model) for one in error.errors())
 
 
 def _override(tree: dict[str, Any], override: str) -> None:
@@ -282,10 +299,10 @@ def _override(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {override!r}: {value!r} is not a YAML value: {error}") from error
 
 
-def _explain(error: Any) -> str:
+def _explain(error: Any, model: type[BaseModel]) -> str:
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        known = _keys_beside(error["loc"])
+        known = _keys_beside(error["loc"], model)
         close = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
         prefix = "".join(f"{part}." for part in error["loc"][:-1])
         hint = f"did you mean '{prefix}{close[0]}'?" if close else f"known keys: {', '.join(known)}"
@@ -298,10 +315,13 @@ def _explain(error: Any) -> str:
     return f"'{where}' is {error['input']!r}: {message}" if where else message
 
 
-def _keys_beside(location: tuple[Any, ...]) -> list[str]:
-    section: Any = RunConfig
+def _keys_beside(location: tuple[Any, ...], model: type[BaseModel]) -> list[str]:
+    section: Any = model
     for part in location[:-1]:
+        if isinstance(part, int):
+            continue  # an element of a list, whose type is in the list's
         section = section.model_fields[part].annotation
+        section = next(iter(get_args(section)), section)
     return list(section.model_fields)
 
 

@@ -9,9 +9,17 @@ from torch.profiler import record_function
 
 from controlbooth.data import draws
 from controlbooth.data.loader import MicroBatch
-from controlbooth.models.base import Base
+from controlbooth.models.base import Base, Encoded
 from controlbooth.models.controlnet import predict
 from controlbooth.models.families import encode_with_dropout
+from controlbooth.trainer.encoding import (
+    captions_of,
+    encode_posterior,
+    posterior_of,
+    sample_posterior,
+    text_of_columns,
+    to_pixel_values,
+)
 from controlbooth.trainer.losses import min_snr_weights, training_target, weighted_mse
 
 
@@ -19,8 +27,8 @@ from controlbooth.trainer.losses import min_snr_weights, training_target, weight
 class DeviceBatch:
     """A micro-batch of B samples on the device, in the network's ranges."""
 
-    pixel_values: Tensor
-    """(B, 3, H, W) float32 in [-1, 1]."""
+    pixel_values: Tensor | None
+    """(B, 3, H, W) float32 in [-1, 1]; None where the posterior is known."""
     conditioning_pixel_values: Tensor
     """(B, 3, H, W) float32 in [0, 1]."""
     captions: list[str]
@@ -32,6 +40,10 @@ class DeviceBatch:
     """(B, C, h, w) float32, for the sample that is taken of the VAE's posterior."""
     weights: Tensor
     """(B,) float32: 0 where no sample could be read."""
+    posterior: tuple[Tensor, Tensor] | None = None
+    """Mean and standard deviation (B, C, h, w) in the VAE's dtype, from columns."""
+    text: Encoded | None = None
+    """Of the captions that are not empty, from columns; None too where all are empty."""
 
 
 def to_device(batch: MicroBatch, seed: int, device: torch.device) -> DeviceBatch:
@@ -43,14 +55,17 @@ def to_device(batch: MicroBatch, seed: int, device: torch.device) -> DeviceBatch
     def on_device(array) -> Tensor:
         return torch.from_numpy(array).to(device, non_blocking=True)
 
+    columns = batch.columns
     return DeviceBatch(
-        pixel_values=on_device(batch.pixel_values).float() / 127.5 - 1.0,
+        pixel_values=None if batch.pixel_values is None else to_pixel_values(on_device(batch.pixel_values)),
         conditioning_pixel_values=on_device(batch.conditioning).float() / 255.0,
         captions=batch.captions,
         timesteps=on_device(batch.timesteps),
         noise=on_device(batch.noise),
         posterior_noise=on_device(posterior_noise),
         weights=on_device(batch.weights),
+        posterior=None if columns is None else posterior_of(columns, device),
+        text=None if columns is None else captions_of(columns, device),
     )
 
 
@@ -58,10 +73,15 @@ def prediction_and_target(base: Base, controlnet: nn.Module, batch: DeviceBatch)
     """What the controlled network says of the noisy latents, and what it should say; (B, C, h, w) each."""
     with torch.no_grad():
         with record_function("encode picture"):
-            latents = base.encode_latents(batch.pixel_values, batch.posterior_noise).float()  # (B, C, h, w)
+            posterior = batch.posterior if batch.pixel_values is None else encode_posterior(base, batch.pixel_values)
+            assert posterior is not None, "a batch has pictures, or what the VAE made of them"
+            latents = sample_posterior(base, *posterior, batch.posterior_noise).float()  # (B, C, h, w)
         with record_function("encode prompt"):  # dropped prompts share one cached embedding
-            height, width = batch.pixel_values.shape[-2:]
-            text = encode_with_dropout(base, batch.captions, picture_size=(height, width))
+            height, width = batch.conditioning_pixel_values.shape[-2:]
+            if batch.posterior is None:
+                text = encode_with_dropout(base, batch.captions, picture_size=(height, width))
+            else:
+                text = text_of_columns(base, batch.captions, batch.text, picture_size=(height, width))
         noisy_latents = base.noise_scheduler.add_noise(latents, batch.noise, batch.timesteps)  # type: ignore[arg-type]
         alphas_cumprod = base.noise_scheduler.alphas_cumprod.to(batch.noise.device)
         target = training_target(base.prediction_type, latents, batch.noise, batch.timesteps, alphas_cumprod)

@@ -31,10 +31,12 @@ os.environ.setdefault("DS_LOG_LEVEL", "error")
 import torch
 from tqdm import tqdm
 
+from controlbooth.data.buckets import Buckets
 from controlbooth.data.cache import Cache
+from controlbooth.data.columns import Columns, open_columns
 from controlbooth.data.loader import Loader, StepBatch
 from controlbooth.data.manifest import Dataset, join_datasets, open_dataset, same_place
-from controlbooth.data.plan import continued_history, order_state, resume_position, source_weights
+from controlbooth.data.plan import continued_history, order_state, plan_order, resume_position, source_weights
 from controlbooth.models.attention import (
     AttentionChoice,
     AttentionShape,
@@ -70,6 +72,7 @@ from controlbooth.trainer.distributed import (
     join,
     leave,
 )
+from controlbooth.trainer.encoding import column_identities, computed_here
 from controlbooth.trainer.evaluate.validate import HeldOutSet, load_held_out, validate
 from controlbooth.trainer.spool import read_metrics
 from controlbooth.trainer.step import controlnet_step
@@ -299,6 +302,7 @@ def build(config: RunConfig, world: World, folder: Path, latest: Path | None) ->
     precision = engines.resolve_precision(request, world.device, config.engine.zero_stage)
     base = load_base(base_path(config), config.model.family, engines.DTYPES[precision], world.device)
     dataset, held = open_data(config, world)
+    columns = open_run_columns(config, world, base, dataset)
 
     chosen = choose_once(config, world, base, precision, folder)
     torch.manual_seed(config.seed)  # the hint network, alike on every rank
@@ -327,7 +331,7 @@ def build(config: RunConfig, world: World, folder: Path, latest: Path | None) ->
         checkpoints.load_checkpoint(engine, latest, average, world)
         engines.apply_settings(engine, config.optimizer, world.device)
         step = saved["step"]
-    loader = make_loader(config, world, base, dataset, step, folder, saved and saved["order"])
+    loader = make_loader(config, world, base, dataset, step, folder, saved and saved["order"], columns)
     if saved:
         check_position(resume_position(saved["order"], loader.order, dataset.fingerprint), step, config)
     say(
@@ -431,6 +435,7 @@ def make_loader(
     step: int,
     folder: Path,
     order: dict[str, Any] | None = None,
+    columns: Columns | None = None,
 ) -> Loader:
     """order: the data order of the checkpoint that the run goes on from."""
     data = config.data
@@ -469,7 +474,40 @@ def make_loader(
         history=history,
         max_aspect_ratio=data.max_aspect_ratio,
         bucket_multiple=data.aspect_step,
+        columns=columns,
     )
+
+
+def run_buckets(config: RunConfig, dataset: Dataset) -> Buckets:
+    """The picture shapes of the run's order, and which samples have which."""
+    data = config.data
+    return plan_order(
+        dataset,
+        data.condition,
+        seed=config.seed,
+        lanes=lanes(config),
+        shards_per_block=data.shards_per_block,
+        global_batch_size=config.global_batch_size,
+        resolution=data.resolution,
+        max_aspect_ratio=data.max_aspect_ratio,
+        bucket_multiple=data.aspect_step,
+    )[1]
+
+
+def open_run_columns(config: RunConfig, world: World, base: Base, dataset: Dataset) -> Columns | None:
+    """The columns that the run names, all there and of its encoders, pictures and shards; None where it names none."""
+    folder = config.data.columns
+    if folder is None:
+        return None
+    buckets = run_buckets(config, dataset)
+    columns = open_columns(folder, dataset, buckets, column_identities(config, base, buckets.shapes))
+    here, there = computed_here(config, world.device), columns.computed
+    if list(there) == [here]:
+        say(world, f"columns of {folder}: bitwise what this run would compute")
+    else:
+        facts = f"computed with {', '.join(map(str, there))}, where this run would compute with {here}"
+        say(world, f"columns of {folder}: {facts}; last bits may differ")
+    return columns
 
 
 def check_aspect_step(config: RunConfig, base: Base) -> None:

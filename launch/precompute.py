@@ -1,0 +1,46 @@
+"""`controlbooth data precompute`: starts the ranks that compute a run's column caches on this machine."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from controlbooth.launch.local import run, this_node
+from controlbooth.launch.preflight import check_base, check_cache, check_data
+from controlbooth.launch.torchrun import torchrun_command, torchrun_environment
+from controlbooth.trainer.config import load_config
+
+WORKER = "controlbooth.trainer.precompute"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="controlbooth data precompute",
+        description="Computes the VAE's mean and standard deviation of each picture and the embedding of each caption "
+        "once, for the base, data, resolution and flips of a run, and writes them as column shards into its "
+        "data.columns. The run then takes the same steps without these encoders. Started again, it computes what is "
+        "missing. With as many --processes as the training has, the latents are bitwise those of the training.",
+        epilog="examples:\n  controlbooth data precompute run.yaml data.columns=shards/columns --dry-run\n"
+        "  controlbooth data precompute run.yaml data.columns=shards/columns --processes 8\n"
+        "  controlbooth train run.yaml data.columns=shards/columns --processes 8\n"
+        f"  torchrun --nnodes=4 --nproc-per-node=8 ... -m {WORKER} run.yaml data.columns=/shared/columns",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", metavar="RUN.yaml", help="the run, or one of several that share data and base")
+    parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="a field of the run, set here")
+    parser.add_argument("--processes", type=int, help="ranks (default: one per GPU, or 1 on a machine without)")
+    parser.add_argument("--dry-run", action="store_true", help="tell how many bytes it will take; write nothing")
+    options = parser.parse_intermixed_args(arguments)
+    config = load_config(options.run, options.overrides)
+    if config.data.columns is None:
+        raise ValueError("data.columns is not set: name the folder to write to, e.g. data.columns=shards/columns")
+    node = this_node(1 if options.dry_run else options.processes)
+    problems = [problem for check in (check_data, check_cache, check_base) for problem in check(config, node)]
+    for problem in problems:
+        print(f"controlbooth data precompute: {problem}", file=sys.stderr)
+    if problems:
+        return 2
+    extra = ["--dry-run"] if options.dry_run else []
+    command = torchrun_command(options.run, [*options.overrides, *extra], config.name, node, WORKER)
+    environment = os.environ | torchrun_environment(node, os.environ)
+    return run(command, environment, stopping="with the shards that are finished")

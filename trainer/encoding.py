@@ -1,0 +1,156 @@
+"""What the frozen encoders make of a micro-batch, computed here or taken from columns; and what it depends on.
+
+The same arithmetic serves both, so that a run with columns takes the steps of one without. What it cannot make equal is
+the rounding of another batch: on a CPU a picture that is encoded alone gives other last bits than among others, and in
+fp32 so does another number of threads, while its place and its neighbours change nothing. So columns are computed in
+batches of exactly micro_batch_size, and `computed_here` is kept with them.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from controlbooth.data.columns import EncodedBatch
+from controlbooth.models.base import Base, Encoded
+from controlbooth.models.families import TEXT_ENCODINGS, TextEncoding, time_ids_of
+from controlbooth.trainer.config import RunConfig
+
+IDENTITY_VERSION = 1
+
+
+@torch.no_grad()
+def encode_posterior(base: Base, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, 3, H, W) in [-1, 1] -> mean and standard deviation of the VAE's posterior, (B, C, h, w) in its dtype."""
+    posterior = base.vae.encode(pixel_values.to(base.vae.device, base.vae.dtype)).latent_dist
+    return posterior.mean, posterior.std
+
+
+@torch.no_grad()
+def sample_posterior(base: Base, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
+    """Scaled latents (B, C, h, w) in the base's dtype; noise: (B, C, h, w), standard normal."""
+    latents = mean + std * noise.to(mean)
+    shift = base.vae.config["shift_factor"] or 0.0
+    # Some of the VAE's kernels leave channels last, and a U-Net that went on so would round otherwise than on columns.
+    return ((latents - shift) * base.vae.config["scaling_factor"]).to(base.dtype).contiguous()
+
+
+def to_pixel_values(pictures: Tensor) -> Tensor:
+    """(B, 3, H, W) uint8 -> float32 in [-1, 1]."""
+    return pictures.float() / 127.5 - 1.0
+
+
+def encode_captions(base: Base, captions: list[str]) -> Encoded:
+    """Hidden states (B, L, D), and the pooled embeddings (B, P) where the base has them."""
+    return TEXT_ENCODINGS[base.family.name](base, captions)
+
+
+def text_of_columns(
+    base: Base, captions: list[str], encoded: Encoded | None, picture_size: tuple[int, int]
+) -> TextEncoding:
+    """What `encode_with_dropout` gives, from the encodings of the captions that are not empty.
+
+    encoded: None where all are empty. picture_size: height and width in pixels.
+    """
+    kept = [row for row, caption in enumerate(captions) if caption]
+    empty_states, empty_pooled = base.empty_prompt(TEXT_ENCODINGS[base.family.name])
+    hidden_states = empty_states.repeat(len(captions), 1, 1)
+    pooled = None if empty_pooled is None else empty_pooled.repeat(len(captions), 1)
+    if encoded is not None:
+        hidden_states[kept] = encoded[0]
+        if pooled is not None and encoded[1] is not None:
+            pooled[kept] = encoded[1]
+    if pooled is None:
+        return TextEncoding(hidden_states)
+    time_ids = time_ids_of(len(captions), picture_size).to(hidden_states.device)
+    return TextEncoding(hidden_states, {"text_embeds": pooled, "time_ids": time_ids})
+
+
+def posterior_of(columns: EncodedBatch, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (B, C, h, w) on the device, in the dtype in which they were computed."""
+    return as_tensor(columns.mean, columns.latents_dtype, device), as_tensor(columns.std, columns.latents_dtype, device)
+
+
+def captions_of(columns: EncodedBatch, device: torch.device) -> Encoded | None:
+    if columns.hidden_states is None:
+        return None
+    pooled = None if columns.pooled is None else as_tensor(columns.pooled, columns.text_dtype, device)
+    return as_tensor(columns.hidden_states, columns.text_dtype, device), pooled
+
+
+def as_tensor(array: np.ndarray, dtype: str, device: torch.device) -> Tensor:
+    """An array of columns on the device; bfloat16 from its bits."""
+    tensor = torch.from_numpy(array)
+    return (tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor).to(device, non_blocking=True)
+
+
+def as_array(tensor: Tensor) -> np.ndarray:
+    """The inverse of `as_tensor`."""
+    tensor = tensor.detach().cpu().contiguous()
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def dtype_name(module: Any) -> str:
+    return str(module.dtype).removeprefix("torch.")
+
+
+def column_identities(config: RunConfig, base: Base, shapes: tuple[tuple[int, int], ...]) -> dict[str, dict[str, Any]]:
+    """What the run's columns depend on. shapes: (height, width) in pixels of the pictures of each bucket."""
+    return {
+        "latents": {
+            "version": IDENTITY_VERSION,
+            "vae": module_digest(base.vae),
+            "dtype": dtype_name(base.vae),
+            "shapes": [list(shape) for shape in shapes],
+            "crop": "centre",
+            "flips": config.data.random_flip,
+        },
+        "text": {
+            "version": IDENTITY_VERSION,
+            "text_encoders": [module_digest(encoder) for encoder in base.text_encoders],
+            "tokenizers": [tokenizer_digest(tokenizer) for tokenizer in base.tokenizers],
+            "dtype": dtype_name(base.text_encoders[0]),
+            "pooled": base.empty_prompt(TEXT_ENCODINGS[base.family.name])[1] is not None,
+        },
+    }
+
+
+def computed_here(config: RunConfig, device: torch.device) -> dict[str, Any]:
+    """What decides how sums are rounded, as far as it can be told: with equal facts, columns equal what is computed."""
+    cuda = device.type == "cuda"
+    return {
+        "batch": config.micro_batch_size,
+        "device": torch.cuda.get_device_name(device) if cuda else f"cpu {torch.backends.cpu.get_cpu_capability()}",
+        "threads": 0 if cuda else torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def module_digest(module: nn.Module) -> str:
+    """blake2b in hex of a module's weights as they are loaded, names and dtypes, and of its configuration."""
+    config: Any = module.config
+    tree = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    digest = hashlib.blake2b(digest_size=8)
+    digest.update(json.dumps(_without_origin(tree), sort_keys=True, default=str).encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        data = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(f"{name} {data.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(data.view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _without_origin(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Where a model was loaded from, by which version and as what dtype is not what it is; the weights have a dtype."""
+    told_apart = ("transformers_version", "dtype", "torch_dtype")
+    return {name: value for name, value in tree.items() if not name.startswith("_") and name not in told_apart}
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """blake2b in hex of a tokenizer's rules and length, without the padding that its last call left behind."""
+    tree = json.loads(tokenizer.backend_tokenizer.to_str())
+    tree |= {"truncation": None, "padding": None, "length": tokenizer.model_max_length}
+    return hashlib.blake2b(json.dumps(tree, sort_keys=True).encode(), digest_size=8).hexdigest()
