@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from controlbooth.data import manifest
 from controlbooth.data.conditions import CONDITIONS
-from controlbooth.data.decode import BadSample, decode_image, same_frame
+from controlbooth.data.decode import BadSample, decode_image, keep_freed_memory, same_frame
 from controlbooth.data.draws import hash64
 from controlbooth.data.index import ensure_index, usable_cpus
 from controlbooth.data.sidecar import index_path, load_index, write_whole
@@ -83,6 +83,7 @@ def write_shard(source: Source, job: Job, skip_bad: bool) -> list[str]:
     """
     from webdataset.writer import TarWriter  # imports torch, which takes seconds: not for --help
 
+    keep_freed_memory()
     bad: list[str] = []
     temporary = job.path.with_name(f"{job.path.name}.{os.getpid()}.tmp")
     try:

@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from controlbooth.data.decode import BadSample, decode_image, image_size, same_frame
+from controlbooth.data.decode import BadSample, decode_image, image_size, keep_freed_memory, same_frame
 from controlbooth.data.hygiene import edge_map, is_blank, perceptual_hash
 from controlbooth.data.manifest import Dataset
 from controlbooth.data.prompts import read_captions
@@ -98,6 +98,7 @@ _work: _Work
 def _start(dataset: Dataset, kinds: tuple[str, ...], decode: bool) -> None:
     global _work
     cv2.setNumThreads(1)  # there are processes enough
+    keep_freed_memory()
     _work = _Work(dataset, decode, {kind: ShardReader(dataset, kind, most_open=1) for kind in (None, *kinds)})
 
 

@@ -221,10 +221,8 @@ def _place(points: np.ndarray, thing: SceneObject, side: int) -> np.ndarray:
     return (points @ rotation.T * thing.radius + (thing.x, thing.y)) * side
 
 
-def _fill(shape: tuple[int, int], polygon: np.ndarray) -> np.ndarray:
-    mask = np.zeros(shape, np.uint8)
-    cv2.fillPoly(mask, [np.round(polygon * 16).astype(np.int32)], 1, shift=4)
-    return mask.astype(bool)
+def _fill(pixels: np.ndarray, polygon: np.ndarray, value: int) -> None:
+    cv2.fillPoly(pixels, [np.round(polygon * 16).astype(np.int32)], value, shift=4)
 
 
 def _colour(name: str, shade: float = 1.0, tint: tuple[int, int, int] = (0, 0, 0)) -> np.ndarray:
@@ -235,10 +233,10 @@ def render(what: Scene, size: int = 64) -> Rendering:
     """Draws a scene as a square picture of `size` pixels and its condition images, all exactly aligned."""
     side = size * SUPERSAMPLING
     shape = (side, side)
-    image = np.empty((side, side, 3), np.float32)
-    image[:] = _colour(what.background[0])
     parts = np.zeros(shape, np.uint8)  # a number for every region whose border is an edge
     owner = [0, 0]  # for each part: 0 for background, else 1 + the object's place
+    colours = [_colour(what.background[0]), _colour(what.background[-1])]
+    light = np.ones(shape, np.float32)
     depth = np.full(shape, 40.0, np.float32)
     normals = np.zeros((side, side, 3), np.float32)
     normals[..., 2] = 1.0
@@ -247,30 +245,30 @@ def render(what: Scene, size: int = 64) -> Rendering:
         rows = np.arange(side)[:, None] / side
         line = what.horizon + what.slope * across
         floor = rows > line
-        image[floor] = _colour(what.background[1])
         parts[floor] = 1
         depth[floor] = (40.0 + 80.0 * (rows - line) / (1.0 - line))[floor]  # the floor comes nearer downwards
-        normals[floor] = (0.0, 0.894, 0.447)
+        cv2.copyTo(np.full_like(normals, (0.0, 0.894, 0.447)), parts, normals)
 
     names = list(CLASSES)
     for place, thing in enumerate(what.objects):
-        outline = np.zeros(shape, bool)
+        outline = np.zeros(shape, np.uint8)
         for part in _PARTS[thing.class_name]:
-            mask = _fill(shape, _place(part.polygon, thing, side))
-            image[mask] = _colour(thing.colour, part.shade, thing.tint)
-            parts[mask] = len(owner)
+            polygon = _place(part.polygon, thing, side)
+            _fill(parts, polygon, len(owner))
+            _fill(outline, polygon, 1)
             owner.append(place + 1)
-            outline |= mask
+            colours.append(_colour(thing.colour, part.shade, thing.tint))
         box = _bounding_box(outline)
         inside = outline[box]
         height, tilt = _inflate(inside, thing.radius * side)
-        depth[box][inside] = 150.0 + 90.0 * height[inside]
-        normals[box][inside] = tilt[inside]
-        light = 0.80 + 0.28 * np.clip(tilt @ _LIGHT, 0.0, 1.0)
-        image[box][inside] *= light[inside][:, None]
+        cv2.copyTo(150.0 + 90.0 * height, inside, depth[box])
+        cv2.copyTo(tilt, inside, normals[box])
+        cv2.copyTo(0.80 + 0.28 * np.clip(tilt @ _LIGHT, 0.0, 1.0), inside, light[box])
+    image = np.take(np.array(colours, np.float32), parts, axis=0)
+    image *= light[..., None]
 
     small = (size, size)
-    ids = _majority(parts, size)
+    ids = _majority(parts, len(owner), size)
     instances = np.array(owner, np.uint8)[ids]  # of one map, so that edges, instances and classes never disagree
     classes = np.array([0, *(names.index(thing.class_name) + 1 for thing in what.objects)], np.uint8)
     return Rendering(
@@ -287,16 +285,16 @@ def render(what: Scene, size: int = 64) -> Rendering:
 
 def _bounding_box(mask: np.ndarray, margin: int = 2) -> tuple[slice, slice]:
     """The rows and columns of a mask that hold something, and a margin around them."""
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    left, top, width, height = cv2.boundingRect(mask)
     return (
-        slice(max(0, rows[0] - margin), rows[-1] + 1 + margin),
-        slice(max(0, columns[0] - margin), columns[-1] + 1 + margin),
+        slice(max(0, top - margin), top + height + margin),
+        slice(max(0, left - margin), left + width + margin),
     )
 
 
 def _inflate(outline: np.ndarray, radius_pixels: float) -> tuple[np.ndarray, np.ndarray]:
     """A pillow over a silhouette: heights (H, W) in [0, 1] and unit normals (H, W, 3)."""
-    distance = cv2.distanceTransform(outline.astype(np.uint8), cv2.DIST_L2, 3) / (0.6 * radius_pixels)
+    distance = cv2.distanceTransform(outline, cv2.DIST_L2, 3) / (0.6 * radius_pixels)
     height = np.sqrt(1.0 - (1.0 - np.clip(distance, 0.0, 1.0)) ** 2)
     height = cv2.GaussianBlur(height, (0, 0), radius_pixels * 0.08)
     slope_x = cv2.Sobel(height, cv2.CV_32F, 1, 0, ksize=3) / 8.0 * 0.6 * radius_pixels
@@ -305,11 +303,11 @@ def _inflate(outline: np.ndarray, radius_pixels: float) -> tuple[np.ndarray, np.
     return height, normals / np.sqrt(slope_x**2 + slope_y**2 + 1.0)[..., None]
 
 
-def _majority(labels: np.ndarray, size: int) -> np.ndarray:
-    """The most frequent label of each SUPERSAMPLING x SUPERSAMPLING cell: (size, size) uint8."""
-    present = np.flatnonzero(np.bincount(labels.ravel()))
-    shares = [cv2.resize((labels == v).astype(np.float32), (size, size), interpolation=cv2.INTER_AREA) for v in present]
-    return present.astype(np.uint8)[np.argmax(np.stack(shares), axis=0)]
+def _majority(labels: np.ndarray, count: int, size: int) -> np.ndarray:
+    """The most frequent of the labels 0 .. count - 1 in each SUPERSAMPLING x SUPERSAMPLING cell: (size, size) uint8."""
+    masks = (cv2.inRange(labels, label, label) for label in range(count))
+    shares = [cv2.resize(mask, (size, size), interpolation=cv2.INTER_AREA) for mask in masks]
+    return np.argmax(np.stack(shares), axis=0).astype(np.uint8)
 
 
 def boundaries(labels: np.ndarray) -> np.ndarray:

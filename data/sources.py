@@ -247,10 +247,17 @@ def _read_text(path: Path) -> str:
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
-    """(H, W) or (H, W, 3) RGB uint8 -> PNG, of one channel where one says it all: it decodes eight times as fast."""
+    """(H, W) or (H, W, 3) RGB uint8 -> PNG, of one channel where one says it all: it decodes eight times as fast.
+
+    Where all is black or white, as edges are, a pixel is one bit: that is smaller and decodes twice as fast again.
+    """
     if pixels.ndim == 3 and (pixels == pixels[..., :1]).all():
         pixels = pixels[..., 0]
-    done, data = cv2.imencode(".png", pixels if pixels.ndim == 2 else cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))
+    options = []
+    if pixels.ndim == 2 and ((pixels == 0) | (pixels == 255)).all():
+        options = [cv2.IMWRITE_PNG_BILEVEL, 1, cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_NONE]
+    bgr = pixels if pixels.ndim == 2 else cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
+    done, data = cv2.imencode(".png", bgr, options)
     if not done:
         raise ValueError(f"OpenCV cannot encode an image of shape {pixels.shape} as PNG")
     return data.tobytes()

@@ -17,7 +17,7 @@ from controlbooth.data import scenes
 from controlbooth.data.decode import decode_image
 from controlbooth.data.manifest import open_dataset
 from controlbooth.data.pack import JOURNAL, PackError, main, pack
-from controlbooth.data.sources import SEGMENTATION_STEP, open_folder, open_scenes
+from controlbooth.data.sources import SEGMENTATION_STEP, encode_png, open_folder, open_scenes
 
 RNG = np.random.default_rng(0)
 PICTURE = cv2.resize(RNG.integers(0, 256, (4, 4, 3), np.uint8), (24, 16))
@@ -351,3 +351,13 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(photos, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "computed ('canny',)" in text and "5 samples -> 1 shards" in text and "p0" in text and "'caption 0'" in text
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("kind", "bits"), [("edges", 1), ("depth", 8), ("image", 8)])
+def test_black_and_white_pictures_are_stored_with_one_bit_a_pixel_and_come_back_as_they_were(kind, bits):
+    pixels = getattr(scenes.render(scenes.scene(0, 1), 50), kind)
+    data = encode_png(pixels)
+    assert data[24] == bits  # the bit depth in the IHDR chunk
+    assert np.array_equal(decode_image(data, "k", kind), pixels)
+    by_webdataset = webdataset.autodecode.imagehandler("rgb8")("x.png", data)
+    assert np.array_equal(by_webdataset, cv2.merge([pixels] * 3) if pixels.ndim == 2 else pixels)
