@@ -1,9 +1,9 @@
 """What the frozen encoders make of a micro-batch, computed here or taken from columns; and what it depends on.
 
 The same arithmetic serves both, so that a run with columns takes the steps of one without. What it cannot make equal is
-the rounding of another batch: on a CPU a picture that is encoded alone gives other last bits than among others, and in
-fp32 so does another number of threads, while its place and its neighbours change nothing. So columns are computed in
-batches of exactly micro_batch_size, and `computed_here` is kept with them.
+the rounding of another batch: kernels are chosen by size, so a picture that is encoded alone has other last bits than
+among others, while its place and its neighbours change nothing. So both encode batches of exactly micro_batch_size,
+filled up where there is less, and what else decides on kernels (`computed_here`) is kept with the columns.
 """
 
 import hashlib
@@ -49,10 +49,22 @@ def encode_captions(base: Base, captions: list[str]) -> Encoded:
     return TEXT_ENCODINGS[base.family.name](base, captions)
 
 
-def text_of_columns(
+def encode_kept(base: Base, captions: list[str]) -> Encoded | None:
+    """The encodings of those captions that are not empty, None with none, computed in a batch as large as all."""
+    kept = [caption for caption in captions if caption]
+    return encode_batch(base, kept, len(captions)) if kept else None
+
+
+def encode_batch(base: Base, captions: list[str], batch: int) -> Encoded:
+    """Up to `batch` captions, filled up with the last of them: hidden states (K, L, D), and pooled (K, P) or None."""
+    hidden_states, pooled = encode_captions(base, captions + captions[-1:] * (batch - len(captions)))
+    return hidden_states[: len(captions)], None if pooled is None else pooled[: len(captions)]
+
+
+def with_empty_prompts(
     base: Base, captions: list[str], encoded: Encoded | None, picture_size: tuple[int, int]
 ) -> TextEncoding:
-    """What `encode_with_dropout` gives, from the encodings of the captions that are not empty.
+    """The encoding of all captions from that of those which are not empty; "" is encoded once and kept on the base.
 
     encoded: None where all are empty. picture_size: height and width in pixels.
     """

@@ -54,6 +54,7 @@ from controlbooth.trainer.encoding import (
     as_array,
     column_identities,
     computed_here,
+    encode_batch,
     encode_captions,
     encode_posterior,
     to_pixel_values,
@@ -121,6 +122,10 @@ def precompute(config: RunConfig, world: World, dry_run: bool = False) -> int:
     base = load_base(base_path(config), config.model.family, engines.DTYPES[precision], world.device)
     without_held_out = config.model_copy(update={"data": config.data.model_copy(update={"held_out": None})})
     dataset, _ = open_data(without_held_out, world)
+    if folder.resolve() in {path.resolve().parent for path in dataset.paths if isinstance(path, Path)}:
+        raise ConfigError(
+            f"data.columns={folder} holds shards of the data, whose globs would find columns: use another"
+        )
     buckets = run_buckets(config, dataset)
     identities = column_identities(config, base, buckets.shapes)
     columns = plan_columns(folder, dataset, buckets, identities)
@@ -338,7 +343,7 @@ def add_text(add: Add, work: Work, samples: list[Sample]) -> None:
     arrays: list[dict[str, np.ndarray]] = [{} for _ in samples]
     for first in range(0, len(captions), work.batch):
         part = captions[first : first + work.batch]
-        hidden_states, pooled = encode_captions(work.base, [caption for _, _, caption in part])
+        hidden_states, pooled = encode_batch(work.base, [caption for _, _, caption in part], work.batch)
         encoded = [hidden_states] if pooled is None else [hidden_states, pooled]
         for row, (at, number, _) in enumerate(part):
             names = text_parts(identity["dtype"], number, identity["pooled"])

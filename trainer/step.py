@@ -11,14 +11,14 @@ from controlbooth.data import draws
 from controlbooth.data.loader import MicroBatch
 from controlbooth.models.base import Base, Encoded
 from controlbooth.models.controlnet import predict
-from controlbooth.models.families import encode_with_dropout
 from controlbooth.trainer.encoding import (
     captions_of,
+    encode_kept,
     encode_posterior,
     posterior_of,
     sample_posterior,
-    text_of_columns,
     to_pixel_values,
+    with_empty_prompts,
 )
 from controlbooth.trainer.losses import min_snr_weights, training_target, weighted_mse
 
@@ -78,10 +78,8 @@ def prediction_and_target(base: Base, controlnet: nn.Module, batch: DeviceBatch)
             latents = sample_posterior(base, *posterior, batch.posterior_noise).float()  # (B, C, h, w)
         with record_function("encode prompt"):  # dropped prompts share one cached embedding
             height, width = batch.conditioning_pixel_values.shape[-2:]
-            if batch.posterior is None:
-                text = encode_with_dropout(base, batch.captions, picture_size=(height, width))
-            else:
-                text = text_of_columns(base, batch.captions, batch.text, picture_size=(height, width))
+            encoded = encode_kept(base, batch.captions) if batch.posterior is None else batch.text
+            text = with_empty_prompts(base, batch.captions, encoded, picture_size=(height, width))
         noisy_latents = base.noise_scheduler.add_noise(latents, batch.noise, batch.timesteps)  # type: ignore[arg-type]
         alphas_cumprod = base.noise_scheduler.alphas_cumprod.to(batch.noise.device)
         target = training_target(base.prediction_type, latents, batch.noise, batch.timesteps, alphas_cumprod)

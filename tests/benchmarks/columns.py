@@ -23,12 +23,11 @@ from tqdm import tqdm
 
 from controlbooth.data.loader import Loader
 from controlbooth.launch.torchrun import Node, torchrun_environment
-from controlbooth.models.families import encode_with_dropout
 from controlbooth.models.pretrained import load_base
 from controlbooth.trainer import engine as engines
 from controlbooth.trainer.config import base_path, load_config
 from controlbooth.trainer.distributed import join
-from controlbooth.trainer.encoding import encode_posterior, text_of_columns
+from controlbooth.trainer.encoding import encode_kept, encode_posterior, with_empty_prompts
 from controlbooth.trainer.spool import read_metrics
 from controlbooth.trainer.step import to_device
 from controlbooth.trainer.train import make_loader, open_data, open_run_columns
@@ -101,8 +100,8 @@ def compare_epoch(overrides: list[str]) -> int:
                 there, here = (to_device(batch, config.seed, world.device) for batch in (one, other))
                 assert there.pixel_values is not None and here.posterior is not None
                 size = (config.data.resolution, config.data.resolution)
-                computed = encode_with_dropout(base, there.captions, picture_size=size).encoder_hidden_states
-                taken = text_of_columns(base, here.captions, here.text, size).encoder_hidden_states
+                computed = with_empty_prompts(base, there.captions, encode_kept(base, there.captions), size)
+                taken = with_empty_prompts(base, here.captions, here.text, size)
                 mean, std = encode_posterior(base, there.pixel_values)
                 equal = {
                     "keys": one.keys == other.keys,
@@ -112,7 +111,7 @@ def compare_epoch(overrides: list[str]) -> int:
                     "conditions": np.array_equal(one.conditioning, other.conditioning),  # type: ignore[arg-type]
                     "mean": torch.equal(mean, here.posterior[0]),
                     "std": torch.equal(std, here.posterior[1]),
-                    "text": torch.equal(computed, taken),
+                    "text": torch.equal(computed.encoder_hidden_states, taken.encoder_hidden_states),
                 }
                 for name, same in equal.items():
                     differ[name] += not same
