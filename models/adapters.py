@@ -1,9 +1,9 @@
 """LoRA (arXiv 2106.09685) for many subjects at once: K adapters, stacked, beside one frozen network.
 
 The rows of a batch belong to the subjects in equal parts, subject after subject: rows [k * b, (k + 1) * b) are of
-subject k. Each adapted layer adds scale * B_k A_k x to the rows of subject k, by one batched product for all, so the
-frozen network's own products are shared and each subject's are its own: no value and no gradient of one subject enters
-another's. One subject is K = 1; there is no second implementation.
+subject k. Each adapted layer adds B_k A_k x (alpha = rank, as in diffusers' example) to the rows of subject k, by one
+batched product for all, so the frozen network's own products are shared and each subject's are its own: no value and no
+gradient of one subject enters another's. One subject is K = 1; there is no second implementation.
 """
 
 import math
@@ -22,10 +22,9 @@ CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "proj_in", "proj_out")
 class StackedAdapter(nn.Module):
     """A frozen linear layer or convolution, and what K subjects add to it."""
 
-    def __init__(self, layer: nn.Linear | nn.Conv2d, subjects: int, rank: int, scale: float):
-        """scale: alpha / rank, the factor of what is added."""
+    def __init__(self, layer: nn.Linear | nn.Conv2d, subjects: int, rank: int):
         super().__init__()
-        self.layer, self.scale = layer, scale
+        self.layer = layer
         weight = layer.weight
         if isinstance(layer, nn.Conv2d):
             if layer.groups != 1:
@@ -44,10 +43,10 @@ class StackedAdapter(nn.Module):
         base = self.layer(x)
         down, up = self.down.to(x.dtype), self.up.to(x.dtype)
         if isinstance(self.layer, nn.Conv2d):
-            return base + self.scale * _convolved(x, down, up, self.layer)
+            return base + _convolved(x, down, up, self.layer)
         rows = x.reshape(len(down), -1, x.shape[-1])  # (K, b * tokens, in)
         added = torch.bmm(torch.bmm(rows, down.mT), up.mT)  # (K, b * tokens, out)
-        return base + self.scale * added.view(base.shape)
+        return base + added.view(base.shape)
 
 
 def _convolved(x: Tensor, down: Tensor, up: Tensor, layer: nn.Conv2d) -> Tensor:
@@ -77,9 +76,7 @@ def adapted_names(network: nn.Module, layers: Sequence[str]) -> list[str]:
     return names
 
 
-def attach_adapters(
-    network: nn.Module, layers: Sequence[str], subjects: int, rank: int, alpha: float
-) -> dict[str, StackedAdapter]:
+def attach_adapters(network: nn.Module, layers: Sequence[str], subjects: int, rank: int) -> dict[str, StackedAdapter]:
     """Puts a StackedAdapter in place of each of these layers; -> them by the layer's full name.
 
     All are zero at first, so the network is as it was: `reset_subject` begins one. Every other weight stays frozen.
@@ -90,7 +87,7 @@ def attach_adapters(
         parent, _, leaf = name.rpartition(".")
         layer = network.get_submodule(name)
         assert isinstance(layer, nn.Linear | nn.Conv2d)
-        adapters[name] = StackedAdapter(layer, subjects, rank, alpha / rank)
+        adapters[name] = StackedAdapter(layer, subjects, rank)
         setattr(network.get_submodule(parent), leaf, adapters[name])
     return adapters
 
@@ -168,9 +165,7 @@ class StackedAdamW:
         weight_decay: float = 1e-2,
         epsilon: float = 1e-8,
     ):
-        self.parameters = [
-            parameter for name in sorted(adapters) for parameter in (adapters[name].down, adapters[name].up)
-        ]
+        self.parameters = stacked_parameters(adapters)
         self.first = [torch.zeros_like(parameter) for parameter in self.parameters]
         self.second = [torch.zeros_like(parameter) for parameter in self.parameters]
         self.betas, self.weight_decay, self.epsilon = betas, weight_decay, epsilon
@@ -214,3 +209,25 @@ def grad_norms(parameters: Sequence[nn.Parameter]) -> Tensor:
     """(K,) float32: the norm of each subject's gradient over all layers."""
     squares = [parameter.grad.flatten(1).square().sum(1) for parameter in parameters if parameter.grad is not None]
     return torch.stack(squares).sum(0).sqrt()
+
+
+@torch.no_grad()
+def keep_slots(adapters: Mapping[str, StackedAdapter], optimizer: StackedAdamW, slots: Sequence[int | None]) -> None:
+    """Makes the stack hold these slots, in this order; None is a new, empty one. The optimizer goes with it."""
+
+    def picked(tensor: Tensor) -> Tensor:
+        empty = tensor.new_zeros(1, *tensor.shape[1:])
+        rows = [empty if slot is None else tensor[slot : slot + 1] for slot in slots]
+        return torch.cat([tensor[:0], *rows])
+
+    for name in sorted(adapters):
+        adapters[name].down = nn.Parameter(picked(adapters[name].down))
+        adapters[name].up = nn.Parameter(picked(adapters[name].up))
+    optimizer.first = [picked(moment) for moment in optimizer.first]
+    optimizer.second = [picked(moment) for moment in optimizer.second]
+    optimizer.parameters = stacked_parameters(adapters)
+
+
+def stacked_parameters(adapters: Mapping[str, StackedAdapter]) -> list[nn.Parameter]:
+    """In an order that the layers' names decide."""
+    return [parameter for name in sorted(adapters) for parameter in (adapters[name].down, adapters[name].up)]

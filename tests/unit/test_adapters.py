@@ -43,7 +43,7 @@ def inputs(subjects, rows=2, seed=1):
 
 
 def begin(unet, layers, subjects, rank=4, ranks=None):
-    adapters = attach_adapters(unet, layers, subjects, rank, alpha=rank)
+    adapters = attach_adapters(unet, layers, subjects, rank)
     for slot in range(subjects):
         reset_subject(adapters, slot, (ranks or [rank] * subjects)[slot], seed=100 + slot)
     return adapters
@@ -84,7 +84,7 @@ def test_subjects_in_one_batch_learn_as_each_does_alone(layers):
     norms = train(together, stacked, x, text)
     for slot in range(3):
         alone = tiny_unet()
-        single = attach_adapters(alone, layers, 1, 4, alpha=4)
+        single = attach_adapters(alone, layers, 1, 4)
         reset_subject(single, 0, 4, seed=100 + slot)
         own = train(alone, single, x[2 * slot : 2 * slot + 2], text[2 * slot : 2 * slot + 2])
         torch.testing.assert_close([norm[slot] for norm in norms], [norm[0] for norm in own], rtol=1e-4, atol=1e-7)
@@ -114,7 +114,7 @@ def test_a_smaller_rank_in_a_larger_stack_learns_as_it_does_in_its_own():
     adapters = begin(unet, ATTENTION, 2, rank=4, ranks=[4, 2])
     train(unet, adapters, x, text)
     small = tiny_unet()
-    own = attach_adapters(small, ATTENTION, 1, 2, alpha=2)
+    own = attach_adapters(small, ATTENTION, 1, 2)
     reset_subject(own, 0, 2, seed=101)
     train(small, own, x[2:], text[2:])
     ours, theirs = subject_weights(adapters, 1, 2), subject_weights(own, 0, 2)
@@ -125,13 +125,13 @@ def test_a_smaller_rank_in_a_larger_stack_learns_as_it_does_in_its_own():
 def test_an_adapter_is_a_lora_of_the_layer_it_stands_for():
     torch.manual_seed(0)
     for layer, x in ((nn.Linear(6, 5), torch.randn(4, 3, 6)), (nn.Conv2d(6, 5, 3, 2, 1), torch.randn(4, 6, 7, 7))):
-        adapter = StackedAdapter(copy.deepcopy(layer), 2, 3, 0.5)
+        adapter = StackedAdapter(copy.deepcopy(layer), 2, 3)
         nn.init.normal_(adapter.down)
         nn.init.normal_(adapter.up)
         for slot in range(2):
             merged = copy.deepcopy(layer)
             delta = torch.einsum("or,r...->o...", adapter.up[slot].flatten(1), adapter.down[slot])
-            merged.weight.data += 0.5 * delta
+            merged.weight.data += delta
             rows = slice(2 * slot, 2 * slot + 2)
             torch.testing.assert_close(adapter(x)[rows], merged(x[rows]), rtol=1e-4, atol=1e-5)
 

@@ -1,0 +1,197 @@
+"""Runs of many subjects on a tiny base, on ranks of torchrun."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import cv2
+import numpy as np
+import psutil
+import pytest
+import torch
+import yaml
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from safetensors.numpy import load_file
+
+from controlbooth.data import scenes
+from controlbooth.models.adapters import ATTENTION, attach_adapters, load_subject
+from controlbooth.models.pretrained import load_base
+from controlbooth.models.sampling import initial_noise, sample
+
+NAMES = [f"subject-{number}" for number in range(6)]
+
+
+@pytest.fixture(scope="module")
+def studio(world_folder):
+    """A manifest of six subjects with three pictures each, beside the tiny base."""
+    rows = []
+    for number, name in enumerate(NAMES):
+        folder = world_folder / "pictures" / name
+        folder.mkdir(parents=True)
+        for shot in range(3):
+            picture = scenes.render(scenes.scene(70 + number, shot), 64).image
+            cv2.imwrite(str(folder / f"{shot}.png"), picture[..., ::-1])
+        rows.append(dict(name=name, images=f"pictures/{name}", class_noun="star"))
+    (world_folder / "subjects.yaml").write_text(yaml.safe_dump(rows))
+    return world_folder
+
+
+def run_file(studio, name, **changes):
+    tree = dict(
+        name=name, output=str(studio / "runs"), model=dict(base=str(studio / "base"), attention="math"),
+        precision="fp32", resolution=64, subjects_per_batch=4, steps=12, learning_rate=1e-3,
+        identifiers=["red", "blue", "green", "teal", "pink", "gray"], checkpoint_every_steps=4,
+        prior=dict(images=4, sampling_steps=2),
+    )  # fmt: skip
+    path = studio / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(tree | changes))
+    return path
+
+
+def start(studio, path, processes=1, subjects="subjects.yaml"):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return subprocess.Popen(
+        [*command, "-m", "controlbooth.trainer.dreambooth", str(studio / subjects), str(path)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process, status=0):
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == status, output[-4000:]
+    return output
+
+
+def kill(process):
+    for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+        one.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+def weights(studio, run, name):
+    return load_file(studio / "runs" / run / "subjects" / name / "pytorch_lora_weights.safetensors")
+
+
+def states(studio, run):
+    files = sorted((studio / "runs" / run / "subjects").glob("*/status.json"))
+    return {path.parent.name: json.loads(path.read_text()) for path in files}
+
+
+def difference(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    return max(float(np.abs(ours[name] - theirs[name]).max()) for name in theirs)
+
+
+@pytest.fixture(scope="module")
+def whole(studio):
+    """All six in stacks of four, undisturbed."""
+    finish(start(studio, run_file(studio, "whole")))
+    return "whole"
+
+
+def test_subjects_together_end_as_each_does_alone(studio, whole):
+    alone = run_file(studio, "alone", subjects_per_batch=1)
+    finish(start(studio, alone))
+    for name in NAMES:
+        ours, theirs = weights(studio, whole, name), weights(studio, "alone", name)
+        assert difference(ours, theirs) < 2e-5
+        assert max(np.abs(theirs[key]).max() for key in theirs if "lora_B" in key) > 1e-3
+
+
+def test_two_ranks_share_the_subjects_and_end_with_the_same_weights(studio, whole):
+    finish(start(studio, run_file(studio, "ranks"), processes=2))
+    assert all(difference(weights(studio, "ranks", name), weights(studio, whole, name)) < 2e-5 for name in NAMES)
+
+
+def test_a_run_killed_twice_trains_each_subject_to_bitwise_the_same_weights(studio, whole):
+    path = run_file(studio, "killed", steps=12)
+    state = studio / "runs" / "killed" / "state" / "of-1" / "rank-0.safetensors"
+    for _ in range(2):
+        process = start(studio, path)
+        before = state.stat().st_mtime_ns if state.exists() else 0
+        deadline = time.monotonic() + 200
+        while not state.exists() or state.stat().st_mtime_ns == before:
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.005)
+        kill(process)
+    finish(start(studio, path))
+    assert all(difference(weights(studio, "killed", name), weights(studio, whole, name)) == 0.0 for name in NAMES)
+    assert all(status["state"] == "finished" and status["step"] == 12 for status in states(studio, "killed").values())
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(studio, whole):
+    path = run_file(studio, "moved", subjects_per_batch=6)
+    process = start(studio, path, processes=1)
+    state = studio / "runs" / "moved" / "state" / "of-1" / "rank-0.safetensors"
+    written = 0
+    while written < 2:  # at the start, and after the first steps
+        assert process.poll() is None
+        before = state.stat().st_mtime_ns if state.exists() else 0
+        time.sleep(0.005)
+        written += state.exists() and state.stat().st_mtime_ns != before
+    kill(process)
+    path.write_text(path.read_text().replace("subjects_per_batch: 6", "subjects_per_batch: 2"))
+    finish(start(studio, path, processes=2))
+    assert all(difference(weights(studio, "moved", name), weights(studio, whole, name)) < 2e-5 for name in NAMES)
+
+
+def test_a_subject_that_cannot_be_trained_says_why_and_the_others_finish(studio, whole):
+    rows = yaml.safe_load((studio / "subjects.yaml").read_text())
+    bad = studio / "pictures" / "bad"
+    for name in ("broken", "tiny", "copies", "empty"):
+        (bad / name).mkdir(parents=True)
+    (bad / "broken" / "0.png").write_bytes(b"\x89PNG\r\n\x1a\nno picture")
+    cv2.imwrite(str(bad / "tiny" / "0.png"), np.zeros((9, 9, 3), np.uint8))
+    for copy in "01":
+        cv2.imwrite(str(bad / "copies" / f"{copy}.png"), np.full((64, 64, 3), 99, np.uint8))
+    words = ["small", "large", "white", "brown"]
+    rows = [dict(name=n, images=f"pictures/bad/{n}", class_noun="star", identifier=w)
+            for n, w in zip(("broken", "tiny", "copies", "empty"), words, strict=True)] + rows[:2]  # fmt: skip
+    rows += [dict(rows[-1], learning_rate="quick", name="typed"), dict(name="diverges", images=rows[-1]["images"],
+             class_noun="star", identifier="orange", learning_rate=1e30)]  # fmt: skip
+    (studio / "bad.yaml").write_text(yaml.safe_dump(rows))
+    output = finish(start(studio, run_file(studio, "faulty", steps=40, max_grad_norm=1e30), subjects="bad.yaml"), status=1)
+    told = states(studio, "faulty")
+    assert told.keys() >= set(NAMES[:2]), output
+    assert [told[name]["state"] for name in NAMES[:2]] == ["finished"] * 2
+    for name, why in (
+        ("broken", "0.png: .* cannot be decoded"),
+        ("tiny", "9 x 9 pixels, too few"),
+        ("copies", "1 of its 2 pictures are copies"),
+        ("empty", "has no pictures"),
+        ("typed", "'learning_rate' is 'quick'"),
+        ("diverges", "no finite gradient.*Lower its learning_rate=1e.30"),
+    ):
+        assert told[name]["state"] == "failed" and re.search(why.replace("1e+30", r"1e\+30"), told[name]["error"]), (
+            told[name]
+        )
+    assert "2 subjects finished, 6 failed" in output
+
+
+def test_what_is_exported_draws_the_same_picture_in_diffusers_own_pipeline(studio, whole):
+    ours = load_base(studio / "base", "auto", torch.float32, torch.device("cpu"))
+    saved = {
+        key.removeprefix("unet."): torch.from_numpy(value) * 20
+        for key, value in weights(studio, whole, NAMES[0]).items()
+    }
+    plain = sample(ours, None, ["a red star"], None, seeds=[3], steps=4, guidance_scale=2.0)
+    load_subject(attach_adapters(ours.unet, ATTENTION, 1, 4), 0, saved)
+    made = sample(ours, None, ["a red star"], None, seeds=[3], steps=4, guidance_scale=2.0)
+    assert not torch.equal(made, plain)
+
+    pipeline = StableDiffusionPipeline.from_pretrained(studio / "base", safety_checker=None)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.load_lora_weights({f"unet.{key}": value for key, value in saved.items()})
+    theirs = pipeline(
+        "a red star", num_inference_steps=4, guidance_scale=2.0, output_type="np",
+        latents=initial_noise(ours, [3], 64, 64),
+    ).images  # fmt: skip
+    assert np.abs(np.round(theirs * 255) - made.numpy()).max() <= 1

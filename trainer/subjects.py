@@ -1,0 +1,240 @@
+"""The subjects of a DreamBooth run: a manifest of many, checked one by one, and the fields that they share.
+
+Free of torch, as `config` is. What is wrong with one subject is that subject's message; the others are trained.
+"""
+
+import csv
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from controlbooth.trainer.config import (
+    ConfigError,
+    ModelConfig,
+    Section,
+    TrackingConfig,
+    explain_errors,
+    read_tree,
+)
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+class Subject(Section):
+    """One row of a manifest. What is left out is taken from the run."""
+
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Names the subject's folder, and its run in MLflow."""
+    images: Path
+    """A folder of its pictures, 3 to 5 of them, relative to the manifest."""
+    class_noun: str = Field(min_length=1)
+    """What it is, as the base calls it: dog, backpack, stuffed animal."""
+    identifier: str | None = None
+    """The rare word that comes to mean it: one token. Default: one of the run's that no other subject has."""
+    instance_prompt: str | None = None
+    class_prompt: str | None = None
+    steps: int | None = Field(default=None, gt=0)
+    learning_rate: float | None = Field(default=None, gt=0.0)
+    rank: int | None = Field(default=None, gt=0)
+
+
+class AdapterConfig(Section):
+    """LoRA (arXiv 2106.09685), with alpha = rank, as in diffusers' example."""
+
+    rank: int = Field(default=4, gt=0)
+    layers: Literal["attention", "attention+convolutions"] = "attention"
+
+
+class PriorConfig(Section):
+    """Prior preservation (arXiv 2208.12242, section 3.3): pictures of the class, drawn by the frozen base."""
+
+    weight: float = Field(default=1.0, ge=0.0)
+    """lambda of the loss; 0 trains without."""
+    images: int = Field(default=200, gt=0)
+    """Class pictures drawn for each class noun (the paper: about 1000)."""
+    sampling_steps: int = Field(default=25, gt=0)
+    guidance_scale: float = Field(default=7.5, ge=1.0)
+    cache: Path | None = None
+    """Folder that keeps them for all runs. Default: prior/ beside the runs."""
+
+
+class SubjectRunConfig(Section):
+    """A DreamBooth run."""
+
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    output: Path = Path("runs")
+    seed: int = Field(default=0, ge=0)
+    model: ModelConfig
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Of the frozen base; adapters and their optimizer are fp32."""
+    resolution: int = Field(default=512, gt=0, multiple_of=8)
+    subjects_per_batch: int = Field(default=8, gt=0)
+    """Subjects that one process trains together."""
+    instance_batch_size: int = Field(default=1, gt=0)
+    """Pictures of a subject in each step; as many of its class come besides, where prior.weight is not 0."""
+    steps: int = Field(default=800, gt=0)
+    learning_rate: float = Field(default=1e-4, gt=0.0)
+    weight_decay: float = Field(default=1e-2, ge=0.0)
+    max_grad_norm: float = Field(default=1.0, gt=0.0)
+    min_snr_gamma: float | None = Field(default=None, gt=0.0)
+    random_flip: bool = False
+    """Mirror half of the presentations. Wrong for subjects that carry writing."""
+    instance_prompt: str = "a {identifier} {class_noun}"
+    class_prompt: str = "a {class_noun}"
+    identifiers: tuple[str, ...] = ()
+    """Words to give to subjects that have none, in this order; `controlbooth dreambooth identifiers` finds some."""
+    adapter: AdapterConfig = AdapterConfig()
+    prior: PriorConfig = PriorConfig()
+    checkpoint_every_steps: int = Field(default=200, gt=0)
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "SubjectRunConfig":
+        for field, template in (("instance_prompt", self.instance_prompt), ("class_prompt", self.class_prompt)):
+            try:
+                template.format(identifier="x", class_noun="y")
+            except (KeyError, IndexError, ValueError) as error:
+                raise ValueError(
+                    f"{field}={template!r} is no template ({error!r}); it may hold {{identifier}} and {{class_noun}}"
+                ) from error
+        return self
+
+
+@dataclass(frozen=True)
+class Task:
+    """A subject with everything settled."""
+
+    name: str
+    images: tuple[Path, ...]
+    class_noun: str
+    identifier: str
+    instance_prompt: str
+    class_prompt: str
+    steps: int
+    learning_rate: float
+    rank: int
+
+
+def load_run(path: Path, overrides: Sequence[str] = ()) -> SubjectRunConfig:
+    """Raises ConfigError with every mistake of the file."""
+    tree = read_tree(path, overrides)
+    try:
+        return SubjectRunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {explain_errors(error, SubjectRunConfig)}") from None
+
+
+def load_subjects(path: Path) -> tuple[list[Subject], dict[str, str]]:
+    """The rows of a manifest (YAML list, CSV, JSONL or Parquet), and what is wrong with each of the others, by name.
+
+    Raises ConfigError where the file itself cannot be read.
+    """
+    subjects: list[Subject] = []
+    faults: dict[str, str] = {}
+    for number, row in enumerate(_rows(path), 1):
+        name = str(row.get("name") or f"row {number}") if isinstance(row, dict) else f"row {number}"
+        if not isinstance(row, dict):
+            faults[name] = f"row {number} of {path} is {row!r}, and no mapping with name, images and class_noun"
+            continue
+        try:
+            subject = Subject.model_validate({key: value for key, value in row.items() if value not in ("", None)})
+        except ValidationError as error:
+            faults[name] = explain_errors(error, Subject)
+            continue
+        subjects.append(subject.model_copy(update={"images": path.absolute().parent / subject.images}))
+    twice = [name for name, count in Counter(subject.name for subject in subjects).items() if count > 1]
+    for name in twice:
+        faults[name] = f"{sum(s.name == name for s in subjects)} subjects are named {name!r}; give each its own name"
+    return [subject for subject in subjects if subject.name not in twice], faults
+
+
+def settle(subjects: Sequence[Subject], config: SubjectRunConfig) -> tuple[list[Task], dict[str, str]]:
+    """Subjects with identifiers, prompts and pictures; and what is wrong with each of the others, by name.
+
+    Identifiers are given out in the order of the manifest, so adding a subject at its end changes none before it.
+    """
+    tasks: list[Task] = []
+    faults: dict[str, str] = {}
+    taken = Counter(subject.identifier for subject in subjects if subject.identifier)
+    free = [word for word in config.identifiers if word not in taken]
+    for subject in subjects:
+        identifier = subject.identifier or (free.pop(0) if free else None)
+        if identifier is None:
+            faults[subject.name] = (
+                f"it has no identifier, and all {len(config.identifiers)} of the run are given out. Add some: "
+                "`controlbooth dreambooth identifiers` finds them"
+            )
+            continue
+        if taken[subject.identifier or ""] > 1:
+            faults[subject.name] = f"the identifier {identifier!r} is another subject's too; leave it out or change it"
+            continue
+        images = find_images(subject.images)
+        if not images:
+            there = "has no pictures" if subject.images.is_dir() else "is no folder"
+            faults[subject.name] = f"{subject.images} {there} ({', '.join(IMAGE_SUFFIXES)})"
+            continue
+        words = dict(identifier=identifier, class_noun=subject.class_noun)
+        tasks.append(
+            Task(
+                name=subject.name,
+                images=tuple(images),
+                class_noun=subject.class_noun,
+                identifier=identifier,
+                instance_prompt=(subject.instance_prompt or config.instance_prompt).format(**words),
+                class_prompt=(subject.class_prompt or config.class_prompt).format(**words),
+                steps=subject.steps or config.steps,
+                learning_rate=subject.learning_rate or config.learning_rate,
+                rank=subject.rank or config.adapter.rank,
+            )
+        )
+    return tasks, faults
+
+
+def find_images(folder: Path) -> list[Path]:
+    """In the order of their names."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def share_of_rank(tasks: Sequence[Task], rank: int, world_size: int) -> list[Task]:
+    """What a rank trains: the longest subjects are dealt out first, each to the rank that has least to do.
+
+    A function of the list, so ranks need not talk; ties go to the earlier subject and the lower rank.
+    """
+    load = [0] * world_size
+    mine = []
+    for task in sorted(tasks, key=lambda task: (-task.steps, task.name)):
+        least = load.index(min(load))
+        load[least] += task.steps
+        if least == rank:
+            mine.append(task)
+    return mine
+
+
+def _rows(path: Path) -> list[Any]:
+    try:
+        if path.suffix == ".csv":
+            with open(path, newline="", encoding="utf-8-sig") as file:
+                return list(csv.DictReader(file))
+        if path.suffix == ".jsonl":
+            return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        if path.suffix == ".parquet":
+            import pyarrow.parquet  # seldom, and heavy
+
+            return pyarrow.parquet.read_table(path).to_pylist()
+        rows = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist. Give a list of subjects with name, images and class_noun") from None
+    except (ValueError, yaml.YAMLError, OSError) as error:
+        raise ConfigError(f"{path} cannot be read as a list of subjects: {error}") from error
+    rows = rows.get("subjects") if isinstance(rows, dict) else rows
+    if not isinstance(rows, list):
+        raise ConfigError(f"{path} holds no list of subjects; write `- name: ...` with images and class_noun for each")
+    return rows
