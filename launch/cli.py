@@ -19,6 +19,9 @@ VERBS = {  # group -> verb -> (module:function, what it does)
         "fidelity": ("controlbooth.trainer.evaluate.fidelity:main", "measure a run's control on its held-out set"),
         "export": ("controlbooth.trainer.export:main", "write a checkpoint in the format that diffusers loads"),
     },
+    "DreamBooth": {
+        "dreambooth run": ("controlbooth.launch.dreambooth:main", "train many subjects, several in each batch"),
+    },
     "Data": {
         "data pack": ("controlbooth.data.pack:main", "write pictures, captions and conditions into tar shards"),
         "data index": ("controlbooth.data.index:main", "check tar shards and index them beside the tars"),

@@ -21,6 +21,7 @@ from controlbooth.trainer.config import (
     BUILT_IN,
     ConfigError,
     RunConfig,
+    base_folder,
     base_path,
     gradient_accumulation_steps,
     run_folder,
@@ -165,8 +166,18 @@ def check_cache(config: RunConfig, node: Node) -> Iterator[str]:
 
 
 def check_base(config: RunConfig, node: Node) -> Iterator[str]:
-    base, named = base_path(config), f"model.base is {config.model.base!r}"
-    if config.model.base == BUILT_IN and not (base / "unet" / "config.json").is_file():
+    yield from base_problems(config.model.base, config.model.family)
+    if config.model.controlnet != "unet" and not Path(config.model.controlnet).exists():
+        yield (
+            f"model.controlnet is {config.model.controlnet!r}, which does not exist: "
+            "give the folder of a ControlNet to go on from, or 'unet' to start one from the base"
+        )
+
+
+def base_problems(name: str, family: str) -> Iterator[str]:
+    """Why the base of this name cannot be taken as a model of this family."""
+    base, named = base_folder(name), f"model.base is {name!r}"
+    if name == BUILT_IN and not (base / "unet" / "config.json").is_file():
         yield f"{named}, but its weights are not in {base}: this install is incomplete, install controlbooth again"
     elif not base.exists():
         yield (
@@ -184,22 +195,13 @@ def check_base(config: RunConfig, node: Node) -> Iterator[str]:
             "read: convert the model with save_pretrained(..., safe_serialization=True)"
         )
     else:
-        yield from _check_weights(config, base)
-    if config.model.controlnet != "unet" and not Path(config.model.controlnet).exists():
-        yield (
-            f"model.controlnet is {config.model.controlnet!r}, which does not exist: "
-            "give the folder of a ControlNet to go on from, or 'unet' to start one from the base"
-        )
-
-
-def _check_weights(config: RunConfig, base: Path) -> Iterator[str]:
-    for file in base_weights(base):
-        try:
-            safetensors_header(file)
-        except ValueError as error:
-            yield f"model.base is {config.model.base!r}: {error}"
-    if base.is_dir():
-        yield from _check_family(config.model.family, base)
+        for file in base_weights(base):
+            try:
+                safetensors_header(file)
+            except ValueError as error:
+                yield f"{named}: {error}"
+        if base.is_dir():
+            yield from _check_family(family, base)
 
 
 def _check_family(family: str, base: Path) -> Iterator[str]:

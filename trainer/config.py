@@ -364,8 +364,13 @@ def run_folder(config: RunConfig) -> Path:
 
 
 def base_path(config: RunConfig) -> Path:
-    """The folder or file of the base model."""
-    return Path(__file__).parents[1] / "models" / BUILT_IN if config.model.base == BUILT_IN else Path(config.model.base)
+    """The folder or file of the run's base model."""
+    return base_folder(config.model.base)
+
+
+def base_folder(name: str) -> Path:
+    """The folder or file of a base model; `miniature` is the one shipped with controlbooth."""
+    return Path(__file__).parents[1] / "models" / BUILT_IN if name == BUILT_IN else Path(name)
 
 
 def tracking_uri(config: RunConfig) -> str:

@@ -43,7 +43,7 @@ from controlbooth.models.base import Base
 from controlbooth.models.controlnet import denoise
 from controlbooth.models.families import TextEncoding, encode_prompts
 from controlbooth.models.pretrained import load_base
-from controlbooth.trainer.config import ConfigError, base_path
+from controlbooth.trainer.config import ConfigError, base_folder
 from controlbooth.trainer.distributed import World, barrier, from_first_rank, gather_objects, join, leave
 from controlbooth.trainer.encoding import encode_posterior, sample_posterior, to_pixel_values
 from controlbooth.trainer.engine import DTYPES, resolve_precision
@@ -63,6 +63,7 @@ from controlbooth.trainer.subjects import (
     settle,
     share_of_rank,
 )
+from controlbooth.trainer.train import StopRequest, only_run, quiet_libraries
 
 LAYERS = {"attention": ATTENTION, "attention+convolutions": ATTENTION + CONVOLUTIONS}
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -122,11 +123,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", metavar="section.key=value", nargs="*")
     options = parser.parse_intermixed_args(argv)
     rank = int(os.environ.get("RANK", "0"))
+    stop = StopRequest()
+    quiet_libraries()
     try:
         config = load_run(options.run, options.overrides)
         subjects, faults = load_subjects(options.subjects)
         tasks, more = settle(subjects, config)
-        return train_subjects(config, tasks, faults | more, join())
+        world = join()
+        with only_run(config.output / config.name, world):
+            return train_subjects(config, tasks, faults | more, world, stop)
     except (ValueError, OSError) as error:
         print(f"rank {rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         os._exit(2)
@@ -134,11 +139,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         leave()
 
 
-def train_subjects(config: SubjectRunConfig, tasks: Sequence[Task], faults: dict[str, str], world: World) -> int:
-    """Trains all that are not finished. Returns 0, or 1 where a subject has failed."""
+def train_subjects(
+    config: SubjectRunConfig, tasks: Sequence[Task], faults: dict[str, str], world: World, stop: StopRequest
+) -> int:
+    """Trains all that are not finished. Returns 0, also where it was stopped, or 1 where a subject has failed."""
     folder = config.output / config.name
     precision = resolve_precision(config.precision, world.device, zero_stage=1)
-    base = load_base(base_path(config), config.model.family, DTYPES[precision], world.device)
+    base = load_base(base_folder(config.model.base), config.model.family, DTYPES[precision], world.device)
     apply_attention(base.unet, _attention(config, base, precision))
     if config.model.gradient_checkpointing:
         base.unet.enable_gradient_checkpointing()
@@ -150,11 +157,13 @@ def train_subjects(config: SubjectRunConfig, tasks: Sequence[Task], faults: dict
     barrier()
     draw_prior(config, base, tasks, world)
     stack = make_stack(config, base, tasks, folder, world)
-    run_stack(config, stack, folder, world)
-    barrier()
+    run_stack(config, stack, folder, world, stop)
+    stopped = any(gather_objects(bool(stack.trainings or stack.queue), world))
     failed = failures(folder, tasks) | faults
     if world.rank == 0:
-        print(f"{len(tasks) + len(faults) - len(failed)} subjects finished, {len(failed)} failed: {folder}")
+        finished = len(tasks) - len(unfinished(folder, tasks))
+        left = f", {len(tasks) + len(faults) - finished - len(failed)} to go" if stopped else ""
+        print(f"{finished} subjects finished, {len(failed)} failed{left}: {folder}")
         for name, error in failed.items():
             print(f"  {name}: {error}")
     return 1 if failed else 0
@@ -227,8 +236,8 @@ def make_stack(config: SubjectRunConfig, base: Base, tasks: Sequence[Task], fold
     return stack
 
 
-def run_stack(config: SubjectRunConfig, stack: Stack, folder: Path, world: World) -> None:
-    """Trains until the queue and all slots are empty."""
+def run_stack(config: SubjectRunConfig, stack: Stack, folder: Path, world: World, stop: StopRequest) -> None:
+    """Trains until the queue and all slots are empty, or until it is asked to stop, after a step and with its state."""
     path = state_path(folder, world)
     left = sum(task.steps for task in stack.queue) + sum(t.task.steps - t.step for t in stack.trainings)
     bar = tqdm(total=left, unit="step", desc="subjects", disable=world.rank > 0, dynamic_ncols=True)
@@ -250,9 +259,11 @@ def run_stack(config: SubjectRunConfig, stack: Stack, folder: Path, world: World
             keep = [slot for slot, training in enumerate(stack.trainings) if training not in ended]
             stack.trainings = [stack.trainings[slot] for slot in keep]
             keep_slots(stack.adapters, stack.optimizer, keep)
-        if ended or since_saved >= config.checkpoint_every_steps:
+        if ended or stop.requested or since_saved >= config.checkpoint_every_steps:
             save_stack(stack, path)
             since_saved = 0
+        if stop.requested:
+            break
     bar.close()
 
 

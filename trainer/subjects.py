@@ -16,7 +16,6 @@ from pydantic import Field, ValidationError, model_validator
 
 from controlbooth.trainer.config import (
     ConfigError,
-    ModelConfig,
     Section,
     TrackingConfig,
     explain_errors,
@@ -42,6 +41,17 @@ class Subject(Section):
     steps: int | None = Field(default=None, gt=0)
     learning_rate: float | None = Field(default=None, gt=0.0)
     rank: int | None = Field(default=None, gt=0)
+
+
+class BaseConfig(Section):
+    base: str
+    """A diffusers folder, a single .safetensors file, or `miniature` for the model shipped with controlbooth."""
+    family: Literal["auto", "sd15", "sd21", "sdxl", "miniature"] = "auto"
+    """What the base is; `auto` reads it from the base's own configuration."""
+    attention: Literal["auto", "xformers", "flash", "efficient", "math"] = "auto"
+    """Memory-efficient attention: `xformers` needs CUDA and the package; the others are PyTorch's kernels."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
 
 
 class AdapterConfig(Section):
@@ -70,7 +80,7 @@ class SubjectRunConfig(Section):
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     output: Path = Path("runs")
     seed: int = Field(default=0, ge=0)
-    model: ModelConfig
+    model: BaseConfig
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Of the frozen base; adapters and their optimizer are fp32."""
     resolution: int = Field(default=512, gt=0, multiple_of=8)

@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_intermixed_args(argv)
     stop = StopRequest()
     rank, folder = int(os.environ.get("RANK", "0")), None
-    _quiet_libraries()
+    quiet_libraries()
     try:
         config = load_config(options.run, options.overrides)
         world = join()
@@ -679,7 +679,7 @@ def write_speed(run: Path, **facts: Any) -> None:
     write_json(run / "speed.json", medians | {"peak_memory_gib": peak, "steps": len(steps)} | facts)
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)

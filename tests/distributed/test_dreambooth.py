@@ -158,7 +158,8 @@ def test_a_subject_that_cannot_be_trained_says_why_and_the_others_finish(studio,
     rows += [dict(rows[-1], learning_rate="quick", name="typed"), dict(name="diverges", images=rows[-1]["images"],
              class_noun="star", identifier="orange", learning_rate=1e30)]  # fmt: skip
     (studio / "bad.yaml").write_text(yaml.safe_dump(rows))
-    output = finish(start(studio, run_file(studio, "faulty", steps=40, max_grad_norm=1e30), subjects="bad.yaml"), status=1)
+    path = run_file(studio, "faulty", steps=40, max_grad_norm=1e30)
+    output = finish(start(studio, path, subjects="bad.yaml"), status=1)
     told = states(studio, "faulty")
     assert told.keys() >= set(NAMES[:2]), output
     assert [told[name]["state"] for name in NAMES[:2]] == ["finished"] * 2

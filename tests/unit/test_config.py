@@ -17,6 +17,7 @@ from controlbooth.trainer.config import (
     run_folder,
     tracking_uri,
 )
+from controlbooth.trainer.subjects import load_run
 
 SHIPPED = sorted((Path(__file__).parents[2] / "launch/configs").glob("*.yaml"))
 RUN = """
@@ -120,9 +121,13 @@ def test_the_resolved_tree_reads_back_as_itself(tmp_path):
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_every_shipped_run_is_complete_and_is_told_how_to_be_started(path):
-    load_config(path)
     header = path.read_text().partition("\nname:")[0]
-    assert f"controlbooth train launch/configs/{path.name}" in header
+    if path.stem == "dreambooth":
+        load_run(path)
+        assert f"controlbooth dreambooth run SUBJECTS.yaml launch/configs/{path.name}" in header
+    else:
+        load_config(path)
+        assert f"controlbooth train launch/configs/{path.name}" in header
 
 
 def test_a_config_is_frozen(tmp_path):

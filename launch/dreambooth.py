@@ -1,0 +1,76 @@
+"""`controlbooth dreambooth run`: starts the ranks that train a manifest of subjects on this machine."""
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from controlbooth.launch.local import run, this_node
+from controlbooth.launch.preflight import base_problems
+from controlbooth.launch.torchrun import torchrun_command, torchrun_environment
+from controlbooth.trainer.subjects import SubjectRunConfig, Task, load_run, load_subjects, settle, share_of_rank
+
+WORKER = "controlbooth.trainer.dreambooth"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="controlbooth dreambooth run",
+        description="Trains all subjects of a manifest, several in each batch, on this machine. Started again, it goes "
+        "on where it was; subjects that had failed are tried again. A subject that fails stops no other.",
+        epilog="""manifest, as YAML (or the same columns in CSV, JSONL or Parquet):
+  - {name: rex, images: photos/rex, class_noun: dog}
+  - {name: mug, images: photos/mug, class_noun: mug, identifier: olis, steps: 1200, learning_rate: 5e-5, rank: 8}
+
+examples:
+  controlbooth dreambooth run subjects.yaml launch/configs/dreambooth.yaml --dry-run
+  controlbooth dreambooth run subjects.yaml run.yaml subjects_per_batch=16 --processes 8""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("subjects", type=Path, metavar="SUBJECTS", help="the manifest")
+    parser.add_argument("run", type=Path, metavar="RUN.yaml", help="what the subjects share")
+    parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="a field of the run, set here")
+    parser.add_argument("--processes", type=int, help="ranks (default: one per GPU, or 1 on a machine without)")
+    parser.add_argument("--dry-run", action="store_true", help="check all subjects and tell the plan; start nothing")
+    options = parser.parse_intermixed_args(arguments)
+    config = load_run(options.run, options.overrides)
+    node = this_node(options.processes)
+    subjects, faults = load_subjects(options.subjects)
+    tasks, more = settle(subjects, config)
+    faults |= more
+    for name, fault in faults.items():
+        print(f"controlbooth dreambooth run: {name}: {fault}", file=sys.stderr)
+    if problems := list(base_problems(config.model.base, config.model.family)):
+        raise ValueError("; ".join(problems))
+    if not tasks:
+        raise ValueError(f"{options.subjects} has no subject that can be trained")
+    print(plan(config, tasks, node.processes), flush=True)
+    command = torchrun_command(str(options.subjects), [str(options.run), *options.overrides], config.name, node, WORKER)
+    chosen = torchrun_environment(node, os.environ)
+    if options.dry_run:
+        print("command   ", *(f"{key}={value}" for key, value in chosen.items()), shlex.join(command))
+        return 2 if faults else 0
+    return run(command, os.environ | chosen, stopping="after this step, with the state of all subjects")
+
+
+def plan(config: SubjectRunConfig, tasks: Sequence[Task], processes: int) -> str:
+    """What is about to run, for a person to check at a glance."""
+    classes = sorted({task.class_prompt for task in tasks})
+    steps = [sum(task.steps for task in share_of_rank(tasks, rank, processes)) for rank in range(processes)]
+    prior = f"{config.prior.images} of each of {len(classes)} classes, weight {config.prior.weight:g}"
+    lines = [
+        f"run        {config.name} in {config.output / config.name}, which is resumed if it has begun",
+        f"model      {config.model.base}, LoRA of rank {config.adapter.rank} on {config.adapter.layers}",
+        f"subjects   {len(tasks)}, {config.subjects_per_batch} together on each of {processes} ranks",
+        f"steps      {sum(steps)} of single subjects, {max(steps)} on the busiest rank",
+        f"prior      {prior if config.prior.weight else 'none'}",
+    ]
+    for task in tasks[:5]:
+        lines.append(
+            f"           {task.name}: {len(task.images)} pictures, {task.instance_prompt!r}, {task.steps} steps"
+        )
+    if len(tasks) > 5:
+        lines.append(f"           and {len(tasks) - 5} more")
+    return "\n".join(lines)

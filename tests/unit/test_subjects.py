@@ -1,0 +1,131 @@
+import json
+
+import cv2
+import numpy as np
+import pytest
+import yaml
+
+from controlbooth.launch import dreambooth
+from controlbooth.trainer.config import ConfigError
+from controlbooth.trainer.subjects import load_run, load_subjects, settle, share_of_rank
+
+RUN = dict(name="r", model=dict(base="miniature"), identifiers=["abc", "def", "ghi"], resolution=64, steps=100)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("rex", "mug", "cup"):
+        (tmp_path / name).mkdir()
+        for number in (2, 0, 1):
+            cv2.imwrite(str(tmp_path / name / f"{number}.png"), np.zeros((8, 8, 3), np.uint8))
+    (tmp_path / "rex" / "notes.txt").write_text("no picture")
+    return tmp_path
+
+
+def run_of(folder, **changes):
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(RUN | changes))
+    return load_run(path)
+
+
+def manifest(folder, rows, name="subjects.yaml"):
+    path = folder / name
+    path.write_text(yaml.safe_dump(rows))
+    return path
+
+
+def row(name, **changes):
+    return dict(name=name, images=name, class_noun="dog") | changes
+
+
+def test_what_a_subject_leaves_out_comes_from_the_run(folder):
+    path = manifest(folder, [row("rex"), row("mug", class_noun="mug", identifier="def", steps=7, rank=2), row("cup")])
+    subjects, faults = load_subjects(path)
+    tasks, more = settle(subjects, run_of(folder))
+    assert faults == more == {}
+    assert [(t.identifier, t.instance_prompt, t.class_prompt, t.steps, t.rank) for t in tasks] == [
+        ("abc", "a abc dog", "a dog", 100, 4),
+        ("def", "a def mug", "a mug", 7, 2),
+        ("ghi", "a ghi dog", "a dog", 100, 4),
+    ]
+    assert [path.name for path in tasks[0].images] == ["0.png", "1.png", "2.png"]
+
+
+def test_csv_jsonl_and_parquet_say_the_same_as_yaml(folder):
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [row("rex"), row("mug", identifier="xyz", steps=7, learning_rate=1e-3)]
+    expected = load_subjects(manifest(folder, {"subjects": rows}))
+    header = "name,images,class_noun,identifier,steps,learning_rate"
+    (folder / "s.csv").write_text(f"{header}\nrex,rex,dog,,,\nmug,mug,dog,xyz,7,1e-3\n")
+    (folder / "s.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    whole = [dict.fromkeys(rows[1]) | one for one in rows]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(whole), folder / "s.parquet")
+    for name in ("s.csv", "s.jsonl", "s.parquet"):
+        assert load_subjects(folder / name) == expected, name
+
+
+@pytest.mark.parametrize(
+    ("rows", "name", "message"),
+    [
+        ([row("rex"), row("rex")], "rex", "2 subjects are named 'rex'; give each its own name"),
+        ([row("mug"), row("rex", images="nowhere")], "rex", "nowhere is no folder"),
+        ([row("mug", identifier="abc"), row("rex", identifier="abc")], "rex", "'abc' is another subject's too"),
+        ([row("mug"), row("rex", stepz=3)], "rex", "unknown key 'stepz'; did you mean 'steps'?"),
+        ([row("mug"), {"name": "rex", "images": "rex"}], "rex", "'class_noun' is missing"),
+        ([row("mug"), row("rex", steps=-1)], "rex", "'steps' is -1"),
+        ([row("mug"), "rex"], "row 2", "no mapping with name, images and class_noun"),
+    ],
+)
+def test_what_is_wrong_with_one_subject_is_said_of_it_alone(folder, rows, name, message):
+    subjects, faults = load_subjects(manifest(folder, rows))
+    tasks, more = settle(subjects, run_of(folder))
+    assert message in (faults | more)[name]
+    assert {task.name for task in tasks}.isdisjoint(faults | more)
+
+
+def test_identifiers_that_run_out_are_asked_for(folder):
+    subjects, _ = load_subjects(manifest(folder, [row("rex"), row("mug")]))
+    tasks, faults = settle(subjects, run_of(folder, identifiers=["one"]))
+    assert [task.name for task in tasks] == ["rex"]
+    assert "controlbooth dreambooth identifiers" in faults["mug"]
+
+
+def test_a_subject_that_is_added_at_the_end_changes_no_other(folder):
+    few, _ = settle(load_subjects(manifest(folder, [row("rex"), row("mug")]))[0], run_of(folder))
+    more, _ = settle(load_subjects(manifest(folder, [row("rex"), row("mug"), row("cup")]))[0], run_of(folder))
+    assert more[:2] == few
+
+
+def test_ranks_share_the_subjects_evenly_and_without_a_word(folder):
+    subjects, _ = load_subjects(manifest(folder, [row("rex", steps=900), row("mug", steps=400), row("cup", steps=500)]))
+    tasks, _ = settle(subjects, run_of(folder))
+    shares = [[task.name for task in share_of_rank(tasks, rank, 2)] for rank in (0, 1)]
+    assert shares == [["rex"], ["cup", "mug"]]
+    assert share_of_rank(tasks, 0, 1) == sorted(tasks, key=lambda task: -task.steps)
+
+
+@pytest.mark.parametrize("template", ["a {identifer} dog", "a {} dog", "a {identifier"])
+def test_a_template_of_other_words_is_refused(folder, template):
+    with pytest.raises(ConfigError, match="is no template.*may hold {identifier} and {class_noun}"):
+        run_of(folder, instance_prompt=template)
+
+
+def test_a_manifest_that_cannot_be_read_is_named(folder):
+    with pytest.raises(ConfigError, match="nothing.yaml does not exist"):
+        load_subjects(folder / "nothing.yaml")
+    (folder / "text.yaml").write_text("just words")
+    with pytest.raises(ConfigError, match="text.yaml holds no list of subjects"):
+        load_subjects(folder / "text.yaml")
+
+
+def test_a_dry_run_shows_the_plan_and_every_fault(folder, capsys):
+    path = manifest(folder, [row("rex"), row("mug"), row("cup", images="nowhere")])
+    run_of(folder)
+    assert dreambooth.main([str(path), str(folder / "run.yaml"), "--processes", "2", "--dry-run"]) == 2
+    shown = capsys.readouterr()
+    assert "subjects   2, 8 together on each of 2 ranks" in shown.out and "'a abc dog', 100 steps" in shown.out
+    assert "cup: " in shown.err and "nowhere is no folder" in shown.err
+    with pytest.raises(ValueError, match="model.base is 'no/model', which does not exist"):
+        dreambooth.main([str(path), str(folder / "run.yaml"), "model.base=no/model", "--dry-run"])
