@@ -35,6 +35,7 @@ from controlbooth.data.columns import (
     latents_parts,
     missing,
     plan_columns,
+    read_stated,
     state,
     stored_bytes,
     text_parts,
@@ -122,10 +123,7 @@ def precompute(config: RunConfig, world: World, dry_run: bool = False) -> int:
     base = load_base(base_path(config), config.model.family, engines.DTYPES[precision], world.device)
     without_held_out = config.model_copy(update={"data": config.data.model_copy(update={"held_out": None})})
     dataset, _ = open_data(without_held_out, world)
-    if folder.resolve() in {path.resolve().parent for path in dataset.paths if isinstance(path, Path)}:
-        raise ConfigError(
-            f"data.columns={folder} holds shards of the data, whose globs would find columns: use another"
-        )
+    check_apart(folder, dataset)
     buckets = run_buckets(config, dataset)
     identities = column_identities(config, base, buckets.shapes)
     columns = plan_columns(folder, dataset, buckets, identities)
@@ -135,7 +133,7 @@ def precompute(config: RunConfig, world: World, dry_run: bool = False) -> int:
             check_stated(folder, identities)
             jobs = lacking_kinds(columns)
             check_room(folder, report(base, dataset, columns, jobs))
-            if not dry_run:
+            if not dry_run and (jobs or read_stated(folder) is None):
                 state(folder, identities, computed_here(config, world.device))
         jobs = from_first_rank(jobs)
         if dry_run:
@@ -165,6 +163,16 @@ def only_writer(folder: Path, world: World, dry_run: bool) -> Iterator[None]:
     finally:
         if lock is not None:
             lock.close()
+
+
+def check_apart(folder: Path, dataset: Dataset) -> None:
+    """Raises ConfigError where columns would lie among shards, and be taken for some."""
+    among = {path.resolve().parent for path in dataset.paths if isinstance(path, Path)}
+    if folder.resolve() in among:
+        raise ConfigError(
+            f"data.columns={folder} holds shards of the data, and columns beside them would be taken for shards: "
+            f"name a folder of their own, e.g. data.columns={folder / 'columns'}"
+        )
 
 
 def lacking_kinds(columns: Columns) -> dict[int, list[str]]:

@@ -117,7 +117,7 @@ def compare_epoch(overrides: list[str]) -> int:
                     differ[name] += not same
                 samples, dropped = samples + len(one.keys), dropped + int(one.dropped.sum())
     found = ", ".join(f"{name} {'equal' if not count else f'DIFFER in {count}'}" for name, count in differ.items())
-    print(f"{samples} samples, {dropped} prompts dropped, {precision}, {config.micro_batch_size}: {found}")
+    print(f"{samples} samples, {dropped} prompts dropped, {precision}, {config.micro_batch_size} a pass: {found}")
     return sum(count > 0 for count in differ.values())
 
 

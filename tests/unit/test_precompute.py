@@ -2,23 +2,36 @@
 
 import contextlib
 import json
+import shutil
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+import stores
 import torch
 import webdataset
 
+from controlbooth.data import index as indexing
 from controlbooth.data import scenes
 from controlbooth.data.columns import check_stated, missing, open_columns, plan_columns, state
 from controlbooth.data.index import ensure_index
 from controlbooth.data.manifest import open_dataset
+from controlbooth.launch.cli import main
 from controlbooth.models.controlnet import build_controlnet
 from controlbooth.models.pretrained import load_base
 from controlbooth.trainer.config import ConfigError, build_config
 from controlbooth.trainer.distributed import World
 from controlbooth.trainer.encoding import column_identities, computed_here, module_digest, tokenizer_digest
-from controlbooth.trainer.precompute import check_room, compute, lacking_kinds, report, run_buckets, sample_bytes
+from controlbooth.trainer.precompute import (
+    check_apart,
+    check_room,
+    compute,
+    lacking_kinds,
+    report,
+    run_buckets,
+    sample_bytes,
+)
 from controlbooth.trainer.step import prediction_and_target, to_device
 from controlbooth.trainer.train import make_loader
 
@@ -181,6 +194,25 @@ def test_two_ranks_write_the_bytes_that_one_writes(base_folder, tmp_path):
     assert {path.name: path.read_bytes() for path in (tmp_path / "columns").glob("*.tar")} == alone
 
 
+def test_columns_of_shards_on_a_web_server_are_those_of_the_same_shards_on_a_disk(base_folder, tmp_path):
+    write_shards(tmp_path / "shards", lambda i: (32, 32))
+    local = run_config(base_folder("sd15"), tmp_path)
+    base = load_base(local.model.base)
+    _, columns = computed(local, base)
+    served = {f"/{path.name}": path.read_bytes() for path in (tmp_path / "shards").glob("*.tar")}
+    manifest, there = tmp_path / "remote.jsonl", dict(cache=str(tmp_path / "cache"), columns=str(tmp_path / "others"))
+    with stores.web_server(served) as url:
+        names = f"{url}/{{0..{SHARDS - 1}}}.tar"
+        assert indexing.main([names, "--manifest", str(manifest), "--workers", "1"]) == 0
+        remote = run_config(base_folder("sd15"), tmp_path, shards=str(manifest), **there)
+        dataset, others = computed(remote, base)
+        pairs = list(both(remote, base, dataset, others, steps=3))
+    for kind, paths in columns.paths.items():
+        for path, other in zip(paths, others.paths[kind], strict=True):
+            assert path.name == other.name and path.read_bytes() == other.read_bytes()
+    assert all(one.keys == other.keys for one, other in pairs)
+
+
 def test_the_bytes_that_are_announced_are_about_those_that_are_written(base_folder, tmp_path, capsys):
     write_shards(tmp_path / "shards", lambda i: (32, 32))
     config = run_config(base_folder("sdxl"), tmp_path)
@@ -218,8 +250,6 @@ def test_another_resolution_precision_or_encoder_is_another_identity(base_folder
 
 
 def test_digests_do_not_depend_on_where_a_base_lies_nor_on_what_was_tokenized(load_tiny, base_folder, tmp_path):
-    import shutil
-
     copied = shutil.copytree(base_folder("sd15"), tmp_path / "elsewhere")
     one, other = load_tiny("sd15"), load_base(copied)
     one.tokenizers[0](["a dog"], padding="max_length", truncation=True)
@@ -227,6 +257,19 @@ def test_digests_do_not_depend_on_where_a_base_lies_nor_on_what_was_tokenized(lo
     assert module_digest(one.text_encoders[0]) == module_digest(other.text_encoders[0])
     assert tokenizer_digest(one.tokenizers[0]) == tokenizer_digest(other.tokenizers[0])
     assert tokenizer_digest(one.tokenizers[0]) != module_digest(one.vae) != module_digest(one.text_encoders[0])
+
+
+def test_columns_among_the_shards_are_refused(tmp_path):
+    dataset = open_dataset(write_shards(tmp_path / "shards", lambda i: (32, 32)))
+    check_apart(tmp_path / "shards" / "columns", dataset)
+    with pytest.raises(ConfigError, match="would be taken for shards: name a folder of their own"):
+        check_apart(tmp_path / "shards", dataset)
+
+
+def test_the_command_asks_for_the_folder_that_it_writes_to(capsys):
+    config = Path(__file__).parents[2] / "launch" / "configs" / "quickstart.yaml"
+    assert main(["data", "precompute", str(config), "--dry-run"]) == 2
+    assert "data.columns is not set: name the folder to write to" in capsys.readouterr().err
 
 
 def test_random_crops_are_refused_where_columns_are_named(base_folder, tmp_path):

@@ -252,3 +252,12 @@ def test_a_header_is_read_without_the_data(tmp_path):
     write_safetensors(tmp_path / "x.safetensors", {"a": [2, 3], "b": []})
     header = safetensors_header(tmp_path / "x.safetensors")
     assert {name: entry["shape"] for name, entry in header.items()} == {"a": [2, 3], "b": []}
+
+
+def test_columns_that_were_never_computed_are_found_before_a_start(good, tmp_path):
+    good["data"]["columns"] = str(tmp_path / "columns")
+    (problem,) = preflight(config(good), node())
+    assert f"data.columns is {tmp_path / 'columns'}" in problem and "`controlbooth data precompute`" in problem
+    (tmp_path / "columns").mkdir()
+    (tmp_path / "columns" / "columns.json").write_text("{}")
+    assert preflight(config(good), node()) == []
