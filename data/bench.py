@@ -34,21 +34,17 @@ class Speed:
     substitutions: int
 
 
-def measure(
+def open_loader(
     dataset: Dataset,
     threads: int,
     *,
     condition_kind: str | None,
     resolution: int,
     batch_size: int,
-    seconds: float,
     cache: Cache | None = None,
-) -> Speed:
-    """Reads steps for about so many seconds, after one step that is not counted. Raises what the loader raises.
-
-    cache: for shards in a store; what it does not hold is fetched within the time that is measured.
-    """
-    with Loader(
+) -> Loader:
+    """The loader of a run on one rank, at its usual settings."""
+    return Loader(
         dataset,
         seed=0,
         lanes=batch_size,
@@ -67,6 +63,30 @@ def measure(
         threads=threads,
         prefetch_steps=1,
         max_bad_rate=1.0,
+        cache=cache,
+    )
+
+
+def measure(
+    dataset: Dataset,
+    threads: int,
+    *,
+    condition_kind: str | None,
+    resolution: int,
+    batch_size: int,
+    seconds: float,
+    cache: Cache | None = None,
+) -> Speed:
+    """Reads steps for about so many seconds, after one step that is not counted. Raises what the loader raises.
+
+    cache: for shards in a store; what it does not hold is fetched within the time that is measured.
+    """
+    with open_loader(
+        dataset,
+        threads,
+        condition_kind=condition_kind,
+        resolution=resolution,
+        batch_size=batch_size,
         cache=cache,
     ) as loader:
         next(loader)

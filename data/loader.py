@@ -21,6 +21,7 @@ import cv2
 import numpy as np
 
 from controlbooth.data import draws
+from controlbooth.data.buffers import Buffers
 from controlbooth.data.cache import Cache
 from controlbooth.data.columns import ColumnReader, Columns, EncodedBatch
 from controlbooth.data.decode import (
@@ -204,6 +205,7 @@ class Loader:
         self._samples_consumed = self._samples_bad = 0
         self._next_submitted = start_step
         self._queue: deque[_Step] = deque()
+        self._buffers = Buffers()
         self._closed = False
         cv2.setNumThreads(1)  # the loader's threads share the cores; OpenCV's own would compete with them
         files = _affordable_files((2 if columns is None else 6) * live_shards + 64)
@@ -335,9 +337,9 @@ class Loader:
             positions,
             flips=draws.flips(self.seed, positions) & self.random_flip,
             shape=(height, width),
-            pixel_values=np.zeros(pixels, np.uint8) if self._columns is None else None,
+            pixel_values=self._buffers.empty(pixels) if self._columns is None else None,
             posterior=None if self._columns is None else np.zeros((2, *latents), self._columns.latents_stored),
-            conditioning=None if self.condition_kind is None else np.zeros(pixels, np.uint8),
+            conditioning=None if self.condition_kind is None else self._buffers.empty(pixels),
             noise=np.empty(latents, np.float32),
         )
         step.rows = [self._threads.submit(self._fill, step, row) for row in range(len(positions))]
@@ -365,6 +367,9 @@ class Loader:
                 fault["substitute"] = row.key
             row.faults = faults
             return row
+        for pictures in (step.pixel_values, step.conditioning):
+            if pictures is not None:
+                pictures[at] = 0
         return _Row(faults[0]["key"], 0, original.epoch, [""], 0.0, faults)
 
     def _decode(self, step: _Step, at: int, sample: SampleBytes, place: Place) -> _Row:
@@ -396,7 +401,7 @@ class Loader:
             bytes_read=len(sample.image) + len(sample.condition or b"") + len(sample.caption),
             cache_hit=sample.cache_hit,
         )
-        # From here on the step's arrays are written: a bad sample has been raised, and leaves its rows black.
+        # From here on the step's arrays are written: a bad sample has been raised.
         seconds = (
             0.0 if self._columns is None else self._read_columns(self._columns, step, at, sample, place.shard, row)
         )
