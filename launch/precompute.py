@@ -3,9 +3,10 @@
 import argparse
 import os
 import sys
+import time
 from collections.abc import Sequence
 
-from controlbooth.launch.local import run, this_node
+from controlbooth.launch.local import STOP_SIGNALS, failures, run, this_node
 from controlbooth.launch.preflight import check_base, check_cache, check_data
 from controlbooth.launch.torchrun import torchrun_command, torchrun_environment
 from controlbooth.trainer.config import load_config
@@ -40,7 +41,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"controlbooth data precompute: {problem}", file=sys.stderr)
     if problems:
         return 2
-    extra = ["--dry-run"] if options.dry_run else []
-    command = torchrun_command(options.run, [*options.overrides, *extra], config.name, node, WORKER)
+    if options.dry_run:
+        command = [sys.executable, "-m", WORKER, options.run, *options.overrides, "--dry-run"]
+    else:
+        command = torchrun_command(options.run, options.overrides, config.name, node, WORKER)
+    began = time.time()
     environment = os.environ | torchrun_environment(node, os.environ)
-    return run(command, environment, stopping="with the shards that are finished")
+    status = run(command, environment, stopping="with the shards that are finished")
+    if status not in (0, *(128 + number for number in STOP_SIGNALS)):
+        for reason in failures(config.data.columns, began):  # once more, below torchrun's own report
+            print(f"controlbooth data precompute: {reason}", file=sys.stderr)
+    return status

@@ -60,8 +60,9 @@ from controlbooth.trainer.encoding import (
     encode_posterior,
     to_pixel_values,
 )
-from controlbooth.trainer.train import open_data, run_buckets, say
+from controlbooth.trainer.train import open_data, run_buckets, say, write_status
 
+LOCK = ".lock"
 Shape = tuple[int, int]
 """(height, width) of a picture in pixels."""
 
@@ -102,12 +103,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", metavar="section.key=value", nargs="*")
     parser.add_argument("--dry-run", action="store_true", help="say what would be written")
     options = parser.parse_intermixed_args(argv)
-    rank = int(os.environ.get("RANK", "0"))
+    rank, folder = int(os.environ.get("RANK", "0")), None
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))  # unfinished shards are deleted on the way out
     try:
         config = load_config(options.run, options.overrides)
+        folder = config.data.columns
         return precompute(config, join(), options.dry_run)
     except (ValueError, OSError, DistError) as error:
+        if folder is not None and (folder / LOCK).exists():  # the command that started the ranks repeats it at the end
+            with contextlib.suppress(OSError):  # a full disk may be what failed; the message on the terminal remains
+                write_status(folder / f"failed-{rank}.json", rank=rank, error=f"{type(error).__name__}: {error}")
         print(f"rank {rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         os._exit(2)  # the other ranks may be inside a collective; torchrun ends them when this one is gone
     finally:
@@ -151,7 +156,7 @@ def only_writer(folder: Path, world: World, dry_run: bool) -> Iterator[None]:
     lock, free = None, True
     if world.rank == 0 and not dry_run:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")
+        lock = open(folder / LOCK, "w")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -160,6 +165,7 @@ def only_writer(folder: Path, world: World, dry_run: bool) -> Iterator[None]:
         if not from_first_rank(free):
             raise ConfigError(f"another command computes columns in {folder}. Wait for it, or stop it")
         yield
+        (folder / f"failed-{world.rank}.json").unlink(missing_ok=True)  # of an earlier attempt
     finally:
         if lock is not None:
             lock.close()
