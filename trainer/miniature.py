@@ -633,7 +633,7 @@ python -m controlbooth.trainer.miniature scenes --work FOLDER
 python -m controlbooth.trainer.miniature vae    --work FOLDER --minutes 22
 python -m controlbooth.trainer.miniature judge  --work FOLDER --minutes 7
 python -m controlbooth.trainer.miniature text   --work FOLDER --minutes 4
-torchrun --standalone --nproc-per-node 2 -m controlbooth.trainer.miniature unet --work FOLDER --minutes 80 --final
+torchrun --standalone --nproc-per-node 2 -m controlbooth.trainer.miniature unet --work FOLDER --minutes 170 --final
 python -m controlbooth.trainer.miniature export --work FOLDER
 python -m controlbooth.trainer.miniature score  --work FOLDER
 ```
