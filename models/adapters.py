@@ -32,10 +32,9 @@ class StackedAdapter(nn.Module):
             down, up = (rank, *weight.shape[1:]), (weight.shape[0], rank, 1, 1)
         else:
             down, up = (rank, weight.shape[1]), (weight.shape[0], rank)
-        factory = dict(device=weight.device, dtype=torch.float32)
-        self.down = nn.Parameter(torch.zeros(subjects, *down, **factory))
+        self.down = nn.Parameter(torch.zeros((subjects, *down), device=weight.device))
         """(K, r, in), A of each subject; of convolutions (K, r, in, kh, kw)."""
-        self.up = nn.Parameter(torch.zeros(subjects, *up, **factory))
+        self.up = nn.Parameter(torch.zeros((subjects, *up), device=weight.device))
         """(K, out, r), B of each subject; of convolutions (K, out, r, 1, 1)."""
 
     def forward(self, x: Tensor) -> Tensor:
