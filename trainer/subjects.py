@@ -7,7 +7,7 @@ import csv
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -204,6 +204,32 @@ def settle(subjects: Sequence[Subject], config: SubjectRunConfig) -> tuple[list[
             )
         )
     return tasks, faults
+
+
+def write_record(folder: Path, config: SubjectRunConfig, tasks: Sequence[Task]) -> None:
+    """What a run trains, in its own folder: config.yaml and subjects.json, for whoever looks at it later."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [asdict(task) | {"images": [str(path.absolute()) for path in task.images]} for task in tasks]
+    tree = config.model_dump(mode="json") | {"output": str(config.output.absolute())}
+    for name, text in (
+        ("config.yaml", yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)),
+        ("subjects.json", json.dumps(rows, indent=1)),
+    ):
+        temporary = folder / f"{name}.partial"
+        temporary.write_text(text)
+        temporary.replace(folder / name)
+
+
+def read_record(folder: Path) -> tuple[SubjectRunConfig, list[Task]]:
+    """What `write_record` wrote. Raises ConfigError where there is none."""
+    if not (folder / "subjects.json").is_file():
+        raise ConfigError(
+            f"{folder} holds no subjects.json, so it is no run of subjects, or one of before they wrote it. Start it "
+            "with `controlbooth dreambooth run`: what is finished is not trained again"
+        )
+    rows = json.loads((folder / "subjects.json").read_text())
+    tasks = [Task(**row | {"images": tuple(map(Path, row["images"]))}) for row in rows]
+    return load_run(folder / "config.yaml"), tasks
 
 
 def find_images(folder: Path) -> list[Path]:

