@@ -64,6 +64,7 @@ setup(
         "dev": [
             "hypothesis>=6.100",
             "moto[server]>=5.1",
+            "peft>=0.18",  # diffusers loads LoRA files through it
             "pyright[nodejs]>=1.1.400",  # with Node.js as a wheel, for machines that have none
             "pytest>=8",
             "pytest-xdist>=3.6",

@@ -95,8 +95,10 @@ def equal_groups(values: np.ndarray) -> list[np.ndarray]:
     """Indices of equal values, a group for each value that comes more than once. values: (n,) -> ascending groups."""
     order = np.argsort(values, kind="stable")
     edges = np.flatnonzero(np.diff(values[order])) + 1
-    groups = np.split(order, edges) if len(values) else []
-    return sorted((group for group in groups if len(group) > 1), key=lambda group: int(group[0]))
+    starts, ends = np.concatenate([[0], edges]), np.concatenate([edges, [len(order)]])
+    several = np.flatnonzero(ends - starts > 1)
+    groups = [order[start:end] for start, end in zip(starts[several], ends[several], strict=True)]
+    return sorted(groups, key=lambda group: int(group[0]))
 
 
 def near_pairs(hashes: np.ndarray, most_bits: int = NEAR_BITS) -> np.ndarray:
