@@ -95,7 +95,14 @@ def summary(run: Path, data: Path, export: Path, uri: str, seconds: dict[str, fl
         for name, figures in fidelity["pictures"].items()
     ]
     us = beside_python("controlbooth")
-    grids = sorted((run / "samples").glob("step-*.png"))
+    made = {
+        f"{data}/": "WebDataset shards with edges and segmentation, and their indexes",
+        f"{run}/checkpoints/": "the run: started again, it goes on from here",
+        f"{max((run / 'samples').glob('step-*.png'))}": "condition | without | with control | target",
+        f"{export}/": "a diffusers ControlNet with a model card: ControlNetModel.from_pretrained",
+        uri: "curves, figures, pictures, checkpoints",
+    }
+    width = max(map(len, made))
     lines = [
         "",
         f"== control fidelity on {fidelity['samples']} held-out scenes",
@@ -105,11 +112,7 @@ def summary(run: Path, data: Path, export: Path, uri: str, seconds: dict[str, fl
         else "  control did not snap into place: train longer (max_steps=...)",
         "",
         "== what was made",
-        f"  {data}/".ljust(44) + "WebDataset shards with edges and segmentation, and their indexes",
-        f"  {run}/checkpoints/".ljust(44) + "the run: started again, it goes on from here",
-        f"  {grids[-1]}".ljust(44) + "condition | without | with control | target",
-        f"  {export}/".ljust(44) + "a diffusers ControlNet with a model card: ControlNetModel.from_pretrained",
-        f"  {uri}".ljust(44) + "curves, figures, pictures, checkpoints",
+        *(f"  {place.ljust(width)}  {what}" for place, what in made.items()),
         "",
         "== speed",
         f"  training {speed['samples_per_second']:.1f} samples/s, stall {speed['stall_percent']:.1f} %, "

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -481,7 +482,7 @@ def read_state(path: Path) -> State:
     )
 
 
-def status_of(folder: Path, name: str) -> dict[str, object]:
+def status_of(folder: Path, name: str) -> dict[str, Any]:
     """What a subject's status.json says; nothing where there is none."""
     path = folder / "subjects" / name / "status.json"
     return json.loads(path.read_text()) if path.exists() else {}
