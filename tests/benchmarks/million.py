@@ -8,62 +8,16 @@ hour and 6 GB of disk on 2 cores.
 """
 
 import argparse
-import resource
 import shutil
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
+from cost import run
 from tqdm import tqdm
 
 BATCH = 250
 """Divides the numbers of samples, so that an epoch leaves none out."""
-
-
-@dataclass(frozen=True)
-class Cost:
-    seconds: float
-    cpu_seconds: float
-    peak_bytes: int
-    """Resident memory of all its processes at one time."""
-    output: str
-
-
-def run(command: Sequence[str], statuses: Sequence[int] = (0,)) -> Cost:
-    """Runs a command to its end, with its progress bars shown. Exits where its status is none of these."""
-    with tempfile.TemporaryFile("w+") as output:
-        before, began, peak = _cpu_seconds(), time.perf_counter(), 0
-        process = subprocess.Popen(command, stdout=output)
-        while process.poll() is None:
-            peak = max(peak, _resident(process.pid))
-            time.sleep(0.1)
-        seconds = time.perf_counter() - began
-        output.seek(0)
-        text = output.read()
-    if process.returncode not in statuses:
-        raise SystemExit(f"{' '.join(command)} ended with {process.returncode}\n{text[-2000:]}")
-    return Cost(seconds, _cpu_seconds() - before, peak, text)
-
-
-def _cpu_seconds() -> float:
-    """Of all processes that were started here and have ended."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
-
-
-def _resident(pid: int) -> int:
-    total = 0
-    try:
-        for process in (psutil.Process(pid), *psutil.Process(pid).children(recursive=True)):
-            total += process.memory_info().rss
-    except psutil.NoSuchProcess:  # it ended while it was looked at; the next look is soon
-        return 0
-    return total
 
 
 def stages(folder: Path, samples: int) -> None:
