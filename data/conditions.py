@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 
 from controlbooth.data.draws import hash64, random_bits
+from controlbooth.data.sidecar import COMPUTED
 
 
 def canny(image: np.ndarray, sample_hash: int = 0, low: int = 100, high: int = 200) -> np.ndarray:
@@ -124,3 +125,19 @@ CONDITIONS: dict[str, Callable[..., np.ndarray]] = {
 }
 """kind -> function of an image (H, W, 3) RGB uint8, and optionally the sample's 64-bit hash, that returns (H, W) or
 (H, W, 3) uint8."""
+
+
+def computed_function(kind: str | None) -> Callable[..., np.ndarray] | None:
+    """What makes the condition of a kind such as "computed:canny"; None of a kind that shards hold.
+
+    Raises ValueError for one that cannot be computed while a run is loading.
+    """
+    if kind is None or not kind.startswith(COMPUTED):
+        return None
+    name = kind.removeprefix(COMPUTED)
+    if name not in CONDITIONS:
+        raise ValueError(
+            f"condition {kind!r}: {name!r} cannot be computed at loading time; these can: {', '.join(CONDITIONS)}. "
+            "Conditions that networks make are written into shards by `controlbooth data annotate`"
+        )
+    return CONDITIONS[name]

@@ -92,6 +92,11 @@ def caption_choice(seed: int, positions: np.ndarray, counts: np.ndarray) -> np.n
     return _below(random_bits(hash64(seed, "caption"), positions), counts)
 
 
+def conditions(seed: int, positions: np.ndarray) -> np.ndarray:
+    """64 bits for the random parts of each condition that is computed at loading. (B,) int64 -> (B,) uint64."""
+    return random_bits(hash64(seed, "condition"), positions)
+
+
 def timesteps(seed: int, positions: np.ndarray, num_train_timesteps: int) -> np.ndarray:
     """Diffusion timesteps, uniform over 0 .. num_train_timesteps - 1. positions: (B,) int64 -> (B,) int64."""
     if num_train_timesteps < 1:

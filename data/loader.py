@@ -24,6 +24,7 @@ from controlbooth.data import draws
 from controlbooth.data.buffers import Buffers
 from controlbooth.data.cache import Cache
 from controlbooth.data.columns import ColumnReader, Columns, EncodedBatch
+from controlbooth.data.conditions import computed_function
 from controlbooth.data.decode import (
     BadSample,
     crop_slack,
@@ -168,7 +169,9 @@ class Loader:
         ledger_path: a JSONL file to which each bad sample is appended, one file a rank; `ledger` has the same lines.
         cache: for the shards that lie in a store, shared by ranks_per_node ranks of this machine.
         history, max_aspect_ratio, bucket_multiple: see `plan_order`. latent_shape: (C, h, w) of a square picture.
-        columns: of this data set, whole; then target pictures are neither read nor decoded.
+        columns: of this data set, whole; then target pictures are neither read nor decoded. condition_kind: what shards
+        hold, or "computed:" and a kind of `data.conditions`, which is made of each cut and mirrored target; what is
+        random about it is drawn from (seed, position).
         """
         self.order, buckets = plan_order(
             dataset,
@@ -185,6 +188,7 @@ class Loader:
         self.dataset, self.seed = dataset, seed
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.condition_kind, self.resolution = condition_kind, resolution
+        self._compute = computed_function(condition_kind)
         self.prompt_dropout, self.random_flip, self.random_crop = prompt_dropout, random_flip, random_crop
         self.num_train_timesteps, self.latent_shape = num_train_timesteps, tuple(latent_shape)
         self.prefetch_steps, self.max_bad_rate, self.ledger_path = prefetch_steps, max_bad_rate, ledger_path
@@ -195,6 +199,11 @@ class Loader:
             raise ValueError(
                 f"{columns.folder} has latents of pictures cut at the centre, {'and' if columns.flips else 'not'} "
                 f"mirrored, and the loader has random_crop={random_crop}, random_flip={random_flip}"
+            )
+        if columns is not None and self._compute is not None:
+            raise ValueError(
+                f"condition {condition_kind!r} is made of target pictures, which are not read where columns stand for "
+                f"them: leave out data.columns, or write the condition into shards with `controlbooth data annotate`"
             )
         live_shards = lanes // world_size * shards_per_block * self.order.streams
         self._check_cache(cache, live_shards, ranks_per_node)
@@ -406,7 +415,11 @@ class Loader:
             0.0 if self._columns is None else self._read_columns(self._columns, step, at, sample, place.shard, row)
         )
         if image is not None and step.pixel_values is not None:
-            write_planes(prepare_target(image, step.shape, crop, flip), step.pixel_values[at])
+            target = prepare_target(image, step.shape, crop, flip)
+            write_planes(target, step.pixel_values[at])
+            if self._compute is not None:
+                bits = int(draws.conditions(self.seed, step.positions[at : at + 1])[0])
+                conditioning = self._compute(_rgb(target), bits)
         if step.conditioning is not None and conditioning is not None:
             write_planes(conditioning, step.conditioning[at])
         row.fetch_seconds += seconds
@@ -507,6 +520,11 @@ class Loader:
         )
 
 
+def _rgb(pixels: np.ndarray) -> np.ndarray:
+    """(H, W) or (H, W, 3) uint8 -> (H, W, 3)"""
+    return pixels if pixels.ndim == 3 else cv2.cvtColor(pixels, cv2.COLOR_GRAY2RGB)
+
+
 def _affordable_files(wanted: int) -> int:
     """So many open files, or half of what the process may have."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -526,7 +544,11 @@ class HeldOutSample:
 
 
 def held_out(dataset: Dataset, count: int, *, condition_kind: str | None, resolution: int) -> Iterator[HeldOutSample]:
-    """The first `count` usable samples in the order of the shards. A bad one is raised, not replaced."""
+    """The first `count` usable samples in the order of the shards. A bad one is raised, not replaced.
+
+    What is random about a computed condition is decided by the sample's key.
+    """
+    compute = computed_function(condition_kind)
     counts = dataset.samples_per_shard(condition_kind)
     if count > counts.sum():
         raise ValueError(f"{dataset.location} has {counts.sum()} usable samples, {count} are asked for; ask for fewer")
@@ -541,6 +563,8 @@ def held_out(dataset: Dataset, count: int, *, condition_kind: str | None, resolu
             if sample.condition is not None:
                 condition = decode_image(sample.condition, sample.key, sample.condition_extension, background=0)
             pixels, conditioning = prepare(image, condition, condition_kind, (resolution, resolution))
+            if compute is not None:
+                conditioning = compute(_rgb(pixels), sample.key_hash)
             yield HeldOutSample(
                 key=sample.key,
                 pixel_values=write_planes(pixels, np.empty(shape, np.uint8)),

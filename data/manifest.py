@@ -20,7 +20,15 @@ from braceexpand import braceexpand
 
 from controlbooth.data import storage
 from controlbooth.data.index import STRUCTURAL, ensure_indexes
-from controlbooth.data.sidecar import ShardIndex, index_path, load_index, read_digest, write_whole
+from controlbooth.data.sidecar import (
+    COMPUTED,
+    ShardIndex,
+    index_path,
+    load_index,
+    read_digest,
+    stored_kind,
+    write_whole,
+)
 from controlbooth.data.storage import RemoteShard, Shard
 
 NAME = "manifest.jsonl"
@@ -62,6 +70,7 @@ class Dataset:
 
     def samples_per_shard(self, condition_kind: str | None = None) -> np.ndarray:
         """(shards,) int64: usable samples, with a condition of that kind if one is asked for."""
+        condition_kind = stored_kind(condition_kind)
         if condition_kind is None:
             return np.array([row.usable for row in self.rows], np.int64)
         counts = np.array([row.conditions.get(condition_kind, 0) for row in self.rows], np.int64)
@@ -69,7 +78,8 @@ class Dataset:
             there = ", ".join(sorted({kind for row in self.rows for kind in row.conditions})) or "none"
             raise ValueError(
                 f"no sample of {self.location} has a condition {condition_kind!r}; conditions there are: {there}. "
-                f"Change the condition's name, or pack the data with --condition {condition_kind}."
+                f"Change the condition's name, add it with `controlbooth data annotate --condition {condition_kind}`, "
+                f"or train on {COMPUTED}{condition_kind} if it can be made of the picture at loading time."
             )
         return counts
 

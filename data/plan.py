@@ -9,6 +9,7 @@ import numpy as np
 from controlbooth.data.buckets import Buckets, bucket_shapes, plan_buckets
 from controlbooth.data.manifest import Dataset
 from controlbooth.data.mixture import History, Mixture
+from controlbooth.data.sidecar import stored_kind
 
 STATE_VERSION = 2
 
@@ -79,7 +80,8 @@ def _histograms(dataset: Dataset, condition_kind: str | None) -> list[dict[int, 
             f"data.max_aspect_ratio needs: write it again with `controlbooth data index {dataset.location}`"
         )
     return [
-        {int(bin): count for bin, count in row.aspects.get(condition_kind or "", {}).items()} for row in dataset.rows
+        {int(bin): count for bin, count in row.aspects.get(stored_kind(condition_kind) or "", {}).items()}
+        for row in dataset.rows
     ]
 
 

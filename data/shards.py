@@ -23,7 +23,7 @@ from controlbooth.data.decode import BadSample
 from controlbooth.data.draws import hash64
 from controlbooth.data.index import split_name
 from controlbooth.data.manifest import Dataset
-from controlbooth.data.sidecar import ShardIndex, index_path, load_index
+from controlbooth.data.sidecar import ShardIndex, index_path, load_index, stored_kind
 from controlbooth.data.tar import TarDamage, first_name
 
 
@@ -75,7 +75,7 @@ class ShardReader:
         """buckets: of the order whose places are read; None where all samples are in one. pictures: read the targets;
         not where columns stand for them.
         """
-        self.dataset, self.condition_kind, self.most_open = dataset, condition_kind, most_open
+        self.dataset, self.condition_kind, self.most_open = dataset, stored_kind(condition_kind), most_open
         self.cache, self.closing = cache, Event()
         self.buckets, self.pictures = buckets, pictures
         self._first_shard = np.cumsum([0, *(len(source.rows) for source in dataset.sources)])

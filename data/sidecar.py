@@ -54,6 +54,15 @@ CAPTION_EXTENSIONS = ("txt", "json")
 _CONDITION = re.compile(rf"(?:cond\.)?([^.]+)\.(?:{'|'.join(IMAGE_EXTENSIONS)})")
 
 
+COMPUTED = "computed:"
+"""Before the kind of a condition that no shard holds: it is made of the target at each presentation."""
+
+
+def stored_kind(kind: str | None) -> str | None:
+    """The kind that shards must hold for a run on this kind of condition: none for a computed one."""
+    return None if kind is not None and kind.startswith(COMPUTED) else kind
+
+
 def condition_kind(extension: str) -> str | None:
     """The kind of condition that a part holds: "canny" for cond.canny.png, and for canny.png of others' shards."""
     match = _CONDITION.fullmatch(extension)
@@ -88,6 +97,7 @@ class ShardIndex:
         """Rows of the samples to train on: image and caption present, no fault known, and the condition if one is
         asked for. The order's ordinals count along this array."""
         good = (self.samples["flags"] & _UNUSABLE) == 0
+        kind = stored_kind(kind)
         if kind is not None:
             good = good & (self.parts["offset"][:, self.columns("condition", kind)] > 0).any(axis=1)
         return np.flatnonzero(good)

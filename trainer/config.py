@@ -14,6 +14,9 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from controlbooth.data.conditions import computed_function
+from controlbooth.data.sidecar import COMPUTED
+
 BUILT_IN = "miniature"
 """As model.base: the base model that is shipped with controlbooth."""
 
@@ -71,7 +74,9 @@ class DataConfig(Section):
     sources: tuple[SourceConfig, ...] = ()
     """Several such data sets, mixed by weight or in proportion to their samples."""
     condition: str
-    """Which condition of a sample to train on: `edges` reads key.cond.edges.png."""
+    """Which condition of a sample to train on: `edges` reads key.cond.edges.png. `computed:canny_random` needs none: it
+    is made of the cut and mirrored picture at each presentation, with other thresholds each time. So can be: canny,
+    canny_random, soft_edges, scribble, lineart, lines, gray, blur."""
     held_out: str | None = None
     """Shards that are never trained on, for validation. Without them nothing is validated."""
     resolution: int = Field(default=512, gt=0)
@@ -105,6 +110,17 @@ class DataConfig(Section):
     instead of running the VAE and the text encoder. Not with random_crop."""
     max_bad_rate: float = Field(default=0.01, ge=0.0, le=1.0)
     """Share of undecodable samples at which the run stops instead of replacing them."""
+
+    @property
+    def condition_name(self) -> str:
+        """The kind of condition, wherever it comes from."""
+        return self.condition.removeprefix(COMPUTED)
+
+    @field_validator("condition")
+    @classmethod
+    def _can_be_computed(cls, value: str) -> str:
+        computed_function(value)
+        return value
 
     @field_validator("resolution")
     @classmethod
@@ -209,6 +225,11 @@ class RunConfig(Section):
             )
         if given and any(source.repeat != 1 for source in self.data.sources):
             raise ValueError("data.sources have weights and a repeat: a weight says it all, leave repeat out")
+        if self.data.columns and computed_function(self.data.condition):
+            raise ValueError(
+                f"data.condition={self.data.condition} is made of the pictures, which data.columns={self.data.columns} "
+                "stands for: leave data.columns out, or write the condition into shards by `controlbooth data annotate`"
+            )
         if self.data.columns and self.data.random_crop:
             raise ValueError(
                 f"data.columns={self.data.columns} has latents of pictures cut at the centre, and data.random_crop "

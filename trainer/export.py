@@ -164,13 +164,13 @@ def model_card(exported: Exported) -> str:
         library_name="diffusers",
         pipeline_tag="text-to-image",
         base_model=_base_name(config),
-        tags=["controlnet", TAGS.get(exported.family, "stable-diffusion"), config.data.condition, "controlbooth"],
+        tags=["controlnet", TAGS.get(exported.family, "stable-diffusion"), config.data.condition_name, "controlbooth"],
     )
     is_single = exported.weights != "diffusion_pytorch_model.safetensors"
     parts = [
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
         f"# {config.name}",
-        f"A ControlNet for {exported.title} (`{_base_name(config)}`) that follows **{config.data.condition}** "
+        f"A ControlNet for {exported.title} (`{_base_name(config)}`) that follows **{config.data.condition_name}** "
         f"pictures. Trained with controlbooth for {state['step']:,} steps of {config.global_batch_size} samples "
         f"at {config.data.resolution} pixels.",
         "![Samples of the validation set](samples.png)" if exported.grid else "",
@@ -221,7 +221,7 @@ def _single_file_usage(exported: Exported) -> str:
     return (
         f"`{exported.weights}` has the key names of the original ControlNet code (`control_model.*`). Put it where "
         f"your image UI keeps its ControlNets, and use it with a checkpoint of {exported.title}; without a "
-        f"preprocessor if the picture that you give is already of the kind {exported.config.data.condition}."
+        f"preprocessor if the picture that you give is already of the kind {exported.config.data.condition_name}."
     )
 
 

@@ -11,6 +11,7 @@ import pytest
 import webdataset
 
 from controlbooth.data import draws, loader, scenes
+from controlbooth.data.conditions import CONDITIONS
 from controlbooth.data.index import ensure_index
 from controlbooth.data.inspect import info_main
 from controlbooth.data.loader import Loader, held_out
@@ -216,6 +217,41 @@ def test_flip_and_crop_move_target_and_condition_together(tmp_path):
 def test_without_a_condition_there_is_none(folder):
     with make(folder, condition_kind=None) as batches:
         assert next(batches).micro_batches[0].conditioning is None
+
+
+def test_a_computed_condition_is_that_of_the_cut_and_mirrored_picture(folder):
+    canny = take(folder, 6, condition_kind="computed:canny")
+    plain = take(folder, 6, condition_kind=None)
+    for step, other in zip(canny, plain, strict=True):
+        for position, row in step.items():
+            assert np.array_equal(row["pixel_values"], other[position]["pixel_values"])
+            expected = CONDITIONS["canny"](np.ascontiguousarray(row["pixel_values"].transpose(1, 2, 0)))
+            assert all(np.array_equal(plane, expected) for plane in row["conditioning"])
+    assert any(row["conditioning"].any() for step in canny for row in step.values())
+
+
+def test_random_parts_of_computed_conditions_are_new_in_each_epoch_and_equal_on_all_ranks_and_resumes(folder):
+    changes = dict(condition_kind="computed:canny_random", random_flip=False, random_crop=False)
+    whole = take(folder, 24, **changes)
+    by_key = [{row["keys"]: row["conditioning"] for step in whole[at : at + 12] for row in step.values()}
+              for at in (0, 12)]  # fmt: skip
+    both = by_key[0].keys() & by_key[1].keys()
+    assert sum(not np.array_equal(by_key[0][key], by_key[1][key]) for key in both) > len(both) / 4
+    second = take(folder, 2, rank=1, world_size=2, start_step=13, **changes)
+    for at, step in zip((13, 14), second, strict=True):
+        assert_equal(step, {position: whole[at][position] for position in step})
+
+
+def test_a_condition_that_cannot_be_computed_names_those_that_can(folder):
+    with pytest.raises(ValueError, match="'depth' cannot be computed.*these can: canny, .*data annotate"):
+        make(folder, condition_kind="computed:depth")
+
+
+def test_held_out_conditions_are_computed_too(folder):
+    one, two = (list(held_out(open_dataset(folder), 8, condition_kind="computed:scribble", resolution=32))
+                for _ in range(2))  # fmt: skip
+    assert all(np.array_equal(a.conditioning, b.conditioning) for a, b in zip(one, two, strict=True))
+    assert any(sample.conditioning.any() for sample in one)
 
 
 def test_given_positions_are_repeated_and_then_it_ends(folder):

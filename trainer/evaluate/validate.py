@@ -12,6 +12,7 @@ from tqdm import tqdm
 from controlbooth.data import draws
 from controlbooth.data.loader import held_out
 from controlbooth.data.manifest import Dataset
+from controlbooth.data.sidecar import COMPUTED
 from controlbooth.models.base import Base
 from controlbooth.models.sampling import sample
 from controlbooth.trainer.config import ValidationConfig
@@ -44,10 +45,10 @@ class HeldOutSet:
 def load_held_out(dataset: Dataset, count: int, condition_kind: str, resolution: int) -> HeldOutSet:
     """Reads the set. Raises ValueError where the shards have fewer than `count` samples of the kind."""
     samples = list(held_out(dataset, count, condition_kind=condition_kind, resolution=resolution))
-    kinds = {kind for row in dataset.rows for kind in row.conditions}
+    kinds = {kind for row in dataset.rows for kind in row.conditions} | {condition_kind}
 
     def one_channel(wanted: tuple[str, ...]) -> np.ndarray | None:
-        found = [kind for kind in wanted if kind in kinds]
+        found = [kind for name in wanted for kind in (name, COMPUTED + name) if kind in kinds]
         if not found:
             return None
         others = list(held_out(dataset, count, condition_kind=found[0], resolution=resolution))
