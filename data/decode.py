@@ -55,6 +55,11 @@ def decode_image(data: bytes, key: str, part: str, background: int = 255) -> np.
     return pixels if pixels.ndim == 2 else cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
 
 
+def to_rgb(pixels: np.ndarray) -> np.ndarray:
+    """(H, W) or (H, W, 3) uint8 -> (H, W, 3)"""
+    return pixels if pixels.ndim == 3 else cv2.cvtColor(pixels, cv2.COLOR_GRAY2RGB)
+
+
 def _decode_jpeg(data: bytes) -> np.ndarray:
     colourspace = simplejpeg.decode_jpeg_header(data)[2]
     if colourspace == "Gray":

@@ -16,7 +16,7 @@ from controlbooth.data.plan import plan_order
 from controlbooth.data.shards import ShardReader
 from controlbooth.data.sources import encode_png
 
-_CAPTION_HEIGHT = 34
+_LINE_HEIGHT = 14
 _FONT = cv2.FONT_HERSHEY_SIMPLEX
 
 
@@ -79,10 +79,22 @@ def _print_shapes(dataset: Dataset, arguments: argparse.Namespace) -> None:
 
 
 def show_main(argv: Sequence[str] | None = None) -> int:
-    """`controlbooth data show`: a contact sheet of target, condition and caption."""
-    parser = _parser("show", "Draw a contact sheet: each sample's image, its condition and its caption.")
+    """`controlbooth data show`: a contact sheet of target, conditions and caption."""
+    parser = argparse.ArgumentParser(
+        prog="controlbooth data show",
+        description="Draw a contact sheet: each sample's image, its conditions and its caption.",
+        epilog="example:\n  controlbooth data show shards/photos --condition canny --condition computed:scribble",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("shards", help="a manifest, a folder, a tar, a glob or a {000..009} range")
     parser.add_argument("-o", "--out", type=Path, default=Path("sheet.png"), help="(default: sheet.png)")
-    parser.add_argument("--condition", help="kind to show (default: the first there is)")
+    parser.add_argument(
+        "--condition",
+        action="append",
+        default=[],
+        metavar="KIND",
+        help="kind to show, also computed:KIND; may be repeated (default: all that the shards hold)",
+    )
     parser.add_argument("--count", type=int, default=16, help="samples (default: 16)")
     parser.add_argument("--columns", type=int, default=4, help="samples side by side (default: 4)")
     parser.add_argument("--resolution", type=int, default=192, help="side of each picture (default: 192)")
@@ -92,33 +104,63 @@ def show_main(argv: Sequence[str] | None = None) -> int:
     if arguments.out.suffix != ".png":
         raise ValueError(f"the sheet is a PNG image, so {arguments.out} must end in .png")
     dataset = open_dataset(arguments.shards)
-    kinds = sorted({kind for row in dataset.rows for kind in row.conditions})
-    kind = arguments.condition or (kinds[0] if kinds else None)
-    count = min(arguments.count, int(dataset.samples_per_shard(kind).sum()))
-    samples = list(held_out(dataset, count, condition_kind=kind, resolution=arguments.resolution))
-    sheet = contact_sheet(samples, arguments.columns)
+    kinds = arguments.condition or sorted({kind for row in dataset.rows for kind in row.conditions})
+    samples, *others = [
+        list(
+            held_out(
+                dataset,
+                min(arguments.count, int(dataset.samples_per_shard(kind).sum())),
+                condition_kind=kind,
+                resolution=arguments.resolution,
+            )
+        )
+        for kind in kinds or [None]
+    ]
+    more = [{sample.key: sample.conditioning for sample in other} for other in others]
+    shown = [[sample.conditioning, *(one.get(sample.key) for one in more)] for sample in samples]
+    sheet = contact_sheet(samples, [row[: len(kinds)] for row in shown], kinds, arguments.columns)
     arguments.out.write_bytes(encode_png(sheet))
-    print(f"{arguments.out}: {len(samples)} samples, condition {kind}")
+    print(f"{arguments.out}: {len(samples)} samples, conditions {', '.join(kinds) or 'none'}")
     return 0
 
 
-def contact_sheet(samples: Sequence[HeldOutSample], columns: int) -> np.ndarray:
-    """Image | condition over the caption, for each sample: (H, W, 3) RGB uint8."""
-    tiles = [_tile(sample) for sample in samples]
+def contact_sheet(
+    samples: Sequence[HeldOutSample],
+    conditions: Sequence[Sequence[np.ndarray | None]],
+    kinds: Sequence[str],
+    columns: int,
+) -> np.ndarray:
+    """Image | conditions over the caption, for each sample, below the kinds' names: (H, W, 3) RGB uint8.
+
+    conditions: of each sample those of `kinds`, (3, h, w) uint8 or None where it has none.
+    """
+    tiles = [_tile(sample, row) for sample, row in zip(samples, conditions, strict=True)]
     blank = np.full_like(tiles[0], 255)
     tiles += [blank] * (-len(tiles) % columns)
     rows = [np.concatenate(tiles[i : i + columns], axis=1) for i in range(0, len(tiles), columns)]
-    return np.concatenate(rows)
+    side = samples[0].pixel_values.shape[2]
+    names = _text([[name] for name in ("", *kinds)], side, 1)
+    header = cv2.copyMakeBorder(names, 0, 0, 4, 4, cv2.BORDER_CONSTANT, value=(255, 255, 255))
+    return np.concatenate([np.concatenate([header] * min(columns, len(tiles)), axis=1), *rows])
 
 
-def _tile(sample: HeldOutSample) -> np.ndarray:
-    pictures = [sample.pixel_values] + ([] if sample.conditioning is None else [sample.conditioning])
+def _tile(sample: HeldOutSample, conditions: Sequence[np.ndarray | None]) -> np.ndarray:
+    lacking = np.full_like(sample.pixel_values, 230)
+    pictures = [sample.pixel_values, *(lacking if one is None else one for one in conditions)]
     picture = np.concatenate([pixels.transpose(1, 2, 0) for pixels in pictures], axis=1)
-    text = np.full((_CAPTION_HEIGHT, picture.shape[1], 3), 255, np.uint8)
-    for line, words in enumerate(_wrap(sample.caption, picture.shape[1])[:2]):
-        cv2.putText(text, words, (4, 13 + 14 * line), _FONT, 0.38, (0, 0, 0), 1, cv2.LINE_AA)
+    text = _text([_wrap(sample.caption, picture.shape[1])[:2]], picture.shape[1], 2)
     tile = np.concatenate([picture, text])
     return cv2.copyMakeBorder(tile, 4, 4, 4, 4, cv2.BORDER_CONSTANT, value=(255, 255, 255))
+
+
+def _text(cells: Sequence[Sequence[str]], width: int, lines: int) -> np.ndarray:
+    """Cells of text beside each other, each of some lines: (H, cells * width, 3) uint8."""
+    picture = np.full((_LINE_HEIGHT * lines + 6, width * len(cells), 3), 255, np.uint8)
+    for number, cell in enumerate(cells):
+        for line, words in enumerate(cell):
+            place = (4 + number * width, 13 + _LINE_HEIGHT * line)
+            cv2.putText(picture, words, place, _FONT, 0.38, (0, 0, 0), 1, cv2.LINE_AA)
+    return picture
 
 
 def _wrap(caption: str, width: int) -> list[str]:
@@ -166,9 +208,3 @@ def order_main(argv: Sequence[str] | None = None) -> int:
     finally:
         reader.close()
     return 0
-
-
-def _parser(verb: str, description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"controlbooth data {verb}", description=description)
-    parser.add_argument("shards", help="a manifest, a folder, a tar, a glob or a {000..009} range")
-    return parser

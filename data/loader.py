@@ -32,6 +32,7 @@ from controlbooth.data.decode import (
     prepare,
     prepare_condition,
     prepare_target,
+    to_rgb,
     write_planes,
 )
 from controlbooth.data.manifest import Dataset
@@ -419,7 +420,7 @@ class Loader:
             write_planes(target, step.pixel_values[at])
             if self._compute is not None:
                 bits = int(draws.conditions(self.seed, step.positions[at : at + 1])[0])
-                conditioning = self._compute(_rgb(target), bits)
+                conditioning = self._compute(to_rgb(target), bits)
         if step.conditioning is not None and conditioning is not None:
             write_planes(conditioning, step.conditioning[at])
         row.fetch_seconds += seconds
@@ -520,11 +521,6 @@ class Loader:
         )
 
 
-def _rgb(pixels: np.ndarray) -> np.ndarray:
-    """(H, W) or (H, W, 3) uint8 -> (H, W, 3)"""
-    return pixels if pixels.ndim == 3 else cv2.cvtColor(pixels, cv2.COLOR_GRAY2RGB)
-
-
 def _affordable_files(wanted: int) -> int:
     """So many open files, or half of what the process may have."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -564,7 +560,7 @@ def held_out(dataset: Dataset, count: int, *, condition_kind: str | None, resolu
                 condition = decode_image(sample.condition, sample.key, sample.condition_extension, background=0)
             pixels, conditioning = prepare(image, condition, condition_kind, (resolution, resolution))
             if compute is not None:
-                conditioning = compute(_rgb(pixels), sample.key_hash)
+                conditioning = compute(to_rgb(pixels), sample.key_hash)
             yield HeldOutSample(
                 key=sample.key,
                 pixel_values=write_planes(pixels, np.empty(shape, np.uint8)),

@@ -9,26 +9,20 @@ import argparse
 import errno
 import fcntl
 import json
-import multiprocessing
-import multiprocessing.connection
 import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
 from tqdm import tqdm
 
 from controlbooth.data import manifest
 from controlbooth.data.conditions import CONDITIONS
-from controlbooth.data.decode import BadSample, decode_image, keep_freed_memory, same_frame
+from controlbooth.data.decode import BadSample, decode_image, keep_freed_memory, same_frame, to_rgb
 from controlbooth.data.draws import hash64
 from controlbooth.data.index import ensure_index, usable_cpus
+from controlbooth.data.pool import WorkerError, run_jobs
 from controlbooth.data.sidecar import index_path, load_index, write_whole
 from controlbooth.data.sources import SCENE_KINDS, Source, SourceSample, encode_png, open_folder, open_scenes
 from controlbooth.data.tables import is_rows, open_rows
@@ -37,7 +31,7 @@ JOURNAL = "pack.jsonl"
 _MAGIC = {b"\xff\xd8\xff": "jpg", b"\x89PN": "png", b"RIF": "webp"}
 
 
-class PackError(OSError):
+class PackError(WorkerError):
     """Something outside of the data that stops a pack; the message says how to go on."""
 
 
@@ -66,7 +60,7 @@ def encode_parts(sample: SourceSample, computed: Sequence[str]) -> dict[str, byt
             sizes = f"{image.shape[1]}x{image.shape[0]}, {condition.shape[1]}x{condition.shape[0]}"
             raise BadSample(sample.key, f"cond.{kind}", f"its aspect ratio is not the image's ({sizes})")
         parts[f"cond.{kind}.png"] = encode_png(condition)
-    rgb = image if image.ndim == 3 else cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)
+    rgb = to_rgb(image)
     for kind in computed:
         parts[f"cond.{kind}.png"] = encode_png(CONDITIONS[kind](rgb, hash64(sample.key)))
     if len(sample.captions) == 1:
@@ -135,7 +129,7 @@ def pack(source: Source, out: Path, samples_per_shard: int, workers: int = 1, sk
         bad = [line for job in jobs if job not in open_jobs for line in done[job.path.name]["skipped"]]
         finished = source.count - sum(job.stop - job.start for job in open_jobs)
         with tqdm(total=source.count, initial=finished, unit="sample", desc="pack") as progress:
-            for job, found in _run(source, open_jobs, workers, skip_bad):
+            for job, found in run_jobs(_work, open_jobs, workers, _start_worker, (source, skip_bad)):
                 progress.update(job.stop - job.start)
                 bad += found
                 if not found or skip_bad:
@@ -157,44 +151,12 @@ def plan(source: Source, out: Path, samples_per_shard: int) -> list[Job]:
     return jobs
 
 
-def _run(source: Source, jobs: Sequence[Job], workers: int, skip_bad: bool) -> Iterator[tuple[Job, list[str]]]:
-    """Each job and its bad samples, as they are finished."""
-    if min(workers, len(jobs)) <= 1:
-        yield from ((job, write_shard(source, job, skip_bad)) for job in jobs)
-        return
-    spawn = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks of OpenCV and pyarrow
-    with ProcessPoolExecutor(min(workers, len(jobs)), spawn, _start_worker, (source, skip_bad)) as pool:
-        futures = {pool.submit(_work, job): job for job in jobs}
-        try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        except (OSError, ValueError) as error:  # its traceback is the worker's and stays in the cause
-            raise PackError(str(error)) from error
-        except BrokenProcessPool as error:
-            raise PackError(
-                "a worker process was killed, most often for memory: use fewer --workers; finished shards are kept"
-            ) from error
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
 _worker_arguments: tuple[Source, bool]
 
 
 def _start_worker(source: Source, skip_bad: bool) -> None:
     global _worker_arguments  # sent once a process and not with each job, as it may list a million files
     _worker_arguments = (source, skip_bad)
-    cv2.setNumThreads(1)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends workers at once, without a traceback from each
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
-
-
-def _end_with(sentinel: int) -> None:
-    """Without this, workers of a killed pack would live on, and write while the next one runs."""
-    multiprocessing.connection.wait([sentinel])
-    os._exit(1)
 
 
 def _work(job: Job) -> list[str]:

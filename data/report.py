@@ -10,7 +10,7 @@ import numpy as np
 import simplejpeg
 from tqdm import tqdm
 
-from controlbooth.data.decode import BadSample, decode_image
+from controlbooth.data.decode import BadSample, decode_image, to_rgb
 from controlbooth.data.findings import MEANINGS, Finding
 from controlbooth.data.manifest import Dataset
 from controlbooth.data.prompts import read_captions
@@ -97,6 +97,6 @@ def _thumbnail(data: bytes, background: int) -> str:
     scale = THUMBNAIL / max(pixels.shape[:2])
     size = (max(1, round(pixels.shape[1] * scale)), max(1, round(pixels.shape[0] * scale)))
     small = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST)
-    colour = np.ascontiguousarray(small if small.ndim == 3 else cv2.cvtColor(small, cv2.COLOR_GRAY2RGB))
+    colour = np.ascontiguousarray(to_rgb(small))
     encoded = base64.b64encode(simplejpeg.encode_jpeg(colour, quality=80)).decode()
     return f'<img width="{size[0]}" height="{size[1]}" alt="" src="data:image/jpeg;base64,{encoded}">'

@@ -25,6 +25,7 @@ VERBS = {  # group -> verb -> (module:function, what it does)
     },
     "Data": {
         "data pack": ("controlbooth.data.pack:main", "write pictures, captions and conditions into tar shards"),
+        "data annotate": ("controlbooth.data.annotate:main", "add conditions to shards, by functions or networks"),
         "data index": ("controlbooth.data.index:main", "check tar shards and index them beside the tars"),
         "data info": ("controlbooth.data.inspect:info_main", "sizes, conditions and faults of a data set"),
         "data show": ("controlbooth.data.inspect:show_main", "look at samples as the trainer sees them"),

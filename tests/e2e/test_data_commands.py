@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import webdataset
 
+from controlbooth.data.conditions import CONDITIONS
 from controlbooth.data.inspect import info_main, order_main, show_main
 from controlbooth.data.loader import Loader
 from controlbooth.data.manifest import open_dataset
@@ -124,14 +125,19 @@ def test_info_tells_what_a_data_set_holds(shards, capsys):
     assert "6, of 10 to 10 samples" in text and "depth (60), edges (60)" in text and "60, usable 60" in text
 
 
-def test_show_draws_a_sheet_of_target_and_condition(shards, tmp_path, capsys):
+def test_show_draws_a_sheet_of_target_and_all_conditions(shards, tmp_path, capsys):
     sheet = tmp_path / "sheet.png"
     assert show_main([str(shards), "-o", str(sheet), "--count", "5", "--columns", "2", "--resolution", "64"]) == 0
     pixels = cv2.imread(str(sheet))
-    tile = (64 + 34 + 8, 2 * 64 + 8)
-    assert pixels.shape == (3 * tile[0], 2 * tile[1], 3)
+    header, tile = 14 + 6, (64 + 34 + 8, 3 * 64 + 8)
+    assert pixels.shape == (header + 3 * tile[0], 2 * tile[1], 3)
     assert (pixels[-tile[0] :, tile[1] :] == 255).all()  # the sixth place is empty
-    assert "5 samples, condition depth" in capsys.readouterr().out
+    assert "5 samples, conditions depth, edges" in capsys.readouterr().out
+    one = ["--count", "1", "--resolution", "64", "--condition", "computed:gray"]
+    assert show_main([str(shards), "-o", str(sheet), *one]) == 0
+    pixels = cv2.imread(str(sheet))
+    target, gray = (pixels[header + 4 : header + 68, left : left + 64] for left in (4, 68))
+    assert np.array_equal(gray[..., 0], CONDITIONS["gray"](target[..., ::-1]))
     with pytest.raises(ValueError, match="condition 'pose'; conditions there are: depth, edges"):
         show_main([str(shards), "-o", str(sheet), "--condition", "pose"])
     with pytest.raises(FileNotFoundError, match="absent/sheet.png"):

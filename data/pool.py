@@ -1,0 +1,68 @@
+"""Jobs in several processes that end with the one that started them."""
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
+
+import cv2
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+
+class WorkerError(OSError):
+    """What stopped a worker process; the message says how to go on."""
+
+
+def run_jobs(
+    work: Callable[[Job], Result],
+    jobs: Sequence[Job],
+    workers: int,
+    start: Callable[..., None],
+    arguments: tuple[Any, ...],
+) -> Iterator[tuple[Job, Result]]:
+    """Each job and its result, as they are finished. In this process where there is one worker, or one job.
+
+    start(*arguments) is called once in each process, before its first job. `work` and `start` are functions of a
+    module. Raises WorkerError with the message of an OSError or ValueError of a worker, or where one was killed.
+    """
+    if min(workers, len(jobs)) <= 1:
+        if jobs:
+            start(*arguments)
+        yield from ((job, work(job)) for job in jobs)
+        return
+    spawn = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks of OpenCV and pyarrow
+    with ProcessPoolExecutor(min(workers, len(jobs)), spawn, _start, (start, arguments)) as pool:
+        futures = {pool.submit(work, job): job for job in jobs}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except (OSError, ValueError) as error:  # its traceback is the worker's and stays in the cause
+            raise WorkerError(str(error)) from error
+        except BrokenProcessPool as error:
+            raise WorkerError(
+                "a worker process was killed, most often for memory: use fewer --workers; finished shards are kept"
+            ) from error
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start(start: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    cv2.setNumThreads(1)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends workers at once, without a traceback from each
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+    start(*arguments)
+
+
+def _end_with(sentinel: int) -> None:
+    """Without this, workers of a killed command would live on, and write while the next one runs."""
+    multiprocessing.connection.wait([sentinel])
+    os._exit(1)
