@@ -19,7 +19,9 @@ import webdataset
 from tqdm import tqdm
 
 from controlbooth.data.manifest import fingerprint, read_manifest
-from controlbooth.data.order import Order, order_state, resume_position
+from controlbooth.data.mixture import Mixture
+from controlbooth.data.order import Order
+from controlbooth.data.plan import order_state, resume_position
 
 SHARDS, PER_SHARD, LANES, BATCH = 1_000_000, 5000, 256, 256
 WORLD_SIZES = (1, 2, 4, 8, 16, 64, 256)
@@ -36,7 +38,7 @@ def first_sample() -> None:
     print(f"  {'position':>17}  {'first sample':>12}  {'its step, 1 of 8 ranks':>22}  {'next 20 steps':>16}  memory")
     for position in [0, *random.Random(0).sample(range(3 * SHARDS * PER_SHARD), 4)]:
         before, began = memory_mib(), time.perf_counter()
-        order = Order(counts, seed=0, lanes=LANES)
+        order = order_of_a_run(counts, seed=0)
         order.locate(position)
         first = time.perf_counter() - began
         step = position // BATCH
@@ -51,14 +53,28 @@ def first_sample() -> None:
             f"  {position:17,}  {1000 * first:9.0f} ms  {1000 * whole:19.0f} ms  {1000 * each:8.2f} ms each  {memory}"
         )
         del order
-    order = Order(counts, seed=0, lanes=LANES)
+    order = order_of_a_run(counts, seed=0)
     state = json.dumps(order_state(order, "f" * 32, 123_456_789_012))
     began = time.perf_counter()
     position = resume_position(json.loads(state), order, "f" * 32)
     print(f"  the saved state: {len(state)} bytes, read in {1e6 * (time.perf_counter() - began):.0f} us: {position:,}")
 
 
-def locate_step(order: Order, step: int, rank: int, world_size: int) -> list[tuple[int, int, int]]:
+def order_of_a_run(counts: np.ndarray, seed: int) -> Mixture:
+    """What a run reads one data set with, in one shape."""
+    return Mixture(
+        [[counts]],
+        [(0, (1,))],
+        seed=seed,
+        lanes=LANES,
+        shards_per_block=2,
+        global_batch_size=BATCH,
+        names=["simulated"],
+        shapes=[(512, 512)],
+    )
+
+
+def locate_step(order: Mixture, step: int, rank: int, world_size: int) -> list[tuple]:
     return [tuple(order.locate(int(slot))) for slot in order.rank_slots(step, BATCH, rank, world_size)]
 
 
@@ -84,18 +100,19 @@ def open_manifest() -> None:
 def world_sizes() -> None:
     """Every world size's ranks together against one rank, each with an order of its own, at three kinds of steps."""
     counts = np.full(SHARDS, PER_SHARD) + np.arange(SHARDS) % 7 - 3  # so that 256 lanes do not divide them
-    whole = Order(counts, seed=1, lanes=LANES)
+    whole = order_of_a_run(counts, seed=1)
+    epoch_steps = Order(counts, seed=1, lanes=LANES).samples_per_epoch // BATCH
     steps = {
         "first": 0,
-        "middle of epoch 0": whole.samples_per_epoch // BATCH // 2,
-        "end of epoch 0": whole.samples_per_epoch // BATCH,
+        "middle of epoch 0": epoch_steps // 2,
+        "end of epoch 0": epoch_steps,
     }
     print(f"global batches of {BATCH} of {whole.samples:,} samples, world sizes {', '.join(map(str, WORLD_SIZES))}")
     for name, step in steps.items():
         expected = locate_step(whole, step, 0, 1)
         same = []
         for world_size in WORLD_SIZES:
-            order = Order(counts, seed=1, lanes=LANES)
+            order = order_of_a_run(counts, seed=1)
             got = [place for rank in range(world_size) for place in locate_step(order, step, rank, world_size)]
             same.append(got == expected)
         distinct = len({place[1] for place in expected})
