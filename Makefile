@@ -1,4 +1,5 @@
 # make quickstart   install into .venv and train a ControlNet on this machine, from nothing
+# make dreambooth-demo   train eight subjects that the built-in base has never seen, and measure them
 # make test         all tests                         make check    ruff and pyright
 # make bench        the benchmarks that need no run   make clean    delete what tools made; .venv and runs stay
 # make setup        only install; runs once
@@ -13,11 +14,14 @@ JOBS ?= 2
 BIN := .venv/bin
 READY := .venv/ready-$(DEVICE)
 
-.PHONY: quickstart test check bench clean setup
+.PHONY: quickstart dreambooth-demo test check bench clean setup
 .DELETE_ON_ERROR:
 
 quickstart: setup
 	$(BIN)/controlbooth quickstart
+
+dreambooth-demo: setup
+	$(BIN)/controlbooth dreambooth demo
 
 test: setup
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile

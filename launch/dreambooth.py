@@ -10,7 +10,17 @@ from pathlib import Path
 from controlbooth.launch.local import run, this_node
 from controlbooth.launch.preflight import base_problems
 from controlbooth.launch.torchrun import torchrun_command, torchrun_environment
-from controlbooth.trainer.subjects import SubjectRunConfig, Task, load_run, load_subjects, settle, share_of_rank
+from controlbooth.models.pretrained import load_tokenizers
+from controlbooth.trainer.config import base_folder
+from controlbooth.trainer.subjects import (
+    SubjectRunConfig,
+    Task,
+    check_words,
+    load_run,
+    load_subjects,
+    settle,
+    share_of_rank,
+)
 
 WORKER = "controlbooth.trainer.dreambooth"
 
@@ -39,11 +49,12 @@ examples:
     node = this_node(options.processes)
     subjects, faults = load_subjects(options.subjects)
     tasks, more = settle(subjects, config)
-    faults |= more
-    for name, fault in faults.items():
-        print(f"controlbooth dreambooth run: {name}: {fault}", file=sys.stderr)
     if problems := list(base_problems(config.model.base, config.model.family)):
         raise ValueError("; ".join(problems))
+    split, warnings = check_words(tasks, load_tokenizers(base_folder(config.model.base)))
+    tasks, faults = [task for task in tasks if task.name not in split], faults | more | split
+    for name, message in [*faults.items(), *((name, f"warning: {text}") for name, text in warnings.items())]:
+        print(f"controlbooth dreambooth run: {name}: {message}", file=sys.stderr)
     if not tasks:
         raise ValueError(f"{options.subjects} has no subject that can be trained")
     print(plan(config, tasks, node.processes), flush=True)

@@ -143,6 +143,14 @@ def _variant(files: Iterable[Path]) -> str | None:
     return parts[1].split("-")[0] if len(parts) > 1 else None
 
 
+def load_tokenizers(path: str | os.PathLike[str]) -> tuple[Any, ...]:
+    """The tokenizers of a base and nothing else of it: one, or two of SDXL. path: as for `load_base`."""
+    path = MINIATURE if os.fspath(path) == "miniature" else Path(path)
+    folder = path if path.is_dir() else path.parent
+    names = [name for name in ("tokenizer", "tokenizer_2") if (folder / name).is_dir()]
+    return tuple(_load_tokenizer(folder, name) for name in names or ["tokenizer"])
+
+
 def _load_tokenizer(folder: Path, name: str) -> Any:
     if not (folder / name).is_dir():
         raise FileNotFoundError(

@@ -43,7 +43,7 @@ from controlbooth.models.attention import AttentionChoice, apply_attention, atte
 from controlbooth.models.base import Base
 from controlbooth.models.controlnet import denoise
 from controlbooth.models.families import TextEncoding, encode_prompts
-from controlbooth.models.pretrained import load_base
+from controlbooth.models.pretrained import load_base, load_tokenizers
 from controlbooth.trainer.config import ConfigError, base_folder
 from controlbooth.trainer.distributed import World, barrier, from_first_rank, gather_objects, join, leave
 from controlbooth.trainer.encoding import encode_posterior, sample_posterior, to_pixel_values
@@ -59,6 +59,7 @@ from controlbooth.trainer.step import SubjectBatch, dreambooth_step
 from controlbooth.trainer.subjects import (
     SubjectRunConfig,
     Task,
+    check_words,
     load_run,
     load_subjects,
     settle,
@@ -131,6 +132,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load_run(options.run, options.overrides)
         subjects, faults = load_subjects(options.subjects)
         tasks, more = settle(subjects, config)
+        split, _ = check_words(tasks, load_tokenizers(base_folder(config.model.base)))
+        tasks, more = [task for task in tasks if task.name not in split], more | split
         world = join()
         with only_run(config.output / config.name, world):
             return train_subjects(config, tasks, faults | more, world, stop)

@@ -206,6 +206,32 @@ def settle(subjects: Sequence[Subject], config: SubjectRunConfig) -> tuple[list[
     return tasks, faults
 
 
+def check_words(tasks: Sequence[Task], tokenizers: Sequence[Any]) -> tuple[dict[str, str], dict[str, str]]:
+    """What the base makes of the subjects' words, by subject: faults, and what a person should know.
+
+    An identifier is one token of every tokenizer: of one that is split, each piece has a meaning of its own. A class
+    noun of which hardly two letters stay together is a word that the base has never read, so it has no prior for it.
+    """
+    faults: dict[str, str] = {}
+    warnings: dict[str, str] = {}
+    for task in tasks:
+        for tokenizer in tokenizers:
+            pieces = tokenizer.tokenize(task.identifier)
+            if len(pieces) != 1 and task.identifier in task.instance_prompt:
+                faults[task.name] = (
+                    f"the base's tokenizer splits the identifier {task.identifier!r} into {' '.join(pieces)}; take one "
+                    "that is a single token, as `controlbooth dreambooth identifiers` finds them"
+                )
+            for word in task.class_noun.split():
+                pieces = tokenizer.tokenize(word)
+                if len(pieces) > max(1, len(word) // 2) and task.class_noun in task.instance_prompt:
+                    warnings[task.name] = (
+                        f"the base's tokenizer does not know {word!r} of the class noun {task.class_noun!r} "
+                        f"({' '.join(pieces)}), so the base draws nothing by that name; a commoner word works better"
+                    )
+    return faults, warnings
+
+
 def write_record(folder: Path, config: SubjectRunConfig, tasks: Sequence[Task]) -> None:
     """What a run trains, in its own folder: config.yaml and subjects.json, for whoever looks at it later."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ from controlbooth.launch import dreambooth
 from controlbooth.trainer.config import ConfigError
 from controlbooth.trainer.subjects import load_run, load_subjects, settle, share_of_rank
 
-RUN = dict(name="r", model=dict(base="miniature"), identifiers=["abc", "def", "ghi"], resolution=64, steps=100)
+RUN = dict(name="r", model=dict(base="miniature"), identifiers=["kcz", "bcf", "bpd"], resolution=64, steps=100)
 
 
 @pytest.fixture
@@ -39,14 +39,14 @@ def row(name, **changes):
 
 
 def test_what_a_subject_leaves_out_comes_from_the_run(folder):
-    path = manifest(folder, [row("rex"), row("mug", class_noun="mug", identifier="def", steps=7, rank=2), row("cup")])
+    path = manifest(folder, [row("rex"), row("mug", class_noun="mug", identifier="bcf", steps=7, rank=2), row("cup")])
     subjects, faults = load_subjects(path)
     tasks, more = settle(subjects, run_of(folder))
     assert faults == more == {}
     assert [(t.identifier, t.instance_prompt, t.class_prompt, t.steps, t.rank) for t in tasks] == [
-        ("abc", "a abc dog", "a dog", 100, 4),
-        ("def", "a def mug", "a mug", 7, 2),
-        ("ghi", "a ghi dog", "a dog", 100, 4),
+        ("kcz", "a kcz dog", "a dog", 100, 4),
+        ("bcf", "a bcf mug", "a mug", 7, 2),
+        ("bpd", "a bpd dog", "a dog", 100, 4),
     ]
     assert [path.name for path in tasks[0].images] == ["0.png", "1.png", "2.png"]
 
@@ -71,7 +71,7 @@ def test_csv_jsonl_and_parquet_say_the_same_as_yaml(folder):
     [
         ([row("rex"), row("rex")], "rex", "2 subjects are named 'rex'; give each its own name"),
         ([row("mug"), row("rex", images="nowhere")], "rex", "nowhere is no folder"),
-        ([row("mug", identifier="abc"), row("rex", identifier="abc")], "rex", "'abc' is another subject's too"),
+        ([row("mug", identifier="kcz"), row("rex", identifier="kcz")], "rex", "'kcz' is another subject's too"),
         ([row("mug"), row("rex", stepz=3)], "rex", "unknown key 'stepz'; did you mean 'steps'?"),
         ([row("mug"), {"name": "rex", "images": "rex"}], "rex", "'class_noun' is missing"),
         ([row("mug"), row("rex", steps=-1)], "rex", "'steps' is -1"),
@@ -125,7 +125,7 @@ def test_a_dry_run_shows_the_plan_and_every_fault(folder, capsys):
     run_of(folder)
     assert dreambooth.main([str(path), str(folder / "run.yaml"), "--processes", "2", "--dry-run"]) == 2
     shown = capsys.readouterr()
-    assert "subjects   2, 8 together on each of 2 ranks" in shown.out and "'a abc dog', 100 steps" in shown.out
+    assert "subjects   2, 8 together on each of 2 ranks" in shown.out and "'a kcz dog', 100 steps" in shown.out
     assert "cup: " in shown.err and "nowhere is no folder" in shown.err
     with pytest.raises(ValueError, match="model.base is 'no/model', which does not exist"):
         dreambooth.main([str(path), str(folder / "run.yaml"), "model.base=no/model", "--dry-run"])
