@@ -25,6 +25,7 @@ VERBS = {  # group -> verb -> (module:function, what it does)
             "train and measure unseen subjects, from nothing",
         ),
         "dreambooth run": ("controlbooth.launch.dreambooth:main", "train many subjects, several in each batch"),
+        "dreambooth export": ("controlbooth.trainer.export_subject:main", "write a subject's LoRA for other programs"),
         "dreambooth identifiers": ("controlbooth.trainer.identifiers:main", "find words that mean nothing to a base"),
         "dreambooth subjects": ("controlbooth.data.subjects:main", "draw subjects that the built-in base never saw"),
         "dreambooth measure": ("controlbooth.trainer.evaluate.measure:main", "measure subjects as the paper does"),

@@ -12,6 +12,7 @@ from controlbooth.launch.preflight import base_problems
 from controlbooth.launch.torchrun import torchrun_command, torchrun_environment
 from controlbooth.models.pretrained import load_tokenizers
 from controlbooth.trainer.config import base_folder
+from controlbooth.trainer.full import check_full
 from controlbooth.trainer.subjects import (
     SubjectRunConfig,
     Task,
@@ -36,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 examples:
   controlbooth dreambooth run subjects.yaml launch/configs/dreambooth.yaml --dry-run
-  controlbooth dreambooth run subjects.yaml run.yaml subjects_per_batch=16 --processes 8""",
+  controlbooth dreambooth run subjects.yaml run.yaml subjects_per_batch=16 --processes 8
+  controlbooth dreambooth run subjects.yaml run.yaml method=full instance_batch_size=2 --processes 2""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("subjects", type=Path, metavar="SUBJECTS", help="the manifest")
@@ -70,11 +72,18 @@ def plan(config: SubjectRunConfig, tasks: Sequence[Task], processes: int) -> str
     """What is about to run, for a person to check at a glance."""
     classes = sorted({task.class_prompt for task in tasks})
     steps = [sum(task.steps for task in share_of_rank(tasks, rank, processes)) for rank in range(processes)]
+    trained = f"LoRA of rank {config.adapter.rank} on {config.adapter.layers}"
+    together = f"{config.subjects_per_batch} together on each of {processes} ranks"
+    if config.method == "full":
+        check_full(config, processes)
+        steps = [sum(task.steps for task in tasks)]
+        trained = f"all layers of the U-Net{' and the text encoder' if config.train_text_encoder else ''}"
+        together = f"one after another on {processes} ranks, ZeRO-{config.engine.zero_stage}"
     prior = f"{config.prior.images} of each of {len(classes)} classes, weight {config.prior.weight:g}"
     lines = [
         f"run        {config.name} in {config.output / config.name}, which is resumed if it has begun",
-        f"model      {config.model.base}, LoRA of rank {config.adapter.rank} on {config.adapter.layers}",
-        f"subjects   {len(tasks)}, {config.subjects_per_batch} together on each of {processes} ranks",
+        f"model      {config.model.base}, {trained}",
+        f"subjects   {len(tasks)}, {together}",
         f"steps      {sum(steps)} of single subjects, {max(steps)} on the busiest rank",
         f"prior      {prior if config.prior.weight else 'none'}",
     ]

@@ -231,13 +231,11 @@ def _tokens(base: "Base", index: int, prompts: list[str]) -> Tensor:
     return encoded.input_ids.to(base.device)
 
 
-@torch.no_grad()
 def _last_layer(base: "Base", prompts: list[str]) -> tuple[Tensor, None]:
     """SD1.5, SD2.1, miniature: the encoder's last layer, normalised. (B, L, D)."""
     return base.text_encoders[0](_tokens(base, 0, prompts)).last_hidden_state, None
 
 
-@torch.no_grad()
 def _two_encoders(base: "Base", prompts: list[str]) -> tuple[Tensor, Tensor]:
     """SDXL: the penultimate layers of both encoders side by side (B, L, D1 + D2), and the second's pooled (B, P)."""
     outputs = [

@@ -18,6 +18,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -79,12 +80,24 @@ def latest_checkpoint(run: Path, world: World) -> Path | None:
     return latest
 
 
+def write_controlnet(engine: Any, weights: dict[str, Tensor], folder: Path) -> None:
+    save_controlnet(_as_module(engine.module, weights), folder)
+
+
 def save_checkpoint(
-    engine: Any, run: Path, state: dict[str, Any], config: str, average: Average | None, world: World
+    engine: Any,
+    run: Path,
+    state: dict[str, Any],
+    config: str,
+    average: Average | None,
+    world: World,
+    name: str = "controlnet",
+    write_weights: Callable[[Any, dict[str, Tensor], Path], None] = write_controlnet,
 ) -> Path:
     """Every rank calls this. Returns the committed folder, whose state.json holds `state` and the weights' digest.
 
-    state: JSON values, with at least `step`. config: the run's, as YAML. Raises OSError where the disk is too small,
+    state: JSON values, with at least `step`. config: the run's, as YAML. name: of the folder for the trained weights,
+    which write_weights(engine, weights by name, folder) fills on rank 0. Raises OSError where the disk is too small,
     and CheckpointError where rank 0 does not see what another rank wrote; on all ranks, and nothing is committed.
     """
     final = folder_of(run, state["step"])
@@ -98,10 +111,10 @@ def save_checkpoint(
         engine.save_checkpoint(str(partial), tag=_TAG, client_state={}, save_latest=False)
     weights = full_state(engine) if average is None else average.full_state()
     if world.rank == 0:
-        save_controlnet(_as_module(engine.module, weights), partial / "controlnet")
+        write_weights(engine, weights, partial / name)
         if average is not None:
             state = state | {"average": True}
-        state = state | {"digest": _digest(partial / "controlnet")}
+        state = state | {"digest": _digest(partial / name)}
         (partial / "state.json").write_text(json.dumps(state, indent=2))
         (partial / "config.yaml").write_text(config)
     barrier()  # nobody's file is missing any more

@@ -16,19 +16,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from controlbooth.data import draws
-from controlbooth.data.decode import decode_image, prepare, write_planes
 from controlbooth.models.adapters import (
     ATTENTION,
     CONVOLUTIONS,
@@ -42,20 +38,25 @@ from controlbooth.models.adapters import (
 from controlbooth.models.attention import AttentionChoice, apply_attention, attention_shapes, choose_attention
 from controlbooth.models.base import Base
 from controlbooth.models.controlnet import denoise
-from controlbooth.models.families import TextEncoding, encode_prompts
+from controlbooth.models.families import encode_prompts
 from controlbooth.models.pretrained import load_base, load_tokenizers
 from controlbooth.trainer.config import ConfigError, base_folder
-from controlbooth.trainer.distributed import World, barrier, from_first_rank, gather_objects, join, leave
-from controlbooth.trainer.encoding import encode_posterior, sample_posterior, to_pixel_values
+from controlbooth.trainer.distributed import World, barrier, gather_objects, join, leave
 from controlbooth.trainer.engine import DTYPES, resolve_precision
-from controlbooth.trainer.prior import (
-    DRAWN_AT_ONCE,
-    class_folder,
-    class_images,
-    draw_class_images,
-    missing_class_images,
+from controlbooth.trainer.full import check_full, train_fully
+from controlbooth.trainer.step import dreambooth_step
+from controlbooth.trainer.studio import (
+    MOST_SKIPPED,
+    SubjectError,
+    Training,
+    begin_training,
+    draw_prior,
+    failures,
+    make_batch,
+    subject_seed,
+    unfinished,
+    write_status,
 )
-from controlbooth.trainer.step import SubjectBatch, dreambooth_step
 from controlbooth.trainer.subjects import (
     SubjectRunConfig,
     Task,
@@ -70,37 +71,6 @@ from controlbooth.trainer.train import StopRequest, only_run, quiet_libraries
 
 LAYERS = {"attention": ATTENTION, "attention+convolutions": ATTENTION + CONVOLUTIONS}
 LORA_FILE = "pytorch_lora_weights.safetensors"
-LEAST_SIDE = 64
-"""Pixels of the shorter side below which a picture tells nothing of a subject."""
-MOST_SKIPPED = 10
-"""Updates in a row without a finite gradient after which a subject has failed."""
-
-
-class SubjectError(ValueError):
-    """What is wrong with one subject; the others go on."""
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """The VAE's posterior of n pictures, kept on the device: they are few, and are seen hundreds of times."""
-
-    mean: Tensor
-    """(n, C, h, w)"""
-    std: Tensor
-    text: TextEncoding
-    """One row, of the prompt that they have in common."""
-
-
-@dataclass
-class Training:
-    """A subject in a slot."""
-
-    task: Task
-    instance: Pictures
-    prior: Pictures | None
-    step: int = 0
-    skipped: int = 0
-    """Updates in a row that were left out."""
 
 
 @dataclass
@@ -149,9 +119,13 @@ def train_subjects(
 ) -> int:
     """Trains all that are not finished. Returns 0, also where it was stopped, or 1 where a subject has failed."""
     folder = config.output / config.name
-    precision = resolve_precision(config.precision, world.device, zero_stage=1)
+    zero_stage = config.engine.zero_stage if config.method == "full" else 1
+    precision = resolve_precision(config.precision, world.device, zero_stage)
+    if config.method == "full":
+        check_full(config, world.world_size)
     base = load_base(base_folder(config.model.base), config.model.family, DTYPES[precision], world.device)
-    apply_attention(base.unet, _attention(config, base, precision))
+    attention = _attention(config, base, precision)
+    apply_attention(base.unet, attention)
     if config.model.gradient_checkpointing:
         base.unet.enable_gradient_checkpointing()
         base.unet.train()  # without which it is passed over; the U-Net has no dropout
@@ -159,12 +133,12 @@ def train_subjects(
         write_record(folder, config, tasks)
         for name, fault in faults.items():
             write_status(folder, name, state="failed", error=fault)
-        plan_ranks(folder, config, tasks, world.world_size)
     barrier()
     draw_prior(config, base, tasks, world)
-    stack = make_stack(config, base, tasks, folder, world)
-    run_stack(config, stack, folder, world, stop)
-    stopped = any(gather_objects(bool(stack.trainings or stack.queue), world))
+    if config.method == "full":
+        stopped = train_fully(config, base, unfinished(folder, tasks), attention, precision, folder, world, stop)
+    else:
+        stopped = train_stacked(config, base, tasks, folder, world, stop)
     failed = failures(folder, tasks) | faults
     if world.rank == 0:
         finished = len(tasks) - len(unfinished(folder, tasks))
@@ -173,6 +147,18 @@ def train_subjects(
         for name, error in failed.items():
             print(f"  {name}: {error}")
     return 1 if failed else 0
+
+
+def train_stacked(
+    config: SubjectRunConfig, base: Base, tasks: Sequence[Task], folder: Path, world: World, stop: StopRequest
+) -> bool:
+    """Adapters of several subjects at once on each rank; -> whether it was stopped."""
+    if world.rank == 0:
+        plan_ranks(folder, config, tasks, world.world_size)
+    barrier()
+    stack = make_stack(config, base, tasks, folder, world)
+    run_stack(config, stack, folder, world, stop)
+    return any(gather_objects(bool(stack.trainings or stack.queue), world))
 
 
 def plan_ranks(folder: Path, config: SubjectRunConfig, tasks: Sequence[Task], world_size: int) -> None:
@@ -198,25 +184,6 @@ def plan_ranks(folder: Path, config: SubjectRunConfig, tasks: Sequence[Task], wo
     temporary = current.with_suffix(".partial")
     temporary.write_text(f"of-{world_size}")
     temporary.replace(current)
-
-
-def draw_prior(config: SubjectRunConfig, base: Base, tasks: Sequence[Task], world: World) -> None:
-    """Class pictures that are not there yet, spread over the ranks; every rank waits until all are."""
-    if config.prior.weight == 0:
-        return
-    prompts = sorted({task.class_prompt for task in tasks})
-    folders = [(prior_folder(config, base, prompt), prompt) for prompt in prompts]
-    missing = from_first_rank(missing_class_images(folders, config.prior.images))
-    mine = missing[world.rank :: world.world_size]
-    for first in tqdm(
-        range(0, len(mine), DRAWN_AT_ONCE), desc="class pictures", unit="batch", disable=world.rank > 0 or not mine
-    ):
-        draw_class_images(base, mine[first : first + DRAWN_AT_ONCE], config.prior, config.resolution)
-    barrier()
-
-
-def prior_folder(config: SubjectRunConfig, base: Base, prompt: str) -> Path:
-    return class_folder(config.prior.cache or config.output / "prior", base, prompt, config.prior, config.resolution)
 
 
 def make_stack(config: SubjectRunConfig, base: Base, tasks: Sequence[Task], folder: Path, world: World) -> Stack:
@@ -298,7 +265,15 @@ def step_stack(config: SubjectRunConfig, stack: Stack) -> dict[str, float]:
     for parameter in stack.optimizer.parameters:
         parameter.grad = None
     batch = make_batch(config, stack.base, trainings)
-    instance, prior = dreambooth_step(stack.base, batch, len(trainings), config.prior.weight, config.min_snr_gamma)
+    instance, prior = dreambooth_step(
+        stack.base,
+        lambda *inputs: denoise(stack.base.unet, *inputs),
+        torch.Tensor.backward,
+        batch,
+        len(trainings),
+        config.prior.weight,
+        config.min_snr_gamma,
+    )
     device = instance.device
     rates = torch.tensor([t.task.learning_rate for t in trainings], device=device)
     clips = torch.full((len(trainings),), config.max_grad_norm, device=device)
@@ -307,92 +282,6 @@ def step_stack(config: SubjectRunConfig, stack: Stack) -> dict[str, float]:
         training.step += 1
         training.skipped = 0 if updated else training.skipped + 1
     return {"loss": float(instance.mean()), "prior_loss": float(prior.mean())}
-
-
-def make_batch(config: SubjectRunConfig, base: Base, trainings: Sequence[Training]) -> SubjectBatch:
-    """Everything random about a subject's step is drawn from (its seed, its step): no company changes it."""
-    count = config.instance_batch_size
-    parts = []
-    for training in trainings:
-        seed = subject_seed(config, training.task)
-        groups = [("instance", training.instance)] + ([("prior", training.prior)] if training.prior else [])
-        for purpose, pictures in groups:
-            positions = np.arange(training.step * count, (training.step + 1) * count)
-            parts.append(_rows(base, pictures, draws.hash64(seed, purpose), positions))
-    latents, timesteps, noise, texts = zip(*parts, strict=True)
-    added = {key: torch.cat([text.added_cond_kwargs[key] for text in texts]) for key in texts[0].added_cond_kwargs}
-    return SubjectBatch(
-        latents=torch.cat(latents),
-        text=TextEncoding(torch.cat([text.encoder_hidden_states for text in texts]), added),
-        timesteps=torch.cat(timesteps),
-        noise=torch.cat(noise),
-        instance_rows=count,
-    )
-
-
-def _rows(
-    base: Base, pictures: Pictures, seed: int, positions: np.ndarray
-) -> tuple[Tensor, Tensor, Tensor, TextEncoding]:
-    """-> latents, timesteps, noise and text of these positions; each pass over the pictures is shuffled anew."""
-    n = len(pictures.mean)
-    chosen = [int(draws.permutation(draws.hash64(seed, "pass", p // n), n)[p % n]) for p in positions.tolist()]
-    shape, device = pictures.mean.shape[1:], pictures.mean.device
-
-    def on_device(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(device)
-
-    posterior_noise = on_device(draws.noise(draws.hash64(seed, "vae posterior"), positions, shape))
-    latents = sample_posterior(base, pictures.mean[chosen], pictures.std[chosen], posterior_noise).float()
-    steps = int(base.noise_scheduler.config["num_train_timesteps"])
-    text = pictures.text
-    return (
-        latents,
-        on_device(draws.timesteps(seed, positions, steps)),
-        on_device(draws.noise(seed, positions, shape)),
-        TextEncoding(
-            text.encoder_hidden_states.expand(len(positions), -1, -1),
-            {key: value.expand(len(positions), *value.shape[1:]) for key, value in text.added_cond_kwargs.items()},
-        ),
-    )
-
-
-def begin_training(config: SubjectRunConfig, base: Base, task: Task) -> Training:
-    """Reads and encodes a subject's pictures. Raises SubjectError naming the picture that cannot be used."""
-    instance = [read_picture(path, config.resolution) for path in task.images]
-    distinct = {picture.tobytes() for picture in instance}
-    if len(distinct) < len(instance):
-        raise SubjectError(f"{len(instance) - len(distinct)} of its {len(instance)} pictures are copies of others")
-    prior = None
-    if config.prior.weight > 0:
-        folder = prior_folder(config, base, task.class_prompt)
-        drawn = [read_picture(path, config.resolution) for path in class_images(folder, config.prior.images)]
-        prior = encode_pictures(config, base, drawn, task.class_prompt)
-    return Training(task, encode_pictures(config, base, instance, task.instance_prompt), prior)
-
-
-def read_picture(path: Path, resolution: int) -> np.ndarray:
-    """(3, resolution, resolution) uint8: upright, on white where it is transparent, the middle square."""
-    try:
-        image = decode_image(path.read_bytes(), path.stem, path.suffix.lstrip("."))
-    except ValueError as error:
-        raise SubjectError(f"{path}: {error}") from error
-    if min(image.shape[:2]) < min(LEAST_SIDE, resolution):
-        raise SubjectError(
-            f"{path} has {image.shape[1]} x {image.shape[0]} pixels, too few to show a subject at {resolution}"
-        )
-    square, _ = prepare(image, None, None, (resolution, resolution))
-    return write_planes(square, np.empty((3, resolution, resolution), np.uint8))
-
-
-@torch.no_grad()
-def encode_pictures(config: SubjectRunConfig, base: Base, pictures: Sequence[np.ndarray], prompt: str) -> Pictures:
-    """One at a time, so that a picture's latents do not depend on how many others there are."""
-    shown = [*pictures, *(picture[:, :, ::-1].copy() for picture in pictures)] if config.random_flip else pictures
-    encoded = [
-        encode_posterior(base, to_pixel_values(torch.from_numpy(picture)[None].to(base.device))) for picture in shown
-    ]
-    text = encode_prompts(base, [prompt], picture_size=(config.resolution, config.resolution))
-    return Pictures(torch.cat([mean for mean, _ in encoded]), torch.cat([std for _, std in encoded]), text)
 
 
 def end_training(config: SubjectRunConfig, stack: Stack, training: Training, folder: Path) -> None:
@@ -415,10 +304,6 @@ def save_lora(weights: dict[str, Tensor], path: Path) -> None:
     temporary = path.with_suffix(".partial")
     save_file({f"unet.{name}": tensor.contiguous() for name, tensor in weights.items()}, temporary)
     temporary.replace(path)
-
-
-def subject_seed(config: SubjectRunConfig, task: Task) -> int:
-    return draws.hash64(config.seed, "subject", task.name)
 
 
 @dataclass
@@ -483,29 +368,6 @@ def read_state(path: Path) -> State:
         names["queue"],
         {name: tensors[name] for name in names["waiting"]},
     )
-
-
-def status_of(folder: Path, name: str) -> dict[str, Any]:
-    """What a subject's status.json says; nothing where there is none."""
-    path = folder / "subjects" / name / "status.json"
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
-def write_status(folder: Path, name: str, **fields: object) -> None:
-    path = folder / "subjects" / name / "status.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".partial")
-    temporary.write_text(json.dumps(fields))
-    temporary.replace(path)
-
-
-def unfinished(folder: Path, tasks: Sequence[Task]) -> list[Task]:
-    return [task for task in tasks if status_of(folder, task.name).get("state") != "finished"]
-
-
-def failures(folder: Path, tasks: Sequence[Task]) -> dict[str, str]:
-    statuses = {task.name: status_of(folder, task.name) for task in tasks}
-    return {name: str(status["error"]) for name, status in statuses.items() if status.get("state") == "failed"}
 
 
 def _attention(config: SubjectRunConfig, base: Base, precision: str) -> AttentionChoice:

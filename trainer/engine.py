@@ -1,18 +1,19 @@
 """DeepSpeed: its configuration from ours, the engine, and what the loop asks of it.
 
-Only the ControlNet is handed over. The frozen U-Net, VAE and text encoder stay outside, so that no optimizer state,
-gradient or master copy is kept for them. The optimizer is PyTorch's AdamW, which needs no compiler on the machine.
+Only what is trained is handed over. Frozen networks stay outside, so that no optimizer state, gradient or master copy
+is kept for them. The optimizer is PyTorch's AdamW, which needs no compiler on the machine.
 """
 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from controlbooth.trainer.config import OptimizerConfig, RunConfig, gradient_accumulation_steps
+from controlbooth.trainer.config import EngineConfig, OptimizerConfig, RunConfig, gradient_accumulation_steps
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -40,9 +41,25 @@ def cpu_multiplies_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # no public question exists
 
 
-def deepspeed_config(config: RunConfig, precision: str, world_size: int, load_universal: bool) -> dict[str, Any]:
+@dataclass(frozen=True)
+class BatchSizes:
+    """Of one optimizer step: over all ranks, of one forward pass, and how many of these a rank makes."""
+
+    global_batch_size: int
+    micro_batch_size: int
+    accumulation_steps: int
+
+
+def batch_sizes(config: RunConfig, world_size: int) -> BatchSizes:
+    return BatchSizes(
+        config.global_batch_size, config.micro_batch_size, gradient_accumulation_steps(config, world_size)
+    )
+
+
+def deepspeed_config(
+    engine: EngineConfig, sizes: BatchSizes, max_grad_norm: float, precision: str, load_universal: bool
+) -> dict[str, Any]:
     """The JSON tree that deepspeed.initialize takes."""
-    engine = config.engine
     zero: dict[str, Any] = {"stage": engine.zero_stage}
     if engine.zero_stage:
         # Small models: whole buckets, reduced at the end of the backward pass, in the order of the parameters.
@@ -52,10 +69,10 @@ def deepspeed_config(config: RunConfig, precision: str, world_size: int, load_un
     if engine.offload_parameters:
         zero["offload_param"] = {"device": "cpu"}
     tree: dict[str, Any] = {
-        "train_batch_size": config.global_batch_size,
-        "train_micro_batch_size_per_gpu": config.micro_batch_size,
-        "gradient_accumulation_steps": gradient_accumulation_steps(config, world_size),
-        "gradient_clipping": config.optimizer.max_grad_norm,
+        "train_batch_size": sizes.global_batch_size,
+        "train_micro_batch_size_per_gpu": sizes.micro_batch_size,
+        "gradient_accumulation_steps": sizes.accumulation_steps,
+        "gradient_clipping": max_grad_norm,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # PyTorch's AdamW on offloaded states: no compiled op is needed
@@ -73,16 +90,23 @@ def deepspeed_config(config: RunConfig, precision: str, world_size: int, load_un
     return tree
 
 
-def initialize(controlnet: nn.Module, config: RunConfig, precision: str, world_size: int, load_universal: bool) -> Any:
-    """Wraps the ControlNet in a DeepSpeed engine. The process group must have been joined."""
+def initialize(
+    network: nn.Module,
+    engine_config: EngineConfig,
+    optimizer_config: OptimizerConfig,
+    sizes: BatchSizes,
+    precision: str,
+    load_universal: bool,
+) -> Any:
+    """Wraps what is trained, in fp32, in a DeepSpeed engine. The process group must have been joined."""
     import deepspeed  # costs seconds, and `--help` should not pay them
 
     optimizer = torch.optim.AdamW(
-        controlnet.parameters(),
-        lr=config.optimizer.learning_rate,
-        betas=config.optimizer.betas,
-        eps=config.optimizer.epsilon,
-        weight_decay=config.optimizer.weight_decay,
+        network.parameters(),
+        lr=optimizer_config.learning_rate,
+        betas=optimizer_config.betas,
+        eps=optimizer_config.epsilon,
+        weight_decay=optimizer_config.weight_decay,
         fused=True,
     )
     # Compiled at the first start, for a minute, where there is a compiler: gloo does the same everywhere.
@@ -90,9 +114,9 @@ def initialize(controlnet: nn.Module, config: RunConfig, precision: str, world_s
     deepspeed.init_distributed(dist_init_required=False)
     engine: Any
     engine, *_ = deepspeed.initialize(
-        model=controlnet,
+        model=network,
         optimizer=optimizer,
-        config=deepspeed_config(config, precision, world_size, load_universal),
+        config=deepspeed_config(engine_config, sizes, optimizer_config.max_grad_norm, precision, load_universal),
         dist_init_required=False,
     )
     if engine.zero_optimization_stage() == 0 and precision != "fp32":

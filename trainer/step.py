@@ -10,7 +10,7 @@ from torch.profiler import record_function
 from controlbooth.data import draws
 from controlbooth.data.loader import MicroBatch
 from controlbooth.models.base import Base, Encoded
-from controlbooth.models.controlnet import denoise, predict
+from controlbooth.models.controlnet import predict
 from controlbooth.models.families import TextEncoding
 from controlbooth.trainer.encoding import (
     captions_of,
@@ -132,8 +132,8 @@ class SubjectBatch:
 
     latents: Tensor
     """(K * b, C, h, w) float32, sampled from the VAE's posterior and scaled."""
-    text: TextEncoding
-    """K * b rows."""
+    text: TextEncoding | list[str]
+    """K * b rows; prompts where the text encoder learns too."""
     timesteps: Tensor
     """(K * b,) int64. Those of class pictures are drawn independently, arXiv 2208.12242, eq. 2."""
     noise: Tensor
@@ -143,18 +143,25 @@ class SubjectBatch:
 
 
 def dreambooth_step(
-    base: Base, batch: SubjectBatch, subjects: int, prior_loss_weight: float, min_snr_gamma: float | None
+    base: Base,
+    network: Callable[[Tensor, Tensor, TextEncoding | list[str]], Tensor],
+    backward: Callable[[Tensor], None],
+    batch: SubjectBatch,
+    subjects: int,
+    prior_loss_weight: float,
+    min_snr_gamma: float | None,
 ) -> tuple[Tensor, Tensor]:
     """Forward and backward of one step of K subjects. Returns their instance and prior losses, (K,) float32 each.
 
-    base.unet holds the stacked adapters of K subjects, whose gradients this leaves; the optimizer is not moved. What is
-    differentiated is the sum over subjects, so a subject's gradient does not know how many others there are.
+    network(noisy latents, timesteps, text) holds what learns: the stacked adapters of K subjects, or for one subject
+    all layers. `backward` leaves its gradients; the optimizer is not moved. What is differentiated is the sum over
+    subjects, so a subject's gradient does not know how many others there are.
     """
     noisy_latents = base.noise_scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)  # type: ignore[arg-type]
     alphas_cumprod = base.noise_scheduler.alphas_cumprod.to(batch.noise.device)
     target = training_target(base.prediction_type, batch.latents, batch.noise, batch.timesteps, alphas_cumprod)
 
-    prediction = denoise(base.unet, noisy_latents, batch.timesteps, batch.text)  # (K * b, C, h, w)
+    prediction = network(noisy_latents, batch.timesteps, batch.text)  # (K * b, C, h, w)
     errors = squared_error(prediction, target)  # (K * b,)
     if min_snr_gamma is not None:  # by each row's own timestep
         errors = errors * min_snr_weights(base.prediction_type, batch.timesteps, alphas_cumprod, min_snr_gamma)
@@ -164,5 +171,5 @@ def dreambooth_step(
     prior_losses = torch.zeros_like(instance_losses)
     if errors.shape[1] > batch.instance_rows:
         prior_losses = errors[:, batch.instance_rows :].mean(1)
-    (instance_losses + prior_loss_weight * prior_losses).sum().backward()
+    backward((instance_losses + prior_loss_weight * prior_losses).sum())
     return instance_losses.detach(), prior_losses.detach()

@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from controlbooth.trainer.config import (
     ConfigError,
+    EngineConfig,
     Section,
     TrackingConfig,
     explain_errors,
@@ -84,12 +85,21 @@ class SubjectRunConfig(Section):
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Of the frozen base; adapters and their optimizer are fp32."""
     resolution: int = Field(default=512, gt=0, multiple_of=8)
+    method: Literal["lora", "full"] = "lora"
+    """`lora` trains adapters of many subjects in one batch. `full` trains all layers of the U-Net, one subject after
+    another, with all ranks and ZeRO on each, as the paper does."""
+    train_text_encoder: bool = False
+    """Of `full`: train the text encoder too."""
+    engine: EngineConfig = EngineConfig()
+    """Of `full`: ZeRO stage and offload. `precision` is that of the run, above it."""
     subjects_per_batch: int = Field(default=8, gt=0)
-    """Subjects that one process trains together."""
+    """Of `lora`: subjects that one process trains together."""
     instance_batch_size: int = Field(default=1, gt=0)
-    """Pictures of a subject in each step; as many of its class come besides, where prior.weight is not 0."""
+    """Pictures of a subject in each step; as many of its class come besides, where prior.weight is not 0. With `full`
+    the ranks share them, so their number is a multiple of the ranks'."""
     steps: int = Field(default=800, gt=0)
-    learning_rate: float = Field(default=1e-4, gt=0.0)
+    learning_rate: float | None = Field(default=None, gt=0.0)
+    """Default: 1e-4 for adapters, and the paper's 5e-6 for all layers."""
     weight_decay: float = Field(default=1e-2, ge=0.0)
     max_grad_norm: float = Field(default=1.0, gt=0.0)
     min_snr_gamma: float | None = Field(default=None, gt=0.0)
@@ -104,8 +114,18 @@ class SubjectRunConfig(Section):
     checkpoint_every_steps: int = Field(default=200, gt=0)
     tracking: TrackingConfig = TrackingConfig()
 
+    @property
+    def default_learning_rate(self) -> float:
+        return self.learning_rate or {"lora": 1e-4, "full": 5e-6}[self.method]
+
     @model_validator(mode="after")
     def _consistent(self) -> "SubjectRunConfig":
+        if self.train_text_encoder and self.method == "lora":
+            raise ValueError("train_text_encoder=true needs method=full: adapters are those of the U-Net")
+        if self.method == "lora" and self.engine != EngineConfig():
+            raise ValueError("engine is for method=full: adapters of a subject are trained by one rank alone")
+        if self.engine.precision != "auto":
+            raise ValueError(f"engine.precision={self.engine.precision} is set as `precision` in a run of subjects")
         for field, template in (("instance_prompt", self.instance_prompt), ("class_prompt", self.class_prompt)):
             try:
                 template.format(identifier="x", class_noun="y")
@@ -199,7 +219,7 @@ def settle(subjects: Sequence[Subject], config: SubjectRunConfig) -> tuple[list[
                 instance_prompt=(subject.instance_prompt or config.instance_prompt).format(**words),
                 class_prompt=(subject.class_prompt or config.class_prompt).format(**words),
                 steps=subject.steps or config.steps,
-                learning_rate=subject.learning_rate or config.learning_rate,
+                learning_rate=subject.learning_rate or config.default_learning_rate,
                 rank=subject.rank or config.adapter.rank,
             )
         )

@@ -323,7 +323,10 @@ def build(config: RunConfig, world: World, folder: Path, latest: Path | None) ->
         checkpoints.check_same_run(saved, identity, latest)
         universal = checkpoints.needs_universal(saved, world.world_size)
     report = parameter_report(controlnet)
-    engine = engines.initialize(controlnet.to(world.device), config, precision, world.world_size, universal)
+    sizes = engines.batch_sizes(config, world.world_size)
+    engine = engines.initialize(
+        controlnet.to(world.device), config.engine, config.optimizer, sizes, precision, universal
+    )
 
     average = None if config.optimizer.ema_decay is None else engines.Average(engine, config.optimizer.ema_decay)
     step = 0

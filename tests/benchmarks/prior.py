@@ -54,7 +54,7 @@ def measured(folder: Path, name: str, options: argparse.Namespace) -> dict[str, 
     rows = list(json.loads((folder / name / "measures.json").read_text())["subjects"].values())
     encoder = next(key.removeprefix("pres_") for key in rows[0] if key.startswith("pres_"))
     keys = {"subject": encoder, "judge_background": "judge_background", "pres": f"pres_{encoder}"}
-    keys["div"] = next(key for key in rows[0] if key.startswith("div"))
+    keys["div"] = next(key for key in rows[0] if key.startswith("feature_distance"))
     return {figure: np.array([row[key] for row in rows]) for figure, key in keys.items()}
 
 

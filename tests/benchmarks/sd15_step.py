@@ -84,7 +84,9 @@ def main() -> None:
         name="sd15", max_steps=1, global_batch_size=world.world_size, micro_batch_size=1,
         model=dict(base="random"), data=dict(shards="none", condition="edges"),
     )  # fmt: skip
-    engine = engines.initialize(controlnet.float(), build_config(tree), options.precision, world.world_size, False)
+    config = build_config(tree)
+    sizes = engines.batch_sizes(config, world.world_size)
+    engine = engines.initialize(controlnet.float(), config.engine, config.optimizer, sizes, options.precision, False)
     before = {name: parameter.detach().float().sum().item() for name, parameter in engine.module.named_parameters()}
     started = time.perf_counter()
     with torch.no_grad():

@@ -21,6 +21,7 @@ from controlbooth.data import scenes
 from controlbooth.models.adapters import ATTENTION, attach_adapters, load_subject
 from controlbooth.models.pretrained import load_base
 from controlbooth.models.sampling import initial_noise, sample
+from controlbooth.trainer.export_subject import main as export_main
 
 NAMES = [f"subject-{number}" for number in range(6)]
 
@@ -175,6 +176,30 @@ def test_a_subject_that_cannot_be_trained_says_why_and_the_others_finish(studio,
             told[name]
         )
     assert "2 subjects finished, 6 failed" in output
+
+
+@pytest.mark.parametrize("layers", ["attention", "attention+convolutions"])
+def test_an_export_by_kohyas_names_draws_the_same_picture_in_diffusers(studio, layers, tmp_path):
+    name = f"kohya-{len(layers)}"
+    path = run_file(studio, name, adapter=dict(layers=layers, rank=4), steps=4, learning_rate=1e-1)
+    rows = yaml.safe_load((studio / "subjects.yaml").read_text())[:1]
+    (studio / "one.yaml").write_text(yaml.safe_dump(rows))
+    finish(start(studio, path, subjects="one.yaml"))
+    pictures = []
+    for kind in ("diffusers", "kohya"):
+        out = tmp_path / f"{kind}.safetensors"
+        assert export_main([str(studio / "runs" / name), NAMES[0], str(out), "--format", kind]) == 0
+        pipeline = StableDiffusionPipeline.from_pretrained(studio / "base", safety_checker=None)
+        noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        arguments = dict(num_inference_steps=2, output_type="np", latents=noise)
+        plain = pipeline("a red star", **arguments).images
+        pipeline.load_lora_weights(tmp_path, weight_name=out.name)
+        pictures.append(pipeline("a red star", **arguments).images)
+    assert np.abs(pictures[0] - pictures[1]).max() < 1e-5 and np.abs(pictures[0] - plain).max() > 1e-2
+    with pytest.raises(ValueError, match="is there already; --force"):
+        export_main([str(studio / "runs" / name), NAMES[0], str(out)])
+    with pytest.raises(ValueError, match="has no subject 'rex'; it has subject-0"):
+        export_main([str(studio / "runs" / name), "rex", str(tmp_path / "x.safetensors")])
 
 
 def test_what_is_exported_draws_the_same_picture_in_diffusers_own_pipeline(studio, whole):

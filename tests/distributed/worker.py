@@ -191,7 +191,8 @@ def engine_of(tree: dict, stage: int, precision: str, world: World):
     torch.manual_seed(0)
     network = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.SiLU(), torch.nn.Linear(32, 8))
     config = build_config(tree | {"engine": dict(zero_stage=stage, precision=precision)})
-    return engines.initialize(network, config, precision, world.world_size, load_universal=False)
+    sizes = engines.batch_sizes(config, world.world_size)
+    return engines.initialize(network, config.engine, config.optimizer, sizes, precision, load_universal=False)
 
 
 def main() -> None:

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from controlbooth.trainer.config import OptimizerConfig, build_config
-from controlbooth.trainer.engine import deepspeed_config, learning_rate, resolve_precision
+from controlbooth.trainer.engine import batch_sizes, deepspeed_config, learning_rate, resolve_precision
 
 
 def config(**changes):
@@ -11,6 +11,11 @@ def config(**changes):
         model=dict(base="b"), data=dict(shards="s", condition="edges"),
     )  # fmt: skip
     return build_config(tree | changes)
+
+
+def settings(run, world_size):
+    sizes = batch_sizes(run, world_size)
+    return deepspeed_config(run.engine, sizes, run.optimizer.max_grad_norm, "bf16", load_universal=False)
 
 
 def test_learning_rate_warms_up_and_ends_at_zero():
@@ -24,7 +29,7 @@ def test_learning_rate_warms_up_and_ends_at_zero():
 
 
 def test_batch_arithmetic_reaches_deepspeed():
-    tree = deepspeed_config(config(), "bf16", world_size=2, load_universal=False)
+    tree = settings(config(), world_size=2)
     assert tree["train_batch_size"] == 8
     assert tree["train_micro_batch_size_per_gpu"] == 2
     assert tree["gradient_accumulation_steps"] == 2
@@ -34,14 +39,14 @@ def test_batch_arithmetic_reaches_deepspeed():
 
 def test_offload_reaches_deepspeed_without_its_compiled_optimizer():
     offloaded = config(engine=dict(zero_stage=3, offload_optimizer=True, offload_parameters=True))
-    tree = deepspeed_config(offloaded, "bf16", world_size=1, load_universal=False)
+    tree = settings(offloaded, world_size=1)
     assert tree["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}
     assert tree["zero_optimization"]["offload_param"] == {"device": "cpu"}
     assert tree["zero_force_ds_cpu_optimizer"] is False
 
 
 def test_half_precision_gradients_are_added_up_in_fp32_over_micro_batches_and_ranks():
-    tree = deepspeed_config(config(), "bf16", world_size=2, load_universal=False)
+    tree = settings(config(), world_size=2)
     assert tree["data_types"] == {"grad_accum_dtype": "fp32"} and tree["communication_data_type"] == "fp32"
 
 

@@ -365,7 +365,8 @@ def trained(base_folder, tmp_path_factory):
 
     from controlbooth.models.adapters import ATTENTION, attach_adapters, reset_subject, subject_weights
     from controlbooth.models.pretrained import load_base
-    from controlbooth.trainer.dreambooth import LORA_FILE, save_lora, write_status
+    from controlbooth.trainer.dreambooth import LORA_FILE, save_lora
+    from controlbooth.trainer.studio import write_status
     from controlbooth.trainer.subjects import load_run, write_record
 
     root = tmp_path_factory.mktemp("runs")

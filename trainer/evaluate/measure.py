@@ -21,6 +21,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 import torch
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ from controlbooth.models.pretrained import load_base
 from controlbooth.models.sampling import sample
 from controlbooth.trainer.config import ConfigError, base_folder
 from controlbooth.trainer.distributed import World, gather_objects, join, leave
-from controlbooth.trainer.dreambooth import LAYERS, LORA_FILE, SubjectError, read_picture, status_of
+from controlbooth.trainer.dreambooth import LAYERS, LORA_FILE
 from controlbooth.trainer.engine import DTYPES, resolve_precision
 from controlbooth.trainer.evaluate.encoders import KINDS, Encoders, open_encoders
 from controlbooth.trainer.evaluate.grids import draw_grid
@@ -45,7 +46,9 @@ from controlbooth.trainer.evaluate.subjects import (
     separation,
     similarity,
 )
+from controlbooth.trainer.full import PIPELINE, base_of_subject
 from controlbooth.trainer.prior import DRAWN_AT_ONCE
+from controlbooth.trainer.studio import SubjectError, read_picture, status_of
 from controlbooth.trainer.subjects import SubjectRunConfig, Task, find_images, read_record
 from controlbooth.trainer.tracking import Tracker
 from controlbooth.trainer.train import only_run, quiet_libraries
@@ -193,9 +196,10 @@ def pictures_folder(run: Path, task: Task) -> Path:
 def forget_others(run: Path, config: SubjectRunConfig, base: Base, task: Task) -> None:
     """Deletes pictures that were drawn by other weights or otherwise; those of this LoRA are kept."""
     folder = pictures_folder(run, task)
-    lora = hashlib.sha256((run / "subjects" / task.name / LORA_FILE).read_bytes()).hexdigest()
+    own = run / "subjects" / task.name
+    trained = own / LORA_FILE if config.method == "lora" else own / PIPELINE / "unet" / SAFETENSORS_WEIGHTS_NAME
     now = dict(
-        lora=lora,
+        weights=hashlib.sha256(trained.read_bytes()).hexdigest(),
         base=base.digest,
         dtype=str(base.dtype),
         sampling_steps=config.prior.sampling_steps,
@@ -229,6 +233,9 @@ def draw(
     tasks = [task for task in tasks if missing[task.name]]
     if not tasks:
         return
+    if config.method == "full":
+        draw_full(run, config, base, tasks, missing, world)
+        return
     branches = 2 if config.prior.guidance_scale > 1 else 1
     adapters = attach_adapters(base.unet, LAYERS[config.adapter.layers], subjects=0, rank=1)
     total = sum(len(missing[task.name]) for task in tasks)
@@ -258,6 +265,36 @@ def draw(
                 if not row.path.exists():
                     save_picture(row.path, picture)
                     bar.update()
+    bar.close()
+
+
+def draw_full(
+    run: Path,
+    config: SubjectRunConfig,
+    base: Base,
+    tasks: Sequence[Task],
+    missing: dict[str, list[Drawing]],
+    world: World,
+) -> None:
+    """The same of subjects that each have networks of their own."""
+    total = sum(len(missing[task.name]) for task in tasks)
+    bar = tqdm(total=total, desc="drawing", unit="picture", disable=world.rank > 0, dynamic_ncols=True)
+    for task in tasks:
+        own = base_of_subject(config, base, run / "subjects" / task.name / PIPELINE)
+        for start in range(0, len(missing[task.name]), DRAWN_AT_ONCE):
+            rows = missing[task.name][start : start + DRAWN_AT_ONCE]
+            pictures = sample(
+                own,
+                None,
+                [row.prompt for row in rows],
+                None,
+                seeds=[row.seed for row in rows],
+                steps=config.prior.sampling_steps,
+                guidance_scale=config.prior.guidance_scale,
+            )
+            for row, picture in zip(rows, pictures.numpy(), strict=True):
+                save_picture(row.path, picture)
+                bar.update()
     bar.close()
 
 

@@ -1,0 +1,122 @@
+"""All layers of a tiny base trained on subjects, by ranks of torchrun with ZeRO."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from safetensors.numpy import load_file
+from test_dreambooth import finish, kill, run_file, start, states, studio  # noqa: F401, a fixture
+
+from controlbooth.models.pretrained import load_base
+from controlbooth.models.sampling import initial_noise, sample
+from controlbooth.trainer.evaluate import measure
+
+SETTINGS = dict(
+    method="full",
+    instance_batch_size=2,
+    steps=6,
+    learning_rate=1e-3,
+    checkpoint_every_steps=2,
+    engine=dict(zero_stage=2),
+)
+
+
+@pytest.fixture(scope="module")
+def two(studio):  # noqa: F811
+    """A manifest of the first two subjects."""
+    (studio / "two.yaml").write_text(yaml.safe_dump(yaml.safe_load((studio / "subjects.yaml").read_text())[:2]))
+    return studio
+
+
+@pytest.fixture(scope="module")
+def whole(two):
+    """Both subjects on two ranks, undisturbed."""
+    finish(start(two, run_file(two, "full", **SETTINGS), processes=2, subjects="two.yaml"))
+    return "full"
+
+
+def pipeline_of(folder, run, number=0):
+    return folder / "runs" / run / "subjects" / f"subject-{number}" / "pipeline"
+
+
+def unet(folder, run, number=0):
+    return load_file(pipeline_of(folder, run, number) / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def largest(one, other):
+    assert one.keys() == other.keys()
+    return max(float(np.abs(one[name] - other[name]).max()) for name in one)
+
+
+def test_every_layer_of_the_unet_moves_and_subjects_begin_with_the_base(two, whole):
+    base = load_file(two / "base" / "unet" / "diffusion_pytorch_model.safetensors")
+    for number in range(2):
+        ours = unet(two, whole, number)
+        assert all((ours[name] != base[name]).any() for name in base)
+    assert largest(unet(two, whole, 0), unet(two, whole, 1)) > 1e-3
+    assert all(one["state"] == "finished" and one["step"] == 6 for one in states(two, whole).values())
+    assert not list((two / "runs" / whole / "subjects").glob("*/checkpoints"))
+
+
+def test_one_rank_ends_with_the_weights_of_two(two, whole):
+    finish(start(two, run_file(two, "full-one", **SETTINGS), subjects="two.yaml"))
+    assert largest(unet(two, "full-one"), unet(two, whole)) < 2e-5
+
+
+def test_a_killed_run_ends_with_bitwise_the_same_weights(two, whole):
+    path = run_file(two, "full-killed", **SETTINGS)
+    process = start(two, path, processes=2, subjects="two.yaml")
+    second = two / "runs" / "full-killed" / "subjects" / "subject-1" / "checkpoints"
+    deadline = time.monotonic() + 200
+    while not list(second.glob("step-*")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.005)
+    kill(process)
+    finish(start(two, path, processes=2, subjects="two.yaml"))
+    assert all(largest(unet(two, "full-killed", n), unet(two, whole, n)) == 0.0 for n in range(2))
+
+
+def test_the_text_encoder_learns_where_it_is_asked_to(two, whole):
+    path = run_file(two, "full-text", **SETTINGS | dict(train_text_encoder=True, prior=dict(weight=0.0)))
+    finish(start(two, path, processes=2, subjects="two.yaml"))
+    base, ours = (
+        load_file(f / "text_encoder" / "model.safetensors") for f in (two / "base", pipeline_of(two, "full-text"))
+    )
+    assert sum((ours[name] != base[name]).any() for name in base if "position_ids" not in name) > len(base) / 2
+    untouched = load_file(pipeline_of(two, whole) / "text_encoder" / "model.safetensors")
+    assert largest(untouched, base) == 0.0
+
+
+def test_the_pipeline_that_is_written_is_one_that_diffusers_reads(two, whole):
+    folder = pipeline_of(two, whole)
+    ours = load_base(folder, "auto", torch.float32, torch.device("cpu"))
+    made = sample(ours, None, ["a red star"], None, seeds=[3], steps=4, guidance_scale=2.0)
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    theirs = pipeline(
+        "a red star", num_inference_steps=4, guidance_scale=2.0, output_type="np",
+        latents=initial_noise(ours, [3], 64, 64),
+    ).images  # fmt: skip
+    assert np.abs(np.round(theirs * 255) - made.numpy()).max() <= 1
+
+
+def test_what_was_trained_can_be_measured(two, whole, capsys):
+    run = two / "runs" / whole
+    assert measure.main([str(run), "--prompts", "2", "--images", "2"]) == 0
+    assert "2 subjects, 2 prompts x 2 images" in capsys.readouterr().out
+    figures = json.loads((run / "measures.json").read_text())
+    assert figures["subjects"].keys() == {"subject-0", "subject-1"}
+    drawn = sorted((run / "subjects" / "subject-0" / "pictures").glob("*.png"))
+    assert len(drawn) == 2 * 2 + 2
+    other = run / "subjects" / "subject-1" / "pictures" / drawn[0].name
+    assert drawn[0].read_bytes() != other.read_bytes()
+
+
+def test_pictures_that_ranks_cannot_share_are_refused(two):
+    path = run_file(two, "full-odd", **SETTINGS | dict(instance_batch_size=1))
+    output = finish(start(two, path, processes=2, subjects="two.yaml"), status=1)
+    assert "instance_batch_size=1 cannot be shared by 2 ranks" in output and "Set it to 2 or a multiple" in output

@@ -1,0 +1,83 @@
+"""`controlbooth dreambooth export`: a trained subject as one file, by the names that a program reads."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from controlbooth.models.pretrained import load_tokenizers
+from controlbooth.trainer.config import ConfigError, base_folder
+from controlbooth.trainer.dreambooth import LORA_FILE
+from controlbooth.trainer.studio import status_of
+from controlbooth.trainer.subjects import read_record
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="controlbooth dreambooth export",
+        description="Write the LoRA of a trained subject: `diffusers` for load_lora_weights, `kohya` with the names of "
+        "kohya's scripts (lora_unet_..., with alphas), which the common image UIs read.",
+        epilog="""examples:
+  controlbooth dreambooth export runs/pets rex rex.safetensors --format kohya
+  controlbooth dreambooth export runs/pets rex rex.safetensors""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a run of subjects")
+    parser.add_argument("subject", metavar="NAME")
+    parser.add_argument("out", type=Path, metavar="OUT.safetensors")
+    parser.add_argument("--format", choices=("diffusers", "kohya"), default="diffusers", help="(default: diffusers)")
+    parser.add_argument("--force", action="store_true", help="write over a file that is there")
+    options = parser.parse_args(arguments)
+    config, tasks = read_record(options.run)
+    task = next((task for task in tasks if task.name == options.subject), None)
+    if task is None:
+        raise ConfigError(
+            f"{options.run} has no subject {options.subject!r}; it has {', '.join(t.name for t in tasks)}"
+        )
+    if (state := status_of(options.run, task.name).get("state", "waiting")) != "finished":
+        raise ConfigError(f"{task.name} is {state}, and has nothing to export before it is finished")
+    if config.method == "full":
+        raise ConfigError(
+            f"{task.name} was trained with method=full, which leaves a whole pipeline and no LoRA: "
+            f"{options.run / 'subjects' / task.name / 'pipeline'}"
+        )
+    if options.out.suffix != ".safetensors":
+        raise ConfigError(f"{options.out} must end in .safetensors")
+    if options.out.exists() and not options.force:
+        raise ConfigError(f"{options.out} is there already; --force writes over it")
+    weights = load_file(options.run / "subjects" / task.name / LORA_FILE)
+    metadata = {"format": "pt", "prompt": task.instance_prompt, "base_model": config.model.base}
+    if options.format == "kohya":
+        if len(load_tokenizers(base_folder(config.model.base))) > 1:
+            raise ConfigError(
+                "kohya's files for Stable Diffusion XL name layers as the original code does, which is not written "
+                "here: use --format diffusers, which diffusers and most UIs read too"
+            )
+        weights = kohya_names(weights)
+        metadata |= {"ss_network_module": "networks.lora", "ss_network_dim": str(task.rank)}
+        metadata |= {"ss_network_alpha": str(task.rank)}
+    temporary = options.out.with_suffix(".partial")
+    save_file(weights, temporary, metadata=metadata)
+    temporary.replace(options.out)
+    print(f"{options.out}: {task.name}, {options.format}; prompt it with {task.instance_prompt!r}")
+    return 0
+
+
+def kohya_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """peft's names (unet.a.b.lora_A.weight) -> kohya's (lora_unet_a_b.lora_down.weight), with alpha = rank.
+
+    kohya's scripts scale by alpha / rank, and ours does not scale, so alpha is the rank.
+    """
+    renamed = {}
+    for name, tensor in weights.items():
+        layer, _, side = name.removeprefix("unet.").partition(".lora_")
+        key = f"lora_unet_{layer.replace('.', '_')}"
+        if side == "A.weight":
+            renamed[f"{key}.lora_down.weight"] = tensor
+            renamed[f"{key}.alpha"] = torch.tensor(float(len(tensor)))
+        else:
+            renamed[f"{key}.lora_up.weight"] = tensor
+    return renamed

@@ -1,0 +1,286 @@
+"""DreamBooth as the paper has it (arXiv 2208.12242): all layers of the U-Net, and the text encoder where that is asked.
+
+Subjects come one after another, each from the base's own weights, and all ranks train the same one under ZeRO. What a
+step holds is drawn from (the subject's seed, the step), as with adapters, and dealt out to the ranks.
+
+    RUN/subjects/NAME/pipeline/      StableDiffusionPipeline.from_pretrained reads it: what was trained, the rest copied
+                      checkpoints/   while it trains
+"""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from controlbooth.models.attention import AttentionChoice, apply_attention
+from controlbooth.models.base import Base
+from controlbooth.models.controlnet import denoise
+from controlbooth.models.families import TextEncoding, encode_prompts
+from controlbooth.models.pretrained import load_base
+from controlbooth.trainer import checkpoint as checkpoints
+from controlbooth.trainer import engine as engines
+from controlbooth.trainer.config import ConfigError, OptimizerConfig, base_folder
+from controlbooth.trainer.distributed import World, barrier, gather_objects
+from controlbooth.trainer.step import SubjectBatch, dreambooth_step
+from controlbooth.trainer.studio import (
+    MOST_SKIPPED,
+    SubjectError,
+    Training,
+    begin_training,
+    make_batch,
+    write_status,
+)
+from controlbooth.trainer.subjects import SubjectRunConfig, Task
+from controlbooth.trainer.train import StopRequest
+
+PIPELINE = "pipeline"
+WEIGHTS = "network"
+
+
+class FullNetwork(nn.Module):
+    """What is trained: the U-Net of a base, and its text encoders where they learn too."""
+
+    def __init__(self, base: Base, train_text_encoder: bool, picture_size: tuple[int, int]):
+        super().__init__()
+        self.unet = base.unet
+        self.text_encoders = nn.ModuleList(base.text_encoders if train_text_encoder else ())
+        self.base, self.picture_size = base, picture_size
+        self.requires_grad_(True)
+
+    def forward(self, noisy_latents: Tensor, timesteps: Tensor, text: TextEncoding | list[str]) -> Tensor:
+        if isinstance(text, list):
+            text = encode_prompts(self.base, text, picture_size=self.picture_size)
+        return denoise(self.base.unet, noisy_latents, timesteps, text)
+
+
+@dataclass
+class FullTraining:
+    """A subject that all ranks train."""
+
+    task: Task
+    base: Base
+    """Its own, whose U-Net learns."""
+    engine: Any
+    step: int = 0
+
+
+def check_full(config: SubjectRunConfig, world_size: int) -> None:
+    """Raises ConfigError where the ranks cannot share a step's pictures."""
+    if config.instance_batch_size % world_size:
+        raise ConfigError(
+            f"instance_batch_size={config.instance_batch_size} cannot be shared by {world_size} ranks, which all train "
+            f"the same subject with method=full. Set it to {world_size} or a multiple, or start fewer ranks"
+        )
+    if not base_folder(config.model.base).is_dir():
+        raise ConfigError(
+            f"method=full writes a pipeline, for which the rest is copied from the base, and {config.model.base} is a "
+            "single file. Give a diffusers folder"
+        )
+
+
+def begin_full(
+    config: SubjectRunConfig, task: Task, attention: AttentionChoice, precision: str, folder: Path, world: World
+) -> FullTraining:
+    """The base's own weights, or those of the subject's latest checkpoint."""
+    base = load_base(base_folder(config.model.base), config.model.family, torch.float32, world.device)
+    apply_attention(base.unet, attention)
+    if config.model.gradient_checkpointing:
+        base.unet.enable_gradient_checkpointing()
+        base.unet.train()
+    network = FullNetwork(base, config.train_text_encoder, (config.resolution, config.resolution))
+    share = config.instance_batch_size // world.world_size
+    run = folder / "subjects" / task.name
+    latest = checkpoints.latest_checkpoint(run, world)
+    saved = None if latest is None else checkpoints.read_state(latest)
+    settings = optimizer_settings(config, task)
+    engine = engines.initialize(
+        network,
+        config.engine,
+        settings,
+        engines.BatchSizes(config.instance_batch_size, share, 1),
+        precision,
+        load_universal=saved is not None and checkpoints.needs_universal(saved, world.world_size),
+    )
+    training = FullTraining(task, base, engine)
+    if saved is not None and latest is not None:
+        now = identity(config, task, precision, base)
+        if changed := [name for name, value in now.items() if saved[name] != value]:
+            raise ConfigError(
+                f"{latest} was saved with {changed[0]}={saved[changed[0]]!r}, and the run has {now[changed[0]]!r}. Set "
+                f"it back, or delete {run} to begin this subject anew"
+            )
+        checkpoints.load_checkpoint(engine, latest, None, world)
+        engines.apply_settings(engine, settings, world.device)
+        training.step = saved["step"]
+    return training
+
+
+def optimizer_settings(config: SubjectRunConfig, task: Task) -> OptimizerConfig:
+    return OptimizerConfig(
+        learning_rate=task.learning_rate, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm
+    )
+
+
+def identity(config: SubjectRunConfig, task: Task, precision: str, base: Base) -> dict[str, Any]:
+    """What a checkpoint of a subject must agree with."""
+    return dict(
+        zero_stage=config.engine.zero_stage,
+        precision=precision,
+        base_digest=base.digest,
+        train_text_encoder=config.train_text_encoder,
+        prompt=task.instance_prompt,
+    )
+
+
+def step_full(config: SubjectRunConfig, training: FullTraining, batch: SubjectBatch) -> tuple[float, float, bool]:
+    """One optimizer step. batch: this rank's SubjectBatch of one subject. -> losses, and whether it was skipped."""
+    network: Any = training.engine
+    instance, prior = dreambooth_step(
+        training.base,
+        network,
+        lambda loss: engines.accumulate(training.engine, loss),
+        batch,
+        1,
+        config.prior.weight,
+        config.min_snr_gamma,
+    )
+    _, skipped = engines.apply_gradients(training.engine, training.task.learning_rate)
+    training.step += 1
+    return float(instance), float(prior), skipped
+
+
+def save_full(config: SubjectRunConfig, training: FullTraining, precision: str, folder: Path, world: World) -> None:
+    """A checkpoint of the subject, and none older. Every rank calls this."""
+    run = folder / "subjects" / training.task.name
+    state = identity(config, training.task, precision, training.base) | dict(
+        step=training.step, world_size=world.world_size, metrics={}
+    )
+    checkpoints.save_checkpoint(
+        training.engine,
+        run,
+        state,
+        yaml.safe_dump(config.model_dump(mode="json")),
+        None,
+        world,
+        WEIGHTS,
+        write_weights,
+    )
+    if world.rank == 0:
+        checkpoints.prune(run, keep=1, keep_best=0)
+    barrier()
+
+
+def write_weights(engine: Any, weights: dict[str, Tensor], folder: Path) -> None:
+    folder.mkdir()
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "weights.safetensors")
+
+
+def finish_full(config: SubjectRunConfig, training: FullTraining, folder: Path, world: World) -> None:
+    """Writes the pipeline from the last checkpoint, whole or not at all, and deletes that."""
+    run = folder / "subjects" / training.task.name
+    if world.rank == 0:
+        latest = checkpoints.complete_checkpoints(run)[-1]
+        weights = load_file(latest / WEIGHTS / "weights.safetensors")
+        partial = run / f".{PIPELINE}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(base_folder(config.model.base), partial, ignore=shutil.ignore_patterns("*.md", ".*"))
+        names = {"unet": "unet.", "text_encoder": "text_encoders.0.", "text_encoder_2": "text_encoders.1."}
+        fresh = load_base(base_folder(config.model.base), config.model.family, torch.float32, torch.device("cpu"))
+        modules = dict(zip(names, (fresh.unet, *fresh.text_encoders), strict=False))
+        for part, prefix in names.items():
+            own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+            if own:
+                module: Any = modules[part]
+                module.load_state_dict(own)
+                shutil.rmtree(partial / part)
+                module.save_pretrained(partial / part)
+        shutil.rmtree(run / PIPELINE, ignore_errors=True)
+        partial.rename(run / PIPELINE)
+        shutil.rmtree(run / "checkpoints")
+    barrier()
+
+
+def base_of_subject(config: SubjectRunConfig, base: Base, pipeline: Path) -> Base:
+    """The trained networks of a finished subject, with the rest of `base`."""
+    own = load_base(pipeline, config.model.family, base.dtype, base.device)
+    return replace(base, unet=own.unet, text_encoders=own.text_encoders, _empty=None)
+
+
+def train_fully(
+    config: SubjectRunConfig,
+    base: Base,
+    tasks: Sequence[Task],
+    attention: AttentionChoice,
+    precision: str,
+    folder: Path,
+    world: World,
+    stop: StopRequest,
+) -> bool:
+    """Trains these subjects, one after another; -> whether it was stopped.
+
+    base: the frozen one, which encodes pictures, and prompts where the text encoder does not learn.
+    """
+    bar = tqdm(total=sum(task.steps for task in tasks), unit="step", desc="subjects", disable=world.rank > 0)
+    status = write_status if world.rank == 0 else _no_status
+    for task in tasks:
+        try:
+            pictures = begin_training(config, base, task)
+        except SubjectError as error:  # the same pictures, so the same error, on every rank
+            status(folder, task.name, state="failed", error=str(error))
+            bar.update(task.steps)
+            continue
+        training = begin_full(config, task, attention, precision, folder, world)
+        status(folder, task.name, state="training", step=training.step, steps=task.steps)
+        bar.update(training.step)
+        skipped_in_a_row, stopped = 0, False
+        while training.step < task.steps and skipped_in_a_row <= MOST_SKIPPED and not stopped:
+            pictures.step = training.step
+            batch = batch_of_rank(config, base, pictures, world)
+            loss, prior_loss, skipped = step_full(config, training, batch)
+            skipped_in_a_row = skipped_in_a_row + 1 if skipped else 0
+            bar.update()
+            bar.set_postfix(subject=task.name, loss=f"{loss:.4f}", prior=f"{prior_loss:.4f}", refresh=False)
+            stopped = any(gather_objects(stop.requested, world))
+            due = training.step == task.steps or training.step % config.checkpoint_every_steps == 0
+            if (stopped or due) and not skipped_in_a_row:
+                save_full(config, training, precision, folder, world)
+        if skipped_in_a_row > MOST_SKIPPED:
+            error = (
+                f"{skipped_in_a_row} updates in a row had no finite gradient, up to step {training.step}. Lower its "
+                f"learning_rate={task.learning_rate:g}, or look at its pictures"
+            )
+            status(folder, task.name, state="failed", step=training.step, error=error)
+        elif training.step == task.steps:
+            finish_full(config, training, folder, world)
+            status(folder, task.name, state="finished", step=training.step, prompt=task.instance_prompt)
+        training.engine.destroy()
+        if stopped:
+            break
+    bar.close()
+    return stop_everywhere(stop, world)
+
+
+def batch_of_rank(config: SubjectRunConfig, base: Base, pictures: Training, world: World) -> SubjectBatch:
+    """This rank's share of a step."""
+    share = config.instance_batch_size // world.world_size
+    batch = make_batch(config, base, [pictures], slice(world.rank * share, (world.rank + 1) * share))
+    if not config.train_text_encoder:
+        return batch
+    prompts = [pictures.task.instance_prompt] * share
+    prompts += [pictures.task.class_prompt] * (len(batch.latents) - share)
+    return replace(batch, text=prompts)
+
+
+def stop_everywhere(stop: StopRequest, world: World) -> bool:
+    return any(gather_objects(stop.requested, world))
+
+
+def _no_status(folder: Path, name: str, **fields: object) -> None:
+    """Of ranks that leave it to the first."""
