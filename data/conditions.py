@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 
 from controlbooth.data.draws import hash64, random_bits
-from controlbooth.data.sidecar import COMPUTED
+from controlbooth.data.kinds import computed_kind
 
 
 def canny(image: np.ndarray, sample_hash: int = 0, low: int = 100, high: int = 200) -> np.ndarray:
@@ -132,12 +132,5 @@ def computed_function(kind: str | None) -> Callable[..., np.ndarray] | None:
 
     Raises ValueError for one that cannot be computed while a run is loading.
     """
-    if kind is None or not kind.startswith(COMPUTED):
-        return None
-    name = kind.removeprefix(COMPUTED)
-    if name not in CONDITIONS:
-        raise ValueError(
-            f"condition {kind!r}: {name!r} cannot be computed at loading time; these can: {', '.join(CONDITIONS)}. "
-            "Conditions that networks make are written into shards by `controlbooth data annotate`"
-        )
-    return CONDITIONS[name]
+    name = computed_kind(kind)
+    return None if name is None else CONDITIONS[name]

@@ -20,13 +20,12 @@ from braceexpand import braceexpand
 
 from controlbooth.data import storage
 from controlbooth.data.index import STRUCTURAL, ensure_indexes
+from controlbooth.data.kinds import COMPUTED, stored_kind
 from controlbooth.data.sidecar import (
-    COMPUTED,
     ShardIndex,
     index_path,
     load_index,
     read_digest,
-    stored_kind,
     write_whole,
 )
 from controlbooth.data.storage import RemoteShard, Shard

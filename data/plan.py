@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from controlbooth.data.buckets import Buckets, bucket_shapes, plan_buckets
+from controlbooth.data.kinds import stored_kind
 from controlbooth.data.manifest import Dataset
 from controlbooth.data.mixture import History, Mixture
-from controlbooth.data.sidecar import stored_kind
 
 STATE_VERSION = 2
 

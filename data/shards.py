@@ -22,8 +22,9 @@ from controlbooth.data.cache import Cache
 from controlbooth.data.decode import BadSample
 from controlbooth.data.draws import hash64
 from controlbooth.data.index import split_name
+from controlbooth.data.kinds import stored_kind
 from controlbooth.data.manifest import Dataset
-from controlbooth.data.sidecar import ShardIndex, index_path, load_index, stored_kind
+from controlbooth.data.sidecar import ShardIndex, index_path, load_index
 from controlbooth.data.tar import TarDamage, first_name
 
 

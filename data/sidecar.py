@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from controlbooth.data.buckets import aspect_bins
+from controlbooth.data.kinds import stored_kind
 from controlbooth.data.storage import RemoteShard, Shard
 
 MAGIC = b"CBINDEX\n"
@@ -52,15 +53,6 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 """Target images, and the order of choice where a sample has several."""
 CAPTION_EXTENSIONS = ("txt", "json")
 _CONDITION = re.compile(rf"(?:cond\.)?([^.]+)\.(?:{'|'.join(IMAGE_EXTENSIONS)})")
-
-
-COMPUTED = "computed:"
-"""Before the kind of a condition that no shard holds: it is made of the target at each presentation."""
-
-
-def stored_kind(kind: str | None) -> str | None:
-    """The kind that shards must hold for a run on this kind of condition: none for a computed one."""
-    return None if kind is not None and kind.startswith(COMPUTED) else kind
 
 
 def condition_kind(extension: str) -> str | None:

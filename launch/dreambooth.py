@@ -10,12 +10,10 @@ from pathlib import Path
 from controlbooth.launch.local import run, this_node
 from controlbooth.launch.preflight import base_problems
 from controlbooth.launch.torchrun import torchrun_command, torchrun_environment
-from controlbooth.models.pretrained import load_tokenizers
-from controlbooth.trainer.config import base_folder
-from controlbooth.trainer.full import check_full
 from controlbooth.trainer.subjects import (
     SubjectRunConfig,
     Task,
+    check_full,
     check_words,
     load_run,
     load_subjects,
@@ -53,7 +51,7 @@ examples:
     tasks, more = settle(subjects, config)
     if problems := list(base_problems(config.model.base, config.model.family)):
         raise ValueError("; ".join(problems))
-    split, warnings = check_words(tasks, load_tokenizers(base_folder(config.model.base)))
+    split, warnings = check_words(tasks, config.model.base)
     tasks, faults = [task for task in tasks if task.name not in split], faults | more | split
     for name, message in [*faults.items(), *((name, f"warning: {text}") for name, text in warnings.items())]:
         print(f"controlbooth dreambooth run: {name}: {message}", file=sys.stderr)

@@ -14,8 +14,7 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from controlbooth.data.conditions import computed_function
-from controlbooth.data.sidecar import COMPUTED
+from controlbooth.data.kinds import COMPUTED, computed_kind
 
 BUILT_IN = "miniature"
 """As model.base: the base model that is shipped with controlbooth."""
@@ -119,7 +118,7 @@ class DataConfig(Section):
     @field_validator("condition")
     @classmethod
     def _can_be_computed(cls, value: str) -> str:
-        computed_function(value)
+        computed_kind(value)
         return value
 
     @field_validator("resolution")
@@ -225,7 +224,7 @@ class RunConfig(Section):
             )
         if given and any(source.repeat != 1 for source in self.data.sources):
             raise ValueError("data.sources have weights and a repeat: a weight says it all, leave repeat out")
-        if self.data.columns and computed_function(self.data.condition):
+        if self.data.columns and computed_kind(self.data.condition):
             raise ValueError(
                 f"data.condition={self.data.condition} is made of the pictures, which data.columns={self.data.columns} "
                 "stands for: leave data.columns out, or write the condition into shards by `controlbooth data annotate`"

@@ -39,11 +39,11 @@ from controlbooth.models.attention import AttentionChoice, apply_attention, atte
 from controlbooth.models.base import Base
 from controlbooth.models.controlnet import denoise
 from controlbooth.models.families import encode_prompts
-from controlbooth.models.pretrained import load_base, load_tokenizers
+from controlbooth.models.pretrained import load_base
 from controlbooth.trainer.config import ConfigError, base_folder
 from controlbooth.trainer.distributed import World, barrier, gather_objects, join, leave
 from controlbooth.trainer.engine import DTYPES, resolve_precision
-from controlbooth.trainer.full import check_full, train_fully
+from controlbooth.trainer.full import train_fully
 from controlbooth.trainer.step import dreambooth_step
 from controlbooth.trainer.studio import (
     MOST_SKIPPED,
@@ -60,6 +60,7 @@ from controlbooth.trainer.studio import (
 from controlbooth.trainer.subjects import (
     SubjectRunConfig,
     Task,
+    check_full,
     check_words,
     load_run,
     load_subjects,
@@ -102,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load_run(options.run, options.overrides)
         subjects, faults = load_subjects(options.subjects)
         tasks, more = settle(subjects, config)
-        split, _ = check_words(tasks, load_tokenizers(base_folder(config.model.base)))
+        split, _ = check_words(tasks, config.model.base)
         tasks, more = [task for task in tasks if task.name not in split], more | split
         world = join()
         with only_run(config.output / config.name, world):

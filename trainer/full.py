@@ -71,20 +71,6 @@ class FullTraining:
     step: int = 0
 
 
-def check_full(config: SubjectRunConfig, world_size: int) -> None:
-    """Raises ConfigError where the ranks cannot share a step's pictures."""
-    if config.instance_batch_size % world_size:
-        raise ConfigError(
-            f"instance_batch_size={config.instance_batch_size} cannot be shared by {world_size} ranks, which all train "
-            f"the same subject with method=full. Set it to {world_size} or a multiple, or start fewer ranks"
-        )
-    if not base_folder(config.model.base).is_dir():
-        raise ConfigError(
-            f"method=full writes a pipeline, for which the rest is copied from the base, and {config.model.base} is a "
-            "single file. Give a diffusers folder"
-        )
-
-
 def begin_full(
     config: SubjectRunConfig, task: Task, attention: AttentionChoice, precision: str, folder: Path, world: World
 ) -> FullTraining:

@@ -19,6 +19,7 @@ from controlbooth.trainer.config import (
     EngineConfig,
     Section,
     TrackingConfig,
+    base_folder,
     explain_errors,
     read_tree,
 )
@@ -226,12 +227,29 @@ def settle(subjects: Sequence[Subject], config: SubjectRunConfig) -> tuple[list[
     return tasks, faults
 
 
-def check_words(tasks: Sequence[Task], tokenizers: Sequence[Any]) -> tuple[dict[str, str], dict[str, str]]:
+def check_full(config: SubjectRunConfig, world_size: int) -> None:
+    """Raises ConfigError where the ranks cannot share a step's pictures."""
+    if config.instance_batch_size % world_size:
+        raise ConfigError(
+            f"instance_batch_size={config.instance_batch_size} cannot be shared by {world_size} ranks, which all train "
+            f"the same subject with method=full. Set it to {world_size} or a multiple, or start fewer ranks"
+        )
+    if not base_folder(config.model.base).is_dir():
+        raise ConfigError(
+            f"method=full writes a pipeline, for which the rest is copied from the base, and {config.model.base} is a "
+            "single file. Give a diffusers folder"
+        )
+
+
+def check_words(tasks: Sequence[Task], base: str) -> tuple[dict[str, str], dict[str, str]]:
     """What the base makes of the subjects' words, by subject: faults, and what a person should know.
 
     An identifier is one token of every tokenizer: of one that is split, each piece has a meaning of its own. A class
     noun of which hardly two letters stay together is a word that the base has never read, so it has no prior for it.
     """
+    from controlbooth.models.pretrained import load_tokenizers  # takes seconds, and the rest of this file none
+
+    tokenizers = load_tokenizers(base_folder(base))
     faults: dict[str, str] = {}
     warnings: dict[str, str] = {}
     for task in tasks:

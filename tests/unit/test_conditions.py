@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 from controlbooth.data.conditions import CONDITIONS, canny, canny_random, lineart, lines, scribble, soft_edges
+from controlbooth.data.kinds import COMPUTABLE
 from controlbooth.data.scenes import render, scene
 
 PICTURE = render(scene(0, 3), 96).image
@@ -14,6 +15,10 @@ def test_every_condition_has_the_size_of_its_image_and_is_repeatable(kind):
     assert condition.dtype == np.uint8 and condition.shape[:2] == (96, 96) and condition.std() > 0
     assert condition.ndim == 2 or condition.shape[2] == 3
     assert np.array_equal(condition, CONDITIONS[kind](PICTURE.copy()))
+
+
+def test_the_kinds_that_a_configuration_may_name_are_those_that_are_made():
+    assert tuple(CONDITIONS) == COMPUTABLE
 
 
 def test_canny_finds_the_edges_of_the_scene_and_nothing_on_a_plain_image():

@@ -64,9 +64,8 @@ def task(name, identifier, class_noun, prompt="a {} {}"):
 
 
 def test_split_identifiers_are_faults_and_unknown_nouns_are_told():
-    tokenizers = load_tokenizers("miniature")
     tasks = [task("good", "sks", "star"), task("split", "zwxq", "star"), task("odd", "sks", "xylophone")]
-    faults, warnings = check_words(tasks, tokenizers)
+    faults, warnings = check_words(tasks, "miniature")
     assert faults.keys() == {"split"} and warnings.keys() == {"odd"}
     assert "splits the identifier 'zwxq' into " in faults["split"] and "dreambooth identifiers" in faults["split"]
     assert "does not know 'xylophone'" in warnings["odd"]

@@ -10,9 +10,9 @@ from torch import nn
 from tqdm import tqdm
 
 from controlbooth.data import draws
+from controlbooth.data.kinds import COMPUTED
 from controlbooth.data.loader import held_out
 from controlbooth.data.manifest import Dataset
-from controlbooth.data.sidecar import COMPUTED
 from controlbooth.models.base import Base
 from controlbooth.models.sampling import sample
 from controlbooth.trainer.config import ValidationConfig
