@@ -35,7 +35,7 @@ TOGETHER, RANK, LEARNING_RATE, KILLS = 6, 4, 1e-3, 2
 
 
 def write_subjects(folder: Path, count: int) -> None:
-    """Three scenes for each; `changed.yaml` has another picture of the first subject."""
+    """Three scenes for each; `other-pictures.yaml` has another picture of the first subject."""
     rows = []
     for number in range(count):
         where = folder / "pictures" / f"subject-{number:02d}"
@@ -48,7 +48,7 @@ def write_subjects(folder: Path, count: int) -> None:
     other.mkdir()
     for shot in range(3):
         write_scene(other / f"{shot}.png", 99, shot)
-    (folder / "changed.yaml").write_text(yaml.safe_dump([rows[0] | {"images": str(other)}, *rows[1:]]))
+    (folder / "other-pictures.yaml").write_text(yaml.safe_dump([rows[0] | {"images": str(other)}, *rows[1:]]))
 
 
 def write_scene(path: Path, number: int, shot: int) -> None:
@@ -126,7 +126,7 @@ def main() -> None:
         print(f"{TOGETHER} in a batch against one after another (weights of B reach {size:.1e})")
         print(f"  weights differ by at most {largest(folder, 'together', 'alone', names):.1e}")
         changed = run_file(folder, "changed", options.steps, TOGETHER)
-        runs.finish(runs.start(folder, changed, subjects="changed.yaml"))
+        runs.finish(runs.start(folder, changed, subjects="other-pictures.yaml"))
         print(f"other pictures of {names[0]}")
         print(f"  its weights change by {largest(folder, 'changed', 'together', names[:1]):.1e}")
         print(f"  those of the other {len(names) - 1} by {largest(folder, 'changed', 'together', names[1:]):.1e}")

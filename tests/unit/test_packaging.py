@@ -161,3 +161,13 @@ def test_the_project_has_one_list_of_folders():
     banned = configuration["ruff"]["lint"]["flake8-tidy-imports"]["banned-api"]
     assert set(banned) == set(FOLDERS)
     assert {name.split(".")[0] for folder in FOLDERS for name in find_packages(ROOT / folder)} >= {"evaluate"}
+
+
+def test_every_benchmark_can_be_imported_as_the_code_is_now():
+    folders = [ROOT / "tests" / name for name in ("benchmarks", "distributed", "unit")]
+    names = sorted(path.stem for path in folders[0].glob("*.py"))
+    code = f"import sys, importlib; sys.path[:0] = {[str(folder) for folder in folders]}\n"
+    code += f"for name in {names}: importlib.import_module(name)"
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -49,7 +49,7 @@ from controlbooth.trainer.evaluate.subjects import (
 from controlbooth.trainer.full import PIPELINE, base_of_subject
 from controlbooth.trainer.prior import DRAWN_AT_ONCE
 from controlbooth.trainer.studio import SubjectError, read_picture, status_of
-from controlbooth.trainer.subjects import SubjectRunConfig, Task, find_images, read_record
+from controlbooth.trainer.subjects import PriorConfig, SubjectRunConfig, Task, find_images, read_record
 from controlbooth.trainer.tracking import Tracker
 from controlbooth.trainer.train import only_run, quiet_libraries
 
@@ -252,15 +252,7 @@ def draw(
                 for task in together
                 for number in range(each)
             ]
-            pictures = sample(
-                base,
-                None,
-                [row.prompt for row in rows],
-                None,
-                seeds=[row.seed for row in rows],
-                steps=config.prior.sampling_steps,
-                guidance_scale=config.prior.guidance_scale,
-            )
+            pictures = sample_rows(base, rows, config.prior)
             for row, picture in zip(rows, pictures.numpy(), strict=True):
                 if not row.path.exists():
                     save_picture(row.path, picture)
@@ -283,19 +275,24 @@ def draw_full(
         own = base_of_subject(config, base, run / "subjects" / task.name / PIPELINE)
         for start in range(0, len(missing[task.name]), DRAWN_AT_ONCE):
             rows = missing[task.name][start : start + DRAWN_AT_ONCE]
-            pictures = sample(
-                own,
-                None,
-                [row.prompt for row in rows],
-                None,
-                seeds=[row.seed for row in rows],
-                steps=config.prior.sampling_steps,
-                guidance_scale=config.prior.guidance_scale,
-            )
+            pictures = sample_rows(own, rows, config.prior)
             for row, picture in zip(rows, pictures.numpy(), strict=True):
                 save_picture(row.path, picture)
                 bar.update()
     bar.close()
+
+
+def sample_rows(base: Base, rows: Sequence[Drawing], prior: PriorConfig) -> Tensor:
+    """(len(rows), H, W, 3) uint8, with the settings of class pictures."""
+    return sample(
+        base,
+        None,
+        [row.prompt for row in rows],
+        None,
+        seeds=[row.seed for row in rows],
+        steps=prior.sampling_steps,
+        guidance_scale=prior.guidance_scale,
+    )
 
 
 def read_lora(path: Path) -> dict[str, Tensor]:
