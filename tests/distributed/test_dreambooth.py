@@ -1,94 +1,20 @@
 """Runs of many subjects on a tiny base, on ranks of torchrun."""
 
-import json
-import os
 import re
-import signal
-import subprocess
-import sys
 import time
 
 import cv2
 import numpy as np
-import psutil
 import pytest
 import torch
 import yaml
 from diffusers import DDIMScheduler, StableDiffusionPipeline
-from safetensors.numpy import load_file
+from studios import NAMES, difference, finish, kill, run_file, start, states, weights
 
-from controlbooth.data import scenes
 from controlbooth.models.adapters import ATTENTION, attach_adapters, load_subject
 from controlbooth.models.pretrained import load_base
 from controlbooth.models.sampling import initial_noise, sample
 from controlbooth.trainer.export_subject import main as export_main
-
-NAMES = [f"subject-{number}" for number in range(6)]
-
-
-@pytest.fixture(scope="module")
-def studio(world_folder):
-    """A manifest of six subjects with three pictures each, beside the tiny base."""
-    rows = []
-    for number, name in enumerate(NAMES):
-        folder = world_folder / "pictures" / name
-        folder.mkdir(parents=True)
-        for shot in range(3):
-            picture = scenes.render(scenes.scene(70 + number, shot), 64).image
-            cv2.imwrite(str(folder / f"{shot}.png"), picture[..., ::-1])
-        rows.append(dict(name=name, images=f"pictures/{name}", class_noun="star"))
-    (world_folder / "subjects.yaml").write_text(yaml.safe_dump(rows))
-    return world_folder
-
-
-def run_file(studio, name, **changes):
-    tree = dict(
-        name=name, output=str(studio / "runs"), model=dict(base=str(studio / "base"), attention="math"),
-        precision="fp32", resolution=64, subjects_per_batch=4, steps=12, learning_rate=1e-3,
-        identifiers=["red", "blue", "green", "teal", "pink", "gray"], checkpoint_every_steps=4,
-        prior=dict(images=4, sampling_steps=2),
-    )  # fmt: skip
-    path = studio / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(tree | changes))
-    return path
-
-
-def start(studio, path, processes=1, subjects="subjects.yaml"):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return subprocess.Popen(
-        [*command, "-m", "controlbooth.trainer.dreambooth", str(studio / subjects), str(path)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def finish(process, status=0):
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode == status, output[-4000:]
-    return output
-
-
-def kill(process):
-    for one in [*psutil.Process(process.pid).children(recursive=True), process]:
-        one.send_signal(signal.SIGKILL)
-    process.communicate()
-
-
-def weights(studio, run, name):
-    return load_file(studio / "runs" / run / "subjects" / name / "pytorch_lora_weights.safetensors")
-
-
-def states(studio, run):
-    files = sorted((studio / "runs" / run / "subjects").glob("*/status.json"))
-    return {path.parent.name: json.loads(path.read_text()) for path in files}
-
-
-def difference(ours, theirs):
-    assert ours.keys() == theirs.keys()
-    return max(float(np.abs(ours[name] - theirs[name]).max()) for name in theirs)
 
 
 @pytest.fixture(scope="module")
@@ -209,9 +135,9 @@ def test_what_is_exported_draws_the_same_picture_in_diffusers_own_pipeline(studi
         key.removeprefix("unet."): torch.from_numpy(value) * 20
         for key, value in weights(studio, whole, NAMES[0]).items()
     }
-    plain = sample(ours, None, ["a red star"], None, seeds=[3], steps=4, guidance_scale=2.0)
+    plain = sample(ours, ["a red star"], seeds=[3], steps=4, guidance_scale=2.0)
     load_subject(attach_adapters(ours.unet, ATTENTION, 1, 4), 0, saved)
-    made = sample(ours, None, ["a red star"], None, seeds=[3], steps=4, guidance_scale=2.0)
+    made = sample(ours, ["a red star"], seeds=[3], steps=4, guidance_scale=2.0)
     assert not torch.equal(made, plain)
 
     pipeline = StableDiffusionPipeline.from_pretrained(studio / "base", safety_checker=None)

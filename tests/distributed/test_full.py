@@ -9,7 +9,7 @@ import torch
 import yaml
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from safetensors.numpy import load_file
-from test_dreambooth import finish, kill, run_file, start, states, studio  # noqa: F401, a fixture
+from studios import finish, kill, run_file, start, states
 
 from controlbooth.models.pretrained import load_base
 from controlbooth.models.sampling import initial_noise, sample
@@ -26,7 +26,7 @@ SETTINGS = dict(
 
 
 @pytest.fixture(scope="module")
-def two(studio):  # noqa: F811
+def two(studio):
     """A manifest of the first two subjects."""
     (studio / "two.yaml").write_text(yaml.safe_dump(yaml.safe_load((studio / "subjects.yaml").read_text())[:2]))
     return studio
@@ -94,7 +94,7 @@ def test_the_text_encoder_learns_where_it_is_asked_to(two, whole):
 def test_the_pipeline_that_is_written_is_one_that_diffusers_reads(two, whole):
     folder = pipeline_of(two, whole)
     ours = load_base(folder, "auto", torch.float32, torch.device("cpu"))
-    made = sample(ours, None, ["a red star"], None, seeds=[3], steps=4, guidance_scale=2.0)
+    made = sample(ours, ["a red star"], seeds=[3], steps=4, guidance_scale=2.0)
     pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     theirs = pipeline(

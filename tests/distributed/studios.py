@@ -1,0 +1,64 @@
+"""What tests of subject runs share: their run files, starting and killing them, reading what they wrote."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import psutil
+import yaml
+from safetensors.numpy import load_file
+
+NAMES = [f"subject-{number}" for number in range(6)]
+
+
+def run_file(studio, name, **changes):
+    tree = dict(
+        name=name, output=str(studio / "runs"), model=dict(base=str(studio / "base"), attention="math"),
+        precision="fp32", resolution=64, subjects_per_batch=4, steps=12, learning_rate=1e-3,
+        identifiers=["red", "blue", "green", "teal", "pink", "gray"], checkpoint_every_steps=4,
+        prior=dict(images=4, sampling_steps=2),
+    )  # fmt: skip
+    path = studio / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(tree | changes))
+    return path
+
+
+def start(studio, path, processes=1, subjects="subjects.yaml"):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return subprocess.Popen(
+        [*command, "-m", "controlbooth.trainer.dreambooth", str(studio / subjects), str(path)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process, status=0):
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == status, output[-4000:]
+    return output
+
+
+def kill(process):
+    for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+        one.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+def weights(studio, run, name):
+    return load_file(studio / "runs" / run / "subjects" / name / "pytorch_lora_weights.safetensors")
+
+
+def states(studio, run):
+    files = sorted((studio / "runs" / run / "subjects").glob("*/status.json"))
+    return {path.parent.name: json.loads(path.read_text()) for path in files}
+
+
+def difference(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    return max(float(np.abs(ours[name] - theirs[name]).max()) for name in theirs)
