@@ -6,8 +6,8 @@ so it is tried rather than looked up. The CUDA paths are not yet measured on a G
 """
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -33,7 +33,14 @@ class AttentionShape(NamedTuple):
     key_tokens: int
     width: int
 
+    @property
+    def key(self) -> str:
+        """Names the shape in files. Without the batch: validation and sampling have others, with the same layers."""
+        return f"{self.heads}x{self.query_tokens}x{self.key_tokens}x{self.width}"
 
+
+MUCH_FASTER = 0.7
+"""Of the time of the kernel that is faster over all shapes. A closer race is left to that one: timings vary."""
 TYPICAL_SHAPES = (AttentionShape(1, 8, 64, 64, 40), AttentionShape(1, 8, 64, 77, 40))
 """Tried where the caller names no shapes: self- and cross-attention with the head width of SD1.5's first level."""
 
@@ -44,18 +51,35 @@ class AttentionChoice:
     """xformers, flash, efficient or math."""
     reason: str
     """A sentence for the log."""
+    by_shape: Mapping[str, str] = field(default_factory=dict)
+    """AttentionShape.key -> the kernel for that shape, where another one than `name` is much faster."""
 
 
 class KernelAttnProcessor(AttnProcessor2_0):
-    """diffusers' processor, held to one of PyTorch's kernels: without this PyTorch chooses at every call."""
+    """diffusers' processor, held to PyTorch's kernels of our choice: without this PyTorch chooses at every call."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, by_shape: Mapping[str, str] | None = None) -> None:
         super().__init__()
-        self.name = name
+        self.name, self.by_shape = name, dict(by_shape or {})
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        with sdpa_kernel(KERNELS[self.name]):
-            return super().__call__(*args, **kwargs)
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        name = self.by_shape.get(shape_of(attn, hidden_states, encoder_hidden_states).key, self.name)
+        with sdpa_kernel(KERNELS[name]):
+            return super().__call__(attn, hidden_states, encoder_hidden_states, *args, **kwargs)
+
+
+def shape_of(layer: Attention, hidden_states: Tensor, context: Tensor | None) -> AttentionShape:
+    """Of a call of this layer. hidden_states: (B, tokens, D) or (B, D, h, w); context: (B, tokens, D)."""
+    tokens = hidden_states.shape[1] if hidden_states.ndim == 3 else hidden_states.shape[2] * hidden_states.shape[3]
+    keys = tokens if context is None else context.shape[1]
+    return AttentionShape(hidden_states.shape[0], layer.heads, tokens, keys, layer.inner_dim // layer.heads)
 
 
 def choose_attention(
@@ -67,7 +91,8 @@ def choose_attention(
     """The kernel to use for `shapes`, see `attention_shapes`.
 
     request: auto, xformers, flash, efficient or math. Auto takes, on CUDA, the first that runs of xformers, flash,
-    efficient and math; on a CPU it times a forward and backward pass of each that runs and takes the faster. Kernels
+    efficient and math; on a CPU it times a forward and backward pass of each that runs and takes the faster, and for
+    shapes for which another one takes less than MUCH_FASTER of its time, that one. Kernels
     round differently and timings vary: a run that is to resume bit for bit keeps its first choice's name and asks for
     that, and so do all its ranks.
     Raises ValueError for an unknown name, and for a kernel that cannot run here, with why and what can.
@@ -87,20 +112,30 @@ def choose_attention(
     if device.type != "cpu":
         without = "; ".join(f"{name}: {why}" for name, why in obstacles.items() if why is not None)
         return AttentionChoice(usable[0], f"first of {', '.join(usable)}" + (f" ({without})" if without else ""))
-    milliseconds = {name: sum(_time(name, shape, device, dtype) for shape in shapes) for name in usable}
+    times = {name: {shape: _time(name, shape, device, dtype) for shape in shapes} for name in usable}
+    milliseconds = {name: sum(own.values()) for name, own in times.items()}
     fastest = usable[0]
     for name in usable[1:]:
         if milliseconds[name] < 0.9 * milliseconds[fastest]:  # a tie goes to the kernel that needs less memory
             fastest = name
     figures = ", ".join(f"{name} {figure:.2f} ms" for name, figure in milliseconds.items())
-    return AttentionChoice(fastest, f"by time: {figures}, forward and backward, for {len(shapes)} shapes")
+    best = {shape: min(usable, key=lambda name: times[name][shape]) for shape in shapes}
+    by_shape = {
+        shape.key: name for shape, name in best.items() if times[name][shape] < MUCH_FASTER * times[fastest][shape]
+    }
+    chosen = sum(times[by_shape.get(shape.key, fastest)][shape] for shape in shapes)
+    mixed = f", and {chosen:.2f} ms with others for {len(by_shape)} of them" if by_shape else ""
+    reason = f"by time: {figures}, forward and backward, for {len(shapes)} shapes{mixed}"
+    return AttentionChoice(fastest, reason, by_shape)
 
 
 def apply_attention(module: Any, choice: AttentionChoice) -> None:
     """Puts the chosen kernel into every attention layer of a U-Net, ControlNet or VAE. TypeError for other modules."""
     if not hasattr(module, "set_attn_processor"):
         raise TypeError(f"{type(module).__name__} has no attention processors to set; give a U-Net, ControlNet or VAE")
-    processor = XFormersAttnProcessor() if choice.name == "xformers" else KernelAttnProcessor(choice.name)
+    processor = (
+        XFormersAttnProcessor() if choice.name == "xformers" else KernelAttnProcessor(choice.name, choice.by_shape)
+    )
     module.set_attn_processor(processor)
 
 
@@ -111,10 +146,7 @@ def attention_shapes(module: nn.Module, run: Callable[[], Any]) -> tuple[Attenti
     def note(layer: nn.Module, args: tuple, kwargs: dict) -> None:
         assert isinstance(layer, Attention)
         hidden = args[0] if args else kwargs["hidden_states"]
-        context = kwargs.get("encoder_hidden_states")
-        tokens = hidden.shape[1] if hidden.ndim == 3 else hidden.shape[2] * hidden.shape[3]
-        keys = tokens if context is None else context.shape[1]
-        found.add(AttentionShape(hidden.shape[0], layer.heads, tokens, keys, layer.inner_dim // layer.heads))
+        found.add(shape_of(layer, hidden, kwargs.get("encoder_hidden_states")))
 
     layers = [layer for layer in module.modules() if isinstance(layer, Attention)]
     handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]

@@ -35,7 +35,7 @@ from controlbooth.models.adapters import (
     reset_subject,
     subject_weights,
 )
-from controlbooth.models.attention import AttentionChoice, apply_attention, attention_shapes, choose_attention
+from controlbooth.models.attention import AttentionShape, apply_attention, attention_shapes
 from controlbooth.models.base import Base
 from controlbooth.models.controlnet import denoise
 from controlbooth.models.families import encode_prompts
@@ -68,7 +68,7 @@ from controlbooth.trainer.subjects import (
     share_of_rank,
     write_record,
 )
-from controlbooth.trainer.train import StopRequest, only_run, quiet_libraries
+from controlbooth.trainer.train import StopRequest, choose_once, only_run, quiet_libraries
 
 LAYERS = {"attention": ATTENTION, "attention+convolutions": ATTENTION + CONVOLUTIONS}
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -125,7 +125,9 @@ def train_subjects(
     if config.method == "full":
         check_full(config, world.world_size)
     base = load_base(base_folder(config.model.base), config.model.family, DTYPES[precision], world.device)
-    attention = _attention(config, base, precision)
+    attention = choose_once(
+        config.model.attention, world, precision, folder, lambda: stack_attention_shapes(config, base)
+    )
     apply_attention(base.unet, attention)
     if config.model.gradient_checkpointing:
         base.unet.enable_gradient_checkpointing()
@@ -371,15 +373,14 @@ def read_state(path: Path) -> State:
     )
 
 
-def _attention(config: SubjectRunConfig, base: Base, precision: str) -> AttentionChoice:
-    """Timed on one step of a whole stack."""
+def stack_attention_shapes(config: SubjectRunConfig, base: Base) -> tuple[AttentionShape, ...]:
+    """Those of one step of a whole stack, for choosing the kernels by timing them."""
     size = config.resolution // base.family.vae_factor
     rows = config.subjects_per_batch * config.instance_batch_size * (2 if config.prior.weight else 1)
     latents = torch.zeros(rows, base.unet.config["in_channels"], size, size, device=base.device)
     text = encode_prompts(base, [""] * rows, picture_size=(config.resolution, config.resolution))
     timesteps = torch.zeros(rows, dtype=torch.int64, device=base.device)
-    shapes = attention_shapes(base.unet, lambda: denoise(base.unet, latents, timesteps, text))
-    return choose_attention(config.model.attention, base.device, DTYPES[precision], shapes)
+    return attention_shapes(base.unet, lambda: denoise(base.unet, latents, timesteps, text))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -304,7 +304,7 @@ def build(config: RunConfig, world: World, folder: Path, latest: Path | None) ->
     dataset, held = open_data(config, world)
     columns = open_run_columns(config, world, base, dataset)
 
-    chosen = choose_once(config, world, base, precision, folder)
+    chosen = choose_once(config.model.attention, world, precision, folder, lambda: unet_attention_shapes(config, base))
     torch.manual_seed(config.seed)  # the hint network, alike on every rank
     controlnet = make_controlnet(config, base)
     for module in (base.unet, controlnet):
@@ -372,17 +372,20 @@ def build(config: RunConfig, world: World, folder: Path, latest: Path | None) ->
     return run
 
 
-def choose_once(config: RunConfig, world: World, base: Base, precision: str, folder: Path) -> AttentionChoice:
-    """The kernel, chosen on rank 0, and with `auto` only at the run's first start: another one rounds otherwise."""
+def choose_once(
+    request: str, world: World, precision: str, folder: Path, shapes: Callable[[], Sequence[AttentionShape]]
+) -> AttentionChoice:
+    """The kernels, chosen on rank 0, and with `auto` only at the run's first start: others round otherwise."""
     remembered = folder / "attention.json"
     chosen = None
     if world.rank == 0:
-        request = config.model.attention
-        if request == "auto" and remembered.exists():
-            request = json.loads(remembered.read_text())["name"]
-        shapes = unet_attention_shapes(config, base)
-        chosen = asdict(choose_attention(request, world.device, engines.DTYPES[precision], shapes))
-        write_text(remembered, json.dumps(chosen))
+        before = json.loads(remembered.read_text()) if request == "auto" and remembered.exists() else {}
+        dtype = engines.DTYPES[precision]
+        chosen = asdict(choose_attention(before.get("name", request), world.device, dtype, shapes()))
+        if before:
+            chosen |= {"by_shape": before.get("by_shape", {}), "reason": "as at the run's first start"}
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(remembered, json.dumps({**chosen, "reason": before.get("reason", chosen["reason"])}))
     return AttentionChoice(**from_first_rank(chosen))
 
 

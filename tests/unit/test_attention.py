@@ -61,6 +61,31 @@ def test_auto_on_a_cpu_takes_the_faster_and_gives_the_figures():
     assert "flash" in choice.reason and "math" in choice.reason and " ms" in choice.reason
 
 
+def test_a_shape_can_have_a_kernel_of_its_own(load_tiny):
+    base = load_tiny("sd15")
+    shapes = attention_shapes(base.unet, lambda: forward(base))
+    apply_attention(base.unet, AttentionChoice("flash", "test"))
+    with torch.profiler.profile() as alone:
+        forward(base)
+    apply_attention(base.unet, AttentionChoice("flash", "test", {shapes[0].key: "math"}))
+    with torch.profiler.profile() as mixed:
+        forward(base)
+
+    def calls(profile, name):
+        return sum(event.count for event in profile.key_averages() if event.key == name)
+
+    flash, math = "aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_scaled_dot_product_attention_math"
+    assert calls(alone, math) == 0 and calls(mixed, math) > 0
+    assert calls(mixed, flash) == calls(alone, flash) - calls(mixed, math) > 0
+
+
+def test_other_kernels_are_chosen_only_where_they_are_much_faster():
+    shapes = [AttentionShape(2, 4, 64, 64, 16), AttentionShape(2, 4, 4, 4, 16)]
+    choice = choose_attention("auto", "cpu", shapes=shapes)
+    assert choice.by_shape.keys() <= {shape.key for shape in shapes}
+    assert choice.name not in choice.by_shape.values()
+
+
 @pytest.mark.parametrize("name", ["flash", "math"])
 def test_a_kernel_that_is_asked_for_is_taken(name):
     assert choose_attention(name, "cpu") == AttentionChoice(name, "asked for")
