@@ -16,6 +16,7 @@ VERBS = {  # group -> verb -> (module:function, what it does)
     "Training": {
         "quickstart": ("controlbooth.launch.quickstart:main", "train a ControlNet on this machine, from nothing"),
         "train": ("controlbooth.launch.local:main", "run a training on this machine, or resume it"),
+        "sample": ("controlbooth.trainer.evaluate.sample:main", "draw pictures with one ControlNet or several"),
         "fidelity": ("controlbooth.trainer.evaluate.fidelity:main", "measure a run's control on its held-out set"),
         "export": ("controlbooth.trainer.export:main", "write a checkpoint in the format that diffusers loads"),
     },

@@ -1,76 +1,102 @@
 """From prompts and condition pictures to pictures; the same arithmetic as diffusers' StableDiffusionControlNetPipeline.
 
-What one step predicts is a function of its own, `guided_prediction`; what a ControlNet adds is a value,
-`controlnet.Residuals`. Guidance schedules and several ControlNets act on the residuals between the two, nowhere else.
+What one step predicts is a function of its own, `guided_prediction`; what ControlNets add is a value,
+`controlnet.Residuals`. Scales, schedules and branches act on it in `residuals_of`, nowhere else.
 """
 
 from collections.abc import Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from torch import Tensor, nn
 
 from controlbooth.models.base import Base
-from controlbooth.models.controlnet import predict
+from controlbooth.models.controlnet import Residuals, control_residuals, denoise
 from controlbooth.models.families import TextEncoding, encode_with_dropout
+from controlbooth.models.guidance import weights_of
 
-SCHEDULERS = {"ddim": DDIMScheduler, "unipc": UniPCMultistepScheduler, "euler": EulerDiscreteScheduler}
-"""All deterministic: DDIM with eta 0, Euler without churn. A picture then depends on its own first noise alone."""
+SCHEDULERS = {
+    "ddim": DDIMScheduler,
+    "unipc": UniPCMultistepScheduler,
+    "dpm++": DPMSolverMultistepScheduler,
+    "euler": EulerDiscreteScheduler,
+}
+"""All deterministic: DDIM with eta 0, DPM++ 2M and Euler without noise. A picture then depends on its own first noise
+alone."""
+
+
+@dataclass(frozen=True)
+class Control:
+    """A ControlNet in use. Several are added up."""
+
+    network: nn.Module
+    conditioning: Tensor
+    """(B, 3, H, W), RGB in [0, 1]; H and W are those of the pictures."""
+    scale: float = 1.0
+    """Multiplies all of its residuals."""
+    schedule: str = "uniform"
+    """How much each residual counts, of `guidance.SCHEDULES`."""
+    branches: Literal["both", "conditional"] = "both"
+    """Where guidance makes two predictions: control both, or only the one with the prompt, as resolution weighting and
+    guess mode do."""
+    start: float = 0.0
+    """Shares of the sampling steps between which it acts."""
+    end: float = 1.0
 
 
 @torch.no_grad()  # not inference_mode: it would leave ZeRO-3's gathered parameters unusable for training
 def sample(
     base: Base,
-    controlnet: nn.Module | None,
     prompts: Sequence[str],
-    conditioning: Tensor | None,
+    controls: Sequence[Control] = (),
     *,
     seeds: Sequence[int],
     steps: int,
     guidance_scale: float,
-    conditioning_scale: float = 1.0,
     scheduler: str = "ddim",
     negative_prompt: str | None = None,
 ) -> Tensor:
     """Samples one picture for each prompt. Returns (B, H, W, 3) uint8 on the CPU.
 
-    conditioning: (B, 3, H, W), RGB in [0, 1], whose size is that of the pictures; None without a ControlNet, and then
-    the size is the one the U-Net was made for. seeds: B integers; picture i depends on seeds[i], not on the batch.
-    guidance_scale: classifier-free guidance (arXiv 2207.12598) away from negative_prompt; 1 or less does without. The
-    condition goes into both branches. negative_prompt None: the empty prompt, or SDXL's zeros, as in the pipelines.
-    Modules are in eval mode meanwhile and then as they were. Under ZeRO-3 every rank calls this.
-    Raises ValueError for numbers that do not match and for an unknown scheduler.
+    Without controls the pictures have the size that the U-Net was made for, else that of the conditions. seeds: B
+    integers; picture i depends on seeds[i], not on the batch. guidance_scale: classifier-free guidance (arXiv
+    2207.12598) away from negative_prompt; 1 or less does without. negative_prompt None: the empty prompt, or SDXL's
+    zeros, as in the pipelines. Modules are in eval mode meanwhile and then as they were. Under ZeRO-3 every rank calls
+    this. Raises ValueError for numbers that do not match, and for an unknown scheduler or schedule.
     """
-    _check(prompts, seeds, steps, controlnet, conditioning, scheduler)
-    height, width = base.picture_size if conditioning is None else tuple(conditioning.shape[-2:])
+    _check(prompts, seeds, steps, controls, scheduler)
+    height, width = tuple(controls[0].conditioning.shape[-2:]) if controls else base.picture_size
     guided = guidance_scale > 1.0
     text = _text_of_both_branches(base, prompts, negative_prompt, (height, width), guided)
     noise_scheduler: Any = SCHEDULERS[scheduler].from_config(base.noise_scheduler.config)
     noise_scheduler.set_timesteps(steps, device=base.device)
     latents = initial_noise(base, seeds, height, width) * noise_scheduler.init_noise_sigma
-    if conditioning is not None:
-        conditioning = conditioning.to(base.device)
-    with _eval_mode(controlnet):
-        for timestep in noise_scheduler.timesteps:
+    with ExitStack() as modes:
+        for control in controls:
+            modes.enter_context(_eval_mode(control.network))
+        for number, timestep in enumerate(noise_scheduler.timesteps):
             model_input = noise_scheduler.scale_model_input(latents, timestep)
-            prediction = guided_prediction(
-                base, controlnet, model_input, timestep, text, conditioning, guidance_scale, conditioning_scale
-            )
+            acting = [control for control in controls if _acts(control, number, len(noise_scheduler.timesteps))]
+            prediction = guided_prediction(base, acting, model_input, timestep, text, guidance_scale)
             latents = noise_scheduler.step(prediction, timestep, latents, return_dict=False)[0]
     return to_uint8(base.decode_latents(latents))
 
 
 def guided_prediction(
     base: Base,
-    controlnet: nn.Module | None,
+    controls: Sequence[Control],
     model_input: Tensor,
     timestep: Tensor,
     text: TextEncoding,
-    conditioning: Tensor | None,
     guidance_scale: float,
-    conditioning_scale: float = 1.0,
 ) -> Tensor:
     """(B, C, h, w): uncond + guidance_scale * (cond - uncond), in one pass over both branches, or cond alone.
 
@@ -78,13 +104,55 @@ def guided_prediction(
     """
     branches = len(text.encoder_hidden_states) // len(model_input)
     doubled = torch.cat([model_input] * branches)
-    if conditioning is not None:
-        conditioning = torch.cat([conditioning] * branches)
-    prediction = predict(base.unet, controlnet, doubled, timestep, text, conditioning, conditioning_scale)
+    added = [residuals_of(control, model_input, timestep, text) for control in controls]
+    prediction = denoise(base.unet, doubled, timestep, text, _sum(added) if added else None)
     if branches == 1:
         return prediction
     unconditional, conditional = prediction.chunk(2)
     return unconditional + guidance_scale * (conditional - unconditional)
+
+
+def residuals_of(control: Control, model_input: Tensor, timestep: Tensor, text: TextEncoding) -> Residuals:
+    """What a ControlNet adds to each row of `text`, weighed; zeros in a branch that it leaves alone."""
+    rows = len(model_input)
+    branches = len(text.encoder_hidden_states) // rows
+    alone = control.branches == "conditional" and branches == 2
+    if alone:
+        text = TextEncoding(
+            text.encoder_hidden_states[rows:], {key: value[rows:] for key, value in text.added_cond_kwargs.items()}
+        )
+        branches = 1
+    conditioning = control.conditioning.to(model_input.device)
+    made = control_residuals(
+        control.network,
+        torch.cat([model_input] * branches),
+        timestep,
+        text,
+        torch.cat([conditioning] * branches),
+        control.scale,
+    )
+    residuals = [*made.down, made.mid]
+    if control.schedule != "uniform":
+        weights = weights_of(control.schedule, [residual.shape[-2] for residual in residuals])
+        residuals = [weight * residual for weight, residual in zip(weights, residuals, strict=True)]
+    if alone:
+        residuals = [torch.cat([torch.zeros_like(residual), residual]) for residual in residuals]
+    return Residuals(tuple(residuals[:-1]), residuals[-1])
+
+
+def _sum(several: Sequence[Residuals]) -> Residuals:
+    """ControlNets that were trained apart are combined by adding what they add (arXiv 2302.05543, section 3.4)."""
+    first, *others = several
+    down, mid = list(first.down), first.mid
+    for other in others:
+        down = [one + two for one, two in zip(down, other.down, strict=True)]
+        mid = mid + other.mid
+    return Residuals(tuple(down), mid)
+
+
+def _acts(control: Control, number: int, steps: int) -> bool:
+    """Whether it acts in this step, as diffusers counts: the step lies between start and end as a whole."""
+    return number / steps >= control.start and (number + 1) / steps <= control.end
 
 
 def initial_noise(base: Base, seeds: Sequence[int], height: int, width: int) -> Tensor:
@@ -122,25 +190,38 @@ def _text_of_both_branches(
     )
 
 
-def _check(prompts, seeds, steps, controlnet, conditioning, scheduler) -> None:
+def _check(
+    prompts: Sequence[str], seeds: Sequence[int], steps: int, controls: Sequence[Control], scheduler: str
+) -> None:
     if len(seeds) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts need {len(prompts)} seeds, and there are {len(seeds)}")
     if steps < 1:
         raise ValueError(f"steps is {steps}; at least one is needed")
     if scheduler not in SCHEDULERS:
         raise ValueError(f"scheduler {scheduler!r} is not known. Use {', '.join(SCHEDULERS)}.")
-    if (controlnet is None) != (conditioning is None):
-        missing = "a condition picture" if conditioning is None else "a ControlNet"
-        raise ValueError(f"{missing} is missing: a ControlNet and its condition come together")
-    if conditioning is not None and len(conditioning) != len(prompts):
-        raise ValueError(f"{len(prompts)} prompts need {len(prompts)} conditions, and there are {len(conditioning)}")
+    for control in controls:
+        conditioning, first = control.conditioning, controls[0].conditioning
+        if conditioning.ndim != 4 or conditioning.shape[1] != 3:
+            raise ValueError(
+                f"a condition is RGB, (B, 3, H, W), and there is one of shape {tuple(conditioning.shape)}: repeat the "
+                "channel of a gray picture three times"
+            )
+        if len(conditioning) != len(prompts):
+            raise ValueError(
+                f"{len(prompts)} prompts need {len(prompts)} conditions, and there are {len(conditioning)}"
+            )
+        if conditioning.shape != first.shape:
+            sizes = f"{tuple(first.shape[-2:])} and {tuple(conditioning.shape[-2:])}"
+            raise ValueError(f"conditions of one picture have one size, and there are {sizes}")
+        if not 0.0 <= control.start < control.end <= 1.0:
+            raise ValueError(
+                f"a control acts from a start to a later end in [0, 1], not {control.start} to {control.end}"
+            )
+        weights_of(control.schedule, [1])
 
 
 @contextmanager
-def _eval_mode(module: nn.Module | None):
-    if module is None:
-        yield
-        return
+def _eval_mode(module: nn.Module):
     was_training = module.training
     module.eval()
     try:

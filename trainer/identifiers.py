@@ -133,9 +133,7 @@ def likeness(base: Base, encoder: Encoder, prompt: str, settings: dict[str, Any]
         ]
         made = sample(
             base,
-            None,
             [prompt] * len(seeds),
-            None,
             seeds=seeds,
             steps=settings["steps"],
             guidance_scale=settings["guidance_scale"],

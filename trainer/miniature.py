@@ -553,9 +553,7 @@ def score(out: Path, count: int = 128) -> dict[str, float]:
     batches = [range(first, min(first + 32, count)) for first in range(0, count, 32)]
     pictures = np.concatenate(
         [
-            sample(
-                base, None, [captions[i] for i in rows], None, seeds=rows, steps=SAMPLING_STEPS, guidance_scale=GUIDANCE
-            ).numpy()
+            sample(base, [captions[i] for i in rows], seeds=rows, steps=SAMPLING_STEPS, guidance_scale=GUIDANCE).numpy()
             for rows in batches
         ]
     )

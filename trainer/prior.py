@@ -47,9 +47,7 @@ def draw_class_images(base: Base, missing: Sequence[tuple[Path, str]], prior: Pr
         )
     images = sample(
         base,
-        None,
         [prompt for _, prompt in missing],
-        None,
         seeds=[hash64("class image", prompt, int(path.stem)) >> 1 for path, prompt in missing],
         steps=prior.sampling_steps,
         guidance_scale=prior.guidance_scale,

@@ -15,7 +15,7 @@ from diffusers import ControlNetModel, DDIMScheduler, StableDiffusionControlNetP
 
 from controlbooth.data.manifest import open_dataset
 from controlbooth.models.pretrained import load_base, load_controlnet
-from controlbooth.models.sampling import initial_noise, sample
+from controlbooth.models.sampling import Control, initial_noise, sample
 from controlbooth.trainer.checkpoint import complete_checkpoints
 from controlbooth.trainer.config import base_path, load_config
 from controlbooth.trainer.evaluate.validate import load_held_out
@@ -37,7 +37,7 @@ def main() -> None:
     conditioning = torch.from_numpy(held.conditions).permute(0, 3, 1, 2).float() / 255.0
     seeds = range(options.samples)
     arguments = dict(guidance_scale=3.0)
-    ours = sample(base, ours_from, held.captions, conditioning, seeds=seeds, steps=20, **arguments).numpy()
+    ours = sample(base, held.captions, [Control(ours_from, conditioning)], seeds=seeds, steps=20, **arguments).numpy()
 
     pipeline = StableDiffusionControlNetPipeline.from_pretrained(
         base_path(config),

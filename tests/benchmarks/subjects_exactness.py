@@ -91,9 +91,9 @@ def diffusers_difference(folder: Path, run: str, name: str, steps: int) -> int:
     prompt, guidance = f"a {WORDS[0]} star", 3.0
     ours = load_base(base_folder("miniature"), "auto", torch.float32, torch.device("cpu"))
     saved = {k.removeprefix("unet."): torch.from_numpy(v) for k, v in runs.weights(folder, run, name).items()}
-    plain = sample(ours, None, [prompt], None, seeds=[3], steps=steps, guidance_scale=guidance)
+    plain = sample(ours, [prompt], seeds=[3], steps=steps, guidance_scale=guidance)
     load_subject(attach_adapters(ours.unet, ATTENTION, 1, RANK), 0, saved)
-    made = sample(ours, None, [prompt], None, seeds=[3], steps=steps, guidance_scale=guidance)
+    made = sample(ours, [prompt], seeds=[3], steps=steps, guidance_scale=guidance)
     pipeline = StableDiffusionPipeline.from_pretrained(base_folder("miniature"), safety_checker=None)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     pipeline.load_lora_weights(folder / "runs" / run / "subjects" / name)

@@ -434,14 +434,14 @@ def test_a_picture_of_a_stack_is_the_one_that_its_lora_draws_alone(measured, bas
     for one in tasks[:3]:
         load_subject(adapters, 0, measure.read_lora(measured / "subjects" / one.name / LORA_FILE))
         row = protocol.drawings(one, measured / "subjects" / one.name / "pictures", False, 2, 2)[0]
-        alone = sample(base, None, [row.prompt], None, seeds=[row.seed], steps=2, guidance_scale=3.0)[0].numpy()
+        alone = sample(base, [row.prompt], seeds=[row.seed], steps=2, guidance_scale=3.0)[0].numpy()
         stacked = np.asarray(Image.open(row.path))
         assert np.abs(alone.astype(int) - stacked).max() <= 1
         bare = (
             alone.astype(int)
-            - sample(
-                load_base(base_folder("sd15")), None, [row.prompt], None, seeds=[row.seed], steps=2, guidance_scale=3.0
-            )[0].numpy()
+            - sample(load_base(base_folder("sd15")), [row.prompt], seeds=[row.seed], steps=2, guidance_scale=3.0)[
+                0
+            ].numpy()
         )
         others.append(np.abs(bare).max())
     assert min(others) > 5  # each LoRA changes the picture

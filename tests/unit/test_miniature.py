@@ -68,7 +68,7 @@ def test_latents_have_unit_variance_so_that_noise_levels_mean_what_the_schedule_
 
 def test_prompts_change_the_picture_as_they_ask(base):
     prompts = ["a large red ball on a white background", "a large red ball on a blue background"]
-    white, blue = sample(base, None, prompts, None, seeds=[3, 3], steps=10, guidance_scale=3.0).numpy().astype(int)
+    white, blue = sample(base, prompts, seeds=[3, 3], steps=10, guidance_scale=3.0).numpy().astype(int)
     border = np.r_[0:4, 60:64]
     assert white[border].mean() > 190
     assert blue[border][..., 2].mean() - blue[border][..., 0].mean() > 60

@@ -6,7 +6,7 @@ from diffusers import StableDiffusionControlNetPipeline, StableDiffusionXLContro
 from controlbooth.models.controlnet import build_controlnet
 from controlbooth.models.families import FAMILIES
 from controlbooth.models.pretrained import load_controlnet, save_controlnet
-from controlbooth.models.sampling import SCHEDULERS, initial_noise, sample
+from controlbooth.models.sampling import SCHEDULERS, Control, initial_noise, sample
 
 PROMPTS = ["a cat", "red dog", "", "a blue cat"]
 SEEDS = [3, 1, 4, 1]
@@ -68,13 +68,11 @@ def test_pictures_equal_those_of_diffusers_pipeline(
     controlnet = trained_controlnet(base)
     ours = sample(
         base,
-        controlnet,
         PROMPTS,
-        conditions(),
+        [Control(controlnet, conditions(), scale=0.7)],
         seeds=SEEDS,
         steps=4,
         guidance_scale=guidance_scale,
-        conditioning_scale=0.7,
         scheduler=scheduler,
         negative_prompt=negative_prompt,
     )
@@ -95,9 +93,8 @@ def test_a_picture_depends_on_its_seed_and_not_on_its_batch(scheduler, load_tiny
     def pictures(rows):
         return sample(
             base,
-            controlnet,
             [PROMPTS[row] for row in rows],
-            conditions()[rows],
+            [Control(controlnet, conditions()[rows])],
             seeds=[SEEDS[row] for row in rows],
             steps=2,
             guidance_scale=4.0,
@@ -122,13 +119,13 @@ def test_first_noise_of_a_seed_is_pinned(load_tiny):
 def test_the_condition_changes_the_picture_and_an_untrained_controlnet_does_not(load_tiny):
     base = load_tiny("miniature")
     options = dict(seeds=[1], steps=2, guidance_scale=3.0)
-    without = sample(base, None, ["a cat"], None, **options)
+    without = sample(base, ["a cat"], **options)
     assert without.shape == (1, SIZE, SIZE, 3)  # the size that the U-Net was made for
-    untrained = sample(base, build_controlnet(base.unet), ["a cat"], conditions(1), **options)
+    untrained = sample(base, ["a cat"], [Control(build_controlnet(base.unet), conditions(1))], **options)
     assert torch.equal(untrained, without)
     controlnet = trained_controlnet(base)
-    one = sample(base, controlnet, ["a cat"], conditions(1), **options)
-    other = sample(base, controlnet, ["a cat"], 1 - conditions(1), **options)
+    one = sample(base, ["a cat"], [Control(controlnet, conditions(1))], **options)
+    other = sample(base, ["a cat"], [Control(controlnet, 1 - conditions(1))], **options)
     assert not torch.equal(one, other)
 
 
@@ -137,7 +134,7 @@ def test_modules_are_left_as_they_were_and_can_train_on(training, load_tiny):
     base = load_tiny("sd15")
     controlnet = trained_controlnet(base).train(training)
     with torch.inference_mode():
-        sample(base, controlnet, ["a cat"], conditions(1), seeds=[1], steps=1, guidance_scale=3.0)
+        sample(base, ["a cat"], [Control(controlnet, conditions(1))], seeds=[1], steps=1, guidance_scale=3.0)
     assert controlnet.training is training
     assert not base.unet.training
     assert all(parameter.requires_grad and not parameter.is_inference() for parameter in controlnet.parameters())
@@ -148,7 +145,7 @@ def test_modules_are_restored_after_an_error(load_tiny):
     base = load_tiny("sd15")
     controlnet = build_controlnet(base.unet)
     with pytest.raises(ValueError, match="condition is 36x32 pixels"):
-        sample(base, controlnet, ["a"], torch.rand(1, 3, 36, 32), seeds=[1], steps=1, guidance_scale=1.0)
+        sample(base, ["a"], [Control(controlnet, torch.rand(1, 3, 36, 32))], seeds=[1], steps=1, guidance_scale=1.0)
     assert controlnet.training
 
 
@@ -157,20 +154,97 @@ def test_modules_are_restored_after_an_error(load_tiny):
     [
         (dict(seeds=[1]), "2 prompts need 2 seeds, and there are 1"),
         (dict(steps=0), "steps is 0"),
-        (dict(scheduler="ancestral"), "scheduler 'ancestral' is not known. Use ddim, unipc, euler"),
-        (dict(conditioning=None), "a condition picture is missing"),
-        (dict(controlnet=None), "a ControlNet is missing"),
-        (dict(conditioning=conditions(3)), "2 prompts need 2 conditions, and there are 3"),
+        (dict(scheduler="ancestral"), "scheduler 'ancestral' is not known. Use ddim, unipc, dpm\\+\\+, euler"),
+        (dict(controls=[dict(conditioning=conditions(3))]), "2 prompts need 2 conditions, and there are 3"),
+        (dict(controls=[dict(conditioning=conditions(2)[:, :1])]), r"is RGB, .* of shape \(2, 1, 32, 32\)"),
+        (dict(controls=[{}, dict(conditioning=torch.rand(2, 3, 64, 64))]), r"one size, .*\(32, 32\) and \(64, 64\)"),
+        (dict(controls=[dict(schedule="cubic")]), "'cubic' is not known. Use uniform, resolution, resolution/8, 0.825"),
+        (dict(controls=[dict(start=0.5, end=0.2)]), "not 0.5 to 0.2"),
     ],
 )
 def test_numbers_that_do_not_match_are_refused(change, message, load_tiny):
     base = load_tiny("sd15")
-    options = dict(controlnet=build_controlnet(base.unet), conditioning=conditions(2), seeds=[1, 2], steps=1)
+    options = dict(controls=[{}], seeds=[1, 2], steps=1) | change
+    controls = [
+        Control(build_controlnet(base.unet), **dict(conditioning=conditions(2)) | settings)
+        for settings in options.pop("controls")
+    ]
     with pytest.raises(ValueError, match=message):
-        sample(base, prompts=["a", "b"], guidance_scale=2.0, **options | change)
+        sample(base, ["a", "b"], controls, guidance_scale=2.0, **options)
+
+
+def test_several_controlnets_give_the_pictures_of_diffusers_multi_controlnet(load_tiny, base_folder, tmp_path):
+    base = load_tiny("sd15")
+    networks = [trained_controlnet(base), trained_controlnet(base)]
+    with torch.no_grad():
+        for parameter in networks[1].parameters():
+            parameter *= -0.9
+    pictures = [conditions(), 1 - conditions()]
+    controls = [Control(networks[0], pictures[0], scale=0.8), Control(networks[1], pictures[1], end=0.5)]
+    options = dict(seeds=SEEDS, steps=4, guidance_scale=3.0)
+    ours = sample(base, PROMPTS, controls, **options)
+    for number, network in enumerate(networks):
+        save_controlnet(network, tmp_path / str(number))
+    pipeline = StableDiffusionControlNetPipeline.from_pretrained(
+        base_folder("sd15"),
+        controlnet=[load_controlnet(tmp_path / str(number), base.unet).eval() for number in range(2)],
+        local_files_only=True,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.scheduler = SCHEDULERS["ddim"].from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(
+        PROMPTS,
+        image=pictures,
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        controlnet_conditioning_scale=[0.8, 1.0],
+        control_guidance_end=[1.0, 0.5],
+        latents=initial_noise(base, SEEDS, SIZE, SIZE),
+        output_type="np",
+    ).images
+    assert np.abs(np.round(theirs * 255) - ours.numpy()).max() <= 1
+    assert not torch.equal(ours, sample(base, PROMPTS, controls[:1], **options))
+
+
+def test_guess_mode_gives_the_pictures_of_diffusers_guess_mode(load_tiny, base_folder, tmp_path):
+    base = load_tiny("sd15")
+    controlnet = trained_controlnet(base)
+    control = Control(controlnet, conditions(), schedule="logspace", branches="conditional")
+    ours = sample(base, [""] * 4, [control], seeds=SEEDS, steps=4, guidance_scale=3.0)
+    save_controlnet(controlnet, tmp_path / "net")
+    pipeline = StableDiffusionControlNetPipeline.from_pretrained(
+        base_folder("sd15"),
+        controlnet=load_controlnet(tmp_path / "net", base.unet).eval(),
+        local_files_only=True,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.scheduler = SCHEDULERS["ddim"].from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(
+        [""] * 4,
+        image=conditions(),
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        guess_mode=True,
+        latents=initial_noise(base, SEEDS, SIZE, SIZE),
+        output_type="np",
+    ).images
+    assert np.abs(np.round(theirs * 255) - ours.numpy()).max() <= 1
+
+
+def test_control_that_never_acts_is_no_control(load_tiny):
+    base = load_tiny("miniature")
+    control = Control(trained_controlnet(base), conditions(1), start=0.9, end=1.0)
+    options = dict(seeds=[1], steps=2, guidance_scale=3.0)
+    assert torch.equal(sample(base, ["a cat"], [control], **options), sample(base, ["a cat"], **options))
 
 
 def test_every_family_samples_without_control(load_tiny):
     for family in FAMILIES:
-        pictures = sample(load_tiny(family), None, ["a cat"], None, seeds=[1], steps=1, guidance_scale=1.0)
+        pictures = sample(load_tiny(family), ["a cat"], seeds=[1], steps=1, guidance_scale=1.0)
         assert pictures.shape == (1, SIZE, SIZE, 3)

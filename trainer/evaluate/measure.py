@@ -286,9 +286,7 @@ def sample_rows(base: Base, rows: Sequence[Drawing], prior: PriorConfig) -> Tens
     """(len(rows), H, W, 3) uint8, with the settings of class pictures."""
     return sample(
         base,
-        None,
         [row.prompt for row in rows],
-        None,
         seeds=[row.seed for row in rows],
         steps=prior.sampling_steps,
         guidance_scale=prior.guidance_scale,

@@ -14,7 +14,7 @@ from controlbooth.data.kinds import COMPUTED
 from controlbooth.data.loader import held_out
 from controlbooth.data.manifest import Dataset
 from controlbooth.models.base import Base
-from controlbooth.models.sampling import sample
+from controlbooth.models.sampling import Control, sample
 from controlbooth.trainer.config import ValidationConfig
 from controlbooth.trainer.distributed import World, gather_objects
 from controlbooth.trainer.evaluate.control import control_fidelity
@@ -88,9 +88,8 @@ def generate(
         conditioning = torch.from_numpy(held.conditions[rows]).permute(0, 3, 1, 2).float() / 255.0
         images = sample(
             base,
-            controlnet,
             ["" if empty_prompt else held.captions[row] for row in rows],
-            None if controlnet is None else conditioning,
+            [] if controlnet is None else [Control(controlnet, conditioning)],
             seeds=rows,
             steps=config.sampling_steps,
             guidance_scale=1.0 if empty_prompt else config.guidance_scale,

@@ -1,0 +1,91 @@
+"""`controlbooth sample` on the built-in base and ControlNets that a test makes."""
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from controlbooth.data.pack import main as pack
+from controlbooth.models.controlnet import build_controlnet
+from controlbooth.models.pretrained import load_base, save_controlnet
+from controlbooth.trainer.evaluate.sample import main, parse_control
+
+FEW = ["--base", "miniature", "--steps", "2", "--count", "2"]
+
+
+@pytest.fixture(scope="module")
+def studio(tmp_path_factory):
+    """Two ControlNets whose residuals are not zero, shards with both conditions, and one picture of edges."""
+    folder = tmp_path_factory.mktemp("studio")
+    base = load_base("miniature")
+    torch.manual_seed(0)
+    for name in ("edges", "depth"):
+        controlnet = build_controlnet(base.unet)
+        with torch.no_grad():
+            for parameter in controlnet.parameters():
+                parameter += 0.05 * torch.randn(parameter.shape)
+        save_controlnet(controlnet, folder / name)
+    kinds = ["--condition", "edges", "--condition", "depth"]
+    pack(["--scenes", "4", *kinds, "-o", str(folder / "shards")])
+    edges = np.zeros((64, 64), np.uint8)
+    cv2.circle(edges, (32, 32), 20, 255)
+    cv2.imwrite(str(folder / "edges.png"), edges)
+    return folder
+
+
+def pictures(folder):
+    return [cv2.imread(str(path)) for path in sorted(folder.glob("0*.png"))]
+
+
+def test_two_controls_make_other_pictures_than_each_alone(studio, tmp_path, capsys):
+    edges, depth = (["--control", f"{kind}={studio / kind}"] for kind in ("edges", "depth"))
+    data = ["--data", str(studio / "shards")]
+    for name, controls in (("edges", edges), ("depth", depth), ("both", edges + depth)):
+        assert main([*controls, *data, *FEW, "-o", str(tmp_path / name)]) == 0
+        assert len(pictures(tmp_path / name)) == 2 and (tmp_path / name / "grid.png").exists()
+    assert "2 pictures" in capsys.readouterr().out
+    one, other, both = (pictures(tmp_path / name)[0] for name in ("edges", "depth", "both"))
+    assert (both != one).any() and (both != other).any()
+
+
+def test_pictures_of_a_file_and_a_prompt_are_repeatable_and_scale_and_schedule_change_them(studio, tmp_path):
+    def draw(name, control, *more):
+        given = ["--condition", f"edges={studio / 'edges.png'}", "--prompt", "a red ball", *FEW]
+        assert main(["--control", control, *given, *more, "-o", str(tmp_path / name)]) == 0
+        return pictures(tmp_path / name)
+
+    control = f"edges={studio / 'edges'}"
+    plain = draw("plain", control)
+    assert len(plain) == 2 and (plain[0] != plain[1]).any()
+    assert all(np.array_equal(a, b) for a, b in zip(plain, draw("again", control), strict=True))
+    assert (draw("half", f"{control}:0.5")[0] != plain[0]).any()
+    assert (draw("resolution", control, "--schedule", "resolution")[0] != plain[0]).any()
+    assert (draw("guess", control, "--guess")[0] != plain[0]).any()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--control", "edges"], "write KIND=FOLDER"),
+        (["--control", "edges=/nowhere"], "say which base"),
+        (["--control", "edges=/nowhere", "--base", "miniature"], "/nowhere is neither a run"),
+        (["--control", "edges=a", "--control", "edges=b"], "name each kind once"),
+        (["--control", "edges={}/edges", "--base", "miniature"], "given for nothing, and the controls are: edges"),
+        (["--control", "edges=a", "--schedule", "cubic"], "'cubic' is not known. Use uniform"),
+        (["--base", "miniature", "--count", "0"], "--count is 0"),
+        (
+            ["--control", "pose={}/edges", "--base", "miniature", "--data", "{}/shards"],
+            "conditions there are: depth, edges",
+        ),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(studio, tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        main([*(text.format(studio) for text in arguments), "-o", str(tmp_path / "out")])
+
+
+def test_a_scale_is_what_follows_the_last_colon_if_it_is_a_number():
+    assert parse_control("canny=runs/a:0.8", [], False).scale == 0.8
+    odd = parse_control("canny=C:/runs/a", ["depth=resolution", "canny=logspace"], False)
+    assert (str(odd.where), odd.scale, odd.schedule) == ("C:/runs/a", 1.0, "logspace")
+    assert parse_control("canny=a", [], True).branches == "conditional"

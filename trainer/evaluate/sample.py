@@ -1,0 +1,244 @@
+"""`controlbooth sample`: pictures from prompts and conditions, with one ControlNet or several."""
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from controlbooth.data.decode import decode_image, prepare_target, to_rgb
+from controlbooth.data.loader import held_out
+from controlbooth.data.manifest import open_dataset
+from controlbooth.models.base import Base
+from controlbooth.models.guidance import SCHEDULES
+from controlbooth.models.pretrained import load_base, load_controlnet
+from controlbooth.models.sampling import SCHEDULERS, Control, sample
+from controlbooth.trainer.checkpoint import complete_checkpoints
+from controlbooth.trainer.config import ConfigError, base_folder, load_config
+from controlbooth.trainer.engine import DTYPES, resolve_precision
+from controlbooth.trainer.evaluate.grids import draw_grid
+
+PICTURES_AT_ONCE = 8
+
+
+@dataclass(frozen=True)
+class Source:
+    """A ControlNet that was named on the command line."""
+
+    kind: str
+    where: Path
+    scale: float
+    schedule: str
+    branches: Any
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one picture is made of."""
+
+    prompt: str
+    conditions: dict[str, np.ndarray]
+    """By kind, each (H, W, 3) uint8."""
+    seed: int
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="controlbooth sample",
+        description="Draw pictures with one ControlNet or several, whose residuals are added up. A ControlNet is a "
+        "run's folder, whose latest checkpoint is taken, or a folder in the format of diffusers.",
+        epilog=f"""schedules, which weigh the residuals from shallow to deep: {", ".join(SCHEDULES)}
+
+examples:
+  controlbooth sample --control edges=runs/quickstart --data runs/quickstart-data/held-out --count 8
+  controlbooth sample --control canny=runs/photos:0.8 --condition canny=edges.png --prompt "a house in the snow"
+  controlbooth sample --control edges=RUN1:0.8 --control depth=RUN2 --data shards/held-out
+  controlbooth sample --control canny=runs/photos --guess --condition canny=edges.png     no prompt at all""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--control", action="append", default=[], metavar="KIND=FOLDER[:SCALE]", help="may be repeated")
+    parser.add_argument("--schedule", action="append", default=[], metavar="[KIND=]NAME", help="(default: uniform)")
+    parser.add_argument("--guess", action="store_true", help="logspace, control of the conditional branch alone")
+    parser.add_argument("--start", type=float, default=0.0, help="share of the steps before control acts (default: 0)")
+    parser.add_argument(
+        "--end", type=float, default=1.0, help="share of the steps after which it does not (default: 1)"
+    )
+    parser.add_argument("--condition", action="append", default=[], metavar="KIND=PICTURE", help="one for each control")
+    parser.add_argument("--data", metavar="SHARDS", help="take conditions and prompts from these instead")
+    parser.add_argument(
+        "--prompt", action="append", default=[], help="may be repeated (default: those of --data, or none)"
+    )
+    parser.add_argument("--negative", help="what to guide away from")
+    parser.add_argument(
+        "--count", type=int, default=4, help="pictures of each prompt, or samples of --data (default: 4)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the first picture (default: 0)")
+    parser.add_argument("--steps", type=int, default=25, help="(default: 25)")
+    parser.add_argument("--guidance", type=float, default=5.0, help="1 is without (default: 5)")
+    parser.add_argument("--scheduler", choices=tuple(SCHEDULERS), default="ddim", help="(default: ddim)")
+    parser.add_argument("--base", help="a diffusers folder, a single file or miniature (default: that of the run)")
+    parser.add_argument("-o", "--out", type=Path, default=Path("samples"), help="folder (default: samples)")
+    options = parser.parse_args(arguments)
+    sources = [parse_control(text, options.schedule, options.guess) for text in options.control]
+    if len({source.kind for source in sources}) < len(sources):
+        raise ConfigError("two --control have the same kind; name each kind once")
+    base_name = options.base or base_of(sources)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = DTYPES[resolve_precision("auto", device, zero_stage=1)]
+    base = load_base(base_folder(base_name), "auto", dtype, device)
+    networks = {source.kind: open_control(source, base) for source in sources}
+    requests = make_requests(options, sources, base)
+    options.out.mkdir(parents=True, exist_ok=True)
+    pictures: list[np.ndarray] = []
+    for first in tqdm(range(0, len(requests), PICTURES_AT_ONCE), unit="batch", desc="sample"):
+        rows = requests[first : first + PICTURES_AT_ONCE]
+        controls = [
+            Control(
+                networks[source.kind],
+                to_conditioning([row.conditions[source.kind] for row in rows]),
+                source.scale,
+                source.schedule,
+                source.branches,
+                options.start,
+                options.end,
+            )
+            for source in sources
+        ]
+        made = sample(
+            base,
+            [row.prompt for row in rows],
+            controls,
+            seeds=[row.seed for row in rows],
+            steps=options.steps,
+            guidance_scale=options.guidance,
+            scheduler=options.scheduler,
+            negative_prompt=options.negative,
+        )
+        pictures += list(made.numpy())
+    for number, picture in enumerate(pictures):
+        temporary = options.out / f".{number:04d}.partial"
+        Image.fromarray(picture).save(temporary, format="PNG")
+        temporary.replace(options.out / f"{number:04d}.png")
+    columns = {source.kind: np.stack([row.conditions[source.kind] for row in requests]) for source in sources}
+    draw_grid(options.out / "grid.png", columns | {"picture": np.stack(pictures)}, [row.prompt for row in requests])
+    print(f"{options.out}: {len(pictures)} pictures, and beside their conditions in grid.png")
+    return 0
+
+
+def parse_control(text: str, schedules: Sequence[str], guess: bool) -> Source:
+    """ "edges=runs/x:0.8" and the schedule that is for it. Raises ConfigError for what cannot be understood."""
+    kind, equals, rest = text.partition("=")
+    where, colon, scale = rest.rpartition(":")
+    if not colon:
+        where, scale = rest, "1"
+    try:
+        factor = float(scale)
+    except ValueError:
+        where, factor = rest, 1.0  # the colon is part of the path
+    if not (kind and equals and where):
+        raise ConfigError(f"--control {text!r} is not understood; write KIND=FOLDER or KIND=FOLDER:SCALE")
+    named = [one.partition("=") for one in schedules]
+    own = [name for one, has_kind, name in named if has_kind and one == kind] or [
+        one for one, has_kind, _ in named if not has_kind
+    ]
+    schedule = own[-1] if own else "logspace" if guess else "uniform"
+    if schedule not in SCHEDULES:
+        raise ConfigError(f"--schedule {schedule!r} is not known. Use {', '.join(SCHEDULES)}")
+    return Source(kind, Path(where), factor, schedule, "conditional" if guess else "both")
+
+
+def base_of(sources: Sequence[Source]) -> str:
+    """The base that the runs among them were trained on. Raises ConfigError where there is none, or two."""
+    found = {}
+    for source in sources:
+        if checkpoints := complete_checkpoints(source.where):
+            config = load_config(checkpoints[-1] / "config.yaml")
+            found[config.model.base] = source.where
+            if config.data.condition_name != source.kind:
+                raise ConfigError(
+                    f"{source.where} was trained on {config.data.condition_name!r}, and --control says {source.kind!r}"
+                )
+    if len(found) > 1:
+        raise ConfigError(f"the runs have different bases ({', '.join(found)}), so they cannot be combined")
+    if not found:
+        raise ConfigError("say which base: --base FOLDER. A ControlNet's own folder does not tell")
+    return next(iter(found))
+
+
+def open_control(source: Source, base: Base) -> Any:
+    """The ControlNet in the base's dtype. Raises ConfigError for a folder that holds none."""
+    checkpoints = complete_checkpoints(source.where)
+    folder = checkpoints[-1] / "controlnet" if checkpoints else source.where
+    if not (folder / "config.json").is_file() and not folder.is_file():
+        raise ConfigError(f"{source.where} is neither a run with a whole checkpoint nor a ControlNet's folder")
+    network: Any = load_controlnet(folder, base.unet)
+    return network.eval().requires_grad_(False).to(base.device, base.dtype)
+
+
+def make_requests(options: argparse.Namespace, sources: Sequence[Source], base: Base) -> list[Request]:
+    """Conditions and prompts of every picture, from shards or from files."""
+    if options.count < 1:
+        raise ConfigError(f"--count is {options.count}; at least one picture is needed")
+    if options.data:
+        if options.condition:
+            raise ConfigError("--condition and --data exclude each other: conditions come from one of them")
+        return requests_of_shards(options, sources, base)
+    given = dict(text.partition("=")[::2] for text in options.condition)
+    if {*given} != {source.kind for source in sources}:
+        wanted = ", ".join(source.kind for source in sources) or "none"
+        raise ConfigError(f"--condition is given for {', '.join(given) or 'nothing'}, and the controls are: {wanted}")
+    conditions = {kind: read_condition(Path(path), base) for kind, path in given.items()}
+    sizes = {picture.shape[:2] for picture in conditions.values()}
+    if len(sizes) > 1:
+        raise ConfigError(f"the conditions have different shapes once they fit the base: {sorted(sizes)}")
+    prompts = options.prompt or [""]
+    return [Request(prompt, conditions, options.seed + number) for prompt in prompts for number in range(options.count)]
+
+
+def requests_of_shards(options: argparse.Namespace, sources: Sequence[Source], base: Base) -> list[Request]:
+    side = base.picture_size[0]
+    dataset = open_dataset(options.data)
+    requests: list[Request] = []
+    for source in sources or [None]:
+        kind = None if source is None else source.kind
+        samples = list(held_out(dataset, options.count, condition_kind=kind, resolution=side))
+        if not requests:
+            requests = [Request(one.caption, {}, options.seed + number) for number, one in enumerate(samples)]
+            keys = [one.key for one in samples]
+        if [one.key for one in samples] != keys:
+            raise ConfigError(f"not every sample of {options.data} has all conditions; pack or annotate it anew")
+        if kind is not None:
+            requests = [
+                replace(
+                    row, conditions=row.conditions | {kind: np.ascontiguousarray(one.conditioning.transpose(1, 2, 0))}
+                )
+                for row, one in zip(requests, samples, strict=True)
+                if one.conditioning is not None
+            ]
+    if options.prompt:
+        requests = [
+            replace(row, prompt=options.prompt[number % len(options.prompt)]) for number, row in enumerate(requests)
+        ]
+    return [replace(row, prompt="") for row in requests] if options.guess and not options.prompt else requests
+
+
+def read_condition(path: Path, base: Base) -> np.ndarray:
+    """(H, W, 3) uint8: its short side as the base's pictures, its long one cut to a multiple of 8."""
+    picture = to_rgb(decode_image(path.read_bytes(), path.stem, path.suffix.lstrip("."), background=0))
+    short, (height, width) = min(base.picture_size), picture.shape[:2]
+    factor = short / min(height, width)
+    shape = tuple(max(short, int(side * factor) // 8 * 8) for side in (height, width))
+    return prepare_target(picture, (shape[0], shape[1]))
+
+
+def to_conditioning(pictures: Sequence[np.ndarray]) -> torch.Tensor:
+    """(B, 3, H, W) float32 in [0, 1]"""
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255.0
