@@ -41,7 +41,7 @@ from controlbooth.models.controlnet import denoise
 from controlbooth.models.families import encode_prompts
 from controlbooth.models.pretrained import load_base
 from controlbooth.trainer.config import ConfigError, base_folder
-from controlbooth.trainer.distributed import World, barrier, gather_objects, join, leave
+from controlbooth.trainer.distributed import World, barrier, end_process, gather_objects, join, leave
 from controlbooth.trainer.engine import DTYPES, resolve_precision
 from controlbooth.trainer.full import train_fully
 from controlbooth.trainer.step import dreambooth_step
@@ -384,4 +384,4 @@ def stack_attention_shapes(config: SubjectRunConfig, base: Base) -> tuple[Attent
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -19,7 +19,7 @@ from controlbooth.models.pretrained import load_base
 from controlbooth.trainer import engine as engines
 from controlbooth.trainer import train as training
 from controlbooth.trainer.config import build_config
-from controlbooth.trainer.distributed import World, gather_objects, join, leave
+from controlbooth.trainer.distributed import World, end_process, gather_objects, join, leave
 from controlbooth.trainer.spool import read_metrics
 from controlbooth.trainer.step import controlnet_step
 
@@ -202,6 +202,7 @@ def main() -> None:
     if world.rank == 0:
         Path(result).write_text(json.dumps(answer))
     leave()
+    end_process(0)
 
 
 if __name__ == "__main__":

@@ -212,8 +212,13 @@ def test_a_stop_signal_reaches_the_ranks_of_torchrun_as_sigterm_and_leaves_no_tr
     command = [*command[: command.index("controlbooth.trainer.train") - 1], "rank.py"]
     process = launcher(tmp_path, command, {"OMP_NUM_THREADS": "1"})
     wait_for_files(tmp_path, "ready.*", 2)
+    family = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    try:
+        _, errors = process.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        left = [(one.pid, one.status(), one.cmdline()) for one in family if one.is_running()]
+        pytest.fail(f"still running: {left}; in {tmp_path}: {sorted(one.name for one in tmp_path.iterdir())}")
     assert process.returncode == status
     assert "stopping after this step with a checkpoint" in errors and "Traceback" not in errors
     assert len(list(tmp_path.glob("checkpoint.*"))) == 2 and not list(tmp_path.glob("interrupted.*"))
