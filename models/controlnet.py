@@ -9,13 +9,14 @@ convolutions.
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from torch import Tensor, nn
 
 from controlbooth.models.families import TextEncoding
+from controlbooth.models.variants import HintNetwork, TrainableCopy, VariantControlNet, start_gaussian
 
 VAE_FACTOR = 8
 """Pixels per latent position; the hint network brings a condition picture to the latents' size by as much."""
@@ -76,14 +77,22 @@ def build_controlnet(
     unet: UNet2DConditionModel,
     hint_channels: Sequence[int] = (16, 32, 96, 256),
     device: str | torch.device | None = None,
+    *,
+    trainable_copy: TrainableCopy = "full",
+    connections: Literal["zero", "gaussian"] = "zero",
+    hint_network: HintNetwork = "released",
+    only_mid_control: bool = False,
 ) -> ControlNetModel:
     """A trainable ControlNet for `unet`, in float32: copied encoder, zero convolutions, hint network.
 
-    hint_channels: widths of the hint network of the released code (3x3 convolutions, SiLU, the last one zero; the
-    paper's text describes a smaller one). Each step from one width to the next halves the picture: four widths.
-    The hint network's weights are Gaussian, as in the paper (arXiv 2302.05543, section 3.2), drawn from torch's global
-    generator: seed it first. device: default the U-Net's; on "meta" the
-    ControlNet has shapes and no weights.
+    hint_channels: widths of the hint network. Each step from one width to the next halves the picture: four widths.
+    hint_network: that of the released code (3x3 convolutions, SiLU, the last one zero) or that of the paper's text
+    (4x4, ReLU; its widths are 16, 32, 64, 128).
+    Its weights are Gaussian, as in the paper (arXiv 2302.05543, section 3.2), drawn from torch's global
+    generator: seed it first. trainable_copy "lite" and connections "gaussian" are what the paper's ablation replaces:
+    one convolution for each block of the copy; Gaussian weights where zero convolutions are.
+    only_mid_control: only the middle block's residual learns; the others stay zero convolutions, so that such a
+    ControlNet is used like any other. device: default the U-Net's; on "meta" the ControlNet has shapes and no weights.
     Raises ValueError for hint_channels that miss the latents' size and for a U-Net that ControlNetModel cannot mirror.
     """
     halvings = len(hint_channels) - 1
@@ -99,31 +108,59 @@ def build_controlnet(
             )
     shared = {key: unet.config[key] for key in _SHARED if key in unet.config}
     device = torch.device(device or unet.device)
+    shared["conditioning_embedding_out_channels"] = tuple(hint_channels)
+    plain = trainable_copy == "full" and hint_network == "released"
     with device:
-        controlnet = ControlNetModel(**shared, conditioning_embedding_out_channels=tuple(hint_channels))
-    for name in COPIED if device.type != "meta" else ():
+        controlnet: Any = (
+            ControlNetModel(**shared)
+            if plain
+            else VariantControlNet(trainable_copy=trainable_copy, hint_network=hint_network, **shared)
+        )
+    if device.type != "meta":
+        _start(controlnet, unet, trainable_copy, connections, hint_network)
+    if only_mid_control:
+        keep_only_mid_control(controlnet)
+    return controlnet.train()
+
+
+def keep_only_mid_control(controlnet: ControlNetModel) -> None:
+    """Takes the gradients of the other residuals' convolutions, which must be zero. Raises ValueError where not.
+
+    They stay parameters of the optimizer, and so checkpoints and ZeRO have the same layout in every mode.
+    """
+    for parameter in controlnet.controlnet_down_blocks.parameters():
+        if parameter.device.type != "meta" and parameter.any():
+            raise ValueError("only_mid_control needs a ControlNet whose other residuals' convolutions are still zero")
+        parameter.register_hook(torch.zeros_like)
+
+
+def _start(controlnet: Any, unet: Any, trainable_copy: str, connections: str, hint_network: str) -> None:
+    """The weights before the first step."""
+    for name in COPIED if trainable_copy == "full" else ("conv_in",):
         module = getattr(controlnet, name, None)
         if module is not None:
             module.load_state_dict(getattr(unet, name).state_dict())
-    if device.type != "meta":
-        _start_hint_network(controlnet)
-    return controlnet.train()
+    if trainable_copy == "lite":
+        start_gaussian([*controlnet.down_blocks, controlnet.mid_block], SILU_GAIN)
+    _start_hint_network(controlnet, SILU_GAIN if hint_network == "released" else RELU_GAIN)
+    if connections == "gaussian":
+        hint = controlnet.controlnet_cond_embedding
+        start_gaussian([hint.conv_out, *controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block], 1.0)
 
 
 SILU_GAIN = 1.68
 """1 / sqrt(E[silu(x)^2]) for normal x: what a layer must multiply by for the next one to see the same variance."""
+RELU_GAIN = 2**0.5
 
 
-def _start_hint_network(controlnet: ControlNetModel) -> None:
+def _start_hint_network(controlnet: ControlNetModel, gain: float) -> None:
     """Variance-preserving Gaussian weights and no biases; the last convolution stays zero.
 
     PyTorch's default weights shrink a sparse edge map to 3e-5 over the seven layers, beside biases a thousand times
     larger: the network then learns for hundreds of steps without seeing its condition.
     """
     hint: Any = controlnet.controlnet_cond_embedding
-    for layer in (hint.conv_in, *hint.blocks):
-        torch.nn.init.normal_(layer.weight, std=SILU_GAIN * layer.weight[0].numel() ** -0.5)
-        torch.nn.init.zeros_(layer.bias)
+    start_gaussian([hint.conv_in, *hint.blocks], gain)
 
 
 def check_fits(controlnet: ControlNetModel, unet: UNet2DConditionModel, where: str = "the ControlNet") -> None:

@@ -23,6 +23,7 @@ from controlbooth.models import original_layout
 from controlbooth.models.base import Base, check_parts_fit, vae_dtype
 from controlbooth.models.controlnet import build_controlnet, check_fits
 from controlbooth.models.families import Family, check_family, identify
+from controlbooth.models.variants import VariantControlNet
 
 MINIATURE = Path(__file__).parent / "miniature"
 """The base that is shipped with controlbooth, a diffusers folder; `load_base("miniature")` reads it."""
@@ -243,7 +244,7 @@ def load_controlnet(
     path = Path(path)
     if path.is_dir():
         files = _weights_files(path)
-        controlnet = ControlNetModel.from_pretrained(
+        controlnet = controlnet_class(path).from_pretrained(
             path, variant=_variant(files), torch_dtype=dtype, use_safetensors=True, local_files_only=True
         )
         check_fits(controlnet, unet, str(path))
@@ -256,6 +257,17 @@ def load_controlnet(
     return controlnet
 
 
+def controlnet_class(folder: Path) -> type[ControlNetModel]:
+    """Of what a folder holds, as its config.json names it. Raises ValueError for anything but a ControlNet."""
+    classes = {cls.__name__: cls for cls in (ControlNetModel, VariantControlNet)}
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder / 'config.json'} does not exist, so {folder} is no ControlNet's folder")
+    name = json.loads((folder / "config.json").read_text()).get("_class_name")
+    if name not in classes:
+        raise ValueError(f"{folder} holds a {name}, which is no ControlNet that is known: {', '.join(classes)}")
+    return classes[name]
+
+
 def save_controlnet(controlnet: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Writes a diffusers folder: config.json and diffusion_pytorch_model.safetensors, in the module's dtype."""
     _unwrapped(controlnet).save_pretrained(folder, safe_serialization=True)
@@ -264,8 +276,11 @@ def save_controlnet(controlnet: nn.Module, folder: str | os.PathLike[str]) -> No
 def save_single_file(controlnet: nn.Module, path: str | os.PathLike[str]) -> None:
     """Writes one .safetensors in the layout of the released ControlNet 1.0 code, which image UIs read.
 
-    Raises ValueError for a ControlNet of the miniature, whose pooled text has no name in that layout.
+    Raises ValueError for a ControlNet of the miniature, whose pooled text has no name in that layout, and for one of
+    `variants`.
     """
+    if isinstance(_unwrapped(controlnet), VariantControlNet):
+        raise ValueError("a ControlNet-lite, or one with the paper's hint network, has no names in the original layout")
     original_layout.save(_unwrapped(controlnet), Path(path))
 
 

@@ -193,7 +193,7 @@ def prune(run: Path, keep: int, keep_best: int, metric: str = "edge_f1") -> None
 
 def _as_module(trained: Any, weights: dict[str, Tensor]) -> ControlNetModel:
     with torch.device("meta"):
-        module: Any = ControlNetModel.from_config(trained.config)
+        module: Any = type(trained).from_config(trained.config)
     module.load_state_dict(weights, assign=True)
     return module
 

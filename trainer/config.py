@@ -47,6 +47,14 @@ class ModelConfig(Section):
     """`unet` copies the trainable half from the base; a diffusers ControlNet folder continues from those weights."""
     hint_channels: tuple[int, ...] = (16, 32, 96, 256)
     """Widths of the network that turns the condition image into the latent grid; one stride of 2 between neighbours."""
+    hint_network: Literal["released", "paper"] = "released"
+    """That of the released code, or the smaller one of the paper's text, whose widths are [16, 32, 64, 128]."""
+    trainable_copy: Literal["full", "lite"] = "full"
+    """`lite` puts one convolution in place of each block of the copy: the paper's ablation."""
+    connections: Literal["zero", "gaussian"] = "zero"
+    """How the convolutions that tie the copy to the base start: `gaussian` is the paper's other ablation."""
+    only_mid_control: bool = False
+    """Train the middle block's residual alone, and leave the others at zero."""
     attention: Literal["auto", "xformers", "flash", "efficient", "math"] = "auto"
     """Memory-efficient attention: `xformers` needs CUDA and the package; the others are PyTorch's kernels."""
     gradient_checkpointing: bool = False
@@ -240,6 +248,13 @@ class RunConfig(Section):
                 f"data.lanes={lanes} is not a multiple of global_batch_size={self.global_batch_size}. "
                 f"Leave data.lanes out, or use {self.global_batch_size * max(1, lanes // self.global_batch_size)}"
             )
+        if self.model.controlnet != "unet":
+            for key in ("trainable_copy", "connections", "hint_network"):
+                if getattr(self.model, key) != ModelConfig.model_fields[key].default:
+                    raise ValueError(
+                        f"model.{key}={getattr(self.model, key)} is how a new ControlNet starts, and "
+                        f"model.controlnet={self.model.controlnet} has started: leave one of them out"
+                    )
         if self.engine.offload_parameters and self.engine.zero_stage != 3:
             raise ValueError(
                 f"engine.offload_parameters needs engine.zero_stage=3, and it is {self.engine.zero_stage}. "

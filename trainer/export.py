@@ -130,14 +130,13 @@ def export(run: Path, checkpoint: Path, out: Path, format: str, dtype: str, forc
 
 def _write(run: Path, checkpoint: Path, folder: Path, format: str, dtype: str) -> None:
     import torch
-    from diffusers import ControlNetModel
 
     from controlbooth.models.families import identify
-    from controlbooth.models.pretrained import save_controlnet, save_single_file
+    from controlbooth.models.pretrained import controlnet_class, save_controlnet, save_single_file
 
     config = load_config(checkpoint / "config.yaml")
     torch_dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
-    controlnet: Any = ControlNetModel.from_pretrained(
+    controlnet: Any = controlnet_class(checkpoint / "controlnet").from_pretrained(
         checkpoint / "controlnet", torch_dtype=torch_dtype, use_safetensors=True, local_files_only=True
     )
     if format == "diffusers":
@@ -197,12 +196,19 @@ def usage(exported: Exported) -> str:
         base_line, base_name = "", json.dumps(base)
     load = "from_single_file" if base.endswith(".safetensors") else "from_pretrained"
     size = config.data.resolution
+    model = config.model
+    if model.trainable_copy == "full" and model.hint_network == "released":
+        own_line, name = "", "ControlNetModel"
+        imported = f"ControlNetModel, DDIMScheduler, {pipeline}"
+    else:
+        own_line, name = "from controlbooth.models.variants import VariantControlNet\n", "VariantControlNet"
+        imported = f"DDIMScheduler, {pipeline}"
     return f"""\
 import torch
-{base_line}from diffusers import ControlNetModel, DDIMScheduler, {pipeline}
+{base_line}{own_line}from diffusers import {imported}
 from diffusers.utils import load_image
 
-controlnet = ControlNetModel.from_pretrained(".", torch_dtype=torch.float32)
+controlnet = {name}.from_pretrained(".", torch_dtype=torch.float32)
 pipeline = {pipeline}.{load}({base_name}, controlnet=controlnet)
 pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
 condition = load_image("condition.png").resize(({size}, {size}))

@@ -45,7 +45,7 @@ from controlbooth.models.attention import (
     choose_attention,
 )
 from controlbooth.models.base import Base
-from controlbooth.models.controlnet import build_controlnet, denoise, parameter_report
+from controlbooth.models.controlnet import build_controlnet, denoise, keep_only_mid_control, parameter_report
 from controlbooth.models.families import encode_with_dropout
 from controlbooth.models.pretrained import load_base, load_controlnet
 from controlbooth.trainer import checkpoint as checkpoints
@@ -67,6 +67,7 @@ from controlbooth.trainer.distributed import (
     all_max,
     all_sum,
     barrier,
+    end_process,
     from_first_rank,
     gather_objects,
     join,
@@ -428,9 +429,20 @@ def open_data(config: RunConfig, world: World) -> tuple[Dataset, HeldOutSet | No
 
 
 def make_controlnet(config: RunConfig, base: Base) -> Any:
-    if config.model.controlnet == "unet":
-        return build_controlnet(base.unet, config.model.hint_channels).float()
-    return load_controlnet(config.model.controlnet, base.unet)
+    model = config.model
+    if model.controlnet == "unet":
+        return build_controlnet(
+            base.unet,
+            model.hint_channels,
+            trainable_copy=model.trainable_copy,
+            connections=model.connections,
+            hint_network=model.hint_network,
+            only_mid_control=model.only_mid_control,
+        ).float()
+    controlnet = load_controlnet(model.controlnet, base.unet)
+    if model.only_mid_control:
+        keep_only_mid_control(controlnet)
+    return controlnet
 
 
 def make_loader(
@@ -693,4 +705,4 @@ def quiet_libraries() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())
