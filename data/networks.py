@@ -197,14 +197,14 @@ def draw_skeleton(drawing: np.ndarray, points: np.ndarray) -> None:
         centre = (round((start[0] + end[0]) / 2), round((start[1] + end[1]) / 2))
         angle = np.degrees(np.arctan2(end[1] - start[1], end[0] - start[0]))
         axes = (max(1, round(np.hypot(end[0] - start[0], end[1] - start[1]) / 2)), width)
-        cv2.ellipse(limbs, centre, axes, float(angle), 0.0, 360.0, _rainbow(place), -1)
+        cv2.ellipse(limbs, centre, axes, float(angle), 0.0, 360.0, rainbow(place), -1)
     np.maximum(drawing, (limbs * 0.6).astype(np.uint8), out=drawing)
     for place, joint in enumerate(joints):
         if joint is not None:
-            cv2.circle(drawing, (round(joint[0]), round(joint[1])), width, _rainbow(place), -1)
+            cv2.circle(drawing, (round(joint[0]), round(joint[1])), width, rainbow(place), -1)
 
 
-def _rainbow(place: int) -> tuple[int, int, int]:
+def rainbow(place: int) -> tuple[int, int, int]:
     """OpenPose's colours: once around the hues in steps of 20 degrees, from red. RGB."""
     pixel = np.array([[[place * 10, 255, 255]]], np.uint8)
     red, green, blue = cv2.cvtColor(pixel, cv2.COLOR_HSV2RGB)[0, 0].tolist()

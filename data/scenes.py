@@ -7,7 +7,7 @@ is another seed.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -173,7 +173,7 @@ CLASSES: dict[str, Callable[[], list[Part]]] = {
 }
 _PARTS = {name: build() for name, build in CLASSES.items()}
 _LANDMARKS = np.array([[0.0, 0.0], [0.0, -0.9], [0.9, 0.0], [0.0, 0.9], [-0.9, 0.0]])
-_LANDMARK_COLOURS = ((255, 255, 255), (255, 64, 64), (64, 255, 64), (64, 128, 255), (255, 224, 32))
+LANDMARK_COLOURS = ((255, 255, 255), (255, 64, 64), (64, 255, 64), (64, 128, 255), (255, 224, 32))
 _LIGHT = np.array([-0.45, 0.55, 0.70], dtype=np.float32)
 
 
@@ -325,11 +325,22 @@ def _encode_normals(normals: np.ndarray) -> np.ndarray:
 
 def _draw_keypoints(what: Scene, size: int) -> np.ndarray:
     canvas = np.zeros((size, size, 3), np.uint8)
-    dot = max(1, size // 42)
     for thing in what.objects:
         points = np.round(_place(_LANDMARKS, thing, size)).astype(int)
         for point in points[1:]:
             cv2.line(canvas, points[0].tolist(), point.tolist(), (110, 110, 110), max(1, size // 96))
-        for point, colour in zip(points, _LANDMARK_COLOURS, strict=True):
-            cv2.circle(canvas, point.tolist(), dot, colour, -1)
+        _draw_dots(canvas, [point[None] for point in points])
     return canvas
+
+
+def draw_landmarks(points: Sequence[np.ndarray], size: int) -> np.ndarray:
+    """The dots of `Rendering.keypoints` without the lines: (size, size, 3) uint8. points: of each kind (n, 2) x, y."""
+    canvas = np.zeros((size, size, 3), np.uint8)
+    _draw_dots(canvas, [np.round(one).astype(int) for one in points])
+    return canvas
+
+
+def _draw_dots(canvas: np.ndarray, points: Sequence[np.ndarray]) -> None:
+    for own, colour in zip(points, LANDMARK_COLOURS, strict=True):
+        for point in own:
+            cv2.circle(canvas, point.tolist(), max(1, len(canvas) // 42), colour, -1)

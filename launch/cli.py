@@ -17,7 +17,10 @@ VERBS = {  # group -> verb -> (module:function, what it does)
         "quickstart": ("controlbooth.launch.quickstart:main", "train a ControlNet on this machine, from nothing"),
         "train": ("controlbooth.launch.local:main", "run a training on this machine, or resume it"),
         "sample": ("controlbooth.trainer.evaluate.sample:main", "draw pictures with one ControlNet or several"),
-        "fidelity": ("controlbooth.trainer.evaluate.fidelity:main", "measure a run's control on its held-out set"),
+        "evaluate": ("controlbooth.trainer.evaluate.evaluate:main", "measure a ControlNet on held-out conditions"),
+        "compare": ("controlbooth.trainer.evaluate.compare:main", "what one ControlNet gains over another"),
+        "report": ("controlbooth.trainer.evaluate.report:main", "one page with everything about a run"),
+        "ablate": ("controlbooth.launch.ablations:main", "train variants of a run and measure them side by side"),
         "export": ("controlbooth.trainer.export:main", "write a checkpoint in the format that diffusers loads"),
     },
     "DreamBooth": {

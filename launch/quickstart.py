@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from controlbooth.launch.local import gpu_count, train
-from controlbooth.trainer.config import load_config, run_folder, sources, tracking_uri
+from controlbooth.trainer.config import RunConfig, load_config, run_folder, sources, tracking_uri
 
 CONFIG = Path(__file__).parent / "configs" / "quickstart.yaml"
 TRAINING_SCENES = 8192
@@ -33,15 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="print the commands; start nothing")
     options = parser.parse_intermixed_args(arguments)
     config = load_config(CONFIG, options.overrides)
-    shards = sources(config)[0].shards
-    run, data = run_folder(config), Path(shards).parent
+    run, data = run_folder(config), Path(sources(config)[0].shards).parent
     export = run / "export"
-    pack = ["data", "pack", "--condition", "edges", "--condition", "segmentation"]
-    before = [
-        [*pack, "--scenes", str(TRAINING_SCENES), "--samples-per-shard", "256", "-o", shards],
-        [*pack, "--scenes", str(HELD_OUT_SCENES), "--seed", str(HELD_OUT_SEED), "-o", str(config.data.held_out)],
-    ]
-    after = [["fidelity", str(run)], ["export", str(run), str(export), "--force"]]
+    before = packing(config)
+    after = [["evaluate", str(run)], ["export", str(run), str(export), "--force"]]
     processes = 1 if gpu_count() == 1 else 2
     if options.dry_run:
         training = ["train", str(CONFIG), *options.overrides, "--processes", str(processes)]
@@ -66,6 +61,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def packing(config: RunConfig) -> list[list[str]]:
+    """The verbs that write the run's shards, training and held-out; what is there already is not written again."""
+    pack = ["data", "pack", "--condition", "edges", "--condition", "segmentation"]
+    shards = sources(config)[0].shards
+    return [
+        [*pack, "--scenes", str(TRAINING_SCENES), "--samples-per-shard", "256", "-o", shards],
+        [*pack, "--scenes", str(HELD_OUT_SCENES), "--seed", str(HELD_OUT_SEED), "-o", str(config.data.held_out)],
+    ]
+
+
 def heading(text: str) -> None:
     print(f"\n== {text}", flush=True)
 
@@ -87,28 +92,29 @@ def beside_python(program: str) -> str:
 
 def summary(run: Path, data: Path, export: Path, uri: str, seconds: dict[str, float]) -> str:
     """The closing table: what was made, where it lies, how to open it, what to do next."""
-    fidelity = json.loads((run / "fidelity.json").read_text())
+    evaluation = json.loads((run / "evaluation" / "evaluation.json").read_text())
     speed = json.loads((run / "speed.json").read_text())
     rows = [("", "mask IoU", "edge F1")]
     rows += [
-        (name, f"{figures['mask_iou']:.3f}", f"{figures['edge_f1']:.3f}")
-        for name, figures in fidelity["pictures"].items()
+        (name, f"{figures['mask_iou']['mean']:.3f}", f"{figures['edge_f1']['mean']:.3f}")
+        for name, figures in evaluation["figures"].items()
     ]
     us = beside_python("controlbooth")
     made = {
         f"{data}/": "WebDataset shards with edges and segmentation, and their indexes",
         f"{run}/checkpoints/": "the run: started again, it goes on from here",
         f"{max((run / 'samples').glob('step-*.png'))}": "condition | without | with control | target",
+        f"{run}/report.html": "all of it on one page: curves, figures, pictures over the steps",
         f"{export}/": "a diffusers ControlNet with a model card: ControlNetModel.from_pretrained",
         uri: "curves, figures, pictures, checkpoints",
     }
     width = max(map(len, made))
     lines = [
         "",
-        f"== control fidelity on {fidelity['samples']} held-out scenes",
+        f"== control fidelity on {evaluation['samples']} held-out scenes",
         *(f"  {name:<28}{iou:>10}{f1:>10}" for name, iou, f1 in rows),
-        f"  control snapped into place at step {fidelity['snapped_at']}"
-        if fidelity["snapped_at"]
+        f"  control snapped into place by step {evaluation['convergence']['step']}"
+        if evaluation["convergence"]
         else "  control did not snap into place: train longer (max_steps=...)",
         "",
         "== what was made",

@@ -187,6 +187,8 @@ class ValidationConfig(Section):
     micro_batch_size: int = Field(default=8, gt=0)
     at_start: bool = True
     """Validate before the first step too: the figures without control."""
+    stop_after_convergence: int | None = Field(default=None, ge=0)
+    """End the run so many steps after control has snapped into place. Default: go on to max_steps."""
 
 
 class TrackingConfig(Section):
@@ -265,6 +267,11 @@ class RunConfig(Section):
         if self.optimizer.warmup_steps > self.max_steps:
             raise ValueError(
                 f"optimizer.warmup_steps={self.optimizer.warmup_steps} is more than max_steps={self.max_steps}"
+            )
+        if self.validation.stop_after_convergence is not None and not self.data.held_out:
+            raise ValueError(
+                f"validation.stop_after_convergence={self.validation.stop_after_convergence} needs validations, and "
+                "data.held_out is not set: name held-out shards, or leave it out"
             )
         if self.validation.grid > self.validation.samples:
             raise ValueError(

@@ -74,7 +74,16 @@ from controlbooth.trainer.distributed import (
     leave,
 )
 from controlbooth.trainer.encoding import column_identities, computed_here
-from controlbooth.trainer.evaluate.validate import HeldOutSet, load_held_out, validate
+from controlbooth.trainer.evaluate.convergence import (
+    USUAL_STEPS,
+    Convergence,
+    describe,
+    find_convergence,
+    validation_curve,
+)
+from controlbooth.trainer.evaluate.extract import Extract, extractor
+from controlbooth.trainer.evaluate.held_out import HeldOutSet, load_held_out
+from controlbooth.trainer.evaluate.validate import validate
 from controlbooth.trainer.spool import read_metrics
 from controlbooth.trainer.step import controlnet_step
 from controlbooth.trainer.tracking import Status, Tracker
@@ -102,10 +111,15 @@ class Run:
     dataset: Dataset
     loader: Loader
     held: HeldOutSet | None
+    extract: Extract | None
+    """Finds the trained kind of condition in pictures, where something does."""
     tracker: Tracker | None
     """On rank 0 only."""
     step: int
     """Optimizer steps taken; the next batch is the global batch of this number."""
+    convergence: Convergence | None = None
+    """As of the last validation, on every rank."""
+    warned: bool = False
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -137,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(config: RunConfig, world: World, stop: "StopRequest") -> int:
-    """Runs to max_steps or to a stop request. Returns 0 in both cases; status.json says which it was."""
+    """Runs to max_steps, to its early stop or to a stop request. Returns 0 in all cases; status.json says which."""
     folder = run_folder(config)
     with only_run(folder, world):
         latest = checkpoints.latest_checkpoint(folder, world)
@@ -152,10 +166,13 @@ def train(config: RunConfig, world: World, stop: "StopRequest") -> int:
             write_status(folder / STATUS, state="running", step=run.step)
         state = "failed"
         try:
-            if run.step == 0 and run.held and config.validation.at_start:
+            if run.held and run.step:
+                note_convergence(run, validated=False)
+            elif run.held and config.validation.at_start:
                 validate_and_log(run)
             loop(run, stop)
-            state = "stopped" if run.step < config.max_steps else "finished"
+            done = run.step >= config.max_steps or converged_long_ago(run)
+            state = "finished" if done else "stopped"
         finally:
             run.loader.close()
             if world.rank == 0 and state != "failed":
@@ -218,7 +235,7 @@ def loop(run: Run, stop: "StopRequest") -> None:
     backward = partial(engines.accumulate, run.engine)
     skipped_in_a_row = 0
     started = time.perf_counter()
-    while run.step < config.max_steps:
+    while run.step < config.max_steps and not converged_long_ago(run):
         batch = next(run.loader)
 
         # One optimizer step. Everything random about it was drawn from (seed, position).
@@ -286,6 +303,7 @@ def loop(run: Run, stop: "StopRequest") -> None:
         if run.held and not stops and (run.step % config.validation.every_steps == 0 or last):
             figures |= validate_and_log(run)
             started = time.perf_counter()
+            last = last or converged_long_ago(run)
         if stops or last or run.step % config.checkpoint.every_steps == 0:
             save(run, figures)
             started = time.perf_counter()
@@ -364,6 +382,7 @@ def build(config: RunConfig, world: World, folder: Path, latest: Path | None) ->
         dataset,
         loader,
         held,
+        extractor(held, {}, str(world.device)) if held else None,
         tracker=None,
         step=step,
     )
@@ -551,13 +570,42 @@ def validate_and_log(run: Run) -> dict[str, float]:
             run.config.validation,
             run.world,
             grid,
+            run.extract,
         )
     if run.tracker is not None:
         run.tracker.log(run.step, {f"validation/{name}": value for name, value in figures.items()})
         run.tracker.log_image(grid, "samples", run.step)
     shown = ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
     say(run.world, f"step {run.step}: {shown} ({time.perf_counter() - began:.0f} s)")
+    note_convergence(run, validated=True)
     return figures
+
+
+def note_convergence(run: Run, validated: bool) -> None:
+    """Looks at the validations up to now, on rank 0's disk; says and tags what is new. Called by every rank.
+
+    validated: this step was just validated, so that it gets a point in the curves of MLflow.
+    """
+    found, before = None, run.convergence
+    if run.world.rank == 0:
+        curve = validation_curve(run.folder)
+        found = find_convergence(curve)
+        if found and validated and run.tracker is not None:
+            run.tracker.log(run.step, {"convergence/step": found.step, "convergence/confidence": found.confidence})
+        if (found and found.step) != (before and before.step):
+            say(run.world, describe(found, list(curve)))
+            if run.tracker is not None:
+                run.tracker.set_tags({"converged_at_step": str(found.step) if found else "not yet"})
+        elif not found and run.step > USUAL_STEPS and not run.warned:
+            say(run.world, "warning: " + describe(found, list(curve)))
+            run.warned = True
+    run.convergence = from_first_rank(found)
+
+
+def converged_long_ago(run: Run) -> bool:
+    """Whether the run was asked to end now, because control came long enough ago."""
+    patience = run.config.validation.stop_after_convergence
+    return patience is not None and run.convergence is not None and run.step >= run.convergence.step + patience
 
 
 def save(run: Run, figures: dict[str, float]) -> None:

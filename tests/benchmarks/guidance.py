@@ -22,7 +22,7 @@ from controlbooth.trainer.checkpoint import complete_checkpoints
 from controlbooth.trainer.config import base_path, load_config
 from controlbooth.trainer.evaluate.control import control_fidelity
 from controlbooth.trainer.evaluate.grids import draw_grid
-from controlbooth.trainer.evaluate.validate import load_held_out
+from controlbooth.trainer.evaluate.held_out import load_held_out
 
 SD15 = [64] * 3 + [32] * 3 + [16] * 3 + [8] * 4
 FORMULAS = {

@@ -18,7 +18,7 @@ from controlbooth.models.pretrained import load_base, load_controlnet
 from controlbooth.models.sampling import Control, initial_noise, sample
 from controlbooth.trainer.checkpoint import complete_checkpoints
 from controlbooth.trainer.config import base_path, load_config
-from controlbooth.trainer.evaluate.validate import load_held_out
+from controlbooth.trainer.evaluate.held_out import load_held_out
 
 
 def main() -> None:

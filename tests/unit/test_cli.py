@@ -58,7 +58,11 @@ def test_a_group_shows_its_own_verbs(capsys):
         (["trian", "x.yaml"], "there is no verb 'trian'; did you mean 'train'?"),
         (["data", "indx"], "there is no verb 'data indx'; did you mean 'data index'?"),
         (["order"], "there is no verb 'order'; did you mean 'data order'?"),
-        (["zzzzz"], "there is no verb 'zzzzz'; verbs are: quickstart, train, sample, fidelity, export, dreambooth"),
+        (
+            ["zzzzz"],
+            "there is no verb 'zzzzz'; verbs are: quickstart, train, sample, evaluate, compare, report, ablate, "
+            "export, dreambooth",
+        ),
     ],
 )
 def test_an_unknown_verb_suggests_the_nearest(words, message, capsys):

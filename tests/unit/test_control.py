@@ -2,7 +2,7 @@ import numpy as np
 
 from controlbooth.data.scenes import HELD_OUT_SEED, render, scene
 from controlbooth.trainer.evaluate.control import control_fidelity, edge_f1, edge_map, mask_iou, object_mask
-from controlbooth.trainer.evaluate.fidelity import discs
+from controlbooth.trainer.evaluate.evaluate import discs
 from controlbooth.trainer.evaluate.grids import draw_grid
 
 

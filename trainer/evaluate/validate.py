@@ -1,7 +1,7 @@
 """Validation of a run: held-out conditions sampled and measured on all ranks, and pictures of them."""
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,60 +10,16 @@ from torch import nn
 from tqdm import tqdm
 
 from controlbooth.data import draws
-from controlbooth.data.kinds import COMPUTED
-from controlbooth.data.loader import held_out
-from controlbooth.data.manifest import Dataset
 from controlbooth.models.base import Base
 from controlbooth.models.sampling import Control, sample
 from controlbooth.trainer.config import ValidationConfig
 from controlbooth.trainer.distributed import World, gather_objects
-from controlbooth.trainer.evaluate.control import control_fidelity
+from controlbooth.trainer.evaluate.extract import Extract, fidelity
 from controlbooth.trainer.evaluate.grids import draw_grid
+from controlbooth.trainer.evaluate.held_out import HeldOutSet
+from controlbooth.trainer.evaluate.strips import STRIPS, write_captions, write_strip
 from controlbooth.trainer.losses import squared_error
 from controlbooth.trainer.step import DeviceBatch, prediction_and_target
-
-EDGE_KINDS = ("edges", "canny")
-MASK_KINDS = ("segmentation",)
-
-
-@dataclass(frozen=True)
-class HeldOutSet:
-    """The first samples of the held-out shards, whole on every rank; N of them."""
-
-    keys: list[str]
-    captions: list[str]
-    targets: np.ndarray
-    """(N, H, W, 3) uint8."""
-    conditions: np.ndarray
-    """(N, H, W, 3) uint8, of the kind that is trained on."""
-    edges: np.ndarray | None
-    """(N, H, W) uint8, where the shards hold edges."""
-    segmentation: np.ndarray | None
-    """(N, H, W) uint8, where the shards hold a segmentation."""
-
-
-def load_held_out(dataset: Dataset, count: int, condition_kind: str, resolution: int) -> HeldOutSet:
-    """Reads the set. Raises ValueError where the shards have fewer than `count` samples of the kind."""
-    samples = list(held_out(dataset, count, condition_kind=condition_kind, resolution=resolution))
-    kinds = {kind for row in dataset.rows for kind in row.conditions} | {condition_kind}
-
-    def one_channel(wanted: tuple[str, ...]) -> np.ndarray | None:
-        found = [kind for name in wanted for kind in (name, COMPUTED + name) if kind in kinds]
-        if not found:
-            return None
-        others = list(held_out(dataset, count, condition_kind=found[0], resolution=resolution))
-        if [other.key for other in others] != [sample.key for sample in samples]:
-            return None  # not every sample has that kind: no figure rather than one of other pictures
-        return np.stack([other.conditioning[0] for other in others])  # type: ignore[index]
-
-    return HeldOutSet(
-        keys=[sample.key for sample in samples],
-        captions=[sample.caption for sample in samples],
-        targets=np.stack([sample.pixel_values.transpose(1, 2, 0) for sample in samples]),
-        conditions=np.stack([sample.conditioning.transpose(1, 2, 0) for sample in samples]),  # type: ignore[union-attr]
-        edges=one_channel(EDGE_KINDS),
-        segmentation=one_channel(MASK_KINDS),
-    )
 
 
 def generate(
@@ -72,14 +28,16 @@ def generate(
     held: HeldOutSet,
     config: ValidationConfig,
     world: World,
-    empty_prompt: bool = False,
+    prompts: Sequence[str] | None = None,
     progress: str | None = None,
 ) -> np.ndarray:
     """One picture for each held-out condition, spread over ranks; (N, H, W, 3) uint8 on every rank.
 
+    prompts: N texts instead of the captions; without any word in them there is no guidance.
     Picture i depends on i alone, so it is the same at every world size. Every rank makes equally many passes, since
     under ZeRO-3 each pass is a collective. progress: what a progress bar calls it; none without.
     """
+    prompts = held.captions if prompts is None else prompts
     count, size = len(held.keys), config.micro_batch_size
     mine = [i % count for i in range(world.rank, -(-count // world.world_size) * world.world_size, world.world_size)]
     pictures: dict[int, np.ndarray] = {}
@@ -88,11 +46,11 @@ def generate(
         conditioning = torch.from_numpy(held.conditions[rows]).permute(0, 3, 1, 2).float() / 255.0
         images = sample(
             base,
-            ["" if empty_prompt else held.captions[row] for row in rows],
+            [prompts[row] for row in rows],
             [] if controlnet is None else [Control(controlnet, conditioning)],
             seeds=rows,
             steps=config.sampling_steps,
-            guidance_scale=1.0 if empty_prompt else config.guidance_scale,
+            guidance_scale=config.guidance_scale if any(prompts) else 1.0,
         )
         pictures |= dict(zip(rows, images.numpy(), strict=True))
     everyone = {row: image for part in gather_objects(pictures, world) for row, image in part.items()}
@@ -137,6 +95,7 @@ def validate(
     config: ValidationConfig,
     world: World,
     grid: Path,
+    extract: Extract | None,
 ) -> dict[str, float]:
     """Samples, measures and draws. Returns the figures, by name, on every rank.
 
@@ -164,10 +123,10 @@ def validate(
             np.save(temporary, pictures)
             temporary.replace(without_control)
     controlled = generate(base, controlnet, held, config, world)
-    unprompted = generate(base, controlnet, held, config, world, empty_prompt=True)
+    unprompted = generate(base, controlnet, held, config, world, [""] * len(held.keys))
     figures = {"fixed_noise_loss": fixed_noise_loss(base, controlnet, held, config.micro_batch_size, world)}
     for suffix, images in (("", controlled), ("_empty_prompt", unprompted)):
-        for name, values in control_fidelity(images, held.edges, held.segmentation).items():
+        for name, values in fidelity(images, held, range(len(images)), extract).items():
             figures[f"{name}{suffix}"] = float(values.mean())
     if world.rank == 0:
         plain = np.load(without_control)
@@ -181,5 +140,10 @@ def validate(
             "target": held.targets[shown],
         }
         draw_grid(grid, columns, held.captions[shown])
+        strips = grid.parent / STRIPS.name
+        write_strip(strips / "conditions.png", held.conditions[shown])
+        write_strip(strips / "targets.png", held.targets[shown])
+        write_strip(strips / grid.name, controlled[shown])
+        write_captions(strips, held.captions[shown])
     controlnet.train(was_training)
     return figures

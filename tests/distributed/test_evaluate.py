@@ -1,0 +1,99 @@
+"""A finished run, measured on one rank and on two, reported, and stopped early."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from controlbooth.trainer.evaluate.report import main as report
+from controlbooth.trainer.spool import read_metrics
+
+
+def write_run(folder, name, **changes):
+    tree = dict(
+        name=name, output=str(folder / "runs"), seed=0, max_steps=4, global_batch_size=4, micro_batch_size=2,
+        model=dict(base=str(folder / "base"), hint_channels=[8, 8, 8, 8], attention="math"),
+        data=dict(shards=str(folder / "train"), held_out=str(folder / "held"), condition="edges", resolution=64),
+        optimizer=dict(learning_rate=1e-3), engine=dict(precision="fp32"), checkpoint=dict(every_steps=4),
+        validation=dict(every_steps=1, samples=4, grid=3, sampling_steps=2, guidance_scale=2.0),
+    )  # fmt: skip
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(tree | changes))
+    return path
+
+
+def torchrun(processes, *command):
+    started = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+    done = subprocess.run(
+        [*started, *map(str, command)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def trained(world_folder):
+    torchrun(2, "controlbooth.trainer.train", write_run(world_folder, "evaluated"))
+    return world_folder / "runs" / "evaluated"
+
+
+def test_one_rank_and_two_have_the_same_figures_and_pictures(trained, tmp_path):
+    train = ["--data", trained.parents[1] / "train", "--samples", "20"]  # two batches and a half
+    found = {}
+    for ranks in (1, 2):
+        out = tmp_path / str(ranks)
+        torchrun(ranks, "controlbooth.trainer.evaluate.evaluate", trained, *train, "-o", out)
+        result = json.loads((out / "evaluation.json").read_text())
+        assert result["speed"]["ranks"] == ranks and result["speed"]["drawn"] == 60
+        pictures = {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("pictures/*/*.png")}
+        found[ranks] = pictures, (out / "samples.jsonl").read_text(), result["figures"], result["sets"]
+    assert all(one == two for one, two in zip(found[1], found[2], strict=True))
+
+
+def test_a_run_has_a_page_with_its_curves_pictures_and_figures(trained):
+    shown = torchrun(1, "controlbooth.trainer.evaluate.evaluate", trained, "--samples", "8")
+    assert "report.html" in shown
+    page = (trained / "report.html").read_text()
+    for text in ("Convergence", "Over the steps", "step 4", "Best samples", "Worst samples", "with control", "<svg"):
+        assert text in page
+    assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
+        "http://creativecommons.org", ""
+    )  # names of SVG's vocabularies, which nothing fetches
+    assert page.count("data:image/png;base64,") == 3 * (1 + 5 + 1) + 2 * 4 * 3
+    assert report([str(trained), "-o", str(trained / "again.html")]) == 0
+    assert (trained / "again.html").read_text().count("<img") == page.count("<img")
+
+
+def test_a_run_ends_so_many_steps_after_convergence_and_stays_ended(world_folder):
+    # a figure that is past any jump from the first validation on cannot be had in a test: the rule is given its curve
+    path = write_run(
+        world_folder, "early", max_steps=50, validation=dict(every_steps=1, samples=2, grid=1, sampling_steps=1,
+        guidance_scale=1.0, stop_after_convergence=2),
+    )  # fmt: skip
+    code = (
+        "import sys; from controlbooth.trainer import train; real = train.validation_curve\n"
+        "train.validation_curve = lambda folder: {s: .1 if s < 3 else .8 for s in real(folder)}\n"
+        "from controlbooth.trainer.distributed import end_process; end_process(train.main(sys.argv[1:]))"
+    )
+    (world_folder / "early.py").write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    for _ in range(2):
+        done = subprocess.run(
+            [*command, str(world_folder / "early.py"), str(path)],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        run = world_folder / "runs" / "early"
+        status = json.loads((run / "status.json").read_text())
+        assert (status["state"], status["step"]) == ("finished", 5)
+    assert "control snapped into place between step 2 and 3" in done.stderr
+    steps = [step for step, _, metrics in read_metrics(run) if metrics.get("convergence/step") == 3.0]
+    assert steps == [4, 5]

@@ -1,0 +1,129 @@
+"""`controlbooth evaluate` on the built-in base and a ControlNet that a test makes, which has no run."""
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from controlbooth.data.pack import main as pack
+from controlbooth.models.controlnet import build_controlnet
+from controlbooth.models.pretrained import load_base, save_controlnet
+from controlbooth.trainer.config import ConfigError
+from controlbooth.trainer.distributed import World, leave
+from controlbooth.trainer.evaluate.distribution import LEAST_FOR_FID, fid, kid, open_measures
+from controlbooth.trainer.evaluate.evaluate import main, rows_of
+from controlbooth.trainer.evaluate.held_out import AT_ONCE
+
+FEW = ["--base", "miniature", "--samples", "10", "--steps", "2"]
+
+
+@pytest.fixture(autouse=True)
+def _alone():
+    yield
+    leave()  # evaluate leaves by itself, and a test that raises inside may not
+
+
+@pytest.fixture(scope="module")
+def studio(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluated")
+    base = load_base("miniature")
+    torch.manual_seed(0)
+    controlnet = build_controlnet(base.unet)
+    with torch.no_grad():
+        for parameter in controlnet.parameters():
+            parameter += 0.03 * torch.randn(parameter.shape)
+    save_controlnet(controlnet, folder / "depth")
+    kinds = ["--condition", "edges", "--condition", "depth", "--condition", "segmentation"]
+    pack(["--scenes", "12", *kinds, "-o", str(folder / "shards")])
+    return folder
+
+
+def run(studio, out, *more, kind="depth"):
+    data = ["--data", str(studio / "shards"), "--condition", kind]
+    assert main([str(studio / "depth"), *data, *FEW, "-o", str(out), *more]) == 0
+    rows = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    return json.loads((out / "evaluation.json").read_text()), rows
+
+
+def test_a_controlnet_without_its_run_is_measured_by_every_figure_of_its_kind(studio, tmp_path, capsys):
+    result, rows = run(studio, tmp_path)
+    shown = capsys.readouterr().out
+    assert "10 held-out conditions" in shown and "edge f1" in shown and "KID" not in shown
+    assert len(rows) == 5 * 10 and len({row["key"] for row in rows}) == 10
+    figures = result["figures"]
+    assert set(figures["with control"]) >= {"edge_f1", "mask_iou", "depth_delta", "depth_rmse", "says_object_class"}
+    real = figures["real pictures"]
+    assert real["edge_f1"]["mean"] > 0.9 and real["depth_delta"]["mean"] > 0.9
+    assert real["depth_delta"]["mean"] > figures["without control"]["depth_delta"]["mean"]
+    assert all(one["low"] <= one["mean"] <= one["high"] for one in real.values() if "low" in one)
+    assert result["sets"]["FID"]["note"].startswith(f"needs {LEAST_FOR_FID:,} pictures and there are 10")
+    assert (tmp_path / "evaluation.png").exists() and len(json.loads((tmp_path / "ends.json").read_text())["best"]) == 5
+
+
+def test_pictures_that_are_there_are_not_drawn_again_and_missing_ones_are(studio, tmp_path):
+    first, rows = run(studio, tmp_path)
+    assert first["speed"]["drawn"] == 30
+    again, same = run(studio, tmp_path)
+    assert again["speed"]["drawn"] == 0 and same == rows
+    lost = next((tmp_path / "pictures").glob("with-control-no-prompt-*")) / "000003.png"
+    before = cv2.imread(str(lost))
+    lost.unlink()
+    some, same = run(studio, tmp_path)
+    assert some["speed"]["drawn"] == AT_ONCE and same == rows  # its whole batch, so that it is the same picture
+    assert np.array_equal(cv2.imread(str(lost)), before)
+    other, _ = run(studio, tmp_path, "--guidance", "3")
+    assert other["speed"]["drawn"] == 20  # without a prompt there is no guidance, so those are the same
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{0}", "--data", "{0}/shards"], "holds neither a run's config.yaml nor a ControlNet's config.json"),
+        (["{0}/depth", "--data", "{0}/shards"], "without its run: say --condition, --base too"),
+        (["{0}/depth", "--data", "{0}/shards", "--condition", "edges", "--base", "miniature", "--samples", "0"], "0"),
+        (["{0}/depth", "--data", "{0}/shards", "--condition", "edges", "--base", "miniature", "--step", "3"], "no run"),
+        (["{0}/depth", "--data", "{0}/shards", "--condition", "pose", *FEW], "pose"),
+        (["{0}/depth", "--data", "{0}/shards", "--condition", "depth", *FEW, "--samples", "99"], "99"),
+        (["{0}/depth", "--data", "{0}/shards", "--condition", "depth", *FEW, "--network", "depth"], "KIND=FOLDER"),
+        (["{0}/depth", "--data", "{0}/shards", "--condition", "depth", *FEW, "--aesthetic", "x"], "CLIP's embedding"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(studio, arguments, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        main([*(one.format(studio) for one in arguments), "-o", str(tmp_path)])
+
+
+def test_a_controlnet_of_another_base_is_refused(studio, load_tiny, tmp_path):
+    save_controlnet(build_controlnet(load_tiny("sd15").unet), tmp_path / "other")
+    data = ["--data", str(studio / "shards"), "--condition", "depth", *FEW]
+    with pytest.raises(ValueError, match="was made for another base"):
+        main([str(tmp_path / "other"), *data])
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+@pytest.mark.parametrize("count", [1, 8, 20, 64])
+def test_ranks_share_whole_batches_and_every_row_is_drawn_once(world_size, count):
+    ranks = [rows_of(World(rank, world_size, 0, torch.device("cpu")), count) for rank in range(world_size)]
+    assert sorted(row for rows in ranks for row in rows) == list(range(count))
+    assert all(len({row // AT_ONCE for row in rows} & {row // AT_ONCE for row in ranks[0]}) == 0 for rows in ranks[1:])
+
+
+def test_kid_is_unbiased_and_fid_is_the_distance_of_gaussians():
+    draw = torch.Generator().manual_seed(0)
+    same = [kid(torch.randn(64, 16, generator=draw), torch.randn(64, 16, generator=draw)) for _ in range(20)]
+    assert abs(float(np.mean(same))) < 0.02
+    assert kid(torch.randn(64, 16, generator=draw) + 1.0, torch.randn(64, 16, generator=draw)) > 0.5
+    real = torch.randn(LEAST_FOR_FID, 8, generator=draw)
+    assert fid(real + 2.0, real) == pytest.approx(8 * 4.0, rel=1e-3)
+    with pytest.raises(ValueError, match="FID needs 2,048 pictures"):
+        fid(real[:100], real[:100])
+
+
+def test_a_head_for_the_aesthetic_score_is_one_linear_layer(tmp_path):
+    save_file({"weight": torch.zeros(3, 4)}, tmp_path / "head.safetensors")
+    with pytest.raises(ConfigError, match="CLIP's embedding"):
+        open_measures({}, tmp_path / "head.safetensors", torch.device("cpu"))

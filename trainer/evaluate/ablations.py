@@ -1,0 +1,171 @@
+"""What variants of a run are worth under four kinds of prompt, as arXiv 2302.05543, figure 8, compares them.
+
+    python -m controlbooth.trainer.evaluate.ablations FOLDER      called by `controlbooth ablate`, which made the runs
+
+FOLDER/ablations.json holds every figure, and FOLDER/ablations.png the pictures of the first seed of each variant.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from controlbooth.data.manifest import open_dataset
+from controlbooth.models.base import Base
+from controlbooth.models.pretrained import load_base, load_controlnet
+from controlbooth.trainer.checkpoint import complete_checkpoints, read_state
+from controlbooth.trainer.config import ConfigError, RunConfig, base_path, load_config
+from controlbooth.trainer.distributed import World
+from controlbooth.trainer.evaluate.control import control_fidelity
+from controlbooth.trainer.evaluate.convergence import describe, find_convergence, validation_curve
+from controlbooth.trainer.evaluate.grids import draw_grid
+from controlbooth.trainer.evaluate.held_out import HeldOutSet, load_held_out
+from controlbooth.trainer.evaluate.validate import generate
+
+SHOWN = 2
+"""Held-out conditions in the picture."""
+
+
+def prompts_of(captions: Sequence[str]) -> dict[str, list[str]]:
+    """The paper's four settings. insufficient: the background alone, and not what stands before it. conflicting: what
+    is to be seen under the next condition."""
+    return {
+        "none": [""] * len(captions),
+        "insufficient": ["on " + caption.partition(" on ")[2] for caption in captions],
+        "conflicting": [*captions[1:], captions[0]],
+        "perfect": list(captions),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m controlbooth.trainer.evaluate.ablations", description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--samples", type=int, default=48)
+    options = parser.parse_args(arguments)
+    listed = options.folder / "runs.json"
+    if not listed.is_file():
+        raise ConfigError(f"{listed} does not exist: {options.folder} is no folder of `controlbooth ablate`")
+    runs = [(one["variant"], one["seed"], options.folder / one["run"]) for one in json.loads(listed.read_text())]
+    config = load_config(runs[0][2] / "config.yaml")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    base = load_base(base_path(config), config.model.family, torch.float32, device)
+    assert config.data.held_out
+    held = load_held_out(
+        open_dataset(config.data.held_out), options.samples, config.data.condition, config.data.resolution
+    )
+    world = World(0, 1, 0, device)
+    prompts = prompts_of(held.captions)
+    plain = {name: generate(base, None, held, config.validation, world, texts) for name, texts in prompts.items()}
+    table: list[dict[str, Any]] = []
+    shown: dict[str, dict[str, np.ndarray]] = {"the base alone": plain}
+    for name, images in plain.items():
+        table.append(dict(variant="the base alone", seed=None, prompt=name) | means(images, held))
+    for variant, seed, run in tqdm(runs, unit="run", desc="drawing"):
+        pictures, rows = measure_run(run, variant, seed, base, held, prompts, world)
+        shown.setdefault(variant, pictures)
+        table += rows
+    for name in prompts:
+        table.append(dict(variant="real pictures", seed=None, prompt=name) | means(held.targets, held))
+    convergence = {
+        f"{variant}, seed {seed}": dict(curve=validation_curve(run), told=told(run)) for variant, seed, run in runs
+    }
+    tree = dict(samples=options.samples, figures=table, convergence=convergence)
+    temporary = options.folder / "ablations.partial"
+    temporary.write_text(json.dumps(tree, indent=2))
+    temporary.replace(options.folder / "ablations.json")
+    draw(options.folder / "ablations.png", shown, held, prompts)
+    print(describe_table(table))
+    for name, one in convergence.items():
+        print(f"{name}: {one['told']}")
+    print(f"pictures: {options.folder / 'ablations.png'}")
+    return 0
+
+
+def measure_run(
+    run: Path,
+    variant: str,
+    seed: int,
+    base: Base,
+    held: HeldOutSet,
+    prompts: dict[str, list[str]],
+    world: World,
+) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
+    """Pictures by kind of prompt, and their figures; kept in the run's folder until it has another checkpoint."""
+    whole = complete_checkpoints(run)
+    if not whole:
+        raise ConfigError(f"{run} holds no whole checkpoint: `controlbooth ablate` goes on where it was")
+    checkpoint = whole[-1]
+    config: RunConfig = load_config(checkpoint / "config.yaml")
+    kept = run / f".ablation-{read_state(checkpoint)['digest'][:12]}-{len(held.keys)}.npz"
+    if kept.is_file():
+        with np.load(kept) as file:
+            pictures = {name: file[name] for name in prompts}
+    else:
+        controlnet: Any = load_controlnet(checkpoint / "controlnet", base.unet)
+        controlnet.eval().to(world.device)
+        pictures = {
+            name: generate(base, controlnet, held, config.validation, world, texts) for name, texts in prompts.items()
+        }
+        temporary = kept.with_suffix(".partial.npz")
+        np.savez(temporary, **pictures)  # type: ignore[arg-type]
+        temporary.replace(kept)
+    rows = [dict(variant=variant, seed=seed, prompt=name) | means(images, held) for name, images in pictures.items()]
+    return pictures, rows
+
+
+def means(images: np.ndarray, held: HeldOutSet) -> dict[str, float]:
+    figures = control_fidelity(images, held.edges, held.segmentation)
+    return {name: float(values.mean()) for name, values in figures.items()}
+
+
+def told(run: Path) -> str:
+    curve = validation_curve(run)
+    return describe(find_convergence(curve), list(curve))
+
+
+def draw(path: Path, shown: dict[str, dict[str, np.ndarray]], held: HeldOutSet, prompts: dict[str, list[str]]) -> None:
+    """One row a condition and kind of prompt, one column a variant."""
+    rows = [(number, name) for number in range(min(SHOWN, len(held.keys))) for name in prompts]
+    columns = {"condition": np.stack([held.conditions[number] for number, _ in rows])}
+    for variant, pictures in shown.items():
+        columns[variant] = np.stack([pictures[name][number] for number, name in rows])
+    columns["target"] = np.stack([held.targets[number] for number, _ in rows])
+    draw_grid(path, columns, [f"{name}: {prompts[name][number]}" for number, name in rows])
+
+
+def describe_table(table: Sequence[dict[str, Any]]) -> str:
+    """For people: the mean over seeds, and +- their standard deviation where there are several."""
+    variants = list(dict.fromkeys(row["variant"] for row in table))
+    prompts = list(dict.fromkeys(row["prompt"] for row in table))
+    width = max(map(len, variants)) + 2
+    lines = []
+    for figure in [name for name in table[0] if name not in ("variant", "seed", "prompt")]:
+        lines.append(f"{figure.replace('_', ' '):<{width}}" + "".join(f"{name:>18}" for name in prompts))
+        for variant in variants:
+            cells = []
+            for name in prompts:
+                values = [row[figure] for row in table if row["variant"] == variant and row["prompt"] == name]
+                spread = f" +- {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+                cells.append(f"{np.mean(values):.3f}{spread}")
+            seeds = len([row for row in table if row["variant"] == variant]) // len(prompts)
+            lines.append(
+                variant.ljust(width) + "".join(f"{cell:>18}" for cell in cells) + f"   {seeds} seeds" * (seeds > 1)
+            )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (ValueError, OSError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,98 @@
+"""`controlbooth compare A B`: what B gains over A, sample by sample."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from controlbooth.trainer.config import ConfigError
+from controlbooth.trainer.evaluate.evaluate import DISCS, REAL, WITHOUT
+from controlbooth.trainer.evaluate.kinds import LOWER_IS_BETTER
+from controlbooth.trainer.evaluate.statistics import mean_and_interval
+
+SAME = ("data", "condition", "base", "sampler")
+"""What two evaluations must have in common for their pictures to be paired."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="controlbooth compare",
+        description="Paired differences between two evaluations of the same held-out conditions: each condition was "
+        "drawn from the same noise with both ControlNets, so what differs is the ControlNet. Intervals are 95 % "
+        "bootstrap intervals of the mean difference; one that excludes 0 is marked.",
+        epilog="example:\n  controlbooth evaluate runs/a && controlbooth evaluate runs/b\n"
+        "  controlbooth compare runs/a runs/b --json difference.json",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("a", type=Path, metavar="A", help="a run that was evaluated, or the folder of an evaluation")
+    parser.add_argument("b", type=Path, metavar="B", help="another one")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the differences there too")
+    options = parser.parse_args(arguments)
+    differences = compare(read_evaluation(options.a), read_evaluation(options.b))
+    print(table(differences, options.a, options.b))
+    if options.json:
+        temporary = options.json.with_name(options.json.name + ".partial")
+        temporary.write_text(json.dumps(differences, indent=2))
+        temporary.replace(options.json)
+    return 0
+
+
+def read_evaluation(where: Path) -> tuple[dict[str, Any], dict[tuple[str, str], dict[str, Any]]]:
+    """-> what was measured, and the figures of each picture by way and key. Raises ConfigError where there is none."""
+    folder = where if (where / "evaluation.json").is_file() else where / "evaluation"
+    if not (folder / "evaluation.json").is_file():
+        raise ConfigError(f"{where} holds no evaluation: run `controlbooth evaluate {where}` first")
+    rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    return json.loads((folder / "evaluation.json").read_text()), {(row["way"], row["key"]): row for row in rows}
+
+
+def compare(
+    a: tuple[dict[str, Any], dict[tuple[str, str], dict[str, Any]]],
+    b: tuple[dict[str, Any], dict[tuple[str, str], dict[str, Any]]],
+) -> dict[str, dict[str, dict[str, float]]]:
+    """way -> figure -> mean of A and of B, mean of B - A with its interval, and the share of samples where B is better.
+
+    Raises ConfigError where they were measured differently, or have no sample in common.
+    """
+    for name in SAME:
+        if a[0][name] != b[0][name]:
+            raise ConfigError(
+                f"the two were not measured alike: {name} is {a[0][name]!r} in A and {b[0][name]!r} in B. "
+                "Evaluate one of them again as the other one was"
+            )
+    result: dict[str, dict[str, dict[str, float]]] = {}
+    for way in dict.fromkeys(way for way, _ in a[1]):
+        if way in (WITHOUT, DISCS, REAL):  # the same in both
+            continue
+        shared = [key for one, key in a[1] if one == way and (way, key) in b[1]]
+        if not shared:
+            raise ConfigError("the two evaluations have no sample in common: were they made of other shards?")
+        figures = [name for name, value in a[1][way, shared[0]].items() if isinstance(value, float)]
+        result[way] = {}
+        for name in (name for name in figures if name in b[1][way, shared[0]]):
+            ours, theirs = (np.array([one[1][way, key][name] for key in shared]) for one in (a, b))
+            better = theirs < ours if name in LOWER_IS_BETTER else theirs > ours
+            result[way][name] = dict(
+                a=float(ours.mean()),
+                b=float(theirs.mean()),
+                samples=len(shared),
+                better=float(better.mean()),
+                **{f"difference_{key}": value for key, value in mean_and_interval(theirs - ours).items()},
+            )
+    return result
+
+
+def table(differences: dict[str, dict[str, dict[str, float]]], a: Path, b: Path) -> str:
+    lines = [f"A {a}", f"B {b}", f"{'':<40}{'A':>8}{'B':>8}{'B - A':>9}   95 % interval     B better"]
+    for way, figures in differences.items():
+        for name, one in figures.items():
+            low, high = one["difference_low"], one["difference_high"]
+            mark = " *" if low > 0 or high < 0 else "  "
+            lines.append(
+                f"{way + ', ' + name.replace('_', ' '):<40}{one['a']:>8.3f}{one['b']:>8.3f}"
+                f"{one['difference_mean']:>+9.3f}   {low:+.3f} to {high:+.3f}{mark}{one['better']:>9.0%}"
+            )
+    return "\n".join([*lines, "* the interval excludes 0"])

@@ -1,0 +1,532 @@
+"""`controlbooth evaluate`: what a ControlNet is worth on held-out conditions, beside pictures that bound it.
+
+    OUT/evaluation.json       every figure with its confidence interval, and what it was measured with
+        samples.jsonl         the figures of each picture; `controlbooth compare` pairs two such files
+        evaluation.png        condition | without control | with control | no prompt | target
+        pictures/WAY-DIGEST/  what was drawn; found again, it is not drawn again
+
+With torchrun, ranks share the pictures: `torchrun ... -m controlbooth.trainer.evaluate.evaluate RUN`. Batches are the
+same however many ranks there are, so figures are too.
+"""
+
+import argparse
+import fcntl
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from controlbooth.data.manifest import Dataset, open_dataset
+from controlbooth.data.scenes import Scene, SceneObject, render
+from controlbooth.models.base import Base
+from controlbooth.models.pretrained import load_base, load_controlnet
+from controlbooth.models.sampling import SCHEDULERS, Control, sample
+from controlbooth.trainer.checkpoint import complete_checkpoints, read_state
+from controlbooth.trainer.config import ConfigError, RunConfig, base_folder, load_config
+from controlbooth.trainer.distributed import World, barrier, gather_objects, join, leave
+from controlbooth.trainer.evaluate.convergence import (
+    FIGURES,
+    Convergence,
+    as_tree,
+    describe,
+    find_convergence,
+    validation_curve,
+)
+from controlbooth.trainer.evaluate.distribution import Measures, measure_sets, open_measures
+from controlbooth.trainer.evaluate.extract import extractor, fidelity, what_is_missing
+from controlbooth.trainer.evaluate.grids import draw_grid
+from controlbooth.trainer.evaluate.held_out import AT_ONCE, HeldOutSet, load_held_out, scenes_of
+from controlbooth.trainer.evaluate.judge import load_judge, obedience, read
+from controlbooth.trainer.evaluate.report import write_report
+from controlbooth.trainer.evaluate.statistics import mean_and_interval
+from controlbooth.trainer.train import open_tracker, quiet_libraries, write_text
+
+WITHOUT, WITH, NO_PROMPT = "without control", "with control", "with control, no prompt"
+DISCS, REAL = "discs at the true places", "real pictures"
+SHOWN = 8
+JUDGED_SIDE = 64
+"""Pixels of the pictures that the judge reads."""
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A ControlNet, and everything that its pictures depend on."""
+
+    where: Path
+    weights: Path
+    digest: str
+    step: int | None
+    base: str
+    family: str
+    data: str
+    condition: str
+    resolution: int
+    samples: int
+    steps: int
+    guidance: float
+    scheduler: str
+    config: RunConfig | None
+    """Of the run, where it is one."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="controlbooth evaluate",
+        description="Samples held-out conditions without control, with control, and with control and no prompt, finds "
+        "the condition again in each picture, and prints how well it matches. WHERE is a run's folder, whose latest "
+        "checkpoint and held-out shards are taken, or a folder with any ControlNet in the format of diffusers.",
+        epilog="""examples:
+  controlbooth evaluate runs/quickstart --samples 64
+  controlbooth evaluate /models/sd-controlnet-canny --data shards/held-out --condition canny --base /models/sd15
+  controlbooth evaluate runs/depth --network depth=/models/dpt --encoder clip=/models/clip-vit-b-32
+  torchrun --nproc-per-node 8 -m controlbooth.trainer.evaluate.evaluate runs/photos --samples 5000""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("where", type=Path, metavar="WHERE")
+    parser.add_argument("--data", metavar="SHARDS", help="held-out shards (default: those of the run)")
+    parser.add_argument("--condition", metavar="KIND", help="which condition (default: the one that was trained)")
+    parser.add_argument("--base", help="a diffusers folder, a single file or miniature (default: that of the run)")
+    parser.add_argument("--resolution", type=int, help="side in pixels (default: the run's, or the base's)")
+    parser.add_argument("--samples", type=int, default=64, help="held-out conditions (default: 64)")
+    parser.add_argument("--step", type=int, help="of the run's checkpoint (default: the latest)")
+    parser.add_argument("--steps", type=int, help="of the sampler (default: the run's validation, or 20)")
+    parser.add_argument("--guidance", type=float, help="(default: the run's validation, or 7.5)")
+    parser.add_argument("--scheduler", choices=tuple(SCHEDULERS), default="ddim", help="(default: ddim)")
+    parser.add_argument(
+        "--network", action="append", default=[], metavar="KIND=FOLDER", help="finds the condition in photographs"
+    )
+    parser.add_argument(
+        "--encoder", action="append", default=[], metavar="clip|dino=FOLDER", help="for KID, CLIP score"
+    )
+    parser.add_argument("--aesthetic", type=Path, metavar="FILE", help="linear head on CLIP, .safetensors")
+    parser.add_argument("-o", "--out", type=Path, help="folder (default: WHERE/evaluation)")
+    options = parser.parse_args(arguments)
+    quiet_libraries()
+    target = resolve(options)
+    world = join()
+    try:
+        return evaluate(target, options, world)
+    finally:
+        leave()
+
+
+def resolve(options: argparse.Namespace) -> Evaluated:
+    """Raises ConfigError for what is missing or cannot be."""
+    where: Path = options.where
+    if options.samples < 1:
+        raise ConfigError(f"--samples is {options.samples}; at least one picture is needed")
+    given = dict(options=options, where=where)
+    if (where / "config.yaml").is_file():
+        return resolve_run(**given)
+    if not (where / "config.json").is_file():
+        raise ConfigError(
+            f"{where} holds neither a run's config.yaml nor a ControlNet's config.json. Give the folder that "
+            "`controlbooth train` made, or one in the format of diffusers"
+        )
+    missing = [f"--{name}" for name in ("data", "condition", "base") if getattr(options, name) is None]
+    if missing:
+        raise ConfigError(f"{where} is a ControlNet without its run: say {', '.join(missing)} too")
+    if options.step is not None:
+        raise ConfigError(f"--step {options.step} is of a run's checkpoints, and {where} is no run")
+    return Evaluated(
+        where=where,
+        weights=where,
+        digest=file_digest(where),
+        step=None,
+        base=options.base,
+        family="auto",
+        data=options.data,
+        condition=options.condition,
+        resolution=options.resolution or 0,
+        samples=options.samples,
+        steps=options.steps or 20,
+        guidance=options.guidance or 7.5,
+        scheduler=options.scheduler,
+        config=None,
+    )
+
+
+def resolve_run(options: argparse.Namespace, where: Path) -> Evaluated:
+    whole = complete_checkpoints(where)
+    if not whole:
+        raise ConfigError(f"{where} holds no whole checkpoint yet. Train it further")
+    if options.step is not None:
+        steps = [read_state(one)["step"] for one in whole]
+        if options.step not in steps:
+            raise ConfigError(f"{where} has no checkpoint of step {options.step}; it has {', '.join(map(str, steps))}")
+        whole = [whole[steps.index(options.step)]]
+    checkpoint = whole[-1]
+    config = load_config(checkpoint / "config.yaml")
+    data = options.data or config.data.held_out
+    if data is None:
+        raise ConfigError(f"{where} has no held-out shards: name some by --data SHARDS")
+    if options.condition and options.condition != config.data.condition:
+        raise ConfigError(
+            f"{where} was trained on {config.data.condition!r}, and --condition says {options.condition!r}"
+        )
+    state = read_state(checkpoint)
+    return Evaluated(
+        where=where,
+        weights=checkpoint / "controlnet",
+        digest=state["digest"],
+        step=state["step"],
+        base=options.base or config.model.base,
+        family=config.model.family,
+        data=data,
+        condition=config.data.condition,
+        resolution=options.resolution or config.data.resolution,
+        samples=options.samples,
+        steps=options.steps or config.validation.sampling_steps,
+        guidance=options.guidance or config.validation.guidance_scale,
+        scheduler=options.scheduler,
+        config=config,
+    )
+
+
+def file_digest(folder: Path) -> str:
+    """SHA-256 over the names and bytes of a ControlNet's folder."""
+    total = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")) + [folder / "config.json"]:
+        with path.open("rb") as file:
+            total.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
+
+
+def evaluate(target: Evaluated, options: argparse.Namespace, world: World) -> int:
+    out = options.out or target.where / "evaluation"
+    began = time.perf_counter()
+    base = load_base(base_folder(target.base), target.family, torch.float32, world.device)
+    controlnet: Any = load_controlnet(target.weights, base.unet)
+    controlnet.eval().requires_grad_(False).to(world.device)
+    dataset = open_dataset(target.data)
+    side = target.resolution or base.picture_size[0]
+    held = load_held_out(dataset, target.samples, target.condition, side)
+    extract = extractor(held, named_networks(options.network), str(world.device))
+    measures = open_measures(dict(one.partition("=")[::2] for one in options.encoder), options.aesthetic, world.device)
+    if extract is None and world.rank == 0 and held.kind not in ("edges", "canny", "canny_random"):
+        print(what_is_missing(held.kind), file=sys.stderr)
+    ways: dict[str, tuple[Any, Sequence[str], float]] = {
+        WITHOUT: (None, held.captions, target.guidance),
+        WITH: (controlnet, held.captions, target.guidance),
+        NO_PROMPT: (controlnet, [""] * len(held.keys), 1.0),
+    }
+    mine = rows_of(world, len(held.keys))
+    images: dict[str, np.ndarray] = {}
+    drawn = 0
+
+    def way_folder(name: str) -> Path:
+        network, prompts, guidance = ways[name]
+        return out / "pictures" / f"{slug(name)}-{way_digest(target, base, dataset, network, prompts, guidance, side)}"
+
+    for name, (network, prompts, guidance) in ways.items():
+        images[name], new = draw(base, network, held, prompts, guidance, target, way_folder(name), mine, name, world)
+        drawn += new
+    seconds = time.perf_counter() - began
+    scenes = scenes_of(held)
+    if scenes:
+        drawn_discs = [render(discs(scenes[row], side), side).image for row in mine]
+        images[DISCS] = np.stack(drawn_discs) if drawn_discs else images[WITH]  # a rank without rows
+    images[REAL] = held.targets[mine]
+    samples = [row for part in gather_objects(sample_rows(images, held, mine, extract), world) for row in part]
+    samples.sort(key=lambda row: (list(images).index(row["way"]), held.keys.index(row["key"])))
+    sets = measure_sets(measures, {name: images[name] for name in (*ways, REAL)}, held, mine, world)
+    said = says(images, scenes, mine, world) if scenes and side == JUDGED_SIDE else {}
+    everything = gather_objects(drawn, world)
+    if world.rank == 0:
+        figures = {way: summary([row for row in samples if row["way"] == way]) for way in images}
+        for way, own in said.items():
+            figures[way] |= {name: dict(mean=value) for name, value in own.items()}
+        write(out, target, figures, sets, measures, samples, seconds, sum(everything), world)
+        shown = min(SHOWN, len(held.keys))
+        columns = {"condition": held.conditions[:shown]}
+        for name in ways:
+            columns[name] = np.stack([read_png(way_folder(name) / f"{row:06d}.png") for row in range(shown)])
+        draw_grid(out / "evaluation.png", columns | {"target": held.targets[:shown]}, held.captions[:shown])
+        write_ends(out, samples, held, way_folder(WITH))
+        result = json.loads((out / "evaluation.json").read_text())
+        print(table(result))
+        print(f"pictures: {out / 'evaluation.png'}")
+        if target.config is not None and out == target.where / "evaluation":
+            publish(target, result)
+    barrier()
+    return 0
+
+
+def write_ends(out: Path, samples: Sequence[dict[str, Any]], held: HeldOutSet, drawn: Path) -> None:
+    """ends.json and ends/: the best and the worst pictures, for the report. drawn: the folder of those with control."""
+    own = [row for row in samples if row["way"] == WITH]
+    figure = next((name for name in FIGURES if name in own[0]), None)
+    if figure is None:
+        return
+    ordered = sorted(own, key=lambda row: -row[figure])
+    count = min(SHOWN, len(ordered) // 2 or 1)
+    (out / "ends").mkdir(exist_ok=True)
+    chosen: dict[str, list[dict[str, Any]]] = {}
+    for name, rows in (("best", ordered[:count]), ("worst", ordered[::-1][:count])):
+        chosen[name] = []
+        for row in rows:
+            number = row["row"]
+            pictures = {
+                f"condition-{number}.png": held.conditions[number],
+                f"picture-{number}.png": read_png(drawn / f"{number:06d}.png"),
+                f"target-{number}.png": held.targets[number],
+            }
+            for file, picture in pictures.items():
+                write_png(out / "ends" / file, picture)
+            chosen[name].append(
+                dict(pictures=list(pictures), figure=figure, value=row[figure], key=row["key"], caption=row["caption"])
+            )
+    write_text(out / "ends.json", json.dumps(chosen, indent=2))
+
+
+def publish(target: Evaluated, result: dict[str, Any]) -> None:
+    """The run's report, and with the figures in MLflow; a run that is still training keeps MLflow to itself."""
+    assert target.config is not None
+    write_report(target.where, target.where / "report.html")
+    print(f"report: {target.where / 'report.html'}")
+    with open(target.where / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{target.where} is training, so MLflow gets these figures when it is evaluated after that")
+            return
+        tracker = open_tracker(target.where, target.config, {})
+        figures = {
+            f"evaluation/{slug(way)}/{name}": one["mean"]
+            for way, own in result["figures"].items()
+            for name, one in own.items()
+        }
+        tracker.log(result["step"], figures)
+        tracker.log_artifact(target.where / "report.html")
+        tracker.log_artifact(target.where / "evaluation" / "evaluation.json")
+        tracker.finish("FINISHED" if result["step"] >= target.config.max_steps else "KILLED")
+        tracker.close(timeout_seconds=60.0)
+
+
+def rows_of(world: World, count: int) -> list[int]:
+    """This rank's rows: whole batches in turn, so that the same rows share a batch at every world size."""
+    batches = range(0, count, AT_ONCE)
+    return [
+        row for first in batches[world.rank :: world.world_size] for row in range(first, min(first + AT_ONCE, count))
+    ]
+
+
+def slug(name: str) -> str:
+    return name.replace(",", "").replace(" ", "-")
+
+
+def way_digest(
+    target: Evaluated, base: Base, dataset: Dataset, network: Any, prompts: Sequence[str], guidance: float, side: int
+) -> str:
+    """Of everything that the pictures depend on."""
+    facts = dict(
+        weights=target.digest if network is not None else None,
+        base=base.digest,
+        data=dataset.fingerprint,
+        condition=target.condition if network is not None else None,
+        prompts=hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
+        side=side,
+        steps=target.steps,
+        guidance=guidance,
+        scheduler=target.scheduler,
+    )
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def draw(
+    base: Base,
+    network: Any,
+    held: HeldOutSet,
+    prompts: Sequence[str],
+    guidance: float,
+    target: Evaluated,
+    folder: Path,
+    mine: Sequence[int],
+    name: str,
+    world: World,
+) -> tuple[np.ndarray, int]:
+    """This rank's pictures, (n, H, W, 3) uint8, and how many were not there yet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    new = 0
+    batches = [[row for row in mine if row // AT_ONCE == batch] for batch in sorted({row // AT_ONCE for row in mine})]
+    for rows in tqdm(batches, desc=name, unit="batch", disable=world.rank != 0):
+        if all((folder / f"{row:06d}.png").is_file() for row in rows):
+            continue
+        conditioning = torch.from_numpy(held.conditions[rows]).permute(0, 3, 1, 2).float() / 255.0
+        pictures = sample(
+            base,
+            [prompts[row] for row in rows],
+            [] if network is None else [Control(network, conditioning)],
+            seeds=rows,
+            steps=target.steps,
+            guidance_scale=guidance,
+            scheduler=target.scheduler,
+        ).numpy()
+        for row, picture in zip(rows, pictures, strict=True):
+            write_png(folder / f"{row:06d}.png", picture)
+        new += len(rows)
+    pictures = [read_png(folder / f"{row:06d}.png") for row in mine]
+    return (np.stack(pictures) if pictures else np.zeros((0, *held.targets.shape[1:]), np.uint8)), new
+
+
+def write_png(path: Path, picture: np.ndarray) -> None:
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial")
+    Image.fromarray(picture).save(temporary, format="PNG")
+    temporary.replace(path)
+
+
+def read_png(path: Path) -> np.ndarray:
+    with Image.open(path) as file:
+        return np.asarray(file.convert("RGB"))
+
+
+def sample_rows(
+    images: dict[str, np.ndarray], held: HeldOutSet, mine: Sequence[int], extract: Any
+) -> list[dict[str, Any]]:
+    """One row a way and picture of this rank: key, caption, figures."""
+    rows = []
+    for way, pictures in images.items():
+        figures = fidelity(pictures, held, mine, extract)
+        for place, row in enumerate(mine):
+            own = {name: round(float(values[place]), 6) for name, values in figures.items()}
+            rows.append(dict(way=way, row=row, key=held.keys[row], caption=held.captions[row], **own))
+    return rows
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Mean of each figure, and the ends of its confidence interval."""
+    names = [name for name in rows[0] if name not in ("way", "row", "key", "caption")]
+    return {name: mean_and_interval(np.array([row[name] for row in rows])) for name in names}
+
+
+def says(
+    images: dict[str, np.ndarray], scenes: Sequence[Scene], mine: Sequence[int], world: World
+) -> dict[str, dict[str, float]]:
+    """By way: shares of what captions ask for that the judge reads in pictures."""
+    judge = load_judge()
+    found = {}
+    for way, pictures in images.items():
+        seen = dict(zip(mine, read(judge, pictures) if len(mine) else [], strict=True))
+        everyone = {row: one for part in gather_objects(seen, world) for row, one in part.items()}
+        if way != DISCS:
+            inorder = np.stack([everyone[row] for row in range(len(scenes))])
+            found[way] = {f"says_{name}": value for name, value in obedience(inorder, list(scenes)).items()}
+    return found
+
+
+def discs(what: Scene, size: int) -> Scene:
+    """The scene with each object replaced by a disc of its area at its centre of mass: place and size, no outline."""
+    rendering = render(what, size)
+    objects = []
+    for place, thing in enumerate(what.objects):
+        rows, columns = np.nonzero(rendering.instances == place + 1)
+        radius = (len(rows) / np.pi) ** 0.5 / size / 0.95  # a ball fills .95 of its radius
+        x, y = (columns.mean() + 0.5) / size, (rows.mean() + 0.5) / size
+        objects.append(
+            SceneObject("ball", thing.colour, thing.size, float(x), float(y), float(radius), 0.0, thing.tint)
+        )
+    return Scene(tuple(objects), what.background, what.horizon, what.slope)
+
+
+def named_networks(given: Sequence[str]) -> dict[str, str]:
+    """["depth=/path"] -> {"depth": "/path"}."""
+    named = {}
+    for one in given:
+        kind, equals, folder = one.partition("=")
+        if not (kind and equals and folder):
+            raise ConfigError(f"--network {one!r} is not understood; write KIND=FOLDER")
+        named[kind] = folder
+    return named
+
+
+def write(
+    out: Path,
+    target: Evaluated,
+    figures: dict[str, Any],
+    sets: dict[str, Any],
+    measures: Measures,
+    samples: Sequence[dict[str, Any]],
+    seconds: float,
+    drawn: int,
+    world: World,
+) -> None:
+    """evaluation.json and samples.jsonl, each whole or not at all."""
+    curve = validation_curve(target.where) if target.config else {}
+    result = dict(
+        where=str(target.where),
+        step=target.step,
+        digest=target.digest,
+        base=target.base,
+        data=target.data,
+        condition=target.condition,
+        samples=len({row["row"] for row in samples}),
+        sampler=dict(scheduler=target.scheduler, steps=target.steps, guidance=target.guidance),
+        figures=figures,
+        sets=sets,
+        encoders=measures.what,
+        curve=curve,
+        convergence=as_tree(find_convergence(curve)),
+        speed=dict(ranks=world.world_size, seconds=seconds, drawn=drawn),
+    )
+    for name, text in (
+        ("samples.jsonl", "".join(json.dumps(row) + "\n" for row in samples)),
+        ("evaluation.json", json.dumps(result, indent=2)),
+    ):
+        write_text(out / name, text)
+
+
+def table(result: dict[str, Any]) -> str:
+    """For people."""
+    names = list(dict.fromkeys(name for own in result["figures"].values() for name in own))
+    width = max(map(len, result["figures"])) + 2
+    heads = [name.removeprefix("says_").replace("_", " ") for name in names]
+    step = "" if result["step"] is None else f", step {result['step']}"
+    sampler = result["sampler"]
+    lines = [
+        f"{result['samples']} held-out conditions{step}; {sampler['scheduler']}, {sampler['steps']} steps, guidance "
+        f"{sampler['guidance']:g}; means with 95 % intervals",
+        " " * width + "".join(f"{head:>20}" for head in heads),
+    ]
+    for way, own in result["figures"].items():
+        cells = [cell(own[name]) if name in own else "-" for name in names]
+        lines.append(way.ljust(width) + "".join(f"{one:>20}" for one in cells))
+    for name, one in result["sets"].items():
+        values = ", ".join(f"{way} {value:.4f}" for way, value in one["values"].items())
+        lines.append(f"{name}: {values}" + (f" ({one['note']})" if one.get("note") else ""))
+    if result["curve"]:
+        found = result["convergence"]
+        lines.append("over the steps: " + ", ".join(f"{step}: {value:.2f}" for step, value in result["curve"].items()))
+        lines.append(describe(Convergence(**found) if found else None, list(map(int, result["curve"]))))
+    speed = result["speed"]
+    if speed["drawn"]:
+        rate = (
+            f"{speed['drawn']} pictures in {speed['seconds']:.1f} s, {speed['drawn'] / speed['seconds']:.1f} a second"
+        )
+        lines.append(f"{rate}, on {speed['ranks']} rank{'s' * (speed['ranks'] > 1)}")
+    return "\n".join(lines)
+
+
+def cell(figure: dict[str, float]) -> str:
+    if "low" not in figure:
+        return f"{figure['mean']:.3f}"
+    return f"{figure['mean']:.3f} ({figure['low']:.2f}-{figure['high']:.2f})"
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (ValueError, OSError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        os._exit(2)

@@ -1,0 +1,67 @@
+"""The samples that are never trained on, whole on every rank, and the scenes behind them where they are scenes."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from controlbooth.data.kinds import COMPUTED
+from controlbooth.data.loader import held_out
+from controlbooth.data.manifest import Dataset
+from controlbooth.data.scenes import Scene, scene
+
+AT_ONCE = 8
+"""Rows that an evaluation draws and encodes together, whatever the number of ranks."""
+EDGE_KINDS = ("edges", "canny")
+MASK_KINDS = ("segmentation",)
+
+
+@dataclass(frozen=True)
+class HeldOutSet:
+    """The first samples of the held-out shards, whole on every rank; N of them."""
+
+    kind: str
+    """Of the conditions, wherever they come from."""
+    keys: list[str]
+    captions: list[str]
+    targets: np.ndarray
+    """(N, H, W, 3) uint8."""
+    conditions: np.ndarray
+    """(N, H, W, 3) uint8, of the kind that is trained on."""
+    edges: np.ndarray | None
+    """(N, H, W) uint8, where the shards hold edges."""
+    segmentation: np.ndarray | None
+    """(N, H, W) uint8, where the shards hold a segmentation."""
+
+
+def load_held_out(dataset: Dataset, count: int, condition_kind: str, resolution: int) -> HeldOutSet:
+    """Reads the set. Raises ValueError where the shards have fewer than `count` samples of the kind."""
+    samples = list(held_out(dataset, count, condition_kind=condition_kind, resolution=resolution))
+    kinds = {kind for row in dataset.rows for kind in row.conditions} | {condition_kind}
+
+    def one_channel(wanted: tuple[str, ...]) -> np.ndarray | None:
+        found = [kind for name in wanted for kind in (name, COMPUTED + name) if kind in kinds]
+        if not found:
+            return None
+        others = list(held_out(dataset, count, condition_kind=found[0], resolution=resolution))
+        if [other.key for other in others] != [sample.key for sample in samples]:
+            return None  # not every sample has that kind: no figure rather than one of other pictures
+        return np.stack([other.conditioning[0] for other in others])  # type: ignore[index]
+
+    return HeldOutSet(
+        kind=condition_kind.removeprefix(COMPUTED),
+        keys=[sample.key for sample in samples],
+        captions=[sample.caption for sample in samples],
+        targets=np.stack([sample.pixel_values.transpose(1, 2, 0) for sample in samples]),
+        conditions=np.stack([sample.conditioning.transpose(1, 2, 0) for sample in samples]),  # type: ignore[union-attr]
+        edges=one_channel(EDGE_KINDS),
+        segmentation=one_channel(MASK_KINDS),
+    )
+
+
+def scenes_of(held: HeldOutSet) -> list[Scene]:
+    """The scenes behind keys such as scene-1000003-00000007; empty where the set holds anything else."""
+    parts = [key.split("-") for key in held.keys]
+    if not all(len(part) == 3 and part[0] == "scene" and part[1].isdigit() and part[2].isdigit() for part in parts):
+        return []
+    scenes = [scene(int(part[1]), int(part[2])) for part in parts]
+    return scenes if [what.caption for what in scenes] == held.captions else []

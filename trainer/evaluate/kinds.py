@@ -1,0 +1,142 @@
+"""Control fidelity for each kind of condition: found in a generated picture, against what was given.
+
+Everything here is a pure function of two condition pictures of one size. What finds a condition in a picture is chosen
+in `extract.py`. Edges and masks of scenes, which every run measures, are in `control.py`.
+"""
+
+from collections.abc import Callable
+
+import cv2
+import numpy as np
+
+from controlbooth.data.networks import rainbow
+from controlbooth.data.scenes import LANDMARK_COLOURS
+from controlbooth.trainer.evaluate.control import edge_f1
+
+POINT_COLOURS = (*LANDMARK_COLOURS, *(rainbow(place) for place in range(18)))
+"""Of the dots that stand for key points: those of scenes, and OpenPose's."""
+NEAR = 0.05
+"""Share of the picture's shorter side within which a key point counts as found."""
+FALLOFF = 0.1
+"""OKS: the distance, as a share of the square root of the points' bounding box, at which a point counts exp(-1/2)."""
+LOWER_IS_BETTER = ("depth_rmse", "normals_angle", "soft_rmse")
+
+
+def segmentation_miou(found: np.ndarray, given: np.ndarray) -> float:
+    """Mean, over the classes in `given`, of the intersection over union, in [0, 1].
+
+    (H, W) labels or (H, W, 3) colours, uint8; both of the same kind.
+    """
+    found, given = _labels(found), _labels(given)
+    overlaps = [
+        np.logical_and(found == label, given == label).sum() / np.logical_or(found == label, given == label).sum()
+        for label in np.unique(given)
+    ]
+    return float(np.mean(overlaps))
+
+
+def depth_agreement(found: np.ndarray, given: np.ndarray) -> tuple[float, float]:
+    """(scale-invariant RMSE, share of pixels with a ratio below 1.25) of inverse depths, (H, W) uint8 each.
+
+    Depth from one picture is known up to a scale and a shift, so `found` is first brought to `given` by least squares
+    (arXiv 1907.01341, section 5). The error is in units of 255; the ratio is the delta of arXiv 1406.2283.
+    """
+    ours, truth = (_gray(one).astype(np.float64).ravel() for one in (found, given))
+    design = np.column_stack([ours, np.ones_like(ours)])
+    aligned = design @ np.linalg.lstsq(design, truth, rcond=None)[0]
+    error = float(np.sqrt(np.mean((aligned - truth) ** 2)) / 255.0)
+    high, low = np.maximum(aligned, truth), np.minimum(aligned, truth)
+    return error, float(np.mean(high < 1.25 * np.maximum(low, 1.0)))
+
+
+def normals_angle(found: np.ndarray, given: np.ndarray) -> float:
+    """Mean angle between directions, in degrees. (H, W, 3) uint8, each component as (n + 1) / 2 * 255."""
+    ours, truth = (one.astype(np.float64) / 127.5 - 1.0 for one in (found, given))
+    product = (ours * truth).sum(axis=2)
+    lengths = np.linalg.norm(ours, axis=2) * np.linalg.norm(truth, axis=2)
+    return float(np.degrees(np.arccos(np.clip(product / np.maximum(lengths, 1e-9), -1.0, 1.0))).mean())
+
+
+def points_of(picture: np.ndarray) -> dict[int, np.ndarray]:
+    """The dots of a drawn pose: number of the colour in POINT_COLOURS -> (n, 2) float64 x, y of their centres.
+
+    picture: (H, W, 3) uint8.
+    """
+    points = {}
+    for number, colour in enumerate(POINT_COLOURS):
+        mask = (picture == np.array(colour, np.uint8)).all(axis=2)
+        if mask.any():
+            points[number] = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)[3][1:]
+    return points
+
+
+def pose_agreement(found: np.ndarray, given: np.ndarray) -> tuple[float, float]:
+    """(PCK, OKS), both in [0, 1], of drawn poses, (H, W, 3) uint8 each; 1 where none is given and none is found.
+
+    PCK: share of the given points that have a found one of their kind within NEAR of the shorter side. OKS: mean of
+    exp(-d^2 / (2 s^2 k^2)) with d the distance to the nearest found one, s^2 the area of the box around all given
+    points and k = FALLOFF for every kind (COCO's k are for people only).
+    """
+    ours, truth = points_of(found), points_of(given)
+    if not truth:
+        return float(not ours), float(not ours)
+    everything = np.concatenate(list(truth.values()))
+    width, height = np.maximum(np.ptp(everything, axis=0), 1.0)
+    near = NEAR * min(given.shape[:2])
+    distances = [
+        float(np.linalg.norm(ours[kind] - point, axis=1).min()) if kind in ours else np.inf
+        for kind, points in truth.items()
+        for point in points
+    ]
+    away = np.array(distances)
+    return float((away <= near).mean()), float(np.exp(-(away**2) / (2 * width * height * FALLOFF**2)).mean())
+
+
+def soft_rmse(found: np.ndarray, given: np.ndarray) -> float:
+    """Root mean squared difference of levels, in units of 255; for kinds that are pictures of strength or colour."""
+    difference = found.astype(np.float64) - given.astype(np.float64)
+    return float(np.sqrt(np.mean(difference**2)) / 255.0)
+
+
+def _lines(found: np.ndarray, given: np.ndarray) -> dict[str, float]:
+    return {"line_f1": edge_f1(_gray(found) > 127, _gray(given) > 127)}
+
+
+def _depth(found: np.ndarray, given: np.ndarray) -> dict[str, float]:
+    error, share = depth_agreement(found, given)
+    return {"depth_delta": share, "depth_rmse": error}
+
+
+def _pose(found: np.ndarray, given: np.ndarray) -> dict[str, float]:
+    share, similarity = pose_agreement(found, given)
+    return {"pose_pck": share, "pose_oks": similarity}
+
+
+def _soft(found: np.ndarray, given: np.ndarray) -> dict[str, float]:
+    return {"soft_rmse": soft_rmse(found, given)}
+
+
+AGREEMENT: dict[str, Callable[[np.ndarray, np.ndarray], dict[str, float]]] = {
+    "segmentation": lambda found, given: {"segmentation_miou": segmentation_miou(found, given)},
+    "depth": _depth,
+    "normals": lambda found, given: {"normals_angle": normals_angle(found, given)},
+    "keypoints": _pose,
+    "pose": _pose,
+    "lines": _lines,
+    "lineart": _lines,
+    "scribble": _lines,
+    "soft_edges": _soft,
+    "gray": _soft,
+    "blur": _soft,
+}
+"""Kind of condition -> figures by name, of one picture; both are condition pictures of the same format."""
+
+
+def _gray(picture: np.ndarray) -> np.ndarray:
+    return picture if picture.ndim == 2 else picture[..., 0]
+
+
+def _labels(picture: np.ndarray) -> np.ndarray:
+    if picture.ndim == 2:
+        return picture.astype(np.int64)
+    return picture.astype(np.int64) @ np.array([1 << 16, 1 << 8, 1])

@@ -1,0 +1,53 @@
+"""The pictures of a run's validations by themselves, so that steps can be laid side by side later.
+
+samples/strips/captions.json     the prompts of the shown conditions
+               conditions.png    the conditions, one beside the other;   targets.png   likewise
+               step-00000050.png what was made of them at a step, with control
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+STRIPS = Path("samples") / "strips"
+
+
+@dataclass(frozen=True)
+class Strips:
+    captions: list[str]
+    conditions: np.ndarray
+    """(N, H, W, 3) uint8."""
+    targets: np.ndarray
+    steps: dict[int, np.ndarray]
+
+
+def write_strip(path: Path, images: np.ndarray) -> None:
+    """images: (N, H, W, 3) uint8, laid side by side."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".partial")
+    Image.fromarray(np.concatenate(list(images), axis=1)).save(temporary, format="PNG")
+    temporary.replace(path)
+
+
+def write_captions(folder: Path, captions: list[str]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / "captions.partial"
+    temporary.write_text(json.dumps(captions))
+    temporary.replace(folder / "captions.json")
+
+
+def read_strips(folder: Path) -> Strips | None:
+    """None where the run has made none."""
+    if not (folder / "captions.json").is_file():
+        return None
+    captions = json.loads((folder / "captions.json").read_text())
+
+    def read(path: Path) -> np.ndarray:
+        with Image.open(path) as file:
+            return np.stack(np.split(np.asarray(file.convert("RGB")), len(captions), axis=1))
+
+    steps = {int(path.stem.removeprefix("step-")): read(path) for path in sorted(folder.glob("step-*.png"))}
+    return Strips(captions, read(folder / "conditions.png"), read(folder / "targets.png"), steps)
