@@ -89,6 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _call(verb: str, arguments: list[str]) -> int:
+    # As in torchrun_environment, and before torch is imported: threads that spin while they wait starve other programs
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     module, _, function = TABLE[verb][0].partition(":")
     try:
         return getattr(importlib.import_module(module), function)(arguments) or 0

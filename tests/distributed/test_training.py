@@ -26,7 +26,7 @@ from controlbooth.data.explain import main as explain_main
 from controlbooth.data.inspect import order_main
 from controlbooth.data.sources import encode_png
 from controlbooth.trainer import export
-from controlbooth.trainer.evaluate import fidelity
+from controlbooth.trainer.evaluate import evaluate
 
 
 @pytest.fixture(scope="module")
@@ -235,12 +235,13 @@ def test_a_bf16_run_under_zero_3_goes_on_at_another_world_size(world_folder):
     np.testing.assert_allclose([after[5], after[6]], [before[5], before[6]], rtol=1e-3)
 
 
-def test_fidelity_and_export_read_a_run(whole, tmp_path, capsys):
-    assert fidelity.main([str(whole), "--samples", "4"]) == 0
+def test_evaluate_and_export_read_a_run(whole, tmp_path, capsys):
+    out = tmp_path / "evaluation"
+    assert evaluate.main([str(whole), "--samples", "4", "-o", str(out)]) == 0
     assert "with control, no prompt" in capsys.readouterr().out
-    figures = json.loads((whole / "fidelity.json").read_text())["pictures"]
-    assert figures["real pictures"]["edge_f1"] > 0.9 > figures["discs at the true places"]["edge_f1"]
-    assert (whole / "fidelity.png").stat().st_size > 1000
+    figures = json.loads((out / "evaluation.json").read_text())["figures"]
+    assert figures["real pictures"]["edge_f1"]["mean"] > 0.9 > figures["discs at the true places"]["edge_f1"]["mean"]
+    assert (out / "evaluation.png").stat().st_size > 1000
     assert export.main([str(whole), str(tmp_path / "out")]) == 0
     ControlNetModel.from_pretrained(tmp_path / "out")
 

@@ -24,7 +24,7 @@ from controlbooth.trainer.spool import read_metrics
 
 SHOWN = 6
 """Pictures from the best and from the worst end."""
-MOST_STEPS = 12
+MOST_STEPS = 10
 TILE = 112
 
 _STYLE = """
@@ -43,7 +43,8 @@ th { color: var(--soft); font-weight: 600 } td.figure, th.figure { text-align: r
 .curves svg { width: 100%; height: auto }
 .grid { overflow-x: auto } .grid td, .grid th { padding: 2px 3px; border: 0; text-align: center; font-size: 12px }
 .grid img, .ends img { width: 112px; height: 112px; image-rendering: pixelated; border-radius: 4px; display: block }
-.grid td.caption { text-align: left; max-width: 11rem; color: var(--soft); vertical-align: middle }
+.grid img { width: 72px; height: 72px }
+.grid td.caption { text-align: left; width: 8.5rem; min-width: 8.5rem; color: var(--soft); vertical-align: middle }
 .ends { display: flex; flex-wrap: wrap; gap: .9rem } figure { margin: 0 } figure div { display: flex; gap: 3px }
 figcaption { font-size: 12px; max-width: 346px; color: var(--soft) } summary { cursor: pointer }
 pre { font-size: 12.5px; overflow-x: auto }
@@ -108,7 +109,7 @@ def convergence(run: Path) -> str:
         for name in dict.fromkeys(n for _, _, metrics in rows for n in validated(metrics))
     }
     fidelities = {name: one for name, one in figures.items() if name.removesuffix("_empty_prompt") in FIGURES}
-    drawn = [plot("training loss, smoothed", {"loss": smooth(loss)}, None, log=True)] if loss else []
+    drawn = [plot("training loss, smoothed", {"loss": smooth(loss)}, None)] if loss else []
     if fidelities:
         drawn.append(plot("control fidelity on held-out conditions", fidelities, found))
     return f'<h2>Convergence</h2><p class="told">{told}</p><div class="curves">{"".join(drawn)}</div>'
@@ -126,7 +127,7 @@ def smooth(curve: Mapping[int, float]) -> dict[int, float]:
     return dict(zip(steps[width - 1 :], values.tolist(), strict=True))
 
 
-def plot(title: str, curves: Mapping[str, Mapping[int, float]], found: Convergence | None, log: bool = False) -> str:
+def plot(title: str, curves: Mapping[str, Mapping[int, float]], found: Convergence | None) -> str:
     """An SVG."""
     from matplotlib.figure import Figure
 
@@ -152,8 +153,6 @@ def plot(title: str, curves: Mapping[str, Mapping[int, float]], found: Convergen
         axes.annotate(
             f" step {found.step}", (found.step, 0.02), xycoords=("data", "axes fraction"), color="#0f766e", fontsize=9
         )
-    if log:
-        axes.set_yscale("log")
     axes.set_title(title, fontsize=11, loc="left")
     axes.set_xlabel("step")
     axes.grid(alpha=0.25)
@@ -205,22 +204,29 @@ def over_the_steps(run: Path) -> str:
     strips = read_strips(run / STRIPS)
     if strips is None or not strips.steps:
         return ""
-    steps = sorted(strips.steps)
-    if len(steps) > MOST_STEPS:
-        steps = [steps[i] for i in np.linspace(0, len(steps) - 1, MOST_STEPS).round().astype(int)]
+    found = find_convergence(validation_curve(run))
+    steps = shown_steps(sorted(strips.steps), found)
     columns = {
         "condition": strips.conditions,
-        **{f"step {s}": strips.steps[s] for s in steps},
         "target": strips.targets,
+        **{f"step {s}": strips.steps[s] for s in steps},
     }
     head = "".join(f"<th>{name}" for name in columns)
     rows = "".join(
-        "<tr>"
+        f'<tr><td class="caption">{html.escape(caption)}'
         + "".join(f"<td>{picture(images[row])}" for images in columns.values())
-        + f'<td class="caption">{html.escape(caption)}'
         for row, caption in enumerate(strips.captions)
     )
-    return f'<h2>Over the steps</h2><div class="grid"><table><tr>{head}<th>{rows}</table></div>'
+    return f'<h2>Over the steps</h2><div class="grid"><table><tr><th>{head}{rows}</table></div>'
+
+
+def shown_steps(steps: Sequence[int], found: Convergence | None) -> list[int]:
+    """At most MOST_STEPS of the validated steps, evenly spread, with those between which control snapped into place."""
+    around = {found.after, found.step} & set(steps) if found else set()
+    count = min(len(steps), MOST_STEPS) - len(around)
+    others = [step for step in steps if step not in around]
+    spread = [others[i] for i in np.linspace(0, len(others) - 1, min(count, len(others))).round().astype(int)]
+    return sorted({*around, *spread})
 
 
 def ends(run: Path) -> str:
