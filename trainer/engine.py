@@ -124,16 +124,18 @@ def initialize(
     return engine
 
 
-def apply_settings(engine: Any, config: OptimizerConfig, device: torch.device) -> None:
+def apply_settings(engine: Any, config: OptimizerConfig) -> None:
     """To be called after a checkpoint was loaded: the run's settings count, not those that were saved."""
     for group in engine.optimizer.param_groups:
         group |= dict(betas=config.betas, eps=config.epsilon, weight_decay=config.weight_decay)
     if hasattr(engine.optimizer, "clip_grad"):
         engine.optimizer.clip_grad = config.max_grad_norm
     inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
-    for state in inner.state.values():  # the universal format's are on the CPU, which the fused kernel refuses
+    # The universal format's counts are on the CPU. The fused kernel wants each where what it moves is: on the GPU, or
+    # on the CPU under offload.
+    for parameter, state in inner.state.items():
         if torch.is_tensor(state.get("step")):
-            state["step"] = state["step"].to(device, copy=True)
+            state["step"] = state["step"].to(parameter.device, copy=True)
 
 
 def learning_rate(config: OptimizerConfig, step: int, max_steps: int) -> float:

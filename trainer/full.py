@@ -103,7 +103,7 @@ def begin_full(
                 f"it back, or delete {run} to begin this subject anew"
             )
         checkpoints.load_checkpoint(engine, latest, None, world)
-        engines.apply_settings(engine, settings, world.device)
+        engines.apply_settings(engine, settings)
         training.step = saved["step"]
     return training
 

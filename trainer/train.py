@@ -351,7 +351,7 @@ def build(config: RunConfig, world: World, folder: Path, latest: Path | None) ->
     step = 0
     if saved and latest:
         checkpoints.load_checkpoint(engine, latest, average, world)
-        engines.apply_settings(engine, config.optimizer, world.device)
+        engines.apply_settings(engine, config.optimizer)
         step = saved["step"]
     loader = make_loader(config, world, base, dataset, step, folder, saved and saved["order"], columns)
     if saved:

@@ -167,7 +167,7 @@ def settings(folder: Path, world: World) -> dict:
             other = engine_of(changed, stage, precision, world)
             other.load_checkpoint(str(where), tag="x")
             config = build_config(changed)
-            engines.apply_settings(other, config.optimizer, world.device)
+            engines.apply_settings(other, config.optimizer)
             before, after = engines.full_state(engine), engines.full_state(other)
             copied = engines.Average(other, 0.5)
             copied.load(average.full_state())
