@@ -1,8 +1,8 @@
 """Which memory-efficient kernel computes attention, and putting it into a U-Net, ControlNet or VAE.
 
-xformers brings its own CUDA kernels. PyTorch's scaled_dot_product_attention has three: `flash`, `efficient` (CUDA
-only) and `math`, which is plain matrix multiplication. Whether a kernel runs depends on device, dtype and head width,
-so it is tried rather than looked up. The CUDA paths are not yet measured on a GPU.
+PyTorch's scaled_dot_product_attention has four: `flash`, `cudnn` and `efficient` (these two on CUDA only) and `math`,
+which is plain matrix multiplication. xformers is for CUDA and has its own choice of kernels. Whether a kernel runs
+depends on device, dtype and head width, so it is tried rather than looked up.
 """
 
 import time
@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 KERNELS = {
     "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
@@ -48,7 +49,7 @@ TYPICAL_SHAPES = (AttentionShape(1, 8, 64, 64, 40), AttentionShape(1, 8, 64, 77,
 @dataclass(frozen=True)
 class AttentionChoice:
     name: str
-    """xformers, flash, efficient or math."""
+    """xformers, flash, cudnn, efficient or math."""
     reason: str
     """A sentence for the log."""
     by_shape: Mapping[str, str] = field(default_factory=dict)
@@ -90,17 +91,18 @@ def choose_attention(
 ) -> AttentionChoice:
     """The kernel to use for `shapes`, see `attention_shapes`.
 
-    request: auto, xformers, flash, efficient or math. Auto takes, on CUDA, the first that runs of xformers, flash,
-    efficient and math; on a CPU it times a forward and backward pass of each that runs and takes the faster, and for
-    shapes for which another one takes less than MUCH_FASTER of its time, that one. Kernels
-    round differently and timings vary: a run that is to resume bit for bit keeps its first choice's name and asks for
-    that, and so do all its ranks.
+    request: auto, xformers, flash, cudnn, efficient or math. Auto times a forward and backward pass of each that runs
+    for all shapes and gives the same gradients every time, and takes the fastest; for shapes for which another one
+    takes less than MUCH_FASTER of its time, that one. Kernels round differently and timings vary: a run that is to
+    resume bit for bit keeps its first choice's name and asks for that, and so do all its ranks.
     Raises ValueError for an unknown name, and for a kernel that cannot run here, with why and what can.
     """
     device = torch.device(device)
     if request not in ("auto", "xformers", *KERNELS):
         raise ValueError(f"attention {request!r} is not known. Use auto, xformers, {', '.join(KERNELS)}.")
-    obstacles = {name: _obstacle(name, device, dtype, shapes) for name in ("xformers", *KERNELS)}
+    why_not = _reason_against if request == "auto" else _obstacle
+    found = {name: {shape: why_not(name, device, dtype, shape) for shape in shapes} for name in ("xformers", *KERNELS)}
+    obstacles = {name: next(filter(None, own.values()), None) for name, own in found.items()}
     usable = [name for name, obstacle in obstacles.items() if obstacle is None]
     if request != "auto":
         if obstacles[request] is not None:
@@ -109,23 +111,28 @@ def choose_attention(
                 f"Here can: {', '.join(usable)}; or use 'auto'."
             )
         return AttentionChoice(request, "asked for")
-    if device.type != "cpu":
-        without = "; ".join(f"{name}: {why}" for name, why in obstacles.items() if why is not None)
-        return AttentionChoice(usable[0], f"first of {', '.join(usable)}" + (f" ({without})" if without else ""))
-    times = {name: {shape: _time(name, shape, device, dtype) for shape in shapes} for name in usable}
-    milliseconds = {name: sum(own.values()) for name, own in times.items()}
-    fastest = usable[0]
-    for name in usable[1:]:
+    times = {
+        name: {shape: _time(name, shape, device, dtype) for shape, obstacle in own.items() if obstacle is None}
+        for name, own in found.items()
+        if name != "math" or device.type == "cpu" or usable == ["math"]  # whose products may not fit on a GPU
+    }
+    milliseconds = {name: sum(times[name].values()) for name in usable if name in times}
+    fastest, *others = milliseconds
+    for name in others:
         if milliseconds[name] < 0.9 * milliseconds[fastest]:  # a tie goes to the kernel that needs less memory
             fastest = name
     figures = ", ".join(f"{name} {figure:.2f} ms" for name, figure in milliseconds.items())
-    best = {shape: min(usable, key=lambda name: times[name][shape]) for shape in shapes}
-    by_shape = {
-        shape.key: name for shape, name in best.items() if times[name][shape] < MUCH_FASTER * times[fastest][shape]
-    }
+    by_shape = {}
+    if fastest != "xformers":  # whose processor is another, for all shapes
+        for shape in shapes:
+            best = min((name for name in KERNELS if shape in times.get(name, ())), key=lambda name: times[name][shape])
+            if times[best][shape] < MUCH_FASTER * times[fastest][shape]:
+                by_shape[shape.key] = best
     chosen = sum(times[by_shape.get(shape.key, fastest)][shape] for shape in shapes)
     mixed = f", and {chosen:.2f} ms with others for {len(by_shape)} of them" if by_shape else ""
     reason = f"by time: {figures}, forward and backward, for {len(shapes)} shapes{mixed}"
+    if device.type != "cpu":
+        reason += "".join(f"; not {name}: {why}" for name, why in obstacles.items() if why is not None)
     return AttentionChoice(fastest, reason, by_shape)
 
 
@@ -159,22 +166,32 @@ def attention_shapes(module: nn.Module, run: Callable[[], Any]) -> tuple[Attenti
     return tuple(sorted(found, key=lambda shape: shape.query_tokens * shape.key_tokens, reverse=True))
 
 
-def _obstacle(name: str, device: torch.device, dtype: torch.dtype, shapes: Sequence[AttentionShape]) -> str | None:
-    """Why a kernel cannot run for the shapes, forward and backward, or None. Few tokens suffice to find out."""
+def _obstacle(name: str, device: torch.device, dtype: torch.dtype, shape: AttentionShape) -> str | None:
+    """Why a kernel cannot run for the shape, forward and backward, or None. Few tokens suffice to find out."""
     if name == "xformers":
         if device.type != "cuda":
             return "xformers has CUDA kernels only"
         if find_spec("xformers") is None:
             return "xformers is not installed (pip install 'controlbooth[cuda]')"
-    if name == "efficient" and device.type == "cpu":
-        return "PyTorch's memory-efficient kernel is for CUDA"
-    for shape in shapes:
-        small = shape._replace(batch=1, query_tokens=min(64, shape.query_tokens), key_tokens=min(64, shape.key_tokens))
-        try:
-            _attend(name, *_tensors(small, device, dtype)).sum().backward()
-        except (RuntimeError, NotImplementedError, ValueError) as error:  # what the kernels raise for what they cannot
-            return f"{shape}: {str(error).strip().splitlines()[0]}"
+    if name in ("cudnn", "efficient") and device.type == "cpu":
+        return "PyTorch has this kernel for CUDA only"
+    small = shape._replace(batch=1, query_tokens=min(64, shape.query_tokens), key_tokens=min(64, shape.key_tokens))
+    try:
+        _attend(name, *_tensors(small, device, dtype)).sum().backward()
+    except (RuntimeError, NotImplementedError, ValueError) as error:  # what the kernels raise for what they cannot
+        return f"{shape}: {str(error).strip().splitlines()[0]}"
     return None
+
+
+def _reason_against(name: str, device: torch.device, dtype: torch.dtype, shape: AttentionShape) -> str | None:
+    """An obstacle, or that the kernel sums in another order at each pass, as those with atomic additions do."""
+    obstacle = _obstacle(name, device, dtype, shape)
+    if obstacle is not None or name == "math" or device.type == "cpu":
+        return obstacle
+    tensors = _tensors(shape, device, dtype)
+    passes = [torch.autograd.grad(_attend(name, *tensors).square().sum(), tensors) for _ in range(3)]
+    same = all(torch.equal(one, other) for again in passes[1:] for one, other in zip(passes[0], again, strict=True))
+    return None if same else f"{shape}: gradients differ from pass to pass"
 
 
 def _attend(name: str, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -190,11 +207,11 @@ def _attend(name: str, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def _tensors(shape: AttentionShape, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def draw(tokens: int) -> Tensor:
         size = (shape.batch, tokens, shape.heads, shape.width)  # in memory tokens before heads, as projections leave it
-        tensor = torch.randn(size, generator=generator).to(device, dtype).requires_grad_()
+        tensor = torch.randn(size, generator=generator, device=device, dtype=dtype).requires_grad_()
         return tensor.transpose(1, 2)
 
     return draw(shape.query_tokens), draw(shape.key_tokens), draw(shape.key_tokens)
@@ -205,10 +222,18 @@ def _time(name: str, shape: AttentionShape, device: torch.device, dtype: torch.d
     seconds: list[float] = []
     tensors = _tensors(shape, device, dtype)
     while len(seconds) < 2 or (len(seconds) < 10 and sum(seconds) < 0.2):  # the first one only warms up
+        _wait(device)
         start = time.perf_counter()
         _attend(name, *tensors).sum().backward()
+        _wait(device)
         seconds.append(time.perf_counter() - start)
     return 1000.0 * min(seconds)
+
+
+def _wait(device: torch.device) -> None:
+    """Until a GPU has done what it was asked for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -55,8 +55,9 @@ class ModelConfig(Section):
     """How the convolutions that tie the copy to the base start: `gaussian` is the paper's other ablation."""
     only_mid_control: bool = False
     """Train the middle block's residual alone, and leave the others at zero."""
-    attention: Literal["auto", "xformers", "flash", "efficient", "math"] = "auto"
-    """Memory-efficient attention: `xformers` needs CUDA and the package; the others are PyTorch's kernels."""
+    attention: Literal["auto", "xformers", "flash", "cudnn", "efficient", "math"] = "auto"
+    """Memory-efficient attention: `xformers` needs CUDA and the package; the others are PyTorch's kernels, of which
+    `cudnn` and `efficient` need CUDA. `auto` takes the fastest."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 

@@ -41,15 +41,26 @@ def join() -> World:
     local_rank = int(os.environ["LOCAL_RANK"])
     backend = "gloo"
     device = torch.device("cpu")
-    if torch.cuda.is_available():  # not yet measured on a GPU
+    if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+        repeat_exactly()
         backend = "cpu:gloo,cuda:nccl"
     if not dist.is_initialized():
         dist.init_process_group(backend, timeout=TIMEOUT)
     # torchrun's name for it, and the deepspeed launcher's
     ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
     return World(dist.get_rank(), dist.get_world_size(), local_rank, device, ranks_per_node)
+
+
+def repeat_exactly() -> None:
+    """Makes a GPU give the same bits for the same work, so that a resumed run is the one that went on.
+
+    Where PyTorch has no such kernel it warns. To be called before the first work on the GPU.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def leave() -> None:

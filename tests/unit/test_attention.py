@@ -95,8 +95,9 @@ def test_a_kernel_that_is_asked_for_is_taken(name):
     ("request_", "message"),
     [
         ("xformers", "'xformers' cannot run on cpu in float32: xformers has CUDA kernels only. Here can: flash, math"),
-        ("efficient", "'efficient' cannot run on cpu .* is for CUDA. Here can: flash, math; or use 'auto'"),
-        ("quick", "'quick' is not known. Use auto, xformers, flash, efficient, math"),
+        ("efficient", "'efficient' cannot run on cpu .* for CUDA only. Here can: flash, math; or use 'auto'"),
+        ("cudnn", "'cudnn' cannot run on cpu .* for CUDA only"),
+        ("quick", "'quick' is not known. Use auto, xformers, flash, cudnn, efficient, math"),
     ],
 )
 def test_a_kernel_that_cannot_run_is_refused_with_what_can(request_, message):
