@@ -26,11 +26,11 @@ from controlbooth.trainer.distributed import gather_objects, join, leave
 from controlbooth.trainer.losses import weighted_mse
 
 
-def random_module(build, dtype: torch.dtype):
+def random_module(build, dtype: torch.dtype, device: str | torch.device = "cpu"):
     """A module in `dtype` that never exists in float32: 860M parameters would take 3.4 GiB twice."""
     with torch.device("meta"):
         module = build()
-    module = module.to(dtype).to_empty(device="cpu").eval().requires_grad_(False)
+    module = module.to(dtype).to_empty(device=device).eval().requires_grad_(False)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             if parameter.ndim > 1:
