@@ -233,10 +233,11 @@ def prepare(base: Base, engine: Any, attention: AttentionChoice, gradient_checkp
             module.disable_gradient_checkpointing()
 
 
-def step(base: Base, engine: Any, batch: MicroBatch, world: World) -> None:
+def step(base: Base, engine: Any, batch: MicroBatch, world: World) -> bool:
+    """One optimizer step; -> whether it was skipped."""
     backward = partial(engines.accumulate, engine)
     controlnet_step(base, engine, backward, [batch], 0, None, world.device)
-    engines.apply_gradients(engine, 1e-5)
+    return engines.apply_gradients(engine, 1e-5)[1]
 
 
 def synchronize(device: torch.device) -> None:
@@ -265,16 +266,18 @@ def measure(case: Case, base: Base, engine: Any, chosen: AttentionChoice, world:
         for _ in range(WARM_UP):
             step(base, engine, batch, world)
         seconds: list[float] = []
+        skipped = 0
         while len(seconds) < 2 or (len(seconds) < MOST_STEPS and sum(seconds) < MOST_SECONDS):
             synchronize(world.device)
             began = time.perf_counter()
-            step(base, engine, batch, world)
+            skipped += step(base, engine, batch, world)
             synchronize(world.device)
             seconds.append(time.perf_counter() - began)
     return {
         "samples_per_second": case.micro_batch_size / median(seconds),
         "step_seconds": median(seconds),
         "steps": len(seconds),
+        "skipped_steps": skipped,
         "peak_memory_gib": peak_memory_gib(world),
         "kernel": chosen.name,
         "by_shape": dict(chosen.by_shape),
