@@ -6,6 +6,7 @@ depends on device, dtype and head width, so it is tried rather than looked up.
 """
 
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -176,10 +177,14 @@ def _obstacle(name: str, device: torch.device, dtype: torch.dtype, shape: Attent
     if name in ("cudnn", "efficient") and device.type == "cpu":
         return "PyTorch has this kernel for CUDA only"
     small = shape._replace(batch=1, query_tokens=min(64, shape.query_tokens), key_tokens=min(64, shape.key_tokens))
-    try:
-        _attend(name, *_tensors(small, device, dtype)).sum().backward()
-    except (RuntimeError, NotImplementedError, ValueError) as error:  # what the kernels raise for what they cannot
-        return f"{shape}: {str(error).strip().splitlines()[0]}"
+    with warnings.catch_warnings(record=True) as said:  # in which PyTorch says why it has "no available kernel"
+        warnings.simplefilter("always")
+        try:
+            _attend(name, *_tensors(small, device, dtype)).sum().backward()
+        except (RuntimeError, NotImplementedError, ValueError) as error:  # what the kernels raise for what they cannot
+            reasons = [str(warning.message) for warning in said] + [str(error).strip()]
+            telling = [text for text in reasons if "not used because" not in text and "runtime disabled" not in text]
+            return f"{shape}: {telling[0].splitlines()[0].partition(' (Triggered')[0]}"
     return None
 
 
