@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from controlbooth.launch.ablations import load_ablations, planned_runs
 from controlbooth.trainer.config import (
     ConfigError,
     RunConfig,
@@ -125,6 +126,11 @@ def test_every_shipped_run_is_complete_and_is_told_how_to_be_started(path):
     if path.stem == "dreambooth":
         load_run(path)
         assert f"controlbooth dreambooth run SUBJECTS.yaml launch/configs/{path.name}" in header
+    elif path.stem == "ablations":
+        grid = load_ablations(path)
+        for _, _, changes in planned_runs(grid, path.parent / grid.run):
+            load_config(path.parent / grid.run, changes)
+        assert f"controlbooth ablate launch/configs/{path.name}" in header
     else:
         load_config(path)
         assert f"controlbooth train launch/configs/{path.name}" in header

@@ -127,9 +127,8 @@ def resolve(options: argparse.Namespace) -> Evaluated:
     where: Path = options.where
     if options.samples < 1:
         raise ConfigError(f"--samples is {options.samples}; at least one picture is needed")
-    given = dict(options=options, where=where)
     if (where / "config.yaml").is_file():
-        return resolve_run(**given)
+        return resolve_run(options, where)
     if not (where / "config.json").is_file():
         raise ConfigError(
             f"{where} holds neither a run's config.yaml nor a ControlNet's config.json. Give the folder that "
