@@ -56,10 +56,11 @@ def join() -> World:
 def repeat_exactly() -> None:
     """Makes a GPU give the same bits for the same work, so that a resumed run is the one that went on.
 
-    Where PyTorch has no such kernel it warns. To be called before the first work on the GPU.
+    To be called before the first work on the GPU. Where PyTorch has no such kernel it raises: told only to warn, it
+    would take flash and efficient attention with atomic additions, although both can do without.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
 
 

@@ -77,7 +77,7 @@ def free_order(base: Base, engine: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before, warn_only=True)
+        torch.use_deterministic_algorithms(before)
 
 
 @contextmanager
