@@ -4,9 +4,13 @@ Each rank trains its share of the manifest, several subjects in one batch, and a
 before the first step. A subject that ends makes room for the next. State is saved every so many steps and whenever a
 subject ends; the same command goes on from there, with as many ranks or with others.
 
+With `--rows 8:16` it trains these rows of the manifest alone, as one task of an array whose tasks know nothing of each
+other: what they share is the folder of the run, in which each keeps its own state.
+
     RUN/subjects/NAME/pytorch_lora_weights.safetensors      what diffusers' load_lora_weights reads
                       status.json                           waiting, training, finished or failed, and why
     RUN/state/of-2/rank-0.safetensors                       the subjects in training, the queue, the optimizer
+    RUN/rows/8-16/state/...                                 the same of one task of an array
 """
 
 import argparse
@@ -68,7 +72,7 @@ from controlbooth.trainer.subjects import (
     share_of_rank,
     write_record,
 )
-from controlbooth.trainer.train import StopRequest, choose_once, only_run, quiet_libraries
+from controlbooth.trainer.train import StopRequest, choose_once, note_failure, only_run, quiet_libraries
 
 LAYERS = {"attention": ATTENTION, "attention+convolutions": ATTENTION + CONVOLUTIONS}
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -95,8 +99,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("subjects", type=Path, metavar="SUBJECTS", help="a YAML, CSV, JSONL or Parquet list")
     parser.add_argument("run", type=Path, metavar="RUN.yaml")
     parser.add_argument("overrides", metavar="section.key=value", nargs="*")
+    parser.add_argument("--rows", metavar="FIRST:END", help="train these rows of the manifest alone, counted from 0")
     options = parser.parse_intermixed_args(argv)
-    rank = int(os.environ.get("RANK", "0"))
+    rank, own = int(os.environ.get("RANK", "0")), None
     stop = StopRequest()
     quiet_libraries()
     try:
@@ -105,35 +110,76 @@ def main(argv: Sequence[str] | None = None) -> int:
         tasks, more = settle(subjects, config)
         split, _ = check_words(tasks, config.model.base)
         tasks, more = [task for task in tasks if task.name not in split], more | split
+        faults |= more
+        folder = own = config.output / config.name
+        if options.rows:
+            rows = read_rows(options.rows, len(subjects))
+            own = own_folder(folder, rows)
+            names = {subject.name for subject in subjects[rows.start : rows.stop]}
+            tasks = [task for task in tasks if task.name in names]
+            faults = {name: fault for name, fault in faults.items() if name in names}
+        elif others := sorted((folder / "rows").glob("*")):
+            raise ConfigError(f"{folder} was begun as an array ({others[0]}): go on with `controlbooth launch resume`")
         world = join()
-        with only_run(config.output / config.name, world):
-            return train_subjects(config, tasks, faults | more, world, stop)
+        with only_run(own, world):
+            return train_subjects(config, tasks, faults, world, stop, folder, own)
     except (ValueError, OSError) as error:
+        if options.rows and own is not None and own.is_dir():
+            note_failure(own, rank, error)
         print(f"rank {rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         os._exit(2)
     finally:
         leave()
 
 
+def own_folder(folder: Path, rows: range) -> Path:
+    """Of the task that trains these rows. Raises ConfigError where others would train some of them as well."""
+    if (folder / "state").exists():
+        raise ConfigError(f"{folder} was begun by `controlbooth dreambooth run`: go on with that, or take another name")
+    for other in (folder / "rows").glob("*-*"):
+        first, end = map(int, other.name.split("-"))
+        if (first, end) != (rows.start, rows.stop) and first < rows.stop and rows.start < end:
+            raise ConfigError(
+                f"{folder} was begun with other tasks: rows {first}:{end} and {rows.start}:{rows.stop} overlap. Take "
+                "as many --subjects-per-task as before, or another name for the run"
+            )
+    return folder / "rows" / f"{rows.start}-{rows.stop}"
+
+
+def read_rows(text: str, count: int) -> range:
+    """FIRST:END of `count` rows. Raises ConfigError for what is none."""
+    first, _, end = text.partition(":")
+    if not (first.isdigit() and end.isdigit() and int(first) < int(end) <= count):
+        raise ConfigError(f"--rows is {text!r}, but it is FIRST:END, with 0 <= FIRST < END <= {count}")
+    return range(int(first), int(end))
+
+
 def train_subjects(
-    config: SubjectRunConfig, tasks: Sequence[Task], faults: dict[str, str], world: World, stop: StopRequest
+    config: SubjectRunConfig,
+    tasks: Sequence[Task],
+    faults: dict[str, str],
+    world: World,
+    stop: StopRequest,
+    folder: Path,
+    own: Path,
 ) -> int:
-    """Trains all that are not finished. Returns 0, also where it was stopped, or 1 where a subject has failed."""
-    folder = config.output / config.name
+    """Trains all that are not finished. Returns 0, also where it was stopped, or 1 where a subject has failed.
+
+    folder: of the run. own: the same, or the part of it that belongs to these tasks alone, where others train others.
+    """
     zero_stage = config.engine.zero_stage if config.method == "full" else 1
     precision = resolve_precision(config.precision, world.device, zero_stage)
     if config.method == "full":
         check_full(config, world.world_size)
     base = load_base(base_folder(config.model.base), config.model.family, DTYPES[precision], world.device)
-    attention = choose_once(
-        config.model.attention, world, precision, folder, lambda: stack_attention_shapes(config, base)
-    )
+    attention = choose_once(config.model.attention, world, precision, own, lambda: stack_attention_shapes(config, base))
     apply_attention(base.unet, attention)
     if config.model.gradient_checkpointing:
         base.unet.enable_gradient_checkpointing()
         base.unet.train()  # without which it is passed over; the U-Net has no dropout
     if world.rank == 0:
-        write_record(folder, config, tasks)
+        if own == folder:  # of an array all subjects are in the record, which who submitted it has written
+            write_record(folder, config, tasks)
         for name, fault in faults.items():
             write_status(folder, name, state="failed", error=fault)
     barrier()
@@ -141,7 +187,7 @@ def train_subjects(
     if config.method == "full":
         stopped = train_fully(config, base, unfinished(folder, tasks), attention, precision, folder, world, stop)
     else:
-        stopped = train_stacked(config, base, tasks, folder, world, stop)
+        stopped = train_stacked(config, base, tasks, folder, own, world, stop)
     failed = failures(folder, tasks) | faults
     if world.rank == 0:
         finished = len(tasks) - len(unfinished(folder, tasks))
@@ -153,18 +199,25 @@ def train_subjects(
 
 
 def train_stacked(
-    config: SubjectRunConfig, base: Base, tasks: Sequence[Task], folder: Path, world: World, stop: StopRequest
+    config: SubjectRunConfig,
+    base: Base,
+    tasks: Sequence[Task],
+    folder: Path,
+    own: Path,
+    world: World,
+    stop: StopRequest,
 ) -> bool:
     """Adapters of several subjects at once on each rank; -> whether it was stopped."""
+    left = unfinished(folder, tasks)
     if world.rank == 0:
-        plan_ranks(folder, config, tasks, world.world_size)
+        plan_ranks(own, config, left, world.world_size)
     barrier()
-    stack = make_stack(config, base, tasks, folder, world)
-    run_stack(config, stack, folder, world, stop)
+    stack = make_stack(config, base, tasks, left, own, world)
+    run_stack(config, stack, folder, own, world, stop)
     return any(gather_objects(bool(stack.trainings or stack.queue), world))
 
 
-def plan_ranks(folder: Path, config: SubjectRunConfig, tasks: Sequence[Task], world_size: int) -> None:
+def plan_ranks(folder: Path, config: SubjectRunConfig, left: Sequence[Task], world_size: int) -> None:
     """Writes what each rank begins with, on rank 0, where the last start had another number of ranks or none.
 
     Subjects that were in training keep their weights and steps; all that are not finished are dealt out anew.
@@ -175,7 +228,6 @@ def plan_ranks(folder: Path, config: SubjectRunConfig, tasks: Sequence[Task], wo
         return
     old = [] if before is None else [read_state(path) for path in sorted((folder / "state" / before).glob("rank-*"))]
     saved = {name: tensors for state in old for name, tensors in (state.slots | state.waiting).items()}
-    left = unfinished(folder, tasks)
     new = folder / "state" / f"of-{world_size}"
     for rank in range(world_size):
         mine = share_of_rank(left, rank, world_size)
@@ -189,8 +241,10 @@ def plan_ranks(folder: Path, config: SubjectRunConfig, tasks: Sequence[Task], wo
     temporary.replace(current)
 
 
-def make_stack(config: SubjectRunConfig, base: Base, tasks: Sequence[Task], folder: Path, world: World) -> Stack:
-    """This rank's subjects as its state file says."""
+def make_stack(
+    config: SubjectRunConfig, base: Base, tasks: Sequence[Task], left: Sequence[Task], folder: Path, world: World
+) -> Stack:
+    """This rank's subjects as its state file says. left: those that are not finished."""
     by_name = {task.name: task for task in tasks}
     path = state_path(folder, world)
     state = read_state(path)
@@ -200,7 +254,7 @@ def make_stack(config: SubjectRunConfig, base: Base, tasks: Sequence[Task], fold
             "or take another name for the run"
         )
     known = {name for one in gather_objects([*state.slots, *state.queue], world) for name in one}
-    new = [task for task in unfinished(folder, tasks) if task.name not in known]  # or it had failed, and is tried again
+    new = [task for task in left if task.name not in known]  # or it had failed, and is tried again
     rank = max([task.rank for task in tasks], default=config.adapter.rank)
     adapters = attach_adapters(base.unet, LAYERS[config.adapter.layers], len(state.slots), rank)
     optimizer = StackedAdamW(adapters, weight_decay=config.weight_decay)
@@ -212,9 +266,9 @@ def make_stack(config: SubjectRunConfig, base: Base, tasks: Sequence[Task], fold
     return stack
 
 
-def run_stack(config: SubjectRunConfig, stack: Stack, folder: Path, world: World, stop: StopRequest) -> None:
+def run_stack(config: SubjectRunConfig, stack: Stack, folder: Path, own: Path, world: World, stop: StopRequest) -> None:
     """Trains until the queue and all slots are empty, or until it is asked to stop, after a step and with its state."""
-    path = state_path(folder, world)
+    path = state_path(own, world)
     left = sum(task.steps for task in stack.queue) + sum(t.task.steps - t.step for t in stack.trainings)
     bar = tqdm(total=left, unit="step", desc="subjects", disable=world.rank > 0, dynamic_ncols=True)
     since_saved = 0

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,6 +57,7 @@ def draw_class_images(base: Base, missing: Sequence[tuple[Path, str]], prior: Pr
     for (path, prompt), image in zip(missing, images.numpy(), strict=True):
         path.parent.mkdir(parents=True, exist_ok=True)
         (path.parent / "prompt.txt").write_text(prompt)  # for people; its name says it already
-        temporary = path.with_suffix(".partial")
+        # tasks of an array that share a class may draw the same picture at once
+        temporary = path.with_suffix(f".{socket.gethostname()}-{os.getpid()}.partial")
         Image.fromarray(image).save(temporary, format="PNG")
         temporary.replace(path)

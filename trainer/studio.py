@@ -167,10 +167,14 @@ def draw_prior(config: SubjectRunConfig, base: Base, tasks: Sequence[Task], worl
     folders = [(prior_folder(config, base, prompt), prompt) for prompt in prompts]
     missing = from_first_rank(missing_class_images(folders, config.prior.images))
     mine = missing[world.rank :: world.world_size]
+    begin = draws.hash64("class pictures", tasks[0].name) % len(mine) if mine else 0
+    mine = mine[begin:] + mine[:begin]  # tasks of an array that share a class begin at different pictures
     for first in tqdm(
         range(0, len(mine), DRAWN_AT_ONCE), desc="class pictures", unit="batch", disable=world.rank > 0 or not mine
     ):
-        draw_class_images(base, mine[first : first + DRAWN_AT_ONCE], config.prior, config.resolution)
+        batch = [one for one in mine[first : first + DRAWN_AT_ONCE] if not one[0].exists()]
+        if batch:
+            draw_class_images(base, batch, config.prior, config.resolution)
     barrier()
 
 

@@ -26,10 +26,11 @@ def run_file(studio, name, **changes):
     return path
 
 
-def start(studio, path, processes=1, subjects="subjects.yaml"):
+def start(studio, path, processes=1, subjects="subjects.yaml", rows=None):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     return subprocess.Popen(
-        [*command, "-m", "controlbooth.trainer.dreambooth", str(studio / subjects), str(path)],
+        [*command, "-m", "controlbooth.trainer.dreambooth", str(studio / subjects), str(path)]
+        + (["--rows", rows] if rows else []),
         env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -148,3 +148,21 @@ def test_what_is_exported_draws_the_same_picture_in_diffusers_own_pipeline(studi
         latents=initial_noise(ours, [3], 64, 64),
     ).images  # fmt: skip
     assert np.abs(np.round(theirs * 255) - made.numpy()).max() <= 1
+
+
+# Tasks of an array
+
+
+def test_tasks_that_train_rows_of_the_manifest_at_once_end_as_one_run_does(studio, whole):
+    path = run_file(studio, "tasks")
+    tasks = [start(studio, path, rows=rows) for rows in ("0:4", "4:6")]
+    for task in tasks:
+        finish(task)
+    assert all(difference(weights(studio, "tasks", name), weights(studio, whole, name)) < 2e-5 for name in NAMES)
+    assert "overlap. Take as many --subjects-per-task as before" in finish(start(studio, path, rows="3:5"), status=1)
+    assert "was begun as an array" in finish(start(studio, path), status=1)
+    whole_path = run_file(studio, "whole")
+    assert "was begun by `controlbooth dreambooth run`" in finish(start(studio, whole_path, rows="0:2"), status=1)
+    assert "--rows is '0:9', but it is FIRST:END, with 0 <= FIRST < END <= 6" in finish(
+        start(studio, path, rows="0:9"), status=1
+    )
