@@ -34,6 +34,16 @@ VERBS = {  # group -> verb -> (module:function, what it does)
         "dreambooth subjects": ("controlbooth.data.subjects:main", "draw subjects that the built-in base never saw"),
         "dreambooth measure": ("controlbooth.trainer.evaluate.measure:main", "measure subjects as the paper does"),
     },
+    "Clusters": {
+        "launch local": ("controlbooth.launch.submit:local_main", "run in the background of this machine"),
+        "launch slurm": ("controlbooth.launch.submit:slurm_main", "submit a run, or an array of subjects, to Slurm"),
+        "launch kubernetes": ("controlbooth.launch.submit:kubernetes_main", "submit a run, or subjects, to Kubernetes"),
+        "launch status": ("controlbooth.launch.jobs:status_main", "how a job and its run are doing"),
+        "launch logs": ("controlbooth.launch.jobs:logs_main", "what all attempts of a job have said"),
+        "launch cancel": ("controlbooth.launch.jobs:cancel_main", "end a job, with a checkpoint"),
+        "launch resume": ("controlbooth.launch.jobs:resume_main", "submit a job again; its run goes on"),
+        "launch check": ("controlbooth.launch.check:main", "look from every node at what a job needs"),
+    },
     "Data": {
         "data pack": ("controlbooth.data.pack:main", "write pictures, captions and conditions into tar shards"),
         "data annotate": ("controlbooth.data.annotate:main", "add conditions to shards, by functions or networks"),

@@ -44,22 +44,33 @@ def torchrun_command(run_file: str, overrides: Sequence[str], name: str, node: N
 
     worker: the module that each rank runs.
     """
+    endpoint, is_host = f"{node.head_address}:{node.head_port}", str(int(node.node_rank == 0))
+    # torchrun of this environment, whatever the PATH says
+    return [sys.executable, *torchrun_arguments(node, endpoint, is_host, name, worker, [run_file, *overrides])]
+
+
+def torchrun_arguments(
+    node: Node, endpoint: str, is_host: str, name: str, worker: str, arguments: Sequence[str]
+) -> list[str]:
+    """What follows the interpreter.
+
+    endpoint: address:port of the first node, where all meet; port 0 is any, for a single node. is_host: "1" on that
+    node and "0" on others. Both may be shell expressions, where a script is written and not a command started.
+    """
     return [
-        sys.executable,  # torchrun of this environment, whatever the PATH says
         "-m",
         "torch.distributed.run",
         f"--nnodes={node.nodes}",
         f"--nproc-per-node={node.processes}",
         "--rdzv-backend=c10d",
         f"--rdzv-id={name}",
-        f"--rdzv-endpoint={node.head_address}:{node.head_port}",
-        f"--rdzv-conf=is_host={int(node.node_rank == 0)}",  # otherwise guessed from host names, wrong in containers
+        f"--rdzv-endpoint={endpoint}",
+        f"--rdzv-conf=is_host={is_host}",  # otherwise guessed from host names, wrong in containers
         "--max-restarts=0",  # a resume is a new start: its ranks must read the latest checkpoint
         f"--shutdown-timeout={node.grace_seconds}",
         "-m",
         worker,
-        run_file,
-        *overrides,
+        *arguments,
     ]
 
 

@@ -1,0 +1,110 @@
+"""The engine `local`: a job is a script that runs on in the background of this machine, with its log in its folder.
+
+It keeps the contract of the others: an attempt that is lost is started again, one that is stopped says so, a cancelled
+one ends with a checkpoint.
+"""
+
+import os
+import shlex
+import signal
+import subprocess
+from pathlib import Path
+
+import psutil
+
+from controlbooth.launch.job import Job, JobState
+from controlbooth.launch.script import indented, judging, preamble, rows, shell, training
+
+
+def render(job: Job) -> str:
+    """The script; tasks of an array come one after another, each with its own log."""
+    log = shlex.quote(str(job.job_folder / "log-"))
+    lines = ["#!/bin/bash", f"# {job.name}, trained by controlbooth; written by `controlbooth launch local`.", "set -u"]
+    lines += [*preamble(job), "", WAITING, "", "one_task() {"]
+    lines += [f"exec >>{log}$TASK.txt 2>&1", *rows(job, "TASK")] if job.subjects else []
+    lines += [
+        f"for RESTART in $(seq 0 {job.cluster.restarts}); do",
+        f"export CONTROLBOOTH_ATTEMPT=$(({job.first_attempt} + RESTART))",
+        "STARTED=$(date +%s)",
+        'echo "== attempt $CONTROLBOOTH_ATTEMPT, $(date +%FT%T%z)"',
+        f"until_it_ends {shell(training(job, '127.0.0.1:0', '1'))}",
+        f"OUTCOME=$({shell(judging(job))})",
+        'echo "== $OUTCOME, $(date +%FT%T%z)"',
+        'case "$OUTCOME" in',
+        "finished) return 0 ;;",
+        "failed) return 1 ;;",
+        "esac",
+        'if [ -n "$STOPPING" ]; then return 0; fi',
+        "done",
+        f'echo "== {job.cluster.restarts} restarts are used up. Look above for what ends the attempts; then:"',
+        f'echo "controlbooth launch resume {job.folder}"',
+        "return 1",
+        "}",
+        "",
+        "STATUS=0",
+        f"for TASK in $(seq 0 {job.tasks - 1}); do",
+        'if [ -z "$STOPPING" ]; then one_task || STATUS=1; fi',
+        "done",
+        "exit $STATUS",
+    ]
+    return indented(lines)
+
+
+WAITING = """\
+# Asked to stop: the ranks save a checkpoint after their step.
+STOPPING=
+CHILD=
+trap 'STOPPING=1; [ -z "$CHILD" ] || kill -TERM "$CHILD"' TERM INT HUP
+
+until_it_ends() {
+  "$@" &
+  CHILD=$!
+  [ -z "$STOPPING" ] || kill -TERM "$CHILD"
+  while kill -0 "$CHILD" 2>/dev/null; do wait "$CHILD"; done  # a signal ends `wait`, and not what it waits for
+  CHILD=
+}"""
+
+
+def submit(script: Path) -> str:
+    """Starts it in a session of its own. -> its process id and when that began, which together name it."""
+    with (script.parent / "log.txt").open("ab") as log:
+        process = subprocess.Popen(
+            ["bash", str(script)], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
+    return f"{process.pid}@{psutil.Process(process.pid).create_time():.2f}"
+
+
+def states(job_id: str) -> list[JobState]:
+    process = _process(job_id)
+    if process is None:
+        return [JobState("unknown", "its process has ended")]
+    return [JobState("running", f"process {process.pid}", nodes=os.uname().nodename)]
+
+
+def cancel(job_id: str, now: bool) -> None:
+    """Hands on SIGTERM, so that it ends with a checkpoint, or kills the script and its ranks."""
+    process = _process(job_id)
+    if process is None:
+        return
+    if not now:
+        process.send_signal(signal.SIGTERM)
+        return
+    everything = [process, *process.children(recursive=True)]
+    for one in everything:
+        try:
+            one.kill()
+        except psutil.NoSuchProcess:
+            continue  # it ended by itself meanwhile
+    psutil.wait_procs(everything, timeout=10)
+
+
+def _process(job_id: str) -> psutil.Process | None:
+    """Of this id and this beginning: the system gives ids of ended processes to others."""
+    pid, _, began = job_id.partition("@")
+    try:
+        process = psutil.Process(int(pid))
+        if process.status() == psutil.STATUS_ZOMBIE or abs(process.create_time() - float(began)) > 1.0:
+            return None
+    except psutil.NoSuchProcess:
+        return None
+    return process

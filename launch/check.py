@@ -1,0 +1,310 @@
+"""`controlbooth launch check`: every node of a job looks at what it needs, and all of them at each other.
+
+It runs as the first step of a job, before the ranks, and costs seconds. The first node listens; the others tell it what
+they see, and it tells all of them whether to go on. The speed is measured between the first node and each other one.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import socket
+import sys
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from controlbooth.launch.job import code_version
+from controlbooth.launch.local import core_count, gpu_count
+from controlbooth.launch.preflight import preflight
+from controlbooth.launch.torchrun import Node
+from controlbooth.trainer.config import RunConfig, load_config, run_folder
+
+REFUSED = 2
+PATIENCE_SECONDS = 120.0
+"""For nodes that start later than others."""
+CLOCK_SECONDS = 2.0
+"""By how much clocks may differ. What was written by which attempt is told by time."""
+SHARED_DISK_SECONDS = 15.0
+"""Until a file that one node has written is seen by another."""
+PROBE_BYTES = 4 * 2**20
+PACKAGES = ("torch", "deepspeed", "diffusers", "numpy")
+
+
+@dataclass
+class Peer:
+    """What the first node knows of another one."""
+
+    rank: int
+    host: str
+    stream: Any
+    versions: dict[str, Any]
+    problems: list[str] = field(default_factory=list)
+    clock: float = 0.0
+    """Seconds by which its clock is ahead."""
+    mbit: tuple[float, float] = (0.0, 0.0)
+    """To it and from it."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="controlbooth launch check",
+        description="Checks that this node sees the run's shards, base and folder, and, with the other nodes of a job, "
+        "that clocks, versions, shared disk and network are fit. Jobs run it by themselves before they train.",
+        epilog="examples:\n  controlbooth launch check run.yaml\n"
+        "  controlbooth launch check run.yaml --nodes 2 --node-rank 0 --head n1 --port 29500    # on n1\n"
+        "  controlbooth launch check run.yaml --nodes 2 --node-rank 1 --head n1 --port 29500    # on n2",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", metavar="RUN.yaml")
+    parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="a field of the run, set here")
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--node-rank", type=int, default=0)
+    parser.add_argument("--processes", type=int, help="ranks on this node (default: one per GPU, or 1)")
+    parser.add_argument("--gpus", type=int, default=0, help="that this node should have")
+    parser.add_argument("--head", default="127.0.0.1", help="address of the node with rank 0")
+    parser.add_argument("--port", type=int, default=29500, help="that it listens on")
+    parser.add_argument("--least-mbit", type=float, default=0.0, help="network speed below which the check fails")
+    options = parser.parse_intermixed_args(arguments)
+    config = load_config(options.run, options.overrides)
+    problems = list(node_problems(config, options.nodes, options.processes, options.gpus))
+    if options.node_rank == 0:
+        return check_as_head(config, options.nodes, options.port, options.least_mbit, problems)
+    return check_as_other(config, options.node_rank, options.head, options.port, problems)
+
+
+def node_problems(config: RunConfig, nodes: int, processes: int | None, gpus_expected: int) -> Iterator[str]:
+    """What is wrong on this node alone."""
+    gpus = gpu_count()
+    if gpus < gpus_expected:
+        yield (
+            f"it shows {gpus} GPUs, and gpus_per_node is {gpus_expected}: run nvidia-smi on it, and exclude the node "
+            "if its driver is at fault"
+        )
+        gpus = gpus_expected  # said once
+    node = Node(processes=processes or max(1, gpus), cores=core_count(), gpus=gpus, head_port=0, nodes=nodes)
+    yield from preflight(config, node)
+
+
+def check_as_head(config: RunConfig, nodes: int, port: int, least_mbit: float, problems: Sequence[str]) -> int:
+    """Waits for the others, measures, decides, and prints it. -> 0, or 2 where something is wrong."""
+    host, versions = socket.gethostname(), node_versions()
+    peers: list[Peer] = []
+    if nodes > 1:
+        with socket.create_server(("", port), backlog=nodes) as server:
+            peers = list(meet(server, nodes))
+    found = [
+        f"node {rank} has not reached {host}, port {port}, within {PATIENCE_SECONDS:.0f} s: look at what it says "
+        "itself, at whether it resolves that name, and at firewalls between the nodes"
+        for rank in sorted(set(range(1, nodes)) - {peer.rank for peer in peers})
+    ]
+    token = None if problems else write_token(config)
+    for peer in sorted(peers, key=lambda peer: peer.rank):
+        try:
+            examine(peer, token, versions, least_mbit, host)
+        except OSError as error:
+            peer.problems.append(f"the connection to it broke while it was checked ({error}): look at its log")
+    named = {f"node 0 ({host})": list(problems)} | {f"node {p.rank} ({p.host})": p.problems for p in peers}
+    found += once_each(named)
+    if token is not None:
+        token.unlink(missing_ok=True)
+    for peer in peers:
+        try:
+            send(peer.stream, {"ok": not found})
+        except OSError:
+            continue  # it is in `found`
+    print(table(host, peers), flush=True)
+    for problem in found:
+        print(f"controlbooth launch check: {problem}", file=sys.stderr, flush=True)
+    return REFUSED if found else 0
+
+
+def once_each(named: dict[str, list[str]]) -> list[str]:
+    """named: node -> what is wrong there. -> sentences, of what several nodes have in common one."""
+    nodes: dict[str, list[str]] = {}
+    for node, problems in named.items():
+        for problem in problems:
+            nodes.setdefault(problem, []).append(node)
+    return [
+        f"{'all nodes' if len(those) == len(named) > 1 else ', '.join(those)}: {problem}"
+        for problem, those in nodes.items()
+    ]
+
+
+def check_as_other(config: RunConfig, rank: int, head: str, port: int, problems: Sequence[str]) -> int:
+    """Answers the first node's questions until it has decided. -> 0, or 2 where something is wrong on any node."""
+    us = f"controlbooth launch check: node {rank} ({socket.gethostname()})"
+    try:
+        with reach(head, port) as connection:
+            stream = connection.makefile("rwb")
+            send(stream, dict(rank=rank, host=socket.gethostname(), versions=node_versions(), problems=list(problems)))
+            while True:
+                asked = receive(stream)
+                if "ok" in asked:
+                    return 0 if asked["ok"] else REFUSED
+                answer(stream, asked, config)
+    except OSError as error:
+        print(
+            f"{us}: the first node, {head}, does not answer on port {port} ({error}). Look at what that node says, and "
+            "whether the network lets these two talk",
+            *(f"{us}: {problem}" for problem in problems),
+            sep="\n",
+            file=sys.stderr,
+        )
+        return REFUSED
+
+
+def meet(server: socket.socket, nodes: int) -> Iterator[Peer]:
+    """The other nodes, as they come, until all are there or time is up."""
+    end = time.monotonic() + PATIENCE_SECONDS
+    for _ in range(nodes - 1):
+        server.settimeout(max(0.01, end - time.monotonic()))
+        try:
+            connection, _ = server.accept()
+        except TimeoutError:
+            return
+        connection.settimeout(PATIENCE_SECONDS)
+        stream = connection.makefile("rwb")
+        hello = receive(stream)
+        yield Peer(hello["rank"], hello["host"], stream, hello["versions"], hello["problems"])
+
+
+def reach(head: str, port: int) -> socket.socket:
+    """A connection to the first node, which may still be starting. Raises OSError."""
+    end = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            connection = socket.create_connection((head, port), timeout=10.0)
+            connection.settimeout(PATIENCE_SECONDS)
+            return connection
+        except OSError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.2)
+
+
+def examine(peer: Peer, token: Path | None, versions: dict[str, Any], least_mbit: float, host: str) -> None:
+    """Fills in what is measured of a peer, and what is wrong with it."""
+    peer.clock = clock_of(peer.stream)
+    if abs(peer.clock) > CLOCK_SECONDS:
+        peer.problems.append(
+            f"its clock is {peer.clock:+.1f} s from that of {host}: let both follow one time server (chrony, ntpd)"
+        )
+    for name, ours in versions.items():
+        theirs = peer.versions.get(name)
+        if theirs != ours:
+            peer.problems.append(
+                f"it has {name} {theirs}, and {host} has {ours}: install the same environment on all nodes"
+            )
+    if token is not None:
+        send(peer.stream, {"look": str(token)})
+        if not receive(peer.stream)["seen"]:
+            peer.problems.append(
+                f"it does not see what {host} wrote into {token.parent}: put `output` on a disk that all nodes share"
+            )
+    peer.mbit = speed_of(peer.stream)
+    if min(peer.mbit) < least_mbit:
+        peer.problems.append(
+            f"the network between {host} and it carries {min(peer.mbit):.0f} Mbit/s, and least_network_mbit is "
+            f"{least_mbit:g}: exclude the node, look at its link and its NCCL_SOCKET_IFNAME, or lower the limit"
+        )
+
+
+def answer(stream: Any, asked: dict[str, Any], config: RunConfig) -> None:
+    if "clock" in asked:
+        send(stream, {"time": time.time()})
+    elif "look" in asked:
+        send(stream, {"seen": appears(Path(asked["look"]))})
+    elif "take" in asked:
+        read_exactly(stream, asked["take"])
+        send(stream, {"taken": asked["take"]})
+    elif "give" in asked:
+        stream.write(bytes(asked["give"]))
+        stream.flush()
+
+
+def clock_of(stream: Any) -> float:
+    """Seconds by which the peer's clock is ahead, of the quickest of five exchanges."""
+    best = (float("inf"), 0.0)
+    for _ in range(5):
+        before = time.time()
+        send(stream, {"clock": True})
+        there = receive(stream)["time"]
+        after = time.time()
+        best = min(best, (after - before, there - (before + after) / 2))
+    return best[1]
+
+
+def speed_of(stream: Any) -> tuple[float, float]:
+    """Mbit/s to the peer and from it."""
+    speeds = []
+    for direction in ("take", "give"):
+        began = time.perf_counter()
+        send(stream, {direction: PROBE_BYTES})
+        if direction == "take":
+            stream.write(bytes(PROBE_BYTES))
+            stream.flush()
+            receive(stream)
+        else:
+            read_exactly(stream, PROBE_BYTES)
+        speeds.append(PROBE_BYTES * 8e-6 / (time.perf_counter() - began))
+    return speeds[0], speeds[1]
+
+
+def write_token(config: RunConfig) -> Path:
+    """A file in the run's folder that the other nodes must see."""
+    path = run_folder(config).absolute() / f".check-{uuid.uuid4().hex}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    return path
+
+
+def appears(path: Path) -> bool:
+    end = time.monotonic() + SHARED_DISK_SECONDS
+    while time.monotonic() < end:
+        if path.parent.is_dir() and path.name in os.listdir(path.parent):  # listing asks the server again
+            return True
+        time.sleep(0.5)
+    return False
+
+
+def node_versions() -> dict[str, Any]:
+    """What must be the same on all nodes."""
+    code = code_version()
+    versions = {"controlbooth": f"{code['version']} {code['commit'] or ''}".strip()}
+    return versions | {"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def table(host: str, peers: Sequence[Peer]) -> str:
+    lines = [f"node    0  {host}: the first node"]
+    for peer in sorted(peers, key=lambda peer: peer.rank):
+        there, back = peer.mbit
+        lines.append(
+            f"node {peer.rank:>4}  {peer.host}: clock {peer.clock:+.3f} s, network {there:,.0f} Mbit/s to it and "
+            f"{back:,.0f} from it"
+        )
+    return "\n".join(lines)
+
+
+def send(stream: Any, message: dict[str, Any]) -> None:
+    stream.write(json.dumps(message).encode() + b"\n")
+    stream.flush()
+
+
+def receive(stream: Any) -> dict[str, Any]:
+    """Raises ConnectionError where the other side has gone."""
+    line = stream.readline()
+    if not line:
+        raise ConnectionError("it closed the connection")
+    return json.loads(line)
+
+
+def read_exactly(stream: Any, size: int) -> None:
+    while size:
+        data = stream.read(min(size, 2**16))
+        if not data:
+            raise ConnectionError("it closed the connection")
+        size -= len(data)

@@ -1,0 +1,142 @@
+"""Every field of `cluster.yaml`: where a run is started, on how many machines, and how long they wait for it to stop.
+
+Free of torch. Pure but for reading the file; what is asked of Slurm or Kubernetes itself is in `cluster_preflight`.
+"""
+
+import sys
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import Field, ValidationError, field_validator
+
+from controlbooth.launch.torchrun import Node
+from controlbooth.trainer.config import ConfigError, Section, explain_errors
+
+Engine = Literal["local", "slurm", "kubernetes"]
+
+
+class SlurmConfig(Section):
+    partition: str | None = None
+    """Default: Slurm's own."""
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    """Features that the nodes must have."""
+
+
+class Storage(Section):
+    """A persistent volume claim, mounted alike in every pod."""
+
+    claim: str
+    path: str = Field(pattern="^/")
+    """Where it is seen in the pods; the run's paths lie below it."""
+    here: Path | None = None
+    """Where this machine sees it, or any folder here for the records of jobs. Default: the same path."""
+    read_only: bool = False
+
+
+class KubernetesConfig(Section):
+    image: str | None = None
+    """With controlbooth in it; deploy/Dockerfile makes one."""
+    namespace: str = "controlbooth"
+    queue: str | None = None
+    """A LocalQueue of Kueue, which admits all pods of a job together."""
+    service_account: str = "default"
+    storage: tuple[Storage, ...] = ()
+    secrets: tuple[str, ...] = ()
+    """Secrets whose entries become environment variables, such as the credentials of a store."""
+    shared_memory_gib: float = Field(default=8.0, gt=0.0)
+    """/dev/shm of each pod, through which NCCL's ranks of one node talk."""
+
+
+class Cluster(Section):
+    engine: Engine = "local"
+    nodes: int = Field(default=1, gt=0)
+    processes_per_node: int = Field(default=1, gt=0)
+    """Ranks on each node, one per GPU where there are GPUs."""
+    gpus_per_node: int = Field(default=0, ge=0)
+    accelerator: str | None = None
+    """What they are, e.g. h100; `controlbooth plan` has a table of them."""
+    cores_per_node: int | None = Field(default=None, gt=0)
+    """Asked for, and shared by the ranks. Default: one for each rank."""
+    memory_gib_per_node: float | None = Field(default=None, gt=0.0)
+    time_limit_minutes: int | None = Field(default=None, gt=0)
+    """Of one attempt; the run goes on in the next."""
+    grace_seconds: int = Field(default=300, gt=0)
+    """From the engine's warning until it kills: before a time limit, a preemption, the end of a pod."""
+    shutdown_seconds: int | None = Field(default=None, gt=0)
+    """From the ranks' SIGTERM until torchrun kills them. Default: four fifths of grace_seconds."""
+    checkpoint_seconds: float | None = Field(default=None, gt=0.0)
+    """What a step and a checkpoint take at most. Default: estimated from its size and write_mb_per_second."""
+    write_mb_per_second: float = Field(default=200.0, gt=0.0)
+    """Of the storage that holds the run's folder."""
+    restarts: int = Field(default=20, ge=0)
+    """Attempts after the first, whatever ended those before; a failure with a message of its own ends the job."""
+    least_network_mbit: float = Field(default=100.0, ge=0.0)
+    """Between two nodes, below which the job stops before it trains; 0 takes any."""
+    python: str | None = None
+    """The interpreter on the nodes. Default: this one; in a container `python`."""
+    setup: tuple[str, ...] = ()
+    """Lines of shell before anything else on a node, such as `module load cuda`."""
+    environment: dict[str, str] = {}
+    slurm: SlurmConfig = SlurmConfig()
+    kubernetes: KubernetesConfig = KubernetesConfig()
+
+    @field_validator("environment", mode="before")
+    @classmethod
+    def _as_text(cls, value: object) -> object:
+        """YAML reads NCCL_DEBUG: 1 as a number, and a variable is text."""
+        if not isinstance(value, dict):
+            return value
+        return {key: str(entry) if type(entry) in (int, float) else entry for key, entry in value.items()}
+
+
+def load_cluster(path: Path | None, engine: Engine) -> Cluster:
+    """The file, or the defaults of an engine where there is none. Raises ConfigError with every mistake of the file."""
+    if path is None:
+        return Cluster(engine=engine)
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except FileNotFoundError:
+        raise ConfigError(
+            f"cluster file {path} does not exist. launch/configs/clusters/ has some to start from"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise ConfigError(f"cluster file {path} is not readable as YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"cluster file {path} holds {type(tree).__name__}, but it is a mapping of keys to values")
+    try:
+        cluster = Cluster.model_validate({"engine": engine} | tree)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {explain_errors(error, Cluster)}") from None
+    if cluster.engine != engine:
+        raise ConfigError(
+            f"{path} is of engine {cluster.engine}, and this is `controlbooth launch {engine}`. Use `controlbooth "
+            f"launch {cluster.engine}`, or another --cluster file"
+        )
+    return cluster
+
+
+def dump_cluster(cluster: Cluster) -> str:
+    return yaml.safe_dump(cluster.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def one_node(cluster: Cluster) -> Node:
+    """The facts of each of its nodes."""
+    return Node(
+        processes=cluster.processes_per_node,
+        cores=cluster.cores_per_node or cluster.processes_per_node,
+        gpus=cluster.gpus_per_node,
+        head_port=0,
+        nodes=cluster.nodes,
+        grace_seconds=shutdown_seconds(cluster),
+    )
+
+
+def shutdown_seconds(cluster: Cluster) -> int:
+    return cluster.shutdown_seconds or max(1, cluster.grace_seconds * 4 // 5)
+
+
+def interpreter(cluster: Cluster) -> str:
+    return cluster.python or ("python" if cluster.engine == "kubernetes" else sys.executable)

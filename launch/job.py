@@ -1,0 +1,164 @@
+"""RUN_FOLDER/job/: what was submitted, beside what it makes.
+
+job/run.yaml        the resolved configuration, which the ranks read
+    subjects.jsonl  of a DreamBooth array: its subjects, with everything settled
+    cluster.yaml    where, and on how many machines
+    script.sh, manifests.yaml    what the engine was given
+    job.json        engine, the engine's name for the job, when, and the code's version
+    log.txt         what all attempts have said; of an array log-TASK.txt
+    cancelled       is there when a person has ended it: an attempt that stops is then not started again
+"""
+
+import importlib.metadata
+import json
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from controlbooth.launch.cluster import Cluster, interpreter, load_cluster
+from controlbooth.trainer.config import ConfigError
+from controlbooth.trainer.subjects import Task
+
+ATTEMPTS_A_SUBMISSION = 1000
+"""A run's attempts must be numbered upwards, and every engine begins to count at 0 when a job is submitted anew."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is rendered: a run, where, and which submission of it this is. Paths are absolute."""
+
+    name: str
+    folder: Path
+    """Of the run, as its nodes see it."""
+    here: Path
+    """The same folder as this machine sees it."""
+    working_directory: Path
+    """That relative paths of the run start from."""
+    cluster: Cluster
+    submission: int = 1
+    subjects: int = 0
+    """Of a DreamBooth array; 0 for a single run."""
+    subjects_per_task: int = 0
+
+    @property
+    def job_folder(self) -> Path:
+        """As the nodes see it."""
+        return self.folder / "job"
+
+    @property
+    def tasks(self) -> int:
+        return -(-self.subjects // self.subjects_per_task) if self.subjects else 1
+
+    @property
+    def first_attempt(self) -> int:
+        return self.submission * ATTEMPTS_A_SUBMISSION
+
+    @property
+    def python(self) -> str:
+        return interpreter(self.cluster)
+
+
+@dataclass(frozen=True)
+class JobState:
+    """What an engine says of a job, or of one task of it."""
+
+    state: str
+    """waiting, running, ended, failed, cancelled, or unknown where the engine has forgotten it."""
+    said: str
+    """In the engine's own words."""
+    nodes: str = ""
+    restarts: int = 0
+    task: int | None = None
+
+
+def job_logs(folder: Path, tasks: int | None = None) -> list[Path]:
+    """Of a single run, or of the tasks of an array."""
+    return [folder / "job" / ("log.txt" if tasks is None else f"log-{task}.txt") for task in range(tasks or 1)]
+
+
+def write_job(job: Job, texts: dict[str, str]) -> None:
+    """Writes the files of the job's folder, each whole or not at all, and takes away what an earlier cancel left."""
+    folder = job.here / "job"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "cancelled").unlink(missing_ok=True)
+    for name, text in texts.items():
+        write_text(folder / name, text)
+
+
+def write_record(job: Job, engine_id: str, submitted: float) -> None:
+    """job.json, after the engine has taken the job. submitted: seconds since 1970."""
+    record = dict(
+        engine=job.cluster.engine,
+        id=engine_id,
+        name=job.name,
+        submission=job.submission,
+        submitted=submitted,
+        folder=str(job.folder),
+        working_directory=str(job.working_directory),
+        subjects=job.subjects,
+        subjects_per_task=job.subjects_per_task,
+        code=code_version(),
+    )
+    write_text(job.here / "job" / "job.json", json.dumps(record, indent=1))
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """job.json of a run's folder. Raises ConfigError where nothing was submitted from it."""
+    path = folder / "job" / "job.json"
+    if not path.is_file():
+        raise ConfigError(
+            f"{folder} has no job/job.json, so no job was submitted for it: give the folder of a run that "
+            "`controlbooth launch` has started"
+        )
+    return json.loads(path.read_text())
+
+
+def recorded_job(folder: Path) -> Job:
+    """The job that was submitted last for a run's folder."""
+    record = read_record(folder)
+    return Job(
+        name=record["name"],
+        folder=Path(record["folder"]),
+        here=folder.absolute(),
+        working_directory=Path(record["working_directory"]),
+        cluster=load_cluster(folder / "job" / "cluster.yaml", record["engine"]),
+        submission=record["submission"],
+        subjects=record["subjects"],
+        subjects_per_task=record["subjects_per_task"],
+    )
+
+
+def code_version() -> dict[str, Any]:
+    """Version, git commit and whether files differ from it; commit is null for an installed copy."""
+    version: dict[str, Any] = {"version": importlib.metadata.version("controlbooth"), "commit": None, "dirty": None}
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):  # no git, or no repository
+        return version
+    return version | {"commit": commit, "dirty": bool(changed.strip())}
+
+
+def settled_manifest(tasks: Sequence[Task]) -> str:
+    """JSONL of subjects with nothing left to the run or to their place in the list, so that slices of it are sound."""
+    rows = []
+    for task in tasks:
+        images = {str(path.parent.absolute()) for path in task.images}
+        row = asdict(task) | {"images": images.pop()}
+        row |= {key: row[key].replace("{", "{{").replace("}", "}}") for key in ("instance_prompt", "class_prompt")}
+        rows.append(json.dumps(row))
+    return "".join(f"{row}\n" for row in rows)
+
+
+def task_rows(task: int, subjects_per_task: int, subjects: int) -> range:
+    """Rows of the settled manifest that one task of an array trains."""
+    return range(task * subjects_per_task, min((task + 1) * subjects_per_task, subjects))
+
+
+def write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(text)
+    temporary.replace(path)

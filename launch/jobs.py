@@ -1,0 +1,207 @@
+"""`controlbooth launch status|logs|cancel|resume RUN_FOLDER`, alike for every engine."""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from controlbooth.launch import background, kubernetes, slurm
+from controlbooth.launch.cluster import load_cluster
+from controlbooth.launch.cluster_preflight import engine_problems, job_problems
+from controlbooth.launch.job import Job, JobState, job_logs, read_record, recorded_job
+from controlbooth.launch.submit import launch, states
+from controlbooth.trainer.config import dump, load_config
+
+AT_WORK = ("waiting", "running")
+TAIL_BYTES = 2**16
+"""Of metrics.jsonl, in which the last step is looked for."""
+
+
+def _parser(verb: str, description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"controlbooth launch {verb}",
+        description=description,
+        epilog=f"example:\n  controlbooth launch {verb} runs/first",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", type=Path, metavar="RUN_FOLDER", help="of a run that `controlbooth launch` started")
+    return parser
+
+
+def status_main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser(
+        "status", "Tells how a job and its run, or its subjects, are doing. Ends with status 1 where it has failed."
+    ).parse_args(arguments)
+    job, record = recorded_job(options.folder), read_record(options.folder)
+    asked = states(record, job.cluster)
+    code = record["code"]
+    print(f"job         {record['engine']} {record['id']}, submission {record['submission']}: {said(asked)}")
+    print(f"code        {code['version']} {(code['commit'] or '')[:12]}{', changed since' if code['dirty'] else ''}")
+    if job.subjects:
+        lines, failed = subject_lines(job)
+    else:
+        lines, failed = run_lines(job, asked)
+    print("\n".join(lines))
+    return 1 if failed else 0
+
+
+def said(asked: Sequence[JobState]) -> str:
+    """What the engine says of a job, or of the tasks of an array, counted."""
+    if len(asked) == 1:
+        (one,) = asked
+        where = f" on {one.nodes}" if one.nodes else ""
+        return one.said + where + (f", restarted {one.restarts} times" if one.restarts else "")
+    counts = Counter(one.state for one in asked)
+    return ", ".join(f"{count} tasks {state}" for state, count in counts.items())
+
+
+def run_lines(job: Job, asked: Sequence[JobState]) -> tuple[list[str], bool]:
+    """What the run itself has written, and whether it has failed."""
+    marker = job.here / "status.json"
+    checkpoints = sorted(path.parent.name for path in job.here.glob("checkpoints/step-*/COMPLETE"))
+    status = json.loads(marker.read_text()) if marker.is_file() else {}
+    state = status.get("state", "not begun")
+    at_work = any(one.state in AT_WORK for one in asked)
+    lines = [f"run         {job.name}: {state}" + (f" at step {step}" if (step := last_step(job.here)) else "")]
+    lines += [f"checkpoint  {checkpoints[-1]}"] if checkpoints else []
+    lines += [f"error       {status['error']}"] if state == "failed" else []
+    if state not in ("finished", "failed") and not at_work:
+        lines.append(f"            nothing is at work on it now; `controlbooth launch resume {job.here}` goes on")
+    ended_badly = state == "failed" or any(one.state == "failed" for one in asked)
+    return lines, ended_badly and not at_work and state != "finished"
+
+
+def last_step(folder: Path) -> int | None:
+    """The last one in the run's metrics; a line that is being written is passed over."""
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - TAIL_BYTES))
+        lines = file.read().splitlines()
+    for line in reversed(lines):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue  # cut off at either end
+        if "loss" in record.get("metrics", {}):
+            return record["step"]
+    return None
+
+
+def subject_lines(job: Job) -> tuple[list[str], bool]:
+    """Counts of subjects by state, and why those that have failed did; whether any has."""
+    statuses = {name: subject_status(job.here, name) for name in subject_names(job)}
+    counts = Counter(status.get("state", "waiting") for status in statuses.values())
+    shown = ", ".join(f"{counts[state]} {state}" for state in ("finished", "training", "waiting", "failed"))
+    lines = [f"subjects    {len(statuses)}: {shown}"]
+    lines += [f"            {name}: {status['error']}" for name, status in statuses.items() if "error" in status]
+    return lines, counts["failed"] > 0
+
+
+def subject_names(job: Job) -> list[str]:
+    manifest = job.here / "job" / "subjects.jsonl"
+    return [json.loads(line)["name"] for line in manifest.read_text().splitlines()]
+
+
+def subject_status(folder: Path, name: str) -> dict[str, Any]:
+    path = folder / "subjects" / name / "status.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def logs_main(arguments: Sequence[str] | None = None) -> int:
+    parser = _parser("logs", "Prints what all attempts of a job have said.")
+    parser.add_argument("--follow", action="store_true", help="go on until the job has ended")
+    parser.add_argument("--subject", help="of an array: only the task that trains this subject")
+    options = parser.parse_args(arguments)
+    job, record = recorded_job(options.folder), read_record(options.folder)
+    task = None
+    if options.subject:
+        names = subject_names(job) if job.subjects else []
+        if options.subject not in names:
+            known = ", ".join(names) or "none"
+            raise ValueError(f"{options.subject!r} is no subject of {job.here}. There are: {known}")
+        task = names.index(options.subject) // job.subjects_per_task
+    if record["engine"] == "kubernetes":
+        command = kubernetes.logs_command(record["id"], job.cluster.kubernetes.namespace, options.follow, task)
+        return subprocess.run(command).returncode
+    files = job_logs(job.here, job.tasks if job.subjects else None)
+    chosen = {f"task {number}: ": path for number, path in enumerate(files) if task in (None, number)}
+    if len(chosen) == 1:
+        chosen = dict.fromkeys([""], *chosen.values())
+    for line in follow(chosen, lambda: options.follow and still_at_work(record, job)):
+        print(line, flush=True)
+    return 0
+
+
+def still_at_work(record: dict[str, Any], job: Job) -> bool:
+    time.sleep(1.0)
+    return any(one.state in AT_WORK for one in states(record, job.cluster))
+
+
+def follow(files: dict[str, Path], more) -> Iterator[str]:
+    """Lines of files as they are written, with their file's prefix, until more() is false and all was read."""
+    read = dict.fromkeys(files, 0)
+    rest = dict.fromkeys(files, b"")
+    going = True
+    while going:
+        going = more()  # asked before reading, so that what came last is read
+        for prefix, path in files.items():
+            if not path.is_file():
+                continue
+            with path.open("rb") as file:
+                file.seek(read[prefix])
+                data = rest[prefix] + file.read()
+                read[prefix] = file.tell()
+            *lines, rest[prefix] = data.split(b"\n")
+            yield from (prefix + line.decode(errors="replace") for line in lines)
+    yield from (prefix + line.decode(errors="replace") for prefix, line in rest.items() if line)
+
+
+def cancel_main(arguments: Sequence[str] | None = None) -> int:
+    parser = _parser(
+        "cancel", "Ends a job: its ranks save a checkpoint after their step, and it is not started again by itself."
+    )
+    parser.add_argument("--now", action="store_true", help="without a checkpoint")
+    options = parser.parse_args(arguments)
+    job, record = recorded_job(options.folder), read_record(options.folder)
+    if not any(one.state in AT_WORK for one in states(record, job.cluster)):
+        print(f"nothing is at work on {job.here}")
+        return 0
+    (job.here / "job" / "cancelled").touch()  # first: the script looks for it when its ranks have stopped
+    if record["engine"] == "kubernetes":
+        kubernetes.cancel(record["id"], job.cluster.kubernetes.namespace, options.now)
+    else:
+        (slurm if record["engine"] == "slurm" else background).cancel(record["id"], options.now)
+    how = "at once" if options.now else "after this step, with a checkpoint"
+    print(f"{record['engine']} job {record['id']} ends {how}; `controlbooth launch resume {job.here}` goes on")
+    return 0
+
+
+def resume_main(arguments: Sequence[str] | None = None) -> int:
+    parser = _parser("resume", "Submits a job again that has ended or was cancelled; its run goes on where it was.")
+    parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="a field of the run, changed")
+    parser.add_argument("--cluster", type=Path, metavar="FILE", help="changed settings, such as other nodes")
+    options = parser.parse_intermixed_args(arguments)
+    job, record = recorded_job(options.folder), read_record(options.folder)
+    job = replace(job, submission=record["submission"] + 1)
+    if options.cluster:
+        job = replace(job, cluster=load_cluster(options.cluster, record["engine"]))
+    folder = job.here / "job"
+    if job.subjects:
+        if options.overrides:
+            raise ValueError("the subjects of an array go on as they began: leave the overrides out")
+        files = {name: (folder / name).read_text() for name in ("run.yaml", "subjects.jsonl")}
+        problems = engine_problems(job.cluster)
+    else:
+        config = load_config(folder / "run.yaml", options.overrides)
+        files, problems = {"run.yaml": dump(config)}, job_problems(config, job.cluster)
+    for problem in problems:
+        print(f"controlbooth launch resume: {problem}", file=sys.stderr)
+    return 2 if problems else launch(job, files)

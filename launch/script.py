@@ -1,0 +1,89 @@
+"""Pure: the pieces of shell that the scripts of all engines are made of, written to be read by people."""
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from controlbooth.launch.cluster import one_node
+from controlbooth.launch.dreambooth import WORKER as SUBJECTS_WORKER
+from controlbooth.launch.job import Job
+from controlbooth.launch.torchrun import WORKER, torchrun_arguments, torchrun_environment
+
+
+def shell(arguments: Sequence[str]) -> str:
+    """A command, each option on a line of its own. A word with a $ is expanded by the shell, others are as they are."""
+    text = ""
+    for before, word in zip(["", *arguments], arguments, strict=False):
+        own_line = word.startswith("--") or (word == "-m" and before.startswith("--"))
+        text += " \\\n  " if own_line else " " * bool(text)
+        text += f'"{word}"' if "$" in word else shlex.quote(word)
+    return text
+
+
+def preamble(job: Job) -> list[str]:
+    """Where the run starts, and the environment of its ranks."""
+    environment = torchrun_environment(one_node(job.cluster), job.cluster.environment) | job.cluster.environment
+    return [
+        f"cd {shlex.quote(str(job.working_directory))} || exit 1",
+        *(f"export {name}={shlex.quote(value)}" for name, value in sorted(environment.items())),
+        *job.cluster.setup,
+    ]
+
+
+def training(job: Job, endpoint: str, is_host: str, folder: Path | None = None) -> list[str]:
+    """The words that start the ranks of one node. folder: that holds run.yaml there, where it is not the job's."""
+    folder = folder or job.job_folder
+    run = str(folder / "run.yaml")
+    worker, arguments = WORKER, [run]
+    if job.subjects:
+        worker, arguments = SUBJECTS_WORKER, [str(folder / "subjects.jsonl"), run, "--rows", "$ROWS"]
+    return [job.python, *torchrun_arguments(one_node(job.cluster), endpoint, is_host, job.name, worker, arguments)]
+
+
+def checking(job: Job, head: str, port: str, node_rank: str, folder: Path | None = None) -> list[str]:
+    """The words that check one node, together with all others, before the ranks start."""
+    return [
+        job.python,
+        "-m",
+        "controlbooth.launch.cli",
+        "launch",
+        "check",
+        str((folder or job.job_folder) / "run.yaml"),
+        f"--nodes={job.cluster.nodes}",
+        f"--processes={job.cluster.processes_per_node}",
+        f"--gpus={job.cluster.gpus_per_node}",
+        f"--node-rank={node_rank}",
+        f"--head={head}",
+        f"--port={port}",
+        f"--least-mbit={job.cluster.least_network_mbit:g}",
+    ]
+
+
+def judging(job: Job, folder: Path | None = None) -> list[str]:
+    """The words that say what the attempt has come to: finished, failed or again."""
+    words = [job.python, "-m", "controlbooth.launch.outcome", str(job.folder), "--since=$STARTED"]
+    if job.subjects:
+        words += [f"--subjects={(folder or job.job_folder) / 'subjects.jsonl'}", "--rows=$ROWS"]
+    return words
+
+
+def rows(job: Job, index: str) -> list[str]:
+    """What a task of an array trains: rows of the manifest. index: the engine's variable that numbers the tasks."""
+    if not job.subjects:
+        return []
+    first = f"{index} * {job.subjects_per_task}"
+    return [
+        f"FIRST=$(({first}))",
+        f"END=$((FIRST + {job.subjects_per_task} < {job.subjects} ? FIRST + {job.subjects_per_task} : {job.subjects}))",
+        'export ROWS="$FIRST:$END"',
+    ]
+
+
+def indented(lines: Sequence[str]) -> str:
+    """The text of a script, blocks of functions, loops and cases set in; a line of several lines is moved as one."""
+    text, depth = [], 0
+    for line in lines:
+        depth -= line in ("done", "esac", "}", "fi")
+        text += [f"{'  ' * depth}{part}" if part else "" for part in line.split("\n")]
+        depth += line.endswith(("; do", " in", "() {", "; then"))
+    return "\n".join(text) + "\n"

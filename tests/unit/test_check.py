@@ -1,0 +1,114 @@
+"""Nodes of a job that look at each other, as threads that talk over the loopback."""
+
+import contextlib
+import io
+import socket
+import threading
+from pathlib import Path
+
+import pytest
+import yaml
+
+from controlbooth.launch import check
+from controlbooth.launch.cli import main as controlbooth
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    for name in ("train/a.tar", "held/b.tar"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    tree = dict(
+        name="first",
+        output=str(tmp_path / "runs"),
+        max_steps=10,
+        global_batch_size=8,
+        micro_batch_size=2,
+        model=dict(base="miniature"),
+        data=dict(shards=str(tmp_path / "train"), held_out=str(tmp_path / "held"), condition="edges", resolution=64),
+    )
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
+    return tmp_path / "run.yaml"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+def together(run: Path, nodes: int = 2, others: dict[int, list[str]] | None = None, *arguments: str) -> list[int]:
+    """The exit status of each node. others: what a node's command line has besides; None where it never starts."""
+    port, statuses = free_port(), {}
+
+    def one(rank: int, more: list[str]) -> None:
+        place = ["--nodes", str(nodes), "--node-rank", str(rank), "--head", "127.0.0.1", "--port", str(port)]
+        statuses[rank] = check.main([str(run), *place, *arguments, *more])
+
+    told = {0: []} | {rank: [] for rank in range(1, nodes)} if others is None else {0: []} | others
+    threads = [threading.Thread(target=one, args=(rank, more)) for rank, more in told.items()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [statuses[rank] for rank in sorted(statuses)]
+
+
+def test_nodes_that_see_the_same_go_on_and_their_clocks_and_network_are_shown(run, capsys):
+    assert together(run, nodes=4) == [0, 0, 0, 0]
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and "node    2" in lines[2] and "Mbit/s to it" in lines[2]
+    assert list((run.parent / "runs" / "first").iterdir()) == []  # what it wrote to see whether others see it is gone
+
+
+def test_a_node_that_does_not_see_the_shards_is_named_and_stops_all(run, capsys):
+    assert together(run, 2, {1: ["data.shards=/nowhere/train.tar"]}) == [2, 2]
+    message = capsys.readouterr().err
+    assert (
+        f"node 1 ({socket.gethostname()}): data.shards is '/nowhere/train.tar'" in message and "node 0" not in message
+    )
+
+
+def test_what_is_wrong_on_all_nodes_is_said_once(run, capsys):
+    assert together(run, 3) == [2, 2, 2]
+    assert capsys.readouterr().err.count("global_batch_size=8 is not a multiple") == 1
+
+
+def test_a_node_that_does_not_come_is_named(run, capsys, monkeypatch):
+    monkeypatch.setattr(check, "PATIENCE_SECONDS", 0.5)
+    assert together(run, 2, {}) == [2]
+    assert "node 1 has not reached" in capsys.readouterr().err
+
+
+def test_a_node_whose_head_does_not_answer_says_so(run, capsys, monkeypatch):
+    monkeypatch.setattr(check, "PATIENCE_SECONDS", 0.3)
+    place = ["--nodes", "2", "--node-rank", "1", "--head", "127.0.0.1", "--port", str(free_port())]
+    assert check.main([str(run), *place]) == 2
+    assert "the first node, 127.0.0.1, does not answer on port" in capsys.readouterr().err
+
+
+def test_a_slow_network_other_versions_and_a_wrong_clock_are_named(run, capsys, monkeypatch):
+    assert together(run, 2, None, "--least-mbit=1e9") == [2, 2]
+    assert "least_network_mbit is 1e+09" in capsys.readouterr().err
+    peer = check.Peer(1, "n2", io.BytesIO(), {"torch": "2.12.0"})
+    monkeypatch.setattr(check, "clock_of", lambda stream: -7.25)
+    monkeypatch.setattr(check, "speed_of", lambda stream: (1000.0, 900.0))
+    check.examine(peer, None, {"torch": "2.13.0"}, 0.0, "n1")
+    assert peer.problems == [
+        "its clock is -7.2 s from that of n1: let both follow one time server (chrony, ntpd)",
+        "it has torch 2.12.0, and n1 has 2.13.0: install the same environment on all nodes",
+    ]
+
+
+def test_a_folder_that_is_not_shared_is_seen_by_nobody_else(tmp_path, monkeypatch):
+    monkeypatch.setattr(check, "SHARED_DISK_SECONDS", 0.2)
+    assert not check.appears(tmp_path / "none" / ".check-1")
+    (tmp_path / ".check-1").touch()
+    assert check.appears(tmp_path / ".check-1")
+
+
+def test_this_machine_alone_is_checked_by_the_same_command(run, capsys):
+    assert controlbooth(["launch", "check", str(run)]) == 0
+    with contextlib.suppress(SystemExit):
+        assert controlbooth(["launch", "check", str(run), "--gpus=4096"]) == 2
+    assert "gpus_per_node is 4096" in capsys.readouterr().err

@@ -1,0 +1,207 @@
+"""What is asked of Slurm and Kubernetes, and how their answers are read. Programs stand in for their clients."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from controlbooth.launch import kubernetes, slurm
+from controlbooth.launch.cli import main as controlbooth
+from controlbooth.launch.job import JobState
+from controlbooth.launch.jobs import follow, said
+
+
+@pytest.fixture
+def client(tmp_path, monkeypatch):
+    """Puts a program on the PATH that notes its arguments and answers with a text."""
+
+    def install(name: str, answer: str = "", status: int = 0) -> Path:
+        calls = tmp_path / f"{name}.calls"
+        (tmp_path / f"{name}.answer").write_text(answer)
+        program = tmp_path / name
+        program.write_text(
+            f'#!/bin/sh\necho "$*" >> {calls}\n[ {status} = 0 ] || exec /bin/cat {tmp_path}/{name}.answer >&2\n'
+            f"/bin/cat {tmp_path}/{name}.answer\n"
+        )
+        if status:
+            program.write_text(f"#!/bin/sh\n/bin/cat {tmp_path}/{name}.answer >&2\nexit {status}\n")
+        program.chmod(0o755)
+        return calls
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    return install
+
+
+def test_slurm_gives_an_id_or_its_own_words(client, tmp_path):
+    client("sbatch", "42;cluster\n")
+    assert slurm.submit(tmp_path / "script.sh") == "42"
+    client("sbatch", "sbatch: error: Batch job submission failed: Invalid account", status=1)
+    with pytest.raises(ValueError, match="sbatch --parsable .* failed: sbatch: error: .*Invalid account"):
+        slurm.submit(tmp_path / "script.sh")
+
+
+def test_a_machine_without_slurm_says_where_to_start(client, tmp_path):
+    with pytest.raises(ValueError, match="there is no sbatch on the PATH: start this on a login node"):
+        slurm.submit(tmp_path / "script.sh")
+
+
+def test_the_tasks_of_an_array_have_a_state_each(client):
+    lines = [
+        "JobId=44 ArrayJobId=43 ArrayTaskId=0 JobName=a JobState=RUNNING Reason=None Restarts=2 NodeList=n1",
+        "JobId=45 ArrayJobId=43 ArrayTaskId=1 JobName=a JobState=TIMEOUT Reason=TimeLimit Restarts=0 NodeList=n2",
+        "JobId=43 ArrayJobId=43 ArrayTaskId=2-9 JobName=a JobState=PENDING Reason=Resources Restarts=0 NodeList=(null)",
+    ]
+    client("scontrol", "\n".join(lines) + "\n")
+    states = slurm.states("43")
+    assert states == [
+        JobState("running", "RUNNING", "n1", 2, 0),
+        JobState("failed", "TIMEOUT (TimeLimit)", "n2", 0, 1),
+        JobState("waiting", "PENDING (Resources)", "", 0, None),
+    ]
+    assert said(states) == "1 tasks running, 1 tasks failed, 1 tasks waiting"
+    assert said(states[:1]) == "RUNNING on n1, restarted 2 times"
+
+
+def test_a_job_that_slurm_has_forgotten_is_unknown_and_a_dead_controller_is_an_error(client):
+    client("scontrol", "slurm_load_jobs error: Invalid job id specified", status=1)
+    assert slurm.states("43")[0].state == "unknown"
+    client("scontrol", "Unable to contact slurm controller (connect failure)", status=1)
+    with pytest.raises(ValueError, match="Unable to contact slurm controller.*Is slurmctld up?"):
+        slurm.states("43")
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [
+        ({}, "waiting"),
+        ({"conditions": [{"type": "Suspended", "status": "True"}]}, "waiting"),
+        ({"jobsStatus": [{"name": "node", "active": 1, "failed": 0}]}, "running"),
+        ({"conditions": [{"type": "Complete", "status": "True"}], "jobsStatus": [{"active": 0}]}, "ended"),
+        ({"conditions": [{"type": "Failed", "status": "True", "reason": "x", "message": "y"}]}, "failed"),
+        ({"active": 2, "succeeded": 3, "failed": 1}, "running"),  # of an Indexed Job
+    ],
+)
+def test_kubernetes_is_asked_for_a_jobs_conditions(client, status, expected):
+    calls = client("kubectl", json.dumps({"kind": "TrainJob", "status": status}))
+    assert kubernetes.states("trainjob/first-1", "vision")[0].state == expected
+    assert calls.read_text() == "get trainjob/first-1 --namespace vision --ignore-not-found -o json\n"
+
+
+def test_a_deleted_job_is_unknown_to_kubernetes(client):
+    client("kubectl", "")
+    assert kubernetes.states("trainjob/first-1", "vision")[0].state == "unknown"
+
+
+def test_deleting_leaves_pods_their_grace_unless_it_must_be_now(client):
+    calls = client("kubectl", "deleted")
+    kubernetes.cancel("trainjob/first-1", "vision", now=False)
+    kubernetes.cancel("job/pets-1", "vision", now=True)
+    assert calls.read_text().splitlines() == [
+        "delete trainjob/first-1 --namespace vision --ignore-not-found --wait=false",
+        "delete job/pets-1 --namespace vision --ignore-not-found --wait=false",
+        "delete pods --namespace vision --selector batch.kubernetes.io/job-name=pets-1 --grace-period=0 --force",
+    ]
+
+
+def test_logs_of_one_task_are_those_of_its_index():
+    command = kubernetes.logs_command("job/pets-1", "vision", follow=True, task=3)
+    assert "batch.kubernetes.io/job-name=pets-1,batch.kubernetes.io/job-completion-index=3" in command
+    assert command[-1] == "--follow"
+
+
+def test_following_prints_whole_lines_of_all_files_and_the_rest_at_the_end(tmp_path):
+    first, second = tmp_path / "0", tmp_path / "1"
+    first.write_bytes(b"a\nb")
+    answers = iter([True, True, False])
+
+    def more() -> bool:
+        if second.exists():
+            first.write_bytes(b"a\nbc\nd")
+        second.write_bytes(b"x\n")
+        return next(answers)
+
+    assert list(follow({"0: ": first, "1: ": second}, more)) == ["0: a", "1: x", "0: bc", "0: d"]
+
+
+# Whole verbs
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    """A run file without a fault, whose paths lie below /data on pods, and here in a temporary folder."""
+    for name in ("train/a.tar", "held/b.tar"):
+        (tmp_path / "data" / name).parent.mkdir(parents=True)
+        (tmp_path / "data" / name).touch()
+    tree = dict(
+        name="first",
+        output=str(tmp_path / "data" / "runs"),
+        max_steps=10,
+        global_batch_size=8,
+        micro_batch_size=2,
+        model=dict(base="miniature"),
+        data=dict(
+            shards=str(tmp_path / "data" / "train"),
+            held_out=str(tmp_path / "data" / "held"),
+            condition="edges",
+            resolution=64,
+        ),
+    )
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
+    return tmp_path / "run.yaml"
+
+
+PARTITIONS = "PartitionName=low Default=YES GraceTime=0 MaxTime=UNLIMITED PreemptMode=OFF State=UP TotalNodes=2\n"
+
+
+def test_a_dry_run_prints_the_script_and_all_problems_and_writes_nothing(client, run, tmp_path, capsys):
+    client("sbatch")
+    client("scontrol", PARTITIONS)
+    cluster = tmp_path / "cluster.yaml"
+    cluster.write_text("engine: slurm\nnodes: 2\nprocesses_per_node: 2\n")
+    words = ["launch", "slurm", str(run), "--cluster", str(cluster), "--dry-run"]
+    assert controlbooth(words) == 0
+    shown = capsys.readouterr()
+    assert shown.out.startswith("#!/bin/bash\n#SBATCH --job-name=first\n") and shown.err == ""
+    cluster.write_text("engine: slurm\nnodes: 3\ngrace_seconds: 60\nshutdown_seconds: 60\nslurm: {partition: gpu}\n")
+    assert controlbooth([*words, "data.shards=/nowhere"]) == 2
+    problems = capsys.readouterr().err
+    for part in ("global_batch_size=8", "'/nowhere'", "shutdown_seconds is 60", "does not exist. There are: low"):
+        assert part in problems
+    assert not (tmp_path / "data" / "runs").exists()
+
+
+def test_a_refused_job_leaves_no_record_of_one(client, run, tmp_path, capsys):
+    client("sbatch", "sbatch: error: Invalid account", status=1)
+    client("scontrol", PARTITIONS)
+    assert controlbooth(["launch", "slurm", str(run)]) == 2
+    assert "sbatch: error: Invalid account" in capsys.readouterr().err
+    assert not (tmp_path / "data/runs/first/job/job.json").exists()
+
+
+def test_a_run_goes_to_kubernetes_and_is_followed_ended_and_resumed(client, run, tmp_path, capsys):
+    calls = client("kubectl", json.dumps({"status": {"jobsStatus": [{"active": 2}]}}))
+    tree = dict(image="x:1", namespace="vision", storage=[dict(claim="data", path=str(tmp_path / "data"))])
+    cluster = tmp_path / "cluster.yaml"
+    cluster.write_text(yaml.safe_dump(dict(engine="kubernetes", nodes=2, kubernetes=tree)))
+    folder = tmp_path / "data" / "runs" / "first"
+    assert controlbooth(["launch", "kubernetes", str(run), "--cluster", str(cluster)]) == 0
+    manifests = folder / "job" / "manifests.yaml"
+    assert calls.read_text() == f"apply --server-side --validate=strict -f {manifests}\n"
+    assert [one["kind"] for one in yaml.safe_load_all(manifests.read_text())] == [
+        "ConfigMap",
+        "TrainingRuntime",
+        "TrainJob",
+    ]
+    assert json.loads((folder / "job" / "job.json").read_text())["id"] == "trainjob/first-1"
+    assert controlbooth(["launch", "status", str(folder)]) == 0
+    assert "kubernetes trainjob/first-1, submission 1: 2 active" in capsys.readouterr().out
+    assert controlbooth(["launch", "resume", str(folder)]) == 2
+    assert "is being trained by kubernetes job trainjob/first-1" in capsys.readouterr().err
+    assert controlbooth(["launch", "cancel", str(folder)]) == 0
+    assert "delete trainjob/first-1 --namespace vision" in calls.read_text()
+    client("kubectl", "")
+    assert controlbooth(["launch", "resume", str(folder), "max_steps=20"]) == 0
+    assert json.loads((folder / "job" / "job.json").read_text())["id"] == "trainjob/first-2"
+    assert "max_steps: 20" in (folder / "job" / "run.yaml").read_text()
+    assert not (folder / "job" / "cancelled").exists()
