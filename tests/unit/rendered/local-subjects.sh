@@ -1,0 +1,63 @@
+#!/bin/bash
+# First_Run, trained by controlbooth; written by `controlbooth launch local`.
+set -u
+cd '/data/my project' || exit 1
+export DS_ACCELERATOR=cpu
+export HF_HUB_OFFLINE=1
+export OMP_NUM_THREADS=1
+export OMP_WAIT_POLICY=PASSIVE
+
+# Asked to stop: the ranks save a checkpoint after their step.
+STOPPING=
+CHILD=
+trap 'STOPPING=1; [ -z "$CHILD" ] || kill -TERM "$CHILD"' TERM INT HUP
+
+until_it_ends() {
+  "$@" &
+  CHILD=$!
+  [ -z "$STOPPING" ] || kill -TERM "$CHILD"
+  while kill -0 "$CHILD" 2>/dev/null; do wait "$CHILD"; done  # a signal ends `wait`, and not what it waits for
+  CHILD=
+}
+
+one_task() {
+  exec >>/data/runs/First_Run/job/log-$TASK.txt 2>&1
+  FIRST=$((TASK * 8))
+  END=$((FIRST + 8 < 20 ? FIRST + 8 : 20))
+  export ROWS="$FIRST:$END"
+  for RESTART in $(seq 0 3); do
+    export CONTROLBOOTH_ATTEMPT=$((2000 + RESTART))
+    STARTED=$(date +%s)
+    echo "== attempt $CONTROLBOOTH_ATTEMPT, $(date +%FT%T%z)"
+    until_it_ends /venv/bin/python -m torch.distributed.run \
+      --nnodes=1 \
+      --nproc-per-node=2 \
+      --rdzv-backend=c10d \
+      --rdzv-id=First_Run \
+      --rdzv-endpoint=127.0.0.1:0 \
+      --rdzv-conf=is_host=1 \
+      --max-restarts=0 \
+      --shutdown-timeout=240 \
+      -m controlbooth.trainer.dreambooth /data/runs/First_Run/job/subjects.jsonl /data/runs/First_Run/job/run.yaml \
+      --rows "$ROWS"
+    OUTCOME=$(/venv/bin/python -m controlbooth.launch.outcome /data/runs/First_Run \
+      "--since=$STARTED" \
+      --subjects=/data/runs/First_Run/job/subjects.jsonl \
+      "--rows=$ROWS")
+    echo "== $OUTCOME, $(date +%FT%T%z)"
+    case "$OUTCOME" in
+      finished) return 0 ;;
+      failed) return 1 ;;
+    esac
+    if [ -n "$STOPPING" ]; then return 0; fi
+  done
+  echo "== 3 restarts are used up. Look above for what ends the attempts; then:"
+  echo "controlbooth launch resume /data/runs/First_Run"
+  return 1
+}
+
+STATUS=0
+for TASK in $(seq 0 2); do
+  if [ -z "$STOPPING" ]; then one_task || STATUS=1; fi
+done
+exit $STATUS
