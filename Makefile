@@ -1,6 +1,7 @@
 # make quickstart   install into .venv and train a ControlNet on this machine, from nothing
 # make dreambooth-demo   train eight subjects that the built-in base has never seen, and measure them
 # make test         all tests                         make check    ruff and pyright
+# make test-cluster   a run on a real Slurm of two nodes, disturbed; needs root and Debian's slurm-wlm, munge, iproute2
 # make bench        the benchmarks that need no run   make clean    delete what tools made; .venv and runs stay
 # make setup        only install; runs once
 #
@@ -14,7 +15,7 @@ JOBS ?= 2
 BIN := .venv/bin
 READY := .venv/ready-$(DEVICE)
 
-.PHONY: quickstart dreambooth-demo test check bench clean setup
+.PHONY: quickstart dreambooth-demo test test-cluster check bench clean setup
 .DELETE_ON_ERROR:
 
 quickstart: setup
@@ -25,6 +26,9 @@ dreambooth-demo: setup
 
 test: setup
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
+
+test-cluster: setup
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -rs -m cluster tests/cluster
 
 # pyright finds controlbooth.* in the folder above the checkout; a link makes it so whatever the checkout is called.
 check: setup
