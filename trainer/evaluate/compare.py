@@ -11,7 +11,7 @@ import numpy as np
 from controlbooth.trainer.config import ConfigError
 from controlbooth.trainer.evaluate.evaluate import DISCS, REAL, WITHOUT
 from controlbooth.trainer.evaluate.kinds import LOWER_IS_BETTER
-from controlbooth.trainer.evaluate.statistics import mean_and_interval
+from controlbooth.trainer.evaluate.statistics import LEVEL, mean_and_interval
 
 SAME = ("data", "condition", "base", "sampler")
 """What two evaluations must have in common for their pictures to be paired."""
@@ -52,10 +52,11 @@ def read_evaluation(where: Path) -> tuple[dict[str, Any], dict[tuple[str, str], 
 def compare(
     a: tuple[dict[str, Any], dict[tuple[str, str], dict[str, Any]]],
     b: tuple[dict[str, Any], dict[tuple[str, str], dict[str, Any]]],
+    level: float = LEVEL,
 ) -> dict[str, dict[str, dict[str, float]]]:
     """way -> figure -> mean of A and of B, mean of B - A with its interval, and the share of samples where B is better.
 
-    Raises ConfigError where they were measured differently, or have no sample in common.
+    level: of the intervals. Raises ConfigError where they were measured differently, or have no sample in common.
     """
     for name in SAME:
         if a[0][name] != b[0][name]:
@@ -80,7 +81,7 @@ def compare(
                 b=float(theirs.mean()),
                 samples=len(shared),
                 better=float(better.mean()),
-                **{f"difference_{key}": value for key, value in mean_and_interval(theirs - ours).items()},
+                **{f"difference_{key}": value for key, value in mean_and_interval(theirs - ours, level).items()},
             )
     return result
 

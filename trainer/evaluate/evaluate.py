@@ -48,7 +48,7 @@ from controlbooth.trainer.evaluate.distribution import Measures, measure_sets, o
 from controlbooth.trainer.evaluate.extract import extractor, fidelity, what_is_missing
 from controlbooth.trainer.evaluate.grids import draw_grid
 from controlbooth.trainer.evaluate.held_out import AT_ONCE, HeldOutSet, load_held_out, scenes_of
-from controlbooth.trainer.evaluate.judge import load_judge, obedience, read
+from controlbooth.trainer.evaluate.judge import load_judge, obedience, obedience_by_picture, read
 from controlbooth.trainer.evaluate.report import write_report
 from controlbooth.trainer.evaluate.statistics import mean_and_interval
 from controlbooth.trainer.train import open_tracker, quiet_libraries, write_text
@@ -238,16 +238,17 @@ def evaluate(target: Evaluated, options: argparse.Namespace, world: World) -> in
         drawn_discs = [render(discs(scenes[row], side), side).image for row in mine]
         images[DISCS] = np.stack(drawn_discs) if drawn_discs else images[WITH]  # a rank without rows
     images[REAL] = held.targets[mine]
+    seen = judged(images, mine, world) if scenes and side == JUDGED_SIDE else {}
     samples = [row for part in gather_objects(sample_rows(images, held, mine, extract), world) for row in part]
     samples.sort(key=lambda row: (list(images).index(row["way"]), held.keys.index(row["key"])))
     sets = measure_sets(measures, {name: images[name] for name in (*ways, REAL)}, held, mine, world)
-    said = says(images, scenes, mine, world) if scenes and side == JUDGED_SIDE else {}
     everything = gather_objects(drawn, world)
     if world.rank == 0:
         figures = {way: summary([row for row in samples if row["way"] == way]) for way in images}
-        for way, own in said.items():
-            figures[way] |= {name: dict(mean=value) for name, value in own.items()}
-        write(out, target, figures, sets, measures, samples, seconds, sum(everything), world)
+        for way, own in seen.items():
+            figures[way] |= {f"says_{name}": dict(mean=value) for name, value in obedience(own, scenes).items()}
+            add_obedience([row for row in samples if row["way"] == way], own, scenes)
+        write(out, target, dataset, figures, sets, measures, samples, seconds, sum(everything), world)
         shown = min(SHOWN, len(held.keys))
         columns = {"condition": held.conditions[:shown]}
         for name in ways:
@@ -410,19 +411,23 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
     return {name: mean_and_interval(np.array([row[name] for row in rows])) for name in names}
 
 
-def says(
-    images: dict[str, np.ndarray], scenes: Sequence[Scene], mine: Sequence[int], world: World
-) -> dict[str, dict[str, float]]:
-    """By way: shares of what captions ask for that the judge reads in pictures."""
+def judged(images: dict[str, np.ndarray], mine: Sequence[int], world: World) -> dict[str, np.ndarray]:
+    """By way: what the judge reads in all pictures, (N, 8), whole on every rank."""
     judge = load_judge()
     found = {}
     for way, pictures in images.items():
         seen = dict(zip(mine, read(judge, pictures) if len(mine) else [], strict=True))
         everyone = {row: one for part in gather_objects(seen, world) for row, one in part.items()}
         if way != DISCS:
-            inorder = np.stack([everyone[row] for row in range(len(scenes))])
-            found[way] = {f"says_{name}": value for name, value in obedience(inorder, list(scenes)).items()}
+            found[way] = np.stack([everyone[row] for row in sorted(everyone)])
     return found
+
+
+def add_obedience(rows: Sequence[dict[str, Any]], seen: np.ndarray, scenes: list[Scene]) -> None:
+    """Puts each picture's own shares into its row, so that two evaluations can be paired by them."""
+    shares = obedience_by_picture(seen, scenes)
+    for row in rows:
+        row |= {f"says_{name}": round(float(values[row["row"]]), 6) for name, values in shares.items()}
 
 
 def discs(what: Scene, size: int) -> Scene:
@@ -453,6 +458,7 @@ def named_networks(given: Sequence[str]) -> dict[str, str]:
 def write(
     out: Path,
     target: Evaluated,
+    dataset: Dataset,
     figures: dict[str, Any],
     sets: dict[str, Any],
     measures: Measures,
@@ -469,6 +475,7 @@ def write(
         digest=target.digest,
         base=target.base,
         data=target.data,
+        data_fingerprint=dataset.fingerprint,
         condition=target.condition,
         samples=len({row["row"] for row in samples}),
         sampler=dict(scheduler=target.scheduler, steps=target.steps, guidance=target.guidance),

@@ -78,8 +78,20 @@ def read(judge: Judge, images: np.ndarray) -> np.ndarray:
 def obedience(seen: np.ndarray, scenes: list[Scene]) -> dict[str, float]:
     """Shares of what captions ask for that pictures show. seen: (B, 8), as `read` returns it.
 
-    object_class, object_colour and object_size are over all objects; background is over pictures and asks for every
-    colour of it; count is whether one or two objects are there.
+    object_class, object_colour and object_size are over all objects, the others over pictures.
+    """
+    objects = [len(scene.objects) for scene in scenes]
+    return {
+        name: float(np.average(shares, weights=objects if name.startswith("object_") else None))
+        for name, shares in obedience_by_picture(seen, scenes).items()
+    }
+
+
+def obedience_by_picture(seen: np.ndarray, scenes: list[Scene]) -> dict[str, np.ndarray]:
+    """name -> (B,) float64 in [0, 1]: what of each caption its picture shows. seen: (B, 8), as `read` returns it.
+
+    object_class, object_colour and object_size are shares of the picture's objects; background asks for every colour
+    of it; count is whether one or two objects are there.
     """
     truth = np.array([facts(scene) for scene in scenes])
     hit = seen == truth
@@ -88,11 +100,9 @@ def obedience(seen: np.ndarray, scenes: list[Scene]) -> dict[str, float]:
     result = {}
     for name in ("class", "colour", "size"):
         columns = [names.index(f"{which}_{name}") for which in ("left", "right")]
-        result[f"object_{name}"] = float(hit[:, columns][there].mean())
-    result["background"] = float(
-        hit[:, [names.index("background"), names.index("lower_background")]].all(axis=1).mean()
-    )
+        result[f"object_{name}"] = (hit[:, columns] & there).sum(axis=1) / there.sum(axis=1)
+    result["background"] = hit[:, [names.index("background"), names.index("lower_background")]].all(axis=1) * 1.0
     right = names.index("right_class")
     none = ATTRIBUTES["right_class"].index(NONE)
-    result["count"] = float(((seen[:, right] == none) == (truth[:, right] == none)).mean())
+    result["count"] = ((seen[:, right] == none) == (truth[:, right] == none)) * 1.0
     return result

@@ -6,19 +6,19 @@ RESAMPLES = 10_000
 LEVEL = 0.95
 
 
-def mean_and_interval(values: np.ndarray) -> dict[str, float]:
-    """values: (N,) float -> mean, and low and high between which it lies in 95 % of resamples of the N values.
+def mean_and_interval(values: np.ndarray, level: float = LEVEL) -> dict[str, float]:
+    """values: (N,) float -> mean, and low and high between which it lies in that share of resamples of the N values.
 
     Equal values give equal intervals: resamples are drawn from a fixed seed. One value has no spread to be told.
     """
     means = resampled_means(values)
-    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return dict(mean=float(values.mean()), low=float(low), high=float(high))
 
 
-def resampled_means(values: np.ndarray) -> np.ndarray:
+def resampled_means(values: np.ndarray, seed: int = 0) -> np.ndarray:
     """(N,) -> (RESAMPLES,) means of N values drawn with replacement."""
-    draw = np.random.default_rng(0)
+    draw = np.random.default_rng(seed)
     count = len(values)
     at_once = max(1, 2**22 // count)
     parts = [
