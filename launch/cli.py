@@ -44,6 +44,12 @@ VERBS = {  # group -> verb -> (module:function, what it does)
         "launch resume": ("controlbooth.launch.jobs:resume_main", "submit a job again; its run goes on"),
         "launch check": ("controlbooth.launch.check:main", "look from every node at what a job needs"),
     },
+    "Retraining": {
+        "retrain tick": ("controlbooth.deploy.retrain:main_tick", "train again if it is time; measure, and promote"),
+        "retrain status": ("controlbooth.deploy.retrain:main_status", "the champion, the open round, what is due"),
+        "retrain rollback": ("controlbooth.deploy.retrain:main_rollback", "return to the champion before"),
+        "retrain history": ("controlbooth.deploy.retrain:main_history", "all that was decided, and why"),
+    },
     "Data": {
         "data pack": ("controlbooth.data.pack:main", "write pictures, captions and conditions into tar shards"),
         "data annotate": ("controlbooth.data.annotate:main", "add conditions to shards, by functions or networks"),

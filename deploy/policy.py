@@ -1,0 +1,188 @@
+"""When to train again, on what, and what a challenger must show to take the champion's place: policy.yaml.
+
+Read like a run's file: one frozen tree, unknown keys refused. Paths are relative to the folder in which ticks are
+started, as in run files; `run` alone is looked for beside the policy.
+"""
+
+import datetime
+import zoneinfo
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from croniter import croniter
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from controlbooth.trainer.config import ConfigError, RunConfig, Section, build_config, explain_errors, read_tree
+
+
+class Clock(Section):
+    cron: str | None = None
+    """Minute, hour, day of month, month, day of week: `0 3 * * *` is every night at three."""
+    every_hours: float | None = Field(default=None, gt=0.0)
+    """Instead: so long after the last round was started."""
+    timezone: str = "UTC"
+    """Of the cron line, such as Europe/Berlin."""
+
+    @field_validator("timezone")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        try:
+            zoneinfo.ZoneInfo(value)
+        except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
+            raise ValueError("no such time zone. Write UTC, or a name such as Europe/Berlin") from None
+        return value
+
+    @field_validator("cron")
+    @classmethod
+    def _five_fields(cls, value: str | None) -> str | None:
+        if value is not None and (len(value.split()) != 5 or not croniter.is_valid(value)):
+            raise ValueError("not a cron line of five fields, such as '0 3 * * *' for every night at three")
+        return value
+
+    @model_validator(mode="after")
+    def _one(self) -> "Clock":
+        if (self.cron is None) == (self.every_hours is None):
+            raise ValueError("give either cron or every_hours")
+        return self
+
+
+class Growth(Section):
+    """Both must hold where both are given. What counts are shards that the last round did not have."""
+
+    samples: int | None = Field(default=None, gt=0)
+    """So many new samples with the run's condition."""
+    share: float | None = Field(default=None, gt=0.0)
+    """So many new samples for each one that the last round had: 0.1 is a tenth more."""
+
+    @model_validator(mode="after")
+    def _any(self) -> "Growth":
+        if self.samples is None and self.share is None:
+            raise ValueError("give samples, share or both")
+        return self
+
+
+class Drift(Section):
+    data: str
+    """Labelled shards of what comes in now. They are looked at again whenever they have changed."""
+    metric: str
+    """A figure of `controlbooth evaluate`, with control, such as edge_f1."""
+    margin: float = Field(ge=0.0)
+    """The champion is worse here than on the frozen set by at least this, and certainly so at the gate's confidence."""
+    samples: int = Field(default=64, gt=1)
+
+
+class Triggers(Section):
+    """Any of them starts a round."""
+
+    clock: Clock | None = None
+    growth: Growth | None = None
+    drift: Drift | None = None
+
+    @model_validator(mode="after")
+    def _any(self) -> "Triggers":
+        if not (self.clock or self.growth or self.drift):
+            raise ValueError("give at least one of clock, growth and drift")
+        return self
+
+
+class Evaluation(Section):
+    data: str
+    """The frozen set: shards that are never trained on, and that stay as they are. A round is refused where any of its
+    pictures or keys are in the training data."""
+    fingerprint: str | None = None
+    """Of these shards, as `controlbooth data info` prints it. Default: what the first tick finds."""
+    samples: int = Field(default=64, gt=1)
+    """The first ones of the set; more of them make smaller gains certain."""
+    sampling_steps: int | None = Field(default=None, gt=0)
+    """Default: those of the run's validation."""
+    guidance_scale: float | None = Field(default=None, ge=1.0)
+    """Default: that of the run's validation."""
+
+
+class Gate(Section):
+    metric: str
+    """A figure of `controlbooth evaluate`, with control, such as edge_f1."""
+    margin: float = 0.0
+    """The challenger's gain must certainly be at least this: the lower end of the interval of the paired differences.
+    A negative margin takes a challenger that is certainly not much worse."""
+    confidence: float = Field(default=0.95, gt=0.5, lt=1.0)
+    """Of the bootstrap intervals."""
+    no_regression: dict[str, float] = {}
+    """Other figures, and how much of each may be lost: a larger loss must be ruled out by the interval's lower end."""
+
+    @field_validator("no_regression")
+    @classmethod
+    def _tolerances(cls, value: dict[str, float]) -> dict[str, float]:
+        if negative := {name: one for name, one in value.items() if one < 0}:
+            raise ValueError(f"tolerances are 0 or more, and there is {negative}. For a gain, use metric and margin")
+        return value
+
+
+class Policy(Section):
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
+    """Names the runs (NAME-0001, ...), the registered model, and the folder of the policy's state."""
+    state: Path = Path("runs/retrain")
+    """The folder below which NAME/ holds the lease, the audit log, the rounds and their evaluations."""
+    run: Path
+    """The run file that every round starts from, beside this file."""
+    changes: tuple[str, ...] = ()
+    """Of the run: section.key=value, as on the command line."""
+    data: str
+    """The data set that grows, in place of the run's data.shards: a manifest, a folder, a glob or a range."""
+    start: Literal["champion", "scratch"] = "champion"
+    """Where a round starts: from the champion's weights, if there is one, or from the base's."""
+    engine: Literal["local"] = "local"
+    """Where it trains: in processes of this machine, which outlive the tick."""
+    processes: int | None = Field(default=None, gt=0)
+    """Ranks. Default: one per GPU, or 1 on a machine without."""
+    resumes: int = Field(default=3, ge=0)
+    """How often a round that died is started again; it goes on from its latest checkpoint."""
+    lease_seconds: float = Field(default=300.0, ge=5.0)
+    """A tick that is silent for so long is taken for dead, and the next one goes on. Clocks of the machines that tick
+    must agree much better than that."""
+    triggers: Triggers
+    evaluation: Evaluation
+    gate: Gate
+
+
+def load_policy(path: Path) -> Policy:
+    """Reads policy.yaml. Raises ConfigError for what cannot be read, is unknown, or contradicts itself."""
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"policy {path} cannot be read: {error}. launch/configs/retrain.yaml is one") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"policy {path} holds {type(tree).__name__}, but a policy is a mapping of keys to values")
+    try:
+        policy = Policy.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {explain_errors(error, Policy)}") from None
+    return policy.model_copy(update=dict(run=path.parent / policy.run))
+
+
+def state_folder(policy: Policy) -> Path:
+    return (policy.state / policy.name).absolute()
+
+
+def round_config(policy: Policy, name: str, shards: str, controlnet: str | None) -> RunConfig:
+    """The run of a round. shards: of the data set; controlnet: weights to start from, None for the template's start.
+
+    Raises ConfigError where the template cannot be used.
+    """
+    tree: dict[str, Any] = read_tree(policy.run, policy.changes)
+    data = tree.get("data") if isinstance(tree.get("data"), dict) else {}
+    for key, why in (
+        ("sources", "the policy's `data` is the one data set; list all its shards in one manifest"),
+        ("columns", "columns belong to one state of a data set, and this one grows; leave them out"),
+    ):
+        if data and data.get(key):
+            raise ConfigError(f"{policy.run} has data.{key}, which cannot be retrained: {why}")
+    tree |= dict(name=name, data=(data or {}) | dict(shards=shards))
+    if controlnet is not None:
+        tree["model"] = (tree.get("model") or {}) | dict(controlnet=controlnet)
+    return build_config(tree, source=str(policy.run))
+
+
+def zone(clock: Clock | None) -> datetime.tzinfo:
+    return zoneinfo.ZoneInfo(clock.timezone if clock else "UTC")

@@ -1,0 +1,313 @@
+"""One tick: looks at the data set, the last round and the registry under a lease, and does at most one thing.
+
+    no round is open      a trigger fires -> start one;  none does -> nothing
+    one trains            alive -> nothing;  dead -> reap and resume it;  finished -> measure, and promote or refuse
+    one is promoting      a tick died between its decision and the alias -> move the alias
+
+Each step may be repeated, and what is to be done is in state.json before it is done: a tick may be killed at any point,
+and the next one goes on.
+"""
+
+import json
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from controlbooth.deploy import audit, registry
+from controlbooth.deploy.gate import judge
+from controlbooth.deploy.lease import Holding, holder, take
+from controlbooth.deploy.measure import differences, lower_is_better, measure, values
+from controlbooth.deploy.policy import Drift, Policy, round_config, state_folder
+from controlbooth.deploy.proposal import Proposal, check_frozen, check_start, propose, question
+from controlbooth.deploy.registry import CHAMPION, Registry, RegistryAway, Version
+from controlbooth.deploy.rounds import (
+    Round,
+    State,
+    is_alive,
+    last_words,
+    read_state,
+    round_folder,
+    run_status,
+    submit,
+    with_round,
+    write_state,
+)
+from controlbooth.launch.local import this_node
+from controlbooth.launch.preflight import preflight
+from controlbooth.trainer import growth
+from controlbooth.trainer.config import ConfigError, dump, load_config, run_folder, tracking_uri
+from controlbooth.trainer.spool import read_metrics
+
+DONE, AGAIN, FAILED = 0, 3, 4
+"""Exit statuses: whatever there was to do is done; MLflow is away, try again; a round has failed for good."""
+
+
+@dataclass
+class Tick:
+    """What one tick works with."""
+
+    policy: Policy
+    folder: Path
+    holding: Holding
+    state: State
+    there: Registry
+    now: float
+
+    def note(self, decision: str, reason: str, one: Round | None, **facts: Any) -> None:
+        """Into the audit log, and to whoever looks."""
+        number = None if one is None else one.number
+        audit.append(self.folder, self.holding.lease.generation, number, decision, reason, **facts)
+        print(f"{decision}: {reason}" if number is None else f"round {number} {decision}: {reason}", flush=True)
+
+    def keep(self, one: Round) -> Round:
+        self.holding.renew()
+        self.state = with_round(self.state, one)
+        write_state(self.folder, self.state)
+        return one
+
+
+def tick(policy: Policy, by_hand: bool = False) -> int:
+    """Takes the lease and does what there is to do; -> an exit status, DONE where another tick is at it.
+
+    Raises ValueError and OSError for what a person must correct, which the audit log has too; RegistryAway; LeaseLost.
+    """
+    folder = state_folder(policy)
+    there = open_registry_of(policy)
+    lease = take(folder, policy.lease_seconds)
+    if lease is None:
+        other = holder(folder)
+        print(f"another tick is at it: process {other.process} on {other.host}" if other else "another tick is at it")
+        return DONE
+    holding, now = Holding(folder, lease, policy.lease_seconds), time.time()
+    try:
+        one = Tick(policy, folder, holding, read_state(folder, now), there, now)
+        write_state(folder, one.state)
+        return go_on(one, by_hand)
+    except RegistryAway:
+        raise
+    except (ValueError, OSError) as error:
+        audit.append(folder, holding.lease.generation, None, "stopped", str(error))
+        raise
+    finally:
+        holding.give_back()
+
+
+def open_registry_of(policy: Policy) -> Registry:
+    config = round_config(policy, policy.name, policy.data, None)
+    return Registry(tracking_uri(config), policy.name)
+
+
+def go_on(now: Tick, by_hand: bool) -> int:
+    one = now.state.rounds[-1] if now.state.rounds else None
+    if one is None or one.closed:
+        return consider(now, by_hand)
+    if one.state == "promoting":
+        return finish_promotion(now, one)
+    if is_alive(one):
+        print(f"round {one.number} trains: {progress(one)}", flush=True)
+        return DONE
+    if run_status(one)["state"] == "finished":
+        return decide(now, one)
+    return resume(now, one)
+
+
+def progress(one: Round) -> str:
+    step = max((step for step, _, _ in read_metrics(one.run)), default=0) if Path(one.run).is_dir() else 0
+    return f"step {step} in {one.run}, started {one.submissions} time{'s' * (one.submissions != 1)}"
+
+
+def consider(now: Tick, by_hand: bool) -> int:
+    """Starts a round, or says why not."""
+
+    def measured(drift: Drift, champion: Version) -> tuple[np.ndarray, np.ndarray]:
+        config = load_config(champion.run / "config.yaml")
+        fresh = growth.current(drift.data).fingerprint
+        frozen = check_frozen(now.policy, now.state, config)
+        asked = [
+            question(now.policy, config, now.policy.evaluation.data, frozen, now.policy.evaluation.samples),
+            question(now.policy, config, drift.data, fresh, drift.samples),
+        ]
+        found = [
+            values(measure(now.folder, champion.run, champion.step, champion.digest, one, now.holding), drift.metric)
+            for one in asked
+        ]
+        return found[0], found[1]
+
+    proposed = propose(now.policy, now.folder, now.state, now.there, now.now, by_hand, measured)
+    if not proposed.start:
+        now.note("nothing", proposed.reason, None, dataset_fingerprint=proposed.dataset.fingerprint)
+        return DONE
+    check_start(now.policy, proposed)
+    return start(now, proposed)
+
+
+def start(now: Tick, proposed: Proposal) -> int:
+    """Writes down what the round is to see, and submits it."""
+    where = round_folder(now.folder, proposed.number)
+    growth.freeze(proposed.dataset, where / "manifest.jsonl")
+    controlnet = proposed.config.model.controlnet
+    config = round_config(
+        now.policy,
+        proposed.config.name,
+        str(where / "manifest.jsonl"),
+        None if controlnet == "unet" else controlnet,
+    )
+    if problems := preflight(config, this_node(now.policy.processes)):
+        raise ConfigError(f"round {proposed.number} cannot be started: {'; '.join(problems)}")
+    (where / "run.yaml").write_text(dump(config))
+    registry.claim(now.there, now.folder)
+    warm = now.policy.start == "champion" and proposed.champion is not None
+    one = Round(
+        number=proposed.number,
+        state="training",
+        run=str(run_folder(config).absolute()),
+        trigger=proposed.reason,
+        started=now.now,
+        identity=proposed.identity,
+        dataset_fingerprint=proposed.dataset.fingerprint,
+        samples=proposed.found.now,
+        start=proposed.champion.digest if warm and proposed.champion else "scratch",
+    )
+    now.state = replace(now.state, evaluation_fingerprint=check_frozen(now.policy, now.state, config))
+    now.keep(one)
+    begins = f"from the champion, version {proposed.champion.number}" if warm and proposed.champion else "from scratch"
+    now.note(
+        "started",
+        f"{proposed.reason}; {begins}",
+        one,
+        dataset_fingerprint=one.dataset_fingerprint,
+        evaluation_fingerprint=now.state.evaluation_fingerprint,
+        samples=one.samples,
+        run=one.run,
+    )
+    now.keep(submit(now.policy, now.folder, one))
+    return DONE
+
+
+def resume(now: Tick, one: Round) -> int:
+    """A round whose processes are gone before it was finished: marks it dead, and starts it again or gives it up."""
+    status = run_status(one)
+    if one.submissions:
+        was = f"it had {status['state']}" if status["state"] in ("stopped", "failed") else "its processes are gone"
+        said = status.get("error") or last_words(now.folder, one)
+        if run_id := mlflow_run_id(one):
+            registry.mark_dead(now.there, run_id)
+        if status["state"] == "running":
+            mark_status(one)
+        now.note("reaped", f"{was} ({said}), {progress(one)}", one, run=one.run, times=one.submissions)
+    if one.submissions > now.policy.resumes:
+        reason = (
+            f"it died {one.submissions} times, and resumes={now.policy.resumes}. {last_words(now.folder, one)}. See "
+            f"{round_folder(now.folder, one.number) / 'output.txt'}; then `controlbooth retrain tick --now`"
+        )
+        now.note("failed", reason, one, run=one.run)
+        now.keep(replace(one, state="failed", reason=reason))
+        return FAILED
+    now.holding.renew()
+    started = now.keep(submit(now.policy, now.folder, one))
+    now.note("resumed", f"start {started.submissions}; it goes on from its latest checkpoint", started, run=one.run)
+    return DONE
+
+
+def mlflow_run_id(one: Round) -> str | None:
+    path = Path(one.run) / "tracking.json"
+    return json.loads(path.read_text())["run_id"] if path.is_file() else None
+
+
+def mark_status(one: Round) -> None:
+    """status.json of a run that was killed says `running` until somebody notices."""
+    path = Path(one.run) / "status.json"
+    temporary = path.with_suffix(".partial")
+    temporary.write_text(
+        json.dumps(run_status(one) | dict(state="failed", error="its processes were gone", time=time.time()))
+    )
+    temporary.replace(path)
+
+
+def decide(now: Tick, one: Round) -> int:
+    """Measures a finished round and the champion on the frozen set, and lets the gate decide."""
+    from controlbooth.trainer.checkpoint import complete_checkpoints, read_state  # torch, for this rare moment
+
+    registry.claim(now.there, now.folder)
+    champion = registry.aliases(now.there).get(CHAMPION)
+    config = load_config(Path(one.run) / "config.yaml")
+    frozen = check_frozen(now.policy, now.state, config)
+    saved = read_state(complete_checkpoints(Path(one.run))[-1])
+    facts = dict(dataset_fingerprint=one.dataset_fingerprint, evaluation_fingerprint=frozen, round=str(one.number))
+    run_id = mlflow_run_id(one)
+    version = registry.register(now.there, run_id, saved["digest"], facts) if run_id else None
+    if version is None:
+        print(f"round {one.number}: MLflow has not got its checkpoint yet; its run is asked to send it", flush=True)
+        return resume(now, one)  # a finished run that is started again sends what is left, and ends
+    asked = question(now.policy, config, now.policy.evaluation.data, frozen, now.policy.evaluation.samples)
+    theirs = None
+    if champion is not None:
+        theirs = measure(now.folder, champion.run, champion.step, champion.digest, asked, now.holding)
+    ours = measure(now.folder, Path(one.run), saved["step"], saved["digest"], asked, now.holding)
+    gained = differences(theirs, ours, now.policy.gate.confidence)
+    verdict = judge(now.policy.gate, gained, lower_is_better())
+    against = f"against version {champion.number}" if champion else "against the base without control"
+    reason = f"{against}, {asked.samples} pictures at {now.policy.gate.confidence:.0%}: {verdict.reason}"
+    one = replace(one, version=version.number, champion=champion.number if champion else None, reason=reason)
+    weighed = (now.policy.gate.metric, *now.policy.gate.no_regression)
+    facts = dict(facts, step=saved["step"], run=one.run, figures={name: gained[name] for name in weighed})
+    facts.pop("round")
+    if verdict.promote:
+        write_facts(now, one, facts)
+        return finish_promotion(now, now.keep(replace(one, state="promoting")))
+    now.holding.renew()
+    registry.note_verdict(now.there, version.number, "refused", reason)
+    now.note("refused", reason, one, version=version.number, **facts)
+    now.keep(replace(one, state="refused"))
+    return DONE
+
+
+def write_facts(now: Tick, one: Round, facts: dict[str, Any]) -> None:
+    """What the audit log will say of a promotion, whichever tick ends it."""
+    (round_folder(now.folder, one.number) / "verdict.json").write_text(json.dumps(facts))
+
+
+def finish_promotion(now: Tick, one: Round) -> int:
+    """Moves the alias, unless somebody else has moved it since the decision: then the round is measured anew."""
+    named = registry.aliases(now.there)
+    champion, version = named.get(CHAMPION), one.version
+    assert version is not None
+    current = champion.number if champion else None
+    if current not in (one.champion, version):
+        print(f"the champion is version {current} and no longer {one.champion}: measuring anew", flush=True)
+        return decide(now, now.keep(replace(one, state="training")))
+    now.holding.renew()
+    registry.promote(now.there, version, one.champion)
+    registry.note_verdict(now.there, version, "promoted", one.reason)
+    facts = json.loads((round_folder(now.folder, one.number) / "verdict.json").read_text())
+    now.note("promoted", one.reason, one, version=version, previous_version=one.champion, **facts)
+    now.keep(replace(one, state="promoted"))
+    return DONE
+
+
+def tell(policy: Policy, by_hand: bool = False) -> str:
+    """What a tick would do now, and why; changes nothing. Raises as `tick` does."""
+    folder, now = state_folder(policy), time.time()
+    there, state = open_registry_of(policy), read_state(folder, now)
+    other = holder(folder)
+    if other is not None and other.expires > now:
+        return f"nothing: process {other.process} on {other.host} is at it"
+    one = state.rounds[-1] if state.rounds else None
+    if one is not None and one.state == "promoting":
+        return f"would make round {one.number} the champion, as was decided: {one.reason}"
+    if one is not None and not one.closed:
+        if is_alive(one):
+            return f"nothing: round {one.number} trains, {progress(one)}"
+        if run_status(one)["state"] == "finished":
+            return f"would measure round {one.number} and the champion on {policy.evaluation.data}, and decide"
+        if one.submissions > policy.resumes:
+            return f"would give up round {one.number}, which died {one.submissions} times"
+        return f"would start round {one.number} again, whose processes are gone: {last_words(folder, one)}"
+    proposed = propose(policy, folder, state, there, now, by_hand, None)
+    if not proposed.start:
+        return f"nothing: {proposed.reason}"
+    check_start(policy, proposed)
+    return f"would start round {proposed.number} in {run_folder(proposed.config)}: {proposed.reason}"

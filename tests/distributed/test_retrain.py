@@ -1,0 +1,169 @@
+"""Ticks from the first champion to a rollback, with real trainings, a real registry, a kill and two ticks at once."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import yaml
+
+from controlbooth.deploy import audit, registry
+from controlbooth.deploy.policy import load_policy, state_folder
+from controlbooth.deploy.registry import CHAMPION, CHALLENGER, PREVIOUS
+from controlbooth.deploy.rounds import is_alive, read_state
+from controlbooth.deploy.tick import open_registry_of
+from controlbooth.launch import cli
+from controlbooth.trainer.checkpoint import complete_checkpoints
+
+
+@pytest.fixture(scope="module", autouse=True)
+def like_torchrun():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("DS_ACCELERATOR", "cpu")
+        yield
+
+
+class Retraining:
+    """A policy in a folder of its own, and data that grows shard by shard."""
+
+    def __init__(self, world, folder, name, **changes):
+        self.world, self.folder, self.name = world, folder, name
+        self.path = folder / f"{name}.yaml"
+        (folder / "data").mkdir()
+        run = dict(
+            name="template", output=str(folder / "runs"), max_steps=4, global_batch_size=4, micro_batch_size=2,
+            model=dict(base=str(world / "base"), hint_channels=[8, 8, 8, 8], attention="math"),
+            data=dict(condition="edges", resolution=64), optimizer=dict(learning_rate=1e-3),
+            engine=dict(precision="fp32"), checkpoint=dict(every_steps=2),
+        )  # fmt: skip
+        (folder / "run.yaml").write_text(yaml.safe_dump(run))
+        self.tree = dict(
+            name=name, state=str(folder / "state"), run="run.yaml", data=f"{folder / 'data'}/*.tar", processes=1,
+            triggers=dict(growth=dict(samples=12)), resumes=1, lease_seconds=30,
+            evaluation=dict(data=str(world / "held"), samples=4, sampling_steps=2, guidance_scale=1.0),
+            gate=dict(metric="edge_f1", margin=-1.0, no_regression={"says_count": 1.0}),
+        )  # fmt: skip
+        self.write(**changes)
+
+    def write(self, **changes):
+        self.path.write_text(yaml.safe_dump(self.tree | changes))
+        self.policy = load_policy(self.path)
+
+    def add_shard(self, number):
+        for suffix in ("tar", "tar.idx"):
+            name = f"shards-{number:06d}.{suffix}"
+            shutil.copy2(self.world / "train" / name, self.folder / "data" / name)
+
+    def call(self, verb, *options):
+        return cli.main(["retrain", verb, str(self.path), *options])
+
+    @property
+    def rounds(self):
+        return read_state(state_folder(self.policy), time.time()).rounds
+
+    @property
+    def decisions(self):
+        return [(one["round"], one["decision"]) for one in audit.read(state_folder(self.policy))]
+
+    def aliases(self):
+        return {name: one.number for name, one in registry.aliases(open_registry_of(self.policy)).items()}
+
+    def wait(self):
+        end = time.monotonic() + 300
+        while is_alive(self.rounds[-1]):
+            assert time.monotonic() < end, "the training did not end"
+            time.sleep(0.2)
+
+
+def kill_in_mid_run(retraining):
+    one = retraining.rounds[-1]
+    end = time.monotonic() + 300
+    while not (complete_checkpoints(one_folder := retraining.folder / "runs" / f"{retraining.name}-{one.number:04d}")):
+        assert time.monotonic() < end and is_alive(one), "the training never came to a checkpoint"
+        time.sleep(0.02)
+    kill(one)
+    return one_folder
+
+
+def kill(one):
+    process = psutil.Process(one.process)
+    for victim in [*process.children(recursive=True), process]:
+        victim.kill()
+    while is_alive(one):
+        time.sleep(0.05)
+
+
+def test_rounds_from_the_first_champion_to_a_rollback(world_folder, tmp_path, capsys):
+    here = Retraining(world_folder, tmp_path, "story")
+    here.add_shard(0)
+    here.add_shard(1)
+
+    assert here.call("tick", "--dry-run") == 0
+    assert "would start round 1" in capsys.readouterr().out
+    assert not (tmp_path / "state").exists() and not (tmp_path / "runs").exists()  # and nothing was made
+
+    assert here.call("tick") == 0
+    assert here.call("tick") == 0
+    assert "round 1 trains" in capsys.readouterr().out
+    here.add_shard(2)  # while it trains, and so the next round's
+    here.wait()
+    assert here.call("status") == 0
+    assert "would measure round 1" in capsys.readouterr().out
+    assert here.call("tick") == 0
+    assert here.decisions == [(1, "started"), (1, "promoted")]
+    assert here.aliases() == {CHAMPION: 1, CHALLENGER: 1}
+    assert here.rounds[0].samples == 24
+
+    # A round is started by what came meanwhile, dies, is reaped, goes on where it was, and is refused.
+    here.write(gate=dict(here.tree["gate"], margin=1.0))
+    assert here.call("tick") == 0
+    assert here.rounds[1].start != "scratch" and here.rounds[1].samples == 36
+    run = kill_in_mid_run(here)
+    assert here.call("tick") == 0
+    here.wait()
+    assert json.loads((run / "status.json").read_text())["state"] == "finished"
+    assert "going on from" in (state_folder(here.policy) / "rounds" / "0002" / "output.txt").read_text()
+    assert here.call("tick") == 0
+    assert here.decisions[2:] == [(2, "started"), (2, "reaped"), (2, "resumed"), (2, "refused")]
+    assert here.aliases() == {CHAMPION: 1, CHALLENGER: 2}
+    assert here.call("tick") == 0 and here.call("tick") == 0
+    assert here.decisions[6:] == [(None, "nothing")]  # said once
+
+    # By hand the same once more, with a gate that holds: the second champion, and the way back.
+    # Its weights are bitwise those of the round that was killed, so they are the same version in the registry.
+    here.write()
+    assert here.call("tick", "--now") == 0
+    here.wait()
+    assert here.call("tick") == 0
+    assert here.aliases() == {CHAMPION: 2, CHALLENGER: 2, PREVIOUS: 1}
+    assert here.call("rollback", "--dry-run") == 0 and here.aliases()[CHAMPION] == 2
+    assert here.call("rollback", "--reason", "because") == 0
+    assert here.aliases() == {CHAMPION: 1, CHALLENGER: 2}
+    assert here.call("rollback") == 2  # the first one has no predecessor
+
+    here.write(resumes=0)
+    assert here.call("tick", "--now") == 0
+    kill(here.rounds[-1])
+    assert here.call("tick") == 4
+    assert here.decisions[-2:] == [(4, "reaped"), (4, "failed")]
+    capsys.readouterr()
+    assert here.call("history") == 0
+    shown = capsys.readouterr().out
+    for text in ("round 2   refused", "rolled back", "version 2 leaves, version 1 returns: because", "edge_f1"):
+        assert text in shown
+
+
+def test_two_ticks_at_the_same_instant_start_one_run(world_folder, tmp_path):
+    here = Retraining(world_folder, tmp_path, "twice")
+    here.add_shard(0)
+    command = [sys.executable, "-m", "controlbooth.launch.cli", "retrain", "tick", str(here.path)]
+    ticks = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [one.communicate()[0] for one in ticks]
+    assert [one.returncode for one in ticks] == [0, 0]
+    assert len(here.rounds) == 1 and here.rounds[0].submissions == 1
+    assert sum("round 1 started" in text for text in said) == 1
+    kill(here.rounds[0])
