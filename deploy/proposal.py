@@ -32,7 +32,8 @@ class Proposal:
     """Of the round, but that its shards are the policy's and not yet frozen."""
     dataset: Dataset
     found: Changes
-    champion: Version | None
+    weights: Version | None
+    """The champion that it starts from; None starts as the template does."""
     identity: str
 
 
@@ -67,14 +68,14 @@ def propose(
             frozen, fresh = measured(drift, champion)
             fired.append(triggers.drift(drift, policy.gate.confidence, sign, frozen, fresh))
         due = [one for one in fired if one.due]
-    weights = None if policy.start == "scratch" or champion is None else champion
+    weights = champion if policy.start == "champion" else None
     if weights is not None:
         config = round_config(policy, name, policy.data, str(weights.checkpoint / "controlnet"))
     start = "scratch" if weights is None else weights.digest
     identity = identity_of(config, dataset.fingerprint, start)
 
     def proposal(start: bool, reason: str) -> Proposal:
-        return Proposal(start, f"{reason}; {told}", number, config, dataset, found, champion, identity)
+        return Proposal(start, f"{reason}; {told}", number, config, dataset, found, weights, identity)
 
     if not due:
         return proposal(False, "; ".join(one.reason for one in fired))
@@ -139,11 +140,10 @@ def check_start(policy: Policy, proposed: Proposal) -> None:
             f"{folder} exists and is no round of this policy: was its state folder lost? Move the run away, or give "
             "the policy another name"
         )
-    weights = Path(proposed.config.model.controlnet)
-    if proposed.config.model.controlnet != "unet" and not weights.is_dir():
+    if proposed.weights and not (proposed.weights.checkpoint / "controlnet").is_dir():
         raise ConfigError(
-            f"the round would start from {weights}, which is not there. Put it back, use start=scratch, or return to "
-            "an earlier champion by `controlbooth retrain rollback`"
+            f"the round would start from the champion in {proposed.weights.checkpoint}, which is not there. Put it "
+            "back, use start=scratch, or return to an earlier champion by `controlbooth retrain rollback`"
         )
 
 

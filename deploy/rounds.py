@@ -40,6 +40,8 @@ class Round:
     samples: int
     start: str
     """`scratch`, or the digest of the champion whose weights it started from."""
+    working_directory: str
+    """That relative paths of its run start from."""
     submissions: int = 0
     """How often its command was started."""
     host: str | None = None
@@ -112,6 +114,7 @@ def submit(policy: Policy, folder: Path, one: Round) -> Round:
     with open(where / "output.txt", "ab") as output:
         process = subprocess.Popen(
             training_command(policy, where / "run.yaml"),
+            cwd=one.working_directory,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,

@@ -148,18 +148,13 @@ def start(now: Tick, proposed: Proposal) -> int:
     """Writes down what the round is to see, and submits it."""
     where = round_folder(now.folder, proposed.number)
     growth.freeze(proposed.dataset, where / "manifest.jsonl")
-    controlnet = proposed.config.model.controlnet
-    config = round_config(
-        now.policy,
-        proposed.config.name,
-        str(where / "manifest.jsonl"),
-        None if controlnet == "unet" else controlnet,
-    )
+    weights = proposed.weights
+    controlnet = str(weights.checkpoint / "controlnet") if weights else None
+    config = round_config(now.policy, proposed.config.name, str(where / "manifest.jsonl"), controlnet)
     if problems := preflight(config, this_node(now.policy.processes)):
         raise ConfigError(f"round {proposed.number} cannot be started: {'; '.join(problems)}")
     (where / "run.yaml").write_text(dump(config))
     registry.claim(now.there, now.folder)
-    warm = now.policy.start == "champion" and proposed.champion is not None
     one = Round(
         number=proposed.number,
         state="training",
@@ -169,11 +164,12 @@ def start(now: Tick, proposed: Proposal) -> int:
         identity=proposed.identity,
         dataset_fingerprint=proposed.dataset.fingerprint,
         samples=proposed.found.now,
-        start=proposed.champion.digest if warm and proposed.champion else "scratch",
+        start=weights.digest if weights else "scratch",
+        working_directory=str(Path.cwd()),
     )
     now.state = replace(now.state, evaluation_fingerprint=check_frozen(now.policy, now.state, config))
     now.keep(one)
-    begins = f"from the champion, version {proposed.champion.number}" if warm and proposed.champion else "from scratch"
+    begins = f"from the champion, version {weights.number}" if weights else "from scratch"
     now.note(
         "started",
         f"{proposed.reason}; {begins}",

@@ -12,7 +12,7 @@ import yaml
 
 from controlbooth.deploy import audit, registry
 from controlbooth.deploy.policy import load_policy, state_folder
-from controlbooth.deploy.registry import CHAMPION, CHALLENGER, PREVIOUS
+from controlbooth.deploy.registry import CHALLENGER, CHAMPION, PREVIOUS
 from controlbooth.deploy.rounds import is_alive, read_state
 from controlbooth.deploy.tick import open_registry_of
 from controlbooth.launch import cli

@@ -21,6 +21,7 @@ from controlbooth.trainer.config import (
 from controlbooth.trainer.subjects import load_run
 
 SHIPPED = sorted((Path(__file__).parents[2] / "launch/configs").glob("*.yaml"))
+RUNS = [path for path in SHIPPED if path.stem not in ("ablations", "retrain")]  # these two start from a run
 RUN = """
 name: first
 max_steps: 100
@@ -120,7 +121,7 @@ def test_the_resolved_tree_reads_back_as_itself(tmp_path):
     assert build_config(yaml.safe_load(dump(config))) == config
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
 def test_every_shipped_run_is_complete_and_is_told_how_to_be_started(path):
     header = path.read_text().partition("\nname:")[0]
     if path.stem == "dreambooth":

@@ -48,9 +48,7 @@ def test_promotion_means_that_every_lower_end_clears_its_bound(edges, colour, ma
 def test_a_figure_turned_over_is_judged_alike(one):
     turned = sorted(-value for value in one)
     gate = Gate(metric="m", margin=0.1)
-    assert (
-        judge(gate, dict(m=figure(*one)), ()).promote == judge(gate, dict(m=figure(*turned)), ("m",)).promote
-    )
+    assert judge(gate, dict(m=figure(*one)), ()).promote == judge(gate, dict(m=figure(*turned)), ("m",)).promote
 
 
 def test_a_metric_that_was_not_measured_names_those_that_were():
