@@ -80,7 +80,7 @@ def write_policy(folder: Path, name: str = "edges", **changes) -> Path:
         processes=2,
         triggers=dict(growth=dict(samples=512, share=0.1), clock=dict(every_hours=24)),
         evaluation=dict(data=str(folder / "packed" / "frozen"), samples=96, sampling_steps=10, guidance_scale=2.0),
-        gate=dict(metric="edge_f1", no_regression=dict(mask_iou=0.02, says_object_colour=0.05, says_background=0.05)),
+        gate=dict(metric="edge_f1", no_regression=dict(mask_iou=0.02, says_object_class=0.1, says_background=0.05)),
     )  # fmt: skip
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(tree | changes, sort_keys=False))
