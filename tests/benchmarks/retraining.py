@@ -1,8 +1,8 @@
 """Shows retraining over five rounds of growing data, one of them poisoned, and prints the audit log.
 
-    .venv/bin/python tests/benchmarks/retraining.py [--folder DIR]
+    .venv/bin/python tests/benchmarks/retraining.py [--folder DIR] [--processes 2]
 
-A ControlNet for edges on the built-in base, 150 steps a round from the last champion, on two ranks. Expected: promoted,
+A ControlNet for edges on the built-in base, 150 steps a round from the last champion. Expected: promoted,
 promoted, refused (the captions of what came were shuffled), promoted (a person has taken them out), nothing (nothing
 came). The first round is asked for by two ticks at the same instant. Then bad input. About ten minutes on 2 cores; ends
 with status 1 where anything is decided otherwise. DIR is kept.
@@ -64,7 +64,7 @@ def deliver(folder: Path, name: str) -> None:
         shutil.copy2(path, folder / "growing" / f"{list(DELIVERIES).index(name) + 1}-{name}-{path.name}")
 
 
-def write_policy(folder: Path, name: str = "edges", **changes) -> Path:
+def write_policy(folder: Path, name: str = "edges", processes: int = 2, **changes) -> Path:
     tree = dict(
         name=name,
         state=str(folder / "state"),
@@ -77,9 +77,9 @@ def write_policy(folder: Path, name: str = "edges", **changes) -> Path:
             "checkpoint.every_steps=50",
         ],
         data=f"{folder / 'growing'}/*.tar",
-        processes=2,
+        processes=processes,
         triggers=dict(growth=dict(samples=512, share=0.1), clock=dict(every_hours=24)),
-        evaluation=dict(data=str(folder / "packed" / "frozen"), samples=96, sampling_steps=10, guidance_scale=2.0),
+        evaluation=dict(data=str(folder / "packed" / "frozen"), samples=64, sampling_steps=10, guidance_scale=2.0),
         gate=dict(metric="edge_f1", no_regression=dict(mask_iou=0.02, says_object_class=0.1, says_background=0.05)),
     )  # fmt: skip
     path = folder / f"{name}.yaml"
@@ -130,6 +130,7 @@ def bad_input(folder: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="for everything (default: temporary)")
+    parser.add_argument("--processes", type=int, default=2, help="ranks; what is decided does not depend on it")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = (options.folder or Path(temporary)).absolute()
@@ -138,7 +139,7 @@ def main() -> int:
             pack(folder / "packed" / name, start, count)
         pack(folder / "packed" / "frozen", 0, 96, HELD_OUT_SEED)
         shuffle_captions(folder / "packed" / "poisoned")
-        policy = write_policy(folder)
+        policy = write_policy(folder, processes=options.processes)
         one_run = False
         for number, name in enumerate([*DELIVERIES, None], 1):
             comes = "nothing comes" if name is None else f"the {name} delivery comes"
