@@ -187,7 +187,11 @@ def resume(now: Tick, one: Round) -> int:
     """A round whose processes are gone before it was finished: marks it dead, and starts it again or gives it up."""
     status = run_status(one)
     if one.submissions:
-        was = f"it had {status['state']}" if status["state"] in ("stopped", "failed") else "its processes are gone"
+        was = {
+            "stopped": "it had stopped",
+            "failed": "it had failed",
+            "finished": "MLflow has not got its checkpoint",
+        }.get(status["state"], "its processes are gone")
         said = status.get("error") or last_words(now.folder, one)
         if run_id := mlflow_run_id(one):
             registry.mark_dead(now.there, run_id)
