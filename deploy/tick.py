@@ -236,12 +236,16 @@ def decide(now: Tick, one: Round) -> int:
     config = load_config(Path(one.run) / "config.yaml")
     frozen = check_frozen(now.policy, now.state, config)
     saved = read_state(complete_checkpoints(Path(one.run))[-1])
-    facts = dict(dataset_fingerprint=one.dataset_fingerprint, evaluation_fingerprint=frozen, round=str(one.number))
+    fingerprints = dict(dataset_fingerprint=one.dataset_fingerprint, evaluation_fingerprint=frozen)
+    facts: dict[str, Any] = fingerprints | dict(run=one.run)
     run_id = mlflow_run_id(one)
-    version = registry.register(now.there, run_id, saved["digest"], facts) if run_id else None
+    tags = fingerprints | dict(round=str(one.number))
+    version = registry.register(now.there, run_id, saved["digest"], tags) if run_id else None
     if version is None:
         print(f"round {one.number}: MLflow has not got its checkpoint yet; its run is asked to send it", flush=True)
         return resume(now, one)  # a finished run that is started again sends what is left, and ends
+    if champion is not None and champion.number == version.number:
+        return refuse(now, one, version, f"its weights are the champion's, version {champion.number}", facts)
     asked = question(now.policy, config, now.policy.evaluation.data, frozen, now.policy.evaluation.samples)
     theirs = None
     if champion is not None:
@@ -251,23 +255,23 @@ def decide(now: Tick, one: Round) -> int:
     verdict = judge(now.policy.gate, gained, lower_is_better())
     against = f"against version {champion.number}" if champion else "against the base without control"
     reason = f"{against}, {asked.samples} pictures at {now.policy.gate.confidence:.0%}: {verdict.reason}"
-    one = replace(one, version=version.number, champion=champion.number if champion else None, reason=reason)
     weighed = (now.policy.gate.metric, *now.policy.gate.no_regression)
-    facts = dict(facts, step=saved["step"], run=one.run, figures={name: gained[name] for name in weighed})
-    facts.pop("round")
-    if verdict.promote:
-        write_facts(now, one, facts)
-        return finish_promotion(now, now.keep(replace(one, state="promoting")))
-    now.holding.renew()
-    registry.note_verdict(now.there, version.number, "refused", reason)
-    now.note("refused", reason, one, version=version.number, **facts)
-    now.keep(replace(one, state="refused"))
-    return DONE
-
-
-def write_facts(now: Tick, one: Round, facts: dict[str, Any]) -> None:
-    """What the audit log will say of a promotion, whichever tick ends it."""
+    facts |= dict(step=saved["step"], figures={name: gained[name] for name in weighed})
+    if not verdict.promote:
+        now.holding.renew()
+        registry.note_verdict(now.there, version.number, "refused", reason)
+        return refuse(now, one, version, reason, facts)
+    # What the audit log will say, whichever tick ends it
     (round_folder(now.folder, one.number) / "verdict.json").write_text(json.dumps(facts))
+    against_number = champion.number if champion else None
+    decided = replace(one, state="promoting", version=version.number, champion=against_number, reason=reason)
+    return finish_promotion(now, now.keep(decided))
+
+
+def refuse(now: Tick, one: Round, version: Version, reason: str, facts: dict[str, Any]) -> int:
+    now.note("refused", reason, one, version=version.number, **facts)
+    now.keep(replace(one, state="refused", version=version.number, reason=reason))
+    return DONE
 
 
 def finish_promotion(now: Tick, one: Round) -> int:

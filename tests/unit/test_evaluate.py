@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from controlbooth.data.manifest import open_dataset
 from controlbooth.data.pack import main as pack
 from controlbooth.models.controlnet import build_controlnet
 from controlbooth.models.pretrained import load_base, save_controlnet
@@ -60,6 +61,9 @@ def test_a_controlnet_without_its_run_is_measured_by_every_figure_of_its_kind(st
     assert real["edge_f1"]["mean"] > 0.9 and real["depth_delta"]["mean"] > 0.9
     assert real["depth_delta"]["mean"] > figures["without control"]["depth_delta"]["mean"]
     assert all(one["low"] <= one["mean"] <= one["high"] for one in real.values() if "low" in one)
+    read = [row["says_background"] for row in rows if row["way"] == "with control"]
+    assert np.mean(read) == pytest.approx(figures["with control"]["says_background"]["mean"])  # picture by picture
+    assert result["data_fingerprint"] == open_dataset(studio / "shards").fingerprint
     assert result["sets"]["FID"]["note"].startswith(f"needs {LEAST_FOR_FID:,} pictures and there are 10")
     assert (tmp_path / "evaluation.png").exists() and len(json.loads((tmp_path / "ends.json").read_text())["best"]) == 5
 

@@ -9,7 +9,7 @@ import torch
 from controlbooth.data.scenes import CLASSES, COLOURS, HELD_OUT_SEED, SIZES, render, scene
 from controlbooth.models.pretrained import MINIATURE, load_base
 from controlbooth.models.sampling import sample
-from controlbooth.trainer.evaluate.judge import ATTRIBUTES, facts, load_judge, obedience, read
+from controlbooth.trainer.evaluate.judge import ATTRIBUTES, facts, load_judge, obedience, obedience_by_picture, read
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +56,8 @@ def test_obedience_counts_what_is_there_by_hand():
     wrong = truth.copy()
     wrong[0, list(ATTRIBUTES).index("right_class")] += 1
     assert obedience(wrong, scenes)["object_class"] == pytest.approx(2 / 3)
+    assert obedience_by_picture(wrong, scenes)["object_class"].tolist() == [0.5, 1.0]
+    assert obedience_by_picture(wrong, scenes)["background"].tolist() == [1.0, 1.0]
 
 
 def test_latents_have_unit_variance_so_that_noise_levels_mean_what_the_schedule_says(base):
