@@ -40,5 +40,5 @@ def judge(gate: Gate, differences: Mapping[str, Figure], lower_is_better: tuple[
             f"{metric} {one['a']:.3f} -> {one['b']:.3f}, {one['difference_mean']:+.3f} "
             f"({one['difference_low']:+.3f} to {one['difference_high']:+.3f})"
         )
-        (held if holds else broken).append(f"{text}, {'within' if holds else 'outside'} {what} of {needed:+g}")
+        (held if holds else broken).append(f"{text}, {'clears' if holds else 'misses'} {what} of {needed:+g}")
     return Verdict(not broken, "; ".join(broken + held))

@@ -31,7 +31,7 @@ def test_the_gate_by_hand(edges, colour, error, promote, first):
     verdict = judge(GATE, figures, ("error",))
     assert verdict.promote == promote
     assert verdict.reason.startswith(first)  # what broke it comes first
-    assert ("outside" in verdict.reason) == (not promote)
+    assert ("misses" in verdict.reason) == (not promote)
 
 
 bounds = st.tuples(*[st.floats(-1, 1)] * 3).map(sorted)
