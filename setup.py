@@ -15,7 +15,6 @@ REQUIRED = [
     "accelerate>=1.0",  # diffusers and transformers load weights without a second copy in memory through it
     "alembic>=1.13",  # MLflow's SQLite store; mlflow-skinny leaves it out
     "braceexpand>=0.1.7",
-    "croniter>=6,<8",
     "deepspeed>=0.19,<0.20",
     "diffusers>=0.42,<0.43",
     "fsspec>=2026.2",
@@ -66,7 +65,6 @@ setup(
             "s3fs>=2026.2",
         ],
         "dev": [
-            "croniter>=6",
             "hypothesis>=6.100",
             "kubeflow-trainer-api>=2.2,<3",
             "kubernetes-validate>=1.31",
