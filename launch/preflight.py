@@ -34,6 +34,9 @@ COPIED_ORIGINAL = tuple(
     f"model.diffusion_model.{part}." for part in ("input_blocks", "time_embed", "label_emb", "middle_block")
 )
 """The same in a single file of the original layout."""
+DECODER = ("up_blocks.", "conv_norm_out.", "conv_out.")
+"""Those that learn too when the decoder is unlocked."""
+DECODER_ORIGINAL = tuple(f"model.diffusion_model.{part}." for part in ("output_blocks", "out"))
 TRAINING_BYTES = 4 + 4 + 4 + 4
 """A trained parameter in a checkpoint: the weight, its fp32 master copy and Adam's two moments. An upper bound."""
 
@@ -258,8 +261,10 @@ def checkpoint_bytes(config: RunConfig) -> int:
     shapes: dict[str, list[int]] = {}
     for file in base_weights(base):  # a name that comes again is a variant of the same weights, such as fp16
         shapes |= {name: entry["shape"] for name, entry in safetensors_header(file).items()}
-    copied = COPIED if base.is_dir() else COPIED_ORIGINAL
-    parameters = sum(math.prod(shape) for name, shape in shapes.items() if name.startswith(copied))
+    learning = COPIED if base.is_dir() else COPIED_ORIGINAL
+    if config.model.unlock_decoder_at is not None:
+        learning += DECODER if base.is_dir() else DECODER_ORIGINAL
+    parameters = sum(math.prod(shape) for name, shape in shapes.items() if name.startswith(learning))
     return parameters * (TRAINING_BYTES + (4 if config.optimizer.ema_decay else 0))
 
 

@@ -27,6 +27,10 @@ from controlbooth.models.variants import VariantControlNet
 
 MINIATURE = Path(__file__).parent / "miniature"
 """The base that is shipped with controlbooth, a diffusers folder; `load_base("miniature")` reads it."""
+DECODER_FILE = "decoder.safetensors"
+"""In the ControlNet's folder of a checkpoint: the U-Net's decoder that has learned with the ControlNet, in float32."""
+UNET_FOLDER = "unet"
+"""In the folder of an export: the whole U-Net with that decoder, as diffusers reads it."""
 
 
 def load_base(
@@ -239,9 +243,20 @@ def load_controlnet(
 ) -> ControlNetModel:
     """A ControlNet to continue from: a diffusers folder, or a single .safetensors file in either layout.
 
-    It is on the CPU and trainable. Raises ValueError if it was not made for such a U-Net.
+    It is on the CPU and trainable. Raises ValueError if it was not made for such a U-Net, and if a decoder has learned
+    with it: `decoder.load_networks` reads both.
     """
     path = Path(path)
+    if (path / DECODER_FILE).exists() or ((path / UNET_FOLDER).exists() and (path / "config.json").exists()):
+        raise ValueError(
+            f"the ControlNet in {path} was trained with an unlocked decoder, and is worth nothing on the base's own. "
+            "Go on with its run by raising max_steps, or take one that was trained with the decoder locked"
+        )
+    return read_controlnet(path, unet, dtype)
+
+
+def read_controlnet(path: Path, unet: UNet2DConditionModel, dtype: torch.dtype = torch.float32) -> ControlNetModel:
+    """`load_controlnet` for those who read the decoder too."""
     if path.is_dir():
         files = _weights_files(path)
         controlnet = controlnet_class(path).from_pretrained(

@@ -81,7 +81,11 @@ def latest_checkpoint(run: Path, world: World) -> Path | None:
 
 
 def write_controlnet(engine: Any, weights: dict[str, Tensor], folder: Path) -> None:
-    save_controlnet(_as_module(engine.module, weights), folder)
+    save_controlnet(as_module(engine.module, weights), folder)
+
+
+def read_controlnet(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / SAFETENSORS_WEIGHTS_NAME)
 
 
 def save_checkpoint(
@@ -128,9 +132,16 @@ def save_checkpoint(
     return final
 
 
-def load_checkpoint(engine: Any, checkpoint: Path, average: Average | None, world: World) -> None:
+def load_checkpoint(
+    engine: Any,
+    checkpoint: Path,
+    average: Average | None,
+    world: World,
+    read_weights: Callable[[Path], dict[str, Tensor]] = read_controlnet,
+) -> None:
     """Every rank calls this, on an engine made with load_universal = `needs_universal`.
 
+    read_weights(folder) undoes what write_weights of `save_checkpoint` wrote.
     An average that the checkpoint does not hold begins at its weights.
     """
     state, tag = read_state(checkpoint), _TAG
@@ -147,7 +158,7 @@ def load_checkpoint(engine: Any, checkpoint: Path, average: Average | None, worl
         )
     if average is not None:
         held = state.get("average", False)
-        average.load(load_file(checkpoint / "controlnet" / SAFETENSORS_WEIGHTS_NAME) if held else full_state(engine))
+        average.load(read_weights(checkpoint / "controlnet") if held else full_state(engine))
 
 
 def needs_universal(state: dict[str, Any], world_size: int) -> bool:
@@ -191,7 +202,8 @@ def prune(run: Path, keep: int, keep_best: int, metric: str = "edge_f1") -> None
         shutil.rmtree(remains)
 
 
-def _as_module(trained: Any, weights: dict[str, Tensor]) -> ControlNetModel:
+def as_module(trained: Any, weights: dict[str, Tensor]) -> ControlNetModel:
+    """A ControlNet like the trained one, with these weights."""
     with torch.device("meta"):
         module: Any = type(trained).from_config(trained.config)
     module.load_state_dict(weights, assign=True)

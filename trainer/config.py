@@ -55,6 +55,9 @@ class ModelConfig(Section):
     """How the convolutions that tie the copy to the base start: `gaussian` is the paper's other ablation."""
     only_mid_control: bool = False
     """Train the middle block's residual alone, and leave the others at zero."""
+    unlock_decoder_at: int | None = Field(default=None, ge=0)
+    """From this optimizer step on, train the base's decoder too (the released code's `sd_locked=False`, which is for
+    more than a million pairs, after 50,000 steps or more); 0 from the start. Default: it stays locked."""
     attention: Literal["auto", "xformers", "flash", "cudnn", "efficient", "math"] = "auto"
     """Memory-efficient attention: `xformers` needs CUDA and the package; the others are PyTorch's kernels, of which
     `cudnn` and `efficient` need CUDA. `auto` takes the fastest."""
@@ -142,6 +145,9 @@ class DataConfig(Section):
 class OptimizerConfig(Section):
     learning_rate: float = Field(default=1e-5, gt=0.0)
     """Peak learning rate, reached after warmup_steps (ControlNet: 1e-5)."""
+    decoder_learning_rate: float = Field(default=2e-6, gt=0.0)
+    """The same of the decoder, from model.unlock_decoder_at on. The released code advises 2e-6 once it is unlocked, and
+    has one rate for all: set learning_rate to it too for that."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """How the learning rate goes on after the warmup; linear and cosine end at 0 at max_steps."""
     warmup_steps: int = Field(default=0, ge=0)
@@ -258,6 +264,18 @@ class RunConfig(Section):
                         f"model.{key}={getattr(self.model, key)} is how a new ControlNet starts, and "
                         f"model.controlnet={self.model.controlnet} has started: leave one of them out"
                     )
+        unlock = self.model.unlock_decoder_at
+        if unlock is not None and unlock >= self.max_steps:
+            raise ValueError(
+                f"model.unlock_decoder_at={unlock} is never reached: the run ends at max_steps={self.max_steps}. Raise "
+                "max_steps, or leave the decoder locked by leaving it out"
+            )
+        rate, default = self.optimizer.decoder_learning_rate, OptimizerConfig().decoder_learning_rate
+        if unlock is None and rate != default:
+            raise ValueError(
+                f"optimizer.decoder_learning_rate={rate:g} is for a decoder that learns, and it stays locked: say from "
+                "which step by model.unlock_decoder_at, or leave the rate out"
+            )
         if self.engine.offload_parameters and self.engine.zero_stage != 3:
             raise ValueError(
                 f"engine.offload_parameters needs engine.zero_stage=3, and it is {self.engine.zero_stage}. "

@@ -5,7 +5,7 @@ is kept for them. The optimizer is PyTorch's AdamW, which needs no compiler on t
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -97,12 +97,16 @@ def initialize(
     sizes: BatchSizes,
     precision: str,
     load_universal: bool,
+    groups: Sequence[list[nn.Parameter]] = (),
 ) -> Any:
-    """Wraps what is trained, in fp32, in a DeepSpeed engine. The process group must have been joined."""
+    """Wraps what is trained, in fp32, in a DeepSpeed engine. The process group must have been joined.
+
+    groups: parameters that each have a learning rate of their own; default all in one.
+    """
     import deepspeed  # costs seconds, and `--help` should not pay them
 
     optimizer = torch.optim.AdamW(
-        network.parameters(),
+        [{"params": group} for group in groups] or network.parameters(),
         lr=optimizer_config.learning_rate,
         betas=optimizer_config.betas,
         eps=optimizer_config.epsilon,
@@ -157,12 +161,13 @@ def accumulate(engine: Any, loss: Tensor) -> None:
         engine.step()  # which only counts: the optimizer is moved by apply_gradients
 
 
-def apply_gradients(engine: Any, rate: float) -> tuple[float, bool]:
+def apply_gradients(engine: Any, *rates: float) -> tuple[float, bool]:
     """One optimizer step with what backward has accumulated. Returns (gradient norm before clipping, skipped).
 
-    A step whose gradients are not finite is skipped on all ranks alike: weights and optimizer stay as they were.
+    rates: one for each group of parameters. A step whose gradients are not finite is skipped on all ranks alike:
+    weights and optimizer stay as they were.
     """
-    for group in engine.optimizer.param_groups:
+    for group, rate in zip(engine.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     plain = not hasattr(
         engine.optimizer, "overflow"
@@ -199,6 +204,12 @@ def masters(engine: Any) -> list[Tensor]:
     if hasattr(optimizer, "fp32_groups_flat_partition"):  # stage 1 in bf16
         return list(optimizer.fp32_groups_flat_partition)
     return list(optimizer.single_partition_of_fp32_groups)
+
+
+def optimizer_state(engine: Any) -> list[dict[str, Any]]:
+    """What the optimizer keeps of each of `masters`, as this rank holds it: the very dicts, which may be written to."""
+    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    return [inner.state[master] for master in masters(engine)]
 
 
 def full_state(engine: Any) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from controlbooth.trainer.config import BUILT_IN, RunConfig, data_set_name, load_config
+from controlbooth.trainer.config import BUILT_IN, RunConfig, base_path, data_set_name, load_config
 
 EXAMPLES = """\
 examples:
@@ -41,6 +41,8 @@ class Exported:
     """The weights file's name in OUT."""
     grid: bool
     """Whether samples.png lies beside the card."""
+    unet: bool = False
+    """Whether unet/ lies there too, with a decoder that has learned with the ControlNet."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -132,28 +134,53 @@ def _write(run: Path, checkpoint: Path, folder: Path, format: str, dtype: str) -
     import torch
 
     from controlbooth.models.families import identify
-    from controlbooth.models.pretrained import controlnet_class, save_controlnet, save_single_file
+    from controlbooth.models.pretrained import DECODER_FILE, controlnet_class, save_controlnet, save_single_file
 
     config = load_config(checkpoint / "config.yaml")
     torch_dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
     controlnet: Any = controlnet_class(checkpoint / "controlnet").from_pretrained(
         checkpoint / "controlnet", torch_dtype=torch_dtype, use_safetensors=True, local_files_only=True
     )
+    state = json.loads((checkpoint / "state.json").read_text())
+    unlocked = (checkpoint / "controlnet" / DECODER_FILE).is_file()
+    if unlocked and format != "diffusers":
+        raise ValueError(
+            f"{checkpoint.name} has a decoder that has learned with the ControlNet, and a single file has no place for "
+            "it: export it with --format diffusers, which writes the U-Net beside the ControlNet"
+        )
     if format == "diffusers":
         save_controlnet(controlnet, folder)
         weights = "diffusion_pytorch_model.safetensors"
     else:
         weights = f"{config.name}.safetensors"
         save_single_file(controlnet, folder / weights)
-    state = json.loads((checkpoint / "state.json").read_text())
+    if unlocked:
+        _write_unet(config, state, checkpoint, folder, torch_dtype)
     grid = run / "samples" / f"{checkpoint.name}.png"
     if grid.is_file():
         shutil.copyfile(grid, folder / "samples.png")
     # a ControlNet's configuration says of its base all that tells families apart
     unet_like = dict(controlnet.config) | {"_class_name": "UNet2DConditionModel"}
     family = identify(unet_like | {"out_channels": unet_like["in_channels"]})
-    exported = Exported(config, state, family.name, family.title, dtype, weights, grid.is_file())
+    exported = Exported(config, state, family.name, family.title, dtype, weights, grid.is_file(), unlocked)
     (folder / "README.md").write_text(model_card(exported))
+
+
+def _write_unet(config: RunConfig, state: dict[str, Any], checkpoint: Path, folder: Path, dtype: Any) -> None:
+    """The whole U-Net: locked parts from the base, which must be there and the one that was trained on."""
+    import torch
+
+    from controlbooth.models.decoder import load_networks
+    from controlbooth.models.pretrained import UNET_FOLDER, load_base
+
+    base = load_base(base_path(config), config.model.family, torch.float32, "cpu")
+    if base.digest != state["base_digest"]:
+        raise ValueError(
+            f"{base.path} is not the base that {checkpoint.name} was trained on: its weights have the digest "
+            f"{base.digest[:12]}, and were {state['base_digest'][:12]}. The U-Net is made of both: put that base back"
+        )
+    unet: Any = load_networks(checkpoint / "controlnet", base)[0].unet
+    unet.to(dtype).save_pretrained(folder / UNET_FOLDER, safe_serialization=True)
 
 
 def model_card(exported: Exported) -> str:
@@ -172,6 +199,7 @@ def model_card(exported: Exported) -> str:
         f"A ControlNet for {exported.title} (`{_base_name(config)}`) that follows **{config.data.condition_name}** "
         f"pictures. Trained with controlbooth for {state['step']:,} steps of {config.global_batch_size} samples "
         f"at {config.data.resolution} pixels.",
+        _unet_note(exported) if exported.unet else "",
         "![Samples of the validation set](samples.png)" if exported.grid else "",
         "## Use",
         _single_file_usage(exported) if is_single else f"In this folder:\n\n```python\n{usage(exported)}```",
@@ -203,13 +231,18 @@ def usage(exported: Exported) -> str:
     else:
         own_line, name = "from controlbooth.models.variants import VariantControlNet\n", "VariantControlNet"
         imported = f"DDIMScheduler, {pipeline}"
+    unet_line = unet_argument = ""
+    if exported.unet:
+        imported += ", UNet2DConditionModel"
+        unet_line = 'unet = UNet2DConditionModel.from_pretrained("unet", torch_dtype=torch.float32)\n'
+        unet_argument = "unet=unet, "
     return f"""\
 import torch
 {base_line}{own_line}from diffusers import {imported}
 from diffusers.utils import load_image
 
 controlnet = {name}.from_pretrained(".", torch_dtype=torch.float32)
-pipeline = {pipeline}.{load}({base_name}, controlnet=controlnet)
+{unet_line}pipeline = {pipeline}.{load}({base_name}, {unet_argument}controlnet=controlnet)
 pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
 condition = load_image("condition.png").resize(({size}, {size}))
 picture = pipeline(
@@ -221,6 +254,14 @@ picture = pipeline(
 ).images[0]
 picture.save("picture.png")
 """
+
+
+def _unet_note(exported: Exported) -> str:
+    config = exported.config
+    return (
+        f"The decoder of the U-Net has learned with it, from step {config.model.unlock_decoder_at:,} on at a learning "
+        f"rate of {config.optimizer.decoder_learning_rate:g}. Use it with the U-Net in `unet/`, not with the base's."
+    )
 
 
 def _single_file_usage(exported: Exported) -> str:

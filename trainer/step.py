@@ -10,7 +10,7 @@ from torch.profiler import record_function
 from controlbooth.data import draws
 from controlbooth.data.loader import MicroBatch
 from controlbooth.models.base import Base, Encoded
-from controlbooth.models.controlnet import predict
+from controlbooth.models.decoder import controlled_prediction
 from controlbooth.models.families import TextEncoding
 from controlbooth.trainer.encoding import (
     captions_of,
@@ -85,9 +85,9 @@ def prediction_and_target(base: Base, controlnet: nn.Module, batch: DeviceBatch)
         alphas_cumprod = base.noise_scheduler.alphas_cumprod.to(batch.noise.device)
         target = training_target(base.prediction_type, latents, batch.noise, batch.timesteps, alphas_cumprod)
 
-    with record_function("predict"):  # the copy and its zero convolutions take gradients, the locked U-Net none
-        prediction = predict(
-            base.unet, controlnet, noisy_latents, batch.timesteps, text, batch.conditioning_pixel_values
+    with record_function("predict"):  # the copy and its zero convolutions take gradients, what is locked none
+        prediction = controlled_prediction(
+            base, controlnet, noisy_latents, batch.timesteps, text, batch.conditioning_pixel_values
         )
     return prediction, target
 

@@ -20,7 +20,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -46,10 +45,12 @@ from controlbooth.models.attention import (
 )
 from controlbooth.models.base import Base
 from controlbooth.models.controlnet import build_controlnet, denoise, keep_only_mid_control, parameter_report
+from controlbooth.models.decoder import UnlockedNetwork
 from controlbooth.models.families import encode_with_dropout
 from controlbooth.models.pretrained import load_base, load_controlnet
 from controlbooth.trainer import checkpoint as checkpoints
 from controlbooth.trainer import engine as engines
+from controlbooth.trainer import unlock as unlocking
 from controlbooth.trainer.config import (
     ConfigError,
     RunConfig,
@@ -232,24 +233,26 @@ def send_what_is_left(folder: Path, config: RunConfig) -> None:
 def loop(run: Run, stop: "StopRequest") -> None:
     config, world = run.config, run.world
     bar = progress_bar(run)
-    backward = partial(engines.accumulate, run.engine)
     skipped_in_a_row = 0
     started = time.perf_counter()
     while run.step < config.max_steps and not converged_long_ago(run):
+        if unlocking.unlocks_now(config, run.step, run.engine):
+            unlock_decoder(run)
+            started = time.perf_counter()
         batch = next(run.loader)
 
         # One optimizer step. Everything random about it was drawn from (seed, position).
-        rate = engines.learning_rate(config.optimizer, run.step, config.max_steps)
+        rates = unlocking.learning_rates(config, run.step, run.engine)
         losses = controlnet_step(
             run.base,
             run.engine,
-            backward,
+            lambda loss: engines.accumulate(run.engine, loss),
             batch.micro_batches,
             config.seed,
             config.optimizer.min_snr_gamma,
             world.device,
         )
-        norm, skipped = engines.apply_gradients(run.engine, rate)
+        norm, skipped = engines.apply_gradients(run.engine, *rates.values())
         if run.average is not None and not skipped:
             run.average.update(run.step)
         run.step += 1
@@ -276,7 +279,7 @@ def loop(run: Run, stop: "StopRequest") -> None:
         metrics = {
             "loss": loss,
             "grad_norm": norm,
-            "learning_rate": rate,
+            **rates,
             "samples_per_second": config.global_batch_size / seconds,
             "step_seconds": seconds,
             "stall_percent": 100.0 * min(1.0, waited / seconds),
@@ -337,20 +340,22 @@ def build(config: RunConfig, world: World, folder: Path, latest: Path | None) ->
         base_digest=base.digest,
         condition=config.data.condition,
     )
-    universal = False
+    universal = unlocked = False
     if saved and latest:
         checkpoints.check_same_run(saved, identity, latest)
+        unlocked = unlocking.check_unlocked(saved, config, latest)
         universal = checkpoints.needs_universal(saved, world.world_size)
     report = parameter_report(controlnet)
     sizes = engines.batch_sizes(config, world.world_size)
-    engine = engines.initialize(
-        controlnet.to(world.device), config.engine, config.optimizer, sizes, precision, universal
-    )
+    network = (UnlockedNetwork(controlnet, base) if unlocked else controlnet).to(world.device)
+    groups = unlocking.parameter_groups(network)
+    engine = engines.initialize(network, config.engine, config.optimizer, sizes, precision, universal, groups)
 
     average = None if config.optimizer.ema_decay is None else engines.Average(engine, config.optimizer.ema_decay)
     step = 0
     if saved and latest:
-        checkpoints.load_checkpoint(engine, latest, average, world)
+        read = unlocking.read_networks if unlocked else checkpoints.read_controlnet
+        checkpoints.load_checkpoint(engine, latest, average, world, read)
         engines.apply_settings(engine, config.optimizer)
         step = saved["step"]
     loader = make_loader(config, world, base, dataset, step, folder, saved and saved["order"], columns)
@@ -557,6 +562,18 @@ def check_aspect_step(config: RunConfig, base: Base) -> None:
         )
 
 
+def unlock_decoder(run: Run) -> None:
+    """From here on the base's decoder learns too. Called by every rank, between two steps."""
+    controlnet, shares = unlocking.take_out(run.engine, run.average)
+    run.engine = run.average = None
+    run.engine, run.average = unlocking.unlocked_engine(
+        controlnet, shares, run.base, run.config, run.precision, run.world.world_size
+    )
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in run.engine.module.decoder.parameters())
+    rate = run.config.optimizer.decoder_learning_rate
+    say(run.world, f"step {run.step}: the base's decoder learns from here on, {parameters:,} parameters at {rate:g}")
+
+
 def validate_and_log(run: Run) -> dict[str, float]:
     """Samples and measures on all ranks; rank 0 logs the figures and the picture. Returns the figures."""
     assert run.held is not None
@@ -621,8 +638,13 @@ def save(run: Run, figures: dict[str, float]) -> None:
         attention=run.attention,
         world_size=run.world.world_size,
         metrics=figures,
+        unlocked=unlocking.is_unlocked(run.engine),
+        unlocked_at=run.config.model.unlock_decoder_at,
     )
-    folder = checkpoints.save_checkpoint(run.engine, run.folder, state, dump(run.config), run.average, run.world)
+    write = unlocking.write_networks if state["unlocked"] else checkpoints.write_controlnet
+    folder = checkpoints.save_checkpoint(
+        run.engine, run.folder, state, dump(run.config), run.average, run.world, write_weights=write
+    )
     if run.tracker is not None:
         saved = checkpoints.read_state(folder)
         named = {name if name == "loss" else f"validation/{name}": value for name, value in figures.items()}

@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from controlbooth.data.manifest import open_dataset
 from controlbooth.models.base import Base
-from controlbooth.models.pretrained import load_base, load_controlnet
+from controlbooth.models.decoder import load_networks
+from controlbooth.models.pretrained import load_base
 from controlbooth.trainer.checkpoint import complete_checkpoints, read_state
 from controlbooth.trainer.config import ConfigError, RunConfig, base_path, load_config
 from controlbooth.trainer.distributed import World
@@ -110,8 +111,8 @@ def measure_run(
         with np.load(kept) as file:
             pictures = {name: file[name] for name in prompts}
     else:
-        controlnet: Any = load_controlnet(checkpoint / "controlnet", base.unet)
-        controlnet.eval().to(world.device)
+        base, controlnet = load_networks(checkpoint / "controlnet", base)
+        controlnet.requires_grad_(False).eval().to(world.device)
         pictures = {
             name: generate(base, controlnet, held, config.validation, world, texts) for name, texts in prompts.items()
         }

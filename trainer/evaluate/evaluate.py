@@ -31,7 +31,8 @@ from tqdm import tqdm
 from controlbooth.data.manifest import Dataset, open_dataset
 from controlbooth.data.scenes import Scene, SceneObject, render
 from controlbooth.models.base import Base
-from controlbooth.models.pretrained import load_base, load_controlnet
+from controlbooth.models.decoder import load_networks
+from controlbooth.models.pretrained import UNET_FOLDER, load_base
 from controlbooth.models.sampling import SCHEDULERS, Control, sample
 from controlbooth.trainer.checkpoint import complete_checkpoints, read_state
 from controlbooth.trainer.config import ConfigError, RunConfig, base_folder, load_config
@@ -197,7 +198,8 @@ def resolve_run(options: argparse.Namespace, where: Path) -> Evaluated:
 def file_digest(folder: Path) -> str:
     """SHA-256 over the names and bytes of a ControlNet's folder."""
     total = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")) + [folder / "config.json"]:
+    files = [*folder.glob("*.safetensors"), *folder.glob(f"{UNET_FOLDER}/*.safetensors")]
+    for path in sorted(files) + [folder / "config.json"]:
         with path.open("rb") as file:
             total.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     return total.hexdigest()
@@ -207,7 +209,7 @@ def evaluate(target: Evaluated, options: argparse.Namespace, world: World) -> in
     out = options.out or target.where / "evaluation"
     began = time.perf_counter()
     base = load_base(base_folder(target.base), target.family, torch.float32, world.device)
-    controlnet: Any = load_controlnet(target.weights, base.unet)
+    controlled, controlnet = load_networks(target.weights, base)
     controlnet.eval().requires_grad_(False).to(world.device)
     dataset = open_dataset(target.data)
     side = target.resolution or base.picture_size[0]
@@ -230,7 +232,10 @@ def evaluate(target: Evaluated, options: argparse.Namespace, world: World) -> in
         return out / "pictures" / f"{slug(name)}-{way_digest(target, base, dataset, network, prompts, guidance, side)}"
 
     for name, (network, prompts, guidance) in ways.items():
-        images[name], new = draw(base, network, held, prompts, guidance, target, way_folder(name), mine, name, world)
+        drawn_by = base if network is None else controlled
+        images[name], new = draw(
+            drawn_by, network, held, prompts, guidance, target, way_folder(name), mine, name, world
+        )
         drawn += new
     seconds = time.perf_counter() - began
     scenes = scenes_of(held)

@@ -18,8 +18,9 @@ from controlbooth.data.decode import decode_image, prepare_target, to_rgb
 from controlbooth.data.loader import held_out
 from controlbooth.data.manifest import open_dataset
 from controlbooth.models.base import Base
+from controlbooth.models.decoder import load_networks
 from controlbooth.models.guidance import SCHEDULES
-from controlbooth.models.pretrained import load_base, load_controlnet
+from controlbooth.models.pretrained import load_base
 from controlbooth.models.sampling import SCHEDULERS, Control, sample
 from controlbooth.trainer.checkpoint import complete_checkpoints
 from controlbooth.trainer.config import ConfigError, base_folder, load_config
@@ -94,7 +95,7 @@ examples:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = DTYPES[resolve_precision("auto", device, zero_stage=1)]
     base = load_base(base_folder(base_name), "auto", dtype, device)
-    networks = {source.kind: open_control(source, base) for source in sources}
+    base, networks = open_controls(sources, base)
     requests = make_requests(options, sources, base)
     options.out.mkdir(parents=True, exist_ok=True)
     pictures: list[np.ndarray] = []
@@ -173,14 +174,29 @@ def base_of(sources: Sequence[Source]) -> str:
     return next(iter(found))
 
 
-def open_control(source: Source, base: Base) -> Any:
-    """The ControlNet in the base's dtype. Raises ConfigError for a folder that holds none."""
+def open_controls(sources: Sequence[Source], base: Base) -> tuple[Base, dict[str, Any]]:
+    """The ControlNets by kind, and the base with the decoder that learned with one of them, if one did.
+
+    Raises ConfigError where two have a decoder of their own: a picture has one decoder.
+    """
+    opened = {source.kind: open_control(source, base) for source in sources}
+    changed = [kind for kind, (own, _) in opened.items() if own is not base]
+    if len(changed) > 1:
+        raise ConfigError(
+            f"{' and '.join(changed)} were each trained with a decoder of their own (model.unlock_decoder_at), and a "
+            "picture has one decoder: use them one at a time"
+        )
+    return opened[changed[0]][0] if changed else base, {kind: network for kind, (_, network) in opened.items()}
+
+
+def open_control(source: Source, base: Base) -> tuple[Base, Any]:
+    """The ControlNet in the base's dtype, and the base that it needs. Raises ConfigError for a folder without one."""
     checkpoints = complete_checkpoints(source.where)
     folder = checkpoints[-1] / "controlnet" if checkpoints else source.where
     if not (folder / "config.json").is_file() and not folder.is_file():
         raise ConfigError(f"{source.where} is neither a run with a whole checkpoint nor a ControlNet's folder")
-    network: Any = load_controlnet(folder, base.unet)
-    return network.eval().requires_grad_(False).to(base.device, base.dtype)
+    own, network = load_networks(folder, base)
+    return own, network.eval().requires_grad_(False).to(base.device, base.dtype)
 
 
 def make_requests(options: argparse.Namespace, sources: Sequence[Source], base: Base) -> list[Request]:

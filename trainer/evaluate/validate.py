@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from controlbooth.data import draws
 from controlbooth.models.base import Base
+from controlbooth.models.decoder import networks_of
 from controlbooth.models.sampling import Control, sample
 from controlbooth.trainer.config import ValidationConfig
 from controlbooth.trainer.distributed import World, gather_objects
@@ -38,6 +39,8 @@ def generate(
     under ZeRO-3 each pass is a collective. progress: what a progress bar calls it; none without.
     """
     prompts = held.captions if prompts is None else prompts
+    if controlnet is not None:
+        base, controlnet = networks_of(base, controlnet)
     count, size = len(held.keys), config.micro_batch_size
     mine = [i % count for i in range(world.rank, -(-count // world.world_size) * world.world_size, world.world_size)]
     pictures: dict[int, np.ndarray] = {}

@@ -1,0 +1,110 @@
+"""The unlocked mode of a ControlNet (`sd_locked=False` of the released code): the U-Net's decoder learns too.
+
+The encoder and the middle block of the base stay locked. A `Base` is never changed: the decoder that learns is a copy,
+in a U-Net of its own that shares the locked modules with the base's.
+"""
+
+import copy
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from controlbooth.models.base import Base
+from controlbooth.models.controlnet import predict
+from controlbooth.models.families import TextEncoding
+from controlbooth.models.pretrained import DECODER_FILE, UNET_FOLDER, read_controlnet
+
+DECODER = ("up_blocks", "conv_norm_out", "conv_out")
+"""Modules of a U-Net that learn when it is unlocked."""
+
+
+class UnlockedNetwork(nn.Module):
+    """What learns: a ControlNet, and a copy of the base's decoder, in float32 as it is made."""
+
+    def __init__(self, controlnet: nn.Module, base: Base):
+        super().__init__()
+        self.controlnet = controlnet
+        self.base = replace(base, unet=with_own_decoder(base.unet, torch.float32))
+        """The base with the decoder that learns. It is no module, so what is locked is not among the parameters."""
+        self.decoder = nn.ModuleDict(decoder_modules(self.base.unet))
+        self.decoder.requires_grad_(True)
+
+    def forward(self, noisy_latents: Tensor, timesteps: Tensor, text: TextEncoding, conditioning: Tensor) -> Tensor:
+        """As `controlnet.predict`. The whole prediction is one call, as an engine around the network expects."""
+        return predict(self.base.unet, self.controlnet, noisy_latents, timesteps, text, conditioning)
+
+
+def with_own_decoder(unet: UNet2DConditionModel, dtype: torch.dtype) -> UNet2DConditionModel:
+    """A U-Net that shares the locked modules of `unet` and has a copy of its decoder, in `dtype`."""
+    own: Any = copy.copy(unet)
+    own._modules = dict(unet._modules)
+    for name, module in decoder_modules(unet).items():
+        setattr(own, name, copy.deepcopy(module).to(dtype))
+    return own
+
+
+def decoder_modules(unet: UNet2DConditionModel) -> dict[str, nn.Module]:
+    return {name: getattr(unet, name) for name in DECODER if getattr(unet, name, None) is not None}
+
+
+def decoder_state(unet: UNet2DConditionModel) -> dict[str, Tensor]:
+    """The decoder's weights under their names in the U-Net."""
+    return {name: tensor for name, tensor in unet.state_dict().items() if name.split(".")[0] in DECODER}
+
+
+def networks_of(base: Base, network: nn.Module) -> tuple[Base, nn.Module]:
+    """The base and the ControlNet that pictures under control are drawn with."""
+    return (network.base, network.controlnet) if isinstance(network, UnlockedNetwork) else (base, network)
+
+
+def controlled_prediction(
+    base: Base,
+    network: nn.Module,
+    noisy_latents: Tensor,
+    timesteps: Tensor,
+    text: TextEncoding,
+    conditioning: Tensor,
+) -> Tensor:
+    """(B, C, h, w): as `controlnet.predict`. network: a ControlNet, an UnlockedNetwork, or an engine around one."""
+    if isinstance(getattr(network, "module", network), UnlockedNetwork):
+        return network(noisy_latents, timesteps, text, conditioning)
+    return predict(base.unet, network, noisy_latents, timesteps, text, conditioning)
+
+
+def save_decoder(weights: dict[str, Tensor], folder: Path) -> None:
+    """Writes a decoder into a ControlNet's folder. weights: under their names in the U-Net."""
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / DECODER_FILE)
+
+
+def load_networks(path: str | os.PathLike[str], base: Base) -> tuple[Base, Any]:
+    """A ControlNet, and the base as it was trained with: with the decoder that learned, where the folder holds one.
+
+    path: as for `load_controlnet`; a checkpoint's controlnet/ or an export. The ControlNet is on the CPU, in float32
+    and trainable; the base is on its device, in its dtype and frozen, and `base` itself is left as it is. Raises
+    ValueError for a decoder or ControlNet of another base.
+    """
+    path = Path(path)
+    controlnet = read_controlnet(path, base.unet)
+    if (path / DECODER_FILE).is_file():
+        weights = load_file(path / DECODER_FILE)
+    elif (path / UNET_FOLDER).is_dir():
+        exported: Any = UNet2DConditionModel.from_pretrained(
+            path / UNET_FOLDER, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
+        )
+        weights = decoder_state(exported)
+    else:
+        return base, controlnet
+    wanted = {name: tensor.shape for name, tensor in decoder_state(base.unet).items()}
+    if {name: tensor.shape for name, tensor in weights.items()} != wanted:
+        raise ValueError(f"the decoder in {path} was made for another base than {base.path}")
+    unet = with_own_decoder(base.unet, base.dtype)
+    unet.load_state_dict(weights, strict=False)  # into the decoder alone: the names have just been compared
+    for module in decoder_modules(unet).values():
+        module.requires_grad_(False).eval()
+    return replace(base, unet=unet), controlnet
