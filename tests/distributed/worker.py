@@ -1,6 +1,7 @@
 """What the ranks of a distributed test do. `torchrun worker.py SCENARIO FOLDER RESULT [ARGUMENT ...]`."""
 
 import json
+import shutil
 import sys
 from functools import partial
 from pathlib import Path
@@ -15,11 +16,12 @@ from tiny import run_tree
 from controlbooth.data.draws import noise_hash
 from controlbooth.data.manifest import open_dataset
 from controlbooth.models.attention import AttentionChoice, apply_attention
+from controlbooth.models.decoder import UnlockedNetwork
 from controlbooth.models.pretrained import load_base
 from controlbooth.trainer import engine as engines
 from controlbooth.trainer import train as training
 from controlbooth.trainer.config import build_config
-from controlbooth.trainer.distributed import World, end_process, gather_objects, join, leave
+from controlbooth.trainer.distributed import World, barrier, end_process, gather_objects, join, leave
 from controlbooth.trainer.spool import read_metrics
 from controlbooth.trainer.step import controlnet_step
 
@@ -82,6 +84,87 @@ def plain(folder: Path, world: World) -> dict:
                 mean[name].lerp_(parameter.detach(), 1.0 - min(o.ema_decay, (1 + number) / (10 + number)))
     save_file(mean, folder / "plain-average.safetensors")
     return {"losses": losses}
+
+
+def unlocking_tree(folder: Path, name: str, stage: int, precision: str = "fp32") -> dict:
+    """A run of six steps, whose decoder learns from the fourth on, with a checkpoint of each and no validation."""
+    tree = run_tree(folder, name) | dict(engine=dict(zero_stage=stage, precision=precision))
+    tree["model"] |= dict(unlock_decoder_at=3)
+    tree["optimizer"] |= dict(decoder_learning_rate=4e-4)
+    tree["checkpoint"] |= dict(every_steps=1)
+    tree["data"] |= dict(held_out=None)
+    return tree
+
+
+def unlocking(folder: Path, world: World, precision: str) -> dict:
+    """The losses of such a run at every ZeRO stage, with validations before its last step and after it."""
+    losses = {}
+    for stage in (0, 1, 2, 3):
+        tree = unlocking_tree(folder, f"unlocking-{stage}-{precision}", stage, precision)
+        if precision == "bf16":
+            tree["optimizer"]["ema_decay"] = None
+        tree["data"] |= dict(held_out=str(folder / "held"))
+        tree["validation"] |= dict(every_steps=5)
+        losses[str(stage)] = run(tree, world)
+    return losses
+
+
+def unlocking_plain(folder: Path, world: World) -> dict:
+    """The same run in a bare PyTorch loop, as `plain`: the decoder's parameters join the optimizer at their step."""
+    config = build_config(unlocking_tree(folder, "unlocking-plain", 0))
+    base = load_base(config.model.base, "auto", torch.float32, "cpu")
+    torch.manual_seed(config.seed)
+    controlnet = training.make_controlnet(config, base)
+    for module in (base.unet, controlnet):
+        apply_attention(module, AttentionChoice("math", "the same for all"))
+    unlocked = UnlockedNetwork(controlnet, base)
+    o = config.optimizer
+    optimizer = torch.optim.AdamW(controlnet.parameters(), o.learning_rate, o.betas, o.epsilon, o.weight_decay)
+    losses = []
+    mean = {name: parameter.detach().clone() for name, parameter in unlocked.named_parameters()}
+    with training.make_loader(config, world, base, open_dataset(config.data.shards), 0, folder) as loader:
+        for number in range(config.max_steps):
+            network: torch.nn.Module = controlnet if number < 3 else unlocked
+            if number == 3:
+                optimizer.add_param_group({"params": list(unlocked.decoder.parameters()), "lr": 4e-4})
+            batch = next(loader)
+            share = len(batch.micro_batches)
+            step = controlnet_step(
+                base,
+                network,
+                lambda loss, n=share: (loss / n).backward(),
+                batch.micro_batches,
+                config.seed,
+                None,
+                world.device,
+            )
+            torch.nn.utils.clip_grad_norm_(network.parameters(), o.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(sum(step) / share)
+            for name, parameter in unlocked.named_parameters():
+                mean[name].lerp_(parameter.detach(), 1.0 - min(o.ema_decay, (1 + number) / (10 + number)))
+    save_file(mean, folder / "unlocking-plain-average.safetensors")
+    return {"losses": losses}
+
+
+def unlocking_resumed(folder: Path, world: World, name: str, *steps: str) -> dict:
+    """The losses of copies of the runs `name`-STAGE, which are made if they are missing, gone on from `steps`."""
+    losses: dict[str, dict[str, list[float]]] = {}
+    for stage in (0, 1, 2, 3):
+        whole = folder / "runs" / f"{name}-{stage}"
+        if not gather_objects(whole.exists(), world)[0]:
+            run(unlocking_tree(folder, whole.name, stage), world)
+        for step in steps:
+            copied = whole.with_name(f"{whole.name}-from-{step}-on-{world.world_size}")
+            if world.rank == 0:
+                shutil.copytree(whole, copied)
+                for checkpoint in (copied / "checkpoints").iterdir():
+                    if int(checkpoint.name.removeprefix("step-")) > int(step):
+                        shutil.rmtree(checkpoint)
+            barrier()
+            losses.setdefault(str(stage), {})[step] = run(unlocking_tree(folder, copied.name, stage), world)
+    return losses
 
 
 def batches(folder: Path, world: World) -> dict:

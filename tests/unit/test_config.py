@@ -62,6 +62,9 @@ def test_the_last_override_wins_over_earlier_ones_over_the_file_over_the_default
         ("data.lanes=100", "data.lanes=100 is not a multiple of global_batch_size=64. Leave data.lanes out, or"),
         ("optimizer.betas=[0.9]", "'optimizer.betas' has 1 values, and needs more"),
         ("optimizer.warmup_steps=101", "optimizer.warmup_steps=101 is more than max_steps=100"),
+        ("model.unlock_decoder_at=100", "unlock_decoder_at=100 is never reached: the run ends at max_steps=100. Raise"),
+        ("model.unlock_decoder_at=-1", "'model.unlock_decoder_at' is -1: Input should be greater than or equal to 0"),
+        ("optimizer.decoder_learning_rate=1e-6", "rate=1e-06 is for a decoder that learns, and it stays locked: say"),
         ("engine.offload_parameters=true", "needs engine.zero_stage=3, and it is 2. Set engine.zero_stage=3, or"),
         ("validation.grid=17", "validation.grid=17 pictures cannot be shown of validation.samples=16"),
         ("seed", "override 'seed' is not section.key=value, e.g. optimizer.learning_rate=1e-5"),
@@ -117,6 +120,7 @@ def test_an_empty_section_has_its_defaults_and_can_be_overridden(tmp_path):
 
 def test_the_resolved_tree_reads_back_as_itself(tmp_path):
     overrides = ["optimizer.ema_decay=0.999", "model.hint_channels=[8, 16]", "data.held_out=h"]
+    overrides += ["model.unlock_decoder_at=50", "optimizer.decoder_learning_rate=1e-6"]
     config = load_config(write(tmp_path), overrides)
     assert build_config(yaml.safe_load(dump(config))) == config
 

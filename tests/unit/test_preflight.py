@@ -231,6 +231,8 @@ def test_checkpoints_are_estimated_from_the_copied_half_of_the_base(good, tmp_pa
     prefix = "model.diffusion_model."
     write_safetensors(single, {f"{prefix}input_blocks.0.weight": [10, 10], f"{prefix}output_blocks.0.weight": [99]})
     assert checkpoint_bytes(config(good, model__base=str(single), optimizer={})) == 100 * 16
+    unlocked = config(good, model={"base": str(single), "unlock_decoder_at": 1})
+    assert checkpoint_bytes(unlocked) == 199 * 16  # the decoder too
     assert preflight(config(good), node()) == []
 
 
