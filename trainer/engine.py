@@ -212,6 +212,15 @@ def optimizer_state(engine: Any) -> list[dict[str, Any]]:
     return [inner.state[master] for master in masters(engine)]
 
 
+def release(engine: Any) -> None:
+    """Ends an engine and empties it: at stage 3 DeepSpeed refers to it for as long as the process lives."""
+    engine.destroy()
+    vars(engine.optimizer).clear()
+    for parameter in engine.module.parameters():
+        if hasattr(parameter, "ds_tensor"):
+            parameter.ds_tensor.data = parameter.ds_tensor.new_empty(0)
+
+
 def full_state(engine: Any) -> dict[str, Tensor]:
     """The masters by parameter name, whole, fp32, on the CPU of every rank. Every rank calls this."""
     from deepspeed.utils import safe_get_full_fp32_param

@@ -357,6 +357,8 @@ def build(config: RunConfig, world: World, folder: Path, latest: Path | None) ->
         read = unlocking.read_networks if unlocked else checkpoints.read_controlnet
         checkpoints.load_checkpoint(engine, latest, average, world, read)
         engines.apply_settings(engine, config.optimizer)
+        if unlocked:
+            unlocking.restore_moment_steps(engine, saved["moment_steps"])
         step = saved["step"]
     loader = make_loader(config, world, base, dataset, step, folder, saved and saved["order"], columns)
     if saved:
@@ -639,9 +641,11 @@ def save(run: Run, figures: dict[str, float]) -> None:
         world_size=run.world.world_size,
         metrics=figures,
         unlocked=unlocking.is_unlocked(run.engine),
-        unlocked_at=run.config.model.unlock_decoder_at,
     )
-    write = unlocking.write_networks if state["unlocked"] else checkpoints.write_controlnet
+    write = checkpoints.write_controlnet
+    if unlocking.is_unlocked(run.engine):
+        write = unlocking.write_networks
+        state |= dict(unlocked_at=run.config.model.unlock_decoder_at, moment_steps=unlocking.moment_steps(run.engine))
     folder = checkpoints.save_checkpoint(
         run.engine, run.folder, state, dump(run.config), run.average, run.world, write_weights=write
     )

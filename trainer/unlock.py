@@ -2,8 +2,9 @@
 
 Until then a run knows nothing of it: the engine holds the ControlNet alone. At the step, the ControlNet's masters,
 moments and average are taken out of that engine, each rank its own share, and handed to one that holds the decoder
-too; the decoder's moments begin at zero there. A resume from a checkpoint of before does the same at the same step,
-and one of after has the second engine's files, so a run that was killed ends like one that was not.
+too; the decoder's moments begin at zero there (and in fp16 the loss scale at its first value). A resume from a
+checkpoint of before does the same at the same step, and one of after has the second engine's files, so a run that was
+killed ends like one that was not.
 """
 
 import gc
@@ -100,7 +101,7 @@ def take_out(engine: Any, average: engines.Average | None) -> tuple[Any, list[Sh
         )
         for master, mean, state in zip(masters, means, states, strict=True)
     ]
-    engine.destroy()
+    engines.release(engine)
     return controlnet, shares
 
 
@@ -138,6 +139,18 @@ def unlocked_engine(
         assert share.mean is not None, "the average begins with the run"
         mean.copy_(share.mean)
     return engine, average
+
+
+def moment_steps(engine: Any) -> list[float]:
+    """How many steps the moments of each of the optimizer's tensors hold, to be saved with an unlocked checkpoint."""
+    return [float(state.get("step", 0)) for state in engines.optimizer_state(engine)]
+
+
+def restore_moment_steps(engine: Any, steps: list[float]) -> None:
+    """After a load: the universal format of ZeRO-3 has one number for all, and the decoder's has begun later."""
+    for state, taken in zip(engines.optimizer_state(engine), steps, strict=True):
+        if torch.is_tensor(state.get("step")):
+            state["step"] = torch.full_like(state["step"], taken)
 
 
 def write_networks(engine: Any, weights: dict[str, Tensor], folder: Path) -> None:
