@@ -214,11 +214,14 @@ def optimizer_state(engine: Any) -> list[dict[str, Any]]:
 
 def release(engine: Any) -> None:
     """Ends an engine and empties it: at stage 3 DeepSpeed refers to it for as long as the process lives."""
+    held, states = masters(engine), optimizer_state(engine)
+    held += [parameter.ds_tensor for parameter in engine.module.parameters() if hasattr(parameter, "ds_tensor")]
     engine.destroy()
+    for state in states:
+        state.clear()
+    for tensor in held:
+        tensor.grad, tensor.data = None, tensor.new_empty(0)
     vars(engine.optimizer).clear()
-    for parameter in engine.module.parameters():
-        if hasattr(parameter, "ds_tensor"):
-            parameter.ds_tensor.data = parameter.ds_tensor.new_empty(0)
 
 
 def full_state(engine: Any) -> dict[str, Tensor]:
