@@ -7,8 +7,9 @@
                               state.json     step, position in the data, fingerprint, figures, digest of the weights
                               COMPLETE       names and sizes of all files; written last, before the folder gets its name
 
-A folder is written under a hidden name and renamed after every rank has finished, so a name that is seen is a whole
-checkpoint. A copy that lost a file is recognised by COMPLETE and passed over.
+A checkpoint is made in the folder of this start of the run (attempt.py) and moved to its place after every rank has
+finished, so a name that is seen is a whole checkpoint, and a start that a newer one has replaced cannot put one there.
+A copy that lost a file is recognised by COMPLETE and passed over.
 """
 
 import contextlib
@@ -29,6 +30,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from controlbooth.models.pretrained import save_controlnet
+from controlbooth.trainer.attempt import Attempt, move
 from controlbooth.trainer.distributed import World, barrier, from_first_rank, gather_objects
 from controlbooth.trainer.engine import Average, full_state
 
@@ -95,6 +97,7 @@ def save_checkpoint(
     config: str,
     average: Average | None,
     world: World,
+    attempt: Attempt,
     name: str = "controlnet",
     write_weights: Callable[[Any, dict[str, Tensor], Path], None] = write_controlnet,
 ) -> Path:
@@ -103,13 +106,14 @@ def save_checkpoint(
     state: JSON values, with at least `step`. config: the run's, as YAML. name: of the folder for the trained weights,
     which write_weights(engine, weights by name, folder) fills on rank 0. Raises OSError where the disk is too small,
     and CheckpointError where rank 0 does not see what another rank wrote; on all ranks, and nothing is committed.
+    attempt: of the run, which may hold several folders like `run`.
     """
     final = folder_of(run, state["step"])
-    partial = final.with_name("." + final.name + ".partial")
+    partial = attempt.folder / final.name
     _check_space(engine, run, world)
     if world.rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        partial.mkdir()
     barrier()
     with _quiet():
         engine.save_checkpoint(str(partial), tag=_TAG, client_state={}, save_latest=False)
@@ -127,7 +131,7 @@ def save_checkpoint(
     if missing:
         raise CheckpointError(f"rank 0 does not see {missing[0]} in {partial / _TAG}. Put `output` on a shared disk")
     if world.rank == 0:
-        _commit(partial, final)
+        _commit(partial, final, attempt)
     barrier()
     return final
 
@@ -137,6 +141,7 @@ def load_checkpoint(
     checkpoint: Path,
     average: Average | None,
     world: World,
+    attempt: Attempt,
     read_weights: Callable[[Path], dict[str, Tensor]] = read_controlnet,
 ) -> None:
     """Every rank calls this, on an engine made with load_universal = `needs_universal`.
@@ -148,7 +153,7 @@ def load_checkpoint(
     if needs_universal(state, world.world_size):
         tag = _UNIVERSAL
         if world.rank == 0 and not (checkpoint / _UNIVERSAL / COMPLETE).exists():
-            _make_universal(checkpoint)
+            _make_universal(checkpoint, attempt)
         barrier()
     with _quiet():
         path, _ = engine.load_checkpoint(str(checkpoint), tag=tag, load_lr_scheduler_states=False)
@@ -183,8 +188,11 @@ def check_same_run(state: dict[str, Any], now: dict[str, Any], checkpoint: Path)
             )
 
 
-def prune(run: Path, keep: int, keep_best: int, metric: str = "edge_f1") -> None:
-    """Deletes all but the `keep` latest checkpoints and the `keep_best` best. Rank 0 calls it after a commit."""
+def prune(run: Path, keep: int, keep_best: int, attempt: Attempt, metric: str = "edge_f1") -> None:
+    """Deletes all but the `keep` latest checkpoints and the `keep_best` best. Rank 0 calls it after a commit.
+
+    Raises Superseded, and deletes nothing of the newer start's.
+    """
     whole = complete_checkpoints(run)
     scored = [(read_state(path).get("metrics", {}).get(metric), path) for path in whole]
     best = (
@@ -195,11 +203,7 @@ def prune(run: Path, keep: int, keep_best: int, metric: str = "edge_f1") -> None
     kept = {*whole[-keep:], *(path for _, path in best)}
     for path in whole:
         if path not in kept:
-            doomed = path.with_name("." + path.name + ".deleted")  # half a deletion must not look like a checkpoint
-            path.rename(doomed)
-            shutil.rmtree(doomed)
-    for remains in (run / "checkpoints").glob(".step-*"):
-        shutil.rmtree(remains)
+            _delete(path, attempt)
 
 
 def as_module(trained: Any, weights: dict[str, Tensor]) -> ControlNetModel:
@@ -226,7 +230,14 @@ def _sizes(folder: Path) -> dict[str, int]:
     return {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def _commit(partial: Path, final: Path) -> None:
+def _delete(checkpoint: Path, attempt: Attempt) -> None:
+    """Moved away first: half a deletion must not look like a checkpoint."""
+    doomed = attempt.folder / f"{checkpoint.name}.deleted"
+    move(attempt, checkpoint, doomed)
+    shutil.rmtree(doomed)
+
+
+def _commit(partial: Path, final: Path, attempt: Attempt) -> None:
     sizes = _sizes(partial)
     for name in sizes:
         with open(partial / name, "rb") as file:
@@ -235,8 +246,10 @@ def _commit(partial: Path, final: Path) -> None:
         json.dump(sizes, file)
         file.flush()
         os.fsync(file.fileno())
-    shutil.rmtree(final, ignore_errors=True)  # the same step again, after a resume from an older checkpoint
-    partial.rename(final)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    if final.exists():  # the same step again: the one that is there has lost a file, or it would have been gone on from
+        _delete(final, attempt)
+    move(attempt, partial, final)
     directory = os.open(final.parent, os.O_RDONLY)
     os.fsync(directory)
     os.close(directory)
@@ -254,14 +267,14 @@ def _check_space(engine: Any, run: Path, world: World) -> None:
         )
 
 
-def _make_universal(checkpoint: Path) -> None:
+def _make_universal(checkpoint: Path, attempt: Attempt) -> None:
     """Splits DeepSpeed's files by parameter, so that a world of another size can put them together."""
     import argparse
 
     from deepspeed.checkpoint import ds_to_universal
 
-    target = checkpoint / _UNIVERSAL
-    shutil.rmtree(target, ignore_errors=True)
+    target = attempt.folder / _UNIVERSAL
+    shutil.rmtree(checkpoint / _UNIVERSAL, ignore_errors=True)  # a copy of the checkpoint may hold a part of it
     arguments = argparse.Namespace(
         input_folder=str(checkpoint / _TAG),
         output_folder=str(target),
@@ -274,8 +287,8 @@ def _make_universal(checkpoint: Path) -> None:
     print(f"the world's size changed: splitting {checkpoint / _TAG} by parameter", file=sys.stderr, flush=True)
     with _quiet():
         ds_to_universal.main(arguments)
-    (checkpoint / f"latest_{_UNIVERSAL}").unlink(missing_ok=True)
     (target / COMPLETE).touch()
+    move(attempt, target, checkpoint / _UNIVERSAL)
 
 
 @contextlib.contextmanager

@@ -44,9 +44,11 @@ from controlbooth.models.base import Base
 from controlbooth.models.controlnet import denoise
 from controlbooth.models.families import encode_prompts
 from controlbooth.models.pretrained import load_base
+from controlbooth.trainer.attempt import Attempt, Superseded, only_run
 from controlbooth.trainer.config import ConfigError, base_folder
 from controlbooth.trainer.distributed import World, barrier, end_process, gather_objects, join, leave
 from controlbooth.trainer.engine import DTYPES, resolve_precision
+from controlbooth.trainer.failures import end_superseded, note_failure
 from controlbooth.trainer.full import train_fully
 from controlbooth.trainer.step import dreambooth_step
 from controlbooth.trainer.studio import (
@@ -72,7 +74,7 @@ from controlbooth.trainer.subjects import (
     share_of_rank,
     write_record,
 )
-from controlbooth.trainer.train import StopRequest, choose_once, note_failure, only_run, quiet_libraries
+from controlbooth.trainer.train import StopRequest, choose_once, quiet_libraries
 
 LAYERS = {"attention": ATTENTION, "attention+convolutions": ATTENTION + CONVOLUTIONS}
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -101,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", metavar="section.key=value", nargs="*")
     parser.add_argument("--rows", metavar="FIRST:END", help="train these rows of the manifest alone, counted from 0")
     options = parser.parse_intermixed_args(argv)
-    rank, own = int(os.environ.get("RANK", "0")), None
+    rank = int(os.environ.get("RANK", "0"))
     stop = StopRequest()
     quiet_libraries()
     try:
@@ -121,11 +123,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif others := sorted((folder / "rows").glob("*")):
             raise ConfigError(f"{folder} was begun as an array ({others[0]}): go on with `controlbooth launch resume`")
         world = join()
-        with only_run(own, world):
-            return train_subjects(config, tasks, faults, world, stop, folder, own)
+        with only_run(own, world) as attempt:
+            try:
+                return train_subjects(config, tasks, faults, attempt, world, stop, folder)
+            except (ValueError, OSError) as error:
+                if options.rows:  # whether a task of an array is to be tried again is read from there
+                    note_failure(attempt, rank, error)
+                raise
+    except Superseded as error:
+        end_superseded(error, rank)
     except (ValueError, OSError) as error:
-        if options.rows and own is not None and own.is_dir():
-            note_failure(own, rank, error)
         print(f"rank {rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         os._exit(2)
     finally:
@@ -158,15 +165,17 @@ def train_subjects(
     config: SubjectRunConfig,
     tasks: Sequence[Task],
     faults: dict[str, str],
+    attempt: Attempt,
     world: World,
     stop: StopRequest,
     folder: Path,
-    own: Path,
 ) -> int:
     """Trains all that are not finished. Returns 0, also where it was stopped, or 1 where a subject has failed.
 
-    folder: of the run. own: the same, or the part of it that belongs to these tasks alone, where others train others.
+    folder: of the run. That of the attempt is the same, or the part of it that belongs to these tasks alone, where
+    others train others.
     """
+    own = attempt.run
     zero_stage = config.engine.zero_stage if config.method == "full" else 1
     precision = resolve_precision(config.precision, world.device, zero_stage)
     if config.method == "full":
@@ -185,7 +194,8 @@ def train_subjects(
     barrier()
     draw_prior(config, base, tasks, world)
     if config.method == "full":
-        stopped = train_fully(config, base, unfinished(folder, tasks), attention, precision, folder, world, stop)
+        left = unfinished(folder, tasks)
+        stopped = train_fully(config, base, left, attention, precision, folder, attempt, world, stop)
     else:
         stopped = train_stacked(config, base, tasks, folder, own, world, stop)
     failed = failures(folder, tasks) | faults

@@ -26,6 +26,7 @@ from controlbooth.models.families import TextEncoding, encode_prompts
 from controlbooth.models.pretrained import load_base
 from controlbooth.trainer import checkpoint as checkpoints
 from controlbooth.trainer import engine as engines
+from controlbooth.trainer.attempt import Attempt
 from controlbooth.trainer.config import ConfigError, OptimizerConfig, base_folder
 from controlbooth.trainer.distributed import World, barrier, gather_objects
 from controlbooth.trainer.step import SubjectBatch, dreambooth_step
@@ -72,7 +73,13 @@ class FullTraining:
 
 
 def begin_full(
-    config: SubjectRunConfig, task: Task, attention: AttentionChoice, precision: str, folder: Path, world: World
+    config: SubjectRunConfig,
+    task: Task,
+    attention: AttentionChoice,
+    precision: str,
+    folder: Path,
+    attempt: Attempt,
+    world: World,
 ) -> FullTraining:
     """The base's own weights, or those of the subject's latest checkpoint."""
     base = load_base(base_folder(config.model.base), config.model.family, torch.float32, world.device)
@@ -102,7 +109,7 @@ def begin_full(
                 f"{latest} was saved with {changed[0]}={saved[changed[0]]!r}, and the run has {now[changed[0]]!r}. Set "
                 f"it back, or delete {run} to begin this subject anew"
             )
-        checkpoints.load_checkpoint(engine, latest, None, world)
+        checkpoints.load_checkpoint(engine, latest, None, world, attempt)
         engines.apply_settings(engine, settings)
         training.step = saved["step"]
     return training
@@ -142,7 +149,9 @@ def step_full(config: SubjectRunConfig, training: FullTraining, batch: SubjectBa
     return float(instance), float(prior), skipped
 
 
-def save_full(config: SubjectRunConfig, training: FullTraining, precision: str, folder: Path, world: World) -> None:
+def save_full(
+    config: SubjectRunConfig, training: FullTraining, precision: str, folder: Path, attempt: Attempt, world: World
+) -> None:
     """A checkpoint of the subject, and none older. Every rank calls this."""
     run = folder / "subjects" / training.task.name
     state = identity(config, training.task, precision, training.base) | dict(
@@ -155,11 +164,12 @@ def save_full(config: SubjectRunConfig, training: FullTraining, precision: str, 
         yaml.safe_dump(config.model_dump(mode="json")),
         None,
         world,
+        attempt,
         WEIGHTS,
         write_weights,
     )
     if world.rank == 0:
-        checkpoints.prune(run, keep=1, keep_best=0)
+        checkpoints.prune(run, keep=1, keep_best=0, attempt=attempt)
     barrier()
 
 
@@ -206,6 +216,7 @@ def train_fully(
     attention: AttentionChoice,
     precision: str,
     folder: Path,
+    attempt: Attempt,
     world: World,
     stop: StopRequest,
 ) -> bool:
@@ -222,7 +233,7 @@ def train_fully(
             status(folder, task.name, state="failed", error=str(error))
             bar.update(task.steps)
             continue
-        training = begin_full(config, task, attention, precision, folder, world)
+        training = begin_full(config, task, attention, precision, folder, attempt, world)
         status(folder, task.name, state="training", step=training.step, steps=task.steps)
         bar.update(training.step)
         skipped_in_a_row, stopped = 0, False
@@ -236,7 +247,7 @@ def train_fully(
             stopped = any(gather_objects(stop.requested, world))
             due = training.step == task.steps or training.step % config.checkpoint_every_steps == 0
             if (stopped or due) and not skipped_in_a_row:
-                save_full(config, training, precision, folder, world)
+                save_full(config, training, precision, folder, attempt, world)
         if skipped_in_a_row > MOST_SKIPPED:
             error = (
                 f"{skipped_in_a_row} updates in a row had no finite gradient, up to step {training.step}. Lower its "

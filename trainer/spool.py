@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import sys
 import threading
 import time
@@ -59,17 +60,27 @@ class State:
 class Spool:
     """metrics.jsonl and tracking.json of one run folder, open for one writer. Any thread may call its methods."""
 
-    def __init__(self, folder: Path, uri: str, experiment: str):
+    def __init__(self, folder: Path, uri: str, experiment: str, made_in: Path | None = None):
         """Opens or starts them. Another server or experiment than before gets everything from the first line.
 
+        made_in: the folder of the start that has taken the run (attempt.py), in which new versions of the files are
+        made. metrics.jsonl is then a fresh copy, so that an older start that still has the old one open writes into
+        nothing; and this one can replace neither file when its own folder is gone.
         Raises ValueError for a tracking.json that cannot be read.
         """
         folder.mkdir(parents=True, exist_ok=True)
         self.path, self._state_path = folder / LINES, folder / STATE
+        self._made_in = made_in or folder
         self._lock = threading.RLock()
         self._generation = 0  # of the file: offsets of an older one mean nothing
         self._searched: dict[str, int] = {}  # stream -> bytes in which there is nothing more of it
         self._file = _open_without_torn_line(self.path)
+        if made_in is not None:
+            self._file.close()
+            shutil.copyfile(self.path, made_in / LINES)
+            self._file = (made_in / LINES).open("ab", buffering=0)
+            os.fsync(self._file.fileno())
+            os.replace(made_in / LINES, self.path)
         state = _read_state(self._state_path) or State(uri, experiment)
         if (state.uri, state.experiment) != (uri, experiment):
             state = State(uri, experiment, created=state.created, params=state.params)
@@ -82,7 +93,7 @@ class Spool:
             if self._file.closed:
                 raise ValueError(f"{self.path} is closed")
             self.state = replace(self.state, **changes)
-            temporary = self._state_path.with_suffix(".tmp")
+            temporary = self._made_in / f"{STATE}.tmp"
             with temporary.open("w") as file:
                 json.dump(asdict(self.state), file, indent=1)
                 file.flush()
@@ -128,7 +139,7 @@ class Spool:
     def cut_back(self, step: int) -> None:
         """Removes the records of later steps, sent or not; they will be written again."""
         with self._lock:
-            temporary = self.path.with_suffix(".tmp")
+            temporary = self._made_in / f"{LINES}.tmp"
             first_cut, start = None, 0
             with temporary.open("wb") as kept:
                 for line, end in _lines(self.path, 0):
@@ -150,6 +161,10 @@ class Spool:
             self._searched.clear()
             self._file.close()
             self._file = self.path.open("ab", buffering=0)
+
+    def is_ours(self) -> bool:
+        """Whether no newer start has taken the run. Asked before something is sent or written."""
+        return self._made_in.is_dir()
 
     def close(self) -> None:
         with self._lock:

@@ -44,13 +44,17 @@ class Tracker:
         params: Mapping[str, Any],
         tags: Mapping[str, str],
         system_metrics_seconds: float,
+        made_in: Path | None = None,
     ):
-        """params: may be nested; changed ones of a resumed run become tags, since MLflow refuses to change a param."""
+        """params: may be nested; changed ones of a resumed run become tags, since MLflow refuses to change a param.
+
+        made_in: the folder of the start that has taken the run (attempt.py). When it is gone, nothing more is sent.
+        """
         quiet_environment()
         if uri.startswith("sqlite:///"):
             Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
         self.folder = Path(run_folder).absolute()
-        self._spool = Spool(self.folder, uri, experiment)
+        self._spool = Spool(self.folder, uri, experiment, made_in)
         self._run_name = run_name
         self._run: MlflowRun | None = None
         self._generation = -1  # of the lines that it was told about
@@ -145,7 +149,7 @@ class Tracker:
     def _send(self) -> None:
         """The sending thread: each stream at its own pace, until closed and empty, or closed and out of time."""
         retry_at, pause = dict.fromkeys(STREAMS, 0.0), dict.fromkeys(STREAMS, 0.0)
-        while True:
+        while self._spool.is_ours():
             for stream in STREAMS:
                 if time.monotonic() < retry_at[stream] and not self._closing.is_set():
                     continue
@@ -153,6 +157,8 @@ class Tracker:
                     while self._send_some(stream):
                         pass
                 except Exception as error:  # of the server, a proxy or a library: the lines are kept, and sent later
+                    if not self._spool.is_ours():
+                        return
                     self._report(stream, error, again=pause[stream] > 0)
                     pause[stream] = min(max(FIRST_RETRY_SECONDS, 2 * pause[stream]), LAST_RETRY_SECONDS)
                     retry_at[stream] = time.monotonic() + pause[stream]
@@ -205,7 +211,7 @@ class Tracker:
 
     def _sample(self, seconds: float) -> None:
         psutil.cpu_percent()  # the first call only starts the measurement
-        while not self._closing.wait(seconds):
+        while not self._closing.wait(seconds) and self._spool.is_ours():
             self._spool.append({"system": system_metrics(self.folder)})
 
 

@@ -7,7 +7,6 @@ is one, and loops: step, log, validate, save, stop. Started again after whatever
 
 import argparse
 import contextlib
-import fcntl
 import json
 import logging
 import math
@@ -18,7 +17,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -51,6 +50,14 @@ from controlbooth.models.pretrained import load_base, load_controlnet
 from controlbooth.trainer import checkpoint as checkpoints
 from controlbooth.trainer import engine as engines
 from controlbooth.trainer import unlock as unlocking
+from controlbooth.trainer.attempt import (
+    Attempt,
+    Superseded,
+    check_still_ours,
+    is_superseded,
+    only_run,
+)
+from controlbooth.trainer.attempt import write_text as write_own
 from controlbooth.trainer.config import (
     ConfigError,
     RunConfig,
@@ -85,11 +92,19 @@ from controlbooth.trainer.evaluate.convergence import (
 from controlbooth.trainer.evaluate.extract import Extract, extractor
 from controlbooth.trainer.evaluate.held_out import HeldOutSet, load_held_out
 from controlbooth.trainer.evaluate.validate import validate
+from controlbooth.trainer.failures import (
+    FAILED,
+    STATUS,
+    RankFailed,
+    end_superseded,
+    failure_noted,
+)
 from controlbooth.trainer.spool import read_metrics
 from controlbooth.trainer.step import controlnet_step
+from controlbooth.trainer.stragglers import Pace, slowest
 from controlbooth.trainer.tracking import Status, Tracker
+from controlbooth.trainer.watchdog import Watchdog, watching
 
-STATUS = "status.json"
 IN_MLFLOW: dict[str, Status] = {"failed": "FAILED", "stopped": "KILLED", "finished": "FINISHED"}
 
 
@@ -103,6 +118,8 @@ class Run:
 
     config: RunConfig
     world: World
+    attempt: Attempt
+    watchdog: Watchdog
     folder: Path
     precision: str
     attention: str
@@ -133,20 +150,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # from deepspeed; the environment has it too
     options = parser.parse_intermixed_args(argv)
     stop = StopRequest()
-    rank, folder = int(os.environ.get("RANK", "0")), None
+    rank = int(os.environ.get("RANK", "0"))
     quiet_libraries()
     try:
         config = load_config(options.run, options.overrides)
-        world = join()
-        folder = run_folder(config)
-        return train(config, world, stop)
-    except Exception as error:
-        if folder is not None and folder.is_dir():
-            note_failure(folder, rank, error)
-        if isinstance(error, (ValueError, OSError, TrainingStopped, DistError)):
-            print(f"rank {rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-            os._exit(2)  # the other ranks may be inside a collective; torchrun ends them when this one is gone
-        raise
+        return train(config, join(), stop)
+    except Superseded as error:
+        end_superseded(error, rank)
+    except (ValueError, OSError, TrainingStopped, RankFailed, DistError) as error:
+        print(f"rank {rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        os._exit(FAILED)  # the other ranks may be inside a collective; torchrun ends them when this one is gone
     finally:
         leave()
 
@@ -154,17 +167,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(config: RunConfig, world: World, stop: "StopRequest") -> int:
     """Runs to max_steps, to its early stop or to a stop request. Returns 0 in all cases; status.json says which."""
     folder = run_folder(config)
-    with only_run(folder, world):
+    with (
+        only_run(folder, world) as attempt,
+        failure_noted(attempt, config, world),
+        watching(attempt, world, config.engine.hang_timeout_seconds) as watchdog,
+    ):
         latest = checkpoints.latest_checkpoint(folder, world)
         if latest is not None and checkpoints.read_state(latest)["step"] >= config.max_steps:
             if world.rank == 0:
-                send_what_is_left(folder, config)
+                send_what_is_left(attempt, config)
             say(world, f"{folder} is finished at step {config.max_steps}. Raise max_steps to go on, or change the name")
             return 0
-        run = build(config, world, folder, latest)
+        run = build(config, world, attempt, watchdog, latest)
         if world.rank == 0:
-            write_text(folder / "config.yaml", dump(config))  # only now: it is the run's, and has been accepted
-            write_status(folder / STATUS, state="running", step=run.step)
+            write_own(attempt, folder / "config.yaml", dump(config))  # only now: it is the run's, and was accepted
+            write_own_status(attempt, state="running", step=run.step)
         state = "failed"
         try:
             if run.held and run.step:
@@ -177,68 +194,40 @@ def train(config: RunConfig, world: World, stop: "StopRequest") -> int:
         finally:
             run.loader.close()
             if world.rank == 0 and state != "failed":
-                write_speed(folder, precision=run.precision, attention=run.attention, world_size=world.world_size)
-                write_status(folder / STATUS, state=state, step=run.step)  # before MLflow, which may take its time
-            if run.tracker is not None:
+                write_speed(attempt, precision=run.precision, attention=run.attention, world_size=world.world_size)
+                write_own_status(attempt, state=state, step=run.step)  # before MLflow, which may take its time
+            if run.tracker is not None and not is_superseded(attempt):  # else the MLflow run is the other's too
                 run.tracker.finish(IN_MLFLOW[state])
                 run.tracker.close(timeout_seconds=30.0)
     say(world, f"{state} at step {run.step} of {config.max_steps}: {folder}")
     return 0
 
 
-@contextlib.contextmanager
-def only_run(folder: Path, world: World) -> Iterator[None]:
-    """Makes the folder and holds its lock: two trainings in one folder would delete each other's checkpoints.
-
-    Raises ConfigError on all ranks where another process has it. The lock goes with the process, however that ends.
-    """
-    lock, free = None, True
-    if world.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            free = False
-    try:
-        if not from_first_rank(free):
-            raise ConfigError(f"{folder} is in use by another training. Wait for it, stop it, or change `name`")
-        yield
-    finally:
-        if lock is not None:
-            lock.close()
-
-
-def note_failure(folder: Path, rank: int, error: Exception) -> None:
-    """failed-RANK.json, as each rank may fail for another reason, and status.json from rank 0."""
-    with contextlib.suppress(OSError):  # a full disk may be what failed; the message on the terminal remains
-        fields = dict(state="failed", rank=rank, error=f"{type(error).__name__}: {error}")
-        write_status(folder / f"failed-{rank}.json", **fields)
-        status = folder / STATUS
-        if rank == 0 and (not status.exists() or json.loads(status.read_text())["state"] == "running"):
-            write_status(status, **fields)  # a restart that was refused has not changed a run that had ended
-
-
-def send_what_is_left(folder: Path, config: RunConfig) -> None:
+def send_what_is_left(attempt: Attempt, config: RunConfig) -> None:
     """Of a finished run whose server did not answer at its end, or which was killed on its very last line."""
-    tracker = open_tracker(folder, config, {})
+    folder, tracker = attempt.run, open_tracker(attempt.run, config, {}, attempt)
     tracker.finish("FINISHED")
     tracker.close(timeout_seconds=30.0)
     state = checkpoints.read_state(checkpoints.complete_checkpoints(folder)[-1])
     if not (folder / "speed.json").exists():
-        write_speed(folder, precision=state["precision"], attention=state["attention"], world_size=state["world_size"])
-    write_status(folder / STATUS, state="finished", step=state["step"])
+        write_speed(attempt, precision=state["precision"], attention=state["attention"], world_size=state["world_size"])
+    write_own_status(attempt, state="finished", step=state["step"])
 
 
 def loop(run: Run, stop: "StopRequest") -> None:
     config, world = run.config, run.world
     bar = progress_bar(run)
-    skipped_in_a_row = 0
+    pace = Pace(world)
+    backward = pace.before(lambda loss: engines.accumulate(run.engine, loss))
+    skipped_in_a_row, first = 0, run.step
     started = time.perf_counter()
     while run.step < config.max_steps and not converged_long_ago(run):
         if unlocking.unlocks_now(config, run.step, run.engine):
+            run.watchdog.begin("unlocking the decoder", run.step)
             unlock_decoder(run)
-            started = time.perf_counter()
+            first, started = run.step, time.perf_counter()
+        run.watchdog.begin("the step" if run.step > first else "the first step", run.step + 1)
+        pace.begin()
         batch = next(run.loader)
 
         # One optimizer step. Everything random about it was drawn from (seed, position).
@@ -246,7 +235,7 @@ def loop(run: Run, stop: "StopRequest") -> None:
         losses = controlnet_step(
             run.base,
             run.engine,
-            lambda loss: engines.accumulate(run.engine, loss),
+            backward,
             batch.micro_batches,
             config.seed,
             config.optimizer.min_snr_gamma,
@@ -261,9 +250,10 @@ def loop(run: Run, stop: "StopRequest") -> None:
         seconds = time.perf_counter() - started
         started = time.perf_counter()
         mean_loss = sum(losses) / len(losses) / world.world_size
-        loss, stops, substitutions, cache_hits = all_sum(
-            [mean_loss, float(stop.requested), float(batch.substitutions), float(batch.cache_hits)]
+        loss, stops, substitutions, cache_hits, *busy = all_sum(
+            [mean_loss, float(stop.requested), float(batch.substitutions), float(batch.cache_hits), *pace.shares()]
         )
+        check_still_ours(run.attempt)
         waited, depth_short, fetch, decode, memory = all_max(
             [
                 batch.wait_seconds,
@@ -291,6 +281,10 @@ def loop(run: Run, stop: "StopRequest") -> None:
             "peak_memory_gib": memory,
             "skipped": float(skipped),
         }
+        if world.world_size > 1:
+            metrics["slowest_rank"], metrics["slowest_rank_ratio"] = slowest(busy)
+        if line := pace.note(busy, seconds):
+            say(world, line)
         if run.tracker is not None:
             run.tracker.log(run.step, {name: value for name, value in metrics.items() if math.isfinite(value)})
         bar.set_postfix(
@@ -315,8 +309,9 @@ def loop(run: Run, stop: "StopRequest") -> None:
     bar.close()
 
 
-def build(config: RunConfig, world: World, folder: Path, latest: Path | None) -> Run:
+def build(config: RunConfig, world: World, attempt: Attempt, watchdog: Watchdog, latest: Path | None) -> Run:
     """Everything that the run names, checked, on this rank's device, and at the latest checkpoint if there is one."""
+    folder = attempt.run
     saved = checkpoints.read_state(latest) if latest else None
     request = config.engine.precision
     if saved and request == "auto":
@@ -355,7 +350,7 @@ def build(config: RunConfig, world: World, folder: Path, latest: Path | None) ->
     step = 0
     if saved and latest:
         read = unlocking.read_networks if unlocked else checkpoints.read_controlnet
-        checkpoints.load_checkpoint(engine, latest, average, world, read)
+        checkpoints.load_checkpoint(engine, latest, average, world, attempt, read)
         engines.apply_settings(engine, config.optimizer)
         if unlocked:
             unlocking.restore_moment_steps(engine, saved["moment_steps"])
@@ -380,6 +375,8 @@ def build(config: RunConfig, world: World, folder: Path, latest: Path | None) ->
     run = Run(
         config,
         world,
+        attempt,
+        watchdog,
         folder,
         precision,
         chosen.name,
@@ -579,6 +576,7 @@ def unlock_decoder(run: Run) -> None:
 def validate_and_log(run: Run) -> dict[str, float]:
     """Samples and measures on all ranks; rank 0 logs the figures and the picture. Returns the figures."""
     assert run.held is not None
+    run.watchdog.begin("the validation", run.step)
     grid = run.folder / "samples" / f"step-{run.step:08d}.png"
     began = time.perf_counter()
     with engines.averaged_weights(run.engine, run.average):
@@ -629,6 +627,7 @@ def converged_long_ago(run: Run) -> bool:
 
 def save(run: Run, figures: dict[str, float]) -> None:
     """A checkpoint of this step, on every rank; then rank 0 deletes older ones."""
+    run.watchdog.begin("the checkpoint", run.step)
     state = dict(
         step=run.step,
         order=order_state(run.loader.order, run.dataset.fingerprint, run.loader.position),
@@ -647,13 +646,13 @@ def save(run: Run, figures: dict[str, float]) -> None:
         write = unlocking.write_networks
         state |= dict(unlocked_at=run.config.model.unlock_decoder_at, moment_steps=unlocking.moment_steps(run.engine))
     folder = checkpoints.save_checkpoint(
-        run.engine, run.folder, state, dump(run.config), run.average, run.world, write_weights=write
+        run.engine, run.folder, state, dump(run.config), run.average, run.world, run.attempt, write_weights=write
     )
     if run.tracker is not None:
         saved = checkpoints.read_state(folder)
         named = {name if name == "loss" else f"validation/{name}": value for name, value in figures.items()}
         run.tracker.log_checkpoint(run.step, saved["digest"], folder.absolute().as_uri(), named)
-        checkpoints.prune(run.folder, run.config.checkpoint.keep, run.config.checkpoint.keep_best)
+        checkpoints.prune(run.folder, run.config.checkpoint.keep, run.config.checkpoint.keep_best, run.attempt)
     barrier()
 
 
@@ -685,10 +684,11 @@ def make_tracker(run: Run, parameters: int) -> Tracker:
         "world_size": str(run.world.world_size),
         "controlnet_parameters": str(parameters),
     }
-    return open_tracker(run.folder, run.config, tags)
+    return open_tracker(run.folder, run.config, tags, run.attempt)
 
 
-def open_tracker(folder: Path, config: RunConfig, tags: dict[str, str]) -> Tracker:
+def open_tracker(folder: Path, config: RunConfig, tags: dict[str, str], attempt: Attempt | None = None) -> Tracker:
+    """attempt: the start that has taken the run; without one, what is logged goes beside what a training may log."""
     return Tracker(
         folder,
         tracking_uri(config),
@@ -697,6 +697,7 @@ def open_tracker(folder: Path, config: RunConfig, tags: dict[str, str]) -> Track
         params=config.model_dump(mode="json"),
         tags=tags,
         system_metrics_seconds=config.tracking.system_metrics_seconds,
+        made_in=attempt.folder if attempt else None,
     )
 
 
@@ -740,6 +741,10 @@ def say(world: World, message: str) -> None:
         tqdm.write(message, file=sys.stderr)
 
 
+def write_own_status(attempt: Attempt, **fields: Any) -> None:
+    write_own(attempt, attempt.run / STATUS, json.dumps(fields | {"attempt": attempt.number, "time": time.time()}))
+
+
 def write_status(path: Path, **fields: Any) -> None:
     write_json(path, fields | {"time": time.time()})
 
@@ -762,13 +767,14 @@ def peak_memory_gib(world: World) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def write_speed(run: Path, **facts: Any) -> None:
+def write_speed(attempt: Attempt, **facts: Any) -> None:
     """speed.json: medians over the run's logged steps, the first three of which still warm up."""
-    steps = [metrics for _, _, metrics in read_metrics(run) if "step_seconds" in metrics]
+    steps = [metrics for _, _, metrics in read_metrics(attempt.run) if "step_seconds" in metrics]
     steps = steps[3:] or steps
     medians = {name: median(m[name] for m in steps) for name in ("step_seconds", "samples_per_second", "stall_percent")}
     peak = max(m["peak_memory_gib"] for m in steps)
-    write_json(run / "speed.json", medians | {"peak_memory_gib": peak, "steps": len(steps)} | facts)
+    text = json.dumps(medians | {"peak_memory_gib": peak, "steps": len(steps)} | facts)
+    write_own(attempt, attempt.run / "speed.json", text)
 
 
 def quiet_libraries() -> None:

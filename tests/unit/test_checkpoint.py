@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from controlbooth.trainer.attempt import Attempt
 from controlbooth.trainer.checkpoint import (
     COMPLETE,
     CheckpointError,
@@ -22,6 +23,12 @@ def write(run, step, metrics=None):
     return folder
 
 
+def start(run):
+    attempt = Attempt(run, 1)
+    attempt.folder.mkdir(exist_ok=True)
+    return attempt
+
+
 def names(run):
     return [path.name for path in complete_checkpoints(run)]
 
@@ -35,19 +42,18 @@ def test_a_folder_without_its_marker_or_with_a_short_or_missing_file_is_no_check
     assert names(tmp_path) == [whole.name]
 
 
-def test_pruning_keeps_the_latest_and_the_best_and_clears_remains(tmp_path):
+def test_pruning_keeps_the_latest_and_the_best(tmp_path):
     for step, score in ((1, 0.2), (2, 0.9), (3, 0.4), (4, 0.5), (5, None)):
         write(tmp_path, step, {} if score is None else {"edge_f1": score})
-    (tmp_path / "checkpoints" / ".step-00000009.partial").mkdir()
-    prune(tmp_path, keep=2, keep_best=1)
+    prune(tmp_path, keep=2, keep_best=1, attempt=start(tmp_path))
     assert names(tmp_path) == ["step-00000002", "step-00000004", "step-00000005"]
-    assert not list((tmp_path / "checkpoints").glob(".*"))
+    assert not list(start(tmp_path).folder.iterdir())
 
 
 def test_pruning_without_keep_best_keeps_only_the_latest(tmp_path):
     for step in (1, 2, 3):
         write(tmp_path, step, {"edge_f1": 1.0 / step})
-    prune(tmp_path, keep=1, keep_best=0)
+    prune(tmp_path, keep=1, keep_best=0, attempt=start(tmp_path))
     assert names(tmp_path) == ["step-00000003"]
 
 

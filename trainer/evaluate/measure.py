@@ -31,6 +31,7 @@ from controlbooth.models.adapters import StackedAdapter, attach_adapters, load_s
 from controlbooth.models.base import Base
 from controlbooth.models.pretrained import load_base
 from controlbooth.models.sampling import sample
+from controlbooth.trainer.attempt import only_run
 from controlbooth.trainer.config import ConfigError, base_folder
 from controlbooth.trainer.distributed import World, gather_objects, join, leave
 from controlbooth.trainer.dreambooth import LAYERS, LORA_FILE
@@ -51,7 +52,7 @@ from controlbooth.trainer.prior import DRAWN_AT_ONCE
 from controlbooth.trainer.studio import SubjectError, read_picture, status_of
 from controlbooth.trainer.subjects import PriorConfig, SubjectRunConfig, Task, find_images, read_record
 from controlbooth.trainer.tracking import Tracker
-from controlbooth.trainer.train import only_run, quiet_libraries
+from controlbooth.trainer.train import quiet_libraries
 
 RUN_FILE = "measures.json"
 REAL_SIDE = 512

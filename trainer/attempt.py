@@ -1,0 +1,250 @@
+"""Which start of a run may write in its folder: the newest one, and no other.
+
+    RUN/attempt.json      the number of the newest start, and where it runs
+    RUN/.attempt-N/       what start N is making: a checkpoint, a status, a cut metrics.jsonl
+    RUN/.lock             held by start N where the disk knows locks
+
+Each start takes a larger number than all before it, and makes everything in a folder of its own, from which a finished
+thing is moved to its place. A new start empties and removes the folders of all older ones before it looks for the
+latest checkpoint. After that an older start cannot put anything in place, whatever it had read or checked before:
+nothing can be made in a folder that is gone, and nothing moved out of it or into it. So there is no moment between a
+check and a move at which a process that was asleep could do harm. What it had moved before that moment is there for
+its successor to go on from.
+
+Two starts at the same instant: both make their folder first and list the others' afterwards, so at least the lower one
+sees the higher one and gives up.
+
+This needs of a disk what POSIX says of rename, mkdir and rmdir, each done as one by the machine that holds the disk:
+local disks, NFS, Lustre, GPFS and CephFS do so. It does not hold for an object store that is mounted as a disk. Beside
+the protection are bytes that go to files already open: lines of bad-samples-RANK.jsonl, which are only read by people,
+and one batch of points on its way to MLflow.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from controlbooth.trainer.config import ConfigError
+from controlbooth.trainer.distributed import World, from_first_rank
+
+RECORD = "attempt.json"
+GIVEN = "CONTROLBOOTH_ATTEMPT"
+"""Environment: the number that an engine gives to this start; larger at each restart of the same job."""
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
+
+
+class Superseded(RuntimeError):
+    """A newer start holds the run's folder. This one must end, and write nothing there."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    run: Path
+    number: int
+
+    @property
+    def folder(self) -> Path:
+        """Of its own, below the run's. It is gone as soon as a newer start has taken the run."""
+        return self.run / f".attempt-{self.number:06d}"
+
+
+@contextlib.contextmanager
+def only_run(run: Path, world: World) -> Iterator[Attempt]:
+    """Makes the run's folder and takes it: two trainings in one folder would delete each other's checkpoints.
+
+    Every rank calls this. Raises ConfigError on all ranks where another training holds the lock, unless the engine has
+    given a larger number than to that one, and so says that it is to be replaced. Inside, whatever fails because a
+    newer start has taken the folder is raised as Superseded.
+    """
+    lock, answer = None, None
+    if world.rank == 0:
+        run.mkdir(parents=True, exist_ok=True)
+        lock = open(run / ".lock", "w")
+        try:
+            answer = _claim(run, _locked(lock), lock)
+        except (ConfigError, Superseded) as error:  # to be raised on every rank, not only here
+            answer = error
+        if not isinstance(answer, Attempt):
+            lock.close()
+    answer = from_first_rank(answer)
+    if isinstance(answer, Exception):
+        raise answer
+    try:
+        yield answer
+    except Superseded:
+        raise
+    except Exception as error:
+        if is_superseded(answer):
+            raise _superseded(answer) from error
+        raise
+    finally:
+        if lock is not None:
+            shutil.rmtree(answer.folder, ignore_errors=True)
+            lock.close()
+
+
+def is_superseded(attempt: Attempt) -> bool:
+    """Whether a newer start has begun to take the run, or has done so."""
+    return _newest(attempt.run) > attempt.number
+
+
+def check_still_ours(attempt: Attempt) -> None:
+    """Raises Superseded where a newer start has taken the run: an early notice, on which nothing depends."""
+    if not attempt.folder.is_dir() and is_superseded(attempt):
+        raise _superseded(attempt)
+
+
+def move(attempt: Attempt, source: Path, target: Path) -> None:
+    """Renames, where the source or the target is in the attempt's own folder. Raises Superseded where that is gone."""
+    assert attempt.folder in (source.parent, target.parent), f"{source} -> {target} is not protected"
+    try:
+        os.rename(source, target)
+    except OSError as error:
+        if is_superseded(attempt):
+            raise _superseded(attempt) from error
+        raise
+
+
+def write_text(attempt: Attempt, path: Path, text: str) -> None:
+    """A file of the run, whole or not at all. Raises Superseded."""
+    made = attempt.folder / path.name
+    try:
+        made.write_text(text)
+    except FileNotFoundError as error:
+        if is_superseded(attempt):
+            raise _superseded(attempt) from error
+        raise
+    move(attempt, made, path)
+
+
+def read_record(run: Path) -> dict[str, Any]:
+    """attempt.json: `number`, `given` by the engine or null, `host`, `process`, `time`; empty before the first start.
+
+    Raises ConfigError where it cannot be read.
+    """
+    path = run / RECORD
+    try:
+        record = json.loads(path.read_text())
+        return record | {"number": int(record["number"])}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} cannot be read ({error!r}). Delete it if no other training is in {run}") from error
+
+
+def _claim(run: Path, locked: bool, lock: Any) -> Attempt:
+    record, given = read_record(run), _given()
+    if not locked and not (given is not None and record.get("given") is not None and given > record["given"]):
+        raise ConfigError(
+            f"{run} is in use by another training{_who(record)}. Wait for it, stop it, or change `name`. An engine "
+            f"that restarts a job whose old processes may still live sets {GIVEN} higher each time"
+        )
+    attempt = _make_folder(run, max(record.get("number", 0), *_numbers(run)) + 1, given)
+    for number in _numbers(run):
+        if number < attempt.number:
+            _remove(Attempt(run, number), attempt)
+        elif number > attempt.number:
+            with contextlib.suppress(OSError):
+                attempt.folder.rmdir()
+            raise _superseded(attempt)
+    facts = dict(number=attempt.number, given=given, host=socket.gethostname(), process=os.getpid(), time=time.time())
+    write_text(attempt, run / RECORD, json.dumps(facts))
+    if not locked:  # the old one's lock stays its own; from here on ours counts
+        _replace_lock(attempt, lock)
+    return attempt
+
+
+def _given() -> int | None:
+    text = os.environ.get(GIVEN)
+    if text is None:
+        return None
+    if not text.isdecimal():
+        raise ConfigError(f"{GIVEN}={text!r} is no whole number. Give one that grows with each restart, or unset it")
+    return int(text)
+
+
+def _make_folder(run: Path, number: int, given: int | None) -> Attempt:
+    """The engine's number where that is large enough, else the next one that nobody has."""
+    attempt = Attempt(run, max(number, given or 0))
+    while True:
+        try:
+            attempt.folder.mkdir()
+            return attempt
+        except FileExistsError:
+            attempt = Attempt(run, attempt.number + 1)
+
+
+def _remove(old: Attempt, new: Attempt) -> None:
+    """Takes away what an older start was making, until its folder is gone for good."""
+    count = 0
+    while True:
+        if not new.folder.is_dir():
+            raise _superseded(new)
+        for path in list(old.folder.glob("*")):
+            count += 1
+            with contextlib.suppress(FileNotFoundError):  # it has just been moved to its place, or taken by another
+                os.rename(path, new.folder / f"of-{old.number}-{count}")
+        try:
+            old.folder.rmdir()
+            break
+        except FileNotFoundError:
+            break
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+    for path in new.folder.glob(f"of-{old.number}-*"):
+        # The old one may have files open in it, which some disks keep under other names for as long.
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _locked(lock: Any) -> bool:
+    """Whether nobody else has the lock; True where the disk knows no locks, and the numbers alone protect the run."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    return True
+
+
+def _replace_lock(attempt: Attempt, lock: Any) -> None:
+    made = attempt.folder / ".lock"
+    with open(made, "w") as fresh:
+        os.dup2(fresh.fileno(), lock.fileno())
+    _locked(lock)
+    move(attempt, made, attempt.run / ".lock")
+
+
+def _numbers(run: Path) -> list[int]:
+    """Of the starts that have a folder, ascending; [0] where none has."""
+    names = [path.name.removeprefix(".attempt-") for path in run.glob(".attempt-*")]
+    return sorted(int(name) for name in names if name.isdecimal()) or [0]
+
+
+def _newest(run: Path) -> int:
+    """A start that takes the run has a folder before it has a record, and a record before its folder goes."""
+    return max(_numbers(run)[-1], read_record(run).get("number", 0))
+
+
+def _superseded(attempt: Attempt) -> Superseded:
+    record, newest = read_record(attempt.run), _newest(attempt.run)
+    holder = _who(record) if record.get("number") == newest else ""
+    return Superseded(
+        f"start {newest}{holder} has taken {attempt.run} over from this one, start {attempt.number}, which ends "
+        "without writing anything more there"
+    )
+
+
+def _who(record: dict[str, Any]) -> str:
+    return f" (process {record['process']} on {record['host']})" if record else ""
