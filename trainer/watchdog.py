@@ -30,6 +30,8 @@ SLOWER = 10
 REPORT_SECONDS = 20.0
 """For the stacks of all ranks to be written and read, on a disk that may be what hangs."""
 
+LET_SPEAK_SECONDS = 3.0
+
 
 class Watchdog:
     """Of one rank. `begin` and `close` are called by the main thread."""
@@ -92,9 +94,11 @@ class Watchdog:
             told = self._gather()
             mine = [rank for rank, text in told.items() if f" on {socket.gethostname()}: " in text]
             message = describe(told, self.world.world_size, self.attempt.run)
+            note_failure(self.attempt, self.world.rank, RankFailed(line))
             if self.world.rank == min(mine):
                 print(message, file=sys.stderr, flush=True)
-            note_failure(self.attempt, self.world.rank, RankFailed(line))
+            else:  # the first rank that is gone takes the others with it, and one of them has to speak
+                time.sleep(LET_SPEAK_SECONDS)
 
     def _gather(self) -> dict[int, str]:
         """rank -> the first line of its stacks, of all ranks that answer."""
@@ -118,13 +122,13 @@ def watching(attempt: Attempt, world: World, timeout_seconds: float) -> Iterator
 
 
 def waits_in(frame: FrameType | None) -> str:
-    """The three innermost functions of this project that a thread is in, the innermost first."""
-    found, innermost = [], frame.f_code.co_qualname if frame else ""
+    """The three innermost functions of this project, or of the program, that a thread is in, the innermost first."""
+    found = []
     while frame is not None and len(found) < 3:
         if frame.f_globals.get("__name__", "").startswith(("controlbooth.", "__main__")):
             found.append(f"{frame.f_code.co_name} ({Path(frame.f_code.co_filename).name}:{frame.f_lineno})")
         frame = frame.f_back
-    return " of ".join(found) or innermost
+    return " of ".join(found) or "code that is not this project's"
 
 
 def write_stacks(attempt: Attempt, rank: int, line: str) -> None:

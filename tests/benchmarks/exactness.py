@@ -16,7 +16,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 
-import test_training as runs
+import runs
 import tiny
 
 

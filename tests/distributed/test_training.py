@@ -5,10 +5,8 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import cv2
@@ -17,8 +15,8 @@ import psutil
 import pytest
 import tiny
 import webdataset
-import yaml
 from diffusers import ControlNetModel
+from runs import finish, free_port, kill, logged, path_with_python, run_file, start, wait_for_step
 from safetensors.numpy import load_file
 
 from controlbooth.data import scenes
@@ -81,70 +79,6 @@ def test_a_step_without_finite_gradient_on_one_rank_is_skipped_on_all_and_traini
     for stage, outcome in tiny.torchrun(2, "poisoned", world_folder).items():
         assert outcome["skipped"] == [0, 0, 1, 0, 0, 0], f"ZeRO stage {stage}"
         assert np.isfinite([loss for loss in outcome["losses"]]).all()
-
-
-def run_file(folder, name, **changes):
-    tree = tiny.run_tree(folder, name)
-    for section, value in changes.items():
-        tree[section] = tree[section] | value if isinstance(value, dict) else value
-    path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(tree))
-    return path
-
-
-def start(path, processes):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    return subprocess.Popen(
-        [*command, "-m", "controlbooth.trainer.train", str(path)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def wait_for_step(run, step):
-    """Until metrics.jsonl holds the step; the run must still be going."""
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline:
-        log = run / "metrics.jsonl"
-        if log.exists() and any(json.loads(line).get("step", 0) >= step for line in log.read_text().splitlines()[:-1]):
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"step {step} was not reached")
-
-
-def finish(process):
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, output[-4000:]
-    return output
-
-
-def kill(process):
-    """torchrun and, since it starts them in sessions of their own, its ranks."""
-    for one in [*psutil.Process(process.pid).children(recursive=True), process]:
-        one.send_signal(signal.SIGKILL)
-    process.communicate()
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
-
-
-def path_with_python():
-    """The deepspeed launcher looks for `python` on the PATH."""
-    return f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-
-
-def logged(run, name):
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    values = [(line["step"], line["metrics"][name]) for line in lines if name in line.get("metrics", {})]
-    assert len(dict(values)) == len(values), "a step was logged twice"
-    return dict(values)
 
 
 @pytest.fixture(scope="module")
