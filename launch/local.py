@@ -64,18 +64,49 @@ def train(run_file: str, overrides: Sequence[str] = (), processes: int | None = 
     if dry_run:
         print("command   ", *(f"{key}={value}" for key, value in chosen.items()), shlex.join(command))
         return 0
-    began = time.time()
+    began, killed = time.time(), out_of_memory_kills()
     status = run(command, os.environ | chosen)
     if status not in (0, *(128 + number for number in STOP_SIGNALS)):
-        for reason in failures(run_folder(config), began):  # once more, below torchrun's own report
+        told = failures(run_folder(config), began)
+        for rank, error in told.items():  # once more, below torchrun's own report
+            print(f"controlbooth train: rank {rank}: {error}", file=sys.stderr)
+        if reason := why_silent(config, told, world_size(node), out_of_memory_kills() - killed):
             print(f"controlbooth train: {reason}", file=sys.stderr)
     return status
 
 
-def failures(folder: Path, since: float) -> list[str]:
-    """What the ranks of a run have said about their failures since a time in seconds since 1970."""
-    notes = [json.loads(path.read_text()) for path in sorted(folder.glob("failed-*.json"))]
-    return [f"rank {note['rank']}: {note['error']}" for note in notes if note["time"] >= since]
+def failures(folder: Path, since: float) -> dict[int, str]:
+    """rank -> what it has said about its failure since a time in seconds since 1970."""
+    notes = [json.loads(path.read_text()) for path in folder.glob("failed-*.json")]
+    return {note["rank"]: note["error"] for note in sorted(notes, key=lambda n: n["rank"]) if note["time"] >= since}
+
+
+def why_silent(config: RunConfig, told: dict[int, str], ranks: int, kills: int) -> str | None:
+    """What to make of ranks that ended without a word, as SIGKILL ends them (torchrun reports exit status -9).
+
+    told: what the others said. kills: processes that the kernel has killed for memory meanwhile. None where the others
+    say enough: torchrun ends those that are still there when one has failed.
+    """
+    silent = [rank for rank in range(ranks) if rank not in told]
+    if not silent or not all("lost another rank" in error for error in told.values()):
+        return None
+    who = f"rank {', '.join(map(str, silent))} ended without a word"
+    if kills:
+        return (
+            f"{who}, and the kernel has killed {kills} process{'es' if kills > 1 else ''} for memory meanwhile. Lower "
+            f"micro_batch_size={config.micro_batch_size}, set model.gradient_checkpointing=true, start fewer ranks on "
+            "this machine with --processes, or leave it to this run alone; then start again"
+        )
+    return f"{who}: something has killed it (exit status -9 above). Started again, the run goes on from its checkpoint"
+
+
+def out_of_memory_kills() -> int:
+    """Processes that this machine's kernel has killed for memory since it was started; 0 where it does not say."""
+    try:
+        counters = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
+    except OSError:
+        return 0
+    return int(counters.get("oom_kill", 0))
 
 
 def this_node(processes: int | None = None) -> Node:

@@ -49,6 +49,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     environment = os.environ | torchrun_environment(node, os.environ)
     status = run(command, environment, stopping="with the shards that are finished")
     if status not in (0, *(128 + number for number in STOP_SIGNALS)):
-        for reason in failures(config.data.columns, began):  # once more, below torchrun's own report
-            print(f"controlbooth data precompute: {reason}", file=sys.stderr)
+        for rank, error in failures(config.data.columns, began).items():  # once more, below torchrun's own report
+            print(f"controlbooth data precompute: rank {rank}: {error}", file=sys.stderr)
     return status

@@ -4,6 +4,8 @@ All problems are returned together, each with its value and its remedy. What onl
 tell is checked by the trainer; here is what people get wrong, found before anything starts.
 """
 
+import contextlib
+import fcntl
 import glob
 import importlib.util
 import json
@@ -247,7 +249,19 @@ def check_columns(config: RunConfig, node: Node) -> Iterator[str]:
         )
 
 
-CHECKS = (check_ranks, check_data, check_cache, check_columns, check_base, check_output)
+def check_free(config: RunConfig, node: Node) -> Iterator[str]:
+    """Whether another training holds the run's folder. The trainer takes it; here it is only asked."""
+    lock = run_folder(config) / ".lock"
+    if not lock.exists() or "CONTROLBOOTH_ATTEMPT" in os.environ:  # by which an engine may replace a start of its own
+        return
+    with contextlib.suppress(OSError), lock.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield f"{run_folder(config)} is in use by another training. Wait for it, stop it, or change name"
+
+
+CHECKS = (check_free, check_ranks, check_data, check_cache, check_columns, check_base, check_output)
 
 
 def base_weights(base: Path) -> list[Path]:

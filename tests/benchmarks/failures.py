@@ -9,7 +9,6 @@ of it. links and nodes need root, for network namespaces. Everything is compared
 import argparse
 import hashlib
 import json
-import os
 import random
 import signal
 import subprocess
@@ -22,12 +21,17 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-sys.path[:0] = [str(Path(__file__).parents[1] / name) for name in ("distributed", "cluster")]
+sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "cluster"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
 
+import mlflow_server
 import runs
 import tiny
 from hosts import Hosts, why_not
 
+HANG = ("controlbooth: the ranks hang", "  rank ", "  no answer from", "  all stacks")
+"""How the lines of a hanging rank's message begin."""
 ENDLESS = 100_000
 """As max_steps of a run whose end is decided later."""
 
@@ -62,6 +66,12 @@ def wait(until, process: subprocess.Popen | None = None, seconds: float = 900.0)
             raise TimeoutError("it did not happen in time")
         time.sleep(0.02)
     return True
+
+
+def further(run: Path, steps: int, process: subprocess.Popen) -> bool:
+    """Waits for so many more steps than there are now; False if the process has ended before."""
+    step = last_step(run) + steps
+    return wait(lambda: last_step(run) >= step, process)
 
 
 def everybody(process: subprocess.Popen) -> list[psutil.Process]:
@@ -107,7 +117,7 @@ def kills(folder: Path, count: int, seed: int) -> None:
             print(f"  {what:<20} {at_step:>7}  {from_step:>12}  {lost:>12}  {rows[-1][1]:>6.1f}", flush=True)
         if start > count:
             break
-        wait(lambda at=furthest + rng.randint(1, 3): last_step(run) >= at, process)
+        further(run, rng.randint(1, 3), process)
         agent, *ranks = everybody(process)
         last = start == count  # then nobody may stay, since the run gets its end
         victim, whose = (rng.choice(ranks), "rank") if last or rng.random() < 0.5 else (agent, "agent")
@@ -157,7 +167,7 @@ def stale(folder: Path) -> None:
         one.send_signal(signal.SIGCONT)
     output, _ = old.communicate(timeout=600)
     after = digests(run)
-    said = [line for line in output.splitlines() if "has taken" in line]
+    said = [line[line.index("rank 0:") :] for line in output.splitlines() if "has taken" in line]
     changed = [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]
     print(f"  asleep at step {at}; its successor ended at step {end} with {len(before)} files in the run's folder")
     print(f"  torchrun of start 1 ended with status {old.returncode}; it said, {len(said)} time(s):")
@@ -189,7 +199,7 @@ def links(folder: Path) -> None:
         hosts.hasten(1)
         print(f"  5 Mbit/s from step {at} on: {slow:.2f} s a step, before {seconds:.2f} s; nothing redone")
 
-        wait(lambda at=last_step(run): last_step(run) >= at + 3, both[0])
+        further(run, 3, both[0])
         at = last_step(run)
         hosts.cut(1)
         began = time.monotonic()
@@ -224,7 +234,7 @@ def links(folder: Path) -> None:
 def per_step(run: Path, count: int, process: subprocess.Popen) -> float:
     """Mean seconds of the next steps."""
     first, began = last_step(run), time.monotonic()
-    wait(lambda: last_step(run) >= first + count, process)
+    further(run, count, process)
     return (time.monotonic() - began) / (last_step(run) - first)
 
 
@@ -280,23 +290,23 @@ def mlflow(folder: Path, away: float = 60.0) -> None:
     """A real server, killed in mid-run and started again on its port."""
     print(f"an MLflow server killed for {away:.0f} s in mid-run")
     port, run = runs.free_port(), folder / "runs" / "tracked"
-    server = start_mlflow(folder, port)
+    server = mlflow_server.start(folder, port)
     path = runs.run_file(
         folder, "tracked", max_steps=ENDLESS, tracking=dict(uri=f"http://127.0.0.1:{port}", system_metrics_seconds=1.0)
     )
     process = runs.start(path, 1)
     wait(lambda: (run / "tracking.json").exists() and status(run) and last_step(run) >= 10, process)
-    stop_mlflow(server)
+    mlflow_server.stop(server)
     killed = last_step(run)
     time.sleep(away)
     back = last_step(run)
-    server = start_mlflow(folder, port)
-    wait(lambda at=last_step(run): last_step(run) >= at + 10, process)
+    server = mlflow_server.start(folder, port)
+    further(run, 10, process)
     for one in psutil.Process(process.pid).children():
         one.send_signal(signal.SIGTERM)
     runs.finish(process)
     report_points(run, f"http://127.0.0.1:{port}", killed, back)
-    stop_mlflow(server)
+    mlflow_server.stop(server)
 
 
 def report_points(run: Path, uri: str, killed: int, back: int) -> None:
@@ -324,34 +334,6 @@ def report_points(run: Path, uri: str, killed: int, back: int) -> None:
     print(f"    {client.get_run(run_id).info.status}, points lost {lost} of {len(losses) * len(names)}, twice {twice}")
     for what, some in (("before", other), ("without server", during)):
         print(f"    seconds a step {what:<15} median {np.median(some):.3f}, slowest {max(some):.3f}")
-
-
-def start_mlflow(folder: Path, port: int) -> subprocess.Popen:
-    """Returns when it answers."""
-    import urllib.request
-
-    command = [str(Path(sys.executable).with_name("mlflow")), "server", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{folder / 'server.db'}"]
-    command += ["--artifacts-destination", str(folder / "artifacts")]
-    quiet = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    log = open(folder / "server.log", "a")
-    server = subprocess.Popen(command, env=quiet, stdout=log, stderr=log, start_new_session=True, cwd=folder)
-
-    def answers() -> bool:
-        try:
-            return urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).status == 200
-        except OSError:
-            return False
-
-    if not wait(answers, server):
-        raise RuntimeError((folder / "server.log").read_text()[-2000:])
-    return server
-
-
-def stop_mlflow(server: subprocess.Popen) -> None:
-    for one in reversed(everybody(server)):
-        one.send_signal(signal.SIGKILL)
-    server.wait()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -68,7 +68,9 @@ class Hosts:
 
     def start(self, number: int, run_file: Path, nodes: str = "2", restarts: int = 0, **environment: str):
         """torchrun on this host, one rank; host 0 is where ranks meet. Its output is a pipe."""
-        command = ["ip", "netns", "exec", self.names[number], sys.executable, "-m", "torch.distributed.run"]
+        command = ["ip", "netns", "exec", self.names[number]]
+        command += ["unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', f"host{number}"]
+        command += [sys.executable, "-m", "torch.distributed.run"]
         command += [f"--nnodes={nodes}", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-id={run_file.stem}"]
         command += [f"--rdzv-endpoint={ADDRESSES[0]}:{PORT}", f"--max-restarts={restarts}", "--shutdown-timeout=60"]
         command += [f"--rdzv-conf=is_host={int(number == 0)},last_call_timeout=3", f"--local-addr={ADDRESSES[number]}"]

@@ -1,5 +1,6 @@
 """What is found before anything starts, and that all of it is found at once."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -262,4 +263,16 @@ def test_columns_that_were_never_computed_are_found_before_a_start(good, tmp_pat
     assert f"data.columns is {tmp_path / 'columns'}" in problem and "`controlbooth data precompute`" in problem
     (tmp_path / "columns").mkdir()
     (tmp_path / "columns" / "columns.json").write_text("{}")
+    assert preflight(config(good), node()) == []
+
+
+def test_a_folder_that_a_training_holds_is_found_before_a_start(good, tmp_path, monkeypatch):
+    run = tmp_path / "runs" / "first"
+    run.mkdir(parents=True)
+    with (run / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert only_problem(good).startswith(f"{run} is in use by another training. Wait for it, stop it")
+        monkeypatch.setenv("CONTROLBOOTH_ATTEMPT", "2")
+        assert preflight(config(good), node()) == []
+    monkeypatch.delenv("CONTROLBOOTH_ATTEMPT")
     assert preflight(config(good), node()) == []

@@ -21,6 +21,7 @@ from controlbooth.launch.torchrun import (
     torchrun_environment,
     world_size,
 )
+from controlbooth.trainer.config import build_config
 
 
 def node(**facts) -> Node:
@@ -246,3 +247,24 @@ def test_the_status_of_a_run_that_ends_by_itself_is_passed_on(tmp_path, program,
     process = launcher(tmp_path, [sys.executable, "-c", program])
     process.communicate(timeout=60)
     assert process.returncode == status
+
+
+def test_a_rank_that_was_killed_for_memory_is_recognised_and_what_to_lower_is_named():
+    run = build_config(
+        dict(
+            name="run",
+            max_steps=1,
+            global_batch_size=8,
+            micro_batch_size=4,
+            model=dict(base="miniature"),
+            data=dict(shards="train", condition="edges"),
+        )
+    )
+    lost = {0: "RankFailed: rank 0 on here has lost another rank (Connection closed by peer)"}
+    hint = local.why_silent(run, lost, 2, kills=1)
+    assert hint and hint.startswith("rank 1 ended without a word, and the kernel has killed 1 process for memory")
+    assert "micro_batch_size=4" in hint and "--processes" in hint
+    assert "exit status -9" in (local.why_silent(run, lost, 2, kills=0) or "")
+    assert local.why_silent(run, {0: "ConfigError: a wrong field"}, 2, kills=1) is None  # torchrun ended the other one
+    assert local.why_silent(run, lost | {1: lost[0]}, 2, kills=1) is None
+    assert local.out_of_memory_kills() >= 0

@@ -64,11 +64,11 @@ def test_the_message_names_every_rank_and_those_that_do_not_answer(tmp_path):
 
 
 def test_where_a_thread_waits_is_told_by_the_functions_of_this_project():
-    frames = [sys._getframe()]
+    frames = []
     with describe_calls(frames):
         describe({}, 1, Path("run"))
-    assert waits_in(frames[0]) == waits_in(None) == "code that is not this project's"
-    assert re.fullmatch(r"describe \(watchdog.py:\d+\)", waits_in(frames[1]))
+    assert re.match(r"describe \(watchdog.py:\d+\)", waits_in(frames[0]))
+    assert waits_in(None) == "code that is not this project's"
 
 
 @contextlib.contextmanager

@@ -1,0 +1,62 @@
+"""Two hosts and the cable between them, a host that is lost and comes back, and a disk that is full.
+
+Each test prints what `tests/benchmarks/failures.py` prints, which is what is quoted.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path[:0] = [str(Path(__file__).parents[1] / name) for name in ("benchmarks", "cluster", "distributed")]
+
+import failures
+import hosts
+import runs
+import tiny
+
+pytestmark = pytest.mark.cluster
+
+
+@pytest.fixture(scope="module")
+def two_hosts(tmp_path_factory) -> Path:
+    """A folder with base/, train/ and held/, where hosts can be made."""
+    if missing := hosts.why_not():
+        pytest.skip(missing)
+    folder = tmp_path_factory.mktemp("links")
+    tiny.write_base(folder / "base")
+    tiny.write_shards(folder)
+    return folder
+
+
+def test_a_cable_that_is_cut_for_3_s_or_slow_or_gone_loses_no_step(two_hosts, capsys):
+    failures.links(two_hosts)
+    told = capsys.readouterr().out
+    with capsys.disabled():
+        print(f"\n{told}")
+    assert "host 0 | controlbooth: the ranks hang" in told and "all_sum" in told or "accumulate" in told
+    assert "weights bitwise equal; losses of" in told and "NOT once" not in told
+
+
+def test_a_host_that_is_lost_and_comes_back_leaves_the_global_batch_as_it_is(two_hosts, capsys):
+    failures.nodes(two_hosts)
+    told = capsys.readouterr().out
+    with capsys.disabled():
+        print(f"\n{told}")
+    assert "samples consumed at every checkpoint: 8 a step" in told and "NOT once" not in told
+
+
+def test_a_full_disk_ends_a_run_with_one_message_and_the_run_goes_on_when_there_is_room(two_hosts, tmp_path):
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "none", str(tmp_path)], check=True)
+    try:
+        path = runs.run_file(two_hosts, "full", max_steps=8, output=str(tmp_path), checkpoint=dict(every_steps=2))
+        process = runs.start(path, 2)
+        output, _ = process.communicate(timeout=600)
+        assert process.returncode != 0 and "Traceback (most recent call last)" not in output.split("rank 0: OSError")[0]
+        assert "rank 0: OSError" in output and "Free some" in output, output[-3000:]
+        subprocess.run(["mount", "-o", "remount,size=300m", str(tmp_path)], check=True)
+        runs.finish(runs.start(path, 2))
+        assert failures.status(tmp_path / "full")["state"] == "finished"
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
