@@ -173,9 +173,10 @@ class EngineConfig(Section):
     """Keep optimizer states in CPU memory (stages 1 to 3)."""
     offload_parameters: bool = False
     """Keep parameters in CPU memory (stage 3)."""
-    hang_timeout_seconds: float = Field(default=600.0, gt=0.0)
+    hang_timeout_seconds: float = Field(default=900.0, gt=0.0)
     """A step that takes longer is taken for one that hangs: the ranks write their stacks and end. The start, the first
-    step, validations and checkpoints may take six times as long, and anything ten times the slowest of its kind."""
+    step, validations and checkpoints may take six times as long, and anything ten times the slowest of its kind. The
+    default is more than a store of shards may be away."""
 
 
 class CheckpointConfig(Section):

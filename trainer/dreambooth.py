@@ -194,8 +194,8 @@ def train_subjects(
     barrier()
     draw_prior(config, base, tasks, world)
     if config.method == "full":
-        left = unfinished(folder, tasks)
-        stopped = train_fully(config, base, left, attention, precision, folder, attempt, world, stop)
+        waiting = unfinished(folder, tasks)
+        stopped = train_fully(config, base, waiting, attention, precision, folder, attempt, world, stop)
     else:
         stopped = train_stacked(config, base, tasks, folder, own, world, stop)
     failed = failures(folder, tasks) | faults

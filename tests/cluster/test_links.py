@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-sys.path[:0] = [str(Path(__file__).parents[1] / name) for name in ("benchmarks", "cluster", "distributed")]
+sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "cluster"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import failures
 import hosts
@@ -35,7 +37,7 @@ def test_a_cable_that_is_cut_for_3_s_or_slow_or_gone_loses_no_step(two_hosts, ca
     told = capsys.readouterr().out
     with capsys.disabled():
         print(f"\n{told}")
-    assert "host 0 | controlbooth: the ranks hang" in told and "all_sum" in told or "accumulate" in told
+    assert "host 0 | controlbooth: the ranks hang" in told and "host 1 | controlbooth: the ranks hang" in told
     assert "weights bitwise equal; losses of" in told and "NOT once" not in told
 
 
