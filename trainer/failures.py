@@ -95,5 +95,5 @@ def note_failure(attempt: Attempt, rank: int, error: Exception) -> None:
 def end_superseded(error: Superseded, rank: int) -> NoReturn:
     """One line, from rank 0, and out: nothing is flushed, closed or logged that would reach the run's folder."""
     if rank == 0:
-        print(f"rank 0: {error}", file=sys.stderr, flush=True)
+        print(f"\nrank 0: {error}", file=sys.stderr, flush=True)  # not behind a progress bar
     os._exit(SUPERSEDED)

@@ -5,18 +5,24 @@ asks all others through a file in the run's folder, each writes the Python stack
 the lowest rank of each machine says what every rank waits in, and all end, so that the engine starts the run again.
 
 What holds Python's lock for ever stops this thread too; the other ranks, which wait for that one, still find it.
+
+torchrun's agent asks the rendezvous before it ends, and behind a cable that is cut it waits for the answer as long as
+TCP repeats the question: 15 minutes. So each rank leaves a process behind that ends an agent which stays without ranks.
 """
 
 import contextlib
 import faulthandler
 import os
 import socket
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
+
+import psutil
 
 from controlbooth.trainer.attempt import Attempt, Superseded, is_superseded, move
 from controlbooth.trainer.distributed import World
@@ -31,6 +37,20 @@ REPORT_SECONDS = 20.0
 """For the stacks of all ranks to be written and read, on a disk that may be what hangs."""
 
 LET_SPEAK_SECONDS = 3.0
+AGENT_SECONDS = 60.0
+"""An agent that has neither ended nor started ranks anew so long after a hang is ended too."""
+END_AGENT = """
+import sys, time, psutil
+agent, created, end = psutil.Process(int(sys.argv[1])), float(sys.argv[2]), time.monotonic() + float(sys.argv[3])
+def idle():
+    ranks = [one for one in agent.children() if one.status() != psutil.STATUS_ZOMBIE]
+    return agent.is_running() and agent.create_time() == created and not ranks
+time.sleep(5)
+while idle() and time.monotonic() < end:
+    time.sleep(1)
+if idle():
+    agent.kill()
+"""
 
 
 class Watchdog:
@@ -83,6 +103,7 @@ class Watchdog:
             where = f"{self.attempt.run} did not take its stacks"
             print(f"rank {self.world.rank} hangs in {kind} of step {step}; {where}", file=sys.stderr, flush=True)
             faulthandler.dump_traceback(all_threads=True)
+        end_agent_later()
         os._exit(HUNG)
 
     def _report(self, kind: str, step: int, seconds: float) -> None:
@@ -96,7 +117,7 @@ class Watchdog:
             message = describe(told, self.world.world_size, self.attempt.run)
             note_failure(self.attempt, self.world.rank, RankFailed(line))
             if self.world.rank == min(mine):
-                print(message, file=sys.stderr, flush=True)
+                print(f"\n{message}", file=sys.stderr, flush=True)  # not behind a progress bar
             else:  # the first rank that is gone takes the others with it, and one of them has to speak
                 time.sleep(LET_SPEAK_SECONDS)
 
@@ -110,6 +131,20 @@ class Watchdog:
                     told[rank] = line
             time.sleep(0.1)
         return told
+
+
+def end_agent_later() -> None:
+    """Leaves a process behind that looks after torchrun's agent, if that is what has started this rank."""
+    agent = psutil.Process(os.getppid())
+    if any("torch" in word for word in agent.cmdline()):
+        arguments = [str(agent.pid), repr(agent.create_time()), str(AGENT_SECONDS)]
+        subprocess.Popen(
+            [sys.executable, "-c", END_AGENT, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
 
 
 @contextlib.contextmanager
