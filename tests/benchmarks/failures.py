@@ -10,6 +10,7 @@ import argparse
 import hashlib
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -30,7 +31,7 @@ import runs
 import tiny
 from hosts import Hosts, why_not
 
-HANG = ("controlbooth: the ranks hang", "  rank ", "  no answer from", "  all stacks")
+HANG = re.compile(r"controlbooth: the ranks hang|  rank \d+ on |  no answer from|  all stacks")
 """How the lines of a hanging rank's message begin."""
 ENDLESS = 100_000
 """As max_steps of a run whose end is decided later."""
@@ -167,7 +168,7 @@ def stale(folder: Path) -> None:
         one.send_signal(signal.SIGCONT)
     output, _ = old.communicate(timeout=600)
     after = digests(run)
-    said = [line[line.index("rank 0:") :] for line in output.splitlines() if "has taken" in line]
+    said = [line for line in output.splitlines() if "has taken" in line]
     changed = [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]
     print(f"  asleep at step {at}; its successor ended at step {end} with {len(before)} files in the run's folder")
     print(f"  torchrun of start 1 ended with status {old.returncode}; it said, {len(said)} time(s):")
@@ -206,11 +207,7 @@ def links(folder: Path) -> None:
         output = [process.communicate(timeout=900)[0] for process in both]
         print(f"  cut for good at step {at}: both hosts ended {time.monotonic() - began:.1f} s later, and said")
         for number, text in enumerate(output):
-            told = [
-                line
-                for line in text.splitlines()
-                if line.startswith(("controlbooth: the ranks hang", "  rank", "  no"))
-            ]
+            told = [line for line in text.splitlines() if HANG.match(line)]
             print(*(f"    host {number} | {line}" for line in told), sep="\n")
         hosts.mend(1)
 
