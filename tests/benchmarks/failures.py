@@ -251,9 +251,9 @@ def world_sizes(run: Path) -> dict[int, int]:
 def nodes(folder: Path) -> None:
     """One torchrun job with --nnodes=1:2: a host is lost, and comes back."""
     print("2 -> 1 -> 2 hosts in one elastic job (--nnodes=1:2), the global batch stays 8")
-    run, steps = folder / "runs" / "elastic", 160
-    settings = dict(max_steps=steps, checkpoint=dict(every_steps=4, keep=100))
-    path = runs.run_file(folder, "elastic", **settings)
+    run = folder / "runs" / "elastic"
+    settings = dict(checkpoint=dict(every_steps=4, keep=1000))
+    path = runs.run_file(folder, "elastic", max_steps=ENDLESS, **settings)
     with Hosts() as hosts:
         first, second = (hosts.start(number, path, nodes="1:2", restarts=5) for number in (0, 1))
         wait(lambda: last_step(run) >= 9, first)
@@ -266,10 +266,14 @@ def nodes(folder: Path) -> None:
         began, at = time.monotonic(), last_step(run)
         joined = wait(lambda: any(s > at and n == 2 for s, n in world_sizes(run).items()), first)
         print(f"  host 1 started again at step {at}: a checkpoint of 2 ranks {time.monotonic() - began:.1f} s later")
-        output = runs.finish(first)
+        assert joined, first.communicate()[0]
+        further(run, 4, first)
+        for one in everybody(first)[1:]:
+            one.send_signal(signal.SIGTERM)
+        runs.finish(first)
         runs.finish(second)
-        assert joined, output
-        path = runs.run_file(folder, "steady", **settings)
+        steps = status(run)["step"]
+        path = runs.run_file(folder, "steady", max_steps=steps, **settings)
         [runs.finish(process) for process in [hosts.start(number, path) for number in (0, 1)]]
     sizes = sorted(world_sizes(run).items())
     spans = [f"{n} from step {s}" for i, (s, n) in enumerate(sizes) if not i or sizes[i - 1][1] != n]
