@@ -198,7 +198,9 @@ def links(folder: Path) -> None:
         hosts.slow(1, "5mbit")
         slow = per_step(run, 4, both[0])
         hosts.hasten(1)
-        print(f"  5 Mbit/s from step {at} on: {slow:.2f} s a step, before {seconds:.2f} s; nothing redone")
+        print(f"  5 Mbit/s from step {at} on: {slow:.2f} s a step, before {seconds:.2f} s")
+        assert status(run)["attempt"] == 1, "the run was started again"
+        print("  lost by both: no step, no process")
 
         further(run, 3, both[0])
         at = last_step(run)
