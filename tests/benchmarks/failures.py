@@ -293,23 +293,25 @@ def mlflow(folder: Path, away: float = 60.0) -> None:
     """A real server, killed in mid-run and started again on its port."""
     print(f"an MLflow server killed for {away:.0f} s in mid-run")
     port, run = runs.free_port(), folder / "runs" / "tracked"
+    tracking = dict(uri=f"http://127.0.0.1:{port}", system_metrics_seconds=1.0)
+    path = runs.run_file(folder, "tracked", max_steps=ENDLESS, tracking=tracking)
     server = mlflow_server.start(folder, port)
-    path = runs.run_file(
-        folder, "tracked", max_steps=ENDLESS, tracking=dict(uri=f"http://127.0.0.1:{port}", system_metrics_seconds=1.0)
-    )
     process = runs.start(path, 1)
-    wait(lambda: (run / "tracking.json").exists() and status(run) and last_step(run) >= 10, process)
-    mlflow_server.stop(server)
-    killed = last_step(run)
-    time.sleep(away)
-    back = last_step(run)
-    server = mlflow_server.start(folder, port)
-    further(run, 10, process)
-    for one in psutil.Process(process.pid).children():
-        one.send_signal(signal.SIGTERM)
-    runs.finish(process)
-    report_points(run, f"http://127.0.0.1:{port}", killed, back)
-    mlflow_server.stop(server)
+    try:
+        wait(lambda: json.loads((run / "tracking.json").read_text())["run_id"] if status(run) else None, process)
+        further(run, 10, process)
+        mlflow_server.stop(server)
+        killed = last_step(run)
+        time.sleep(away)
+        back = last_step(run)
+        server = mlflow_server.start(folder, port)
+        further(run, 10, process)
+        for one in everybody(process)[1:]:
+            one.send_signal(signal.SIGTERM)
+        runs.finish(process)
+        report_points(run, tracking["uri"], killed, back)
+    finally:
+        mlflow_server.stop(server)
 
 
 def report_points(run: Path, uri: str, killed: int, back: int) -> None:

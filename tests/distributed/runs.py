@@ -17,7 +17,7 @@ import yaml
 def run_file(folder, name, **changes):
     tree = tiny.run_tree(folder, name)
     for section, value in changes.items():
-        tree[section] = tree[section] | value if isinstance(value, dict) else value
+        tree[section] = tree.get(section, {}) | value if isinstance(value, dict) else value
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
