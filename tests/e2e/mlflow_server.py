@@ -39,7 +39,9 @@ def _answers(port: int) -> bool:
 
 
 def stop(server: subprocess.Popen) -> None:
-    """SIGKILL to it and to its workers."""
+    """SIGKILL to it and to its workers; nothing if it has ended."""
+    if server.poll() is not None:
+        return
     for one in [*psutil.Process(server.pid).children(recursive=True), psutil.Process(server.pid)]:
         one.send_signal(signal.SIGKILL)
     server.wait()
