@@ -1,7 +1,7 @@
 """Which start of a run may write in its folder: the newest one, and no other.
 
     RUN/attempt.json      the number of the newest start, and where it runs
-    RUN/.attempt-N/       what start N is making: a checkpoint, a status, a cut metrics.jsonl
+    RUN/.attempt-N-ID/    what start N is making: a checkpoint, a status, a cut metrics.jsonl
     RUN/.lock             held by start N where the disk knows locks
 
 Each start takes a larger number than all before it, and makes everything in a folder of its own, from which a finished
@@ -12,7 +12,7 @@ check and a move at which a process that was asleep could do harm. What it had m
 its successor to go on from.
 
 Two starts at the same instant: both make their folder first and list the others' afterwards, so at least the lower one
-sees the higher one and gives up.
+sees the higher one and gives up. The ID is drawn, so that no folder comes back under the name of one that was removed.
 
 This needs of a disk what POSIX says of rename, mkdir and rmdir, each done as one by the machine that holds the disk:
 local disks, NFS, Lustre, GPFS and CephFS do so. It does not hold for an object store that is mounted as a disk. Beside
@@ -25,9 +25,11 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import socket
 import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,11 +52,17 @@ class Superseded(RuntimeError):
 class Attempt:
     run: Path
     number: int
+    identity: str
+    """Drawn; settles which of two starts with one number is the newer."""
+
+    @property
+    def order(self) -> tuple[int, str]:
+        return self.number, self.identity
 
     @property
     def folder(self) -> Path:
         """Of its own, below the run's. It is gone as soon as a newer start has taken the run."""
-        return self.run / f".attempt-{self.number:06d}"
+        return self.run / f".attempt-{self.number:06d}-{self.identity}"
 
 
 @contextlib.contextmanager
@@ -94,7 +102,7 @@ def only_run(run: Path, world: World) -> Iterator[Attempt]:
 
 def is_superseded(attempt: Attempt) -> bool:
     """Whether a newer start has begun to take the run, or has done so."""
-    return _newest(attempt.run) > attempt.number
+    return _newest(attempt.run) > attempt.order
 
 
 def check_still_ours(attempt: Attempt) -> None:
@@ -127,7 +135,7 @@ def write_text(attempt: Attempt, path: Path, text: str) -> None:
 
 
 def read_record(run: Path) -> dict[str, Any]:
-    """attempt.json: `number`, `given` by the engine or null, `host`, `process`, `time`; empty before the first start.
+    """attempt.json: `number`, `identity`, `given` by the engine or null, `host`, `process`, `time`; at first empty.
 
     Raises ConfigError where it cannot be read.
     """
@@ -148,16 +156,18 @@ def _claim(run: Path, locked: bool, lock: Any) -> Attempt:
             f"{run} is in use by another training{_who(record)}. Wait for it, stop it, or change `name`. An engine "
             f"that restarts a job whose old processes may still live sets {GIVEN} higher each time"
         )
-    attempt = _make_folder(run, max(record.get("number", 0), *_numbers(run)) + 1, given)
-    for number in _numbers(run):
-        if number < attempt.number:
-            _remove(Attempt(run, number), attempt)
-        elif number > attempt.number:
-            with contextlib.suppress(OSError):
-                attempt.folder.rmdir()
-            raise _superseded(attempt)
-    facts = dict(number=attempt.number, given=given, host=socket.gethostname(), process=os.getpid(), time=time.time())
-    write_text(attempt, run / RECORD, json.dumps(facts))
+    number = max(given or 0, _newest(run)[0] + 1)
+    attempt = Attempt(run, number, uuid.uuid4().hex[:12])
+    attempt.folder.mkdir()
+    if is_superseded(attempt):  # by one that was quicker
+        with contextlib.suppress(OSError):
+            attempt.folder.rmdir()
+        raise _superseded(attempt)
+    for other in _starts(run):
+        if other.order < attempt.order:
+            _remove(other, attempt)
+    facts = dict(number=number, identity=attempt.identity, given=given, host=socket.gethostname(), process=os.getpid())
+    write_text(attempt, run / RECORD, json.dumps(facts | {"time": time.time()}))
     if not locked:  # the old one's lock stays its own; from here on ours counts
         _replace_lock(attempt, lock)
     return attempt
@@ -172,17 +182,6 @@ def _given() -> int | None:
     return int(text)
 
 
-def _make_folder(run: Path, number: int, given: int | None) -> Attempt:
-    """The engine's number where that is large enough, else the next one that nobody has."""
-    attempt = Attempt(run, max(number, given or 0))
-    while True:
-        try:
-            attempt.folder.mkdir()
-            return attempt
-        except FileExistsError:
-            attempt = Attempt(run, attempt.number + 1)
-
-
 def _remove(old: Attempt, new: Attempt) -> None:
     """Takes away what an older start was making, until its folder is gone for good."""
     count = 0
@@ -192,7 +191,7 @@ def _remove(old: Attempt, new: Attempt) -> None:
         for path in list(old.folder.glob("*")):
             count += 1
             with contextlib.suppress(FileNotFoundError):  # it has just been moved to its place, or taken by another
-                os.rename(path, new.folder / f"of-{old.number}-{count}")
+                os.rename(path, new.folder / f"of-{old.identity}-{count}")
         try:
             old.folder.rmdir()
             break
@@ -201,7 +200,7 @@ def _remove(old: Attempt, new: Attempt) -> None:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-    for path in new.folder.glob(f"of-{old.number}-*"):
+    for path in new.folder.glob(f"of-{old.identity}-*"):
         # The old one may have files open in it, which some disks keep under other names for as long.
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
@@ -226,22 +225,24 @@ def _replace_lock(attempt: Attempt, lock: Any) -> None:
     move(attempt, made, attempt.run / ".lock")
 
 
-def _numbers(run: Path) -> list[int]:
-    """Of the starts that have a folder, ascending; [0] where none has."""
-    names = [path.name.removeprefix(".attempt-") for path in run.glob(".attempt-*")]
-    return sorted(int(name) for name in names if name.isdecimal()) or [0]
+def _starts(run: Path) -> list[Attempt]:
+    """Those that have a folder."""
+    found = [re.fullmatch(r"\.attempt-(\d+)-(\w+)", path.name) for path in run.glob(".attempt-*")]
+    return [Attempt(run, int(match[1]), match[2]) for match in found if match]
 
 
-def _newest(run: Path) -> int:
-    """A start that takes the run has a folder before it has a record, and a record before its folder goes."""
-    return max(_numbers(run)[-1], read_record(run).get("number", 0))
+def _newest(run: Path) -> tuple[int, str]:
+    """The order of the newest start. It has a folder before it has a record, and a record before its folder goes."""
+    folders = [attempt.order for attempt in _starts(run)]
+    record = read_record(run)
+    return max([*folders, (record.get("number", 0), record.get("identity", ""))])
 
 
 def _superseded(attempt: Attempt) -> Superseded:
-    record, newest = read_record(attempt.run), _newest(attempt.run)
-    holder = _who(record) if record.get("number") == newest else ""
+    newest, record = _newest(attempt.run), read_record(attempt.run)
+    holder = _who(record) if record.get("number") == newest[0] else ""
     return Superseded(
-        f"start {newest}{holder} has taken {attempt.run} over from this one, start {attempt.number}, which ends "
+        f"start {newest[0]}{holder} has taken {attempt.run} over from this one, start {attempt.number}, which ends "
         "without writing anything more there"
     )
 

@@ -149,7 +149,7 @@ def test_the_lock_of_a_successor_counts_while_the_old_process_still_holds_its_ow
 def test_a_start_that_was_killed_leaves_nothing_that_stands_in_the_way(tmp_path):
     with only_run(tmp_path, ALONE):
         pass
-    dead = Attempt(tmp_path, 5)
+    dead = Attempt(tmp_path, 5, "dead")
     dead.folder.mkdir()
     (made(dead, 3) / "big").write_bytes(bytes(1000))
     with only_run(tmp_path, ALONE) as attempt:
@@ -210,7 +210,17 @@ def test_of_starts_at_the_same_instant_one_has_the_run_in_the_end(tmp_path):
         told = [answers.get(timeout=60) for _ in processes]
         for process in processes:
             process.join()
-        folders = sorted(path.name for path in tmp_path.glob(".attempt-*"))
-        assert len(folders) == 1, (round_number, told)
-        assert attempts.read_record(tmp_path)["number"] == max(number for number, _ in told)
-        assert folders == [Attempt(tmp_path, max(number for number, _ in told)).folder.name]
+        (left,) = attempts._starts(tmp_path)
+        record = attempts.read_record(tmp_path)
+        assert left.order == (record["number"], record["identity"]), (round_number, told)
+        assert record["number"] == max(number for number, _ in told)
+
+
+def test_a_start_that_was_slow_does_not_bring_back_the_folder_of_one_that_was_removed(tmp_path):
+    first, second = Attempt(tmp_path, 1, "a"), Attempt(tmp_path, 2, "b")
+    for attempt in (first, second):
+        attempt.folder.mkdir()
+    attempts._remove(first, second)
+    Attempt(tmp_path, 1, "c").folder.mkdir()  # it had read the numbers before the first was there
+    with pytest.raises(Superseded):
+        write_text(first, tmp_path / "status.json", "{}")

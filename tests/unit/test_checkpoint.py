@@ -24,7 +24,7 @@ def write(run, step, metrics=None):
 
 
 def start(run):
-    attempt = Attempt(run, 1)
+    attempt = Attempt(run, 1, "id")
     attempt.folder.mkdir(exist_ok=True)
     return attempt
 

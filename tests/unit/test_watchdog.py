@@ -17,7 +17,7 @@ ALONE = World(0, 1, 0, torch.device("cpu"))
 
 @pytest.fixture
 def attempt(tmp_path):
-    made = Attempt(tmp_path, 1)
+    made = Attempt(tmp_path, 1, "id")
     made.folder.mkdir()
     return made
 
