@@ -12,9 +12,18 @@ from pathlib import Path
 
 EXIT_CODES = {"finished": 0, "failed": 1, "again": 75}
 """75 is EX_TEMPFAIL of sysexits.h."""
-LOST_PEER = ("RuntimeError", "DistError", "DistBackendError", "DistNetworkError", "DistStoreError")
-"""What PyTorch raises on the ranks that are left when another one, its node or the network has gone. An error of
-another type has a cause that the next attempt would meet again: a wrong field, a full disk, too little memory."""
+LOST_PEER = (
+    "RankLost",
+    "RankHung",
+    "RuntimeError",
+    "DistError",
+    "DistBackendError",
+    "DistNetworkError",
+    "DistStoreError",
+)
+"""What ranks note, and PyTorch raises on those that are left, when another one, its node or the network has gone. An
+error of another type has a cause that the next attempt would meet again: a wrong field, a full disk, too little memory.
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

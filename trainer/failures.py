@@ -32,6 +32,14 @@ class RankFailed(RuntimeError):
     """The machine or another rank ended this one; the message says what to do."""
 
 
+class RankLost(RankFailed):
+    """Another rank, its machine or the network has gone: the next start may well succeed."""
+
+
+class RankHung(RankFailed):
+    """No step was passed for too long, here or on a rank that this one waits for: likewise."""
+
+
 @contextlib.contextmanager
 def failure_noted(attempt: Attempt, config: RunConfig, world: World) -> Iterator[None]:
     """Whatever ends the block is in failed-RANK.json, and from rank 0 in status.json; RankFailed replaces what needs
@@ -59,7 +67,7 @@ def explain(error: Exception, config: RunConfig, rank: int) -> RankFailed | None
         said = f" ({first_line})" if first_line else ""
         return RankFailed(f"rank {rank} on {socket.gethostname()} has no {memory} left{said}. {remedies(config)}")
     if isinstance(error, RuntimeError) and any(text in str(error) for text in LOST):
-        return RankFailed(
+        return RankLost(
             f"rank {rank} on {socket.gethostname()} has lost another rank ({first_line}). What that one said last, in "
             "its log or in failed-RANK.json, tells why. Started again, the run goes on from its latest checkpoint"
         )

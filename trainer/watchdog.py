@@ -26,7 +26,7 @@ import psutil
 
 from controlbooth.trainer.attempt import Attempt, Superseded, is_superseded, move
 from controlbooth.trainer.distributed import World
-from controlbooth.trainer.failures import HUNG, SUPERSEDED, RankFailed, note_failure
+from controlbooth.trainer.failures import HUNG, SUPERSEDED, RankHung, note_failure
 
 LOOK_EVERY_SECONDS = 1.0
 LONGER = 6
@@ -115,7 +115,7 @@ class Watchdog:
             told = self._gather()
             mine = [rank for rank, text in told.items() if f" on {socket.gethostname()}: " in text]
             message = describe(told, self.world.world_size, self.attempt.run)
-            note_failure(self.attempt, self.world.rank, RankFailed(line))
+            note_failure(self.attempt, self.world.rank, RankHung(line))
             if self.world.rank == min(mine):
                 print(f"\n{message}", file=sys.stderr, flush=True)  # not behind a progress bar
             else:  # the first rank that is gone takes the others with it, and one of them has to speak

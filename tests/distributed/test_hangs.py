@@ -38,7 +38,7 @@ def test_ranks_that_hang_write_their_stacks_say_what_each_waits_in_and_end(tmp_p
     for rank, function in enumerate(("all_sum", "wait_for_ever")):
         stacks = (tmp_path / f"stacks-{rank}.txt").read_text()
         assert stacks.startswith(f"rank {rank} on ") and function in stacks and "(most recent call first)" in stacks
-        assert "RankFailed: rank" in json.loads((tmp_path / f"failed-{rank}.json").read_text())["error"]
+        assert "RankHung: rank" in json.loads((tmp_path / f"failed-{rank}.json").read_text())["error"]
 
 
 def test_a_rank_that_cannot_answer_is_named(tmp_path):

@@ -23,6 +23,7 @@ from controlbooth.launch.job import settled_manifest
 from controlbooth.launch.outcome import main as outcome
 from controlbooth.launch.outcome import of_run, of_subjects
 from controlbooth.trainer.config import ConfigError
+from controlbooth.trainer.failures import RankHung, RankLost
 from controlbooth.trainer.subjects import load_run, load_subjects, settle
 
 ROOT = Path(__file__).parents[2]
@@ -217,6 +218,9 @@ def test_a_rank_that_lost_its_peers_is_tried_again_and_one_with_a_reason_of_its_
     note(tmp_path, "status.json", state="failed", rank=0, error="RuntimeError: Connection closed by peer", time=101.0)
     note(tmp_path, "failed-0.json", rank=0, error="RuntimeError: Connection closed by peer [10.0.0.2]", time=101.0)
     assert of_run(tmp_path, 100.0) == ("again", [])
+    for kind in (RankLost, RankHung):
+        note(tmp_path, "failed-0.json", rank=0, error=f"{kind.__name__}: rank 0 waits for another", time=101.0)
+        assert of_run(tmp_path, 100.0) == ("again", [])
     note(tmp_path, "failed-1.json", rank=1, error="OSError: a checkpoint takes 5 GiB", time=101.0)
     assert of_run(tmp_path, 100.0) == ("failed", ["rank 1: OSError: a checkpoint takes 5 GiB"])
     assert of_run(tmp_path, 102.0) == ("again", [])  # of an earlier attempt

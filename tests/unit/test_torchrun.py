@@ -260,7 +260,7 @@ def test_a_rank_that_was_killed_for_memory_is_recognised_and_what_to_lower_is_na
             data=dict(shards="train", condition="edges"),
         )
     )
-    lost = {0: "RankFailed: rank 0 on here has lost another rank (Connection closed by peer)"}
+    lost = {0: "RankLost: rank 0 on here has lost another rank (Connection closed by peer)"}
     hint = local.why_silent(run, lost, 2, kills=1)
     assert hint and hint.startswith("rank 1 ended without a word, and the kernel has killed 1 process for memory")
     assert "micro_batch_size=4" in hint and "--processes" in hint
