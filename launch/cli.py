@@ -16,6 +16,7 @@ VERBS = {  # group -> verb -> (module:function, what it does)
     "Training": {
         "quickstart": ("controlbooth.launch.quickstart:main", "train a ControlNet on this machine, from nothing"),
         "train": ("controlbooth.launch.local:main", "run a training on this machine, or resume it"),
+        "plan": ("controlbooth.trainer.plan:main", "memory, time and price of a run before it is started"),
         "sample": ("controlbooth.trainer.evaluate.sample:main", "draw pictures with one ControlNet or several"),
         "evaluate": ("controlbooth.trainer.evaluate.evaluate:main", "measure a ControlNet on held-out conditions"),
         "compare": ("controlbooth.trainer.evaluate.compare:main", "what one ControlNet gains over another"),

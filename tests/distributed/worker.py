@@ -1,5 +1,6 @@
 """What the ranks of a distributed test do. `torchrun worker.py SCENARIO FOLDER RESULT [ARGUMENT ...]`."""
 
+import gc
 import json
 import shutil
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -20,8 +22,10 @@ from controlbooth.models.decoder import UnlockedNetwork
 from controlbooth.models.pretrained import load_base
 from controlbooth.trainer import engine as engines
 from controlbooth.trainer import train as training
-from controlbooth.trainer.config import build_config
+from controlbooth.trainer.config import EngineConfig, OptimizerConfig, build_config
 from controlbooth.trainer.distributed import World, barrier, end_process, gather_objects, join, leave
+from controlbooth.trainer.footprint import Footprint, LiveStorages
+from controlbooth.trainer.rank_memory import BUCKET_ELEMENTS, RUNTIME_BYTES, rank_memory
 from controlbooth.trainer.spool import read_metrics
 from controlbooth.trainer.step import controlnet_step
 
@@ -268,6 +272,49 @@ def settings(folder: Path, world: World) -> dict:
                 rounded=max(float((v == v.bfloat16().float()).float().mean()) for v in before.values()),
             )
     return outcome
+
+
+def engine_memory(folder: Path, world: World, precision: str) -> dict:
+    """Of every stage: the planned peak of a rank without its runtime, and what a real engine's tensors came to."""
+    return {stage: peaks_of_engine(stage, precision, world) for stage in (0, 1, 2, 3)}
+
+
+def peaks_of_engine(stage: int, precision: str, world: World) -> tuple[int, int]:
+    """Six layers of 250,000 parameters, over the threshold below which stage 3 does not split."""
+    width, samples = 512, 2
+    config = EngineConfig(zero_stage=stage)
+    with LiveStorages() as live:
+        network = nn.Sequential(*[nn.Linear(width, width, bias=False) for _ in range(6)])
+        total = sum(parameter.numel() for parameter in network.parameters())
+        sizes = engines.BatchSizes(world.world_size * samples, samples, 1)
+        engine = engines.initialize(network, config, OptimizerConfig(), sizes, precision, False)
+        for _ in range(3):
+            live.moments.clear()
+            inputs = torch.zeros(samples, width, dtype=engines.DTYPES[precision])
+            engines.accumulate(engine, engine(inputs).float().square().mean())
+            engines.apply_gradients(engine, 1e-3)
+            gc.collect()
+    bytes_each = 4 if precision == "fp32" else 2
+    one = Footprint(
+        micro_batch_size=samples,
+        frozen_bytes=0,
+        trained_parameters=total,
+        largest_parameter=width * width,
+        profile=((0, bytes_each * total),),
+        encoder_flops=0,
+        training_flops=0,
+        traffic_bytes=0,
+        operations=0,
+        batch_bytes=0,
+        column_bytes=0,
+    )
+    planned = rank_memory(one, config, precision, world.world_size, "cpu").peak - RUNTIME_BYTES["cpu"]
+    # DeepSpeed allocates its bucket whole, and a CPU gives memory to what is written of it
+    bucket = BUCKET_ELEMENTS * (4 if stage == 3 else bytes_each)
+    held = max(
+        size - bucket + (bucket * total // BUCKET_ELEMENTS) if size > bucket else size for size, _ in live.moments
+    )
+    return planned, held
 
 
 def engine_of(tree: dict, stage: int, precision: str, world: World):

@@ -60,7 +60,7 @@ def test_a_group_shows_its_own_verbs(capsys):
         (["order"], "there is no verb 'order'; did you mean 'data order'?"),
         (
             ["zzzzz"],
-            "there is no verb 'zzzzz'; verbs are: quickstart, train, sample, evaluate, compare, report, ablate, "
+            "there is no verb 'zzzzz'; verbs are: quickstart, train, plan, sample, evaluate, compare, report, ablate, "
             "export, dreambooth",
         ),
     ],

@@ -1,0 +1,226 @@
+"""The plan against real trainings on this machine: peak memory and samples/s, predicted and measured.
+
+    .venv/bin/python tests/benchmarks/plan_check.py [--json FILE] [--only NAME]
+
+Two ranks train a few steps for each of eleven configurations: the built-in base and one of 35 million parameters with
+random weights, ZeRO 0 to 3, two micro-batches. Memory is a rank's resident size, which begins with the interpreter and
+its libraries: RUNTIME_BYTES, beside which the size after the imports alone is printed. Speed is calibrated with one
+configuration of each base, the first. About ten minutes on 2 quiet cores.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+import yaml
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from controlbooth.data import pack
+from controlbooth.trainer.accelerators import this_processor
+from controlbooth.trainer.config import RunConfig, build_config
+from controlbooth.trainer.footprint import footprint
+from controlbooth.trainer.miniature import CAPTION_TOKENS, SCHEDULER, build_tokenizer
+from controlbooth.trainer.planning import one_choice
+from controlbooth.trainer.rank_memory import RUNTIME_BYTES
+from controlbooth.trainer.scaling import Layout
+
+RANKS, STEPS = 2, 8
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Case:
+    base: str
+    zero_stage: int
+    micro_batch_size: int
+    precision: str = "fp32"
+
+    @property
+    def name(self) -> str:
+        return f"{self.base}-zero{self.zero_stage}-batch{self.micro_batch_size}-{self.precision}"
+
+
+CASES = (
+    *(Case("35M", stage, 8) for stage in range(4)),
+    Case("35M", 2, 2),
+    Case("35M", 2, 8, "bf16"),
+    *(Case("miniature", stage, 32) for stage in range(4)),
+    Case("miniature", 2, 8),
+)
+
+
+def write_base(folder: Path) -> None:
+    """35.0M parameters in Stable Diffusion's layout, for 128 px."""
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    tokenizer.save_pretrained(folder / "tokenizer")
+    text: Any = CLIPTextConfig(
+        vocab_size=49408,
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=CAPTION_TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    CLIPTextModel(text).save_pretrained(folder / "text_encoder")
+    AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        layers_per_block=1,
+        block_out_channels=(32, 64, 128, 128),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        sample_size=128,
+    ).save_pretrained(folder / "vae")
+    UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=2,
+        block_out_channels=(64, 128, 256, 256),
+        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        cross_attention_dim=256,
+        attention_head_dim=8,
+        norm_num_groups=32,
+    ).save_pretrained(folder / "unet")
+    DDPMScheduler(**SCHEDULER).save_pretrained(folder / "scheduler")
+
+
+def run_of(case: Case, folder: Path) -> RunConfig:
+    large = case.base == "35M"
+    return build_config(
+        dict(
+            name=case.name,
+            output=str(folder / "runs"),
+            max_steps=STEPS,
+            global_batch_size=RANKS * case.micro_batch_size,
+            micro_batch_size=case.micro_batch_size,
+            model=dict(
+                base=str(folder / "base") if large else "miniature",
+                hint_channels=[16, 32, 96, 256] if large else [16, 32, 64, 96],
+                attention="flash",
+            ),
+            data=dict(
+                shards=str(folder / f"shards-{128 if large else 64}"),
+                condition="edges",
+                resolution=128 if large else 64,
+                threads=1,
+                prefetch_steps=2,
+            ),
+            engine=dict(precision=case.precision, zero_stage=case.zero_stage),
+            checkpoint=dict(every_steps=1000),
+        )
+    )
+
+
+def train(config: RunConfig, folder: Path) -> dict[str, Any]:
+    """speed.json of a real training."""
+    run_file = folder / f"{config.name}.yaml"
+    run_file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "DS_ACCELERATOR": "cpu"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
+    command += ["-m", "controlbooth.trainer.train", str(run_file)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} exited with {done.returncode}\n{done.stderr[-3000:]}")
+    return json.loads((config.output / config.name / "speed.json").read_text())
+
+
+IMPORTS = """
+import resource
+import controlbooth.trainer.train, deepspeed, mlflow, diffusers, transformers, torch
+from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+from transformers import CLIPTextModel, AutoTokenizer
+from controlbooth.trainer.distributed import join, leave
+join()
+import deepspeed.runtime.engine
+torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+leave()
+"""
+
+
+def runtime_bytes() -> int:
+    """Resident size of a rank before its first tensor."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "DS_LOG_LEVEL": "error"}
+    done = subprocess.run([sys.executable, "-c", IMPORTS], env=environment, capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--only", help="configurations whose name contains this")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    held = runtime_bytes()
+    print(f"interpreter and libraries {held / GIB:.3f} GiB here; the plan counts with {RUNTIME_BYTES['cpu'] / GIB:.3f}")
+    print(
+        f"{'configuration':<30}{'memory GiB':>12}{'measured':>10}{'error':>8}"
+        f"{'samples/s':>11}{'measured':>10}{'error':>8}"
+    )
+    rows, factors, cards = [], {}, {}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        write_base(folder / "base")
+        for size in (64, 128):
+            arguments = ["--scenes", "128", "--size", str(size), "--condition", "edges", "--workers", "1"]
+            pack.main([*arguments, "-o", str(folder / f"shards-{size}")])
+        for case in CASES:
+            if options.only and options.only not in case.name:
+                continue
+            config = run_of(case, folder)
+            one = footprint(config, case.precision, case.micro_batch_size, "flash")
+            if case.precision not in cards:  # once: a second measurement would not be that of the calibration
+                cards[case.precision] = this_processor(case.precision)
+            layout = Layout(cards[case.precision], 1, RANKS)
+            measured = train(config, folder)
+            planned = one_choice(config, one, config.engine, layout, case.precision, factors.get(case.base, 1.0))
+            if case.base not in factors:
+                factors[case.base] = planned.step.samples_per_second / measured["samples_per_second"]
+                planned = one_choice(config, one, config.engine, layout, case.precision, factors[case.base])
+            row = {
+                "name": case.name,
+                "predicted_gib": planned.memory.peak / GIB,
+                "measured_gib": measured["peak_memory_gib"],
+                "predicted_samples_per_second": planned.step.samples_per_second,
+                "measured_samples_per_second": measured["samples_per_second"],
+                "parts": {name: round(size / GIB, 3) for name, size in planned.memory.device.items()},
+                "moment": planned.memory.moment,
+            }
+            rows.append(row)
+            print(line(row), flush=True)
+            if options.json:
+                options.json.write_text(json.dumps({"factors": factors, "rows": rows}, indent=1))
+    errors = [abs(row["predicted_gib"] / row["measured_gib"] - 1) for row in rows]
+    print(f"memory: largest error {100 * max(errors):.1f} %, mean {100 * sum(errors) / len(errors):.1f} %")
+
+
+def line(row: dict[str, Any]) -> str:
+    memory, speed = (
+        (row["predicted_gib"], row["measured_gib"]),
+        (row["predicted_samples_per_second"], row["measured_samples_per_second"]),
+    )
+    return (
+        f"{row['name']:<30}{memory[0]:12.2f}{memory[1]:10.2f}{100 * (memory[0] / memory[1] - 1):7.1f}%"
+        f"{speed[0]:11.2f}{speed[1]:10.2f}{100 * (speed[0] / speed[1] - 1):7.1f}%"
+    )
+
+
+if __name__ == "__main__":
+    main()

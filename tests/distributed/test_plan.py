@@ -1,0 +1,10 @@
+"""What the plan says that DeepSpeed keeps, against the live storages of real engines on two ranks."""
+
+import pytest
+from tiny import torchrun
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_planned_memory_of_every_stage_is_that_of_a_real_engine(tmp_path, precision):
+    for stage, (planned, held) in torchrun(2, "engine_memory", tmp_path, precision).items():
+        assert held == pytest.approx(planned, rel=0.05), f"ZeRO-{stage}: planned {planned}, held {held}"

@@ -1,0 +1,381 @@
+"""The plan's categories against sizes that are counted by hand, and its arithmetic."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from controlbooth.trainer import planning
+from controlbooth.trainer.accelerators import ACCELERATORS, accelerator
+from controlbooth.trainer.calibration import nearest, planned_facts, read_rows
+from controlbooth.trainer.config import ConfigError, EngineConfig, build_config
+from controlbooth.trainer.footprint import (
+    Footprint,
+    LiveStorages,
+    footprint,
+    scaled,
+    shapes_of,
+    without_memory,
+    worst_moments,
+)
+from controlbooth.trainer.plan import main
+from controlbooth.trainer.rank_memory import BUCKET_ELEMENTS, RUNTIME_BYTES, rank_memory
+from controlbooth.trainer.scaling import (
+    HOP_SECONDS,
+    NETWORK,
+    Layout,
+    communication_bytes,
+    communication_seconds,
+    first_limits,
+    scaling_curve,
+    step_time,
+)
+
+H100 = ACCELERATORS["h100"]
+ONE = Footprint(
+    micro_batch_size=2,
+    frozen_bytes=1000,
+    trained_parameters=800,
+    largest_parameter=100,
+    profile=((5000, 0), (3000, 1600), (0, 3200)),
+    encoder_flops=10**9,
+    training_flops=10**10,
+    traffic_bytes=10**8,
+    operations=100,
+    batch_bytes=64,
+    column_bytes=0,
+)
+"""A step in fp32 of round numbers."""
+
+
+@pytest.fixture(scope="module")
+def bases(base_folder, tmp_path_factory):
+    """A folder with tiny bases by family."""
+    folder = tmp_path_factory.mktemp("bases")
+    for family in ("sd15", "sdxl", "miniature"):
+        (folder / family).symlink_to(base_folder(family))
+    return folder
+
+
+def run(folder, **changes):
+    tree = dict(
+        name="planned",
+        output=str(folder / "runs"),
+        max_steps=1000,
+        global_batch_size=64,
+        micro_batch_size=2,
+        model=dict(base=str(folder / "sd15"), hint_channels=[4, 4, 4, 4]),
+        data=dict(shards=str(folder / "none"), condition="edges", resolution=32),
+        engine=dict(precision="fp32"),
+    )
+    for key, value in changes.items():
+        tree[key] = tree[key] | value if isinstance(value, dict) else value
+    return build_config(tree)
+
+
+def real_base(path):
+    from controlbooth.models.pretrained import load_base
+
+    return load_base(path)
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "miniature"])
+def test_planned_weights_are_those_of_the_real_modules(bases, family):
+    from controlbooth.trainer.train import make_controlnet
+
+    config = run(bases, model=dict(base=str(bases / family), hint_channels=[4, 4, 4, 4]))
+    base = real_base(bases / family)
+    one = footprint(config, "fp32", 2, "flash")
+    modules = [base.unet, base.vae, *base.text_encoders]
+    held = sum(t.numel() * t.element_size() for m in modules for t in (*m.parameters(), *m.buffers()))
+    assert one.frozen_bytes == held
+    controlnet = make_controlnet(config, base)
+    assert one.trained_parameters == sum(p.numel() for p in controlnet.parameters())
+    assert one.profile[-1][1] == 4 * one.trained_parameters
+
+
+def test_activations_and_work_grow_with_the_micro_batch_and_gradients_do_not(bases):
+    config = run(bases)
+    one, four = (footprint(config, "fp32", size, "flash") for size in (1, 4))
+    larger = scaled(one, 4)
+    assert larger.activation_bytes == pytest.approx(four.activation_bytes, rel=0.02)
+    assert larger.training_flops == four.training_flops and larger.encoder_flops == four.encoder_flops
+    assert larger.profile[-1][1] == four.profile[-1][1] == 4 * one.trained_parameters
+
+
+def test_gradient_checkpointing_keeps_less_and_computes_more(bases):
+    config = run(bases, data=dict(columns="columns"))
+    cheap = run(bases, data=dict(columns="columns"), model=dict(gradient_checkpointing=True))
+    plain, recomputed = (footprint(one, "fp32", 4, "flash") for one in (config, cheap))
+    assert recomputed.activation_bytes < plain.activation_bytes
+    assert recomputed.training_flops > 1.1 * plain.training_flops
+
+
+def test_columns_leave_the_encoders_out_of_the_work_and_not_out_of_the_memory(bases):
+    online, cached = footprint(run(bases), "fp32", 2, "flash"), None
+    cached = footprint(run(bases, data=dict(columns="columns")), "fp32", 2, "flash")
+    assert online.encoder_flops > 0 and cached.encoder_flops == 0
+    assert cached.training_flops == online.training_flops
+    assert online.column_bytes == 0  # columns hold mean and deviation, 4 channels of 4 x 4, and 12 tokens of 16 numbers
+    assert cached.column_bytes == 2 * 4 * (2 * 4 * 4 * 4 + 12 * 16)
+    assert cached.frozen_bytes == online.frozen_bytes
+
+
+def test_attention_that_keeps_scores_takes_more_memory(bases):
+    config = run(bases, data=dict(columns="columns", resolution=64))
+    flash, math = (footprint(config, "fp32", 2, kernel) for kernel in ("flash", "math"))
+    assert math.activation_bytes > flash.activation_bytes
+
+
+def test_the_published_shapes_are_planned_without_weights(bases):
+    config = run(bases, model=dict(base="nowhere", family="sd15", hint_channels=[16, 32, 96, 256]))
+    _, controlnet = shapes_of(config, "bf16")
+    assert sum(p.numel() for p in controlnet.parameters()) == 361_279_120
+    _, controlnet = shapes_of(config, "bf16", shapes="sdxl")
+    assert sum(p.numel() for p in controlnet.parameters()) == 1_251_014_160
+
+
+def test_a_base_that_is_not_here_and_of_no_family_says_how_to_plan_it(bases):
+    config = run(bases, model=dict(base="nowhere", hint_channels=[4, 4, 4, 4]))
+    with pytest.raises(ConfigError, match="--shapes sd15 or sd21 or sdxl"):
+        shapes_of(config, "bf16")
+
+
+def test_operations_of_a_convolution_and_a_linear_layer_are_those_of_the_formula():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.Flatten(), nn.Linear(8 * 36, 5, bias=False))
+    counter = FlopCounterMode(display=False)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        without_memory(net)
+        with counter:
+            net(torch.zeros(2, 3, 6, 6)).sum().backward()
+    convolution, linear = 2 * 2 * 36 * 8 * 3 * 9, 2 * 2 * 8 * 36 * 5
+    # forward; backward by the weights; and by the inputs, which the picture does not need
+    assert counter.get_total_flops() == 2 * convolution + 3 * linear
+
+
+def test_storages_are_followed_from_their_making_to_their_end():
+    with FakeTensorMode(), LiveStorages() as live:
+        kept = torch.zeros(100)
+        view = kept.view(10, 10)
+        assert live.live == 400
+        torch.zeros(1000).add_(1)
+        assert live.live == 400
+        del kept
+        assert live.live == 400  # the view holds it
+        del view
+    assert live.live == 0
+    assert max(bytes_ for bytes_, _ in live.moments) == 4400
+
+
+def test_only_moments_that_nothing_exceeds_are_kept():
+    assert worst_moments([(1, 0), (5, 0), (3, 2), (2, 2), (4, 1), (0, 3)]) == ((5, 0), (4, 1), (3, 2), (0, 3))
+
+
+def parts(stage, ranks, precision="fp32", kind="cpu", **engine):
+    memory = rank_memory(ONE, EngineConfig(zero_stage=stage, **engine), precision, ranks, kind)
+    return memory.device
+
+
+def test_each_stage_splits_what_it_says_over_the_ranks():
+    for stage, weights, optimizer in ((0, 3200, 6400), (1, 3200, 2400), (2, 3200, 2400), (3, 800, 2400)):
+        device = parts(stage, 4)
+        assert device["trained weights"] == weights and device["optimizer"] == optimizer
+        assert device["frozen weights"] == 1000
+    assert parts(2, 4)["runtime"] == RUNTIME_BYTES["cpu"]
+
+
+def test_masters_exist_beside_half_precision_weights_only():
+    assert parts(0, 1)["optimizer"] == 8 * 800
+    assert parts(0, 1, "bf16")["optimizer"] == (4 + 8) * 800
+    assert parts(2, 4, "bf16")["trained weights"] == 2 * 800
+
+
+def test_the_peak_is_the_worst_of_three_moments():
+    many = rank_memory(ONE, EngineConfig(zero_stage=0), "fp32", 1, "cpu")
+    assert many.moment == "reduction"  # weights 3200, Adam 6400, gradients 3200 and their flat copy 3200
+    assert many.peak == RUNTIME_BYTES["cpu"] + 1000 + 3200 + 6400 + 3200 + 3200
+    heavy = replace(ONE, profile=((50_000, 0), (0, 3200)))
+    assert rank_memory(heavy, EngineConfig(zero_stage=0), "fp32", 1, "cpu").moment == "backward"
+
+
+def test_a_bucket_is_allocated_whole_on_a_card_and_touched_in_part_on_a_cpu():
+    assert parts(2, 2, kind="cuda")["communication"] >= 4 * BUCKET_ELEMENTS
+    assert parts(2, 2, kind="cpu")["communication"] <= 2 * 4 * 800
+
+
+def test_offload_moves_optimizer_states_to_the_host_and_nothing_is_lost():
+    plain = rank_memory(ONE, EngineConfig(zero_stage=2), "bf16", 4, "cuda")
+    moved = rank_memory(ONE, EngineConfig(zero_stage=2, offload_optimizer=True), "bf16", 4, "cuda")
+    assert plain.device["optimizer"] == moved.host["optimizer"] == 12 * 200
+    assert moved.device["optimizer"] == 0 and plain.host["optimizer"] == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    parameters=st.integers(1000, 2 * 10**9),
+    activations=st.integers(0, 10**11),
+    ranks=st.sampled_from([1, 2, 4, 8, 64]),
+    stage=st.integers(0, 3),
+    precision=st.sampled_from(["fp32", "bf16"]),
+    kind=st.sampled_from(["cpu", "cuda"]),
+)
+def test_more_of_anything_never_takes_less_memory_and_more_ranks_never_more(
+    parameters, activations, ranks, stage, precision, kind
+):
+    width = 4 if precision == "fp32" else 2
+
+    def peak(total, held, world):
+        profile = ((held, 0), (held // 2, width * (total // 2)), (0, width * total))
+        one = replace(ONE, trained_parameters=total, largest_parameter=100, profile=profile)
+        return rank_memory(one, EngineConfig(zero_stage=stage), precision, world, kind).peak
+
+    here = peak(parameters, activations, ranks)
+    assert peak(parameters, activations + 10**6, ranks) >= here
+    assert peak(parameters * 2, activations, ranks) >= here
+    if not (stage == 3 and ranks == 1):  # alone there is nothing to gather
+        assert peak(parameters, activations, 2 * ranks) <= here + 4 * 2 * ranks
+
+
+def test_a_ring_sends_twice_what_is_left_when_a_rank_has_its_own():
+    assert communication_bytes(ONE, 0, "fp32", 4, 1) == 2 * 0.75 * 800 * 4
+    assert communication_bytes(ONE, 0, "bf16", 4, 1) == 2 * 0.75 * 800 * 2
+    assert communication_bytes(ONE, 2, "bf16", 4, 3) == 3 * 2 * 0.75 * 800 * 4 + 0.75 * 800 * 2
+
+
+def test_one_rank_does_not_communicate_and_nodes_share_their_ports():
+    engine = EngineConfig(zero_stage=0)
+    assert communication_seconds(ONE, Layout(H100, 1, 1), engine, "fp32", 1) == 0.0
+    slow = replace(H100, network_bandwidth=1e6)
+    sent = communication_bytes(ONE, 0, "fp32", 4, 1)
+    seconds = communication_seconds(ONE, Layout(slow, 2, 2), engine, "fp32", 1)
+    assert seconds == pytest.approx(sent / (NETWORK * 2e6) + 2 * HOP_SECONDS * 2)
+
+
+def test_a_step_has_as_many_passes_as_the_global_batch_asks_for():
+    step = step_time(ONE, Layout(H100, 1, 4), EngineConfig(), "bf16", 64)
+    assert step.accumulation_steps == 8
+    once = step_time(ONE, Layout(H100, 1, 4), EngineConfig(), "bf16", 8)
+    assert step.compute_seconds == pytest.approx(8 * once.compute_seconds)
+    assert step_time(ONE, Layout(H100, 1, 4), EngineConfig(), "bf16", 64, factor=2.0).compute_seconds == pytest.approx(
+        2 * step.compute_seconds
+    )
+    with pytest.raises(ValueError, match="63 samples are not a multiple of 2 \\* 4"):
+        step_time(ONE, Layout(H100, 1, 4), EngineConfig(), "bf16", 63)
+
+
+@settings(max_examples=30, deadline=None)
+@given(storage=st.floats(1e3, 1e12), factor=st.floats(0.5, 20.0), whole=st.sampled_from([64, 2048]))
+def test_more_cards_are_never_more_efficient_and_never_beyond_what_storage_gives(storage, factor, whole):
+    at = {size: scaled(ONE, size) for size in (1, 2, 4)}
+    curve = scaling_curve(at, Layout(H100, 1, 8), EngineConfig(), "bf16", whole, 1e5, storage, factor)
+    assert [point.ranks for point in curve] == [2**power for power in range(11)]
+    assert all(point.limited_samples_per_second * 1e5 <= storage * 1.001 for point in curve)
+    per_card = [point.limited_samples_per_second / point.ranks for point in curve]
+    assert all(later <= earlier * 1.001 for earlier, later in zip(per_card, per_card[1:], strict=False))
+    _, data = first_limits(curve, storage)
+    assert data is None or next(p for p in curve if p.ranks == data).data_bytes_per_second > storage
+
+
+def test_days_and_price_are_steps_times_seconds_times_cards(bases):
+    plan = planning.make_plan(run(bases), Layout(H100, 2, 4))
+    days, price = planning.days_and_price(plan, plan.asked.step)
+    seconds = 1000 * plan.asked.step.seconds + plan.checkpoint_bytes / planning.WRITE_BYTES
+    assert days == pytest.approx(seconds / 86400)
+    assert price == pytest.approx(seconds / 3600 * 8 * H100.price)
+
+
+def test_the_recommended_way_fits_and_is_among_the_fastest_that_do(bases):
+    plan = planning.make_plan(run(bases), Layout(H100, 1, 2))
+    assert plan.recommended is not None and plan.recommended.fits
+    best = max(choice.step.samples_per_second for choice in plan.choices if choice.fits)
+    assert plan.recommended.step.samples_per_second >= 0.99 * best
+    assert {choice.zero_stage for choice in plan.choices} == {0, 1, 2, 3}
+    full = planning.make_plan(run(bases), Layout(replace(H100, memory_bytes=1e6), 1, 2))
+    assert full.recommended is None
+
+
+def test_a_global_batch_that_does_not_divide_is_refused_with_the_numbers(bases):
+    with pytest.raises(ConfigError, match="global_batch_size=64 is not a multiple of 3 ranks"):
+        planning.make_plan(run(bases), Layout(H100, 1, 3))
+
+
+def test_a_measured_step_scales_the_planned_one(bases, tmp_path):
+    config = run(bases)
+    plain = planning.make_plan(config, Layout(H100, 1, 1))
+    row = planned_facts(config, "fp32", 2) | {"samples_per_second": plain.asked.step.samples_per_second / 3}
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps(row) + "\n" + json.dumps(row | {"error": "out of memory", "samples_per_second": None}))
+    plan = planning.make_plan(config, Layout(H100, 1, 1), calibration=rows)
+    assert plan.measured is not None and plan.measured.differs == ()
+    assert plan.asked.step.samples_per_second == pytest.approx(plain.asked.step.samples_per_second / 3, rel=0.05)
+
+
+def test_the_nearest_measured_step_is_taken_and_says_how_it_differs():
+    rows = [
+        dict(family="sdxl", resolution=512, micro_batch_size=4, precision="bf16", samples_per_second=1.0),
+        dict(family="sd15", resolution=512, micro_batch_size=32, precision="bf16", samples_per_second=2.0),
+        dict(family="sd15", resolution=512, micro_batch_size=8, precision="bf16", samples_per_second=3.0),
+        dict(family="sd15", resolution=512, micro_batch_size=8, precision="bf16", samples_per_second=9.0, settings="x"),
+    ]
+    found = nearest(rows, dict(family="sd15", resolution=1024, micro_batch_size=4, precision="bf16"))
+    assert found.row["samples_per_second"] == 3.0
+    assert found.differs == ("resolution", "micro_batch_size")
+    assert "another resolution 512, micro_batch_size 8" in found.describe()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nonsense", "not readable"),
+        ('{"samples_per_second": 1.0}', "a row without family, micro_batch_size, precision, resolution"),
+        ('{"family": "sd15", "error": "out of memory"}', "no row with samples_per_second"),
+    ],
+)
+def test_a_file_that_holds_no_measured_steps_is_refused(tmp_path, text, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_rows(path)
+    with pytest.raises(ConfigError, match="has no speed.json"):
+        read_rows(tmp_path)
+
+
+def test_an_unknown_accelerator_is_answered_with_the_nearest_name():
+    with pytest.raises(ValueError, match="did you mean 'a100-40' or 'a100-80'"):
+        accelerator("a100")
+    with pytest.raises(ValueError, match="did you mean 'l40s'"):
+        accelerator("l40")
+    with pytest.raises(ValueError, match="Known: h100, h200"):
+        accelerator("abacus")
+    assert accelerator("H100") is H100
+
+
+def test_every_card_has_plausible_figures():
+    for card in ACCELERATORS.values():
+        assert 1e14 < card.half_flops < 1e16 and card.single_flops < card.half_flops
+        assert 20e9 < card.memory_bytes < 300e9 and 5e11 < card.memory_bandwidth < 1e13
+        assert card.network_bandwidth <= card.node_bandwidth and 0.1 < card.price < 20
+
+
+def test_the_verb_prints_the_plan_and_writes_it(bases, tmp_path, capsys):
+    from controlbooth.trainer.config import dump
+
+    run_file = tmp_path / "run.yaml"
+    run_file.write_text(dump(run(bases)))
+    cluster = tmp_path / "cluster.yaml"
+    cluster.write_text("accelerator: a100-80\nnodes: 2\nprocesses_per_node: 4\n")
+    arguments = [str(run_file), "global_batch_size=128", "--cluster", str(cluster)]
+    assert main([*arguments, "--json", str(tmp_path / "p.json"), "--simulate", str(tmp_path / "curve.png")]) == 0
+    printed = capsys.readouterr().out
+    assert "2 x 4 a100-80" in printed and "recommended" in printed and "speed: not measured" in printed
+    tree = json.loads((tmp_path / "p.json").read_text())
+    assert tree["nodes"] == 2 and tree["asked"]["memory"]["frozen weights"] > 0
+    assert tree["curve"][-1]["cards"] == 1024
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")

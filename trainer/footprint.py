@@ -1,0 +1,330 @@
+"""What one micro-batch of a run takes: bytes by category and floating-point operations, found without doing the work.
+
+The run's own modules and its own step run on fake tensors, which have shapes and dtypes and no memory. A dispatch mode
+sees every tensor that an operation makes and follows its storage until Python lets go of it, as it would on a device.
+Only what the engine adds (gradient buckets, masters, optimizer states) is arithmetic, in `rank_memory`.
+"""
+
+import json
+import weakref
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from controlbooth.models.attention import AttentionChoice, apply_attention
+from controlbooth.models.base import Base, vae_dtype
+from controlbooth.models.controlnet import build_controlnet
+from controlbooth.models.families import FAMILIES, Family, check_family, identify
+from controlbooth.models.pretrained import controlnet_class
+from controlbooth.trainer.config import ConfigError, RunConfig, base_path
+from controlbooth.trainer.encoding import encode_captions, encode_kept, encode_posterior
+from controlbooth.trainer.engine import DTYPES
+from controlbooth.trainer.step import DeviceBatch, controlnet_loss
+
+SHAPES = tuple(name for name, family in FAMILIES.items() if family.architecture is not None)
+"""Families whose published module configurations are known here, so that they can be planned without weights."""
+
+WITHOUT_SCORES = ("auto", "xformers", "efficient", "flash")
+"""Attention kernels that keep no matrix of tokens by tokens; `auto` takes one of them where such a matrix is large."""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Of one micro-batch on one rank, forward and backward."""
+
+    micro_batch_size: int
+    frozen_bytes: int
+    """The base: U-Net, and VAE and text encoders, which are loaded whether or not columns stand for them."""
+    trained_parameters: int
+    largest_parameter: int
+    """Elements of the largest trained tensor."""
+    profile: tuple[tuple[int, int], ...]
+    """(activation bytes, gradient bytes) at the moments where neither is exceeded later with more of the other: weights
+    excluded, gradients in the dtype of the run."""
+    encoder_flops: int
+    """VAE and text encoders, of the whole micro-batch; 0 with columns."""
+    training_flops: int
+    """ControlNet and U-Net, forward and backward, recomputation included."""
+    traffic_bytes: int
+    """Read and written by operations other than products: normalisation, activations, copies. These take their time by
+    the memory's bandwidth."""
+    operations: int
+    """Operations other than views that are called, forward and backward: each costs a launch."""
+    batch_bytes: int
+    """What the loader hands over and the device holds of one micro-batch."""
+    column_bytes: int
+    """What of that is latents and hidden states from columns, as they are stored; 0 with online encoders."""
+
+    @property
+    def activation_bytes(self) -> int:
+        return max(activations for activations, _ in self.profile)
+
+    @property
+    def flops(self) -> int:
+        return self.encoder_flops + self.training_flops
+
+
+def scaled(one: Footprint, micro_batch_size: int) -> Footprint:
+    """The same at another micro-batch: activations and work have the batch as a factor, weights and gradients not."""
+    times = micro_batch_size / one.micro_batch_size
+    return replace(
+        one,
+        micro_batch_size=micro_batch_size,
+        profile=tuple((round(activations * times), gradients) for activations, gradients in one.profile),
+        **{
+            name: round(getattr(one, name) * times)
+            for name in ("encoder_flops", "training_flops", "traffic_bytes", "batch_bytes", "column_bytes")
+        },
+    )
+
+
+class LiveStorages(TorchDispatchMode):
+    """Follows the storages of all tensors made inside, each from its making until its last tensor is gone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live, self.gradients, self.traffic, self.operations = 0, 0, 0, 0
+        self.moments: list[tuple[int, int]] = []
+        self._known: dict[int, Any] = {}
+
+    def ignore(self, tensors: Iterable[Tensor]) -> None:
+        """What was there before and is counted elsewhere, such as weights."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            self._known[storage._cdata] = storage  # held, so that its address is not used again
+
+    def is_gradient(self, tensor: Tensor) -> None:
+        """From now on this tensor counts as a gradient, not as an activation."""
+        size = tensor.untyped_storage().nbytes()
+        self.gradients += size
+        self.live -= size
+        self.moments.append((self.live, self.gradients))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        results = [value for value in tree_iter(made) if isinstance(value, Tensor)]
+        self.operations += not func.is_view
+        if func._overloadpacket not in flop_registry and not func.is_view:
+            inputs = [value for value in tree_iter((args, kwargs)) if isinstance(value, Tensor)]
+            self.traffic += sum(tensor.numel() * tensor.element_size() for tensor in (*inputs, *results))
+        for tensor in results:
+            self._follow(tensor)
+        return made
+
+    def _follow(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        address, size = storage._cdata, storage.nbytes()
+        if address in self._known or tensor.device.type == "meta":  # DeepSpeed keeps shapes as such tensors
+            return
+
+        def gone(_: Any) -> None:
+            self.live -= size
+            del self._known[address]
+
+        self._known[address] = weakref.ref(storage, gone)
+        self.live += size
+        self.moments.append((self.live, self.gradients))
+
+
+def worst_moments(moments: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Those of (activations, gradients) for which no other has as much of both: whatever a gradient costs, the peak is
+    at one of them."""
+    kept: list[tuple[int, int]] = []
+    for activations, gradients in sorted(set(moments), reverse=True):
+        if not kept or gradients > kept[-1][1]:
+            kept.append((activations, gradients))
+    return tuple(kept)
+
+
+def shapes_of(config: RunConfig, precision: str, shapes: str | None = None) -> tuple[Base, Any]:
+    """The base and the ControlNet of a run on the meta device. shapes: a family's name, in place of model.base.
+
+    Raises ConfigError and ValueError for a base that cannot be read, and for a family of which nothing is known.
+    """
+    family, modules = _architecture(config, shapes)
+    dtype = DTYPES[precision]
+    with torch.device("meta"):
+        unet: Any = UNet2DConditionModel.from_config(dict(modules["unet"]))
+        vae: Any = AutoencoderKL.from_config(dict(modules["vae"]))
+        classes = (CLIPTextModel, CLIPTextModelWithProjection)
+        encoders = [cls(CLIPTextConfig(**one)) for cls, one in zip(classes, modules["text_encoders"], strict=False)]
+    for module, own in ((unet, dtype), (vae, vae_dtype(vae.config, dtype)), *((one, dtype) for one in encoders)):
+        nn.Module.to(module.requires_grad_(False).eval(), own)  # diffusers' own `to` warns of what does not apply
+    noise_scheduler: Any = DDPMScheduler.from_config(dict(modules["noise_scheduler"]))
+    base = Base(
+        family=family,
+        path=Path(shapes or config.model.base),
+        vae=vae,
+        text_encoders=tuple(encoders),
+        tokenizers=tuple(Tokenizer(encoder.config.max_position_embeddings) for encoder in encoders),
+        unet=unet,
+        noise_scheduler=noise_scheduler,
+        digest="",
+    )
+    return base, nn.Module.to(_controlnet(config, unet), dtype)
+
+
+def _architecture(config: RunConfig, shapes: str | None) -> tuple[Family, Mapping[str, Any]]:
+    """The family and the module configurations: the published ones, or those that the base's folder holds."""
+    folder = base_path(config)
+    if shapes is None and folder.is_dir():
+        unet = _read(folder / "unet" / "config.json")
+        family = check_family(config.model.family, identify(unet), str(folder))
+        encoders = ["text_encoder", "text_encoder_2"][: family.text_encoder_count]
+        return family, dict(
+            unet=unet,
+            vae=_read(folder / "vae" / "config.json"),
+            text_encoders=[_read(folder / name / "config.json") for name in encoders],
+            noise_scheduler=_read(folder / "scheduler" / "scheduler_config.json"),
+        )
+    name = shapes or config.model.family
+    if name not in SHAPES:
+        raise ConfigError(
+            f"model.base is {config.model.base!r}, which is no diffusers folder that could be read here. Give such a "
+            f"folder, or plan by the published shapes of a family: --shapes {' or '.join(SHAPES)}"
+        )
+    family = FAMILIES[name]
+    return family, vars(family.architecture)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def _controlnet(config: RunConfig, unet: Any) -> Any:
+    """On the meta device. One to go on from is read for its configuration, not for its weights."""
+    model = config.model
+    if model.controlnet != "unet" and Path(model.controlnet).is_dir():
+        folder = Path(model.controlnet)
+        with torch.device("meta"):
+            controlnet: Any = controlnet_class(folder).from_config(_read(folder / "config.json"))
+            return controlnet.train()
+    return build_controlnet(
+        unet,
+        model.hint_channels,
+        trainable_copy=model.trainable_copy,
+        connections=model.connections,
+        hint_network=model.hint_network,
+        only_mid_control=model.only_mid_control,
+    )
+
+
+class Tokenizer:
+    """Stands for a base's: every prompt has as many tokens, since prompts are padded to that."""
+
+    def __init__(self, length: int) -> None:
+        self.model_max_length = length
+
+    def __call__(self, prompts: list[str], **_: Any) -> Any:
+        return SimpleNamespace(input_ids=torch.zeros(len(prompts), self.model_max_length, dtype=torch.int64))
+
+
+def footprint(
+    config: RunConfig, precision: str, micro_batch_size: int, attention: str, shapes: str | None = None
+) -> Footprint:
+    """Runs one micro-batch, forward and backward, on fake tensors. Seconds for SD1.5.
+
+    attention: a kernel, or auto; those WITHOUT_SCORES count as one.
+    shapes: as in `shapes_of`, and its errors.
+    """
+    base, controlnet = shapes_of(config, precision, shapes)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for module in (base.vae, base.unet, controlnet, *base.text_encoders):
+            without_memory(module)
+        choice = AttentionChoice("flash" if attention in WITHOUT_SCORES else attention, "planned")
+        for module in (base.unet, controlnet):
+            apply_attention(module, choice)
+        if config.model.gradient_checkpointing:
+            controlnet.enable_gradient_checkpointing()
+            base.unet.enable_gradient_checkpointing()
+        base.empty_prompt(encode_captions)  # once, not in every step
+        return _measured(config, base, controlnet, micro_batch_size)
+
+
+def _measured(config: RunConfig, base: Base, controlnet: Any, micro_batch_size: int) -> Footprint:
+    trained = list(controlnet.parameters())
+    frozen = [t for module in (base.vae, base.unet, *base.text_encoders) for t in tensors_of(module)]
+    live, counter, encoders = LiveStorages(), FlopCounterMode(display=False), FlopCounterMode(display=False)
+    live.ignore([*frozen, *tensors_of(controlnet)])
+    handles = [p.register_post_accumulate_grad_hook(lambda p: live.is_gradient(p.grad)) for p in trained]
+    batch = fake_batch(config, base, micro_batch_size)
+    if batch.pixel_values is not None:
+        with encoders, torch.no_grad():
+            encode_posterior(base, batch.pixel_values)
+            encode_kept(base, batch.captions)
+    with counter, live:
+        batch = fake_batch(config, base, micro_batch_size)
+        size, live.traffic = live.live, 0
+        controlnet_loss(base, controlnet, batch, config.optimizer.min_snr_gamma).backward()
+    for handle in handles:
+        handle.remove()
+    for parameter in trained:
+        parameter.grad = None
+    return Footprint(
+        micro_batch_size=micro_batch_size,
+        frozen_bytes=sum(tensor.untyped_storage().nbytes() for tensor in frozen),
+        trained_parameters=sum(parameter.numel() for parameter in trained),
+        largest_parameter=max(parameter.numel() for parameter in trained),
+        profile=worst_moments(live.moments),
+        encoder_flops=encoders.get_total_flops(),
+        training_flops=counter.get_total_flops() - encoders.get_total_flops(),
+        traffic_bytes=live.traffic,
+        operations=live.operations,
+        batch_bytes=size,
+        column_bytes=sum(
+            t.numel() * t.element_size() for t in (*(batch.posterior or ()), *(batch.text or ())) if t is not None
+        ),
+    )
+
+
+def fake_batch(config: RunConfig, base: Base, size: int) -> DeviceBatch:
+    """A micro-batch as `to_device` leaves it: of pictures, or of what columns hold."""
+    side = config.data.resolution
+    latent = side // base.family.vae_factor
+    shape = (size, base.unet.config["in_channels"], latent, latent)
+    pixel_values, posterior, text = None, None, None
+    if config.data.columns is None:
+        pixel_values = torch.zeros(size, 3, side, side)
+    else:
+        posterior = (torch.zeros(shape, dtype=base.vae.dtype), torch.zeros(shape, dtype=base.vae.dtype))
+        assert base._empty is not None
+        states, pooled = base._empty
+        text = (states.repeat(size, 1, 1), None if pooled is None else pooled.repeat(size, 1))
+    return DeviceBatch(
+        pixel_values=pixel_values,
+        conditioning_pixel_values=torch.zeros(size, 3, side, side),
+        captions=["a caption"] * size,
+        timesteps=torch.zeros(size, dtype=torch.int64),
+        noise=torch.zeros(shape),
+        posterior_noise=torch.zeros(shape),
+        weights=torch.ones(size),
+        posterior=posterior,
+        text=text,
+    )
+
+
+def tensors_of(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def without_memory(module: nn.Module) -> None:
+    """Fake tensors in place of those on the meta device, which operations with others would refuse."""
+    for part in module.modules():
+        for name, parameter in list(part._parameters.items()):
+            if parameter is not None:
+                empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+                part._parameters[name] = nn.Parameter(empty, parameter.requires_grad)
+        for name, buffer in list(part._buffers.items()):
+            if buffer is not None:
+                part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)

@@ -1,0 +1,250 @@
+"""What a run will take: the footprint of its step, for every ZeRO stage and micro-batch on given cards."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from controlbooth.data.manifest import join_datasets, open_dataset
+from controlbooth.trainer.accelerators import Accelerator
+from controlbooth.trainer.calibration import Measured, config_of_row, nearest, planned_facts, read_rows
+from controlbooth.trainer.config import ConfigError, EngineConfig, RunConfig, sources
+from controlbooth.trainer.engine import cpu_multiplies_bf16
+from controlbooth.trainer.footprint import Footprint, footprint, scaled
+from controlbooth.trainer.rank_memory import RankMemory, needed, rank_memory
+from controlbooth.trainer.scaling import Layout, Point, Step, micro_batch_seconds, scaling_curve, step_time
+
+MICRO_BATCHES = tuple(2**power for power in range(8))
+STORED_BYTES_PER_PIXEL = 0.35
+"""Of a sample whose shards are not here: a JPEG of a photograph, quality 90, and a PNG of its edges. An assumption."""
+STORAGE_GBIT = 40.0
+"""Of the storage that all nodes read from together. An assumption; --storage-gbit."""
+WRITE_BYTES = 1e9
+"""Bytes a second that a checkpoint is written with. An assumption."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to run it."""
+
+    zero_stage: int
+    offload_optimizer: bool
+    micro_batch_size: int
+    memory: RankMemory
+    needed_bytes: float
+    """Of the device, with what its allocator does not see."""
+    fits: bool
+    step: Step
+
+    @property
+    def name(self) -> str:
+        return f"ZeRO-{self.zero_stage}" + (" + offload" if self.offload_optimizer else "")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is printed."""
+
+    config: RunConfig
+    precision: str
+    shapes: str
+    """What the modules' shapes were taken from."""
+    layout: Layout
+    one: Footprint
+    """Of the run's own micro-batch."""
+    variants: dict[str, Footprint]
+    """Of the same with gradient checkpointing, or another attention, the other way."""
+    choices: list[Choice]
+    asked: Choice
+    """The run as it is written."""
+    recommended: Choice | None
+    factor: float
+    """Measured seconds over computed ones; 1 without a calibration."""
+    measured: Measured | None
+    sample_bytes: float
+    data_is_measured: bool
+    storage_bandwidth: float
+    curve: list[Point]
+    checkpoint_bytes: int
+
+
+def planned_precision(config: RunConfig, card: Accelerator) -> str:
+    """As engine.resolve_precision, for a device that is not here; every card of the table multiplies in bf16."""
+    if config.engine.precision != "auto":
+        return config.engine.precision
+    return "bf16" if card.kind == "cuda" or cpu_multiplies_bf16() else "fp32"
+
+
+def make_plan(
+    config: RunConfig,
+    layout: Layout,
+    shapes: str | None = None,
+    calibration: Path | None = None,
+    storage_bandwidth: float = STORAGE_GBIT * 1e9 / 8,
+    say: Callable[[str], None] = lambda message: None,
+) -> Plan:
+    """Raises ConfigError and ValueError for a run that cannot be planned, as where the global batch does not divide."""
+    precision = planned_precision(config, layout.accelerator)
+    if config.global_batch_size % layout.ranks:
+        raise ConfigError(
+            f"global_batch_size={config.global_batch_size} is not a multiple of {layout.ranks} ranks "
+            f"({layout.nodes} nodes with {layout.processes_per_node}). Change it, --nodes or --processes-per-node"
+        )
+    asked_size = min(config.micro_batch_size, config.global_batch_size // layout.ranks)
+    say(f"a step of {asked_size} samples on fake tensors")
+    attention = config.model.attention
+    one = footprint(config, precision, asked_size, attention, shapes)
+    variants = {}
+    for name, changed, kernel in alternatives(config):
+        say(f"the same with {name}")
+        variants[name] = footprint(changed, precision, asked_size, kernel, shapes)
+    measured, factor = None, 1.0
+    if calibration:
+        measured = nearest(read_rows(calibration), planned_facts(config, precision, asked_size, shapes))
+        say(f"the measured step of {calibration}")
+        factor = measured_factor(config, measured, layout.accelerator)
+    sample_bytes, known = sample_size(config, one)
+    choices = all_choices(config, one, layout, precision, factor)
+    asked = one_choice(config, one, config.engine, layout, precision, factor)
+    fitting = [choice for choice in choices if choice.fits]
+    recommended = fastest(choices)
+    engine = config.engine if recommended is None else engine_of(config, recommended)
+    sizes = {c.micro_batch_size for c in fitting if (c.zero_stage, c.offload_optimizer) == key_of(engine)} or {1}
+    at = {size: scaled(one, size) for size in sizes}
+    curve = scaling_curve(
+        at, layout, engine, precision, config.global_batch_size, sample_bytes, storage_bandwidth, factor
+    )
+    return Plan(
+        config=config,
+        precision=precision,
+        shapes=shapes or config.model.base,
+        layout=layout,
+        one=one,
+        variants=variants,
+        choices=choices,
+        asked=asked,
+        recommended=recommended,
+        factor=factor,
+        measured=measured,
+        sample_bytes=sample_bytes,
+        data_is_measured=known,
+        storage_bandwidth=storage_bandwidth,
+        curve=curve,
+        checkpoint_bytes=checkpoint_bytes(one, precision, config.optimizer.ema_decay is not None),
+    )
+
+
+def alternatives(config: RunConfig) -> list[tuple[str, RunConfig, str]]:
+    """(name, run, attention): what else decides on activations."""
+    other = not config.model.gradient_checkpointing
+    model = config.model.model_copy(update={"gradient_checkpointing": other})
+    named = "gradient checkpointing" if other else "all activations kept"
+    return [
+        (named, config.model_copy(update={"model": model}), config.model.attention),
+        ("attention that keeps scores (math)", config, "math"),
+    ]
+
+
+def key_of(engine: EngineConfig) -> tuple[int, bool]:
+    return engine.zero_stage, engine.offload_optimizer
+
+
+def engine_of(config: RunConfig, choice: Choice) -> EngineConfig:
+    update = {"zero_stage": choice.zero_stage, "offload_optimizer": choice.offload_optimizer}
+    return config.engine.model_copy(update=update | {"offload_parameters": False})
+
+
+def all_choices(config: RunConfig, one: Footprint, layout: Layout, precision: str, factor: float) -> list[Choice]:
+    """ZeRO 0 to 3, with and without offload, at every micro-batch of a power of two that the global batch allows."""
+    samples = config.global_batch_size // layout.ranks
+    sizes = [size for size in MICRO_BATCHES if samples % size == 0]
+    engines = [(stage, False) for stage in range(4)] + [(stage, True) for stage in (2, 3)]
+    if precision == "fp16":
+        engines.remove((0, False))  # which engine.resolve_precision refuses
+    return [
+        one_choice(
+            config,
+            scaled(one, size),
+            config.engine.model_copy(
+                update={"zero_stage": stage, "offload_optimizer": offload, "offload_parameters": False}
+            ),
+            layout,
+            precision,
+            factor,
+        )
+        for stage, offload in engines
+        for size in sizes
+    ]
+
+
+def fastest(choices: Sequence[Choice]) -> Choice | None:
+    """Of those that fit: within a hundredth of the highest speed, without offload if possible, the least memory."""
+    fitting = [choice for choice in choices if choice.fits]
+    best = max((choice.step.samples_per_second for choice in fitting), default=0.0)
+    close = [choice for choice in fitting if choice.step.samples_per_second >= 0.99 * best]
+    return min(close, key=lambda choice: (choice.offload_optimizer, choice.needed_bytes), default=None)
+
+
+def one_choice(
+    config: RunConfig, one: Footprint, engine: EngineConfig, layout: Layout, precision: str, factor: float
+) -> Choice:
+    kind = layout.accelerator.kind
+    memory = rank_memory(
+        one,
+        engine,
+        precision,
+        layout.ranks,
+        kind,
+        averaged=config.optimizer.ema_decay is not None,
+        loader_bytes=loader_bytes(config, one, layout.ranks),
+    )
+    bytes_needed = needed(memory, kind)
+    step = step_time(one, layout, engine, precision, config.global_batch_size, factor)
+    fits = bytes_needed <= layout.accelerator.memory_bytes
+    return Choice(engine.zero_stage, engine.offload_optimizer, one.micro_batch_size, memory, bytes_needed, fits, step)
+
+
+def memory_of(plan: Plan, one: Footprint) -> RankMemory:
+    """The run as it is written, with another footprint."""
+    config, layout = plan.config, plan.layout
+    kind, averaged = layout.accelerator.kind, config.optimizer.ema_decay is not None
+    return rank_memory(one, config.engine, plan.precision, layout.ranks, kind, averaged=averaged)
+
+
+def loader_bytes(config: RunConfig, one: Footprint, ranks: int) -> int:
+    """Decoded batches that each rank holds ready: pictures as uint8, a quarter of the floats on the device."""
+    per_sample = one.batch_bytes / one.micro_batch_size / 4
+    return round(per_sample * config.global_batch_size / ranks * (config.data.prefetch_steps + 1))
+
+
+def measured_factor(config: RunConfig, measured: Measured, card: Accelerator) -> float:
+    """Seconds of the measured micro-batch over those that are computed for the same one."""
+    row = measured.row
+    same, shapes = config_of_row(config, row)
+    one = footprint(same, row["precision"], row["micro_batch_size"], row.get("attention", "auto"), shapes)
+    return row["micro_batch_size"] / row["samples_per_second"] / micro_batch_seconds(one, card, row["precision"])
+
+
+def sample_size(config: RunConfig, one: Footprint) -> tuple[float, bool]:
+    """Bytes of a sample that come over the network, and whether they were counted in shards that are here."""
+    picture = STORED_BYTES_PER_PIXEL * config.data.resolution**2
+    if config.data.columns is not None:  # beside the condition, about a third of picture and condition
+        return one.column_bytes / one.micro_batch_size + picture / 3, False
+    try:
+        dataset = join_datasets([open_dataset(source.shards) for source in sources(config)])
+    except FileNotFoundError:
+        return picture, False
+    rows = dataset.rows
+    return sum(row.bytes for row in rows) / max(1, sum(row.samples for row in rows)), True
+
+
+def checkpoint_bytes(one: Footprint, precision: str, averaged: bool) -> int:
+    """Masters and moments, weights in the run's precision, the trained weights in fp32 for diffusers, the average."""
+    width = 0 if precision == "fp32" else 2
+    return one.trained_parameters * (4 + 8 + width + 4 + (4 if averaged else 0))
+
+
+def days_and_price(plan: Plan, step: Step) -> tuple[float, float]:
+    """Of all steps and the checkpoints between them; validations come on top."""
+    saves = plan.config.max_steps // plan.config.checkpoint.every_steps
+    hours = (plan.config.max_steps * step.seconds + saves * plan.checkpoint_bytes / WRITE_BYTES) / 3600
+    return hours / 24, hours * plan.layout.ranks * plan.layout.accelerator.price
