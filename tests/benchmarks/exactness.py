@@ -16,8 +16,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 
-import runs
 import tiny
+import trainings
 
 
 def stages(folder: Path) -> None:
@@ -44,24 +44,24 @@ def world_sizes(folder: Path) -> None:
 
 def kills(folder: Path, seed: int) -> None:
     out = folder / "runs"
-    runs.finish(runs.start(runs.run_file(folder, "whole", max_steps=8), 2))
-    path = runs.run_file(folder, "killed", max_steps=8)
+    trainings.finish(trainings.start(trainings.run_file(folder, "whole", max_steps=8), 2))
+    path = trainings.run_file(folder, "killed", max_steps=8)
     for step in sorted(random.Random(seed).sample(range(2, 7), 2)):
-        process = runs.start(path, 2)
-        runs.wait_for_step(out / "killed", step)
-        runs.kill(process)
+        process = trainings.start(path, 2)
+        trainings.wait_for_step(out / "killed", step)
+        trainings.kill(process)
         print(f"  SIGKILL to all ranks once step {step} was logged")
-    runs.finish(runs.start(path, 2))
+    trainings.finish(trainings.start(path, 2))
     shutil.copytree(out / "whole", out / "moved")
     for step in (6, 8):
         shutil.rmtree(out / "moved" / "checkpoints" / f"step-{step:08d}")
-    runs.finish(runs.start(runs.run_file(folder, "moved", max_steps=8), 1))
+    trainings.finish(trainings.start(trainings.run_file(folder, "moved", max_steps=8), 1))
     theirs = tiny.weights(out / "whole" / "checkpoints" / "step-00000008")
     for name, what in (("killed", "killed twice, 2 ranks"), ("moved", "2 ranks, from step 4 on 1 rank")):
         ours = tiny.weights(out / name / "checkpoints" / "step-00000008")
         same = all(np.array_equal(ours[key], theirs[key]) for key in theirs)
         largest = max(float(np.abs(ours[key] - theirs[key]).max()) for key in theirs)
-        losses = runs.logged(out / name, "loss") == runs.logged(out / "whole", "loss")
+        losses = trainings.logged(out / name, "loss") == trainings.logged(out / "whole", "loss")
         print(
             f"  {what:<32} weights {'bitwise equal' if same else f'differ by at most {largest:.1e}'}, "
             f"losses {'bitwise equal' if losses else 'within rounding'}"

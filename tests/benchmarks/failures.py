@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "cluster"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
 
 import mlflow_server
-import runs
 import tiny
+import trainings
 from hosts import Hosts, why_not
 
 HANG = re.compile(r"controlbooth: the ranks hang|  rank \d+ on |  no answer from|  all stacks")
@@ -83,7 +83,7 @@ def everybody(process: subprocess.Popen) -> list[psutil.Process]:
 def compare(ours: Path, theirs: Path, step: int) -> str:
     a, b = (tiny.weights(run / "checkpoints" / f"step-{step:08d}") for run in (ours, theirs))
     largest = max(float(np.abs(a[name] - b[name]).max()) for name in b)
-    losses = [runs.logged(run, "loss") for run in (ours, theirs)]
+    losses = [trainings.logged(run, "loss") for run in (ours, theirs)]
     curve = max(abs(losses[0][s] - losses[1][s]) for s in range(1, step + 1))
     every = losses[0].keys() == losses[1].keys() == set(range(1, step + 1))
     return (
@@ -99,11 +99,11 @@ def kills(folder: Path, count: int, seed: int) -> None:
     print("  kill                 at step  went on from  steps redone  seconds until it was further")
     rng, run, rows, redone = random.Random(seed), folder / "runs" / "killed", [], 0
     settings = dict(checkpoint=dict(every_steps=2, keep=3))
-    path = runs.run_file(folder, "killed", max_steps=ENDLESS, **settings)
+    path = trainings.run_file(folder, "killed", max_steps=ENDLESS, **settings)
     began, start, killed = time.monotonic(), 0, None
     while True:
         start += 1
-        process = runs.start(path, 2, CONTROLBOOTH_ATTEMPT=str(start))
+        process = trainings.start(path, 2, CONTROLBOOTH_ATTEMPT=str(start))
         furthest = last_step(run)
         while status(run).get("attempt") != start:  # ranks whose agent was killed may still be training
             furthest = max(furthest, last_step(run))
@@ -132,7 +132,7 @@ def kills(folder: Path, count: int, seed: int) -> None:
     end = status(run)["step"]
     seconds = time.monotonic() - began
     began = time.monotonic()
-    runs.finish(runs.start(runs.run_file(folder, "calm", max_steps=end, **settings), 2))
+    trainings.finish(trainings.start(trainings.run_file(folder, "calm", max_steps=end, **settings), 2))
     redone, waited = sum(lost for lost, _ in rows), sum(waited for _, waited in rows)
     print(
         f"  {end} steps: {redone} done twice; {seconds:.0f} s, of which {waited:.0f} s from a kill until the run was "
@@ -154,15 +154,15 @@ def stale(folder: Path) -> None:
     print("a stale writer: start 1 asleep (SIGSTOP), start 2 trains on and ends, start 1 wakes (SIGCONT)")
     run = folder / "runs" / "stale"
     settings = dict(checkpoint=dict(every_steps=2, keep=3))
-    old = runs.start(
-        runs.run_file(folder, "stale", max_steps=ENDLESS, **settings), 2, CONTROLBOOTH_ATTEMPT="1", PYTHONUNBUFFERED="1"
-    )
+    endless = trainings.run_file(folder, "stale", max_steps=ENDLESS, **settings)
+    old = trainings.start(endless, 2, CONTROLBOOTH_ATTEMPT="1", PYTHONUNBUFFERED="1")
     wait(lambda: last_step(run) >= 5, old)
     sleepers = everybody(old)
     for one in sleepers:
         one.send_signal(signal.SIGSTOP)
     at, end = last_step(run), last_step(run) + 6
-    runs.finish(runs.start(runs.run_file(folder, "stale", max_steps=end, **settings), 2, CONTROLBOOTH_ATTEMPT="2"))
+    successor = trainings.run_file(folder, "stale", max_steps=end, **settings)
+    trainings.finish(trainings.start(successor, 2, CONTROLBOOTH_ATTEMPT="2"))
     before = digests(run)
     for one in sleepers:
         one.send_signal(signal.SIGCONT)
@@ -182,7 +182,7 @@ def links(folder: Path) -> None:
     run = folder / "runs" / "linked"
     settings = dict(checkpoint=dict(every_steps=2, keep=3), engine=dict(hang_timeout_seconds=20.0))
     with Hosts() as hosts:
-        path = runs.run_file(folder, "linked", max_steps=ENDLESS, **settings)
+        path = trainings.run_file(folder, "linked", max_steps=ENDLESS, **settings)
         both = [hosts.start(number, path) for number in (0, 1)]
         wait(lambda: last_step(run) >= 4, both[0])
 
@@ -214,7 +214,7 @@ def links(folder: Path) -> None:
         hosts.mend(1)
 
         end = at + 6
-        path = runs.run_file(folder, "linked", max_steps=end, **settings)
+        path = trainings.run_file(folder, "linked", max_steps=end, **settings)
         began = time.monotonic()
         both = [hosts.start(number, path) for number in (0, 1)]
         wait(lambda: status(run).get("state") == "running" and status(run).get("attempt", 1) > 1, both[0])
@@ -224,9 +224,9 @@ def links(folder: Path) -> None:
             f"  mended and started again: went on from step {from_step} ({at - from_step} steps redone), further than "
             f"before after {time.monotonic() - began:.1f} s"
         )
-        [runs.finish(process) for process in both]
-        path = runs.run_file(folder, "unlinked", max_steps=end, **settings)
-        [runs.finish(process) for process in [hosts.start(number, path) for number in (0, 1)]]
+        [trainings.finish(process) for process in both]
+        path = trainings.run_file(folder, "unlinked", max_steps=end, **settings)
+        [trainings.finish(process) for process in [hosts.start(number, path) for number in (0, 1)]]
     print(f"  against the undisturbed run: {compare(run, folder / 'runs' / 'unlinked', end)}")
 
 
@@ -255,7 +255,7 @@ def nodes(folder: Path) -> None:
     print("2 -> 1 -> 2 hosts in one elastic job (--nnodes=1:2), the global batch stays 8")
     run = folder / "runs" / "elastic"
     settings = dict(checkpoint=dict(every_steps=4, keep=1000))
-    path = runs.run_file(folder, "elastic", max_steps=ENDLESS, **settings)
+    path = trainings.run_file(folder, "elastic", max_steps=ENDLESS, **settings)
     with Hosts() as hosts:
         first, second = (hosts.start(number, path, nodes="1:2", restarts=5) for number in (0, 1))
         wait(lambda: last_step(run) >= 9, first)
@@ -272,11 +272,11 @@ def nodes(folder: Path) -> None:
         further(run, 4, first)
         for one in everybody(first)[1:]:
             one.send_signal(signal.SIGTERM)
-        runs.finish(first)
-        runs.finish(second)
+        trainings.finish(first)
+        trainings.finish(second)
         steps = status(run)["step"]
-        path = runs.run_file(folder, "steady", max_steps=steps, **settings)
-        [runs.finish(process) for process in [hosts.start(number, path) for number in (0, 1)]]
+        path = trainings.run_file(folder, "steady", max_steps=steps, **settings)
+        [trainings.finish(process) for process in [hosts.start(number, path) for number in (0, 1)]]
     sizes = sorted(world_sizes(run).items())
     spans = [f"{n} from step {s}" for i, (s, n) in enumerate(sizes) if not i or sizes[i - 1][1] != n]
     print(f"  ranks of the checkpoints: {', '.join(spans)}")
@@ -292,11 +292,11 @@ def nodes(folder: Path) -> None:
 def mlflow(folder: Path, away: float = 60.0) -> None:
     """A real server, killed in mid-run and started again on its port."""
     print(f"an MLflow server killed for {away:.0f} s in mid-run")
-    port, run = runs.free_port(), folder / "runs" / "tracked"
+    port, run = trainings.free_port(), folder / "runs" / "tracked"
     tracking = dict(uri=f"http://127.0.0.1:{port}", system_metrics_seconds=1.0)
-    path = runs.run_file(folder, "tracked", max_steps=ENDLESS, tracking=tracking)
+    path = trainings.run_file(folder, "tracked", max_steps=ENDLESS, tracking=tracking)
     server = mlflow_server.start(folder, port)
-    process = runs.start(path, 1)
+    process = trainings.start(path, 1)
     try:
         wait(lambda: json.loads((run / "tracking.json").read_text())["run_id"] if status(run) else None, process)
         further(run, 10, process)
@@ -308,7 +308,7 @@ def mlflow(folder: Path, away: float = 60.0) -> None:
         further(run, 10, process)
         for one in everybody(process)[1:]:
             one.send_signal(signal.SIGTERM)
-        runs.finish(process)
+        trainings.finish(process)
         report_points(run, tracking["uri"], killed, back)
     finally:
         mlflow_server.stop(server)
@@ -317,10 +317,10 @@ def mlflow(folder: Path, away: float = 60.0) -> None:
 def report_points(run: Path, uri: str, killed: int, back: int) -> None:
     from mlflow import MlflowClient
 
-    client, seconds = MlflowClient(uri), runs.logged(run, "step_seconds")
+    client, seconds = MlflowClient(uri), trainings.logged(run, "step_seconds")
     run_id = json.loads((run / "tracking.json").read_text())["run_id"]
     lost, twice = 0, 0
-    losses = runs.logged(run, "loss")
+    losses = trainings.logged(run, "loss")
     names = ("loss", "step_seconds", "grad_norm")
     for name in names:
         there, token = [], None
@@ -330,7 +330,7 @@ def report_points(run: Path, uri: str, killed: int, back: int) -> None:
             token = getattr(page, "token", None)
             if not token:
                 break
-        ours = runs.logged(run, name)
+        ours = trainings.logged(run, name)
         lost += len(set(ours.items()) - set(there))
         twice += len(there) - len(set(there))
     during = [seconds[step] for step in range(killed + 2, back)]

@@ -10,8 +10,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 
-import runs
 import tiny
+import trainings
 
 pytestmark = pytest.mark.cluster
 MEMORY_GROUPS = Path("/sys/fs/cgroup/memory")
@@ -39,16 +39,16 @@ def train(path: Path, processes: int, group: Path | None = None) -> subprocess.C
 def test_a_disk_that_fills_up_ends_a_run_with_one_message_and_the_run_goes_on_when_there_is_room(world, tmp_path):
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=60m", "none", str(tmp_path)], check=True)
     try:
-        path = runs.run_file(world, "full", max_steps=8, output=str(tmp_path), checkpoint=dict(every_steps=4))
-        process = runs.start(path, 2)
-        runs.wait_for_step(tmp_path / "full", 1)
+        path = trainings.run_file(world, "full", max_steps=8, output=str(tmp_path), checkpoint=dict(every_steps=4))
+        process = trainings.start(path, 2)
+        trainings.wait_for_step(tmp_path / "full", 1)
         (tmp_path / "another program's").write_bytes(bytes(os.statvfs(tmp_path).f_bavail * 4096 - 2**20))
         output, _ = process.communicate(timeout=900)
         assert process.returncode == 1 and "OSError: a checkpoint takes up to" in output, output[-3000:]
         assert "Free some, lower checkpoint.keep" in output and "Traceback" not in output.partition("OSError")[0]
         (tmp_path / "another program's").unlink()
-        runs.finish(runs.start(path, 2))
-        assert set(runs.logged(tmp_path / "full", "loss")) == set(range(1, 9))
+        trainings.finish(trainings.start(path, 2))
+        assert set(trainings.logged(tmp_path / "full", "loss")) == set(range(1, 9))
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
 
@@ -60,7 +60,7 @@ def test_a_rank_that_the_kernel_kills_for_memory_is_told_with_what_to_lower(worl
     group.mkdir()
     try:
         (group / "memory.limit_in_bytes").write_text(str(800 * 2**20))
-        done = train(runs.run_file(world, "starved", max_steps=2), 2, group)
+        done = train(trainings.run_file(world, "starved", max_steps=2), 2, group)
         last = done.stderr.splitlines()[-1]
         assert done.returncode != 0 and "ended without a word, and the kernel has killed" in last, done.stderr[-3000:]
         assert "micro_batch_size=2" in last

@@ -16,8 +16,8 @@ import pytest
 import tiny
 import webdataset
 from diffusers import ControlNetModel
-from runs import finish, free_port, kill, logged, path_with_python, run_file, start, wait_for_step
 from safetensors.numpy import load_file
+from trainings import finish, free_port, kill, logged, path_with_python, run_file, start, wait_for_step
 
 from controlbooth.data import scenes
 from controlbooth.data.explain import main as explain_main
