@@ -132,11 +132,11 @@ def cases(families: list[str], largest: int) -> list[Case]:
         }[family]
         plain = Case(family, resolution, usual)
         wanted += [replace(plain, micro_batch_size=size) for size in sizes]
-        wanted += [replace(plain, settings=name) for name in SETTINGS if name != "default"]
         wanted += [replace(plain, cached=True), replace(plain, gradient_checkpointing=True)]
         wanted += [
             replace(plain, micro_batch_size=size * usual, gradient_checkpointing=True, cached=True) for size in (2, 8)
         ]
+        wanted += [replace(plain, settings=name) for name in SETTINGS if name != "default"]
         wanted += [replace(plain, attention=name) for name in ("flash", "cudnn", "efficient", "xformers", "math")]
         if family == "sdxl":
             wanted += [replace(plain, resolution=512, micro_batch_size=size) for size in (8, 16, 32)]
