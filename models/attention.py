@@ -1,8 +1,10 @@
 """Which memory-efficient kernel computes attention, and putting it into a U-Net, ControlNet or VAE.
 
 PyTorch's scaled_dot_product_attention has four: `flash`, `cudnn` and `efficient` (these two on CUDA only) and `math`,
-which is plain matrix multiplication. xformers is for CUDA and has its own choice of kernels. Whether a kernel runs
-depends on device, dtype and head width, so it is tried rather than looked up.
+which multiplies matrices in float32. `plain` is a softmax between two matrix products in the run's own precision: in
+bf16 a CPU takes a third of the time for it, since the others' backward passes do not use its bf16 units. xformers is
+for CUDA and has its own choice of kernels. Whether a kernel runs depends on device, dtype and head width, so it is
+tried rather than looked up.
 """
 
 import time
@@ -14,16 +16,22 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0, XFormersAttnProcessor
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-KERNELS = {
+SDP_KERNELS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
+KERNELS = (*SDP_KERNELS, "plain")
+"""Ties go to the earlier one, which needs less memory."""
+KEEP_SCORES = ("math", "plain")
+"""Kernels that keep a layer's scores for the backward pass: batch * heads * query_tokens * key_tokens numbers."""
+MOST_SCORES = 2**24
+"""Beyond so many, `auto` leaves these kernels out. SD1.5 at 512 px has eight times as many in one sample."""
 
 
 class AttentionShape(NamedTuple):
@@ -50,7 +58,7 @@ TYPICAL_SHAPES = (AttentionShape(1, 8, 64, 64, 40), AttentionShape(1, 8, 64, 77,
 @dataclass(frozen=True)
 class AttentionChoice:
     name: str
-    """xformers, flash, cudnn, efficient or math."""
+    """xformers, flash, cudnn, efficient, math or plain."""
     reason: str
     """A sentence for the log."""
     by_shape: Mapping[str, str] = field(default_factory=dict)
@@ -58,11 +66,12 @@ class AttentionChoice:
 
 
 class KernelAttnProcessor(AttnProcessor2_0):
-    """diffusers' processor, held to PyTorch's kernels of our choice: without this PyTorch chooses at every call."""
+    """diffusers' processors, held to the kernels of our choice: without this PyTorch chooses at every call."""
 
     def __init__(self, name: str, by_shape: Mapping[str, str] | None = None) -> None:
         super().__init__()
         self.name, self.by_shape = name, dict(by_shape or {})
+        self._plain = AttnProcessor()
 
     def __call__(
         self,
@@ -73,7 +82,9 @@ class KernelAttnProcessor(AttnProcessor2_0):
         **kwargs: Any,
     ) -> Tensor:
         name = self.by_shape.get(shape_of(attn, hidden_states, encoder_hidden_states).key, self.name)
-        with sdpa_kernel(KERNELS[name]):
+        if name == "plain":
+            return self._plain(attn, hidden_states, encoder_hidden_states, *args, **kwargs)
+        with sdpa_kernel(SDP_KERNELS[name]):
             return super().__call__(attn, hidden_states, encoder_hidden_states, *args, **kwargs)
 
 
@@ -92,10 +103,11 @@ def choose_attention(
 ) -> AttentionChoice:
     """The kernel to use for `shapes`, see `attention_shapes`.
 
-    request: auto, xformers, flash, cudnn, efficient or math. Auto times a forward and backward pass of each that runs
-    for all shapes and gives the same gradients every time, and takes the fastest; for shapes for which another one
-    takes less than MUCH_FASTER of its time, that one. Kernels round differently and timings vary: a run that is to
-    resume bit for bit keeps its first choice's name and asks for that, and so do all its ranks.
+    request: auto, xformers, flash, cudnn, efficient, math or plain. Auto times a forward and backward pass of each that
+    runs for all shapes and gives the same gradients every time, and takes the fastest; for shapes for which another one
+    takes less than MUCH_FASTER of its time, that one. Kernels that keep all scores are not asked where there are more
+    than MOST_SCORES. Kernels round differently and timings vary: a run that is to resume bit for bit keeps its first
+    choice's name and asks for that, and so do all its ranks.
     Raises ValueError for an unknown name, and for a kernel that cannot run here, with why and what can.
     """
     device = torch.device(device)
@@ -112,10 +124,13 @@ def choose_attention(
                 f"Here can: {', '.join(usable)}; or use 'auto'."
             )
         return AttentionChoice(request, "asked for")
+    largest = max(shape.batch * shape.heads * shape.query_tokens * shape.key_tokens for shape in shapes)
+    frugal = [name for name in usable if name not in KEEP_SCORES]
+    left_out = KEEP_SCORES if frugal and (largest > MOST_SCORES or device.type != "cpu") else ()
     times = {
         name: {shape: _time(name, shape, device, dtype) for shape, obstacle in own.items() if obstacle is None}
         for name, own in found.items()
-        if name != "math" or device.type == "cpu" or usable == ["math"]  # whose products may not fit on a GPU
+        if name not in left_out
     }
     milliseconds = {name: sum(times[name].values()) for name in usable if name in times}
     fastest, *others = milliseconds
@@ -207,7 +222,11 @@ def _attend(name: str, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         # the layout in which diffusers' processor calls it: heads folded into the batch
         folded = (tensor.flatten(0, 1).contiguous() for tensor in (query, key, value))
         return xformers.ops.memory_efficient_attention(*folded)
-    with sdpa_kernel(KERNELS[name]):
+    if name == "plain":  # as diffusers' AttnProcessor has it
+        query, key, value = (tensor.flatten(0, 1) for tensor in (query, key, value))
+        scores = torch.baddbmm(query.new_empty(1), query, key.mT, beta=0, alpha=query.shape[-1] ** -0.5)
+        return torch.bmm(scores.softmax(-1), value)
+    with sdpa_kernel(SDP_KERNELS[name]):
         return F.scaled_dot_product_attention(query, key, value)
 
 

@@ -58,9 +58,9 @@ class ModelConfig(Section):
     unlock_decoder_at: int | None = Field(default=None, ge=0)
     """From this optimizer step on, train the base's decoder too (the released code's `sd_locked=False`, which is for
     more than a million pairs, after 50,000 steps or more); 0 from the start. Default: it stays locked."""
-    attention: Literal["auto", "xformers", "flash", "cudnn", "efficient", "math"] = "auto"
+    attention: Literal["auto", "xformers", "flash", "cudnn", "efficient", "math", "plain"] = "auto"
     """Memory-efficient attention: `xformers` needs CUDA and the package; the others are PyTorch's kernels, of which
-    `cudnn` and `efficient` need CUDA. `auto` takes the fastest."""
+    `cudnn` and `efficient` need CUDA; `plain` is matrix products alone. `auto` takes the fastest."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 

@@ -50,9 +50,9 @@ class BaseConfig(Section):
     """A diffusers folder, a single .safetensors file, or `miniature` for the model shipped with controlbooth."""
     family: Literal["auto", "sd15", "sd21", "sdxl", "miniature"] = "auto"
     """What the base is; `auto` reads it from the base's own configuration."""
-    attention: Literal["auto", "xformers", "flash", "cudnn", "efficient", "math"] = "auto"
+    attention: Literal["auto", "xformers", "flash", "cudnn", "efficient", "math", "plain"] = "auto"
     """Memory-efficient attention: `xformers` needs CUDA and the package; the others are PyTorch's kernels, of which
-    `cudnn` and `efficient` need CUDA. `auto` takes the fastest."""
+    `cudnn` and `efficient` need CUDA; `plain` is matrix products alone. `auto` takes the fastest."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 

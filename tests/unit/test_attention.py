@@ -29,7 +29,7 @@ def test_kernels_agree_within_rounding_forward_and_backward(family, load_tiny):
         for parameter in controlnet.parameters():
             parameter += 0.05
     results = {}
-    for name in ("flash", "math"):
+    for name in ("flash", "math", "plain"):
         for module in (base.unet, controlnet, base.vae):
             apply_attention(module, AttentionChoice(name, "test"))
         controlnet.zero_grad()
@@ -37,8 +37,9 @@ def test_kernels_agree_within_rounding_forward_and_backward(family, load_tiny):
         prediction.square().mean().backward()
         latents = base.encode_latents(torch.linspace(-1, 1, 3 * 32 * 32).view(1, 3, 32, 32))
         results[name] = [prediction, latents, *(parameter.grad.clone() for parameter in controlnet.parameters())]
-    for flash, plain in zip(results["flash"], results["math"], strict=True):
-        torch.testing.assert_close(flash, plain, rtol=1e-3, atol=1e-4)
+    for flash, math, plain in zip(*results.values(), strict=True):
+        torch.testing.assert_close(flash, math, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(plain, math, rtol=1e-3, atol=1e-4)
 
 
 def test_the_chosen_kernel_is_the_one_that_runs(load_tiny):
@@ -47,6 +48,7 @@ def test_the_chosen_kernel_is_the_one_that_runs(load_tiny):
     operators = {
         "flash": {"aten::scaled_dot_product_attention", "aten::_scaled_dot_product_flash_attention_for_cpu"},
         "math": {"aten::scaled_dot_product_attention", "aten::_scaled_dot_product_attention_math"},
+        "plain": set(),
     }
     for name, expected in operators.items():
         apply_attention(base.unet, AttentionChoice(name, "test"))
@@ -57,8 +59,13 @@ def test_the_chosen_kernel_is_the_one_that_runs(load_tiny):
 
 def test_auto_on_a_cpu_takes_the_faster_and_gives_the_figures():
     choice = choose_attention("auto", "cpu", shapes=[AttentionShape(2, 4, 64, 64, 16)])
-    assert choice.name in ("flash", "math")
+    assert choice.name in ("flash", "math", "plain")
     assert "flash" in choice.reason and "math" in choice.reason and " ms" in choice.reason
+
+
+def test_auto_takes_no_kernel_that_keeps_tens_of_millions_of_scores():
+    large = AttentionShape(64, 8, 256, 256, 8)
+    assert choose_attention("auto", "cpu", shapes=[large]).name == "flash"
 
 
 def test_a_shape_can_have_a_kernel_of_its_own(load_tiny):
@@ -86,7 +93,7 @@ def test_other_kernels_are_chosen_only_where_they_are_much_faster():
     assert choice.name not in choice.by_shape.values()
 
 
-@pytest.mark.parametrize("name", ["flash", "math"])
+@pytest.mark.parametrize("name", ["flash", "math", "plain"])
 def test_a_kernel_that_is_asked_for_is_taken(name):
     assert choose_attention(name, "cpu") == AttentionChoice(name, "asked for")
 
@@ -94,10 +101,10 @@ def test_a_kernel_that_is_asked_for_is_taken(name):
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        ("xformers", "'xformers' cannot run on cpu in float32: xformers has CUDA kernels only. Here can: flash, math"),
-        ("efficient", "'efficient' cannot run on cpu .* for CUDA only. Here can: flash, math; or use 'auto'"),
+        ("xformers", "'xformers' cannot run on cpu in float32: xformers has CUDA kernels only. Here can: flash"),
+        ("efficient", "'efficient' cannot run on cpu .* for CUDA only. Here can: flash, math, plain; or use 'auto'"),
         ("cudnn", "'cudnn' cannot run on cpu .* for CUDA only"),
-        ("quick", "'quick' is not known. Use auto, xformers, flash, cudnn, efficient, math"),
+        ("quick", "'quick' is not known. Use auto, xformers, flash, cudnn, efficient, math, plain"),
     ],
 )
 def test_a_kernel_that_cannot_run_is_refused_with_what_can(request_, message):
