@@ -10,17 +10,23 @@
 A checkpoint is made in the folder of this start of the run (attempt.py) and moved to its place after every rank has
 finished, so a name that is seen is a whole checkpoint, and a start that a newer one has replaced cannot put one there.
 A copy that lost a file is recognised by COMPLETE and passed over.
+
+Training stands still only while the states are copied, in `begin_save`. Threads write the copies, and `finish_save`,
+at the boundary of a later step, makes the checkpoint of them: no thread takes part in a collective.
 """
 
 import contextlib
+import copy
 import hashlib
 import io
 import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -90,6 +96,18 @@ def read_controlnet(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / SAFETENSORS_WEIGHTS_NAME)
 
 
+@dataclass
+class Save:
+    """A checkpoint that this rank's thread is writing."""
+
+    partial: Path
+    final: Path
+    attempt: Attempt
+    thread: Thread
+    error: Exception | None = None
+    """What the thread has ended with."""
+
+
 def save_checkpoint(
     engine: Any,
     run: Path,
@@ -101,12 +119,27 @@ def save_checkpoint(
     name: str = "controlnet",
     write_weights: Callable[[Any, dict[str, Tensor], Path], None] = write_controlnet,
 ) -> Path:
-    """Every rank calls this. Returns the committed folder, whose state.json holds `state` and the weights' digest.
+    """`begin_save` and `finish_save` at once: returns the committed folder."""
+    return finish_save(begin_save(engine, run, state, config, average, world, attempt, name, write_weights), world)
 
-    state: JSON values, with at least `step`. config: the run's, as YAML. name: of the folder for the trained weights,
-    which write_weights(engine, weights by name, folder) fills on rank 0. Raises OSError where the disk is too small,
-    and CheckpointError where rank 0 does not see what another rank wrote; on all ranks, and nothing is committed.
-    attempt: of the run, which may hold several folders like `run`.
+
+def begin_save(
+    engine: Any,
+    run: Path,
+    state: dict[str, Any],
+    config: str,
+    average: Average | None,
+    world: World,
+    attempt: Attempt,
+    name: str = "controlnet",
+    write_weights: Callable[[Any, dict[str, Tensor], Path], None] = write_controlnet,
+) -> Save:
+    """Copies what a checkpoint holds to the CPU and has a thread write it. Every rank calls this.
+
+    state: JSON values, with at least `step`; state.json holds them and the weights' digest. config: the run's, as YAML.
+    name: of the folder for the trained weights, which write_weights(engine, weights by name, folder) fills on rank 0.
+    attempt: of the run, which may hold several folders like `run`. One save must be finished before the next one
+    begins. Raises OSError where the disk is too small, on all ranks.
     """
     final = folder_of(run, state["step"])
     partial = attempt.folder / final.name
@@ -115,25 +148,87 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
     barrier()
-    with _quiet():
+    with _quiet(), _copied(engine) as files:
         engine.save_checkpoint(str(partial), tag=_TAG, client_state={}, save_latest=False)
     weights = full_state(engine) if average is None else average.full_state()
-    if world.rank == 0:
-        write_weights(engine, weights, partial / name)
-        if average is not None:
-            state = state | {"average": True}
-        state = state | {"digest": _digest(partial / name)}
-        (partial / "state.json").write_text(json.dumps(state, indent=2))
-        (partial / "config.yaml").write_text(config)
-    barrier()  # nobody's file is missing any more
-    seen = gather_objects(sorted(_sizes(partial / _TAG)), world)
+    if average is not None:
+        state = state | {"average": True}
+
+    def write() -> None:
+        try:
+            for tree, path in files:
+                engine.checkpoint_engine.save(tree, path)
+                _sync(Path(path))
+            if world.rank == 0:
+                write_weights(engine, weights, partial / name)
+                digest = {"digest": _digest(partial / name)}
+                (partial / "state.json").write_text(json.dumps(state | digest, indent=2))
+                (partial / "config.yaml").write_text(config)
+                for path in (partial / name).iterdir():
+                    _sync(path)
+        except Exception as error:  # of whatever kind: finish_save raises it on the ranks' main threads
+            save.error = error
+
+    save = Save(partial, final, attempt, Thread(target=write, name="checkpoint", daemon=True))
+    save.thread.start()
+    return save
+
+
+def is_written(save: Save) -> bool:
+    """Whether this rank's thread has ended, well or not."""
+    return not save.thread.is_alive()
+
+
+def finish_save(save: Save, world: World) -> Path:
+    """Waits for the threads of all ranks and commits; returns the folder. Every rank calls this.
+
+    Raises on all ranks, with nothing committed, the error of a rank that could not write, and CheckpointError where
+    rank 0 does not see what another rank wrote.
+    """
+    save.thread.join()
+    errors = gather_objects(save.error and f"{type(save.error).__name__}: {save.error}", world)
+    if save.error is not None:
+        raise save.error
+    for rank, error in enumerate(errors):
+        if error:
+            raise CheckpointError(f"rank {rank} could not write its part of {save.final}: {error}")
+    seen = gather_objects(sorted(_sizes(save.partial / _TAG)), world)
     missing = sorted({name for names in seen for name in names} - set(seen[0]))
     if missing:
-        raise CheckpointError(f"rank 0 does not see {missing[0]} in {partial / _TAG}. Put `output` on a shared disk")
+        where = save.partial / _TAG
+        raise CheckpointError(f"rank 0 does not see {missing[0]} in {where}. Put `output` on a shared disk")
     if world.rank == 0:
-        _commit(partial, final, attempt)
+        _commit(save.partial, save.final, save.attempt)
     barrier()
-    return final
+    return save.final
+
+
+@contextlib.contextmanager
+def _copied(engine: Any) -> Iterator[list[tuple[Any, str]]]:
+    """Inside, what DeepSpeed saves is not written but copied to the CPU: (state, path) of each file."""
+    files: list[tuple[Any, str]] = []
+    writer = engine.checkpoint_engine
+    # On the instance, in front of the methods of DeepSpeed's class; the second one would copy on the device first.
+    writer.save = lambda state_dict, path: files.append((_on_cpu(state_dict), path))
+    writer.preserves_storage_sharing = lambda: False
+    try:
+        yield files
+    finally:
+        del writer.save, writer.preserves_storage_sharing
+
+
+def _on_cpu(tree: Any) -> Any:
+    """A copy that shares nothing with the original, tensors on the CPU, containers of the same classes."""
+    if isinstance(tree, Tensor):
+        return tree.detach().to("cpu", copy=True)
+    if isinstance(tree, dict):
+        same = copy.copy(tree)  # keeps its class and attributes, such as the versions in a module's state
+        for key, value in tree.items():
+            same[key] = _on_cpu(value)
+        return same
+    if type(tree) in (list, tuple):
+        return type(tree)(_on_cpu(value) for value in tree)
+    return copy.deepcopy(tree)
 
 
 def load_checkpoint(
@@ -240,8 +335,7 @@ def _delete(checkpoint: Path, attempt: Attempt) -> None:
 def _commit(partial: Path, final: Path, attempt: Attempt) -> None:
     sizes = _sizes(partial)
     for name in sizes:
-        with open(partial / name, "rb") as file:
-            os.fsync(file.fileno())
+        _sync(partial / name)
     with open(partial / COMPLETE, "w") as file:
         json.dump(sizes, file)
         file.flush()
@@ -250,9 +344,16 @@ def _commit(partial: Path, final: Path, attempt: Attempt) -> None:
     if final.exists():  # the same step again: the one that is there has lost a file, or it would have been gone on from
         _delete(final, attempt)
     move(attempt, partial, final)
-    directory = os.open(final.parent, os.O_RDONLY)
-    os.fsync(directory)
-    os.close(directory)
+    _sync(final.parent)
+
+
+def _sync(path: Path) -> None:
+    """A file's bytes, or a folder's names, are on the disk afterwards."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _check_space(engine: Any, run: Path, world: World) -> None:

@@ -135,6 +135,8 @@ class Run:
     """On rank 0 only."""
     step: int
     """Optimizer steps taken; the next batch is the global batch of this number."""
+    saving: checkpoints.Save | None = None
+    """The checkpoint that is being written while training goes on; on every rank or on none."""
     convergence: Convergence | None = None
     """As of the last validation, on every rank."""
     warned: bool = False
@@ -224,6 +226,8 @@ def loop(run: Run, stop: "StopRequest") -> None:
     while run.step < config.max_steps and not converged_long_ago(run):
         if unlocking.unlocks_now(config, run.step, run.engine):
             run.watchdog.begin("unlocking the decoder", run.step)
+            if run.saving is not None:  # its thread writes through the engine that is about to go
+                commit(run)
             unlock_decoder(run)
             first, started = run.step, time.perf_counter()
         run.watchdog.begin("the step" if run.step > first else "the first step", run.step + 1)
@@ -250,8 +254,10 @@ def loop(run: Run, stop: "StopRequest") -> None:
         seconds = time.perf_counter() - started
         started = time.perf_counter()
         mean_loss = sum(losses) / len(losses) / world.world_size
-        loss, stops, substitutions, cache_hits, *busy = all_sum(
-            [mean_loss, float(stop.requested), float(batch.substitutions), float(batch.cache_hits), *pace.shares()]
+        unwritten = float(run.saving is not None and not checkpoints.is_written(run.saving))
+        counted = [mean_loss, float(stop.requested), float(batch.substitutions), float(batch.cache_hits), unwritten]
+        loss, stops, substitutions, cache_hits, unwritten, *busy = all_sum(
+            [*counted, *pace.shares()]
         )
         check_still_ours(run.attempt)
         waited, depth_short, fetch, decode, memory = all_max(
@@ -295,6 +301,8 @@ def loop(run: Run, stop: "StopRequest") -> None:
         )
         bar.update(1)
 
+        if run.saving is not None and not unwritten:
+            commit(run)
         last = run.step == config.max_steps
         figures = {"loss": loss}
         if run.held and not stops and (run.step % config.validation.every_steps == 0 or last):
@@ -302,7 +310,12 @@ def loop(run: Run, stop: "StopRequest") -> None:
             started = time.perf_counter()
             last = last or converged_long_ago(run)
         if stops or last or run.step % config.checkpoint.every_steps == 0:
+            began = time.perf_counter()
             save(run, figures)
+            if run.tracker is not None:
+                run.tracker.log(run.step, {"checkpoint_stall_seconds": time.perf_counter() - began})
+            if stops or last:
+                commit(run)
             started = time.perf_counter()
         if stops:
             break
@@ -626,8 +639,10 @@ def converged_long_ago(run: Run) -> bool:
 
 
 def save(run: Run, figures: dict[str, float]) -> None:
-    """A checkpoint of this step, on every rank; then rank 0 deletes older ones."""
+    """Begins a checkpoint of this step, on every rank, after the one before is committed."""
     run.watchdog.begin("the checkpoint", run.step)
+    if run.saving is not None:
+        commit(run)
     state = dict(
         step=run.step,
         order=order_state(run.loader.order, run.dataset.fingerprint, run.loader.position),
@@ -645,13 +660,21 @@ def save(run: Run, figures: dict[str, float]) -> None:
     if unlocking.is_unlocked(run.engine):
         write = unlocking.write_networks
         state |= dict(unlocked_at=run.config.model.unlock_decoder_at, moment_steps=unlocking.moment_steps(run.engine))
-    folder = checkpoints.save_checkpoint(
+    run.saving = checkpoints.begin_save(
         run.engine, run.folder, state, dump(run.config), run.average, run.world, run.attempt, write_weights=write
     )
+
+
+def commit(run: Run) -> None:
+    """Makes a checkpoint of what has been written, on every rank; then rank 0 tells of it and deletes older ones."""
+    assert run.saving is not None
+    run.watchdog.begin("the checkpoint", run.step)
+    folder = checkpoints.finish_save(run.saving, run.world)
+    run.saving = None
     if run.tracker is not None:
         saved = checkpoints.read_state(folder)
-        named = {name if name == "loss" else f"validation/{name}": value for name, value in figures.items()}
-        run.tracker.log_checkpoint(run.step, saved["digest"], folder.absolute().as_uri(), named)
+        named = {name if name == "loss" else f"validation/{name}": value for name, value in saved["metrics"].items()}
+        run.tracker.log_checkpoint(saved["step"], saved["digest"], folder.absolute().as_uri(), named)
         checkpoints.prune(run.folder, run.config.checkpoint.keep, run.config.checkpoint.keep_best, run.attempt)
     barrier()
 

@@ -64,6 +64,17 @@ def test_a_resume_takes_weights_and_averages_over_bit_for_bit_and_the_settings_o
         assert found["average_differs"] and found["rounded"] < 0.5, what
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_save_holds_the_step_where_it_began_and_is_seen_only_when_it_is_finished(world_folder, processes):
+    outcome = tiny.torchrun(processes, "background", world_folder)
+    assert len(outcome) == 8
+    for what, found in outcome.items():
+        assert found["before"] == 0 and found["moved"], what
+        assert found["same"] and found["same_average"], what
+        assert all("no folder" in error for error in found["errors"]) and len(found["errors"]) == processes, what
+        assert found["after_error"] == 0, what
+
+
 def test_world_sizes_1_2_and_4_see_the_same_keys_drops_timesteps_and_noise_in_each_global_batch(world_folder):
     one, two, four = (tiny.torchrun(n, "batches", world_folder)["batches"] for n in (1, 2, 4))
     assert one == two == four

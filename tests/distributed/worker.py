@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -20,8 +20,10 @@ from controlbooth.data.manifest import open_dataset
 from controlbooth.models.attention import AttentionChoice, apply_attention
 from controlbooth.models.decoder import UnlockedNetwork
 from controlbooth.models.pretrained import load_base
+from controlbooth.trainer import checkpoint as checkpoints
 from controlbooth.trainer import engine as engines
 from controlbooth.trainer import train as training
+from controlbooth.trainer.attempt import Attempt
 from controlbooth.trainer.config import EngineConfig, OptimizerConfig, build_config
 from controlbooth.trainer.distributed import World, barrier, end_process, gather_objects, join, leave
 from controlbooth.trainer.footprint import Footprint, LiveStorages
@@ -315,6 +317,73 @@ def peaks_of_engine(stage: int, precision: str, world: World) -> tuple[int, int]
         size - bucket + (bucket * total // BUCKET_ELEMENTS) if size > bucket else size for size, _ in live.moments
     )
     return planned, held
+def background(folder: Path, world: World) -> dict:
+    """A save that begins after the second step and is finished after the fourth, at every stage and precision.
+
+    Says which checkpoints were seen before and after, and whether what is loaded is the state of the second step.
+    """
+    tree = run_tree(folder, "background") | dict(micro_batch_size=8 // world.world_size)
+    outcome = {}
+    for stage in (0, 1, 2, 3):
+        for precision in ("fp32", "bf16"):
+            engine = engine_of(tree, stage, precision, world)
+            average = engines.Average(engine, 0.5)
+
+            def train(step: int, engine=engine, precision=precision, average=average) -> None:
+                x = torch.linspace(-1, 1, 16, dtype=engines.DTYPES[precision]).view(2, 8) * (step + 1 + world.rank)
+                engines.accumulate(engine, engine(x).square().mean())
+                engines.apply_gradients(engine, 1e-2)
+                average.update(step)
+
+            run = folder / f"background-{stage}-{precision}"
+            attempt = Attempt(run, 1, "id")
+            attempt.folder.mkdir(parents=True, exist_ok=True)
+            barrier()
+            about = dict(step=2, zero_stage=stage, world_size=world.world_size)
+
+            def save(about=about, engine=engine, run=run, average=average, attempt=attempt) -> checkpoints.Save:
+                return checkpoints.begin_save(engine, run, about, "", average, world, attempt, "weights", write_plain)
+
+            train(0), train(1)
+            kept, mean = engines.full_state(engine), average.full_state()
+            pending = save()
+            train(2)
+            before = checkpoints.complete_checkpoints(run)
+            train(3)
+            finished = checkpoints.finish_save(pending, world)
+            moved = engines.full_state(engine)
+            other = engine_of(tree, stage, precision, world)
+            checkpoints.load_checkpoint(other, finished, None, world, attempt)
+            loaded = engines.full_state(other)
+            written = load_file(finished / "weights" / "weights.safetensors")
+
+            # Whoever cannot write says so where the ranks meet, on all of them.
+            shutil.rmtree(finished)
+            barrier()
+            unwritable = run / "no folder" / "x"
+            failing = checkpoints.begin_save(
+                engine, run, about, "", average, world, attempt, "weights", lambda *_, path=unwritable: path.touch()
+            )
+            try:
+                checkpoints.finish_save(failing, world)
+                error = ""
+            except (OSError, ValueError) as raised:
+                error = str(raised)
+            errors = gather_objects(error, world)
+            outcome[f"{stage} {precision}"] = dict(
+                before=len(before),
+                same=all(torch.equal(loaded[name], kept[name]) for name in kept),
+                same_average=all(torch.equal(written[name], mean[name]) for name in mean),
+                moved=any(not torch.equal(moved[name], kept[name]) for name in kept),
+                errors=errors,
+                after_error=len(checkpoints.complete_checkpoints(run)),
+            )
+    return outcome
+
+
+def write_plain(engine, weights: dict, folder: Path) -> None:
+    folder.mkdir()
+    save_file(weights, folder / "weights.safetensors")
 
 
 def engine_of(tree: dict, stage: int, precision: str, world: World):

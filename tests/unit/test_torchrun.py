@@ -15,6 +15,7 @@ import yaml
 
 from controlbooth.launch import local
 from controlbooth.launch.torchrun import (
+    KEEP_MEMORY,
     Node,
     threads_per_process,
     torchrun_command,
@@ -72,6 +73,7 @@ def test_the_environment_keeps_what_the_user_has_set():
         "OMP_WAIT_POLICY": "PASSIVE",
         "HF_HUB_OFFLINE": "1",
         "DS_ACCELERATOR": "cpu",
+        "GLIBC_TUNABLES": KEEP_MEMORY,
     }
     users = {"OMP_NUM_THREADS": "3", "OMP_WAIT_POLICY": "ACTIVE", "HF_HUB_OFFLINE": "0"}
     assert torchrun_environment(node(gpus=2), users) == {}
