@@ -358,11 +358,12 @@ def background(folder: Path, world: World) -> dict:
             written = load_file(finished / "weights" / "weights.safetensors")
 
             # Whoever cannot write says so where the ranks meet, on all of them.
-            shutil.rmtree(finished)
             barrier()
-            unwritable = run / "no folder" / "x"
+            if world.rank == 0:
+                shutil.rmtree(finished)
+            barrier()
             failing = checkpoints.begin_save(
-                engine, run, about, "", average, world, attempt, "weights", lambda *_, path=unwritable: path.touch()
+                engine, run, about, "", average, world, attempt, "weights", write_nowhere
             )
             try:
                 checkpoints.finish_save(failing, world)
@@ -379,6 +380,10 @@ def background(folder: Path, world: World) -> dict:
                 after_error=len(checkpoints.complete_checkpoints(run)),
             )
     return outcome
+
+
+def write_nowhere(engine, weights: dict, folder: Path) -> None:
+    (folder / "no folder" / "weights").touch()
 
 
 def write_plain(engine, weights: dict, folder: Path) -> None:
