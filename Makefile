@@ -6,6 +6,7 @@
 # make setup        only install; runs once
 #
 # Variables: PYTHON=python3.12  DEVICE=cpu|cuda  JOBS=2 (test processes)
+#   PEER="--peer-diffusers CHECKOUT --peer-python PYTHON"   times diffusers' own program beside ours in `make bench`
 #   TORCH_INDEX=URL of a package index with CPU builds of torch, or empty to use what pip is configured for
 
 DEVICE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
@@ -39,6 +40,9 @@ check: setup
 bench: setup
 	$(BIN)/python tests/benchmarks/exactness.py
 	$(BIN)/torchrun --standalone --nproc-per-node 2 tests/benchmarks/sd15_step.py
+	$(BIN)/python tests/benchmarks/controlnet_step.py $(PEER)
+	$(BIN)/python tests/benchmarks/growth.py
+	$(BIN)/python tests/benchmarks/startup.py
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
