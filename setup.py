@@ -26,6 +26,7 @@ REQUIRED = [
     "pyarrow>=18,<26",  # the limit of the MLflow UI
     "pydantic>=2.10,<3",
     "pyyaml>=6",
+    "requests>=2.31",  # MLflow's client raises its errors
     "safetensors>=0.5",
     "simplejpeg>=1.8",
     "sqlalchemy>=2.0,<3",  # as alembic

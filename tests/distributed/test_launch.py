@@ -19,15 +19,15 @@ STEPS = 400
 @pytest.fixture(scope="module")
 def folder(world_folder) -> Path:
     """Of a run that was submitted."""
-    tree = run_tree(world_folder, "launched") | dict(max_steps=STEPS, checkpoint=dict(every_steps=50, keep=2))
+    tree = run_tree(world_folder, "in-background") | dict(max_steps=STEPS, checkpoint=dict(every_steps=50, keep=2))
     tree["data"]["held_out"] = None
-    (world_folder / "launched.yaml").write_text(yaml.safe_dump(tree))
+    (world_folder / "in-background.yaml").write_text(yaml.safe_dump(tree))
     (world_folder / "local.yaml").write_text("engine: local\ngrace_seconds: 60\n")
-    words = ["launch", "local", str(world_folder / "launched.yaml"), "--cluster", str(world_folder / "local.yaml")]
-    assert controlbooth([*words, "--dry-run"]) == 0 and not (world_folder / "runs" / "launched").exists()
+    words = ["launch", "local", str(world_folder / "in-background.yaml"), "--cluster", str(world_folder / "local.yaml")]
+    assert controlbooth([*words, "--dry-run"]) == 0 and not (world_folder / "runs" / "in-background").exists()
     assert controlbooth(words) == 0
-    yield world_folder / "runs" / "launched"
-    controlbooth(["launch", "cancel", str(world_folder / "runs" / "launched"), "--now"])
+    yield world_folder / "runs" / "in-background"
+    controlbooth(["launch", "cancel", str(world_folder / "runs" / "in-background"), "--now"])
 
 
 def told(capsys, *words) -> str:
@@ -76,13 +76,13 @@ def test_a_job_is_followed_killed_cancelled_and_resumed(folder, capsys):
     log = told(capsys, "logs", folder, "--follow")
     assert "== attempt 2000" in log and "== finished" in log
     status = told(capsys, "status", folder)
-    assert f"launched: finished at step {stopped['step'] + 2}" in status and "submission 2" in status
+    assert f"in-background: finished at step {stopped['step'] + 2}" in status and "submission 2" in status
 
 
 def test_the_job_folder_says_what_was_run_and_by_which_code(folder):
     record = json.loads((folder / "job" / "job.json").read_text())
     assert record["engine"] == "local" and record["code"].keys() == {"version", "commit", "dirty"}
-    assert yaml.safe_load((folder / "job" / "run.yaml").read_text())["name"] == "launched"
+    assert yaml.safe_load((folder / "job" / "run.yaml").read_text())["name"] == "in-background"
     assert yaml.safe_load((folder / "job" / "cluster.yaml").read_text())["grace_seconds"] == 60
     assert "torch.distributed.run" in (folder / "job" / "script.sh").read_text()
 

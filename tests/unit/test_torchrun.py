@@ -177,7 +177,10 @@ def test_the_run_gets_the_environment_and_its_status_is_returned(run_file, monke
 
 def launcher(tmp_path: Path, command: list[str], environment: dict[str, str] | None = None) -> subprocess.Popen:
     """local.run in a process of its own, as it is when a person starts it."""
-    program = "import os, sys; from controlbooth.launch.local import run; sys.exit(run(sys.argv[1:], dict(os.environ)))"
+    program = (  # a shell leaves Ctrl-C ignored in what it starts in the background, the tests perhaps
+        "import os, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from controlbooth.launch.local import run; sys.exit(run(sys.argv[1:], dict(os.environ)))"
+    )
     return subprocess.Popen(
         [sys.executable, "-c", program, *command],
         cwd=tmp_path,

@@ -56,7 +56,8 @@ def find_convergence(curve: Mapping[int, float]) -> Convergence | None:
         jump = (np.arange(count) >= place).astype(np.float64)
         unexplained, parameters, weights = _fit(np.column_stack([line, jump]), values)
         evidence.append(-_criterion(unexplained, parameters, count) / 2 - math.log(len(places)))
-        rises.append(float(weights[-1]))
+        # a slope down and a jump up explain few points perfectly, however little they differ
+        rises.append(min(float(weights[-1]), float(values[place:].mean() - values[:place].mean())))
     weight = np.exp(np.array(evidence) - max(evidence))
     probability = weight / weight.sum()
     jumps = np.where(np.array(rises) >= LEAST_RISE, probability[1:], 0.0)

@@ -85,7 +85,8 @@ def measure_sets(
         values = {way: fid(widened(features[way]), widened(features[real])) for way in ways[:-1]}
         result[f"FID by {subject.title}"] = dict(values=values, note="lower is better")
     else:
-        result["FID"] = dict(values={}, note=f"needs {LEAST_FOR_FID:,} pictures and there are {count}: see KID")
+        instead = ": see KID" if count >= LEAST_FOR_KID else ""
+        result["FID"] = dict(values={}, note=f"needs {LEAST_FOR_FID:,} pictures and there are {count}{instead}")
     if clip is not None:
         assert clip.texts is not None
         texts = clip.texts(held.captions)
