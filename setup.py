@@ -15,6 +15,7 @@ REQUIRED = [
     "accelerate>=1.0",  # diffusers and transformers load weights without a second copy in memory through it
     "alembic>=1.13",  # MLflow's SQLite store; mlflow-skinny leaves it out
     "braceexpand>=0.1.7",
+    "croniter>=6,<8",
     "deepspeed>=0.19,<0.20",
     "diffusers>=0.42,<0.43",
     "fsspec>=2026.2",

@@ -177,13 +177,7 @@ def rendered(job: Job, files: dict[str, str]) -> tuple[str, str]:
 
 def launch(job: Job, files: dict[str, str]) -> int:
     """Writes the job's folder, submits, and says how to follow it. Raises ValueError where it is at work already."""
-    if (job.here / "job" / "job.json").is_file():
-        record = read_record(job.here)
-        if busy := [one for one in states(record, job.cluster) if one.state in ("waiting", "running")]:
-            raise ValueError(
-                f"{job.here} is being trained by {record['engine']} job {record['id']} ({busy[0].said}). Wait for it, "
-                f"or end it: controlbooth launch cancel {job.here}"
-            )
+    check_ended(job)
     name, text = rendered(job, files)
     write_job(job, files | {"cluster.yaml": dump_cluster(job.cluster), name: text})
     if job.subjects:
@@ -201,6 +195,18 @@ def launch(job: Job, files: dict[str, str]) -> int:
     print(f"{job.name}: {what} as {engine} job {job_id}; everything about it is in {job.here / 'job'}")
     print(f"  controlbooth launch status {job.here}\n  controlbooth launch logs {job.here} --follow")
     return 0
+
+
+def check_ended(job: Job) -> None:
+    """Raises ValueError where the engine still has an earlier submission of the job."""
+    if not (job.here / "job" / "job.json").is_file():
+        return
+    record = read_record(job.here)
+    if busy := [one for one in states(record, job.cluster) if one.state in ("waiting", "running")]:
+        raise ValueError(
+            f"{job.here} is being trained by {record['engine']} job {record['id']} ({busy[0].said}). Wait for it, "
+            f"or end it: controlbooth launch cancel {job.here}"
+        )
 
 
 def states(record: dict, cluster: Cluster) -> list[JobState]:

@@ -136,7 +136,7 @@ def test_rounds_from_the_first_champion_to_a_rollback(world_folder, tmp_path, ca
 
     # As if it had been promoted, by a tick that died before it moved the alias: the next one does. And the way back.
     folder = state_folder(here.policy)
-    decided = replace(here.rounds[1], state="promoting")
+    decided = replace(here.rounds[1], state="promoting", champion=1)
     write_state(folder, with_round(read_state(folder, 0.0), decided))
     (round_folder(folder, 2) / "verdict.json").write_text("{}")
     assert here.call("tick") == 0
