@@ -50,8 +50,8 @@ def time_problems(cluster: Cluster, checkpoint: int | None) -> Iterator[str]:
     waits, grace = shutdown_seconds(cluster), cluster.grace_seconds
     needed, said = cluster.checkpoint_seconds, "checkpoint_seconds is"
     if needed is None and checkpoint is not None:
-        needed = checkpoint / (cluster.write_mb_per_second * 1e6)
-        said = f"a checkpoint of {checkpoint / 2**30:.1f} GiB at {cluster.write_mb_per_second:g} MB/s takes"
+        needed = 2 * checkpoint / (cluster.write_mb_per_second * 1e6)  # the one in work, and the one of the stop
+        said = f"two checkpoints of {checkpoint / 2**30:.1f} GiB at {cluster.write_mb_per_second:g} MB/s take"
     if needed is not None and needed >= waits:
         yield (
             f"{said} {needed:.0f} s, and torchrun kills the ranks {waits} s after it has asked them to stop, so "

@@ -15,7 +15,7 @@ from controlbooth.launch import background, kubernetes, slurm
 from controlbooth.launch.cluster import load_cluster
 from controlbooth.launch.cluster_preflight import engine_problems, job_problems
 from controlbooth.launch.job import Job, JobState, job_logs, read_record, recorded_job
-from controlbooth.launch.submit import check_ended, launch, states
+from controlbooth.launch.submit import check_ended, launch, replace_nodes, states
 from controlbooth.trainer.config import dump, load_config
 
 AT_WORK = ("waiting", "running")
@@ -192,7 +192,8 @@ def resume_main(arguments: Sequence[str] | None = None) -> int:
     job, record = recorded_job(options.folder), read_record(options.folder)
     job = replace(job, submission=record["submission"] + 1)
     if options.cluster:
-        job = replace(job, cluster=load_cluster(options.cluster, record["engine"]))
+        cluster = load_cluster(options.cluster, record["engine"])
+        job = replace(job, cluster=replace_nodes(cluster) if job.subjects else cluster)
     check_ended(job)  # first: what else is wrong follows from its being at work
     folder = job.here / "job"
     if job.subjects:

@@ -6,6 +6,7 @@ ranks write it down: status.json, and failed-RANK.json for each one that ended w
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,11 +34,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--subjects", type=Path, help="of an array: its manifest, job/subjects.jsonl")
     parser.add_argument("--rows", help="of an array: FIRST:END, what this task trains")
     options = parser.parse_args(arguments)
-    if options.subjects:
+    first, end = map(int, options.rows.split(":")) if options.subjects else (0, 0)
+    folder = options.run / "rows" / f"{first}-{end}" if options.subjects else options.run
+    newest = read(folder / "attempt.json").get("given")
+    if newest is not None and newest > int(os.environ.get("CONTROLBOOTH_ATTEMPT", newest)):
+        verdict, reasons = "failed", [f"start {newest} has taken {folder} over; this one must not be started again"]
+    elif options.subjects:
         names = [json.loads(line)["name"] for line in options.subjects.read_text().splitlines()]
-        first, end = map(int, options.rows.split(":"))
         verdict, reasons = of_subjects(options.run, names[first:end])
-        own = failure_reasons(options.run / "rows" / f"{first}-{end}", options.since)
+        own = failure_reasons(folder, options.since)
         if own:  # of the whole task, such as a base that cannot be read
             verdict, reasons = "failed", own
     else:

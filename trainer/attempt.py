@@ -44,6 +44,10 @@ GIVEN = "CONTROLBOOTH_ATTEMPT"
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 
 
+_DESCRIPTORS: dict[Path, int] = {}
+"""Of the folders of this process's starts, open."""
+
+
 class Superseded(RuntimeError):
     """A newer start holds the run's folder. This one must end, and write nothing there."""
 
@@ -87,6 +91,7 @@ def only_run(run: Path, world: World) -> Iterator[Attempt]:
     if isinstance(answer, Exception):
         raise answer
     try:
+        _held(answer)
         yield answer
     except Superseded:
         raise
@@ -98,6 +103,8 @@ def only_run(run: Path, world: World) -> Iterator[Attempt]:
         if lock is not None:
             shutil.rmtree(answer.folder, ignore_errors=True)
             lock.close()
+        if (descriptor := _DESCRIPTORS.pop(answer.folder, None)) is not None:
+            os.close(descriptor)
 
 
 def is_superseded(attempt: Attempt) -> bool:
@@ -107,19 +114,41 @@ def is_superseded(attempt: Attempt) -> bool:
 
 def check_still_ours(attempt: Attempt) -> None:
     """Raises Superseded where a newer start has taken the run: an early notice, on which nothing depends."""
-    if not attempt.folder.is_dir() and is_superseded(attempt):
+    if is_superseded(attempt) and not _is_there(attempt):
         raise _superseded(attempt)
 
 
 def move(attempt: Attempt, source: Path, target: Path) -> None:
     """Renames, where the source or the target is in the attempt's own folder. Raises Superseded where that is gone."""
-    assert attempt.folder in (source.parent, target.parent), f"{source} -> {target} is not protected"
+    out, into = source.parent == attempt.folder, target.parent == attempt.folder
+    assert out or into, f"{source} -> {target} is not protected"
     try:
-        os.rename(source, target)
+        held = _held(attempt)
+        os.rename(
+            source.name if out else source,
+            target.name if into else target,
+            src_dir_fd=held if out else None,
+            dst_dir_fd=held if into else None,
+        )
     except OSError as error:
         if is_superseded(attempt):
             raise _superseded(attempt) from error
         raise
+
+
+def _held(attempt: Attempt) -> int:
+    """The folder as it was made. One of the same name, which a library that makes its own folders could put in the
+    place of a removed one, is another: nothing moves out of that."""
+    if attempt.folder not in _DESCRIPTORS:
+        _DESCRIPTORS[attempt.folder] = os.open(attempt.folder, os.O_RDONLY | os.O_DIRECTORY)
+    return _DESCRIPTORS[attempt.folder]
+
+
+def _is_there(attempt: Attempt) -> bool:
+    try:
+        return os.stat(attempt.folder).st_ino == os.fstat(_held(attempt)).st_ino
+    except FileNotFoundError:
+        return False
 
 
 def write_text(attempt: Attempt, path: Path, text: str) -> None:

@@ -151,6 +151,8 @@ def begin_save(
     with _quiet(), _copied(engine) as files:
         engine.save_checkpoint(str(partial), tag=_TAG, client_state={}, save_latest=False)
     weights = full_state(engine) if average is None else average.full_state()
+    if world.rank > 0:
+        weights = {}  # rank 0 writes them; another whole copy on each rank would be held until then
     if average is not None:
         state = state | {"average": True}
 
@@ -187,8 +189,8 @@ def finish_save(save: Save, world: World) -> Path:
     """
     save.thread.join()
     errors = gather_objects(save.error and f"{type(save.error).__name__}: {save.error}", world)
-    if save.error is not None:
-        raise save.error
+    if save.error is not None:  # PyTorch's writer calls a full disk a RuntimeError, as it does a lost rank
+        raise CheckpointError(f"{save.final} could not be written: {save.error}") from save.error
     for rank, error in enumerate(errors):
         if error:
             raise CheckpointError(f"rank {rank} could not write its part of {save.final}: {error}")

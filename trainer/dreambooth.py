@@ -44,7 +44,7 @@ from controlbooth.models.base import Base
 from controlbooth.models.controlnet import denoise
 from controlbooth.models.families import encode_prompts
 from controlbooth.models.pretrained import load_base
-from controlbooth.trainer.attempt import Attempt, Superseded, only_run
+from controlbooth.trainer.attempt import Attempt, Superseded, check_still_ours, only_run
 from controlbooth.trainer.config import ConfigError, base_folder
 from controlbooth.trainer.distributed import World, barrier, end_process, gather_objects, join, leave
 from controlbooth.trainer.engine import DTYPES, resolve_precision
@@ -197,7 +197,7 @@ def train_subjects(
         waiting = unfinished(folder, tasks)
         stopped = train_fully(config, base, waiting, attention, precision, folder, attempt, world, stop)
     else:
-        stopped = train_stacked(config, base, tasks, folder, own, world, stop)
+        stopped = train_stacked(config, base, tasks, folder, attempt, world, stop)
     failed = failures(folder, tasks) | faults
     if world.rank == 0:
         finished = len(tasks) - len(unfinished(folder, tasks))
@@ -213,17 +213,17 @@ def train_stacked(
     base: Base,
     tasks: Sequence[Task],
     folder: Path,
-    own: Path,
+    attempt: Attempt,
     world: World,
     stop: StopRequest,
 ) -> bool:
     """Adapters of several subjects at once on each rank; -> whether it was stopped."""
-    left = unfinished(folder, tasks)
+    left, own = unfinished(folder, tasks), attempt.run
     if world.rank == 0:
         plan_ranks(own, config, left, world.world_size)
     barrier()
     stack = make_stack(config, base, tasks, left, own, world)
-    run_stack(config, stack, folder, own, world, stop)
+    run_stack(config, stack, folder, attempt, world, stop)
     return any(gather_objects(bool(stack.trainings or stack.queue), world))
 
 
@@ -276,9 +276,11 @@ def make_stack(
     return stack
 
 
-def run_stack(config: SubjectRunConfig, stack: Stack, folder: Path, own: Path, world: World, stop: StopRequest) -> None:
+def run_stack(
+    config: SubjectRunConfig, stack: Stack, folder: Path, attempt: Attempt, world: World, stop: StopRequest
+) -> None:
     """Trains until the queue and all slots are empty, or until it is asked to stop, after a step and with its state."""
-    path = state_path(own, world)
+    path = state_path(attempt.run, world)
     left = sum(task.steps for task in stack.queue) + sum(t.task.steps - t.step for t in stack.trainings)
     bar = tqdm(total=left, unit="step", desc="subjects", disable=world.rank > 0, dynamic_ncols=True)
     since_saved = 0
@@ -287,6 +289,7 @@ def run_stack(config: SubjectRunConfig, stack: Stack, folder: Path, own: Path, w
         if not stack.trainings:
             break
         metrics = step_stack(config, stack)
+        check_still_ours(attempt)
         bar.update(len(stack.trainings))
         bar.set_postfix(
             training=len(stack.trainings), waiting=len(stack.queue), loss=f"{metrics['loss']:.4f}", refresh=False

@@ -135,7 +135,7 @@ def initialize(
 def _any_not_finite(optimizer: Any) -> Tensor:
     """(1,) bool: whether a gradient that this rank holds has an infinity or a NaN. optimizer: of stage 1 or 2."""
     gradients = [one for own in optimizer.averaged_gradients.values() if own for one in own if one.numel()]
-    return ~torch.stack(torch._foreach_norm(gradients)).isfinite().all().reshape(1)
+    return ~torch.stack(torch._foreach_norm(gradients, math.inf)).isfinite().all().reshape(1)
 
 
 def apply_settings(engine: Any, config: OptimizerConfig) -> None:

@@ -86,15 +86,20 @@ class Tracker:
         """A file, under its base name. It must stay until it is sent."""
         self._spool.append({"artifact": self._stored(path)})
 
-    def log_checkpoint(self, step: int, digest: str, uri: str, metrics: Mapping[str, float]) -> None:
+    def times(self, step: int) -> dict[str, float]:
+        """When the metrics of this step were logged, as long as no later step has been."""
+        return {name: logged for name, (logged_step, logged) in self._logged.items() if logged_step == step}
+
+    def log_checkpoint(
+        self, step: int, digest: str, uri: str, metrics: Mapping[str, float], times: Mapping[str, float]
+    ) -> None:
         """A checkpoint as a LoggedModel with metrics, so that the best one can be searched for; its bytes stay.
 
-        The metrics are the run's too: those that were logged at this step already count as the same points.
+        The metrics are the run's too: those that were logged at this step already, at these times, count as the same
+        points.
         """
-        now, timed = time.time(), {}
-        for name, value in metrics.items():
-            logged_step, logged_time = self._logged.get(name, (None, now))
-            timed[name] = [float(value), logged_time if logged_step == step else now]
+        now = time.time()
+        timed = {name: [float(value), times.get(name, now)] for name, value in metrics.items()}
         self._spool.append({"step": step, "checkpoint": {"digest": digest, "uri": uri, "metrics": timed}})
 
     def set_tags(self, tags: Mapping[str, str]) -> None:

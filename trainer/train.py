@@ -18,7 +18,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -137,6 +137,8 @@ class Run:
     """Optimizer steps taken; the next batch is the global batch of this number."""
     saving: checkpoints.Save | None = None
     """The checkpoint that is being written while training goes on; on every rank or on none."""
+    saved_times: dict[str, float] = field(default_factory=dict)
+    """When the metrics of the step that is being saved were logged, by name; on rank 0."""
     convergence: Convergence | None = None
     """As of the last validation, on every rank."""
     warned: bool = False
@@ -302,8 +304,11 @@ def loop(run: Run, stop: "StopRequest") -> None:
         bar.update(1)
 
         if run.saving is not None and not unwritten:
+            began = time.perf_counter()
             commit(run)
-        last = run.step == config.max_steps
+            note_stall(run, began)
+            started = time.perf_counter()
+        last = run.step == config.max_steps or converged_long_ago(run)
         figures = {"loss": loss}
         if run.held and not stops and (run.step % config.validation.every_steps == 0 or last):
             figures |= validate_and_log(run)
@@ -312,10 +317,9 @@ def loop(run: Run, stop: "StopRequest") -> None:
         if stops or last or run.step % config.checkpoint.every_steps == 0:
             began = time.perf_counter()
             save(run, figures)
-            if run.tracker is not None:
-                run.tracker.log(run.step, {"checkpoint_stall_seconds": time.perf_counter() - began})
             if stops or last:
                 commit(run)
+            note_stall(run, began)
             started = time.perf_counter()
         if stops:
             break
@@ -660,9 +664,16 @@ def save(run: Run, figures: dict[str, float]) -> None:
     if unlocking.is_unlocked(run.engine):
         write = unlocking.write_networks
         state |= dict(unlocked_at=run.config.model.unlock_decoder_at, moment_steps=unlocking.moment_steps(run.engine))
+    run.saved_times = {} if run.tracker is None else run.tracker.times(run.step)
     run.saving = checkpoints.begin_save(
         run.engine, run.folder, state, dump(run.config), run.average, run.world, run.attempt, write_weights=write
     )
+
+
+def note_stall(run: Run, began: float) -> None:
+    """began: of time.perf_counter(), when training stood still for a checkpoint."""
+    if run.tracker is not None:
+        run.tracker.log(run.step, {"checkpoint_stall_seconds": time.perf_counter() - began})
 
 
 def commit(run: Run) -> None:
@@ -674,7 +685,7 @@ def commit(run: Run) -> None:
     if run.tracker is not None:
         saved = checkpoints.read_state(folder)
         named = {name if name == "loss" else f"validation/{name}": value for name, value in saved["metrics"].items()}
-        run.tracker.log_checkpoint(saved["step"], saved["digest"], folder.absolute().as_uri(), named)
+        run.tracker.log_checkpoint(saved["step"], saved["digest"], folder.absolute().as_uri(), named, run.saved_times)
         checkpoints.prune(run.folder, run.config.checkpoint.keep, run.config.checkpoint.keep_best, run.attempt)
     barrier()
 

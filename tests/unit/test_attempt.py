@@ -224,3 +224,18 @@ def test_a_start_that_was_slow_does_not_bring_back_the_folder_of_one_that_was_re
     Attempt(tmp_path, 1, "c").folder.mkdir()  # it had read the numbers before the first was there
     with pytest.raises(Superseded):
         write_text(first, tmp_path / "status.json", "{}")
+
+
+def test_nothing_moves_out_of_a_folder_that_a_library_has_made_anew(tmp_path, monkeypatch):
+    with two_starts(tmp_path, monkeypatch) as (old, new):
+        assert not old.folder.exists()
+        partial = old.folder / "step-00000004"
+        (partial / "controlnet").mkdir(parents=True)  # as diffusers' save_pretrained does
+        with pytest.raises(Superseded):
+            checkpoint._commit(partial, checkpoint.folder_of(tmp_path, 4), old)
+        with pytest.raises(Superseded):
+            write_text(old, tmp_path / "status.json", "{}")
+        with pytest.raises(Superseded):
+            check_still_ours(old)
+        check_still_ours(new)
+        assert not checkpoint.folder_of(tmp_path, 4).exists() and not (tmp_path / "status.json").exists()

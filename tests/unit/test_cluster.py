@@ -100,10 +100,10 @@ def test_times_have_no_problem_exactly_when_they_are_in_order(grace, wait, check
 def test_the_checkpoint_is_timed_by_its_size_and_the_storage():
     (problem,) = time_problems(Cluster(grace_seconds=60), checkpoint=20 * 2**30)
     assert problem.startswith(
-        "a checkpoint of 20.0 GiB at 200 MB/s takes 107 s, and torchrun kills the ranks 48 s after"
+        "two checkpoints of 20.0 GiB at 200 MB/s take 215 s, and torchrun kills the ranks 48 s after"
     )
-    assert "Set grace_seconds to 191 or more" in problem
-    assert list(time_problems(Cluster(grace_seconds=191), checkpoint=20 * 2**30)) == []
+    assert "Set grace_seconds to 352 or more" in problem
+    assert list(time_problems(Cluster(grace_seconds=352), checkpoint=20 * 2**30)) == []
 
 
 # Partitions
@@ -271,3 +271,11 @@ def test_any_slice_of_the_settled_manifest_gives_the_subjects_what_the_whole_wou
     (tmp_path / "elsewhere" / "subjects.jsonl").write_text(settled_manifest(whole))
     again, faults = settle(load_subjects(tmp_path / "elsewhere" / "subjects.jsonl")[0][1:], config)
     assert faults == {} and again == whole[1:]
+
+
+def test_a_start_that_a_newer_one_has_replaced_is_not_started_again(tmp_path, monkeypatch, capsys):
+    note(tmp_path, "attempt.json", number=1002, given=1002)
+    monkeypatch.setenv("CONTROLBOOTH_ATTEMPT", "1001")
+    assert outcome([str(tmp_path), "--since=0"]) == 1 and "has taken" in capsys.readouterr().err
+    monkeypatch.setenv("CONTROLBOOTH_ATTEMPT", "1002")
+    assert outcome([str(tmp_path), "--since=0"]) == 75

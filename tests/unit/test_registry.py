@@ -18,7 +18,7 @@ def logged(tmp_path_factory):
     uri = f"sqlite:///{folder / 'mlflow.db'}"
     tracker = Tracker(folder / "run", uri, "tests", "a run", {}, {}, system_metrics_seconds=3600.0)
     for step in (1, 2, 3):
-        tracker.log_checkpoint(step, f"digest-{step}", f"file:///runs/a%20run/checkpoints/step-0000000{step}", {})
+        tracker.log_checkpoint(step, f"digest-{step}", f"file:///runs/a%20run/checkpoints/step-0000000{step}", {}, {})
     tracker.finish("RUNNING")
     assert tracker.close(120.0) == 0
     return folder, tracker._spool.state.run_id

@@ -185,7 +185,7 @@ def test_everything_that_is_logged_arrives_once(tmp_path, uri):
     (folder / "run.yaml").write_text("name: a")
     tracker.log_image(folder / "grid.png", "validation/grid", 1200)
     tracker.log_artifact(folder / "run.yaml")
-    tracker.log_checkpoint(1200, "digest", "file:///run/checkpoint", {"f1": 0.5})
+    tracker.log_checkpoint(1200, "digest", "file:///run/checkpoint", {"f1": 0.5}, tracker.times(1200))
     tracker.finish("FINISHED")
     assert tracker.close(60) == 0
 
@@ -210,7 +210,9 @@ def test_sending_everything_again_changes_nothing(tmp_path, uri):
     Image.new("RGB", (8, 8)).save(folder / "grid.png")
     tracker.log(1, {"loss": 1.0})
     tracker.log_image(folder / "grid.png", "grid", 1)
-    tracker.log_checkpoint(1, "digest", "file:///checkpoint", {"loss": 1.0})
+    times = tracker.times(1)
+    tracker.log(2, {"loss": 0.5})  # the checkpoint of step 1 is committed after it
+    tracker.log_checkpoint(1, "digest", "file:///checkpoint", {"loss": 1.0}, times)
     assert tracker.close(60) == 0
     state = json.loads((folder / "tracking.json").read_text())
     # as if the process had died after each answer and before it was noted, the creation of the run included
@@ -219,7 +221,7 @@ def test_sending_everything_again_changes_nothing(tmp_path, uri):
     assert start(folder, uri).close(60) == 0
 
     client, run = client_and_run(uri)
-    assert history(uri, "loss") == [(1, 1.0)]
+    assert history(uri, "loss") == [(1, 1.0), (2, 0.5)]
     assert len(client.list_artifacts(run.info.run_id, "images")) == 2
     assert len(client.search_logged_models([run.info.experiment_id])) == 1
     assert len(run.outputs.model_outputs) == 1
