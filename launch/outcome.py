@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     first, end = map(int, options.rows.split(":")) if options.subjects else (0, 0)
     folder = options.run / "rows" / f"{first}-{end}" if options.subjects else options.run
     newest = read(folder / "attempt.json").get("given")
-    if newest is not None and newest > int(os.environ.get("CONTROLBOOTH_ATTEMPT", newest)):
+    if newest is not None and newest > int(os.environ.get("CONTROLBOOTH_ATTEMPT", str(newest))):
         verdict, reasons = "failed", [f"start {newest} has taken {folder} over; this one must not be started again"]
     elif options.subjects:
         names = [json.loads(line)["name"] for line in options.subjects.read_text().splitlines()]
