@@ -23,6 +23,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -157,13 +158,18 @@ def losses(folder: Path, precision: str) -> list[tuple[float, float]]:
     from diffusers.models.attention_processor import AttnProcessor2_0
 
     from controlbooth.trainer import train as training
+    from controlbooth.trainer.attempt import only_run
     from controlbooth.trainer.config import load_config
     from controlbooth.trainer.distributed import join
     from controlbooth.trainer.step import controlnet_loss, to_device
+    from controlbooth.trainer.watchdog import watching
 
     run_file = Path(our_run(folder, precision, 1, None)[4])
     world = join()
-    run = training.build(load_config(run_file), world, folder / "runs" / run_file.stem, None)
+    stack = ExitStack()
+    attempt = stack.enter_context(only_run(folder / "runs" / run_file.stem, world))
+    watchdog = stack.enter_context(watching(attempt, world, 3600.0))
+    run = training.build(load_config(run_file), world, attempt, watchdog, None)
     base, controlnet = run.base, run.engine.module
     unet: Any = base.unet
     with torch.no_grad():
@@ -197,6 +203,7 @@ def losses(folder: Path, precision: str) -> list[tuple[float, float]]:
         for module, processors in kept.items():
             module.set_attn_processor(processors)
     run.loader.close()
+    stack.close()
     return found
 
 

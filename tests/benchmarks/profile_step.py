@@ -20,9 +20,11 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from controlbooth.trainer import engine as engines
 from controlbooth.trainer import train as training
+from controlbooth.trainer.attempt import only_run
 from controlbooth.trainer.config import load_config
 from controlbooth.trainer.distributed import join, leave
 from controlbooth.trainer.step import controlnet_step
+from controlbooth.trainer.watchdog import watching
 
 PARTS = ("wait for data", "encode picture", "encode prompt", "predict", "backward", "optimizer")
 
@@ -33,10 +35,15 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--steps", type=int, default=10)
     options = parser.parse_intermixed_args()
-    with tempfile.TemporaryDirectory() as scratch:
+    world = join()
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        only_run(Path(scratch), world) as attempt,
+        watching(attempt, world, 3600.0) as watchdog,
+    ):
         overrides = [*options.overrides, f"output={scratch}", "data.held_out=null"]
         config = load_config(options.run, overrides)
-        run = training.build(config, join(), Path(scratch), None)
+        run = training.build(config, world, attempt, watchdog, None)
         backward = partial(engines.accumulate, run.engine)
 
         def step() -> None:
@@ -64,7 +71,7 @@ def main() -> None:
         run.loader.close()
         if run.tracker is not None:
             run.tracker.close(5.0)
-        leave()
+    leave()
 
 
 if __name__ == "__main__":
