@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 from controlbooth.data.manifest import open_dataset
+from controlbooth.data.sidecar import write_whole
 from controlbooth.models.base import Base
 from controlbooth.models.decoder import load_networks
 from controlbooth.models.pretrained import load_base
@@ -80,9 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{variant}, seed {seed}": dict(curve=validation_curve(run), told=told(run)) for variant, seed, run in runs
     }
     tree = dict(samples=options.samples, figures=table, convergence=convergence)
-    temporary = options.folder / "ablations.partial"
-    temporary.write_text(json.dumps(tree, indent=2))
-    temporary.replace(options.folder / "ablations.json")
+    write_whole(options.folder / "ablations.json", json.dumps(tree, indent=2).encode())
     draw(options.folder / "ablations.png", shown, held, prompts)
     print(describe_table(table))
     for name, one in convergence.items():

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from controlbooth.data.sidecar import write_whole
 from controlbooth.trainer.config import ConfigError
 from controlbooth.trainer.evaluate.evaluate import DISCS, REAL, WITHOUT
 from controlbooth.trainer.evaluate.kinds import LOWER_IS_BETTER
@@ -34,9 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     differences = compare(read_evaluation(options.a), read_evaluation(options.b))
     print(table(differences, options.a, options.b))
     if options.json:
-        temporary = options.json.with_name(options.json.name + ".partial")
-        temporary.write_text(json.dumps(differences, indent=2))
-        temporary.replace(options.json)
+        write_whole(options.json, json.dumps(differences, indent=2).encode())
     return 0
 
 

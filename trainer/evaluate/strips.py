@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from controlbooth.data.sidecar import write_whole
+
 STRIPS = Path("samples") / "strips"
 
 
@@ -34,9 +36,7 @@ def write_strip(path: Path, images: np.ndarray) -> None:
 
 def write_captions(folder: Path, captions: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / "captions.partial"
-    temporary.write_text(json.dumps(captions))
-    temporary.replace(folder / "captions.json")
+    write_whole(folder / "captions.json", json.dumps(captions).encode())
 
 
 def read_strips(folder: Path) -> Strips | None:
