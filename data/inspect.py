@@ -95,7 +95,7 @@ def show_main(argv: Sequence[str] | None = None) -> int:
         metavar="KIND",
         help="kind to show, also computed:KIND; may be repeated (default: all that the shards hold)",
     )
-    parser.add_argument("--count", type=int, default=16, help="samples (default: 16)")
+    parser.add_argument("--count", type=int, default=16, help="samples, evenly over all shards (default: 16)")
     parser.add_argument("--columns", type=int, default=4, help="samples side by side (default: 4)")
     parser.add_argument("--resolution", type=int, default=192, help="side of each picture (default: 192)")
     arguments = parser.parse_args(argv)
@@ -112,6 +112,7 @@ def show_main(argv: Sequence[str] | None = None) -> int:
                 min(arguments.count, int(dataset.samples_per_shard(kind).sum())),
                 condition_kind=kind,
                 resolution=arguments.resolution,
+                spread=True,
             )
         )
         for kind in kinds or [None]

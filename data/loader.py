@@ -539,10 +539,13 @@ class HeldOutSample:
     caption: str
 
 
-def held_out(dataset: Dataset, count: int, *, condition_kind: str | None, resolution: int) -> Iterator[HeldOutSample]:
+def held_out(
+    dataset: Dataset, count: int, *, condition_kind: str | None, resolution: int, spread: bool = False
+) -> Iterator[HeldOutSample]:
     """The first `count` usable samples in the order of the shards. A bad one is raised, not replaced.
 
-    What is random about a computed condition is decided by the sample's key.
+    spread: instead, as many at even distances over all of them. What is random about a computed condition is decided
+    by the sample's key.
     """
     compute = computed_function(condition_kind)
     counts = dataset.samples_per_shard(condition_kind)
@@ -551,9 +554,9 @@ def held_out(dataset: Dataset, count: int, *, condition_kind: str | None, resolu
     reader = ShardReader(dataset, condition_kind, most_open=1)
     shape = (3, resolution, resolution)
     try:
-        for number in range(count):
+        for number in np.arange(count) * int(counts.sum()) // count if spread else range(count):
             shard = int(np.searchsorted(np.cumsum(counts), number, side="right"))
-            sample = reader.read(shard, number - int(counts[:shard].sum()))
+            sample = reader.read(shard, int(number - counts[:shard].sum()))
             image = decode_image(sample.image, sample.key, sample.image_extension)
             condition = None
             if sample.condition is not None:

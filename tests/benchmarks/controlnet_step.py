@@ -156,6 +156,7 @@ def losses(folder: Path, precision: str) -> list[tuple[float, float]]:
     """(ours, plainly computed) of four micro-batches, with the zero convolutions moved so that control matters."""
     import torch
     from diffusers.models.attention_processor import AttnProcessor2_0
+    from plain import plain_loss
 
     from controlbooth.trainer import train as training
     from controlbooth.trainer.attempt import only_run
@@ -183,23 +184,7 @@ def losses(folder: Path, precision: str) -> list[tuple[float, float]]:
         for module in kept:
             module.set_attn_processor(AttnProcessor2_0())
         with torch.no_grad():
-            posterior = base.vae.encode(drawn.pixel_values.to(base.dtype)).latent_dist
-            latents = posterior.mean + posterior.std * drawn.posterior_noise.to(base.dtype)
-            latents = latents * base.vae.config.scaling_factor
-            noisy = base.noise_scheduler.add_noise(latents.float(), drawn.noise, drawn.timesteps).to(base.dtype)
-            words = base.tokenizers[0](
-                drawn.captions, max_length=77, padding="max_length", truncation=True, return_tensors="pt"
-            )
-            text = base.text_encoders[0](words.input_ids, return_dict=False)[0]
-            hint = drawn.conditioning_pixel_values.to(base.dtype)
-            down, mid = controlnet(
-                noisy, drawn.timesteps, encoder_hidden_states=text, controlnet_cond=hint, return_dict=False
-            )
-            said = unet(
-                noisy, drawn.timesteps, encoder_hidden_states=text, down_block_additional_residuals=down,
-                mid_block_additional_residual=mid, return_dict=False,
-            )[0]  # fmt: skip
-            found.append((ours, torch.nn.functional.mse_loss(said.float(), drawn.noise).item()))
+            found.append((ours, plain_loss(base, controlnet, drawn, autocast=False).item()))
         for module, processors in kept.items():
             module.set_attn_processor(processors)
     run.loader.close()

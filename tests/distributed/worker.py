@@ -319,8 +319,8 @@ def peaks_of_engine(stage: int, precision: str, world: World) -> tuple[int, int]
     def written(size: int) -> int:
         return size - bucket + (bucket * total // BUCKET_ELEMENTS) if size > bucket else size
 
-    # gloo's thread lets go of what it reduced a moment after the step went on, so one step in ten holds that too: the
-    # smallest peak of the steps is the engine's own, and the first, which makes the optimizer's state, is not one of them
+    # gloo's thread lets go of what it reduced a moment after the step went on, so one step in ten holds that too. The
+    # smallest peak of the steps is the engine's own; the first, which makes the optimizer's state, is not among them
     held = min(max(map(written, sizes_of_step)) for sizes_of_step in steps[1:])
     return planned, held
 

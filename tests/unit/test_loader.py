@@ -493,5 +493,7 @@ def test_held_out_samples_are_the_first_and_unaugmented(folder, scene_parts):
     target = cv2.imdecode(np.frombuffer(scene_parts[19]["png"], np.uint8), cv2.IMREAD_COLOR_RGB)
     assert np.array_equal(samples[19].pixel_values, target.transpose(2, 0, 1))
     assert samples[5].caption == json.loads(scene_parts[5]["json"])["captions"][0]
+    spread = held_out(dataset, 6, condition_kind="edges", resolution=SIZE, spread=True)
+    assert [sample.key for sample in spread] == [f"k{102 * i // 6:04d}" for i in range(6)]
     with pytest.raises(ValueError, match="102 usable samples, 103 are asked for"):
         next(held_out(dataset, 103, condition_kind=None, resolution=SIZE))
