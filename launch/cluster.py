@@ -14,6 +14,8 @@ from controlbooth.launch.torchrun import Node
 from controlbooth.trainer.config import ConfigError, Section, explain_errors
 
 Engine = Literal["local", "slurm", "kubernetes"]
+CLUSTER_FILE = Path("cluster.yaml")
+"""Where no other one is named."""
 
 
 class SlurmConfig(Section):
@@ -112,8 +114,8 @@ def load_cluster(path: Path | None, engine: Engine) -> Cluster:
         raise ConfigError(f"{path}: {explain_errors(error, Cluster)}") from None
     if cluster.engine != engine:
         raise ConfigError(
-            f"{path} is of engine {cluster.engine}, and this is `controlbooth launch {engine}`. Use `controlbooth "
-            f"launch {cluster.engine}`, or another --cluster file"
+            f"{path} is of engine {cluster.engine}, and this is for {engine}. Use `controlbooth launch "
+            f"{cluster.engine}`, in a policy `engine: {cluster.engine}`, or take another cluster file"
         )
     return cluster
 

@@ -5,6 +5,7 @@ job/run.yaml        the resolved configuration, which the ranks read
     cluster.yaml    where, and on how many machines
     script.sh, manifests.yaml    what the engine was given
     job.json        engine, the engine's name for the job, when, and the code's version
+    submitting.json the same without that name, while the engine is asked; stays where that was cut off or refused
     log.txt         what all attempts have said; of an array log-TASK.txt
     cancelled       is there when a person has ended it: an attempt that stops is then not started again
 """
@@ -18,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from controlbooth.launch.cluster import Cluster, interpreter, load_cluster
-from controlbooth.trainer.config import ConfigError
 from controlbooth.trainer.subjects import Task
 
+SUBMITTING = "submitting.json"
 ATTEMPTS_A_SUBMISSION = 1000
 """A run's attempts must be numbered upwards, and every engine begins to count at 0 when a job is submitted anew."""
 
@@ -87,11 +88,10 @@ def write_job(job: Job, texts: dict[str, str]) -> None:
         write_text(folder / name, text)
 
 
-def write_record(job: Job, engine_id: str, submitted: float) -> None:
-    """job.json, after the engine has taken the job. submitted: seconds since 1970."""
-    record = dict(
+def record_of(job: Job, submitted: float) -> dict[str, Any]:
+    """What job.json says, but for `id`, the engine's name for it. submitted: seconds since 1970."""
+    return dict(
         engine=job.cluster.engine,
-        id=engine_id,
         name=job.name,
         submission=job.submission,
         submitted=submitted,
@@ -101,23 +101,33 @@ def write_record(job: Job, engine_id: str, submitted: float) -> None:
         subjects_per_task=job.subjects_per_task,
         code=code_version(),
     )
-    write_text(job.here / "job" / "job.json", json.dumps(record, indent=1))
 
 
-def read_record(folder: Path) -> dict[str, Any]:
-    """job.json of a run's folder. Raises ConfigError where nothing was submitted from it."""
+def write_intent(folder: Path, record: dict[str, Any]) -> None:
+    """submitting.json, before the engine is asked: with it the job is found where job.json is never written."""
+    write_text(folder / "job" / SUBMITTING, json.dumps(record, indent=1))
+
+
+def read_intent(folder: Path) -> dict[str, Any] | None:
+    """submitting.json of a run's folder; None where there is none."""
+    path = folder / "job" / SUBMITTING
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """job.json, after the engine has taken the job. record: with its `id`."""
+    write_text(folder / "job" / "job.json", json.dumps(record, indent=1))
+    (folder / "job" / SUBMITTING).unlink(missing_ok=True)
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """job.json of a run's folder; None where there is none."""
     path = folder / "job" / "job.json"
-    if not path.is_file():
-        raise ConfigError(
-            f"{folder} has no job/job.json, so no job was submitted for it: give the folder of a run that "
-            "`controlbooth launch` has started"
-        )
-    return json.loads(path.read_text())
+    return json.loads(path.read_text()) if path.is_file() else None
 
 
-def recorded_job(folder: Path) -> Job:
-    """The job that was submitted last for a run's folder."""
-    record = read_record(folder)
+def recorded_job(folder: Path, record: dict[str, Any]) -> Job:
+    """The job of a run's folder that a record is of. Raises ConfigError where its cluster.yaml cannot be read."""
     return Job(
         name=record["name"],
         folder=Path(record["folder"]),

@@ -14,11 +14,10 @@ from typing import Any
 from controlbooth.launch import background, kubernetes, slurm
 from controlbooth.launch.cluster import load_cluster
 from controlbooth.launch.cluster_preflight import engine_problems, job_problems
-from controlbooth.launch.job import Job, JobState, job_logs, read_record, recorded_job
-from controlbooth.launch.submit import check_ended, launch, replace_nodes, states
+from controlbooth.launch.job import Job, JobState, job_logs
+from controlbooth.launch.submit import AT_WORK, at_work, check_ended, last_submission, launch, replace_nodes, states
 from controlbooth.trainer.config import dump, load_config
 
-AT_WORK = ("waiting", "running")
 TAIL_BYTES = 2**16
 """Of metrics.jsonl, in which the last step is looked for."""
 
@@ -38,7 +37,7 @@ def status_main(arguments: Sequence[str] | None = None) -> int:
     options = _parser(
         "status", "Tells how a job and its run, or its subjects, are doing. Ends with status 1 where it has failed."
     ).parse_args(arguments)
-    job, record = recorded_job(options.folder), read_record(options.folder)
+    job, record = last_submission(options.folder)
     asked = states(record, job.cluster)
     code = record["code"]
     print(f"job         {record['engine']} {record['id']}, submission {record['submission']}: {said(asked)}")
@@ -67,14 +66,14 @@ def run_lines(job: Job, asked: Sequence[JobState]) -> tuple[list[str], bool]:
     checkpoints = sorted(path.parent.name for path in job.here.glob("checkpoints/step-*/COMPLETE"))
     status = json.loads(marker.read_text()) if marker.is_file() else {}
     state = status.get("state", "not begun")
-    at_work = any(one.state in AT_WORK for one in asked)
+    going = any(one.state in AT_WORK for one in asked)
     lines = [f"run         {job.name}: {state}" + (f" at step {step}" if (step := last_step(job.here)) else "")]
     lines += [f"checkpoint  {checkpoints[-1]}"] if checkpoints else []
     lines += [f"error       {status['error']}"] if state == "failed" else []
-    if state not in ("finished", "failed") and not at_work:
+    if state not in ("finished", "failed") and not going:
         lines.append(f"            nothing is at work on it now; `controlbooth launch resume {job.here}` goes on")
     ended_badly = state == "failed" or any(one.state == "failed" for one in asked)
-    return lines, ended_badly and not at_work and state != "finished"
+    return lines, ended_badly and not going and state != "finished"
 
 
 def last_step(folder: Path) -> int | None:
@@ -120,7 +119,7 @@ def logs_main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--follow", action="store_true", help="go on until the job has ended")
     parser.add_argument("--subject", help="of an array: only the task that trains this subject")
     options = parser.parse_args(arguments)
-    job, record = recorded_job(options.folder), read_record(options.folder)
+    job, record = last_submission(options.folder)
     task = None
     if options.subject:
         names = subject_names(job) if job.subjects else []
@@ -142,7 +141,14 @@ def logs_main(arguments: Sequence[str] | None = None) -> int:
 
 def still_at_work(record: dict[str, Any], job: Job) -> bool:
     time.sleep(1.0)
-    return any(one.state in AT_WORK for one in states(record, job.cluster))
+    return bool(at_work(record, job.cluster))
+
+
+def last_line(log: Path) -> str | None:
+    """The last line that says something, so no progress bar and no note of the job's script; None without one."""
+    lines = log.read_text(errors="replace").replace("\r", "\n").split("\n") if log.is_file() else []
+    telling = (line.strip()[:300] for line in reversed(lines) if "%|" not in line and not line.startswith("== "))
+    return next(filter(None, telling), None)
 
 
 def follow(files: dict[str, Path], more) -> Iterator[str]:
@@ -170,8 +176,8 @@ def cancel_main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--now", action="store_true", help="without a checkpoint")
     options = parser.parse_args(arguments)
-    job, record = recorded_job(options.folder), read_record(options.folder)
-    if not any(one.state in AT_WORK for one in states(record, job.cluster)):
+    job, record = last_submission(options.folder)
+    if not at_work(record, job.cluster):
         print(f"nothing is at work on {job.here}")
         return 0
     (job.here / "job" / "cancelled").touch()  # first: the script looks for it when its ranks have stopped
@@ -189,21 +195,31 @@ def resume_main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="a field of the run, changed")
     parser.add_argument("--cluster", type=Path, metavar="FILE", help="changed settings, such as other nodes")
     options = parser.parse_intermixed_args(arguments)
-    job, record = recorded_job(options.folder), read_record(options.folder)
-    job = replace(job, submission=record["submission"] + 1)
-    if options.cluster:
-        cluster = load_cluster(options.cluster, record["engine"])
-        job = replace(job, cluster=replace_nodes(cluster) if job.subjects else cluster)
-    check_ended(job)  # first: what else is wrong follows from its being at work
-    folder = job.here / "job"
-    if job.subjects:
-        if options.overrides:
-            raise ValueError("the subjects of an array go on as they began: leave the overrides out")
-        files = {name: (folder / name).read_text() for name in ("run.yaml", "subjects.jsonl")}
-        problems = engine_problems(job.cluster)
-    else:
-        config = load_config(folder / "run.yaml", options.overrides)
-        files, problems = {"run.yaml": dump(config)}, job_problems(config, job.cluster)
+    job, files, problems = next_submission(options.folder, options.overrides, options.cluster)
     for problem in problems:
         print(f"controlbooth launch resume: {problem}", file=sys.stderr)
     return 2 if problems else launch(job, files)
+
+
+def next_submission(
+    folder: Path, overrides: Sequence[str] = (), cluster_file: Path | None = None
+) -> tuple[Job, dict[str, str], list[str]]:
+    """-> the job that has ended, to be submitted again, the files of its folder, and what is wrong with it.
+
+    cluster_file: changed settings; None leaves them. Raises ValueError where it is at work, ConfigError where there is
+    none or its files cannot be read.
+    """
+    job, record = last_submission(folder)
+    job = replace(job, submission=record["submission"] + 1)
+    if cluster_file:
+        cluster = load_cluster(cluster_file, record["engine"])
+        job = replace(job, cluster=replace_nodes(cluster) if job.subjects else cluster)
+    check_ended(job)  # first: what else is wrong follows from its being at work
+    submitted = job.here / "job"
+    if job.subjects:
+        if overrides:
+            raise ValueError("the subjects of an array go on as they began: leave the overrides out")
+        files = {name: (submitted / name).read_text() for name in ("run.yaml", "subjects.jsonl")}
+        return job, files, engine_problems(job.cluster)
+    config = load_config(submitted / "run.yaml", overrides)
+    return job, {"run.yaml": dump(config)}, job_problems(config, job.cluster)

@@ -243,7 +243,21 @@ _Readable.add_representer(str, _text)
 def submit(manifests: Path, job: Job) -> str:
     """-> kind/name, which kubectl takes. Raises ValueError with what the API server says where it refuses them."""
     kubectl("apply", "--server-side", "--validate=strict", "-f", str(manifests))
+    return id_of(job)
+
+
+def id_of(job: Job) -> str:
     return f"{'job' if job.subjects else 'trainjob'}/{object_name(job)}"
+
+
+def find(job: Job) -> str | None:
+    """What `submit` returned of this submission, or would have, where the API server has it; None where it has not.
+
+    Raises ValueError where the server does not answer.
+    """
+    job_id = id_of(job)
+    (one,) = states(job_id, job.cluster.kubernetes.namespace)
+    return None if one.state == "unknown" else job_id
 
 
 def states(job_id: str, namespace: str) -> list[JobState]:

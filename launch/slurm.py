@@ -141,8 +141,22 @@ def submit(script: Path) -> str:
     return client("sbatch", "--parsable", str(script)).partition(";")[0]
 
 
+def find(script: Path, name: str) -> str | None:
+    """The id of a job of this batch script that has not ended, the newest of several; None where there is none.
+
+    name: of the job. Raises ValueError where Slurm does not answer.
+    """
+    listed = client("squeue", "--noheader", f"--name={name}", "--format=%F %o").splitlines()
+    ids = [int(job_id) for job_id, _, command in (line.partition(" ") for line in listed) if command == str(script)]
+    return str(max(ids)) if ids else None
+
+
 def states(job_id: str) -> list[JobState]:
-    """Of the job, or of each task of an array; what has not begun is one entry for many tasks."""
+    """Of the job, or of each task of an array; what has not begun is one entry for many tasks.
+
+    Raises ValueError where Slurm does not answer.
+    """
+    check_on_path("scontrol")
     known = subprocess.run(["scontrol", "show", "job", "--oneliner", job_id], capture_output=True, text=True)
     if known.returncode:
         if "Invalid job id" in known.stderr:
@@ -186,9 +200,14 @@ def cancel(job_id: str, now: bool) -> None:
 
 def client(*command: str) -> str:
     """Runs one of Slurm's commands. Raises ValueError with its message."""
-    if shutil.which(command[0]) is None:
-        raise ValueError(f"there is no {command[0]} on the PATH: start this on a login node of a Slurm cluster")
+    check_on_path(command[0])
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise ValueError(f"{' '.join(command)} failed: {done.stderr.strip()}")
     return done.stdout.strip()
+
+
+def check_on_path(program: str) -> None:
+    """Raises ValueError where this machine has no such program."""
+    if shutil.which(program) is None:
+        raise ValueError(f"there is no {program} on the PATH: start this on a login node of a Slurm cluster")

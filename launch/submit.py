@@ -9,11 +9,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from controlbooth.launch import background, kubernetes, slurm
-from controlbooth.launch.cluster import Cluster, Engine, dump_cluster, load_cluster
+from controlbooth.launch.cluster import CLUSTER_FILE, Cluster, Engine, dump_cluster, load_cluster
 from controlbooth.launch.cluster_preflight import (
     engine_problems,
     job_problems,
@@ -21,9 +22,20 @@ from controlbooth.launch.cluster_preflight import (
     path_here,
     record_problems,
 )
-from controlbooth.launch.job import Job, JobState, read_record, settled_manifest, write_job, write_record
+from controlbooth.launch.job import (
+    Job,
+    JobState,
+    read_intent,
+    read_record,
+    record_of,
+    recorded_job,
+    settled_manifest,
+    write_intent,
+    write_job,
+    write_record,
+)
 from controlbooth.launch.preflight import base_problems
-from controlbooth.trainer.config import BUILT_IN, dump, load_config, run_folder
+from controlbooth.trainer.config import BUILT_IN, ConfigError, RunConfig, dump, load_config, run_folder
 from controlbooth.trainer.subjects import (
     SubjectRunConfig,
     Task,
@@ -34,7 +46,10 @@ from controlbooth.trainer.subjects import (
 )
 from controlbooth.trainer.subjects import write_record as write_subjects
 
-CLUSTER_FILE = Path("cluster.yaml")
+SCRIPT, MANIFESTS = "script.sh", "manifests.yaml"
+"""What the engine is given, in RUN/job/."""
+AT_WORK = ("waiting", "running")
+"""States of a job that has not ended."""
 EXAMPLES = """examples:
   controlbooth launch {engine} run.yaml --dry-run
   controlbooth launch {engine} run.yaml max_steps=20000 --cluster {engine}.yaml
@@ -85,8 +100,7 @@ def main(engine: Engine, arguments: Sequence[str] | None) -> int:
     else:
         if options.subjects_per_task:
             raise ValueError("--subjects-per-task is for a batch of subjects: give its manifest with --subjects")
-        job, files, problems = run_job(options.run, options.overrides, cluster)
-    problems += record_problems(job.here) if engine == "kubernetes" else ()  # of others the output is checked
+        job, files, problems = run_job(load_config(options.run, options.overrides), cluster)
     for problem in problems:
         print(f"controlbooth launch {engine}: {problem}", file=sys.stderr)
     if options.dry_run:
@@ -96,11 +110,10 @@ def main(engine: Engine, arguments: Sequence[str] | None) -> int:
     return launch(job, files)
 
 
-def run_job(run_file: Path, overrides: Sequence[str], cluster: Cluster) -> tuple[Job, dict[str, str], list[str]]:
+def run_job(config: RunConfig, cluster: Cluster) -> tuple[Job, dict[str, str], list[str]]:
     """-> the job of a single run, the files of its folder, and what is wrong with it."""
-    config = load_config(run_file, overrides)
     job = place(config.name, run_folder(config), cluster)
-    return job, {"run.yaml": dump(config)}, job_problems(config, cluster)
+    return job, {"run.yaml": dump(config)}, job_problems(config, cluster) + folder_problems(job)
 
 
 def subjects_job(
@@ -120,7 +133,7 @@ def subjects_job(
     tasks = settled_subjects(config, manifest)
     job = place(config.name, config.output / config.name, replace_nodes(cluster))
     job = replace(job, subjects=len(tasks), subjects_per_task=per_task)
-    problems += engine_problems(job.cluster)
+    problems += engine_problems(job.cluster) + folder_problems(job)
     if cluster.engine == "kubernetes":
         named = {f"images of {task.name}": task.images[0].parent.absolute() for task in tasks}
         named |= {"output": job.folder} | ({} if config.model.base == BUILT_IN else {"base": Path(config.model.base)})
@@ -145,6 +158,11 @@ def settled_subjects(config: SubjectRunConfig, manifest: Path) -> list[Task]:
     return tasks
 
 
+def folder_problems(job: Job) -> list[str]:
+    """Of where the job's own files are to lie, which is in the output, looked at before, but for Kubernetes."""
+    return list(record_problems(job.here)) if job.cluster.engine == "kubernetes" else []
+
+
 def replace_nodes(cluster: Cluster) -> Cluster:
     """Of an array: each task has one node. On Kubernetes `nodes` is how many run at once."""
     return cluster if cluster.engine == "kubernetes" else cluster.model_copy(update={"nodes": 1})
@@ -157,22 +175,22 @@ def place(name: str, folder: Path, cluster: Cluster) -> Job:
     else:
         folder = here = folder.absolute()
         working_directory = Path.cwd()
-    before = read_record(here)["submission"] if (here / "job" / "job.json").is_file() else 0
+    before = last_record(here)
     return Job(
         name=name,
         folder=folder,
         here=here,
         working_directory=working_directory,
         cluster=cluster,
-        submission=before + 1,
+        submission=before["submission"] + 1 if before else 1,
     )
 
 
 def rendered(job: Job, files: dict[str, str]) -> tuple[str, str]:
     """-> the name and the text of what the engine is given."""
     if job.cluster.engine == "kubernetes":
-        return "manifests.yaml", kubernetes.render(job, files)
-    return "script.sh", (slurm if job.cluster.engine == "slurm" else background).render(job)
+        return MANIFESTS, kubernetes.render(job, files)
+    return SCRIPT, (slurm if job.cluster.engine == "slurm" else background).render(job)
 
 
 def launch(job: Job, files: dict[str, str]) -> int:
@@ -186,11 +204,13 @@ def launch(job: Job, files: dict[str, str]) -> int:
         write_subjects(job.here, config, tasks)
     script = job.here / "job" / name
     engine = job.cluster.engine
+    record = record_of(job, time.time())
+    write_intent(job.here, record)
     if engine == "kubernetes":
         job_id = kubernetes.submit(script, job)
     else:
         job_id = (slurm if engine == "slurm" else background).submit(script)
-    write_record(job, job_id, time.time())
+    write_record(job.here, record | {"id": job_id})
     what = f"{job.subjects} subjects in {job.tasks} tasks" if job.subjects else "the run"
     print(f"{job.name}: {what} as {engine} job {job_id}; everything about it is in {job.here / 'job'}")
     print(f"  controlbooth launch status {job.here}\n  controlbooth launch logs {job.here} --follow")
@@ -199,18 +219,59 @@ def launch(job: Job, files: dict[str, str]) -> int:
 
 def check_ended(job: Job) -> None:
     """Raises ValueError where the engine still has an earlier submission of the job."""
-    if not (job.here / "job" / "job.json").is_file():
-        return
-    record = read_record(job.here)
-    if busy := [one for one in states(record, job.cluster) if one.state in ("waiting", "running")]:
+    record = last_record(job.here)
+    if record is not None and (busy := at_work(record, job.cluster)):
         raise ValueError(
             f"{job.here} is being trained by {record['engine']} job {record['id']} ({busy[0].said}). Wait for it, "
             f"or end it: controlbooth launch cancel {job.here}"
         )
 
 
-def states(record: dict, cluster: Cluster) -> list[JobState]:
-    """What the engine says of a recorded job."""
+def last_record(folder: Path) -> dict[str, Any] | None:
+    """What was submitted last from a run's folder, as job.json has it; None where nothing was.
+
+    Whoever submitted may have been killed between the engine's answer and job.json: then the engine is asked for the
+    job, by its script or name. Nothing is written. Raises ValueError where the engine does not answer.
+    """
+    record, begun = read_record(folder), read_intent(folder)
+    if begun is None:
+        return record
+    job = recorded_job(folder, begun)
+    found = None  # engine local: a second start finds the lock of the first one's ranks, and ends
+    if begun["engine"] == "kubernetes":
+        found = kubernetes.find(job)
+    elif begun["engine"] == "slurm":
+        found = slurm.find(folder.absolute() / "job" / SCRIPT, job.name)
+    if found is None or (record is not None and found == record["id"]):
+        return record
+    return begun | {"id": found}
+
+
+def recover(folder: Path) -> None:
+    """Writes job.json of a job that `last_record` had to ask the engine for, while the engine still remembers it."""
+    record = last_record(folder)
+    if record is not None and record != read_record(folder):
+        write_record(folder, record)
+
+
+def last_submission(folder: Path) -> tuple[Job, dict[str, Any]]:
+    """The job that was submitted last for a run's folder, and its record. Raises ConfigError where there was none."""
+    record = last_record(folder)
+    if record is None:
+        raise ConfigError(
+            f"{folder} has no job/job.json, so no job was submitted for it: give the folder of a run that "
+            "`controlbooth launch` has started"
+        )
+    return recorded_job(folder, record), record
+
+
+def at_work(record: dict[str, Any], cluster: Cluster) -> list[JobState]:
+    """What of a recorded job has not ended: the states of it, or of tasks; empty where all has."""
+    return [one for one in states(record, cluster) if one.state in AT_WORK]
+
+
+def states(record: dict[str, Any], cluster: Cluster) -> list[JobState]:
+    """What the engine says of a recorded job. Raises ValueError where it does not answer."""
     if record["engine"] == "kubernetes":
         return kubernetes.states(record["id"], cluster.kubernetes.namespace)
     return (slurm if record["engine"] == "slurm" else background).states(record["id"])

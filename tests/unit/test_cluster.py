@@ -59,7 +59,7 @@ def test_a_file_fills_the_fields_and_the_rest_has_defaults(tmp_path):
         ("nodes: 0", "'nodes' is 0"),
         ("nodes: yes", "yes and no are not taken here"),
         ("environment: {DEBUG: yes}", "'environment.DEBUG' is True"),
-        ("engine: kubernetes", "is of engine kubernetes, and this is `controlbooth launch slurm`. Use `controlbooth"),
+        ("engine: kubernetes", "is of engine kubernetes, and this is for slurm. Use `controlbooth launch kubernetes`"),
         ("- nodes", "holds list, but it is a mapping"),
         ("a: b: c", "is not readable as YAML"),
     ],

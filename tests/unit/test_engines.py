@@ -44,6 +44,8 @@ def test_slurm_gives_an_id_or_its_own_words(client, tmp_path):
 def test_a_machine_without_slurm_says_where_to_start(client, tmp_path):
     with pytest.raises(ValueError, match="there is no sbatch on the PATH: start this on a login node"):
         slurm.submit(tmp_path / "script.sh")
+    with pytest.raises(ValueError, match="there is no scontrol on the PATH: start this on a login node"):
+        slurm.states("42")
 
 
 def test_the_tasks_of_an_array_have_a_state_each(client):
@@ -69,6 +71,15 @@ def test_a_job_that_slurm_has_forgotten_is_unknown_and_a_dead_controller_is_an_e
     client("scontrol", "Unable to contact slurm controller (connect failure)", status=1)
     with pytest.raises(ValueError, match="Unable to contact slurm controller.*Is slurmctld up?"):
         slurm.states("43")
+
+
+def test_a_job_is_found_by_its_script_among_others_of_its_name(client, tmp_path):
+    script = tmp_path / "a run" / "job" / "script.sh"
+    lines = [f"41 {script}", f"43 {script}", "44 /other/job/script.sh", "45 (null)"]
+    calls = client("squeue", "\n".join(lines) + "\n")
+    assert slurm.find(script, "first") == "43"
+    assert calls.read_text() == "--noheader --name=first --format=%F %o\n"
+    assert slurm.find(tmp_path / "script.sh", "first") is None
 
 
 @pytest.mark.parametrize(
