@@ -1,7 +1,7 @@
 """When to train again, on what, and what a challenger must show to take the champion's place: policy.yaml.
 
 Read like a run's file: one frozen tree, unknown keys refused. Paths are relative to the folder in which ticks are
-started, as in run files; `run` alone is looked for beside the policy.
+started, as in run files; `run` and `cluster` are looked for beside the policy.
 """
 
 import datetime
@@ -13,6 +13,7 @@ import yaml
 from croniter import croniter
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from controlbooth.launch.cluster import CLUSTER_FILE, Cluster, Engine, load_cluster
 from controlbooth.trainer.config import ConfigError, RunConfig, Section, build_config, explain_errors, read_tree
 
 
@@ -132,18 +133,38 @@ class Policy(Section):
     """The data set that grows, in place of the run's data.shards: a manifest, a folder, a glob or a range."""
     start: Literal["champion", "scratch"] = "champion"
     """Where a round starts: from the champion's weights, if there is one, or from the base's."""
-    engine: Literal["local"] = "local"
-    """Where it trains: in processes of this machine, which outlive the tick."""
+    engine: Engine = "local"
+    """Where it trains. local: in processes of this machine, which outlive the tick and are ticked here alone. slurm,
+    kubernetes: as the job that `controlbooth launch` makes of it, ticked from any machine that reaches the scheduler
+    and sees the run's folders. Ticks measure where they are called, whatever trains."""
+    cluster: Path | None = None
+    """Nodes, ranks and limits of such a job, beside this file; launch/cluster.py has its fields. Default: cluster.yaml.
+    What is changed in it holds from the next start of a round on."""
     processes: int | None = Field(default=None, gt=0)
-    """Ranks. Default: one per GPU, or 1 on a machine without."""
+    """Ranks with engine=local. Default: one per GPU, or 1 on a machine without."""
     resumes: int = Field(default=3, ge=0)
-    """How often a round that died is started again; it goes on from its latest checkpoint."""
+    """How often a round that died is started again; it goes on from its latest checkpoint. A job counts as dead when
+    its engine does not start it again by itself any more, which `restarts` of the cluster file limits."""
     lease_seconds: float = Field(default=300.0, ge=5.0)
     """A tick that is silent for so long is taken for dead, and the next one goes on. Clocks of the machines that tick
     must agree much better than that."""
     triggers: Triggers
     evaluation: Evaluation
     gate: Gate
+
+    @model_validator(mode="after")
+    def _of_one_engine(self) -> "Policy":
+        if self.engine == "local" and self.cluster is not None:
+            raise ValueError(
+                f"cluster is {self.cluster}, and engine is local, which has none. Set engine to slurm or kubernetes, "
+                "or leave cluster out"
+            )
+        if self.engine != "local" and self.processes is not None:
+            raise ValueError(
+                f"processes is {self.processes}, and engine is {self.engine}, whose ranks are nodes x "
+                "processes_per_node of the cluster file. Set those, and leave processes out"
+            )
+        return self
 
 
 def load_policy(path: Path) -> Policy:
@@ -158,7 +179,25 @@ def load_policy(path: Path) -> Policy:
         policy = Policy.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(f"{path}: {explain_errors(error, Policy)}") from None
-    return policy.model_copy(update=dict(run=path.parent / policy.run))
+    beside = dict(run=path.parent / policy.run)
+    if policy.engine != "local":
+        beside["cluster"] = path.parent / (policy.cluster or CLUSTER_FILE)
+    return policy.model_copy(update=beside)
+
+
+def cluster_of(policy: Policy) -> Cluster | None:
+    """Where rounds train; None with engine=local. Raises ConfigError where the file cannot be used, or is missing."""
+    if policy.engine == "local":
+        return None
+    cluster = load_cluster(policy.cluster, policy.engine)
+    for one in cluster.kubernetes.storage if policy.engine == "kubernetes" else ():
+        if one.here not in (None, Path(one.path)):
+            raise ConfigError(
+                f"{policy.cluster}: the storage {one.claim} is {one.path} in pods and {one.here} here, and a tick "
+                f"reads by their names the files that pods have written. Mount it at {one.path} here too and leave "
+                "`here` out, or tick in a pod, as deploy/kubernetes/retrain.yaml does"
+            )
+    return cluster
 
 
 def state_folder(policy: Policy) -> Path:

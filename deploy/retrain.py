@@ -11,7 +11,7 @@ from controlbooth.deploy import audit, registry
 from controlbooth.deploy.lease import LeaseLost, give_back, holder, take
 from controlbooth.deploy.policy import Policy, load_policy, state_folder
 from controlbooth.deploy.registry import CHAMPION, PREVIOUS, RegistryAway
-from controlbooth.deploy.rounds import is_alive, read_state
+from controlbooth.deploy.rounds import as_submitted, is_alive, read_state
 from controlbooth.deploy.tick import AGAIN, open_registry_of, progress, tell, tick
 from controlbooth.trainer.config import ConfigError
 
@@ -19,7 +19,7 @@ EXIT_STATUSES = """exit statuses, of all four:
   0  done, whatever there was to do: started, waiting, promoted, refused, nothing, or another tick is at it
   2  a person must correct something: the policy, the data, a full disk. It is in the audit log too
   3  MLflow does not answer, or another tick took over. Nothing was changed; call it again
-  4  a round was given up after policy.resumes new starts"""
+  4  a round was given up: after policy.resumes new starts, or because a person has cancelled its job"""
 
 
 def main_tick(arguments: Sequence[str] | None = None) -> int:
@@ -28,18 +28,24 @@ def main_tick(arguments: Sequence[str] | None = None) -> int:
         "Looks at the data set, the last round and the registry, does at most one thing, and ends: starts a training, "
         "resumes a dead one, or measures a finished one and makes it the champion if the gate holds. Call it as often "
         "as you like, from cron, a CronJob, `sbatch --begin` or Airflow; two at once do what one does. What it starts "
-        "outlives it (under a systemd timer: KillMode=process).",
+        "outlives it: processes of this machine (under a systemd timer: KillMode=process), or with `engine: slurm` or "
+        "`engine: kubernetes` in the policy a job, which `controlbooth launch status RUN_FOLDER` tells about.",
         "controlbooth retrain tick policy.yaml\n  controlbooth retrain tick policy.yaml --dry-run\n"
         "  */10 * * * *  cd /work && controlbooth retrain tick policy.yaml        (a line of a crontab)",
     )
-    parser.add_argument("--dry-run", action="store_true", help="tell what would be done now, and why; change nothing")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="tell what would be done now, and why, and print what would be submitted; change nothing",
+    )
     parser.add_argument("--now", action="store_true", help="start a round whatever the triggers say")
     options = parser.parse_args(arguments)
     policy = load_policy(options.policy)
 
     def work() -> int:
         if options.dry_run:
-            print(tell(policy, options.now))
+            told, submitted = tell(policy, options.now)
+            print(f"{told}\n{submitted}", end="")
             return 0
         return tick(policy, options.now)
 
@@ -65,12 +71,12 @@ def _status(policy: Policy) -> int:
         shown = "none" if version is None else f"version {version.number}, {version.checkpoint}"
         print(f"{alias.replace('_champion', ''):<12}{shown}")
     for one in read_state(folder, time.time()).rounds:
-        running = f"{progress(one)}" if one.state == "training" and is_alive(one) else ""
+        running = progress(as_submitted(one)) if one.state == "training" and is_alive(one) else ""
         began = datetime.datetime.fromtimestamp(one.started).astimezone().strftime("%Y-%m-%d %H:%M %Z")
         print(f"{f'round {one.number}':<12}{one.state}, {one.samples} samples, begun {began}  {running}".rstrip())
     if decided := audit.read(folder):
         print(f"last        {decided[-1]['decision']}: {decided[-1]['reason']}")
-    print(f"a tick now  {tell(policy)}")
+    print(f"a tick now  {tell(policy)[0]}")
     return 0
 
 

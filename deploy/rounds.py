@@ -1,9 +1,12 @@
-"""What a policy remembers between ticks: state.json with its rounds, and each round's run and process.
+"""What a policy remembers between ticks: state.json with its rounds, and each round's run and its processes or job.
 
 STATE/NAME/state.json                  rounds/0003/manifest.jsonl   the data set as it was when the round began
            audit.jsonl                             run.yaml         the run, complete
            lease-00000012.json                     output.txt       what its processes have printed
            evaluations/DIGEST-.../     evaluation.json, samples.jsonl, evaluation.png
+
+A round of the engine `slurm` or `kubernetes` is a job of `controlbooth launch`: what was submitted is in RUN/job/, and
+that counts, so a tick that is killed between submitting and writing state.json submits nothing twice.
 """
 
 import fcntl
@@ -18,7 +21,15 @@ from typing import Any, Literal
 
 import psutil
 
-from controlbooth.deploy.policy import Policy
+from controlbooth.deploy.policy import Policy, cluster_of
+from controlbooth.launch.cluster import Engine
+from controlbooth.launch.job import Job, job_logs, recorded_job
+from controlbooth.launch.jobs import last_line, next_submission, said
+from controlbooth.launch.local import this_node
+from controlbooth.launch.outcome import failure_reasons
+from controlbooth.launch.preflight import preflight
+from controlbooth.launch.submit import at_work, last_record, launch, rendered, run_job, states
+from controlbooth.trainer.config import ConfigError, RunConfig, dump, load_config
 
 RoundState = Literal["training", "promoting", "promoted", "refused", "failed"]
 CLI = [sys.executable, "-m", "controlbooth.launch.cli"]
@@ -42,9 +53,11 @@ class Round:
     """`scratch`, or the digest of the champion whose weights it started from."""
     working_directory: str
     """That relative paths of its run start from."""
+    engine: Engine = "local"
     submissions: int = 0
-    """How often its command was started."""
+    """How often its command was started, or its job submitted."""
     host: str | None = None
+    """Of engine=local, as the two below."""
     process: int | None = None
     process_started: float | None = None
     champion: int | None = None
@@ -103,13 +116,54 @@ def round_folder(folder: Path, number: int) -> Path:
 
 
 def training_command(policy: Policy, run_file: Path) -> list[str]:
-    """What trains a round, or goes on with it. Another engine is another command here, and another `is_alive`."""
+    """What trains a round on this machine, or goes on with it."""
     processes = [] if policy.processes is None else ["--processes", str(policy.processes)]
     return [*CLI, "train", str(run_file), *processes]
 
 
+def first_submission(policy: Policy, config: RunConfig, frozen: RunConfig) -> tuple[str, list[str]]:
+    """-> what the engine would be given for a new round, nothing with engine=local, and what is wrong with it.
+
+    config: of data that is there, and is checked. frozen: of the manifest that the round is to see.
+    """
+    cluster = cluster_of(policy)
+    if cluster is None:
+        return "", preflight(config, this_node(policy.processes))
+    job, _, problems = run_job(config, cluster)
+    return rendered(job, {"run.yaml": dump(frozen)})[1], problems
+
+
+def job_of_round(policy: Policy, folder: Path, one: Round) -> tuple[Job, dict[str, str]] | None:
+    """-> the round's next job and the files of its folder; None with engine=local.
+
+    Raises ConfigError where it cannot be submitted, and ValueError where the engine does not answer.
+    """
+    if one.engine != policy.engine:
+        raise ConfigError(
+            f"round {one.number} was begun with engine={one.engine}, and the policy says {policy.engine}. Set it back "
+            "until this round has ended"
+        )
+    cluster = cluster_of(policy)
+    if cluster is None:
+        return None
+    if last_record(Path(one.run)) is None:
+        job, files, problems = run_job(load_config(round_folder(folder, one.number) / "run.yaml"), cluster)
+    else:
+        job, files, problems = next_submission(Path(one.run), cluster_file=policy.cluster)
+    if problems:
+        raise ConfigError(f"round {one.number} cannot be submitted: {'; '.join(problems)}")
+    return job, files
+
+
 def submit(policy: Policy, folder: Path, one: Round) -> Round:
-    """Starts the command in a session of its own, so that it outlives the tick; -> the round with its process."""
+    """Starts the round, or starts it again, so that it outlives the tick; -> the round with its process or job.
+
+    Raises as `job_of_round` does, and ValueError with the engine's own words where it refuses the job.
+    """
+    given = job_of_round(policy, folder, one)
+    if given is not None:
+        launch(*given)
+        return as_submitted(one)
     where = round_folder(folder, one.number)
     with open(where / "output.txt", "ab") as output:
         process = subprocess.Popen(
@@ -129,11 +183,21 @@ def submit(policy: Policy, folder: Path, one: Round) -> Round:
     )
 
 
-def is_alive(one: Round) -> bool:
-    """Whether the round's command runs, or anything else trains in its folder, whoever started it.
+def as_submitted(one: Round) -> Round:
+    """With the submissions that its job's record counts, which people may have added to by `launch resume`."""
+    record = None if one.engine == "local" else last_record(Path(one.run))
+    return one if record is None else replace(one, submissions=record["submission"])
 
-    Raises ValueError on another machine than the one that trains, which cannot see its processes.
+
+def is_alive(one: Round) -> bool:
+    """Whether the round's job waits or runs, or its command, or anything else trains in its folder here.
+
+    Raises ValueError with engine=local on another machine than the one that trains, which cannot see its processes,
+    and with others where the scheduler does not answer.
     """
+    if one.engine != "local":
+        record = last_record(Path(one.run))
+        return record is not None and bool(at_work(record, recorded_job(Path(one.run), record).cluster))
     if one.host not in (None, socket.gethostname()):
         raise ValueError(
             f"round {one.number} trains on {one.host}, and this is {socket.gethostname()}: engine=local is ticked on "
@@ -164,10 +228,34 @@ def run_status(one: Round) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else dict(state="none")
 
 
+def was_cancelled(one: Round) -> bool:
+    """Whether a person has ended its job, by `controlbooth launch cancel`, and has not resumed it."""
+    return one.engine != "local" and (Path(one.run) / "job" / "cancelled").exists()
+
+
+def job_words(one: Round) -> str:
+    """What the engine says of the round's job, for people; nothing with engine=local."""
+    record = None if one.engine == "local" else last_record(Path(one.run))
+    if record is None:
+        return ""
+    asked = states(record, recorded_job(Path(one.run), record).cluster)
+    return f"{record['engine']} job {record['id']}: {said(asked)}"
+
+
 def last_words(folder: Path, one: Round) -> str:
-    """The last line that its processes have printed, but for progress bars."""
-    path = round_folder(folder, one.number) / "output.txt"
-    lines = path.read_text(errors="replace").replace("\r", "\n").split("\n") if path.is_file() else []
-    return next(
-        (line.strip()[:300] for line in reversed(lines) if line.strip() and "%|" not in line), "it has printed nothing"
-    )
+    """Why it died, as far as anybody has said: what its ranks have noted, or the last line that was printed."""
+    silent = "it has printed nothing"
+    if one.engine == "local":
+        return run_status(one).get("error") or last_line(round_folder(folder, one.number) / "output.txt") or silent
+    record = last_record(Path(one.run))
+    if record is None:
+        return "it was never submitted"
+    reasons = failure_reasons(Path(one.run), since=record["submitted"])
+    return f"{job_words(one)}; {'; '.join(reasons) or last_line(job_logs(Path(one.run))[0]) or silent}"
+
+
+def where_to_look(folder: Path, one: Round) -> str:
+    """All that was printed, for people."""
+    if one.engine == "local":
+        return str(round_folder(folder, one.number) / "output.txt")
+    return f"`controlbooth launch logs {one.run}`"

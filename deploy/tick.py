@@ -1,7 +1,8 @@
 """One tick: looks at the data set, the last round and the registry under a lease, and does at most one thing.
 
     no round is open      a trigger fires -> start one;  none does -> nothing
-    one trains            alive -> nothing;  dead -> reap and resume it;  finished -> measure, and promote or refuse
+    one trains            alive -> nothing;  dead -> reap and resume it;  finished -> measure, and promote or refuse;
+                          cancelled by a person -> give it up
     one is promoting      a tick died between its decision and the alias -> move the alias
 
 Each step may be repeated, and what is to be done is in state.json before it is done: a tick may be killed at any point,
@@ -20,25 +21,30 @@ from controlbooth.deploy import audit, registry
 from controlbooth.deploy.gate import judge
 from controlbooth.deploy.lease import Holding, holder, take
 from controlbooth.deploy.measure import differences, lower_is_better, measure, values
-from controlbooth.deploy.policy import Drift, Policy, round_config, state_folder
+from controlbooth.deploy.policy import Drift, Policy, cluster_of, round_config, state_folder
 from controlbooth.deploy.proposal import Proposal, check_frozen, check_start, propose, question
 from controlbooth.deploy.registry import CHAMPION, Registry, RegistryAway, Version
 from controlbooth.deploy.rounds import (
     Round,
     State,
+    as_submitted,
+    first_submission,
     is_alive,
+    job_of_round,
+    job_words,
     last_words,
     read_state,
     round_folder,
     run_status,
     submit,
+    was_cancelled,
+    where_to_look,
     with_round,
     write_state,
 )
-from controlbooth.launch.local import this_node
-from controlbooth.launch.preflight import preflight
+from controlbooth.launch.submit import recover, rendered
 from controlbooth.trainer import growth
-from controlbooth.trainer.config import ConfigError, dump, load_config, run_folder, tracking_uri
+from controlbooth.trainer.config import ConfigError, RunConfig, dump, load_config, run_folder, tracking_uri
 from controlbooth.trainer.spool import read_metrics
 
 DONE, AGAIN, FAILED = 0, 3, 4
@@ -75,6 +81,7 @@ def tick(policy: Policy, by_hand: bool = False) -> int:
     Raises ValueError and OSError for what a person must correct, which the audit log has too; RegistryAway; LeaseLost.
     """
     folder = state_folder(policy)
+    cluster_of(policy)  # what is wrong with it is said before a round is due
     there = open_registry_of(policy)
     lease = take(folder, policy.lease_seconds)
     if lease is None:
@@ -106,6 +113,9 @@ def go_on(now: Tick, by_hand: bool) -> int:
         return consider(now, by_hand)
     if one.state == "promoting":
         return finish_promotion(now, one)
+    if one.engine != "local":
+        recover(Path(one.run))
+    one = as_submitted(one)
     if is_alive(one):
         print(f"round {one.number} trains: {progress(one)}", flush=True)
         return DONE
@@ -116,7 +126,8 @@ def go_on(now: Tick, by_hand: bool) -> int:
 
 def progress(one: Round) -> str:
     step = max((step for step, _, _ in read_metrics(one.run)), default=0) if Path(one.run).is_dir() else 0
-    return f"step {step} in {one.run}, started {one.submissions} time{'s' * (one.submissions != 1)}"
+    shown = f"step {step} in {one.run}, started {one.submissions} time{'s' * (one.submissions != 1)}"
+    return ", ".join(filter(None, (shown, job_words(one))))
 
 
 def consider(now: Tick, by_hand: bool) -> int:
@@ -149,10 +160,9 @@ def start(now: Tick, proposed: Proposal) -> int:
     where = round_folder(now.folder, proposed.number)
     growth.freeze(proposed.dataset, where / "manifest.jsonl")
     weights = proposed.weights
-    controlnet = str(weights.checkpoint / "controlnet") if weights else None
-    config = round_config(now.policy, proposed.config.name, str(where / "manifest.jsonl"), controlnet)
-    if problems := preflight(config, this_node(now.policy.processes)):
-        raise ConfigError(f"round {proposed.number} cannot be started: {'; '.join(problems)}")
+    config = frozen_config(now.policy, now.folder, proposed)
+    if problems := first_submission(now.policy, config, config)[1]:
+        raise cannot_start(proposed, problems)
     (where / "run.yaml").write_text(dump(config))
     registry.claim(now.there, now.folder)
     one = Round(
@@ -166,6 +176,7 @@ def start(now: Tick, proposed: Proposal) -> int:
         samples=proposed.found.now,
         start=weights.digest if weights else "scratch",
         working_directory=str(Path.cwd()),
+        engine=now.policy.engine,
     )
     now.state = replace(now.state, evaluation_fingerprint=check_frozen(now.policy, now.state, config))
     now.keep(one)
@@ -183,25 +194,36 @@ def start(now: Tick, proposed: Proposal) -> int:
     return DONE
 
 
+def frozen_config(policy: Policy, folder: Path, proposed: Proposal) -> RunConfig:
+    """The run of a proposed round, on the data set as it is now."""
+    manifest = round_folder(folder, proposed.number) / "manifest.jsonl"
+    controlnet = str(proposed.weights.checkpoint / "controlnet") if proposed.weights else None
+    return round_config(policy, proposed.config.name, str(manifest), controlnet)
+
+
+def cannot_start(proposed: Proposal, problems: list[str]) -> ConfigError:
+    return ConfigError(f"round {proposed.number} cannot be started: {'; '.join(problems)}")
+
+
 def resume(now: Tick, one: Round) -> int:
-    """A round whose processes are gone before it was finished: marks it dead, and starts it again or gives it up."""
-    status = run_status(one)
+    """A round whose processes or job are gone before it was finished: marks it dead, starts it again or gives it up."""
+    status, words = run_status(one), last_words(now.folder, one)
     if one.submissions:
         was = {
             "stopped": "it had stopped",
             "failed": "it had failed",
             "finished": "MLflow has not got its checkpoint",
         }.get(status["state"], "its processes are gone")
-        said = status.get("error") or last_words(now.folder, one)
         if run_id := mlflow_run_id(one):
             registry.mark_dead(now.there, run_id)
         if status["state"] == "running":
             mark_status(one)
-        now.note("reaped", f"{was} ({said}), {progress(one)}", one, run=one.run, times=one.submissions)
-    if one.submissions > now.policy.resumes:
+        now.note("reaped", f"{was} ({words}), {progress(one)}", one, run=one.run, times=one.submissions)
+    if one.submissions > now.policy.resumes or was_cancelled(one):
+        ended = f"it died {one.submissions} times, and resumes={now.policy.resumes}"
         reason = (
-            f"it died {one.submissions} times, and resumes={now.policy.resumes}. {last_words(now.folder, one)}. See "
-            f"{round_folder(now.folder, one.number) / 'output.txt'}; then `controlbooth retrain tick --now`"
+            f"{'its job was cancelled' if was_cancelled(one) else ended}. {words}. See "
+            f"{where_to_look(now.folder, one)}; then `controlbooth retrain tick --now`"
         )
         now.note("failed", reason, one, run=one.run)
         now.keep(replace(one, state="failed", reason=reason))
@@ -292,26 +314,38 @@ def finish_promotion(now: Tick, one: Round) -> int:
     return DONE
 
 
-def tell(policy: Policy, by_hand: bool = False) -> str:
-    """What a tick would do now, and why; changes nothing. Raises as `tick` does."""
+def tell(policy: Policy, by_hand: bool = False) -> tuple[str, str]:
+    """-> what a tick would do now, and why, and what it would submit; changes nothing. Raises as `tick` does.
+
+    What would be submitted is a batch script or manifests; it is empty where there is nothing, and with engine=local.
+    """
     folder, now = state_folder(policy), time.time()
+    cluster_of(policy)
     there, state = open_registry_of(policy), read_state(folder, now)
     other = holder(folder)
     if other is not None and other.expires > now:
-        return f"nothing: process {other.process} on {other.host} is at it"
+        return f"nothing: process {other.process} on {other.host} is at it", ""
     one = state.rounds[-1] if state.rounds else None
     if one is not None and one.state == "promoting":
-        return f"would make round {one.number} the champion, as was decided: {one.reason}"
+        return f"would make round {one.number} the champion, as was decided: {one.reason}", ""
     if one is not None and not one.closed:
+        one = as_submitted(one)
         if is_alive(one):
-            return f"nothing: round {one.number} trains, {progress(one)}"
+            return f"nothing: round {one.number} trains, {progress(one)}", ""
         if run_status(one)["state"] == "finished":
-            return f"would measure round {one.number} and the champion on {policy.evaluation.data}, and decide"
+            return f"would measure round {one.number} and the champion on {policy.evaluation.data}, and decide", ""
+        if was_cancelled(one):
+            return f"would give up round {one.number}, whose job was cancelled", ""
         if one.submissions > policy.resumes:
-            return f"would give up round {one.number}, which died {one.submissions} times"
-        return f"would start round {one.number} again, whose processes are gone: {last_words(folder, one)}"
+            return f"would give up round {one.number}, which died {one.submissions} times", ""
+        given = job_of_round(policy, folder, one)
+        again = f"would start round {one.number} again, whose processes are gone: {last_words(folder, one)}"
+        return again, rendered(*given)[1] if given else ""
     proposed = propose(policy, folder, state, there, now, by_hand, None)
     if not proposed.start:
-        return f"nothing: {proposed.reason}"
+        return f"nothing: {proposed.reason}", ""
     check_start(policy, proposed)
-    return f"would start round {proposed.number} in {run_folder(proposed.config)}: {proposed.reason}"
+    given, problems = first_submission(policy, proposed.config, frozen_config(policy, folder, proposed))
+    if problems:
+        raise cannot_start(proposed, problems)
+    return f"would start round {proposed.number} in {run_folder(proposed.config)}: {proposed.reason}", given

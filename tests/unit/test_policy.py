@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from controlbooth.deploy.policy import load_policy, round_config, zone
+from controlbooth.deploy.policy import cluster_of, load_policy, round_config, zone
 from controlbooth.launch import cli
+from controlbooth.launch.cluster import Cluster
 from controlbooth.trainer.config import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -61,12 +62,39 @@ def test_the_shipped_policy_is_complete_and_its_run_is_too():
         (dict(gate=dict()), "'gate.metric' is missing"),
         (dict(engine="cloud"), "'engine' is 'cloud'"),
         (dict(name="a/b"), "'name' is 'a/b'"),
+        (dict(cluster="c.yaml"), "cluster is c.yaml, and engine is local, which has none"),
+        (dict(engine="slurm", processes=2), "processes is 2, and engine is slurm, whose ranks are nodes x"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(tmp_path, changes, message):
     with pytest.raises(ConfigError) as caught:
         load_policy(write(tmp_path, **changes))
     assert message in str(caught.value)
+
+
+def test_the_cluster_file_lies_beside_the_policy_and_must_be_there_and_of_its_engine(tmp_path):
+    assert cluster_of(load_policy(write(tmp_path))) is None
+    policy = load_policy(write(tmp_path, engine="slurm"))
+    with pytest.raises(ConfigError, match="cluster.yaml does not exist. launch/configs/clusters/ has some"):
+        cluster_of(policy)
+    (tmp_path / "cluster.yaml").write_text("nodes: 2")
+    (tmp_path / "other.yaml").write_text("engine: kubernetes")
+    assert cluster_of(policy) == Cluster(engine="slurm", nodes=2)
+    with pytest.raises(ConfigError, match="other.yaml is of engine kubernetes, and this is for slurm.*in a policy"):
+        cluster_of(load_policy(write(tmp_path, engine="slurm", cluster="other.yaml")))
+
+
+def test_a_storage_that_pods_see_elsewhere_than_the_tick_is_refused(tmp_path):
+    policy = load_policy(write(tmp_path, engine="kubernetes"))
+
+    def mounted(here):
+        storage = [dict(claim="shared", path="/data", here=here)]
+        (tmp_path / "cluster.yaml").write_text(yaml.safe_dump(dict(kubernetes=dict(storage=storage))))
+        return cluster_of(policy)
+
+    assert mounted("/data").kubernetes.storage[0].claim == "shared"
+    with pytest.raises(ConfigError, match="shared is /data in pods and /mnt/data here"):
+        mounted("/mnt/data")
 
 
 @pytest.mark.parametrize(
