@@ -33,6 +33,7 @@ from controlbooth.launch.job import (
     write_intent,
     write_job,
     write_record,
+    write_text,
 )
 from controlbooth.launch.preflight import base_problems
 from controlbooth.trainer.config import BUILT_IN, ConfigError, RunConfig, dump, load_config, run_folder
@@ -42,9 +43,9 @@ from controlbooth.trainer.subjects import (
     check_words,
     load_run,
     load_subjects,
+    record_texts,
     settle,
 )
-from controlbooth.trainer.subjects import write_record as write_subjects
 
 SCRIPT, MANIFESTS = "script.sh", "manifests.yaml"
 """What the engine is given, in RUN/job/."""
@@ -201,7 +202,8 @@ def launch(job: Job, files: dict[str, str]) -> int:
     if job.subjects:
         config = load_run(job.here / "job" / "run.yaml")
         tasks, _ = settle(load_subjects(job.here / "job" / "subjects.jsonl")[0], config)
-        write_subjects(job.here, config, tasks)
+        for file, content in record_texts(config, tasks).items():
+            write_text(job.here / file, content)
     script = job.here / "job" / name
     engine = job.cluster.engine
     record = record_of(job, time.time())

@@ -1,7 +1,7 @@
 """Which start of a run may write in its folder: the newest one, and no other.
 
     RUN/attempt.json      the number of the newest start, and where it runs
-    RUN/.attempt-N-ID/    what start N is making: a checkpoint, a status, a cut metrics.jsonl
+    RUN/.attempt-N-ID/    what start N is making: a checkpoint, a status, a subject's LoRA, a cut metrics.jsonl
     RUN/.lock             held by start N where the disk knows locks
 
 Each start takes a larger number than all before it, and makes everything in a folder of its own, from which a finished
@@ -30,7 +30,7 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,13 +153,22 @@ def _is_there(attempt: Attempt) -> bool:
 
 def write_text(attempt: Attempt, path: Path, text: str) -> None:
     """A file of the run, whole or not at all. Raises Superseded."""
-    made = attempt.folder / path.name
+    write_file(attempt, path, lambda made: made.write_text(text))
+
+
+def write_file(attempt: Attempt, path: Path, write: Callable[[Path], object]) -> None:
+    """The same of a file that `write` makes where it is told. Raises Superseded.
+
+    path: on the run's own disk. Ranks write at once where the last two parts of their paths differ.
+    """
+    made = attempt.folder / f"{path.parent.name}-{path.name}"
     try:
-        made.write_text(text)
-    except FileNotFoundError as error:
+        write(made)
+    except Exception as error:  # safetensors has errors of its own for a folder that is gone
         if is_superseded(attempt):
             raise _superseded(attempt) from error
         raise
+    path.parent.mkdir(parents=True, exist_ok=True)
     move(attempt, made, path)
 
 

@@ -300,7 +300,7 @@ def prune(run: Path, keep: int, keep_best: int, attempt: Attempt, metric: str = 
     kept = {*whole[-keep:], *(path for _, path in best)}
     for path in whole:
         if path not in kept:
-            _delete(path, attempt)
+            delete(path, attempt)
 
 
 def as_module(trained: Any, weights: dict[str, Tensor]) -> ControlNetModel:
@@ -327,10 +327,13 @@ def _sizes(folder: Path) -> dict[str, int]:
     return {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def _delete(checkpoint: Path, attempt: Attempt) -> None:
-    """Moved away first: half a deletion must not look like a checkpoint."""
-    doomed = attempt.folder / f"{checkpoint.name}.deleted"
-    move(attempt, checkpoint, doomed)
+def delete(folder: Path, attempt: Attempt) -> None:
+    """A checkpoint, or another folder of the run. Moved away first: half a deletion must not look like a checkpoint.
+
+    Raises Superseded.
+    """
+    doomed = attempt.folder / f"{folder.name}.deleted"
+    move(attempt, folder, doomed)
     shutil.rmtree(doomed)
 
 
@@ -344,7 +347,7 @@ def _commit(partial: Path, final: Path, attempt: Attempt) -> None:
         os.fsync(file.fileno())
     final.parent.mkdir(parents=True, exist_ok=True)
     if final.exists():  # the same step again: the one that is there has lost a file, or it would have been gone on from
-        _delete(final, attempt)
+        delete(final, attempt)
     move(attempt, partial, final)
     _sync(final.parent)
 

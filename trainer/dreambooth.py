@@ -5,7 +5,8 @@ before the first step. A subject that ends makes room for the next. State is sav
 subject ends; the same command goes on from there, with as many ranks or with others.
 
 With `--rows 8:16` it trains these rows of the manifest alone, as one task of an array whose tasks know nothing of each
-other: what they share is the folder of the run, in which each keeps its own state.
+other: what they share is the folder of the run, in which each keeps its own state. Whatever a task writes is made in
+the folder of this start of it (attempt.py), so an old start that wakes up puts nothing over its successor's results.
 
     RUN/subjects/NAME/pytorch_lora_weights.safetensors      what diffusers' load_lora_weights reads
                       status.json                           waiting, training, finished or failed, and why
@@ -44,7 +45,7 @@ from controlbooth.models.base import Base
 from controlbooth.models.controlnet import denoise
 from controlbooth.models.families import encode_prompts
 from controlbooth.models.pretrained import load_base
-from controlbooth.trainer.attempt import Attempt, Superseded, check_still_ours, only_run
+from controlbooth.trainer.attempt import Attempt, Superseded, check_still_ours, only_run, write_file, write_text
 from controlbooth.trainer.config import ConfigError, base_folder
 from controlbooth.trainer.distributed import World, barrier, end_process, gather_objects, join, leave
 from controlbooth.trainer.engine import DTYPES, resolve_precision
@@ -70,9 +71,9 @@ from controlbooth.trainer.subjects import (
     check_words,
     load_run,
     load_subjects,
+    record_texts,
     settle,
     share_of_rank,
-    write_record,
 )
 from controlbooth.trainer.train import StopRequest, choose_once, quiet_libraries
 
@@ -181,16 +182,19 @@ def train_subjects(
     if config.method == "full":
         check_full(config, world.world_size)
     base = load_base(base_folder(config.model.base), config.model.family, DTYPES[precision], world.device)
-    attention = choose_once(config.model.attention, world, precision, own, lambda: stack_attention_shapes(config, base))
+    attention = choose_once(
+        config.model.attention, world, precision, attempt, lambda: stack_attention_shapes(config, base)
+    )
     apply_attention(base.unet, attention)
     if config.model.gradient_checkpointing:
         base.unet.enable_gradient_checkpointing()
         base.unet.train()  # without which it is passed over; the U-Net has no dropout
     if world.rank == 0:
         if own == folder:  # of an array all subjects are in the record, which who submitted it has written
-            write_record(folder, config, tasks)
+            for name, text in record_texts(config, tasks).items():
+                write_text(attempt, folder / name, text)
         for name, fault in faults.items():
-            write_status(folder, name, state="failed", error=fault)
+            write_status(attempt, folder, name, state="failed", error=fault)
     barrier()
     draw_prior(config, base, tasks, world)
     if config.method == "full":
@@ -218,37 +222,35 @@ def train_stacked(
     stop: StopRequest,
 ) -> bool:
     """Adapters of several subjects at once on each rank; -> whether it was stopped."""
-    left, own = unfinished(folder, tasks), attempt.run
+    left = unfinished(folder, tasks)
     if world.rank == 0:
-        plan_ranks(own, config, left, world.world_size)
+        plan_ranks(attempt, config, left, world.world_size)
     barrier()
-    stack = make_stack(config, base, tasks, left, own, world)
+    stack = make_stack(config, base, tasks, left, attempt.run, world)
     run_stack(config, stack, folder, attempt, world, stop)
     return any(gather_objects(bool(stack.trainings or stack.queue), world))
 
 
-def plan_ranks(folder: Path, config: SubjectRunConfig, left: Sequence[Task], world_size: int) -> None:
+def plan_ranks(attempt: Attempt, config: SubjectRunConfig, left: Sequence[Task], world_size: int) -> None:
     """Writes what each rank begins with, on rank 0, where the last start had another number of ranks or none.
 
     Subjects that were in training keep their weights and steps; all that are not finished are dealt out anew.
     """
-    current = folder / "state" / "CURRENT"
+    states = attempt.run / "state"
+    current = states / "CURRENT"
     before = current.read_text().strip() if current.exists() else None
     if before == f"of-{world_size}":
         return
-    old = [] if before is None else [read_state(path) for path in sorted((folder / "state" / before).glob("rank-*"))]
+    old = [] if before is None else [read_state(path) for path in sorted((states / before).glob("rank-*"))]
     saved = {name: tensors for state in old for name, tensors in (state.slots | state.waiting).items()}
-    new = folder / "state" / f"of-{world_size}"
     for rank in range(world_size):
         mine = share_of_rank(left, rank, world_size)
         begun = [task for task in mine if task.name in saved]
         slots = {task.name: saved[task.name] for task in begun[: config.subjects_per_batch]}
         waiting = {task.name: saved[task.name] for task in begun[config.subjects_per_batch :]}
         queue = [task.name for task in mine if task.name not in slots]
-        write_state(new / f"rank-{rank}.safetensors", State(slots, queue, waiting))
-    temporary = current.with_suffix(".partial")
-    temporary.write_text(f"of-{world_size}")
-    temporary.replace(current)
+        write_state(attempt, states / f"of-{world_size}" / f"rank-{rank}.safetensors", State(slots, queue, waiting))
+    write_text(attempt, current, f"of-{world_size}")
 
 
 def make_stack(
@@ -285,7 +287,7 @@ def run_stack(
     bar = tqdm(total=left, unit="step", desc="subjects", disable=world.rank > 0, dynamic_ncols=True)
     since_saved = 0
     while True:
-        fill_slots(config, stack, folder)
+        fill_slots(config, stack, folder, attempt)
         if not stack.trainings:
             break
         metrics = step_stack(config, stack)
@@ -297,27 +299,27 @@ def run_stack(
         since_saved += 1
         ended = [t for t in stack.trainings if t.step >= t.task.steps or t.skipped > MOST_SKIPPED]
         for training in ended:
-            end_training(config, stack, training, folder)
+            end_training(stack, training, folder, attempt)
         if ended:
             keep = [slot for slot, training in enumerate(stack.trainings) if training not in ended]
             stack.trainings = [stack.trainings[slot] for slot in keep]
             keep_slots(stack.adapters, stack.optimizer, keep)
         if ended or stop.requested or since_saved >= config.checkpoint_every_steps:
-            save_stack(stack, path)
+            save_stack(stack, path, attempt)
             since_saved = 0
         if stop.requested:
             break
     bar.close()
 
 
-def fill_slots(config: SubjectRunConfig, stack: Stack, folder: Path) -> None:
+def fill_slots(config: SubjectRunConfig, stack: Stack, folder: Path, attempt: Attempt) -> None:
     """Begins subjects of the queue while there is room. One that cannot begin has failed, and takes none."""
     while stack.queue and len(stack.trainings) < config.subjects_per_batch:
         task = stack.queue.pop(0)
         try:
             training = begin_training(config, stack.base, task)
         except SubjectError as error:
-            write_status(folder, task.name, state="failed", error=str(error))
+            write_status(attempt, folder, task.name, state="failed", error=str(error))
             continue
         slot = len(stack.trainings)
         keep_slots(stack.adapters, stack.optimizer, [*range(slot), None])
@@ -326,7 +328,7 @@ def fill_slots(config: SubjectRunConfig, stack: Stack, folder: Path) -> None:
             restore_slot(stack, slot, stack.waiting.pop(task.name))
         else:
             reset_subject(stack.adapters, slot, task.rank, seed=subject_seed(config, task))
-        write_status(folder, task.name, state="training", step=training.step, steps=task.steps)
+        write_status(attempt, folder, task.name, state="training", step=training.step, steps=task.steps)
 
 
 def step_stack(config: SubjectRunConfig, stack: Stack) -> dict[str, float]:
@@ -354,26 +356,24 @@ def step_stack(config: SubjectRunConfig, stack: Stack) -> dict[str, float]:
     return {"loss": float(instance.mean()), "prior_loss": float(prior.mean())}
 
 
-def end_training(config: SubjectRunConfig, stack: Stack, training: Training, folder: Path) -> None:
-    """Writes a finished subject's LoRA, or why it failed."""
+def end_training(stack: Stack, training: Training, folder: Path, attempt: Attempt) -> None:
+    """Writes a finished subject's LoRA, or why it failed. Raises Superseded where a newer start trains the subject."""
     task, slot = training.task, stack.trainings.index(training)
     if training.skipped > MOST_SKIPPED:
         error = (
             f"{training.skipped} updates in a row had no finite gradient, up to step {training.step}. Lower its "
             f"learning_rate={task.learning_rate:g}, or look at its pictures"
         )
-        write_status(folder, task.name, state="failed", step=training.step, error=error)
+        write_status(attempt, folder, task.name, state="failed", step=training.step, error=error)
         return
-    save_lora(subject_weights(stack.adapters, slot, task.rank), folder / "subjects" / task.name / LORA_FILE)
-    write_status(folder, task.name, state="finished", step=training.step, prompt=task.instance_prompt)
+    save_lora(attempt, subject_weights(stack.adapters, slot, task.rank), folder / "subjects" / task.name / LORA_FILE)
+    write_status(attempt, folder, task.name, state="finished", step=training.step, prompt=task.instance_prompt)
 
 
-def save_lora(weights: dict[str, Tensor], path: Path) -> None:
-    """In the names that diffusers' load_lora_weights reads, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".partial")
-    save_file({f"unet.{name}": tensor.contiguous() for name, tensor in weights.items()}, temporary)
-    temporary.replace(path)
+def save_lora(attempt: Attempt, weights: dict[str, Tensor], path: Path) -> None:
+    """In the names that diffusers' load_lora_weights reads, whole or not at all. Raises Superseded."""
+    tensors = {f"unet.{name}": tensor.contiguous() for name, tensor in weights.items()}
+    write_file(attempt, path, lambda made: save_file(tensors, made))
 
 
 @dataclass
@@ -390,7 +390,7 @@ def state_path(folder: Path, world: World) -> Path:
     return folder / "state" / f"of-{world.world_size}" / f"rank-{world.rank}.safetensors"
 
 
-def save_stack(stack: Stack, path: Path) -> None:
+def save_stack(stack: Stack, path: Path, attempt: Attempt) -> None:
     slots = {}
     for slot, training in enumerate(stack.trainings):
         tensors = {"step": torch.tensor(training.step), "skipped": torch.tensor(training.skipped)}
@@ -399,7 +399,7 @@ def save_stack(stack: Stack, path: Path) -> None:
             tensors[f"first.{number}"] = stack.optimizer.first[number][slot]
             tensors[f"second.{number}"] = stack.optimizer.second[number][slot]
         slots[training.task.name] = tensors
-    write_state(path, State(slots, [task.name for task in stack.queue], stack.waiting))
+    write_state(attempt, path, State(slots, [task.name for task in stack.queue], stack.waiting))
 
 
 @torch.no_grad()
@@ -412,8 +412,7 @@ def restore_slot(stack: Stack, slot: int, saved: dict[str, Tensor]) -> None:
         stack.optimizer.second[number][slot] = saved[f"second.{number}"].to(parameter)
 
 
-def write_state(path: Path, state: State) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+def write_state(attempt: Attempt, path: Path, state: State) -> None:
     names = {"slots": list(state.slots), "queue": state.queue, "waiting": list(state.waiting)}
     tensors = {
         f"{name}/{key}": tensor.cpu().contiguous()
@@ -421,9 +420,7 @@ def write_state(path: Path, state: State) -> None:
         for name, saved in group.items()
         for key, tensor in saved.items()
     }
-    temporary = path.with_suffix(".partial")
-    save_file(tensors, temporary, metadata={"names": json.dumps(names)})
-    temporary.replace(path)
+    write_file(attempt, path, lambda made: save_file(tensors, made, metadata={"names": json.dumps(names)}))
 
 
 def read_state(path: Path) -> State:

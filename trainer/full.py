@@ -10,6 +10,7 @@ step holds is drawn from (the subject's seed, the step), as with adapters, and d
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from controlbooth.models.families import TextEncoding, encode_prompts
 from controlbooth.models.pretrained import load_base
 from controlbooth.trainer import checkpoint as checkpoints
 from controlbooth.trainer import engine as engines
-from controlbooth.trainer.attempt import Attempt
+from controlbooth.trainer.attempt import Attempt, move
 from controlbooth.trainer.config import ConfigError, OptimizerConfig, base_folder
 from controlbooth.trainer.distributed import World, barrier, gather_objects
 from controlbooth.trainer.step import SubjectBatch, dreambooth_step
@@ -178,15 +179,14 @@ def write_weights(engine: Any, weights: dict[str, Tensor], folder: Path) -> None
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "weights.safetensors")
 
 
-def finish_full(config: SubjectRunConfig, training: FullTraining, folder: Path, world: World) -> None:
+def finish_full(config: SubjectRunConfig, training: FullTraining, folder: Path, attempt: Attempt, world: World) -> None:
     """Writes the pipeline from the last checkpoint, whole or not at all, and deletes that."""
     run = folder / "subjects" / training.task.name
     if world.rank == 0:
         latest = checkpoints.complete_checkpoints(run)[-1]
         weights = load_file(latest / WEIGHTS / "weights.safetensors")
-        partial = run / f".{PIPELINE}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(base_folder(config.model.base), partial, ignore=shutil.ignore_patterns("*.md", ".*"))
+        made = attempt.folder / PIPELINE
+        shutil.copytree(base_folder(config.model.base), made, ignore=shutil.ignore_patterns("*.md", ".*"))
         names = {"unet": "unet.", "text_encoder": "text_encoders.0.", "text_encoder_2": "text_encoders.1."}
         fresh = load_base(base_folder(config.model.base), config.model.family, torch.float32, torch.device("cpu"))
         modules = dict(zip(names, (fresh.unet, *fresh.text_encoders), strict=False))
@@ -195,11 +195,12 @@ def finish_full(config: SubjectRunConfig, training: FullTraining, folder: Path, 
             if own:
                 module: Any = modules[part]
                 module.load_state_dict(own)
-                shutil.rmtree(partial / part)
-                module.save_pretrained(partial / part)
-        shutil.rmtree(run / PIPELINE, ignore_errors=True)
-        partial.rename(run / PIPELINE)
-        shutil.rmtree(run / "checkpoints")
+                shutil.rmtree(made / part)
+                module.save_pretrained(made / part)
+        if (run / PIPELINE).exists():
+            checkpoints.delete(run / PIPELINE, attempt)
+        move(attempt, made, run / PIPELINE)
+        checkpoints.delete(run / "checkpoints", attempt)
     barrier()
 
 
@@ -225,7 +226,7 @@ def train_fully(
     base: the frozen one, which encodes pictures, and prompts where the text encoder does not learn.
     """
     bar = tqdm(total=sum(task.steps for task in tasks), unit="step", desc="subjects", disable=world.rank > 0)
-    status = write_status if world.rank == 0 else _no_status
+    status = partial(write_status, attempt) if world.rank == 0 else _no_status
     for task in tasks:
         try:
             pictures = begin_training(config, base, task)
@@ -255,7 +256,7 @@ def train_fully(
             )
             status(folder, task.name, state="failed", step=training.step, error=error)
         elif training.step == task.steps:
-            finish_full(config, training, folder, world)
+            finish_full(config, training, folder, attempt, world)
             status(folder, task.name, state="finished", step=training.step, prompt=task.instance_prompt)
         training.engine.destroy()
         if stopped:

@@ -15,6 +15,7 @@ from controlbooth.data import draws
 from controlbooth.data.decode import decode_image, prepare, write_planes
 from controlbooth.models.base import Base
 from controlbooth.models.families import TextEncoding, encode_prompts
+from controlbooth.trainer.attempt import Attempt, write_text
 from controlbooth.trainer.distributed import World, barrier, from_first_rank
 from controlbooth.trainer.encoding import encode_posterior, sample_posterior, to_pixel_values
 from controlbooth.trainer.prior import (
@@ -184,12 +185,9 @@ def status_of(folder: Path, name: str) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def write_status(folder: Path, name: str, **fields: object) -> None:
-    path = folder / "subjects" / name / "status.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".partial")
-    temporary.write_text(json.dumps(fields))
-    temporary.replace(path)
+def write_status(attempt: Attempt, folder: Path, name: str, **fields: object) -> None:
+    """status.json of a subject of the run in `folder`. Raises Superseded where a newer start trains the subject."""
+    write_text(attempt, folder / "subjects" / name / "status.json", json.dumps(fields))
 
 
 def unfinished(folder: Path, tasks: Sequence[Task]) -> list[Task]:

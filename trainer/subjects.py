@@ -271,22 +271,18 @@ def check_words(tasks: Sequence[Task], base: str) -> tuple[dict[str, str], dict[
     return faults, warnings
 
 
-def write_record(folder: Path, config: SubjectRunConfig, tasks: Sequence[Task]) -> None:
-    """What a run trains, in its own folder: config.yaml and subjects.json, for whoever looks at it later."""
-    folder.mkdir(parents=True, exist_ok=True)
+def record_texts(config: SubjectRunConfig, tasks: Sequence[Task]) -> dict[str, str]:
+    """What a run trains, for whoever looks at it later: files of its folder, config.yaml and subjects.json."""
     rows = [asdict(task) | {"images": [str(path.absolute()) for path in task.images]} for task in tasks]
     tree = config.model_dump(mode="json") | {"output": str(config.output.absolute())}
-    for name, text in (
-        ("config.yaml", yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)),
-        ("subjects.json", json.dumps(rows, indent=1)),
-    ):
-        temporary = folder / f"{name}.partial"
-        temporary.write_text(text)
-        temporary.replace(folder / name)
+    return {
+        "config.yaml": yaml.safe_dump(tree, sort_keys=False, allow_unicode=True),
+        "subjects.json": json.dumps(rows, indent=1),
+    }
 
 
 def read_record(folder: Path) -> tuple[SubjectRunConfig, list[Task]]:
-    """What `write_record` wrote. Raises ConfigError where there is none."""
+    """What a run's `record_texts` say. Raises ConfigError where there are none."""
     if not (folder / "subjects.json").is_file():
         raise ConfigError(
             f"{folder} holds no subjects.json, so it is no run of subjects, or one of before they wrote it. Start it "

@@ -338,7 +338,7 @@ def build(config: RunConfig, world: World, attempt: Attempt, watchdog: Watchdog,
     dataset, held = open_data(config, world)
     columns = open_run_columns(config, world, base, dataset)
 
-    chosen = choose_once(config.model.attention, world, precision, folder, lambda: unet_attention_shapes(config, base))
+    chosen = choose_once(config.model.attention, world, precision, attempt, lambda: unet_attention_shapes(config, base))
     torch.manual_seed(config.seed)  # the hint network, alike on every rank
     controlnet = make_controlnet(config, base)
     for module in (base.unet, controlnet):
@@ -414,10 +414,10 @@ def build(config: RunConfig, world: World, attempt: Attempt, watchdog: Watchdog,
 
 
 def choose_once(
-    request: str, world: World, precision: str, folder: Path, shapes: Callable[[], Sequence[AttentionShape]]
+    request: str, world: World, precision: str, attempt: Attempt, shapes: Callable[[], Sequence[AttentionShape]]
 ) -> AttentionChoice:
     """The kernels, chosen on rank 0, and with `auto` only at the run's first start: others round otherwise."""
-    remembered = folder / "attention.json"
+    remembered = attempt.run / "attention.json"
     chosen = None
     if world.rank == 0:
         before = json.loads(remembered.read_text()) if request == "auto" and remembered.exists() else {}
@@ -425,8 +425,7 @@ def choose_once(
         chosen = asdict(choose_attention(before.get("name", request), world.device, dtype, shapes()))
         if before:
             chosen |= {"by_shape": before.get("by_shape", {}), "reason": "as at the run's first start"}
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(remembered, json.dumps({**chosen, "reason": before.get("reason", chosen["reason"])}))
+        write_own(attempt, remembered, json.dumps({**chosen, "reason": before.get("reason", chosen["reason"])}))
     return AttentionChoice(**from_first_rank(chosen))
 
 

@@ -11,6 +11,7 @@ import psutil
 import yaml
 from safetensors.numpy import load_file
 
+WORKER = ("-m", "controlbooth.trainer.dreambooth")
 NAMES = [f"subject-{number}" for number in range(6)]
 
 
@@ -26,12 +27,11 @@ def run_file(studio, name, **changes):
     return path
 
 
-def start(studio, path, processes=1, subjects="subjects.yaml", rows=None):
+def start(studio, path, processes=1, subjects="subjects.yaml", rows=None, worker=WORKER, **environment):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     return subprocess.Popen(
-        [*command, "-m", "controlbooth.trainer.dreambooth", str(studio / subjects), str(path)]
-        + (["--rows", rows] if rows else []),
-        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+        [*command, *worker, str(studio / subjects), str(path)] + (["--rows", rows] if rows else []),
+        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

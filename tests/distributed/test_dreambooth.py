@@ -1,10 +1,13 @@
 """Runs of many subjects on a tiny base, on ranks of torchrun."""
 
 import re
+import signal
 import time
+from pathlib import Path
 
 import cv2
 import numpy as np
+import psutil
 import pytest
 import torch
 import yaml
@@ -166,3 +169,30 @@ def test_tasks_that_train_rows_of_the_manifest_at_once_end_as_one_run_does(studi
     assert "--rows is '0:9', but it is FIRST:END, with 0 <= FIRST < END <= 6" in finish(
         start(studio, path, rows="0:9"), status=1
     )
+
+
+def files(folder):
+    """path -> which file it is, and when it was written: a stale task would write the same bytes."""
+    found = {path: path.stat() for path in folder.rglob("*") if path.is_file()}
+    return {str(path.relative_to(folder)): (one.st_ino, one.st_mtime_ns) for path, one in found.items()}
+
+
+def test_a_stale_task_that_wakes_before_it_writes_a_subject_writes_nothing_over_its_successor(studio):
+    path, run = run_file(studio, "stale"), studio / "runs" / "stale"
+    asleep = (str(Path(__file__).with_name("asleep.py")),)
+    old = start(studio, path, rows="0:2", worker=asleep, CONTROLBOOTH_ATTEMPT="1000")
+    deadline = time.monotonic() + 200
+    while not (stopped := [one for one in psutil.Process(old.pid).children() if one.status() == psutil.STATUS_STOPPED]):
+        assert time.monotonic() < deadline and old.poll() is None
+        time.sleep(0.1)
+    assert not list((run / "subjects").rglob("*.safetensors"))
+    finish(start(studio, path, rows="0:2", CONTROLBOOTH_ATTEMPT="1001"))
+    before = files(run)
+    assert {name for name in before if name.endswith("weights.safetensors")} == {
+        f"subjects/{name}/pytorch_lora_weights.safetensors" for name in NAMES[:2]
+    }
+    for one in stopped:
+        one.send_signal(signal.SIGCONT)
+    output = finish(old, status=1)
+    assert "start 1001 (process" in output and "from this one, start 1000, which ends without writing" in output
+    assert files(run) == before

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from controlbooth.trainer import attempt as attempts
-from controlbooth.trainer import checkpoint
+from controlbooth.trainer import checkpoint, dreambooth, studio
 from controlbooth.trainer.attempt import GIVEN, RECORD, Attempt, Superseded, check_still_ours, only_run, write_text
 from controlbooth.trainer.config import ConfigError
 from controlbooth.trainer.distributed import World, join, leave
@@ -123,6 +123,24 @@ def test_a_stale_start_commits_prunes_and_writes_nothing_once_a_newer_one_has_ta
         check_still_ours(new)
         checkpoint.prune(tmp_path, 1, 0, new)
         assert [path.name for path in checkpoint.complete_checkpoints(tmp_path)] == ["step-00000006"]
+
+
+def test_a_stale_task_of_an_array_puts_no_subject_or_state_over_those_of_its_successor(tmp_path, monkeypatch):
+    lora, state = tmp_path / "subjects" / "rex" / dreambooth.LORA_FILE, tmp_path / "rows" / "0-2" / "state" / "rank-0"
+
+    def writes(attempt, value):
+        yield lambda: dreambooth.save_lora(attempt, {"lora": torch.full((2,), value)}, lora)
+        yield lambda: studio.write_status(attempt, tmp_path, "rex", state="finished", step=value)
+        yield lambda: dreambooth.write_state(attempt, state, dreambooth.State({}, ["max"], {}))
+
+    with two_starts(tmp_path / "rows" / "0-2", monkeypatch) as (old, new):
+        for write in writes(new, 2):
+            write()
+        before = tree(tmp_path)
+        for forbidden in writes(old, 1):
+            with pytest.raises(Superseded, match="start 2 .* has taken .*0-2 over from this one, start 1"):
+                forbidden()
+        assert tree(tmp_path) == before and studio.status_of(tmp_path, "rex")["step"] == 2
 
 
 def test_whatever_fails_because_of_a_newer_start_is_told_in_one_message(tmp_path, monkeypatch):

@@ -365,9 +365,10 @@ def trained(base_folder, tmp_path_factory):
 
     from controlbooth.models.adapters import ATTENTION, attach_adapters, reset_subject, subject_weights
     from controlbooth.models.pretrained import load_base
+    from controlbooth.trainer.attempt import Attempt
     from controlbooth.trainer.dreambooth import LORA_FILE, save_lora
     from controlbooth.trainer.studio import write_status
-    from controlbooth.trainer.subjects import load_run, write_record
+    from controlbooth.trainer.subjects import load_run, record_texts
 
     root = tmp_path_factory.mktemp("runs")
     tree = dict(
@@ -376,6 +377,8 @@ def trained(base_folder, tmp_path_factory):
     )  # fmt: skip
     (root / "run.yaml").write_text(yaml.safe_dump(tree))
     adapters = attach_adapters(load_base(base_folder("sd15")).unet, ATTENTION, 1, 4)
+    attempt = Attempt(root / "pets", 1, "id")
+    attempt.folder.mkdir(parents=True)
     tasks = []
     for number, name in enumerate((*NAMES, "broken")):
         files = tuple(root / f"{name}-{shot}.png" for shot in range(2))
@@ -384,14 +387,15 @@ def trained(base_folder, tmp_path_factory):
         rank = 2 + number % 2
         tasks.append(Task(name, files, "dog", "olis", "a olis dog", "a dog", 10, 1e-3, rank))
         if name == "broken":
-            write_status(root / "pets", name, state="failed", error="for this test")
+            write_status(attempt, root / "pets", name, state="failed", error="for this test")
             continue
         reset_subject(adapters, 0, rank, seed=number)
         for adapter in adapters.values():
             adapter.up.data[0, :, :rank] = torch.randn(adapter.up.shape[1], rank) * 2
-        save_lora(subject_weights(adapters, 0, rank), root / "pets" / "subjects" / name / LORA_FILE)
-        write_status(root / "pets", name, state="finished", step=10)
-    write_record(root / "pets", load_run(root / "run.yaml"), tasks)
+        save_lora(attempt, subject_weights(adapters, 0, rank), root / "pets" / "subjects" / name / LORA_FILE)
+        write_status(attempt, root / "pets", name, state="finished", step=10)
+    for name, text in record_texts(load_run(root / "run.yaml"), tasks).items():
+        (root / "pets" / name).write_text(text)
     return root / "pets"
 
 
