@@ -24,7 +24,7 @@ import psutil
 from controlbooth.deploy.policy import Policy, cluster_of
 from controlbooth.launch.cluster import Engine
 from controlbooth.launch.job import Job, job_logs, recorded_job
-from controlbooth.launch.jobs import last_line, next_submission, said
+from controlbooth.launch.jobs import log_words, next_submission, said
 from controlbooth.launch.local import this_node
 from controlbooth.launch.outcome import failure_reasons
 from controlbooth.launch.preflight import preflight
@@ -246,12 +246,12 @@ def last_words(folder: Path, one: Round) -> str:
     """Why it died, as far as anybody has said: what its ranks have noted, or the last line that was printed."""
     silent = "it has printed nothing"
     if one.engine == "local":
-        return run_status(one).get("error") or last_line(round_folder(folder, one.number) / "output.txt") or silent
+        return run_status(one).get("error") or log_words(round_folder(folder, one.number) / "output.txt") or silent
     record = last_record(Path(one.run))
     if record is None:
         return "it was never submitted"
     reasons = failure_reasons(Path(one.run), since=record["submitted"])
-    return f"{job_words(one)}; {'; '.join(reasons) or last_line(job_logs(Path(one.run))[0]) or silent}"
+    return f"{job_words(one)}; {'; '.join(reasons) or log_words(job_logs(Path(one.run))[0]) or silent}"
 
 
 def where_to_look(folder: Path, one: Round) -> str:

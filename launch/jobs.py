@@ -2,11 +2,12 @@
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,14 @@ from typing import Any
 from controlbooth.launch import background, kubernetes, slurm
 from controlbooth.launch.cluster import load_cluster
 from controlbooth.launch.cluster_preflight import engine_problems, job_problems
-from controlbooth.launch.job import Job, JobState, job_logs
+from controlbooth.launch.job import Job, JobState, job_logs, task_rows
+from controlbooth.launch.outcome import failure_reasons
 from controlbooth.launch.submit import AT_WORK, at_work, check_ended, last_submission, launch, replace_nodes, states
 from controlbooth.trainer.config import dump, load_config
 
+NOTE = "== "
+"""How lines of a job's script begin in its log."""
+OWN_WORDS = re.compile(r"(rank \d+|controlbooth [a-z ]+): ")
 TAIL_BYTES = 2**16
 """Of metrics.jsonl, in which the last step is looked for."""
 
@@ -43,7 +48,7 @@ def status_main(arguments: Sequence[str] | None = None) -> int:
     print(f"job         {record['engine']} {record['id']}, submission {record['submission']}: {said(asked)}")
     print(f"code        {code['version']} {(code['commit'] or '')[:12]}{', changed since' if code['dirty'] else ''}")
     if job.subjects:
-        lines, failed = subject_lines(job)
+        lines, failed = subject_lines(job, asked, record["submitted"])
     else:
         lines, failed = run_lines(job, asked)
     print("\n".join(lines))
@@ -94,14 +99,58 @@ def last_step(folder: Path) -> int | None:
     return None
 
 
-def subject_lines(job: Job) -> tuple[list[str], bool]:
-    """Counts of subjects by state, and why those that have failed did; whether any has."""
+def subject_lines(job: Job, asked: Sequence[JobState], submitted: float) -> tuple[list[str], bool]:
+    """Counts of subjects by state, and why those subjects and tasks that have failed did; whether any has.
+
+    submitted: when the job was, in seconds since 1970.
+    """
     statuses = {name: subject_status(job.here, name) for name in subject_names(job)}
     counts = Counter(status.get("state", "waiting") for status in statuses.values())
     shown = ", ".join(f"{counts[state]} {state}" for state in ("finished", "training", "waiting", "failed"))
     lines = [f"subjects    {len(statuses)}: {shown}"]
     lines += [f"            {name}: {status['error']}" for name, status in statuses.items() if "error" in status]
-    return lines, counts["failed"] > 0
+    open_ones = {name for name, status in statuses.items() if status.get("state") not in ("finished", "failed")}
+    failed = failed_tasks(job, asked, submitted, open_ones)
+    lines += [f"            task {task}: {why}" for task, why in failed.items()]
+    return lines, counts["failed"] > 0 or bool(failed)
+
+
+def failed_tasks(job: Job, asked: Sequence[JobState], submitted: float, left: Collection[str]) -> dict[int, str]:
+    """task -> why it has ended as failed, and left subjects that say nothing of it. left: their names.
+
+    Told by what its ranks have noted, by the last words of its log, or else by the engine.
+    """
+    names = subject_names(job)
+    said_failed = {one.task: one.said for one in asked if one.state == "failed"}
+    told = {}
+    for task, log in enumerate(job_logs(job.here, job.tasks)):
+        rows = task_rows(task, job.subjects_per_task, job.subjects)
+        if not any(names[row] in left for row in rows):
+            continue
+        reasons = failure_reasons(job.here / "rows" / f"{rows.start}-{rows.stop}", submitted)
+        judged = log.is_file() and log.stat().st_mtime >= submitted and verdict(log) == "failed"
+        if reasons or judged or task in said_failed:
+            told[task] = "; ".join(reasons) or log_words(log) or said_failed.get(task, "it has printed nothing")
+    return told
+
+
+def verdict(log: Path) -> str | None:
+    """What the job's script has written last: `failed`, `again`, `attempt 1000`, ...; None where it has not."""
+    notes = [line for line in log.read_text(errors="replace").splitlines() if line.startswith(NOTE)]
+    return notes[-1].removeprefix(NOTE).partition(",")[0] if notes else None
+
+
+def log_words(log: Path) -> str | None:
+    """Of the last attempt: what our programs say of what went wrong, or else the last line; None where there is none.
+
+    Progress bars and notes of the job's own script are passed over, and of torchrun's report what is no word.
+    """
+    lines = log.read_text(errors="replace").replace("\r", "\n").split("\n") if log.is_file() else []
+    begins = [number for number, line in enumerate(lines) if line.startswith(f"{NOTE}attempt")]
+    lines = lines[begins[-1] :] if begins else lines
+    lines = [line for line in lines if re.search(r"\w", line) and "%|" not in line and not line.startswith(NOTE)]
+    own = [line for line in lines if begins and OWN_WORDS.match(line)]
+    return (own or lines)[-1].strip()[:300] if lines else None
 
 
 def subject_names(job: Job) -> list[str]:
@@ -142,13 +191,6 @@ def logs_main(arguments: Sequence[str] | None = None) -> int:
 def still_at_work(record: dict[str, Any], job: Job) -> bool:
     time.sleep(1.0)
     return bool(at_work(record, job.cluster))
-
-
-def last_line(log: Path) -> str | None:
-    """The last line that says something, so no progress bar and no note of the job's script; None without one."""
-    lines = log.read_text(errors="replace").replace("\r", "\n").split("\n") if log.is_file() else []
-    telling = (line.strip()[:300] for line in reversed(lines) if "%|" not in line and not line.startswith("== "))
-    return next(filter(None, telling), None)
 
 
 def follow(files: dict[str, Path], more) -> Iterator[str]:

@@ -8,8 +8,9 @@ import yaml
 
 from controlbooth.launch import kubernetes, slurm
 from controlbooth.launch.cli import main as controlbooth
-from controlbooth.launch.job import JobState
-from controlbooth.launch.jobs import follow, said
+from controlbooth.launch.cluster import Cluster, dump_cluster
+from controlbooth.launch.job import Job, JobState, record_of, write_job, write_record
+from controlbooth.launch.jobs import follow, log_words, said
 
 
 @pytest.fixture
@@ -133,6 +134,49 @@ def test_following_prints_whole_lines_of_all_files_and_the_rest_at_the_end(tmp_p
         return next(answers)
 
     assert list(follow({"0: ": first, "1: ": second}, more)) == ["0: a", "1: x", "0: bc", "0: d"]
+
+
+def test_the_last_words_are_those_of_the_last_attempt(tmp_path):
+    log = tmp_path / "log.txt"
+    assert log_words(log) is None
+    first = "rank 0: OSError: old\n== attempt 1001, job 5\nstarting\n 5%|#\rsubjects: 9%|##\n===\n== again, 2026\n"
+    log.write_text(first)
+    assert log_words(log) == "starting"
+    log.write_text(first + "== attempt 1002, job 5\nrank 0: OSError: new\nRoot Cause:\n  see https://\n=====\n")
+    assert log_words(log) == "rank 0: OSError: new"
+
+
+def test_status_of_an_array_tells_of_a_task_that_failed_before_its_first_subject(client, tmp_path, capsys):
+    names = [f"s{number}" for number in range(8)]
+    cluster = Cluster(engine="slurm")
+    job = Job(name="pets", folder=tmp_path / "pets", here=tmp_path / "pets", working_directory=tmp_path,
+              cluster=cluster, subjects=8, subjects_per_task=2)  # fmt: skip
+    rows = "".join(json.dumps({"name": name}) + "\n" for name in names)
+    write_job(job, {"subjects.jsonl": rows, "cluster.yaml": dump_cluster(cluster)})
+    write_record(job.here, record_of(job, submitted=100.0) | {"id": "43"})
+
+    def note(path, **fields):
+        (job.here / path).parent.mkdir(parents=True, exist_ok=True)
+        (job.here / path).write_text(json.dumps(fields))
+
+    for name in names[:2]:
+        note(f"subjects/{name}/status.json", state="finished")
+    note("subjects/s3/status.json", state="failed", error="no pictures")
+    note("rows/2-4/failed-0.json", rank=0, error="OSError: no space left", time=101.0)  # before s2
+    note("rows/6-8/failed-0.json", rank=0, error="OSError: long ago", time=99.0)  # of an earlier submission
+    log = "== attempt 1000, job 43_2\nrank 0: ConfigError: unknown key 'step'\n=====\n== failed, 2026\n"
+    (job.here / "job" / "log-2.txt").write_text(log)
+    client("scontrol", "slurm_load_jobs error: Invalid job id specified", status=1)  # it has forgotten
+    assert controlbooth(["launch", "status", str(job.here)]) == 1
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "subjects    8: 2 finished, 0 training, 5 waiting, 1 failed",
+        "            s3: no pictures",
+        "            task 1: rank 0: OSError: no space left",
+        "            task 2: rank 0: ConfigError: unknown key 'step'",
+    ]
+    client("scontrol", "JobId=46 ArrayJobId=43 ArrayTaskId=3 JobState=TIMEOUT Reason=TimeLimit Restarts=0 NodeList=n2")
+    assert controlbooth(["launch", "status", str(job.here)]) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "            task 3: TIMEOUT (TimeLimit)"
 
 
 # Whole verbs
