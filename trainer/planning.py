@@ -194,6 +194,7 @@ def one_choice(
         precision,
         layout.ranks,
         kind,
+        global_batch_size=config.global_batch_size,
         averaged=config.optimizer.ema_decay is not None,
         loader_bytes=loader_bytes(config, one, layout.ranks),
     )
@@ -207,7 +208,15 @@ def memory_of(plan: Plan, one: Footprint) -> RankMemory:
     """The run as it is written, with another footprint."""
     config, layout = plan.config, plan.layout
     kind, averaged = layout.accelerator.kind, config.optimizer.ema_decay is not None
-    return rank_memory(one, config.engine, plan.precision, layout.ranks, kind, averaged=averaged)
+    return rank_memory(
+        one,
+        config.engine,
+        plan.precision,
+        layout.ranks,
+        kind,
+        global_batch_size=config.global_batch_size,
+        averaged=averaged,
+    )
 
 
 def loader_bytes(config: RunConfig, one: Footprint, ranks: int) -> int:

@@ -10,7 +10,10 @@ precision, N ranks and B = min(P, bucket) elements that are reduced at once:
     1, bf16      2P       4P/N     8P/N  4P in fp32, always; 2P       one parameter        -
     1, 2; fp32   4P       4P/N     8P/N  4P, in the bucket            4B                   8P/N
     2, bf16      2P       4P/N     8P/N  2P, in the bucket            6B + 4P/N            4P/N
+    1, 2; alone  2P       4P       8P    2P, in the bucket            2B                   8P
     3            bP/N     4P/N     8P/N  4P/N, always                 gathered bP, (8-b)B  4P/N
+
+alone: one rank that takes the whole batch at once, in bf16 or fp16, so that nothing is added up in fp32.
 
 A bucket is allocated whole: 5e8 elements, whatever is in it. A CPU's memory is only taken where something was written.
 The three moments are compared, since activations are gone when the optimizer steps.
@@ -20,6 +23,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from controlbooth.trainer.config import EngineConfig
+from controlbooth.trainer.engine import sums_gradients
 from controlbooth.trainer.footprint import Footprint
 
 BUCKET_ELEMENTS = 500_000_000
@@ -76,12 +80,18 @@ def rank_memory(
     ranks: int,
     kind: str,
     *,
+    global_batch_size: int | None = None,
     averaged: bool = False,
     loader_bytes: int = 0,
 ) -> RankMemory:
-    """The peak of one of `ranks` ranks. kind: cuda or cpu. loader_bytes: decoded batches that wait in host memory."""
+    """The peak of one of `ranks` ranks. kind: cuda or cpu. loader_bytes: decoded batches that wait in host memory.
+
+    global_batch_size: default that of one micro-batch a rank, without accumulation.
+    """
     stage, total, fp32 = engine.zero_stage, one.trained_parameters, precision == "fp32"
     width = 4 if fp32 else 2
+    batch = global_batch_size or ranks * one.micro_batch_size
+    native = fp32 or not sums_gradients(stage, batch, one.micro_batch_size)  # gradients have the weights' dtype
     share = total if stage == 0 else -(-total // ranks)
     masters = 0 if stage == 0 and fp32 else MASTER * share
     weights = width * (share if stage == 3 else total)
@@ -90,19 +100,19 @@ def rank_memory(
         "trained weights": weights,
         "optimizer": masters + MOMENTS * share,
         "moving average": MASTER * share if averaged else 0,
-        "gradients": _kept_gradients(stage, fp32, total, share),
+        "gradients": _kept_gradients(stage, native, total, share),
         "runtime": RUNTIME_BYTES[kind],
     }
     moments = {
         "backward": max(
             (
-                _backward(one, stage, width, activations, gradients, ranks, kind)
+                _backward(one, stage, native, width, activations, gradients, ranks, kind)
                 for activations, gradients in one.profile
             ),
             key=lambda parts: sum(parts.values()),
         ),
-        "reduction": _reduction(one, stage, fp32, width, share, ranks, kind),
-        "optimizer": {"gradients": _step_gradients(stage, fp32, width, total, share)},
+        "reduction": _reduction(one, stage, native, width, share, ranks, kind),
+        "optimizer": {"gradients": _step_gradients(stage, native, width, total, share)},
     }
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     device = {name: fixed.get(name, 0) + moments[moment].get(name, 0) for name in CATEGORIES}
@@ -118,50 +128,52 @@ def needed(memory: RankMemory, kind: str) -> float:
     return memory.peak if kind == "cpu" else memory.peak * (1 + FRAGMENTATION) + HIDDEN_BYTES
 
 
-def _kept_gradients(stage: int, fp32: bool, total: int, share: int) -> int:
+def _kept_gradients(stage: int, native: bool, total: int, share: int) -> int:
     """Buffers that exist from the first step to the last."""
-    if stage == 1 and not fp32:
+    if stage == 1 and not native:
         return ACCUMULATED * total
     return ACCUMULATED * share if stage == 3 else 0
 
 
-def _bucket(stage: int, fp32: bool, width: int, filled: int, kind: str) -> int:
+def _bucket(stage: int, native: bool, width: int, filled: int, kind: str) -> int:
     """Bytes of the buffer in which gradients wait; filled: elements of them so far."""
-    if stage == 0 or (stage == 1 and not fp32):
+    if stage == 0 or (stage == 1 and not native):
         return 0
     own = 4 if stage == 3 else width
     return own * (BUCKET_ELEMENTS if kind == "cuda" else min(filled, BUCKET_ELEMENTS))
 
 
 def _backward(
-    one: Footprint, stage: int, width: int, activations: int, gradients: int, ranks: int, kind: str
+    one: Footprint, stage: int, native: bool, width: int, activations: int, gradients: int, ranks: int, kind: str
 ) -> dict[str, int]:
     """At one moment of the backward pass. gradients: bytes of those that have been computed."""
-    fp32, filled = width == 4, gradients // width
+    filled = gradients // width
     parts = {"activations": activations, "gradients": 0, "communication": 0}
     if stage <= 1:
         parts["gradients"] = gradients
     if stage >= 2:
         begun = filled > 0 or stage == 3
-        parts["communication"] = _bucket(stage, fp32, width, filled, kind) if begun else 0
+        parts["communication"] = _bucket(stage, native, width, filled, kind) if begun else 0
     if stage == 3 and ranks > 1:
         prefetched = min(one.trained_parameters, PREFETCH_ELEMENTS)
         parts["communication"] += width * (min(one.trained_parameters, LIVE_ELEMENTS) + prefetched)
     return parts
 
 
-def _reduction(one: Footprint, stage: int, fp32: bool, width: int, share: int, ranks: int, kind: str) -> dict[str, int]:
+def _reduction(
+    one: Footprint, stage: int, native: bool, width: int, share: int, ranks: int, kind: str
+) -> dict[str, int]:
     """While a full bucket, or the last one, is reduced; a bucket that fills up before the end meets activations."""
     total = one.trained_parameters
     reduced = min(total, BUCKET_ELEMENTS)
     activations = max(a for a, gradients in one.profile if gradients >= width * reduced * 0.999)
-    bucket = _bucket(stage, fp32, width, reduced, kind)
+    bucket = _bucket(stage, native, width, reduced, kind)
     parts = {"activations": activations, "gradients": 0, "communication": 0}
     if stage == 0:
         parts |= {"gradients": width * total, "communication": width * reduced}
-    elif stage == 1 and not fp32:
+    elif stage == 1 and not native:
         parts |= {"gradients": width * total, "communication": ACCUMULATED * one.largest_parameter}
-    elif stage <= 2 and fp32:
+    elif stage <= 2 and native:
         parts["communication"] = bucket + width * reduced
     elif stage <= 2:
         parts |= {"gradients": ACCUMULATED * share, "communication": bucket + (width + 4) * reduced}
@@ -171,13 +183,13 @@ def _reduction(one: Footprint, stage: int, fp32: bool, width: int, share: int, r
     return parts
 
 
-def _step_gradients(stage: int, fp32: bool, width: int, total: int, share: int) -> int:
+def _step_gradients(stage: int, native: bool, width: int, total: int, share: int) -> int:
     """Gradients while the optimizer steps; activations and buckets are gone."""
     if stage == 0:
-        return width * total + (0 if fp32 else ACCUMULATED * total)
-    if stage == 1 and not fp32:
+        return width * total + (0 if width == 4 else ACCUMULATED * total)
+    if stage == 1 and not native:
         return width * total
-    if stage <= 2 and fp32:
+    if stage <= 2 and native:
         return 2 * ACCUMULATED * share
     return ACCUMULATED * share
 

@@ -239,7 +239,7 @@ def test_more_of_anything_never_takes_less_memory_and_more_ranks_never_more(
     here = peak(parameters, activations, ranks)
     assert peak(parameters, activations + 10**6, ranks) >= here
     assert peak(parameters * 2, activations, ranks) >= here
-    if not (stage == 3 and ranks == 1):  # alone there is nothing to gather
+    if ranks > 1 or stage == 0:  # alone there is nothing to gather, nor to add up in fp32
         assert peak(parameters, activations, 2 * ranks) <= here + 4 * 2 * ranks
 
 
