@@ -12,6 +12,10 @@ import simplejpeg
 
 CATEGORICAL_KINDS = ("segmentation", "instances")
 """Conditions whose values are labels: they are resized to the nearest pixel, as a mean of two labels is a third one."""
+NORMAL_KINDS = ("normals", "normal", "normalbae")
+"""Conditions whose red is the x of a direction, which a mirror turns round: ours, and others' names for them."""
+_MIRRORED_RED = np.arange(255, -1, -1, dtype=np.uint8)
+_MIRRORED_RED[128] = 128  # 0 lies between 127 and 128 and is stored as 128, mirrored or not
 
 
 class BadSample(ValueError):
@@ -118,11 +122,27 @@ def prepare_condition(
     crop: tuple[int, int] | None = None,
     flip: bool = False,
 ) -> np.ndarray:
-    """What `prepare` makes of a condition. size: (height, width) of the target, which is not needed itself."""
+    """What `prepare` makes of a condition. size: (height, width) of the target, which is not needed itself.
+
+    Mirrored normals keep to their rule: red, their x, becomes 255 - red, except in black pixels, which have no normal.
+    """
     if not same_frame(size, condition.shape):
         sizes = f"{size[1]}x{size[0]} and {condition.shape[1]}x{condition.shape[0]}"
         raise ValueError(f"target and condition have different aspect ratios ({sizes})")
+    if flip and kind in NORMAL_KINDS:
+        condition = _turned_normals(condition)
     return _fit(condition, size, kind in CATEGORICAL_KINDS, shape, crop, flip)
+
+
+def _turned_normals(normals: np.ndarray) -> np.ndarray:
+    """(H, W) or (H, W, 3) uint8 -> (H, W, 3) with x the other way round, each pixel at its place.
+
+    To be done before resizing, which mixes normals with the black of pixels that have none.
+    """
+    turned = to_rgb(normals).copy()
+    none = cv2.inRange(turned, (0, 0, 0), (0, 0, 0))  # black would be (-1, -1, -1), which is no direction
+    red = cv2.LUT(cv2.extractChannel(turned, 0), _MIRRORED_RED)
+    return cv2.insertChannel(cv2.bitwise_and(red, cv2.bitwise_not(none)), turned, 0)
 
 
 def _fit(

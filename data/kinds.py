@@ -4,6 +4,13 @@ COMPUTED = "computed:"
 """Before the kind of a condition that no shard holds: it is made of the target at each presentation."""
 COMPUTABLE = ("canny", "canny_random", "soft_edges", "scribble", "lineart", "lines", "gray", "blur")
 """Kinds that `data.conditions` makes of a picture without a network."""
+SIDED = ("pose", "keypoint", "skeleton")
+"""Words in the names of kinds that tell left from right by colour: OpenPose's limbs, the landmarks of our scenes."""
+
+
+def tells_sides(kind: str) -> bool:
+    """Whether a mirrored condition of this kind would say left where it shows right."""
+    return any(word in kind.lower() for word in SIDED)
 
 
 def stored_kind(kind: str | None) -> str | None:

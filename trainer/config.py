@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from controlbooth.data.kinds import COMPUTED, computed_kind
+from controlbooth.data.kinds import COMPUTED, computed_kind, tells_sides
 
 BUILT_IN = "miniature"
 """As model.base: the base model that is shipped with controlbooth."""
@@ -100,7 +100,8 @@ class DataConfig(Section):
     prompt_dropout: float = Field(default=0.5, ge=0.0, le=1.0)
     """Share of presentations whose prompt is replaced by the empty string (ControlNet: 0.5)."""
     random_flip: bool = False
-    """Mirror half of the presentations, picture and condition alike. Wrong where captions say left and right."""
+    """Mirror half of the presentations, picture and condition alike. Wrong where captions say left and right, and
+    refused for poses and key points, whose colours do."""
     random_crop: bool = False
     """Crop at a random place rather than at the centre where a picture is not square."""
     lanes: int | None = Field(default=None, gt=0)
@@ -245,6 +246,11 @@ class RunConfig(Section):
             )
         if given and any(source.repeat != 1 for source in self.data.sources):
             raise ValueError("data.sources have weights and a repeat: a weight says it all, leave repeat out")
+        if self.data.random_flip and tells_sides(self.data.condition):
+            raise ValueError(
+                f"data.condition={self.data.condition} tells left from right by colour, and data.random_flip would "
+                "mirror its places and not its colours: set data.random_flip=false"
+            )
         if self.data.columns and computed_kind(self.data.condition):
             raise ValueError(
                 f"data.condition={self.data.condition} is made of the pictures, which data.columns={self.data.columns} "

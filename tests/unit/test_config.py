@@ -77,6 +77,16 @@ def test_an_error_names_the_key_the_value_and_the_remedy(tmp_path, override, mes
         load_config(write(tmp_path, RUN + "seed: 0\n"), [override])
 
 
+@pytest.mark.parametrize("kind", ["pose", "keypoints", "openpose"])
+def test_conditions_that_tell_left_from_right_by_colour_are_not_mirrored(tmp_path, kind):
+    changes = [f"data.condition={kind}", "data.random_flip=true"]
+    with pytest.raises(ConfigError, match=f"data.condition={kind} tells left .*: set data.random_flip=false"):
+        load_config(write(tmp_path), changes)
+    load_config(write(tmp_path), [*changes, "data.random_flip=false"])
+    for mirrored in ("normals", "edges", "computed:canny_random"):
+        load_config(write(tmp_path), [*changes, f"data.condition={mirrored}"])
+
+
 def test_all_errors_of_a_file_are_told_at_once_and_name_the_file(tmp_path):
     path = write(tmp_path, "name: a\nmax_stepps: 1\nmodel: {}\ndata: {shards: s}\n")
     with pytest.raises(ConfigError) as caught:

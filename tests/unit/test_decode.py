@@ -16,6 +16,8 @@ from controlbooth.data.decode import (
     same_frame,
     write_planes,
 )
+from controlbooth.data.networks import normals_of_depth
+from controlbooth.data.scenes import render, scene
 
 RNG = np.random.default_rng(0)
 PICTURE = cv2.resize(RNG.integers(0, 256, (6, 8, 3), np.uint8), (40, 30), interpolation=cv2.INTER_CUBIC)
@@ -125,6 +127,27 @@ def test_target_and_condition_are_cut_alike():
         expected = PICTURE[:, left : left + 30]
         assert np.array_equal(pixels, expected[:, ::-1] if flip else expected)
         assert np.array_equal(conditioning, pixels[..., 0])
+
+
+def test_mirrored_normals_are_the_normals_of_the_mirrored_relief():
+    nearness = cv2.resize(RNG.random((5, 7), np.float32), (40, 30), interpolation=cv2.INTER_CUBIC)
+    normals = normals_of_depth(nearness)
+    _, mirrored = prepare(PICTURE, normals, "normals", (30, 40), flip=True)
+    expected = normals_of_depth(np.ascontiguousarray(nearness[:, ::-1]))
+    assert np.abs(mirrored.astype(int) - expected).max() <= 1  # 0 is between two levels
+    assert np.abs(normals[:, ::-1].astype(int) - expected).max() > 50
+
+
+def test_pixels_that_face_the_viewer_or_have_no_normal_stay_what_they_are_when_mirrored():
+    what = scene(0, 1)
+    normals = render(what, 30).normals
+    normals[:, :3] = 0
+    _, mirrored = prepare(normals, normals, "normals", (30, 30), flip=True)
+    assert not mirrored[:, -3:].any()
+    flat = (normals == (128, 128, 255)).all(axis=2)
+    assert flat.sum() > 100 and (mirrored[:, ::-1][flat] == (128, 128, 255)).all()
+    black = np.zeros((30, 30), np.uint8)  # as it is stored: one channel
+    assert not prepare(normals, black, "normals", (30, 30), flip=True)[1].any()
 
 
 def test_planes_are_filled_in_place_with_one_channel_three_times():
