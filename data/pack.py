@@ -2,7 +2,8 @@
 
 A shard is written under a temporary name, renamed, indexed and then noted in pack.jsonl with a hash of what it was made
 from. So a pack that was killed goes on at the first shard that is not noted, and shards whose samples changed are
-written again. Nothing that differs between runs is written into a shard, so equal sources give equal bytes.
+written again: text is compared by what it says, images by size and time of change. Nothing that differs between runs is
+written into a shard, so equal sources give equal bytes.
 """
 
 import argparse

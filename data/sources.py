@@ -53,7 +53,7 @@ class Source(Protocol):
         ...
 
     def identity(self, start: int, stop: int) -> str:
-        """A hash over what these samples are made from, without reading the images."""
+        """A hash over what these samples are made from: text by what it says, images by `file_identity`."""
         ...
 
     def read(self, start: int, stop: int) -> Iterator[SourceSample]: ...
@@ -90,18 +90,17 @@ class FolderSource:
         parts = []
         for item in self.items[start:stop]:
             paths = [item.image, *(path for _, path in item.conditions)]
-            if item.caption is None:
-                paths.append(str(Path(item.image).with_suffix(".txt")))
-            parts.append((item.key, item.caption, [(path, Path(path).stat().st_size) for path in paths]))
+            parts.append((item.key, _caption(item), [file_identity(Path(path)) for path in paths]))
         return stable_hash(parts)
 
     def read(self, start: int, stop: int) -> Iterator[SourceSample]:
         for item in self.items[start:stop]:
-            caption = item.caption
-            if caption is None:
-                caption = _read_text(Path(item.image).with_suffix(".txt")).strip()
             conditions = {kind: Path(path).read_bytes() for kind, path in item.conditions}
-            yield SourceSample(item.key, item.image, Path(item.image).read_bytes(), conditions, [caption])
+            yield SourceSample(item.key, item.image, Path(item.image).read_bytes(), conditions, [_caption(item)])
+
+
+def _caption(item: FolderItem) -> str:
+    return _read_text(Path(item.image).with_suffix(".txt")).strip() if item.caption is None else item.caption
 
 
 def open_folder(root: Path, kinds: Sequence[str], caption_template: str | None) -> FolderSource:
@@ -294,6 +293,12 @@ def refuse_missing(what: str, missing: Sequence[str], count: int, remedy: str) -
     if missing:
         some = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
         raise ValueError(f"{len(missing)} of {count} samples have no {what}: {some}. To mend it, {remedy}.")
+
+
+def file_identity(path: Path) -> tuple[str, int, int]:
+    """Path, bytes, and the time of the last change in ns: what tells that an image was replaced without reading it."""
+    status = path.stat()
+    return str(path), status.st_size, status.st_mtime_ns
 
 
 def stable_hash(value: object) -> str:

@@ -15,7 +15,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from controlbooth.data.sources import SourceSample, computed_kinds, refuse_missing, stable_hash, text_rows
+from controlbooth.data.sources import (
+    SourceSample,
+    computed_kinds,
+    file_identity,
+    refuse_missing,
+    stable_hash,
+    text_rows,
+)
 
 
 @dataclass(frozen=True)
@@ -39,9 +46,21 @@ class RowSource:
         return f"rows of {len(self.files)} files from {min(self.files)[0]} on, {columns}, computed {self.computed}"
 
     def identity(self, start: int, stop: int) -> str:
-        """By the files' sizes; an image that a table only names is not looked at."""
-        sizes = [(path, rows, Path(path).stat().st_size) for path, rows in self.files]
-        return stable_hash([self.describe(), sizes, start, stop])
+        """By the rows' captions and the images that they name; images that a file holds itself go by the file."""
+        return stable_hash([self.describe(), start, self._row_identities[start:stop]])
+
+    @functools.cached_property
+    def _row_identities(self) -> list[str]:
+        """Of all rows in one pass, as a range of rows of a Parquet file is not read without those before it."""
+        identities = []
+        images = [self.image_column, *(column for _, column in self.condition_columns)]
+        for path, _ in self.files:
+            named = _text_columns(path, images)
+            holder = file_identity(Path(path)) if len(named) < len(images) else None
+            for row in _rows(path, list(dict.fromkeys([self.caption_column, *named])), 0, None):
+                files = [file_identity(Path(path).parent / row[column]) for column in named]
+                identities.append(stable_hash([row[self.caption_column], files, holder]))
+        return identities
 
     def read(self, start: int, stop: int) -> Iterator[SourceSample]:
         before = 0

@@ -17,7 +17,7 @@ from controlbooth.data import scenes
 from controlbooth.data.decode import decode_image
 from controlbooth.data.manifest import open_dataset
 from controlbooth.data.pack import JOURNAL, PackError, main, pack
-from controlbooth.data.sources import SEGMENTATION_STEP, encode_png, open_folder, open_scenes
+from controlbooth.data.sources import SEGMENTATION_STEP, encode_png, open_folder, open_scenes, text_rows
 
 RNG = np.random.default_rng(0)
 PICTURE = cv2.resize(RNG.integers(0, 256, (4, 4, 3), np.uint8), (24, 16))
@@ -303,6 +303,71 @@ def test_shards_whose_samples_changed_are_written_again_and_spare_ones_removed(p
     assert run(photos, "-o", out, "--samples-per-shard", 2) == 0
     assert written == ["shards-000001.tar"]
     assert list(contents(out)) == ["p0", "p1", "p2", "p3"] and contents(out)["p2"]["txt"] == b"another caption"
+
+
+def edit(path, old, new):
+    """Another content of the same length, at a time that is surely another."""
+    data = path.read_bytes()
+    assert old in data and len(old) == len(new)
+    changed = path.stat().st_mtime_ns + 10**9
+    path.write_bytes(data.replace(old, new))
+    os.utime(path, ns=(changed, changed))
+
+
+def test_edits_that_keep_a_files_length_are_packed_and_nothing_else_is(photos, tmp_path, monkeypatch):
+    out, captions = tmp_path / "out", photos / "images" / "p2.txt"
+    run(photos, "-o", out, "--samples-per-shard", 2)
+    written = []
+    monkeypatch.setattr(pack_module, "write_shard", _spy(pack_module.write_shard, written))
+    before = captions.stat().st_mtime_ns
+    edit(captions, b"caption 2", b"CAPTION 2")
+    os.utime(captions, ns=(before, before))  # text is read, so its time does not matter
+    edit(photos / "images" / "p4.bmp", PICTURE[0].tobytes(), bytes(PICTURE[0].nbytes))
+    assert run(photos, "-o", out, "--samples-per-shard", 2) == 0
+    assert written == ["shards-000001.tar", "shards-000002.tar"]
+    assert contents(out)["p2"]["txt"] == b"CAPTION 2"
+    assert not decode_image(contents(out)["p4"]["png"], "", "")[0].any()
+    assert run(photos, "-o", out, "--samples-per-shard", 2) == 0 and len(written) == 2
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl", "parquet"])
+def test_edits_of_a_table_and_of_images_that_it_names_are_packed(photos, tmp_path, monkeypatch, form):
+    table, out = photos / f"table.{form}", tmp_path / "out"
+    names = ["p0.jpg", "p1.png", "p3.jpg", "p4.bmp"]
+
+    def pack_table(words):
+        rows = [{"image": f"images/{name}", "caption": word} for name, word in zip(names, words, strict=True)]
+        if form == "csv":
+            write(table, "image,caption\n" + "".join(f"{row['image']},{row['caption']}\n" for row in rows))
+        elif form == "jsonl":
+            write(table, "".join(json.dumps(row) + "\n" for row in rows))
+        else:
+            pq.write_table(pa.Table.from_pylist(rows), table)
+        text_rows.cache_clear()  # a file is read once in a process, and every pack is one
+        assert run(table, "-o", out, "--samples-per-shard", 1) == 0
+        return [parts["txt"].decode() for parts in contents(out).values()]
+
+    assert pack_table("abcd") == list("abcd")
+    size, written = table.stat().st_size, []
+    monkeypatch.setattr(pack_module, "write_shard", _spy(pack_module.write_shard, written))
+    assert pack_table("abXd") == list("abXd") and table.stat().st_size == size
+    assert written == ["shards-000002.tar"]
+    edit(photos / "images" / "p4.bmp", PICTURE[0].tobytes(), bytes(PICTURE[0].nbytes))
+    pack_table("abXd")
+    assert written == ["shards-000002.tar", "shards-000003.tar"]
+    assert not decode_image(contents(out)["00000003"]["png"], "", "")[0].any()
+
+
+def test_a_table_that_holds_its_images_is_packed_again_when_it_was_written_again(tmp_path, monkeypatch):
+    rows, table, out = hugging_face_rows(3), tmp_path / "t.parquet", tmp_path / "out"
+    pq.write_table(rows, table)
+    arguments = [table, "-o", out, "--caption-column", "text"]
+    assert run(*arguments) == 0
+    written = []
+    monkeypatch.setattr(pack_module, "write_shard", _spy(pack_module.write_shard, written))
+    assert run(*arguments) == 0 and written == []
+    os.utime(table, ns=(0, 10**18))
+    assert run(*arguments) == 0 and written == ["shards-000000.tar"]
 
 
 def test_a_folder_of_another_pack_is_refused(photos, tmp_path):
