@@ -1,7 +1,7 @@
 """One sample's bytes from a shard: a single read at the place its index states, checked by CRC and key.
 
 A shard on a disk is read where it lies. One in a store is fetched whole into a cache and read there; without a cache,
-as for looking at some samples, the sample's own range is asked for.
+as for looking at some samples, and where the copy is damaged, the sample's own range is asked for.
 """
 
 import os
@@ -25,6 +25,7 @@ from controlbooth.data.index import split_name
 from controlbooth.data.kinds import stored_kind
 from controlbooth.data.manifest import Dataset
 from controlbooth.data.sidecar import ShardIndex, index_path, load_index
+from controlbooth.data.storage import RemoteShard
 from controlbooth.data.tar import TarDamage, first_name
 
 
@@ -80,7 +81,7 @@ class ShardReader:
         self.cache, self.closing = cache, Event()
         self.buckets, self.pictures = buckets, pictures
         self._first_shard = np.cumsum([0, *(len(source.rows) for source in dataset.sources)])
-        self._fetched_again: set[int] = set()
+        self._dropped: set[int] = set()
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._lock = Lock()
 
@@ -90,16 +91,27 @@ class ShardReader:
         Raises BadSample where the bytes are not those that were indexed, OSError where they could not be read, and
         ValueError when the file is another one than was indexed.
         """
+        where = self.dataset.paths[shard]
+        if self.cache is None or isinstance(where, Path):
+            return self._read(shard, ordinal, bucket, None)
         try:
-            return self._read(shard, ordinal, bucket)
+            return self._read(shard, ordinal, bucket, self.cache)
         except BadSample:
-            # In the store it is bad at every attempt and on every node. A copy may be bad here and now only, and then a
-            # substitute would make this run differ from others.
-            if not self._drop_copy(shard):
-                raise
-        return self._read(shard, ordinal, bucket)
+            # A copy may be bad here and now only, and then a substitute would make this run differ from others. What
+            # the store itself says is the same at every attempt and on every node.
+            sample = self._read_from_store(where, shard, ordinal, bucket)
+        self._drop_copy(self.cache, where, shard)
+        return sample
 
-    def _read(self, shard: int, ordinal: int, bucket: int) -> SampleBytes:
+    def _read_from_store(self, where: RemoteShard, shard: int, ordinal: int, bucket: int) -> SampleBytes:
+        try:
+            return self._read(shard, ordinal, bucket, None)
+        except BadSample:
+            storage.check_version(where, self.closing)  # bytes of another version say nothing about this one's
+            raise
+
+    def _read(self, shard: int, ordinal: int, bucket: int, cache: Cache | None) -> SampleBytes:
+        """cache: where to read a shard of a store from; None for the shard itself, on a disk or in the store."""
         began = time.perf_counter()
         with self._pinned(shard) as opened:
             index = opened.index
@@ -109,7 +121,7 @@ class ShardReader:
             if self.condition_kind is not None:
                 columns["condition"] = self._column(index, parts, "condition")
             length = max(int(parts[column]["offset"]) + int(parts[column]["size"]) for column in columns.values())
-            data, hit = self._bytes(shard, opened, length, int(record["offset"]))
+            data, hit = self._bytes(shard, opened, length, int(record["offset"]), cache)
         key = _key(data, int(record["key_hash"]), f"{self.dataset.paths[shard].name}[{ordinal}]")
         payloads = {}
         for role, column in columns.items():
@@ -144,25 +156,26 @@ class ShardReader:
                 _close(opened)
             self._open.clear()
 
-    def _drop_copy(self, shard: int) -> bool:
-        """Deletes the shard from the cache, once in a process, so that it is fetched again; whether it did."""
-        where = self.dataset.paths[shard]
+    def _drop_copy(self, cache: Cache, where: RemoteShard, shard: int) -> None:
+        """Deletes a damaged shard from the cache, so that it is fetched again; once in a process, as a disk that
+        damages what it holds would have it fetched for every sample."""
         with self._lock:
-            if self.cache is None or isinstance(where, Path) or shard in self._fetched_again:
-                return False
-            self._fetched_again.add(shard)
-        self.cache.discard(where)
-        return True
+            dropped = shard in self._dropped
+            self._dropped.add(shard)
+        if not dropped:
+            cache.discard(where)
 
-    def _bytes(self, shard: int, opened: _OpenShard, length: int, offset: int) -> tuple[bytes, bool]:
+    def _bytes(
+        self, shard: int, opened: _OpenShard, length: int, offset: int, cache: Cache | None
+    ) -> tuple[bytes, bool]:
         """-> the bytes, and whether they were in the cache."""
         where = self.dataset.paths[shard]
         if isinstance(where, Path):
             assert opened.descriptor is not None
             return self._pread(shard, opened.descriptor, length, offset), False
-        if self.cache is None:
+        if cache is None:
             return storage.read(where.uri, offset, offset + length, self.closing), False
-        with self.cache.pinned(where, self.closing) as (descriptor, hit):
+        with cache.pinned(where, self.closing) as (descriptor, hit):
             return self._pread(shard, descriptor, length, offset), hit
 
     def _column(self, index: ShardIndex, parts: np.ndarray, role: str) -> int:

@@ -4,6 +4,7 @@ import contextlib
 import shutil
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -14,11 +15,13 @@ from controlbooth.data import index as indexing
 from controlbooth.data import scenes, storage
 from controlbooth.data.bench import main as bench_main
 from controlbooth.data.cache import Cache
+from controlbooth.data.decode import BadSample
 from controlbooth.data.inspect import order_main, show_main
 from controlbooth.data.loader import Loader, held_out
 from controlbooth.data.manifest import open_dataset
 from controlbooth.data.order import Order
 from controlbooth.data.prefetch import upcoming_shards
+from controlbooth.data.shards import ShardReader
 from controlbooth.data.sidecar import index_path, load_index
 from controlbooth.data.sources import encode_png
 from controlbooth.data.storage import StorageError
@@ -265,26 +268,89 @@ def test_a_copy_that_was_changed_on_the_disk_is_fetched_again_and_not_replaced_b
     assert seen == expected
 
 
-def test_a_sample_that_is_bad_in_the_store_is_replaced_as_it_is_on_a_disk(folder, store, tmp_path):
-    own = tmp_path / "own"
+HURT = (2, 3)
+"""Shard and ordinal of the sample that is bad in the store itself."""
+
+
+@pytest.fixture
+def hurt(folder, store, tmp_path):
+    """A folder in which a byte of one sample was changed after indexing, and the manifest of the same in a store."""
+    own, manifest = tmp_path / "own", tmp_path / "own.jsonl"
     shutil.copytree(folder, own)
-    manifest = tmp_path / "own.jsonl"
     uri = store.put_folder(own, "own/train")
     assert indexing.main([uri, "--manifest", str(manifest), "--workers", "1"]) == 0
-    path = own / "2.tar"
-    sample = load_index(index_path(path)).samples[3]
+    path = own / f"{HURT[0]}.tar"
     data = bytearray(path.read_bytes())
-    data[int(sample["offset"]) + 600] ^= 1
+    data[int(load_index(index_path(path)).samples[HURT[1]]["offset"]) + 600] ^= 1
     path.write_bytes(data)
-    etag = store.put("own/train/2.tar", bytes(data)) and storage.stat("s3://own/train/2.tar").etag
-    text = manifest.read_text().splitlines()
-    old = open_dataset(manifest).rows[2].etag
-    manifest.write_text("\n".join(text).replace(old, etag) + "\n")
+    old = open_dataset(manifest).rows[HURT[0]].etag
+    new = storage.stat(store.put(f"own/train/{path.name}", bytes(data))).etag
+    manifest.write_text(manifest.read_text().replace(old, new))
+    return own, manifest
+
+
+def test_a_sample_that_is_bad_in_the_store_is_replaced_as_it_is_on_a_disk(hurt, tmp_path):
+    own, manifest = hurt
     with make(own) as here, make(manifest, cache=Cache(tmp_path / "cache", 10**9)) as there:
         for _ in range(12):
             assert contents(next(here)) == contents(next(there))
         assert [fault["key"] for fault in there.ledger] == [fault["key"] for fault in here.ledger] == ["k0027"]
         assert there.ledger[0]["shard"] == "s3://own/train/2.tar"
+
+
+def damage(copy):
+    """All bytes of a copy in the cache."""
+    copy.write_bytes(bytes(copy.stat().st_size))
+
+
+def test_a_bad_sample_of_the_store_keeps_the_copy_and_damaged_copies_change_no_other_sample(hurt, tmp_path):
+    cache = Cache(tmp_path / "cache", 10**9)
+    reader = ShardReader(open_dataset(hurt[1]), "edges", cache=cache)
+    shard, ordinal = HURT
+    reader.read(shard, 0)
+    copy = cache.path(reader.dataset.paths[shard])
+    fetched = copy.stat().st_ino
+    with pytest.raises(BadSample, match="CRC"):
+        reader.read(shard, ordinal)
+    assert copy.stat().st_ino == fetched
+    for _ in range(3):  # a disk that damages whatever is fetched
+        damage(copy)
+        assert [reader.read(shard, at).key for at in (0, 1, 2, 4)] == [f"k{24 + at:04d}" for at in (0, 1, 2, 4)]
+        with pytest.raises(BadSample):
+            reader.read(shard, ordinal)
+    reader.close()
+
+
+def test_threads_that_read_a_damaged_copy_at_once_all_get_the_sample_of_the_store(remote, tmp_path, monkeypatch):
+    cache = Cache(tmp_path / "cache", 10**9)
+    reader = ShardReader(open_dataset(remote), "edges", cache=cache)
+    reader.read(0, 0)
+    damage(cache.path(reader.dataset.paths[0]))
+    pread, both = reader._pread, threading.Barrier(2)
+
+    def read_together(*arguments):
+        data = pread(*arguments)
+        if not any(data):
+            both.wait(20)  # so that neither has dropped the copy before the other has read it
+        return data
+
+    monkeypatch.setattr(reader, "_pread", read_together)
+    with ThreadPoolExecutor(2) as pool:
+        assert [sample.key for sample in pool.map(lambda at: reader.read(0, at), (1, 2))] == ["k0001", "k0002"]
+    assert reader.read(0, 3).key == "k0003" and any(cache.path(reader.dataset.paths[0]).read_bytes())
+    reader.close()
+
+
+def test_a_damaged_copy_of_a_shard_that_was_replaced_in_the_store_stops_the_run(folder, remote, store, tmp_path):
+    cache = Cache(tmp_path / "cache", 10**9)
+    reader = ShardReader(open_dataset(remote), "edges", cache=cache)
+    reader.read(5, 0)
+    damage(cache.path(reader.dataset.paths[5]))
+    store.put("bucket/train/5.tar", (folder / "4.tar").read_bytes())
+    with pytest.raises(ValueError, match="5.tar has .* it was indexed with .*Put that version back") as raised:
+        reader.read(5, 1)
+    assert not isinstance(raised.value, BadSample)
+    reader.close()
 
 
 def test_a_shard_that_was_replaced_in_the_store_stops_the_run(folder, remote, store, tmp_path):
