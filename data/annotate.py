@@ -27,7 +27,7 @@ from controlbooth.data.draws import hash64
 from controlbooth.data.index import ensure_index, split_name, usable_cpus
 from controlbooth.data.networks import NETWORKS, open_network
 from controlbooth.data.pool import run_jobs
-from controlbooth.data.sidecar import IMAGE_EXTENSIONS, write_whole
+from controlbooth.data.sidecar import IMAGE_EXTENSIONS, temporary_path, write_whole
 from controlbooth.data.sources import encode_png
 from controlbooth.data.storage import RemoteShard, Shard
 from controlbooth.data.tar import members
@@ -168,7 +168,7 @@ def annotate_shard(shard: Shard, path: Path, functions: dict[str, Callable[..., 
     from webdataset.writer import TarWriter  # imports torch, which takes seconds: not for --help
 
     lacking: list[str] = []
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_path(path)
     try:
         with open(temporary, "wb") as file:
             with TarWriter(file, encoder=False, mtime=0) as writer:

@@ -40,6 +40,7 @@ from controlbooth.data.sidecar import (
     index_path,
     load_index,
     make_index,
+    temporary_path,
     write_index,
     write_whole,
 )
@@ -206,7 +207,7 @@ def written_column(path: Path, original: ShardIndex, stated: Mapping[str, Any]) 
     """
     for leftover in path.parent.glob(f"{path.name}.*.tmp"):  # of a killed one; nobody else computes this shard
         leftover.unlink(missing_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_path(path)
     rows: dict[int, tuple[int, int, dict[str, tuple[int, int, int]]]] = {}
     try:
         with open(temporary, "wb") as file:

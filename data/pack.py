@@ -24,7 +24,7 @@ from controlbooth.data.decode import BadSample, decode_image, keep_freed_memory,
 from controlbooth.data.draws import hash64
 from controlbooth.data.index import ensure_index, usable_cpus
 from controlbooth.data.pool import WorkerError, run_jobs
-from controlbooth.data.sidecar import index_path, load_index, write_whole
+from controlbooth.data.sidecar import index_path, load_index, temporary_path, write_whole
 from controlbooth.data.sources import SCENE_KINDS, Source, SourceSample, encode_png, open_folder, open_scenes
 from controlbooth.data.tables import is_rows, open_rows
 
@@ -80,7 +80,7 @@ def write_shard(source: Source, job: Job, skip_bad: bool) -> list[str]:
 
     keep_freed_memory()
     bad: list[str] = []
-    temporary = job.path.with_name(f"{job.path.name}.{os.getpid()}.tmp")
+    temporary = temporary_path(job.path)
     try:
         with open(temporary, "wb") as file:
             # TarWriter's own close writes the end blocks; owner and time are fixed

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import struct
+import uuid
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -116,9 +117,17 @@ def write_index(index: ShardIndex, path: Path) -> None:
     write_whole(path, body + _digest(body))
 
 
+def temporary_path(path: Path) -> Path:
+    """A name beside `path` that no other writer has: `path.*.tmp`.
+
+    Not of the process's id, which writers in containers share: one would rename the other's half file.
+    """
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+
+
 def write_whole(path: Path, data: bytes) -> None:
-    """Writes to a temporary name of this process and renames, so a file with the right name is always whole."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    """Writes to a temporary name and renames, so a file with the right name is always whole."""
+    temporary = temporary_path(path)
     try:
         with open(temporary, "wb") as file:
             file.write(data)

@@ -2,9 +2,9 @@
 
 import argparse
 import json
-import os
 import re
 import shutil
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,8 +115,9 @@ def export(run: Path, checkpoint: Path, out: Path, format: str, dtype: str, forc
     if run.resolve().is_relative_to(out.resolve()):
         raise ValueError(f"{out} holds the run {run}, and would be replaced. Give a folder outside of it.")
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    replaced = out.with_name(f".{out.name}.replaced-{os.getpid()}")
+    unique = uuid.uuid4().hex  # the process's id is not, in containers
+    partial = out.with_name(f".{out.name}.partial-{unique}")
+    replaced = out.with_name(f".{out.name}.replaced-{unique}")
     partial.mkdir()
     try:
         _write(run, checkpoint, partial, format, dtype)

@@ -2,14 +2,13 @@
 
 import hashlib
 import json
-import os
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
 
 from controlbooth.data.draws import hash64
+from controlbooth.data.sidecar import temporary_path
 from controlbooth.models.base import Base
 from controlbooth.models.sampling import sample
 from controlbooth.trainer.subjects import PriorConfig
@@ -58,6 +57,6 @@ def draw_class_images(base: Base, missing: Sequence[tuple[Path, str]], prior: Pr
         path.parent.mkdir(parents=True, exist_ok=True)
         (path.parent / "prompt.txt").write_text(prompt)  # for people; its name says it already
         # tasks of an array that share a class may draw the same picture at once
-        temporary = path.with_suffix(f".{socket.gethostname()}-{os.getpid()}.partial")
+        temporary = temporary_path(path)
         Image.fromarray(image).save(temporary, format="PNG")
         temporary.replace(path)

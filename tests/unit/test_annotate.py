@@ -13,7 +13,7 @@ import transformers
 import webdataset
 
 from controlbooth.data import manifest, networks, scenes
-from controlbooth.data.annotate import main, samples_of
+from controlbooth.data.annotate import annotate_shard, main, samples_of
 from controlbooth.data.conditions import CONDITIONS
 from controlbooth.data.draws import hash64
 from controlbooth.data.index import ensure_index
@@ -87,6 +87,22 @@ def test_a_killed_annotate_goes_on_and_ends_with_the_same_bytes(shards, tmp_path
     assert (tmp_path / "killed" / "0.tar").stat().st_mtime_ns == first
     for path in (tmp_path / "whole").iterdir():
         assert path.read_bytes() == (tmp_path / "killed" / path.name).read_bytes(), path.name
+
+
+def test_writers_of_one_shard_with_one_process_id_do_not_write_into_each_others_file(shards, tmp_path):
+    out, waiting = tmp_path / "out", [True]
+    annotate(shards, out, "gray")
+    path, expected = out / "0.tar", (out / "0.tar").read_bytes()
+    path.unlink()
+
+    def gray_after_the_other(picture, sample_hash):
+        if waiting and waiting.pop():
+            assert annotate_shard(shards / "0.tar", path, {"gray": CONDITIONS["gray"]}) == []
+            assert path.read_bytes() == expected
+        return CONDITIONS["gray"](picture, sample_hash)
+
+    assert annotate_shard(shards / "0.tar", path, {"gray": gray_after_the_other}) == []
+    assert path.read_bytes() == expected
 
 
 def test_a_target_that_cannot_be_decoded_is_kept_without_a_condition_and_named(tmp_path, capsys):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from controlbooth.data import sidecar
 from controlbooth.data.draws import hash64
 from controlbooth.data.index import ensure_index, ensure_indexes, index_shard, split_name
-from controlbooth.data.sidecar import index_path, load_index, write_index
+from controlbooth.data.sidecar import index_path, load_index, write_index, write_whole
 from controlbooth.data.tar import TarDamage, first_name, members
 
 
@@ -287,6 +287,21 @@ def test_an_index_that_fits_is_kept_and_one_of_another_size_is_not(shard):
     assert ensure_index(shard) == [] and index_path(shard).stat().st_mtime_ns == before
     write_tar(shard, flat({f"key{i}": sample(i) for i in range(40)}))
     assert ensure_index(shard) == [] and len(load_index(index_path(shard)).samples) == 40
+
+
+def test_writers_of_one_file_with_one_process_id_do_not_rename_each_others_temporary(tmp_path, monkeypatch):
+    """As in containers, where the first process of each has the same id."""
+    path, replace, waiting = tmp_path / "file", os.replace, ["the other"]
+
+    def replace_after_the_other(source, target):
+        while waiting:
+            write_whole(path, waiting.pop().encode())
+            assert path.read_bytes() == b"the other"
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_after_the_other)
+    write_whole(path, b"this one")
+    assert path.read_bytes() == b"this one" and os.listdir(tmp_path) == ["file"]
 
 
 def test_processes_index_as_one_does(tmp_path):

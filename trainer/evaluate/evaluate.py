@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from controlbooth.data.manifest import Dataset, open_dataset
 from controlbooth.data.scenes import Scene, SceneObject, render
+from controlbooth.data.sidecar import temporary_path
 from controlbooth.models.base import Base
 from controlbooth.models.decoder import load_networks
 from controlbooth.models.pretrained import UNET_FOLDER, load_base
@@ -387,7 +388,7 @@ def draw(
 
 
 def write_png(path: Path, picture: np.ndarray) -> None:
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial")
+    temporary = temporary_path(path)
     Image.fromarray(picture).save(temporary, format="PNG")
     temporary.replace(path)
 
