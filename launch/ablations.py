@@ -15,6 +15,16 @@ from controlbooth.launch.local import train
 from controlbooth.launch.quickstart import heading, packing, verb
 from controlbooth.trainer.config import ConfigError, RunConfig, Section, explain_errors, load_config, run_folder
 
+MAY_CHANGE = (
+    "output",  # however its path is written, it is the folder in which the run was found
+    "max_steps",
+    "checkpoint.every_steps",
+    "checkpoint.keep",
+    "checkpoint.keep_best",
+    "validation.every_steps",
+)
+"""Settings under which a run that goes on is the one that it would have been with them from its start."""
+
 
 class Variant(Section):
     changes: tuple[str, ...] = ()
@@ -53,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run_file = options.file.parent / grid.run
     runs = planned_runs(grid, run_file, options.overrides)
     configs = [load_config(run_file, changes) for _, _, changes in runs]
+    for config in configs:
+        refuse_other_settings(config)
     folder = configs[0].output
     measuring = ["python", "-m", "controlbooth.trainer.evaluate.ablations", str(folder), f"--samples={grid.samples}"]
     if options.dry_run:
@@ -64,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         heading(f"data: controlbooth {' '.join(command)}")
         verb(command)
     for (variant, seed, changes), config in zip(runs, configs, strict=True):
-        if state_of(config) == "finished":
+        if is_finished(config):
             continue
         heading(f"{variant}, seed {seed}: controlbooth train {run_file} {' '.join(changes)}")
         if status := train(str(run_file), changes, options.processes):
@@ -78,10 +90,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return subprocess.run([sys.executable, *measuring[1:]], env=os.environ | {"HF_HUB_OFFLINE": "1"}).returncode
 
 
-def state_of(config: RunConfig) -> str | None:
-    """What the run's status.json says, if there is one."""
-    status = run_folder(config) / "status.json"
-    return json.loads(status.read_text())["state"] if status.is_file() else None
+def is_finished(config: RunConfig) -> bool:
+    """Whether its status.json says that all of its steps are done. One that stopped at its convergence does not, and
+    is started again, and ends at once."""
+    path = run_folder(config) / "status.json"
+    status = json.loads(path.read_text()) if path.is_file() else {}
+    return status.get("state") == "finished" and status["step"] >= config.max_steps
+
+
+def refuse_other_settings(config: RunConfig) -> None:
+    """Raises ConfigError where the run's folder holds a run that the tables would show under settings that it had not.
+
+    It may become longer, but not shorter, and not where its learning rate followed the old length.
+    """
+    path = run_folder(config) / "config.yaml"
+    if not path.is_file():
+        return
+    before = load_config(path)
+    longer = config.max_steps >= before.max_steps and config.optimizer.schedule == "constant"
+    old, new = settings(before), settings(config)
+    free = MAY_CHANGE if longer else [key for key in MAY_CHANGE if key != "max_steps"]
+    changed = [f"{key}={old[key]}, now it is {new[key]}" for key in new if key not in free and old[key] != new[key]]
+    if changed:
+        raise ConfigError(
+            f"{run_folder(config)} was trained with {'; '.join(changed)}: it cannot go on as the run that is asked "
+            "for. Only its length may grow, where the learning rate is constant, and how often it saves and validates "
+            "change. Leave the change out, delete that folder, or train into another one with output=FOLDER"
+        )
+
+
+def settings(config: RunConfig) -> dict[str, object]:
+    """section.key -> value, as a run file has it."""
+    flat: dict[str, object] = {}
+    for name, value in config.model_dump(mode="json").items():
+        flat |= {f"{name}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value}
+    return flat
 
 
 def load_ablations(path: Path) -> Ablations:
