@@ -2,6 +2,9 @@
 
 It runs as the first step of a job, before the ranks, and costs seconds. The first node listens; the others tell it what
 they see, and it tells all of them whether to go on. The speed is measured between the first node and each other one.
+
+Where nothing is wrong but that a node is late or lost, the next attempt may find it: then the status is `again` of
+`launch.outcome`, and not that of a mistake, which another attempt would meet again.
 """
 
 import argparse
@@ -19,13 +22,17 @@ from typing import Any
 
 from controlbooth.launch.job import code_version
 from controlbooth.launch.local import core_count, gpu_count
+from controlbooth.launch.outcome import EXIT_CODES
 from controlbooth.launch.preflight import preflight
 from controlbooth.launch.torchrun import Node
 from controlbooth.trainer.config import RunConfig, load_config, run_folder
 
 REFUSED = 2
+AGAIN = EXIT_CODES["again"]
 PATIENCE_SECONDS = 120.0
-"""For nodes that start later than others."""
+"""For nodes that start later than others, where --patience says nothing else."""
+ANSWER_SECONDS = 120.0
+"""For each answer of a node that is there."""
 CLOCK_SECONDS = 2.0
 """By how much clocks may differ. What was written by which attempt is told by time."""
 SHARED_DISK_SECONDS = 15.0
@@ -56,7 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "that clocks, versions, shared disk and network are fit. Jobs run it by themselves before they train.",
         epilog="examples:\n  controlbooth launch check run.yaml\n"
         "  controlbooth launch check run.yaml --nodes 2 --node-rank 0 --head n1 --port 29500    # on n1\n"
-        "  controlbooth launch check run.yaml --nodes 2 --node-rank 1 --head n1 --port 29500    # on n2",
+        "  controlbooth launch check run.yaml --nodes 2 --node-rank 1 --head n1 --port 29500    # on n2\n"
+        f"exit statuses:\n  {REFUSED} where something is wrong\n  {AGAIN} where only a node was late or lost",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", metavar="RUN.yaml")
@@ -68,12 +76,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--head", default="127.0.0.1", help="address of the node with rank 0")
     parser.add_argument("--port", type=int, default=29500, help="that it listens on")
     parser.add_argument("--least-mbit", type=float, default=0.0, help="network speed below which the check fails")
+    parser.add_argument(
+        "--patience",
+        type=float,
+        default=PATIENCE_SECONDS,
+        metavar="SECONDS",
+        help="wait so long for nodes that start later (default: %(default)g)",
+    )
     options = parser.parse_intermixed_args(arguments)
     config = load_config(options.run, options.overrides)
     problems = list(node_problems(config, options.nodes, options.processes, options.gpus))
     if options.node_rank == 0:
-        return check_as_head(config, options.nodes, options.port, options.least_mbit, problems)
-    return check_as_other(config, options.node_rank, options.head, options.port, problems)
+        return check_as_head(config, options.nodes, options.port, options.least_mbit, problems, options.patience)
+    return check_as_other(config, options.node_rank, options.head, options.port, problems, options.patience)
 
 
 def node_problems(config: RunConfig, nodes: int, processes: int | None, gpus_expected: int) -> Iterator[str]:
@@ -89,15 +104,20 @@ def node_problems(config: RunConfig, nodes: int, processes: int | None, gpus_exp
     yield from preflight(config, node)
 
 
-def check_as_head(config: RunConfig, nodes: int, port: int, least_mbit: float, problems: Sequence[str]) -> int:
-    """Waits for the others, measures, decides, and prints it. -> 0, or 2 where something is wrong."""
+def check_as_head(
+    config: RunConfig, nodes: int, port: int, least_mbit: float, problems: Sequence[str], patience: float
+) -> int:
+    """Waits for the others, measures, decides, and prints it. patience: seconds for those that start later.
+
+    -> 0; 2 where something is wrong; 75 where only nodes are missing or the connection to them broke.
+    """
     host, versions = socket.gethostname(), node_versions()
     peers: list[Peer] = []
     if nodes > 1:
         with socket.create_server(("", port), backlog=nodes) as server:
-            peers = list(meet(server, nodes))
-    found = [
-        f"node {rank} has not reached {host}, port {port}, within {PATIENCE_SECONDS:.0f} s: look at what it says "
+            peers = list(meet(server, nodes, patience))
+    lost = [
+        f"node {rank} has not reached {host}, port {port}, within {patience:.0f} s: look at what it says "
         "itself, at whether it resolves that name, and at firewalls between the nodes"
         for rank in sorted(set(range(1, nodes)) - {peer.rank for peer in peers})
     ]
@@ -106,20 +126,24 @@ def check_as_head(config: RunConfig, nodes: int, port: int, least_mbit: float, p
         try:
             examine(peer, token, versions, least_mbit, host)
         except OSError as error:
-            peer.problems.append(f"the connection to it broke while it was checked ({error}): look at its log")
+            lost.append(
+                f"node {peer.rank} ({peer.host}): the connection to it broke while it was checked ({error}): look at "
+                "its log"
+            )
     named = {f"node 0 ({host})": list(problems)} | {f"node {p.rank} ({p.host})": p.problems for p in peers}
-    found += once_each(named)
+    found = once_each(named)
     if token is not None:
         token.unlink(missing_ok=True)
+    status = REFUSED if found else AGAIN if lost else 0
     for peer in peers:
         try:
-            send(peer.stream, {"ok": not found})
+            send(peer.stream, {"status": status})
         except OSError:
-            continue  # it is in `found`
+            continue  # it ends with `again` by itself
     print(table(host, peers), flush=True)
-    for problem in found:
+    for problem in [*lost, *found]:
         print(f"controlbooth launch check: {problem}", file=sys.stderr, flush=True)
-    return REFUSED if found else 0
+    return status
 
 
 def once_each(named: dict[str, list[str]]) -> list[str]:
@@ -134,17 +158,21 @@ def once_each(named: dict[str, list[str]]) -> list[str]:
     ]
 
 
-def check_as_other(config: RunConfig, rank: int, head: str, port: int, problems: Sequence[str]) -> int:
-    """Answers the first node's questions until it has decided. -> 0, or 2 where something is wrong on any node."""
+def check_as_other(config: RunConfig, rank: int, head: str, port: int, problems: Sequence[str], patience: float) -> int:
+    """Answers the first node's questions until it has decided. patience: seconds for nodes that start later.
+
+    -> what that node decides, or where it does not answer, 2 if something is wrong here and otherwise 75.
+    """
     us = f"controlbooth launch check: node {rank} ({socket.gethostname()})"
     try:
-        with reach(head, port) as connection:
+        with reach(head, port, patience) as connection:
+            connection.settimeout(patience + ANSWER_SECONDS)  # it may be waiting for others
             stream = connection.makefile("rwb")
             send(stream, dict(rank=rank, host=socket.gethostname(), versions=node_versions(), problems=list(problems)))
             while True:
                 asked = receive(stream)
-                if "ok" in asked:
-                    return 0 if asked["ok"] else REFUSED
+                if "status" in asked:
+                    return asked["status"]
                 answer(stream, asked, config)
     except OSError as error:
         print(
@@ -154,32 +182,35 @@ def check_as_other(config: RunConfig, rank: int, head: str, port: int, problems:
             sep="\n",
             file=sys.stderr,
         )
-        return REFUSED
+        return REFUSED if problems else AGAIN
 
 
-def meet(server: socket.socket, nodes: int) -> Iterator[Peer]:
-    """The other nodes, as they come, until all are there or time is up."""
-    end = time.monotonic() + PATIENCE_SECONDS
-    for _ in range(nodes - 1):
+def meet(server: socket.socket, nodes: int, patience: float) -> Iterator[Peer]:
+    """The other nodes, as they come, until all are there or time is up. One that goes at once has not come."""
+    end = time.monotonic() + patience
+    missing = nodes - 1
+    while missing:
         server.settimeout(max(0.01, end - time.monotonic()))
         try:
             connection, _ = server.accept()
         except TimeoutError:
             return
-        connection.settimeout(PATIENCE_SECONDS)
+        connection.settimeout(ANSWER_SECONDS)
         stream = connection.makefile("rwb")
-        hello = receive(stream)
+        try:
+            hello = receive(stream)
+        except OSError:
+            continue
+        missing -= 1
         yield Peer(hello["rank"], hello["host"], stream, hello["versions"], hello["problems"])
 
 
-def reach(head: str, port: int) -> socket.socket:
-    """A connection to the first node, which may still be starting. Raises OSError."""
-    end = time.monotonic() + PATIENCE_SECONDS
+def reach(head: str, port: int, patience: float) -> socket.socket:
+    """A connection to the first node, which may still be starting, for `patience` seconds. Raises OSError."""
+    end = time.monotonic() + patience
     while True:
         try:
-            connection = socket.create_connection((head, port), timeout=10.0)
-            connection.settimeout(PATIENCE_SECONDS)
-            return connection
+            return socket.create_connection((head, port), timeout=10.0)
         except OSError:
             if time.monotonic() > end:
                 raise
@@ -297,7 +328,7 @@ def send(stream: Any, message: dict[str, Any]) -> None:
 def receive(stream: Any) -> dict[str, Any]:
     """Raises ConnectionError where the other side has gone."""
     line = stream.readline()
-    if not line:
+    if not line.endswith(b"\n"):
         raise ConnectionError("it closed the connection")
     return json.loads(line)
 

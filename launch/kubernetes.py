@@ -23,6 +23,8 @@ MOUNTED = Path("/job")
 """Where pods see the job's files."""
 OWN_FAILURE = [1, 2]
 """Exit codes of the script after which another attempt would fail alike; 75 and those of signals are tried again."""
+PATIENCE_SECONDS = 900
+"""Of a pod for the others, whose nodes may have to pull the image first."""
 CONTAINER = "node"
 """Kubeflow Trainer fills in the container of this name."""
 TRAINER_STEP = {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}
@@ -45,7 +47,8 @@ def render_script(job: Job) -> str:
     lines += ['echo "== attempt $CONTROLBOOTH_ATTEMPT on $HOSTNAME, $(date +%FT%T%z)"', "", WAITING, ""]
     endpoint, is_host = "127.0.0.1:0", "1"
     if not job.subjects:
-        check = shell(checking(job, "$PET_MASTER_ADDR", "$PET_MASTER_PORT", "$PET_NODE_RANK", MOUNTED))
+        words = checking(job, "$PET_MASTER_ADDR", "$PET_MASTER_PORT", "$PET_NODE_RANK", MOUNTED)
+        check = shell([*words, f"--patience={PATIENCE_SECONDS}"])
         lines += ["# Every pod looks at what it needs, and all of them at each other, before the ranks start."]
         lines += [f"until_it_ends {check} || exit $?", ""]
     if job.cluster.nodes > 1:

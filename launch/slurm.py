@@ -17,6 +17,7 @@ from pathlib import Path
 
 from controlbooth.launch.cluster import shutdown_seconds
 from controlbooth.launch.job import Job, JobState
+from controlbooth.launch.outcome import EXIT_CODES
 from controlbooth.launch.script import checking, judging, preamble, rows, shell, training
 
 ENDED = {
@@ -31,6 +32,9 @@ ENDED = {
     "TIMEOUT": "failed",
 }
 """Slurm's states of a job that will not run again, in our words."""
+
+AGAIN = EXIT_CODES["again"]
+"""Of the check. srun gives the highest status of all nodes, so this one where they differ: the next attempt tells."""
 
 
 def render(job: Job) -> str:
@@ -54,7 +58,8 @@ def render(job: Job) -> str:
         check = shell(checking(job, "$HEAD", "$PORT", "$SLURM_NODEID"))
         lines += ["", "# Every node looks at what it needs, and all of them at each other, before the ranks start."]
         lines += [f"on_every_node {shlex.quote(f'exec {check}')}", "CHECKED=$?"]
-        lines += ['if [ "$CHECKED" -gt 0 ] && [ "$CHECKED" -lt 128 ]; then exit 2; fi  # it has said why']
+        lines += ["# It has said why. If a node was only late or lost, or the job is stopped, what follows decides."]
+        lines += [f'if [ "$CHECKED" != {AGAIN} ] && [ "$CHECKED" -gt 0 ] && [ "$CHECKED" -lt 128 ]; then exit 2; fi']
     endpoint, is_host = ("$HEAD:$PORT", "$((SLURM_NODEID == 0))") if job.cluster.nodes > 1 else ("127.0.0.1:0", "1")
     train = f"on_every_node {shlex.quote(f'exec {shell(training(job, endpoint, is_host))}')}"
     # An attempt that is stopped while it checks must not start training

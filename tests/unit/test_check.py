@@ -11,6 +11,7 @@ import yaml
 
 from controlbooth.launch import check
 from controlbooth.launch.cli import main as controlbooth
+from controlbooth.launch.outcome import EXIT_CODES
 
 
 @pytest.fixture
@@ -74,17 +75,39 @@ def test_what_is_wrong_on_all_nodes_is_said_once(run, capsys):
     assert capsys.readouterr().err.count("global_batch_size=8 is not a multiple") == 1
 
 
-def test_a_node_that_does_not_come_is_named(run, capsys, monkeypatch):
-    monkeypatch.setattr(check, "PATIENCE_SECONDS", 0.5)
-    assert together(run, 2, {}) == [2]
+def test_a_node_that_does_not_come_is_named_and_the_next_attempt_may_meet_it(run, capsys):
+    assert together(run, 2, {}, "--patience=0.5") == [EXIT_CODES["again"]]
     assert "node 1 has not reached" in capsys.readouterr().err
+    assert together(run, 3, {1: []}, "--patience=0.5", "global_batch_size=12") == [EXIT_CODES["again"]] * 2
+    assert "node 2 has not reached" in (message := capsys.readouterr().err) and "node 1" not in message
 
 
-def test_a_node_whose_head_does_not_answer_says_so(run, capsys, monkeypatch):
-    monkeypatch.setattr(check, "PATIENCE_SECONDS", 0.3)
-    place = ["--nodes", "2", "--node-rank", "1", "--head", "127.0.0.1", "--port", str(free_port())]
-    assert check.main([str(run), *place]) == 2
+def test_what_is_wrong_with_the_run_ends_the_job_although_a_node_is_missing(run, capsys):
+    assert together(run, 3, {1: []}, "--patience=0.5") == [2, 2]
+    message = capsys.readouterr().err
+    assert "node 2 has not reached" in message and "global_batch_size=8 is not a multiple" in message
+
+
+def test_a_node_whose_head_does_not_answer_says_so_and_what_is_wrong_with_itself(run, capsys):
+    place = ["--nodes", "2", "--node-rank", "1", "--head", "127.0.0.1", "--port", str(free_port()), "--patience=0.3"]
+    assert check.main([str(run), *place]) == EXIT_CODES["again"]
     assert "the first node, 127.0.0.1, does not answer on port" in capsys.readouterr().err
+    assert check.main([str(run), *place, "data.shards=/nowhere/train.tar"]) == 2
+    assert "data.shards is '/nowhere/train.tar'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("said", ["", '{"rank": 1, "ho', '{"rank": 1, "host": "n2", "versions": {}, "problems": []}\n'])
+def test_a_node_that_goes_while_it_is_checked_is_named_and_the_next_attempt_may_meet_it(run, capsys, said):
+    port, statuses = free_port(), []
+    words = [str(run), "--nodes=2", f"--port={port}", "--patience=1"]
+    head = threading.Thread(target=lambda: statuses.append(check.main(words)))
+    head.start()
+    with check.reach("127.0.0.1", port, 10.0) as connection:
+        connection.sendall(said.encode())
+    head.join()
+    assert statuses == [EXIT_CODES["again"]]
+    named = "node 1 (n2): the connection to it broke" if said.endswith("\n") else "node 1 has not reached"
+    assert named in capsys.readouterr().err
 
 
 def test_a_slow_network_other_versions_and_a_wrong_clock_are_named(run, capsys, monkeypatch):
