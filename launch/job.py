@@ -38,6 +38,8 @@ class Job:
     working_directory: Path
     """That relative paths of the run start from."""
     cluster: Cluster
+    submitted: float
+    """When this submission was made ready, in seconds since 1970."""
     submission: int = 1
     subjects: int = 0
     """Of a DreamBooth array; 0 for a single run."""
@@ -88,13 +90,13 @@ def write_job(job: Job, texts: dict[str, str]) -> None:
         write_text(folder / name, text)
 
 
-def record_of(job: Job, submitted: float) -> dict[str, Any]:
-    """What job.json says, but for `id`, the engine's name for it. submitted: seconds since 1970."""
+def record_of(job: Job) -> dict[str, Any]:
+    """What job.json says, but for `id`, the engine's name for it."""
     return dict(
         engine=job.cluster.engine,
         name=job.name,
         submission=job.submission,
-        submitted=submitted,
+        submitted=job.submitted,
         folder=str(job.folder),
         working_directory=str(job.working_directory),
         subjects=job.subjects,
@@ -134,6 +136,7 @@ def recorded_job(folder: Path, record: dict[str, Any]) -> Job:
         here=folder.absolute(),
         working_directory=Path(record["working_directory"]),
         cluster=load_cluster(folder / "job" / "cluster.yaml", record["engine"]),
+        submitted=record["submitted"],
         submission=record["submission"],
         subjects=record["subjects"],
         subjects_per_task=record["subjects_per_task"],

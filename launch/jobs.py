@@ -252,7 +252,7 @@ def next_submission(
     none or its files cannot be read.
     """
     job, record = last_submission(folder)
-    job = replace(job, submission=record["submission"] + 1)
+    job = replace(job, submission=record["submission"] + 1, submitted=time.time())
     if cluster_file:
         cluster = load_cluster(cluster_file, record["engine"])
         job = replace(job, cluster=replace_nodes(cluster) if job.subjects else cluster)

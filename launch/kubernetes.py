@@ -6,6 +6,7 @@ when a run has failed with a reason of its own, which exit codes 1 and 2 say, no
 subjects is an Indexed Job: retries are counted for each index, and one that has failed stops no other.
 """
 
+import hashlib
 import json
 import re
 import shlex
@@ -81,9 +82,14 @@ until_it_ends() {
 
 
 def object_name(job: Job) -> str:
-    """Of all objects of a submission. Kubernetes takes 63 small letters, digits and hyphens, and adds to them."""
+    """Of all objects of a submission. Kubernetes takes 63 small letters, digits and hyphens, and adds to them.
+
+    Folder and time tell runs of one name apart, and a run from another one that began in the same folder.
+    """
     words = re.sub(r"[^a-z0-9]+", "-", job.name.lower()).strip("-")
-    return f"{words[:36].rstrip('-') if words[:1].isalpha() else 'run-' + words[:32].rstrip('-')}-{job.submission}"
+    words = words if words[:1].isalpha() else f"run-{words}"
+    digest = hashlib.sha256(f"{job.folder}\n{job.submitted!r}".encode()).hexdigest()
+    return f"{words[:27].rstrip('-')}-{digest[:8]}-{job.submission}"
 
 
 def _metadata(job: Job) -> dict[str, Any]:
@@ -244,8 +250,11 @@ _Readable.add_representer(str, _text)
 
 
 def submit(manifests: Path, job: Job) -> str:
-    """-> kind/name, which kubectl takes. Raises ValueError with what the API server says where it refuses them."""
-    kubectl("apply", "--server-side", "--validate=strict", "-f", str(manifests))
+    """-> kind/name, which kubectl takes. Raises ValueError with what the API server says where it refuses them.
+
+    It refuses objects that exist, where `apply` would change those of another run.
+    """
+    kubectl("create", "--validate=strict", "-f", str(manifests))
     return id_of(job)
 
 

@@ -183,6 +183,7 @@ def place(name: str, folder: Path, cluster: Cluster) -> Job:
         here=here,
         working_directory=working_directory,
         cluster=cluster,
+        submitted=time.time(),
         submission=before["submission"] + 1 if before else 1,
     )
 
@@ -206,7 +207,7 @@ def launch(job: Job, files: dict[str, str]) -> int:
             write_text(job.here / file, content)
     script = job.here / "job" / name
     engine = job.cluster.engine
-    record = record_of(job, time.time())
+    record = record_of(job)
     write_intent(job.here, record)
     if engine == "kubernetes":
         job_id = kubernetes.submit(script, job)

@@ -1,6 +1,8 @@
 """What is asked of Slurm and Kubernetes, and how their answers are read. Programs stand in for their clients."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -150,10 +152,10 @@ def test_status_of_an_array_tells_of_a_task_that_failed_before_its_first_subject
     names = [f"s{number}" for number in range(8)]
     cluster = Cluster(engine="slurm")
     job = Job(name="pets", folder=tmp_path / "pets", here=tmp_path / "pets", working_directory=tmp_path,
-              cluster=cluster, subjects=8, subjects_per_task=2)  # fmt: skip
+              cluster=cluster, submitted=100.0, subjects=8, subjects_per_task=2)  # fmt: skip
     rows = "".join(json.dumps({"name": name}) + "\n" for name in names)
     write_job(job, {"subjects.jsonl": rows, "cluster.yaml": dump_cluster(cluster)})
-    write_record(job.here, record_of(job, submitted=100.0) | {"id": "43"})
+    write_record(job.here, record_of(job) | {"id": "43"})
 
     def note(path, **fields):
         (job.here / path).parent.mkdir(parents=True, exist_ok=True)
@@ -234,29 +236,60 @@ def test_a_refused_job_leaves_no_record_of_one(client, run, tmp_path, capsys):
     assert not (tmp_path / "data/runs/first/job/job.json").exists()
 
 
-def test_a_run_goes_to_kubernetes_and_is_followed_ended_and_resumed(client, run, tmp_path, capsys):
-    calls = client("kubectl", json.dumps({"status": {"jobsStatus": [{"active": 2}]}}))
+@pytest.fixture
+def pods(tmp_path) -> list[str]:
+    """The option that names a file of pods that see /data as this machine does."""
     tree = dict(image="x:1", namespace="vision", storage=[dict(claim="data", path=str(tmp_path / "data"))])
     cluster = tmp_path / "cluster.yaml"
     cluster.write_text(yaml.safe_dump(dict(engine="kubernetes", nodes=2, kubernetes=tree)))
+    return ["--cluster", str(cluster)]
+
+
+def recorded_id(folder: Path) -> str:
+    return json.loads((folder / "job" / "job.json").read_text())["id"]
+
+
+def test_a_run_goes_to_kubernetes_and_is_followed_ended_and_resumed(client, run, pods, tmp_path, capsys):
+    calls = client("kubectl", json.dumps({"status": {"jobsStatus": [{"active": 2}]}}))
     folder = tmp_path / "data" / "runs" / "first"
-    assert controlbooth(["launch", "kubernetes", str(run), "--cluster", str(cluster)]) == 0
+    assert controlbooth(["launch", "kubernetes", str(run), *pods]) == 0
     manifests = folder / "job" / "manifests.yaml"
-    assert calls.read_text() == f"apply --server-side --validate=strict -f {manifests}\n"
+    assert calls.read_text() == f"create --validate=strict -f {manifests}\n"
     assert [one["kind"] for one in yaml.safe_load_all(manifests.read_text())] == [
         "ConfigMap",
         "TrainingRuntime",
         "TrainJob",
     ]
-    assert json.loads((folder / "job" / "job.json").read_text())["id"] == "trainjob/first-1"
+    first = recorded_id(folder)
+    assert re.fullmatch(r"trainjob/first-[0-9a-f]{8}-1", first)
+    assert {one["metadata"]["name"] for one in yaml.safe_load_all(manifests.read_text())} == {first.split("/")[1]}
     assert controlbooth(["launch", "status", str(folder)]) == 0
-    assert "kubernetes trainjob/first-1, submission 1: 2 active" in capsys.readouterr().out
+    assert f"kubernetes {first}, submission 1: 2 active" in capsys.readouterr().out
+    assert f"get {first} --namespace vision" in calls.read_text()
     assert controlbooth(["launch", "resume", str(folder)]) == 2
-    assert "is being trained by kubernetes job trainjob/first-1" in capsys.readouterr().err
+    assert f"is being trained by kubernetes job {first}" in capsys.readouterr().err
     assert controlbooth(["launch", "cancel", str(folder)]) == 0
-    assert "delete trainjob/first-1 --namespace vision" in calls.read_text()
+    assert f"delete {first} --namespace vision" in calls.read_text()
     client("kubectl", "")
     assert controlbooth(["launch", "resume", str(folder), "max_steps=20"]) == 0
-    assert json.loads((folder / "job" / "job.json").read_text())["id"] == "trainjob/first-2"
+    assert re.fullmatch(r"trainjob/first-[0-9a-f]{8}-2", recorded_id(folder)) and recorded_id(folder)[:-2] != first[:-2]
     assert "max_steps: 20" in (folder / "job" / "run.yaml").read_text()
     assert not (folder / "job" / "cancelled").exists()
+
+
+def test_runs_of_one_name_share_no_objects_in_other_folders_nor_after_their_folder_was_deleted(client, run, pods):
+    client("kubectl", "")
+    folders = [run.parent / "data" / place / "first" for place in ("runs", "other", "runs")]
+    names = set()
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+        assert controlbooth(["launch", "kubernetes", str(run), *pods, f"output={folder.parent}"]) == 0
+        names.add(recorded_id(folder))
+    assert len(names) == 3 and all(name.endswith("-1") for name in names)
+
+
+def test_objects_that_exist_are_refused_in_the_servers_words_and_leave_no_record(client, run, pods, capsys):
+    client("kubectl", 'Error from server (AlreadyExists): configmaps "first" already exists', status=1)
+    assert controlbooth(["launch", "kubernetes", str(run), *pods]) == 2
+    assert "kubectl create" in (message := capsys.readouterr().err) and "AlreadyExists" in message
+    assert not (run.parent / "data/runs/first/job/job.json").exists()

@@ -5,6 +5,7 @@ A text that is to change: delete its file, run this test, which writes it anew a
 
 import copy
 import subprocess
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,7 @@ def job(engine: str, subjects: int = 0) -> Job:
         here=Path("/data/runs/First_Run"),
         working_directory=Path("/" if engine == "kubernetes" else "/data/my project"),
         cluster=cluster,
+        submitted=1e9,
         submission=2,
         subjects=subjects,
         subjects_per_task=8 if subjects else 0,
@@ -136,10 +138,17 @@ def test_attempts_of_a_later_submission_have_higher_numbers():
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("First_Run", "first-run-2"), ("7.shapes", "run-7-shapes-2"), ("x" * 80, "x" * 36 + "-2"), ("a--", "a-2")],
+    [("First_Run", "first-run"), ("7.shapes", "run-7-shapes"), ("x" * 80, "x" * 27), ("a--", "a"), ("__", "run")],
 )
 def test_objects_have_names_that_kubernetes_takes(name, expected):
-    assert kubernetes.object_name(Job(**{**job("kubernetes").__dict__, "name": name})) == expected
+    words, digest, submission = kubernetes.object_name(replace(job("kubernetes"), name=name)).rsplit("-", 2)
+    assert (words, submission) == (expected, "2") and len(digest) == 8
+
+
+def test_names_of_objects_differ_between_folders_and_times():
+    one = job("kubernetes")
+    others = (one, replace(one, folder=Path("/data/others/First_Run")), replace(one, submitted=one.submitted + 1e-6))
+    assert len({kubernetes.object_name(other) for other in others}) == 3
 
 
 # Manifests

@@ -1,6 +1,7 @@
 """Rounds that train as jobs of Slurm or Kubernetes. Programs stand in for their clients, and nothing is trained."""
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -32,7 +33,7 @@ case $2 in partition) cat partitions ;; *) cat job ;; esac
 KUBECTL = """\
 echo "$1 $2" >> kubectl.calls
 case $1 in
-  apply)
+  create)
     echo '{"status": {"jobsStatus": [{"active": 2}]}}' > object
     if [ -e die ]; then rm die; kill -9 $PPID; fi ;;
   get) cat object ;;
@@ -233,7 +234,7 @@ def test_what_cannot_be_submitted_is_said_at_start_up_with_the_remedy(clustered,
     assert len(world.calls("sbatch")) == 1
 
 
-def test_a_round_on_kubernetes_is_applied_once_although_its_tick_was_killed(clustered, capsys):
+def test_a_round_on_kubernetes_is_created_once_although_its_tick_was_killed(clustered, capsys):
     world = clustered("pods", engine="kubernetes")
     world.cluster(kubernetes=dict(image="x:1"))
     assert world.tick() == 2
@@ -245,11 +246,13 @@ def test_a_round_on_kubernetes_is_applied_once_although_its_tick_was_killed(clus
     assert "kind: TrainJob" in shown and "rounds/0001/manifest.jsonl" in shown
     world.killed_while_submitting()
     assert world.tick() == 0
-    assert world.record["id"] == "trainjob/pods-0001-1"
-    assert "kubernetes job trainjob/pods-0001-1: 2 active" in capsys.readouterr().out
-    assert [call.split()[0] for call in world.calls("kubectl")].count("apply") == 1
+    first = world.record["id"]
+    assert re.fullmatch(r"trainjob/pods-0001-[0-9a-f]{8}-1", first)
+    assert f"name: {first.split('/')[1]}\n" in (world.run / "job" / "manifests.yaml").read_text()
+    assert f"kubernetes job {first}: 2 active" in capsys.readouterr().out
+    assert [call.split()[0] for call in world.calls("kubectl")].count("create") == 1
 
     (world.scheduler / "object").write_text("")  # somebody has deleted it
     assert world.tick() == 0
     assert "the cluster has no such object any more" in world.decisions[-2][1]
-    assert world.record["id"] == "trainjob/pods-0001-2"
+    assert re.fullmatch(r"trainjob/pods-0001-[0-9a-f]{8}-2", world.record["id"])

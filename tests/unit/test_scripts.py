@@ -34,6 +34,7 @@ class Node:
             here=folder / "first",
             working_directory=folder,
             cluster=Cluster(engine="slurm", nodes=2, python=sys.executable),
+            submitted=0.0,
         )
         self.says("checked", "0")
         for name, text in dict(srun=SRUN, scontrol=SCONTROL, squeue=SQUEUE).items():
