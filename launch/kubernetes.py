@@ -168,10 +168,10 @@ def _indexed_job(job: Job) -> dict[str, Any]:
             "parallelism": min(job.tasks, job.cluster.nodes),
             "backoffLimitPerIndex": job.cluster.restarts,
             "maxFailedIndexes": job.tasks,
-            **_deadline(job.cluster),
             "podReplacementPolicy": "Failed",  # never two pods of one index
             "podFailurePolicy": {"rules": [_own_failure("FailIndex"), disrupted]},
-            "template": {"spec": _pod(job, INDEX_FAILURES)},
+            # In the pod, where it is of one attempt; in the job it would end all indexes together
+            "template": {"spec": _deadline(job.cluster) | _pod(job, INDEX_FAILURES)},
         },
     }
 

@@ -154,6 +154,15 @@ def test_names_of_objects_differ_between_folders_and_times():
 # Manifests
 
 
+def test_the_time_limit_is_of_one_attempt_and_not_of_a_whole_batch_of_subjects():
+    (batch,) = (one["spec"] for one in yaml.safe_load_all(RENDER["kubernetes"](job("kubernetes", 20))) if "spec" in one)
+    assert "activeDeadlineSeconds" not in batch
+    assert batch["template"]["spec"]["activeDeadlineSeconds"] == 1440 * 60
+    (_, runtime, _) = yaml.safe_load_all(RENDER["kubernetes"](job("kubernetes")))
+    (node,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]  # which starts anew in each attempt
+    assert node["template"]["spec"]["activeDeadlineSeconds"] == 1440 * 60
+
+
 def check_manifest(document: dict[str, Any]) -> None:
     """Raises where an API server would refuse it, as far as that can be known without one."""
     kind = document["kind"]
