@@ -8,6 +8,7 @@ What the script is careful about, each of which was met on a real cluster:
 - Exit codes do not tell a stopped run from a failed one; `outcome` reads what the ranks have written.
 - The last task of an array has the id of the whole array as its SLURM_JOB_ID: a task is named ARRAY_TASK.
 - Without --open-mode=append each attempt would delete the log of the one before.
+- A controller that restarts answers nothing for a while: only an answer tells whether somebody has cancelled the job.
 """
 
 import shlex
@@ -53,6 +54,8 @@ def render(job: Job) -> str:
         'echo "== attempt $CONTROLBOOTH_ATTEMPT, job $JOB on $SLURM_JOB_NODELIST, $(date +%FT%T%z)"',
         "",
         WAITING,
+        "",
+        ANSWERED,
     ]
     if not job.subjects:
         check = shell(checking(job, "$HEAD", "$PORT", "$SLURM_NODEID"))
@@ -84,6 +87,23 @@ on_every_node() {
     kill -0 $! 2>/dev/null || return $status
   done
 }"""
+
+
+ANSWER_SECONDS, ANSWER_TRIES = 10, 30
+"""5 minutes together: a node that Slurm does not reach for longer loses its job to another one, by SlurmdTimeout."""
+ANSWERED = f"""\
+answered() {{
+  # The controller may be restarting.
+  local tries=1
+  until "$@"; do
+    if [ "$tries" -ge {ANSWER_TRIES} ]; then
+      echo "controlbooth launch: Slurm does not answer to $*, so this job is not started again" >&2
+      return 1
+    fi
+    tries=$((tries + 1))
+    sleep {ANSWER_SECONDS}
+  done
+}}"""
 
 
 def _header(job: Job) -> list[str]:
@@ -129,7 +149,8 @@ case "$OUTCOME" in
   failed) exit 1 ;;
 esac
 if [ -e {cancelled} ]; then echo "== cancelled, and not started again"; exit 0; fi
-case "$(squeue --noheader --jobs="$JOB" --format='%T %r')" in
+STATE=$(answered squeue --noheader --jobs="$JOB" --format='%T %r') || exit 1
+case "$STATE" in
   RUNNING* | *TimeLimit) ;;
   *) exit 1 ;;  # somebody has cancelled the job: it is COMPLETING while this script still runs
 esac
@@ -138,7 +159,7 @@ if [ "${{SLURM_RESTART_COUNT:-0}}" -ge {restarts} ]; then
   echo "controlbooth launch resume {job.folder}"
   exit 1
 fi
-exec scontrol requeue "$JOB\""""
+answered scontrol requeue "$JOB\""""
 
 
 def submit(script: Path) -> str:

@@ -15,11 +15,24 @@ SRUN = """\
 case "$*" in *"launch check"*) echo check >> calls; exit $(cat checked) ;; esac
 echo train >> calls
 """
-SCONTROL = """\
-case $1 in show) echo n1 ;; *) echo "$1 $2" >> calls ;; esac
+SILENT = """\
+silent=$(cat silent)
+if [ $silent -gt 0 ]; then
+  echo $((silent - 1)) > silent
+  echo "Unable to contact slurm controller (connect failure)" >&2
+  exit 1
+fi
 """
-SQUEUE = """\
-echo RUNNING None
+SCONTROL = f"""\
+if [ $1 = show ]; then echo n1; exit; fi
+echo "$1 $2" >> calls
+{SILENT}"""
+SQUEUE = f"""\
+echo squeue >> calls
+{SILENT}cat state
+"""
+SLEEP = """\
+echo "sleep $1" >> calls
 """
 
 
@@ -36,25 +49,26 @@ class Node:
             cluster=Cluster(engine="slurm", nodes=2, python=sys.executable),
             submitted=0.0,
         )
-        self.says("checked", "0")
-        for name, text in dict(srun=SRUN, scontrol=SCONTROL, squeue=SQUEUE).items():
+        for name, text in dict(srun=SRUN, scontrol=SCONTROL, squeue=SQUEUE, sleep=SLEEP).items():
             program = folder / name
             program.write_text(f"#!/bin/sh\ncd {folder}\n{text}")
             program.chmod(0o755)
 
-    def says(self, what: str, text: str) -> None:
-        (self.folder / what).write_text(text)
+    def run(self, checked: int = 0, silent: int = 0, state: str = "RUNNING None\n") -> tuple[int, list[str], str]:
+        """-> exit status, what was called, and the log.
 
-    def run(self) -> subprocess.CompletedProcess:
+        checked: status of the check. silent: so many questions to the controller, that it does not answer. state: what
+        it says of the job.
+        """
+        for name, value in dict(checked=checked, silent=silent, state=state, calls="").items():
+            (self.folder / name).write_text(str(value))
         variables = dict(
             PATH=f"{self.folder}:{os.environ['PATH']}", SLURM_JOB_ID="42", SLURM_JOB_NODELIST="n[1-2]", SLURM_NODEID="0"
         )
-        script = slurm.render(self.job)
-        return subprocess.run(["bash", "-c", script], env=os.environ | variables, capture_output=True, text=True)
-
-    @property
-    def calls(self) -> list[str]:
-        return (self.folder / "calls").read_text().splitlines()
+        done = subprocess.run(
+            ["bash", "-c", slurm.render(self.job)], env=os.environ | variables, capture_output=True, text=True
+        )
+        return done.returncode, (self.folder / "calls").read_text().splitlines(), done.stdout + done.stderr
 
 
 @pytest.fixture
@@ -63,10 +77,26 @@ def node(tmp_path):
 
 
 def test_a_job_goes_on_by_itself_where_its_check_has_lost_a_node_and_ends_where_something_is_wrong(node):
-    node.says("checked", "75")
-    assert node.run().returncode == 0
-    assert node.calls == ["check", "requeue 42"]
-    (node.folder / "calls").unlink()
-    node.says("checked", "2")
-    assert node.run().returncode == 2
-    assert node.calls == ["check"]
+    assert node.run(checked=75)[:2] == (0, ["check", "squeue", "requeue 42"])
+    assert node.run(checked=2)[:2] == (2, ["check"])
+
+
+def test_a_controller_that_restarts_is_asked_again_and_told_again(node):
+    status, calls, _ = node.run(silent=2)
+    assert status == 0
+    assert calls == ["check", "train", "squeue", "sleep 10", "squeue", "sleep 10", "squeue", "requeue 42"]
+    status, calls, log = node.run(silent=1000)
+    assert status == 1 and calls.count("squeue") == 30 and "requeue 42" not in calls
+    assert "controlbooth launch: Slurm does not answer to squeue --noheader --jobs=42" in log
+
+
+def test_a_requeue_that_was_not_heard_is_repeated(node):
+    (node.folder / "squeue").write_text((node.folder / "squeue").read_text() + "echo 1 > silent\n")  # from now on
+    status, calls, _ = node.run()
+    assert status == 0 and calls[2:] == ["squeue", "requeue 42", "sleep 10", "requeue 42"]
+
+
+@pytest.mark.parametrize("state", ["COMPLETING None\n", ""])
+def test_a_job_that_somebody_has_cancelled_is_not_started_again(node, state):
+    status, calls, _ = node.run(state=state)
+    assert status == 1 and calls == ["check", "train", "squeue"]

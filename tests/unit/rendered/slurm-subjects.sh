@@ -52,6 +52,19 @@ on_every_node() {
   done
 }
 
+answered() {
+  # The controller may be restarting.
+  local tries=1
+  until "$@"; do
+    if [ "$tries" -ge 30 ]; then
+      echo "controlbooth launch: Slurm does not answer to $*, so this job is not started again" >&2
+      return 1
+    fi
+    tries=$((tries + 1))
+    sleep 10
+  done
+}
+
 on_every_node 'exec /venv/bin/python -m torch.distributed.run \
   --nnodes=1 \
   --nproc-per-node=8 \
@@ -74,7 +87,8 @@ case "$OUTCOME" in
   failed) exit 1 ;;
 esac
 if [ -e /data/runs/First_Run/job/cancelled ]; then echo "== cancelled, and not started again"; exit 0; fi
-case "$(squeue --noheader --jobs="$JOB" --format='%T %r')" in
+STATE=$(answered squeue --noheader --jobs="$JOB" --format='%T %r') || exit 1
+case "$STATE" in
   RUNNING* | *TimeLimit) ;;
   *) exit 1 ;;  # somebody has cancelled the job: it is COMPLETING while this script still runs
 esac
@@ -83,4 +97,4 @@ if [ "${SLURM_RESTART_COUNT:-0}" -ge 20 ]; then
   echo "controlbooth launch resume /data/runs/First_Run"
   exit 1
 fi
-exec scontrol requeue "$JOB"
+answered scontrol requeue "$JOB"
