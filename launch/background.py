@@ -19,7 +19,7 @@ from controlbooth.launch.script import indented, judging, preamble, rows, shell,
 def render(job: Job) -> str:
     """The script; tasks of an array come one after another, each with its own log."""
     log = shlex.quote(str(job.job_folder / "log-"))
-    lines = ["#!/bin/bash", f"# {job.name}, trained by controlbooth; written by `controlbooth launch local`.", "set -u"]
+    lines = ["#!/bin/bash", f"# {job.name}, trained by controlbooth; written by `controlbooth launch local`."]
     lines += [*preamble(job), "", WAITING, "", "one_task() {"]
     lines += [f"exec >>{log}$TASK.txt 2>&1", *rows(job, "TASK")] if job.subjects else []
     lines += [

@@ -43,7 +43,7 @@ def render(job: Job, files: dict[str, str]) -> str:
 def render_script(job: Job) -> str:
     """What each pod runs."""
     lines = ["#!/bin/bash", f"# {job.name}, trained by controlbooth; written by `controlbooth launch kubernetes`."]
-    lines += ["set -u", *preamble(job), *rows(job, "JOB_COMPLETION_INDEX")]
+    lines += [*preamble(job), *rows(job, "JOB_COMPLETION_INDEX")]
     lines += [f"export CONTROLBOOTH_ATTEMPT=$(({job.first_attempt} + ${{RESTARTS:-0}}))", "STARTED=$(date +%s)"]
     lines += ['echo "== attempt $CONTROLBOOTH_ATTEMPT on $HOSTNAME, $(date +%FT%T%z)"', "", WAITING, ""]
     endpoint, is_host = "127.0.0.1:0", "1"

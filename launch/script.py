@@ -26,7 +26,8 @@ def preamble(job: Job) -> list[str]:
     return [
         f"cd {shlex.quote(str(job.working_directory))} || exit 1",
         *(f"export {name}={shlex.quote(value)}" for name, value in sorted(environment.items())),
-        *job.cluster.setup,
+        *job.cluster.setup,  # before the next line: `module` and `conda activate` read variables that nobody has set
+        "set -u",
     ]
 
 

@@ -40,7 +40,7 @@ AGAIN = EXIT_CODES["again"]
 
 def render(job: Job) -> str:
     """The batch script."""
-    lines = ["#!/bin/bash", *(f"#SBATCH --{option}" for option in _options(job)), "#", *_header(job), "set -u"]
+    lines = ["#!/bin/bash", *(f"#SBATCH --{option}" for option in _options(job)), "#", *_header(job)]
     lines += preamble(job)
     lines += rows(job, "SLURM_ARRAY_TASK_ID")
     lines += [f'JOB="{"${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" if job.subjects else "$SLURM_JOB_ID"}"']

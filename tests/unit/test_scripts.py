@@ -3,11 +3,12 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from controlbooth.launch import slurm
+from controlbooth.launch import background, kubernetes, slurm
 from controlbooth.launch.cluster import Cluster
 from controlbooth.launch.job import Job
 
@@ -100,3 +101,12 @@ def test_a_requeue_that_was_not_heard_is_repeated(node):
 def test_a_job_that_somebody_has_cancelled_is_not_started_again(node, state):
     status, calls, _ = node.run(state=state)
     assert status == 1 and calls == ["check", "train", "squeue"]
+
+
+@pytest.mark.parametrize("render", [background.render, slurm.render, kubernetes.render_script])
+def test_lines_of_users_may_read_variables_that_nobody_has_set_and_ours_may_not(node, render):
+    cluster = node.job.cluster.model_copy(update=dict(setup=('[ -z "$NOBODY_HAS_SET_THIS" ] && echo prepared',)))
+    lines = render(replace(node.job, cluster=cluster)).splitlines()
+    begin = "\n".join([*lines[: lines.index(cluster.setup[0]) + 2], 'echo "$NOBODY_HAS_SET_THIS" on'])
+    done = subprocess.run(["bash", "-c", begin], capture_output=True, text=True)
+    assert done.stdout == "prepared\n" and "NOBODY_HAS_SET_THIS: unbound variable" in done.stderr

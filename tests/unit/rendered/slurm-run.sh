@@ -15,7 +15,6 @@
 #
 # First_Run: a run, trained by controlbooth; written by `controlbooth launch slurm`.
 # `controlbooth launch status /data/runs/First_Run` tells how it goes.
-set -u
 cd '/data/my project' || exit 1
 export HF_HUB_OFFLINE=1
 export NCCL_DEBUG=WARN
@@ -23,6 +22,7 @@ export OMP_NUM_THREADS=12
 export OMP_WAIT_POLICY=PASSIVE
 export TITLE='it'"'"'s 5 $'
 module load cuda
+set -u
 JOB="$SLURM_JOB_ID"
 export CONTROLBOOTH_ATTEMPT=$((2000 + ${SLURM_RESTART_COUNT:-0}))
 HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)

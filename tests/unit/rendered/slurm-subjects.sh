@@ -16,7 +16,6 @@
 #
 # First_Run: 20 subjects, 8 a task, trained by controlbooth; written by `controlbooth launch slurm`.
 # `controlbooth launch status /data/runs/First_Run` tells how it goes.
-set -u
 cd '/data/my project' || exit 1
 export HF_HUB_OFFLINE=1
 export NCCL_DEBUG=WARN
@@ -24,6 +23,7 @@ export OMP_NUM_THREADS=12
 export OMP_WAIT_POLICY=PASSIVE
 export TITLE='it'"'"'s 5 $'
 module load cuda
+set -u
 FIRST=$((SLURM_ARRAY_TASK_ID * 8))
 END=$((FIRST + 8 < 20 ? FIRST + 8 : 20))
 export ROWS="$FIRST:$END"
