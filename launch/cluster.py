@@ -1,6 +1,7 @@
 """Every field of `cluster.yaml`: where a run is started, on how many machines, and how long they wait for it to stop.
 
-Free of torch. Pure but for reading the file; what is asked of Slurm or Kubernetes itself is in `cluster_preflight`.
+Free of torch. Reads the file, and with the engine local what this machine has; what is asked of Slurm or Kubernetes
+itself is in `cluster_preflight`.
 """
 
 import sys
@@ -10,6 +11,7 @@ from typing import Literal
 import yaml
 from pydantic import Field, ValidationError, field_validator
 
+from controlbooth.launch.local import core_count, gpu_count
 from controlbooth.launch.torchrun import Node
 from controlbooth.trainer.config import ConfigError, Section, explain_errors
 
@@ -56,12 +58,14 @@ class Cluster(Section):
     engine: Engine = "local"
     nodes: int = Field(default=1, gt=0)
     processes_per_node: int = Field(default=1, gt=0)
-    """Ranks on each node, one per GPU where there are GPUs."""
+    """Ranks on each node, one per GPU where there are GPUs. Default with the engine local: so many as this machine
+    has GPUs, or 1."""
     gpus_per_node: int = Field(default=0, ge=0)
+    """Default with the engine local: those of this machine that CUDA_VISIBLE_DEVICES leaves visible."""
     accelerator: str | None = None
     """What they are, e.g. h100; `controlbooth plan` has a table of them."""
     cores_per_node: int | None = Field(default=None, gt=0)
-    """Asked for, and shared by the ranks. Default: one for each rank."""
+    """Asked for, and shared by the ranks. Default: one for each rank; with the engine local those of this machine."""
     memory_gib_per_node: float | None = Field(default=None, gt=0.0)
     time_limit_minutes: int | None = Field(default=None, gt=0)
     """Of one attempt; the run goes on in the next."""
@@ -95,9 +99,15 @@ class Cluster(Section):
 
 
 def load_cluster(path: Path | None, engine: Engine) -> Cluster:
-    """The file, or the defaults of an engine where there is none. Raises ConfigError with every mistake of the file."""
-    if path is None:
-        return Cluster(engine=engine)
+    """The file, or the defaults of an engine where there is none.
+
+    Raises ConfigError with every mistake of the file, and with the engine local ValueError where nvidia-smi hangs.
+    """
+    cluster = Cluster(engine=engine) if path is None else _read_cluster(path, engine)
+    return _filled_in_here(cluster) if engine == "local" else cluster
+
+
+def _read_cluster(path: Path, engine: Engine) -> Cluster:
     try:
         tree = yaml.safe_load(path.read_text()) or {}
     except FileNotFoundError:
@@ -118,6 +128,16 @@ def load_cluster(path: Path | None, engine: Engine) -> Cluster:
             f"{cluster.engine}`, in a policy `engine: {cluster.engine}`, or take another cluster file"
         )
     return cluster
+
+
+def _filled_in_here(cluster: Cluster) -> Cluster:
+    """With what is not written in its file, as `controlbooth train` takes this machine."""
+    left_out = {"processes_per_node", "gpus_per_node", "cores_per_node"} - cluster.model_fields_set
+    if not left_out:
+        return cluster
+    gpus = gpu_count() if "gpus_per_node" in left_out else cluster.gpus_per_node
+    here = dict(processes_per_node=max(1, gpus), gpus_per_node=gpus, cores_per_node=core_count())
+    return cluster.model_copy(update={field: here[field] for field in left_out})
 
 
 def dump_cluster(cluster: Cluster) -> str:

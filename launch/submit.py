@@ -85,9 +85,8 @@ def main(engine: Engine, arguments: Sequence[str] | None) -> int:
     )
     parser.add_argument("run", type=Path, metavar="RUN.yaml", help="the run; of subjects, what they share")
     parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="a field of the run, set here")
-    parser.add_argument(
-        "--cluster", type=Path, metavar="FILE", help=f"where it runs (default: {CLUSTER_FILE}, where there is one)"
-    )
+    default = "all GPUs and cores of this machine" if engine == "local" else f"{CLUSTER_FILE}, where there is one"
+    parser.add_argument("--cluster", type=Path, metavar="FILE", help=f"where it runs (default: {default})")
     parser.add_argument("--subjects", type=Path, metavar="SUBJECTS", help="a manifest of DreamBooth subjects")
     parser.add_argument("--subjects-per-task", type=int, metavar="K", help="default: what the ranks train at once")
     parser.add_argument("--dry-run", action="store_true", help="check it and print what would be submitted")

@@ -92,7 +92,7 @@ def history(world: Path, name: str) -> dict[int, str]:
 def undisturbed(world) -> Path:
     """The folder of the same run, in the background of this machine, on two ranks."""
     run = write_run(world, "undisturbed")
-    cluster = write_cluster(world, "undisturbed", "local", processes_per_node=2)
+    cluster = write_cluster(world, "undisturbed", "local", processes_per_node=2, cores_per_node=2)
     subprocess.run([*CONTROLBOOTH, "launch", "local", str(run), "--cluster", str(cluster)], check=True)
     folder = world / "runs" / "undisturbed"
     followed = subprocess.run(

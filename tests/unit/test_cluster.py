@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from controlbooth.launch.cluster import Cluster, load_cluster, one_node, shutdown_seconds
+from controlbooth.launch.cluster import Cluster, dump_cluster, load_cluster, one_node, shutdown_seconds
 from controlbooth.launch.cluster_preflight import (
     kubernetes_problems,
     parse_minutes,
@@ -20,6 +20,7 @@ from controlbooth.launch.cluster_preflight import (
     time_problems,
 )
 from controlbooth.launch.job import settled_manifest
+from controlbooth.launch.local import core_count
 from controlbooth.launch.outcome import main as outcome
 from controlbooth.launch.outcome import of_run, of_subjects
 from controlbooth.trainer.config import ConfigError
@@ -46,7 +47,27 @@ def test_a_file_fills_the_fields_and_the_rest_has_defaults(tmp_path):
     cluster = load_cluster(write(tmp_path, "nodes: 4\nslurm: {partition: gpu}\nenvironment: {NCCL_DEBUG: 1}"), "slurm")
     assert (cluster.nodes, cluster.slurm.partition, cluster.engine) == (4, "gpu", "slurm")
     assert cluster.environment == {"NCCL_DEBUG": "1"} and shutdown_seconds(cluster) == 240
-    assert one_node(cluster).nodes == 4 and load_cluster(None, "local") == Cluster()
+    assert one_node(cluster).nodes == 4 and load_cluster(None, "slurm") == Cluster(engine="slurm")
+
+
+def test_the_engine_local_takes_this_machine_where_the_file_says_nothing_else(tmp_path, monkeypatch):
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nfor number in 0 1 2 3; do echo GPU $number: NVIDIA H100; done\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    cores = core_count()
+
+    def taken(text: str) -> tuple[int, int, int | None]:
+        cluster = load_cluster(write(tmp_path, text), "local")
+        assert load_cluster(write(tmp_path, dump_cluster(cluster)), "local") == cluster  # as a job's record is read
+        return cluster.processes_per_node, cluster.gpus_per_node, cluster.cores_per_node
+
+    assert taken("") == taken("grace_seconds: 60") == (3, 3, cores) and load_cluster(None, "local").gpus_per_node == 3
+    assert taken("gpus_per_node: 2\ncores_per_node: 7") == (2, 2, 7)
+    assert taken("processes_per_node: 1") == (1, 3, cores)
+    assert taken("gpus_per_node: 0") == (1, 0, cores)  # on the CPU although there are GPUs
+    (tmp_path / "nvidia-smi").unlink()
+    assert taken("") == (1, 0, cores)
 
 
 @pytest.mark.parametrize(

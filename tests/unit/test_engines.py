@@ -228,6 +228,16 @@ def test_a_dry_run_prints_the_script_and_all_problems_and_writes_nothing(client,
     assert not (tmp_path / "data" / "runs").exists()
 
 
+def test_a_job_in_the_background_takes_the_gpus_of_this_machine(client, run, monkeypatch, capsys):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    client("nvidia-smi", "GPU 0: NVIDIA H100\nGPU 1: NVIDIA H100\n")
+    assert controlbooth(["launch", "local", str(run), "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "--nproc-per-node=2" in shown and "DS_ACCELERATOR" not in shown
+    assert controlbooth(["launch", "local", "--help"]) == 0
+    assert "default: all GPUs and cores of this machine" in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_refused_job_leaves_no_record_of_one(client, run, tmp_path, capsys):
     client("sbatch", "sbatch: error: Invalid account", status=1)
     client("scontrol", PARTITIONS)
