@@ -29,7 +29,7 @@ def job_problems(config: RunConfig, cluster: Cluster) -> list[str]:
         problems += check_ranks(config, one_node(cluster))
         problems += kubernetes_problems(cluster, paths(config))
     else:
-        problems += preflight(config, one_node(cluster))
+        problems += preflight(config, one_node(cluster), on_node=cluster.engine == "local")
     if not problems and (cluster.engine != "kubernetes" or config.model.base == BUILT_IN):
         checkpoint = checkpoint_bytes(config)
     return problems + engine_problems(cluster, checkpoint)

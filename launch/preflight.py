@@ -43,9 +43,13 @@ TRAINING_BYTES = 4 + 4 + 4 + 4
 """A trained parameter in a checkpoint: the weight, its fp32 master copy and Adam's two moments. An upper bound."""
 
 
-def preflight(config: RunConfig, node: Node) -> list[str]:
-    """Problems that would stop the run, or make it worthless; none is an empty list."""
-    return [problem for check in CHECKS for problem in check(config, node)]
+def preflight(config: RunConfig, node: Node, on_node: bool = True) -> list[str]:
+    """Problems that would stop the run, or make it worthless; none is an empty list.
+
+    on_node: whether this machine is to train it, and not only sees the same shared disks as those that do.
+    """
+    checks = CHECKS if on_node else [check for check in CHECKS if check is not check_cache]
+    return [problem for check in checks for problem in check(config, node)]
 
 
 def check_ranks(config: RunConfig, node: Node) -> Iterator[str]:

@@ -238,6 +238,16 @@ def test_a_job_in_the_background_takes_the_gpus_of_this_machine(client, run, mon
     assert "default: all GPUs and cores of this machine" in " ".join(capsys.readouterr().out.split())
 
 
+def test_the_cache_on_a_nodes_own_disk_is_not_looked_for_where_the_job_is_submitted(client, run, tmp_path, capsys):
+    client("sbatch")
+    client("scontrol", PARTITIONS)
+    (tmp_path / "scratch").touch()  # a folder on the nodes, and none here
+    words = ["launch", "slurm", str(run), "--dry-run", f"data.cache={tmp_path / 'scratch' / 'cache'}"]
+    assert controlbooth(words) == 0
+    assert controlbooth([*words[:1], "check", str(run), words[-1]]) == 2  # on a node
+    assert "is no folder that can be written to. Change data.cache" in capsys.readouterr().err
+
+
 def test_a_refused_job_leaves_no_record_of_one(client, run, tmp_path, capsys):
     client("sbatch", "sbatch: error: Invalid account", status=1)
     client("scontrol", PARTITIONS)
