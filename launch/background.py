@@ -4,9 +4,9 @@ It keeps the contract of the others: an attempt that is lost is started again, o
 one ends with a checkpoint.
 """
 
-import os
 import shlex
 import signal
+import socket
 import subprocess
 from pathlib import Path
 
@@ -66,23 +66,30 @@ until_it_ends() {
 
 
 def submit(script: Path) -> str:
-    """Starts it in a session of its own. -> its process id and when that began, which together name it."""
+    """Starts it in a session of its own. -> PROCESS@BEGAN@HOST, which names it among all machines and times.
+
+    BEGAN: seconds since 1970.
+    """
     with (script.parent / "log.txt").open("ab") as log:
         process = subprocess.Popen(
             ["bash", str(script)], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
         )
-    return f"{process.pid}@{psutil.Process(process.pid).create_time():.2f}"
+    return f"{process.pid}@{psutil.Process(process.pid).create_time():.2f}@{socket.gethostname()}"
 
 
 def states(job_id: str) -> list[JobState]:
+    """Raises ValueError on another machine than the one that it was started on."""
     process = _process(job_id)
     if process is None:
         return [JobState("unknown", "its process has ended")]
-    return [JobState("running", f"process {process.pid}", nodes=os.uname().nodename)]
+    return [JobState("running", f"process {process.pid}", nodes=socket.gethostname())]
 
 
 def cancel(job_id: str, now: bool) -> None:
-    """Hands on SIGTERM, so that it ends with a checkpoint, or kills the script and its ranks."""
+    """Hands on SIGTERM, so that it ends with a checkpoint, or kills the script and its ranks.
+
+    Raises ValueError on another machine than the one that it was started on.
+    """
     process = _process(job_id)
     if process is None:
         return
@@ -99,8 +106,13 @@ def cancel(job_id: str, now: bool) -> None:
 
 
 def _process(job_id: str) -> psutil.Process | None:
-    """Of this id and this beginning: the system gives ids of ended processes to others."""
-    pid, _, began = job_id.partition("@")
+    """Of this id, beginning and host; None where it has ended. Raises ValueError on another host."""
+    pid, began, host = job_id.split("@")
+    if host != socket.gethostname():
+        raise ValueError(
+            f"local job {job_id} was started on {host}, and this is {socket.gethostname()}, which does not see its "
+            f"processes. Go there; if {host} is gone for good, `controlbooth train RUN_FOLDER/job/run.yaml` goes on"
+        )
     try:
         process = psutil.Process(int(pid))
         if process.status() == psutil.STATUS_ZOMBIE or abs(process.create_time() - float(began)) > 1.0:

@@ -1,14 +1,16 @@
 """What is asked of Slurm and Kubernetes, and how their answers are read. Programs stand in for their clients."""
 
 import json
+import os
 import re
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
 import yaml
 
-from controlbooth.launch import kubernetes, slurm
+from controlbooth.launch import background, kubernetes, slurm
 from controlbooth.launch.cli import main as controlbooth
 from controlbooth.launch.cluster import Cluster, dump_cluster
 from controlbooth.launch.job import Job, JobState, record_of, write_job, write_record
@@ -122,6 +124,34 @@ def test_logs_of_one_task_are_those_of_its_index():
     command = kubernetes.logs_command("job/pets-1", "vision", follow=True, task=3)
     assert "batch.kubernetes.io/job-name=pets-1,batch.kubernetes.io/job-completion-index=3" in command
     assert command[-1] == "--follow"
+
+
+def test_a_job_in_the_background_of_another_machine_is_not_judged_from_here(tmp_path, monkeypatch):
+    (tmp_path / "job").mkdir()
+    (tmp_path / "job" / "script.sh").write_text("sleep 60\n")
+    job_id = background.submit(tmp_path / "job" / "script.sh")
+    try:
+        assert job_id.endswith(f"@{socket.gethostname()}") and background.states(job_id)[0].state == "running"
+        with monkeypatch.context() as patch:
+            patch.setattr(socket, "gethostname", lambda: "elsewhere")
+            for ask in (background.states, lambda one: background.cancel(one, now=True)):
+                with pytest.raises(ValueError, match=f"{job_id} was started on .*, and this is elsewhere.*Go there"):
+                    ask(job_id)
+        assert background.states(job_id)[0].state == "running"
+    finally:
+        background.cancel(job_id, now=True)
+    assert background.states(job_id)[0].state == "unknown"
+
+
+def test_a_run_that_another_machine_trains_in_its_background_is_not_resumed_here(tmp_path, capsys):
+    job = Job(
+        name="first", folder=tmp_path, here=tmp_path, working_directory=tmp_path, cluster=Cluster(), submitted=1.0
+    )
+    write_job(job, {"cluster.yaml": dump_cluster(job.cluster)})
+    write_record(tmp_path, record_of(job) | {"id": f"{os.getpid()}@1.00@elsewhere"})
+    for verb in ("status", "resume", "cancel"):
+        assert controlbooth(["launch", verb, str(tmp_path)]) == 2
+        assert "was started on elsewhere, and this is" in capsys.readouterr().err
 
 
 def test_following_prints_whole_lines_of_all_files_and_the_rest_at_the_end(tmp_path):
