@@ -9,6 +9,7 @@ import json
 import os
 import socket
 import subprocess
+import threading
 import time
 import uuid
 from collections.abc import Sequence
@@ -95,17 +96,42 @@ def give_back(folder: Path, lease: Lease) -> None:
 
 
 class Holding:
-    """A lease that is renewed as long as its holder gives signs of life."""
+    """A lease that is renewed by a thread as long as its holder's process lives, inside `with`; then it is given back.
+
+    The thread only keeps others away while the holder reads or computes for long. It ends where a renewal fails, and
+    the holder is told by its own next one.
+    """
 
     def __init__(self, folder: Path, lease: Lease, seconds: float):
         self.folder, self.lease, self._seconds = folder, lease, seconds
+        self._one_at_a_time = threading.Lock()
+        self._over = threading.Event()
+        self._failed: Exception | None = None
+        self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
+
+    def __enter__(self) -> "Holding":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+        self._thread.join()
+        give_back(self.folder, self.lease)
 
     def renew(self) -> None:
-        """To be called right before each change that others can see. Raises LeaseLost."""
-        self.lease = renew(self.folder, self.lease, self._seconds)
+        """To be called right before each change that others can see. Raises LeaseLost, and OSError."""
+        with self._one_at_a_time:
+            if self._failed is not None:
+                raise self._failed
+            self.lease = renew(self.folder, self.lease, self._seconds)
 
-    def give_back(self) -> None:
-        give_back(self.folder, self.lease)
+    def _keep(self) -> None:
+        while not self._over.wait(self._seconds / 4):
+            try:
+                self.renew()
+            except (LeaseLost, OSError) as error:
+                self._failed = error
+                return
 
     def run(self, command: Sequence[str], output: Path) -> int:
         """Runs a program, renewing meanwhile; -> its exit status. Raises LeaseLost, and ends the program then."""

@@ -88,18 +88,17 @@ def tick(policy: Policy, by_hand: bool = False) -> int:
         other = holder(folder)
         print(f"another tick is at it: process {other.process} on {other.host}" if other else "another tick is at it")
         return DONE
-    holding, now = Holding(folder, lease, policy.lease_seconds), time.time()
-    try:
-        one = Tick(policy, folder, holding, read_state(folder, now), there, now)
-        write_state(folder, one.state)
-        return go_on(one, by_hand)
-    except RegistryAway:
-        raise
-    except (ValueError, OSError) as error:
-        audit.append(folder, holding.lease.generation, None, "stopped", str(error))
-        raise
-    finally:
-        holding.give_back()
+    with Holding(folder, lease, policy.lease_seconds) as holding:
+        try:
+            now = time.time()
+            one = Tick(policy, folder, holding, read_state(folder, now), there, now)
+            write_state(folder, one.state)
+            return go_on(one, by_hand)
+        except RegistryAway:
+            raise
+        except (ValueError, OSError) as error:
+            audit.append(folder, holding.lease.generation, None, "stopped", str(error))
+            raise
 
 
 def open_registry_of(policy: Policy) -> Registry:
@@ -156,7 +155,8 @@ def consider(now: Tick, by_hand: bool) -> int:
 
 
 def start(now: Tick, proposed: Proposal) -> int:
-    """Writes down what the round is to see, and submits it."""
+    """Writes down what the round is to see, and submits it. Raises LeaseLost before it has written anything."""
+    now.holding.renew()
     where = round_folder(now.folder, proposed.number)
     growth.freeze(proposed.dataset, where / "manifest.jsonl")
     weights = proposed.weights

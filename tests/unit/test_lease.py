@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -103,3 +104,35 @@ def test_a_program_is_ended_where_the_lease_was_lost(tmp_path):
     assert take(tmp_path / "lease", 60.0) is not None
     with pytest.raises(LeaseLost):
         holding.run([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "output.txt")
+
+
+def wait_until(true) -> None:
+    end = time.monotonic() + 60.0
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_a_holder_that_thinks_for_long_keeps_its_lease_and_gives_it_back(tmp_path):
+    one = take(tmp_path, 0.5)
+    assert one is not None
+    with Holding(tmp_path, one, 0.5):
+        wait_until(lambda: time.time() > one.expires and held(tmp_path, one) and expires(tmp_path) > one.expires)
+    assert expires(tmp_path) == 0.0
+
+
+def expires(folder: Path) -> float:
+    last = holder(folder)
+    assert last is not None
+    return last.expires
+
+
+def test_a_holder_that_was_asleep_is_told_at_its_next_change_and_takes_nothing_from_its_successor(tmp_path):
+    one = take(tmp_path, 0.5, now=time.time() - 100)
+    assert one is not None
+    successor = take(tmp_path, 60.0)
+    with Holding(tmp_path, one, 0.5) as holding:
+        wait_until(lambda: not any(thread.name == "lease" for thread in threading.enumerate()))
+        with pytest.raises(LeaseLost, match="another one has taken over"):
+            holding.renew()
+    assert holder(tmp_path) == successor

@@ -2,12 +2,14 @@
 
 import os
 import socket
+import time
 
 import psutil
 import pytest
 from policies import World, pack_scenes
 
 from controlbooth.deploy import audit
+from controlbooth.deploy import tick as ticks
 from controlbooth.deploy.lease import holder, take
 from controlbooth.deploy.policy import state_folder
 from controlbooth.deploy.rounds import Round, is_alive, read_state, with_round, write_state
@@ -63,6 +65,19 @@ def test_a_run_that_preflight_refuses_is_not_started(world, capsys):
     assert tick(world) == 2
     assert "round 1 cannot be started" in capsys.readouterr().err
     assert read_state(state_folder(world.policy), 0.0).rounds == ()
+
+
+def test_a_tick_that_has_lost_its_lease_while_it_thought_writes_nothing_of_a_round(world, monkeypatch, capsys):
+    folder, think = state_folder(world.policy), ticks.check_start
+
+    def while_another_one_takes_over(*arguments):
+        assert take(folder, 60.0, now=time.time() + 2 * world.policy.lease_seconds) is not None
+        think(*arguments)
+
+    monkeypatch.setattr(ticks, "check_start", while_another_one_takes_over)
+    assert tick(world) == 3
+    assert "another one has taken over" in capsys.readouterr().err
+    assert not (folder / "rounds").exists() and read_state(folder, 0.0).rounds == ()
 
 
 def test_history_and_status_of_a_policy_that_never_ticked(world, capsys):
