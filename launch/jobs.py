@@ -1,6 +1,7 @@
 """`controlbooth launch status|logs|cancel|resume RUN_FOLDER`, alike for every engine."""
 
 import argparse
+import contextlib
 import json
 import re
 import subprocess
@@ -18,7 +19,7 @@ from controlbooth.launch.cluster_preflight import engine_problems, job_problems
 from controlbooth.launch.job import Job, JobState, job_logs, task_rows
 from controlbooth.launch.outcome import failure_reasons
 from controlbooth.launch.submit import AT_WORK, at_work, check_ended, last_submission, launch, replace_nodes, states
-from controlbooth.trainer.config import dump, load_config
+from controlbooth.trainer.config import RunConfig, dump, load_config
 
 NOTE = "== "
 """How lines of a job's script begin in its log."""
@@ -264,4 +265,15 @@ def next_submission(
         files = {name: (submitted / name).read_text() for name in ("run.yaml", "subjects.jsonl")}
         return job, files, engine_problems(job.cluster)
     config = load_config(submitted / "run.yaml", overrides)
-    return job, {"run.yaml": dump(config)}, job_problems(config, job.cluster)
+    return job, {"run.yaml": dump(config)}, problems_there(config, job)
+
+
+def problems_there(config: RunConfig, job: Job) -> list[str]:
+    """Of a run whose relative paths start from where its job does, and not from where it is resumed."""
+    if not job.working_directory.is_dir():
+        return [
+            f"paths of the run start from {job.working_directory}, which this machine does not see. Resume it where it "
+            "was launched, or put the folder back"
+        ]
+    with contextlib.chdir(job.working_directory):
+        return job_problems(config, job.cluster)

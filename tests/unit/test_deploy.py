@@ -130,6 +130,15 @@ def test_the_server_takes_every_option_that_it_is_given():
     assert options and options <= known
 
 
+def test_what_a_tick_in_a_pod_names_by_relative_paths_outlives_the_pod():
+    pod = yaml.safe_load((ROOT / "deploy/kubernetes/retrain.yaml").read_text())
+    pod = pod["spec"]["jobTemplate"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    claimed = {one["name"] for one in pod["volumes"] if "persistentVolumeClaim" in one}
+    kept = [Path(one["mountPath"]) for one in container["volumeMounts"] if one["name"] in claimed]
+    assert any(Path(container["workingDir"]).is_relative_to(one) for one in kept)
+
+
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl, which has kustomize in it, is not installed")
 def test_kustomize_puts_the_cluster_objects_together():
     done = subprocess.run(["kubectl", "kustomize", str(ROOT / "deploy/kubernetes")], capture_output=True, text=True)

@@ -286,6 +286,26 @@ def test_a_refused_job_leaves_no_record_of_one(client, run, tmp_path, capsys):
     assert not (tmp_path / "data/runs/first/job/job.json").exists()
 
 
+def test_paths_of_a_resumed_run_start_from_where_it_was_launched(client, run, tmp_path, monkeypatch, capsys):
+    client("sbatch", "42\n")
+    client("scontrol")
+    failed = "JobId=42 JobState=FAILED Reason=None Restarts=0 NodeList=n1"
+    answers = f"case $2 in job) echo {failed} ;; *) echo {PARTITIONS.strip()} ;; esac"
+    (tmp_path / "scontrol").write_text(f"#!/bin/sh\n{answers}\n")
+    project = tmp_path / "data"
+    monkeypatch.chdir(project)
+    assert controlbooth(["launch", "slurm", str(run), "data.shards=train", "output=runs"]) == 0
+    (project / "elsewhere").mkdir()
+    monkeypatch.chdir(project / "elsewhere")
+    assert controlbooth(["launch", "resume", "../runs/first"]) == 0
+    assert Path.cwd() == project / "elsewhere" and list(Path.cwd().iterdir()) == []
+    assert f"cd {project} || exit 1" in (project / "runs/first/job/script.sh").read_text()
+    record = json.loads((project / "runs/first/job/job.json").read_text())
+    write_record(project / "runs/first", record | {"working_directory": "/gone"})
+    assert controlbooth(["launch", "resume", "../runs/first"]) == 2
+    assert "start from /gone, which this machine does not see" in capsys.readouterr().err
+
+
 @pytest.fixture
 def pods(tmp_path) -> list[str]:
     """The option that names a file of pods that see /data as this machine does."""
