@@ -63,17 +63,19 @@ def sample(
     guidance_scale: float,
     scheduler: str = "ddim",
     negative_prompt: str | None = None,
+    picture_size: tuple[int, int] | None = None,
 ) -> Tensor:
     """Samples one picture for each prompt. Returns (B, H, W, 3) uint8 on the CPU.
 
-    Without controls the pictures have the size that the U-Net was made for, else that of the conditions. seeds: B
-    integers; picture i depends on seeds[i], not on the batch. guidance_scale: classifier-free guidance (arXiv
-    2207.12598) away from negative_prompt; 1 or less does without. negative_prompt None: the empty prompt, or SDXL's
-    zeros, as in the pipelines. Modules are in eval mode meanwhile and then as they were. Under ZeRO-3 every rank calls
-    this. Raises ValueError for numbers that do not match, and for an unknown scheduler or schedule.
+    picture_size: (H, W) in pixels, multiples of the VAE's factor. None: that of the conditions, or without controls the
+    one that the U-Net was made for; with controls it can only be that of the conditions. seeds: B integers; picture i
+    depends on seeds[i], not on the batch. guidance_scale: classifier-free guidance (arXiv 2207.12598) away from
+    negative_prompt; 1 or less does without. negative_prompt None: the empty prompt, or SDXL's zeros, as in the
+    pipelines. Modules are in eval mode meanwhile and then as they were. Under ZeRO-3 every rank calls this. Raises
+    ValueError for numbers that do not match, and for an unknown scheduler or schedule.
     """
     _check(prompts, seeds, steps, controls, scheduler)
-    height, width = tuple(controls[0].conditioning.shape[-2:]) if controls else base.picture_size
+    height, width = _picture_size(base, controls, picture_size)
     guided = guidance_scale > 1.0
     text = _text_of_both_branches(base, prompts, negative_prompt, (height, width), guided)
     noise_scheduler: Any = SCHEDULERS[scheduler].from_config(base.noise_scheduler.config)
@@ -148,6 +150,19 @@ def _sum(several: Sequence[Residuals]) -> Residuals:
         down = [one + two for one, two in zip(down, other.down, strict=True)]
         mid = mid + other.mid
     return Residuals(tuple(down), mid)
+
+
+def _picture_size(base: Base, controls: Sequence[Control], asked: tuple[int, int] | None) -> tuple[int, int]:
+    if controls:
+        height, width = controls[0].conditioning.shape[-2:]
+        if asked not in (None, (height, width)):
+            raise ValueError(f"pictures of {asked} pixels cannot be controlled by conditions of {(height, width)}")
+        return height, width
+    height, width = asked or base.picture_size
+    factor = base.family.vae_factor
+    if height % factor or width % factor:
+        raise ValueError(f"pictures of {(height, width)} pixels: {base.family.title} makes multiples of {factor}")
+    return height, width
 
 
 def _acts(control: Control, number: int, steps: int) -> bool:

@@ -13,11 +13,12 @@ from controlbooth.data.manifest import open_dataset
 from controlbooth.data.pack import main as pack
 from controlbooth.models.controlnet import build_controlnet
 from controlbooth.models.pretrained import load_base, save_controlnet
-from controlbooth.trainer.config import ConfigError
+from controlbooth.trainer.config import ConfigError, ValidationConfig
 from controlbooth.trainer.distributed import World, leave
 from controlbooth.trainer.evaluate.distribution import LEAST_FOR_FID, fid, kid, open_measures
 from controlbooth.trainer.evaluate.evaluate import main, rows_of
-from controlbooth.trainer.evaluate.held_out import AT_ONCE
+from controlbooth.trainer.evaluate.held_out import AT_ONCE, load_held_out
+from controlbooth.trainer.evaluate.validate import generate
 
 FEW = ["--base", "miniature", "--samples", "10", "--steps", "2"]
 
@@ -81,6 +82,19 @@ def test_pictures_that_are_there_are_not_drawn_again_and_missing_ones_are(studio
     assert np.array_equal(cv2.imread(str(lost)), before)
     other, _ = run(studio, tmp_path, "--guidance", "3")
     assert other["speed"]["drawn"] == 20  # without a prompt there is no guidance, so those are the same
+
+
+def test_pictures_without_control_are_as_large_as_the_others_where_the_base_makes_another_size(studio, tmp_path):
+    result, _ = run(studio, tmp_path, "--resolution", "32", "--samples", "2")
+    assert result["figures"]["without control"].keys() >= {"edge_f1"}
+    assert {cv2.imread(str(path)).shape for path in tmp_path.glob("pictures/*/*.png")} == {(32, 32, 3)}
+
+
+def test_what_a_validation_compares_with_is_as_large_as_its_conditions_and_is_what_an_ablation_draws(studio):
+    held = load_held_out(open_dataset(studio / "shards"), 2, "depth", 32)
+    config = ValidationConfig(samples=2, grid=1, sampling_steps=1)
+    pictures = generate(load_base("miniature"), None, held, config, World(0, 1, 0, torch.device("cpu")))
+    assert pictures.shape == held.targets.shape == (2, 32, 32, 3)
 
 
 @pytest.mark.parametrize(

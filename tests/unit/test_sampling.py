@@ -237,6 +237,20 @@ def test_guess_mode_gives_the_pictures_of_diffusers_guess_mode(load_tiny, base_f
     assert np.abs(np.round(theirs * 255) - ours.numpy()).max() <= 1
 
 
+def test_pictures_without_control_have_the_size_that_is_asked_for(load_tiny):
+    base = load_tiny("sd15")
+    options = dict(seeds=[1], steps=1, guidance_scale=1.0)
+    assert sample(base, ["a cat"], picture_size=(48, 64), **options).shape == (1, 48, 64, 3)
+    control = Control(build_controlnet(base.unet), torch.rand(1, 3, 48, 64))  # untrained, so it adds nothing
+    assert torch.equal(
+        sample(base, ["a cat"], [control], **options), sample(base, ["a cat"], picture_size=(48, 64), **options)
+    )
+    with pytest.raises(ValueError, match=r"\(36, 32\) pixels: .* makes multiples of 8"):
+        sample(base, ["a cat"], picture_size=(36, 32), **options)
+    with pytest.raises(ValueError, match=r"\(32, 32\) pixels cannot be controlled by conditions of \(48, 64\)"):
+        sample(base, ["a cat"], [control], picture_size=(32, 32), **options)
+
+
 def test_control_that_never_acts_is_no_control(load_tiny):
     base = load_tiny("miniature")
     control = Control(trained_controlnet(base), conditions(1), start=0.9, end=1.0)

@@ -343,7 +343,7 @@ def way_digest(
         data=dataset.fingerprint,
         condition=target.condition if network is not None else None,
         prompts=hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
-        side=side,
+        picture_size=(side, side),
         steps=target.steps,
         guidance=guidance,
         scheduler=target.scheduler,
@@ -379,6 +379,7 @@ def draw(
             steps=target.steps,
             guidance_scale=guidance,
             scheduler=target.scheduler,
+            picture_size=held.picture_size,
         ).numpy()
         for row, picture in zip(rows, pictures, strict=True):
             write_png(folder / f"{row:06d}.png", picture)

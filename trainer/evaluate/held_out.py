@@ -32,6 +32,11 @@ class HeldOutSet:
     segmentation: np.ndarray | None
     """(N, H, W) uint8, where the shards hold a segmentation."""
 
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """(H, W) in pixels."""
+        return self.targets.shape[1], self.targets.shape[2]
+
 
 def load_held_out(dataset: Dataset, count: int, condition_kind: str, resolution: int) -> HeldOutSet:
     """Reads the set. Raises ValueError where the shards have fewer than `count` samples of the kind."""

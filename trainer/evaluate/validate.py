@@ -54,6 +54,7 @@ def generate(
             seeds=rows,
             steps=config.sampling_steps,
             guidance_scale=config.guidance_scale if any(prompts) else 1.0,
+            picture_size=held.picture_size,
         )
         pictures |= dict(zip(rows, images.numpy(), strict=True))
     everyone = {row: image for part in gather_objects(pictures, world) for row, image in part.items()}
@@ -111,7 +112,7 @@ def validate(
         base.digest,
         held.keys,
         held.captions,
-        held.targets.shape,
+        held.picture_size,
         config.sampling_steps,
         config.guidance_scale,
     )
