@@ -9,14 +9,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from controlbooth import launch
+from controlbooth.data import scenes
 from controlbooth.data.manifest import open_dataset
 from controlbooth.data.pack import main as pack
 from controlbooth.models.controlnet import build_controlnet
 from controlbooth.models.pretrained import load_base, save_controlnet
-from controlbooth.trainer.config import ConfigError, ValidationConfig
+from controlbooth.trainer.config import ConfigError, ValidationConfig, load_config
 from controlbooth.trainer.distributed import World, leave
 from controlbooth.trainer.evaluate.distribution import LEAST_FOR_FID, fid, kid, open_measures
 from controlbooth.trainer.evaluate.evaluate import main, rows_of
+from controlbooth.trainer.evaluate.extract import extractor, fidelity
 from controlbooth.trainer.evaluate.held_out import AT_ONCE, load_held_out
 from controlbooth.trainer.evaluate.validate import generate
 
@@ -82,6 +85,33 @@ def test_pictures_that_are_there_are_not_drawn_again_and_missing_ones_are(studio
     assert np.array_equal(cv2.imread(str(lost)), before)
     other, _ = run(studio, tmp_path, "--guidance", "3")
     assert other["speed"]["drawn"] == 20  # without a prompt there is no guidance, so those are the same
+
+
+@pytest.mark.parametrize("prefix", ["", "computed:"])
+def test_control_by_the_edges_of_the_shipped_run_on_photographs_is_measured_against_them(prefix, tmp_path):
+    kind = load_config(Path(launch.__file__).parent / "configs" / "sd15-edges.yaml").data.condition
+    stored = [] if prefix else ["--condition", kind]
+    (tmp_path / "photos").mkdir()
+    for number in range(4):
+        picture = scenes.render(scenes.scene(5, number), 64).image[..., ::-1]
+        cv2.imwrite(str(tmp_path / "photos" / f"{number}.png"), picture)
+        (tmp_path / "photos" / f"{number}.txt").write_text("a picture")
+    pack([str(tmp_path / "photos"), *stored, "-o", str(tmp_path / "shards")])
+    held = load_held_out(open_dataset(tmp_path / "shards"), 4, prefix + kind, 64)
+    assert held.kind == kind and held.edges is not None
+    assert np.array_equal(held.edges, held.conditions[..., 0])
+    extract = extractor(held, {}, "cpu")
+    own = fidelity(held.targets, held, range(4), extract)["edge_f1"].mean()
+    others = fidelity(held.targets[::-1], held, range(4), extract)["edge_f1"].mean()
+    assert own > 0.75 and others < 0.4
+
+
+def test_edges_that_are_drawn_under_are_what_is_measured_whatever_others_the_shards_hold(tmp_path):
+    kinds = ["--condition", "edges", "--condition", "canny"]
+    pack(["--scenes", "4", *kinds, "-o", str(tmp_path)])
+    for kind in ("edges", "canny", "computed:canny", "computed:canny_random"):
+        held = load_held_out(open_dataset(tmp_path), 4, kind, 64)
+        assert held.edges is not None and np.array_equal(held.edges, held.conditions[..., 0])
 
 
 def test_pictures_without_control_are_as_large_as_the_others_where_the_base_makes_another_size(studio, tmp_path):

@@ -49,7 +49,7 @@ from controlbooth.trainer.evaluate.convergence import (
 from controlbooth.trainer.evaluate.distribution import Measures, measure_sets, open_measures
 from controlbooth.trainer.evaluate.extract import extractor, fidelity, what_is_missing
 from controlbooth.trainer.evaluate.grids import draw_grid
-from controlbooth.trainer.evaluate.held_out import AT_ONCE, HeldOutSet, load_held_out, scenes_of
+from controlbooth.trainer.evaluate.held_out import AT_ONCE, EDGE_KINDS, HeldOutSet, load_held_out, scenes_of
 from controlbooth.trainer.evaluate.judge import load_judge, obedience, obedience_by_picture, read
 from controlbooth.trainer.evaluate.report import write_report
 from controlbooth.trainer.evaluate.statistics import mean_and_interval
@@ -217,7 +217,7 @@ def evaluate(target: Evaluated, options: argparse.Namespace, world: World) -> in
     held = load_held_out(dataset, target.samples, target.condition, side)
     extract = extractor(held, named_networks(options.network), str(world.device))
     measures = open_measures(dict(one.partition("=")[::2] for one in options.encoder), options.aesthetic, world.device)
-    if extract is None and world.rank == 0 and held.kind not in ("edges", "canny", "canny_random"):
+    if extract is None and world.rank == 0 and held.kind not in EDGE_KINDS:
         print(what_is_missing(held.kind), file=sys.stderr)
     ways: dict[str, tuple[Any, Sequence[str], float]] = {
         WITHOUT: (None, held.captions, target.guidance),

@@ -11,7 +11,7 @@ from controlbooth.data.scenes import Scene, scene
 
 AT_ONCE = 8
 """Rows that an evaluation draws and encodes together, whatever the number of ranks."""
-EDGE_KINDS = ("edges", "canny")
+EDGE_KINDS = ("edges", "canny", "canny_random")
 MASK_KINDS = ("segmentation",)
 
 
@@ -28,7 +28,7 @@ class HeldOutSet:
     conditions: np.ndarray
     """(N, H, W, 3) uint8, of the kind that is trained on."""
     edges: np.ndarray | None
-    """(N, H, W) uint8, where the shards hold edges."""
+    """(N, H, W) uint8: the conditions where they are edges, else those that the shards hold."""
     segmentation: np.ndarray | None
     """(N, H, W) uint8, where the shards hold a segmentation."""
 
@@ -41,10 +41,13 @@ class HeldOutSet:
 def load_held_out(dataset: Dataset, count: int, condition_kind: str, resolution: int) -> HeldOutSet:
     """Reads the set. Raises ValueError where the shards have fewer than `count` samples of the kind."""
     samples = list(held_out(dataset, count, condition_kind=condition_kind, resolution=resolution))
-    kinds = {kind for row in dataset.rows for kind in row.conditions} | {condition_kind}
+    kind = condition_kind.removeprefix(COMPUTED)
+    stored = {name for row in dataset.rows for name in row.conditions}
 
     def one_channel(wanted: tuple[str, ...]) -> np.ndarray | None:
-        found = [kind for name in wanted for kind in (name, COMPUTED + name) if kind in kinds]
+        if kind in wanted:  # what the pictures are drawn under, whatever else the shards hold
+            return np.stack([sample.conditioning[0] for sample in samples])  # type: ignore[index]
+        found = [name for name in wanted if name in stored]
         if not found:
             return None
         others = list(held_out(dataset, count, condition_kind=found[0], resolution=resolution))
@@ -53,7 +56,7 @@ def load_held_out(dataset: Dataset, count: int, condition_kind: str, resolution:
         return np.stack([other.conditioning[0] for other in others])  # type: ignore[index]
 
     return HeldOutSet(
-        kind=condition_kind.removeprefix(COMPUTED),
+        kind=kind,
         keys=[sample.key for sample in samples],
         captions=[sample.caption for sample in samples],
         targets=np.stack([sample.pixel_values.transpose(1, 2, 0) for sample in samples]),
