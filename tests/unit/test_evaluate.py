@@ -17,6 +17,7 @@ from controlbooth.models.controlnet import build_controlnet
 from controlbooth.models.pretrained import load_base, save_controlnet
 from controlbooth.trainer.config import ConfigError, ValidationConfig, load_config
 from controlbooth.trainer.distributed import World, leave
+from controlbooth.trainer.evaluate.convergence import validation_curve
 from controlbooth.trainer.evaluate.distribution import LEAST_FOR_FID, fid, kid, open_measures
 from controlbooth.trainer.evaluate.evaluate import main, rows_of
 from controlbooth.trainer.evaluate.extract import extractor, fidelity
@@ -87,16 +88,21 @@ def test_pictures_that_are_there_are_not_drawn_again_and_missing_ones_are(studio
     assert other["speed"]["drawn"] == 20  # without a prompt there is no guidance, so those are the same
 
 
+def photographs(folder: Path) -> Path:
+    """Four pictures whose names and captions are not those of scenes."""
+    (folder / "images").mkdir(parents=True)
+    for number in range(4):
+        picture = scenes.render(scenes.scene(5, number), 64).image[..., ::-1]
+        cv2.imwrite(str(folder / "images" / f"{number}.png"), picture)
+        (folder / "images" / f"{number}.txt").write_text("a picture")
+    return folder
+
+
 @pytest.mark.parametrize("prefix", ["", "computed:"])
 def test_control_by_the_edges_of_the_shipped_run_on_photographs_is_measured_against_them(prefix, tmp_path):
     kind = load_config(Path(launch.__file__).parent / "configs" / "sd15-edges.yaml").data.condition
     stored = [] if prefix else ["--condition", kind]
-    (tmp_path / "photos").mkdir()
-    for number in range(4):
-        picture = scenes.render(scenes.scene(5, number), 64).image[..., ::-1]
-        cv2.imwrite(str(tmp_path / "photos" / f"{number}.png"), picture)
-        (tmp_path / "photos" / f"{number}.txt").write_text("a picture")
-    pack([str(tmp_path / "photos"), *stored, "-o", str(tmp_path / "shards")])
+    pack([str(photographs(tmp_path / "photos")), *stored, "-o", str(tmp_path / "shards")])
     held = load_held_out(open_dataset(tmp_path / "shards"), 4, prefix + kind, 64)
     assert held.kind == kind and held.edges is not None
     assert np.array_equal(held.edges, held.conditions[..., 0])
@@ -112,6 +118,39 @@ def test_edges_that_are_drawn_under_are_what_is_measured_whatever_others_the_sha
     for kind in ("edges", "canny", "computed:canny", "computed:canny_random"):
         held = load_held_out(open_dataset(tmp_path), 4, kind, 64)
         assert held.edges is not None and np.array_equal(held.edges, held.conditions[..., 0])
+
+
+def test_masks_are_measured_of_scenes_and_not_of_photographs_with_a_coloured_segmentation(studio, tmp_path):
+    photos = photographs(tmp_path / "photos")
+    (photos / "conditions" / "segmentation").mkdir(parents=True)
+    for number in range(4):
+        colours = np.full((64, 64, 3), (120, 60, 0), np.uint8)  # BGR: red is 0 everywhere
+        cv2.imwrite(str(photos / "conditions" / "segmentation" / f"{number}.png"), colours)
+    pack([str(photos), "-o", str(tmp_path / "shards")])
+    for kind in ("segmentation", "computed:gray"):
+        held = load_held_out(open_dataset(tmp_path / "shards"), 4, kind, 64)
+        assert "mask_iou" not in fidelity(held.targets, held, range(4), extractor(held, {}, "cpu"))
+    held = load_held_out(open_dataset(studio / "shards"), 4, "depth", 64)
+    assert fidelity(held.targets, held, range(4), None)["mask_iou"].mean() > 0.9
+
+
+@pytest.mark.parametrize(
+    ("kind", "own"),
+    [
+        ("edges", "edge_f1"),
+        ("canny_random", "edge_f1"),
+        ("depth", "depth_delta"),
+        ("segmentation", "segmentation_miou"),
+    ],
+)
+def test_control_is_told_by_the_figure_of_the_trained_kind(kind, own, studio, tmp_path):
+    stored = kind in ("edges", "depth", "segmentation")
+    held = load_held_out(open_dataset(studio / "shards"), 4, kind if stored else f"computed:{kind}", 64)
+    figures = fidelity(held.targets, held, range(4), extractor(held, {}, "cpu"))
+    assert figures.keys() >= {"edge_f1", "mask_iou", own}
+    values = {f"validation/{name}": float(values.mean()) for name, values in figures.items()}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(dict(time=0.0, step=3, metrics=values)) + "\n")
+    assert validation_curve(tmp_path) == {3: values[f"validation/{own}"]}
 
 
 def test_pictures_without_control_are_as_large_as_the_others_where_the_base_makes_another_size(studio, tmp_path):

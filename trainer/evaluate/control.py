@@ -2,11 +2,10 @@
 given.
 
 The loss of a ControlNet says nothing about whether it obeys; these figures do. Two are measured on every picture: how
-well its edges lie on the given ones (edge F1), and, where shards hold a segmentation, how well its object covers the
-true one (mask IoU). A picture of equal-area discs at the true places scores an IoU of about .8 without following a
-single
-outline: an IoU means little without the edge F1 beside it, and neither without the figures of pictures made without
-control.
+well its edges lie on the given ones (edge F1), and, of scenes whose shards hold a segmentation, how well its object
+covers the true one (mask IoU). A picture of equal-area discs at the true places scores an IoU of about .8 without
+following a single outline: an IoU means little without the edge F1 beside it, and neither without the figures of
+pictures made without control.
 """
 
 import cv2

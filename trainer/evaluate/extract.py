@@ -62,4 +62,7 @@ def what_is_missing(kind: str) -> str:
     if kind in NETWORKS:
         folders = ",".join(NETWORKS[kind][1])
         return f"nothing finds {kind} in pictures: give --network {kind}={folders} for its fidelity"
-    return f"nothing measures the kind {kind}; edges and masks are measured where the shards hold them"
+    return (
+        f"nothing measures the kind {kind}; edges are measured where the shards hold them, and masks where they hold "
+        "scenes with a segmentation"
+    )

@@ -1,6 +1,6 @@
 """The samples that are never trained on, whole on every rank, and the scenes behind them where they are scenes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -30,7 +30,7 @@ class HeldOutSet:
     edges: np.ndarray | None
     """(N, H, W) uint8: the conditions where they are edges, else those that the shards hold."""
     segmentation: np.ndarray | None
-    """(N, H, W) uint8, where the shards hold a segmentation."""
+    """(N, H, W) uint8, nonzero on objects; where the set holds scenes, and the shards their segmentation."""
 
     @property
     def picture_size(self) -> tuple[int, int]:
@@ -55,15 +55,17 @@ def load_held_out(dataset: Dataset, count: int, condition_kind: str, resolution:
             return None  # not every sample has that kind: no figure rather than one of other pictures
         return np.stack([other.conditioning[0] for other in others])  # type: ignore[index]
 
-    return HeldOutSet(
+    held = HeldOutSet(
         kind=kind,
         keys=[sample.key for sample in samples],
         captions=[sample.caption for sample in samples],
         targets=np.stack([sample.pixel_values.transpose(1, 2, 0) for sample in samples]),
         conditions=np.stack([sample.conditioning.transpose(1, 2, 0) for sample in samples]),  # type: ignore[union-attr]
         edges=one_channel(EDGE_KINDS),
-        segmentation=one_channel(MASK_KINDS),
+        segmentation=None,
     )
+    # Objects are found before plain backgrounds, which photographs have not, and colour maps are zero in places.
+    return replace(held, segmentation=one_channel(MASK_KINDS)) if scenes_of(held) else held
 
 
 def scenes_of(held: HeldOutSet) -> list[Scene]:
