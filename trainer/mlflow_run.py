@@ -16,6 +16,8 @@ from controlbooth.trainer.spool import Record, State
 METRICS_PER_CALL, ENTRIES_PER_CALL = 1000, 100
 """MLflow's limits for log_batch: of metrics, and of params or tags."""
 KEY_TAG = "controlbooth.key"
+EVALUATION = "evaluation/"
+"""Before the names of metrics that are measured afterwards: at any step, in any order, and again."""
 MLFLOW_MODEL_IS_EXTERNAL = "mlflow.model.isExternal"
 QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -54,10 +56,14 @@ class MlflowRun:
         self._sent_steps: dict[str, int] = {}
 
     def skip_sent_steps(self) -> None:
-        """From here on, leaves out what the server has now: each metric up to its last step, as steps come in order."""
+        """From here on, leaves out what the server has now: each metric up to its last step, as steps come in order.
+
+        Evaluations do not. Sent twice, their points have the times that they had, and count once.
+        """
         if not self._values_changed:
             data = self._client.get_run(self.run_id).data
-            self._sent_steps = {metric.key: metric.step for metric in data.to_proto().metrics}
+            last = {metric.key: metric.step for metric in data.to_proto().metrics}
+            self._sent_steps = {name: step for name, step in last.items() if not name.startswith(EVALUATION)}
 
     def send(self, records: Sequence[Record]) -> None:
         """Puts records of one kind there. Raises Refused, or anything that another try may cure."""

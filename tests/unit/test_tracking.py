@@ -19,6 +19,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from controlbooth.trainer import tracking
+from controlbooth.trainer.mlflow_run import EVALUATION
 from controlbooth.trainer.spool import Spool, read_metrics
 from controlbooth.trainer.tracking import Tracker, flatten, system_metrics
 
@@ -256,6 +257,19 @@ def test_changed_params_become_tags_and_repeated_steps_are_then_sent_again(tmp_p
     assert run.data.params == {"optimizer.learning_rate": "1e-05", "seed": "1"}
     assert run.data.tags["changed.optimizer.learning_rate"] == "2e-05"
     assert history(uri, "loss") == [(1, 1.0), (2, 2.0), (2, 20.0)]
+
+
+def test_evaluations_arrive_in_any_order_of_steps_and_again_and_none_twice(tmp_path, uri):
+    name = f"{EVALUATION}with-control/edge_f1"
+    for step, value in ((800, 0.8), (400, 0.4), (800, 0.81)):
+        tracker = start(tmp_path / "run", uri)
+        tracker.log(step, {name: value})
+        assert tracker.close(20) == 0
+    assert history(uri, name) == [(400, 0.4), (800, 0.8), (800, 0.81)]
+    state = tmp_path / "run" / "tracking.json"  # as if no answer had come
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"acknowledged": {"metrics": 0, "artifacts": 0}}))
+    assert start(tmp_path / "run", uri).close(20) == 0
+    assert history(uri, name) == [(400, 0.4), (800, 0.8), (800, 0.81)]
 
 
 def test_one_refused_record_does_not_hold_up_the_others_and_stays_in_the_file(tmp_path, uri, caplog):

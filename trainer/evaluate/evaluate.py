@@ -53,6 +53,7 @@ from controlbooth.trainer.evaluate.held_out import AT_ONCE, EDGE_KINDS, HeldOutS
 from controlbooth.trainer.evaluate.judge import load_judge, obedience, obedience_by_picture, read
 from controlbooth.trainer.evaluate.report import write_report
 from controlbooth.trainer.evaluate.statistics import mean_and_interval
+from controlbooth.trainer.mlflow_run import EVALUATION
 from controlbooth.trainer.train import open_tracker, quiet_libraries, write_text
 
 WITHOUT, WITH, NO_PROMPT = "without control", "with control", "with control, no prompt"
@@ -310,7 +311,7 @@ def publish(target: Evaluated, result: dict[str, Any]) -> None:
             return
         tracker = open_tracker(target.where, target.config, {})
         figures = {
-            f"evaluation/{slug(way)}/{name}": one["mean"]
+            f"{EVALUATION}{slug(way)}/{name}": one["mean"]
             for way, own in result["figures"].items()
             for name, one in own.items()
         }
