@@ -51,6 +51,9 @@ SCHEDULES: dict[str, Callable[[Heights], list[float]]] = {
 }
 """name -> weights of residuals with these heights."""
 
+CONDITIONAL = ("resolution", "resolution/8")
+"""Those that were published for control of the conditional branch alone."""
+
 
 def weights_of(schedule: str, heights: Heights) -> list[float]:
     """Raises ValueError for a schedule that there is not."""

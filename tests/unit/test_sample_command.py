@@ -7,8 +7,10 @@ import torch
 
 from controlbooth.data.pack import main as pack
 from controlbooth.models.controlnet import build_controlnet
-from controlbooth.models.pretrained import load_base, save_controlnet
-from controlbooth.trainer.evaluate.sample import main, parse_control
+from controlbooth.models.families import encode_with_dropout
+from controlbooth.models.pretrained import load_base, load_controlnet, save_controlnet
+from controlbooth.models.sampling import Control, residuals_of
+from controlbooth.trainer.evaluate.sample import main, parse_control, to_conditioning
 
 FEW = ["--base", "miniature", "--steps", "2", "--count", "2"]
 
@@ -61,6 +63,26 @@ def test_pictures_of_a_file_and_a_prompt_are_repeatable_and_scale_and_schedule_c
     assert (draw("half", f"{control}:0.5")[0] != plain[0]).any()
     assert (draw("resolution", control, "--schedule", "resolution")[0] != plain[0]).any()
     assert (draw("guess", control, "--guess")[0] != plain[0]).any()
+
+
+def test_resolution_weights_are_64_over_the_height_in_the_branch_with_the_prompt_and_0_in_the_other(studio):
+    edges = cv2.cvtColor(cv2.imread(str(studio / "edges.png")), cv2.COLOR_BGR2RGB)
+    conditioning = to_conditioning([edges, edges])
+    base = load_base("miniature")
+    network = load_controlnet(studio / "edges", base.unet).eval()
+    with torch.no_grad():
+        noise = torch.randn(2, 12, 8, 8, generator=torch.Generator().manual_seed(0))
+        text = encode_with_dropout(base, ["", "", "a red ball", "a red ball"], picture_size=(64, 64))
+        both = residuals_of(Control(network, conditioning), noise, torch.tensor(500), text)
+        for schedule, most in (("resolution", 1.0), ("resolution/8", 2.0)):
+            source = parse_control("edges=anywhere", [schedule], guess=False)
+            control = Control(network, conditioning, source.scale, source.schedule, source.branches)
+            ours = residuals_of(control, noise, torch.tensor(500), text)
+            heights = [residual.shape[-2] for residual in (*both.down, both.mid)]
+            assert (heights[0], heights[-1]) == (8, 4)
+            for plain, weighed, height in zip((*both.down, both.mid), (*ours.down, ours.mid), heights, strict=True):
+                assert not weighed[:2].any()
+                torch.testing.assert_close(weighed[2:], 8 / height / most * plain[2:], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from controlbooth.data.loader import held_out
 from controlbooth.data.manifest import open_dataset
 from controlbooth.models.base import Base
 from controlbooth.models.decoder import load_networks
-from controlbooth.models.guidance import SCHEDULES
+from controlbooth.models.guidance import CONDITIONAL, SCHEDULES
 from controlbooth.models.pretrained import load_base
 from controlbooth.models.sampling import SCHEDULERS, Control, sample
 from controlbooth.trainer.checkpoint import complete_checkpoints
@@ -66,7 +66,13 @@ examples:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--control", action="append", default=[], metavar="KIND=FOLDER[:SCALE]", help="may be repeated")
-    parser.add_argument("--schedule", action="append", default=[], metavar="[KIND=]NAME", help="(default: uniform)")
+    parser.add_argument(
+        "--schedule",
+        action="append",
+        default=[],
+        metavar="[KIND=]NAME",
+        help=f"(default: uniform); {' and '.join(CONDITIONAL)} act in the conditional branch alone",
+    )
     parser.add_argument("--guess", action="store_true", help="logspace, control of the conditional branch alone")
     parser.add_argument("--start", type=float, default=0.0, help="share of the steps before control acts (default: 0)")
     parser.add_argument(
@@ -153,7 +159,8 @@ def parse_control(text: str, schedules: Sequence[str], guess: bool) -> Source:
     schedule = own[-1] if own else "logspace" if guess else "uniform"
     if schedule not in SCHEDULES:
         raise ConfigError(f"--schedule {schedule!r} is not known. Use {', '.join(SCHEDULES)}")
-    return Source(kind, Path(where), factor, schedule, "conditional" if guess else "both")
+    alone = guess or schedule in CONDITIONAL
+    return Source(kind, Path(where), factor, schedule, "conditional" if alone else "both")
 
 
 def base_of(sources: Sequence[Source]) -> str:
