@@ -604,6 +604,7 @@ def validate_and_log(run: Run) -> dict[str, float]:
             run.world,
             grid,
             run.extract,
+            run.attempt,
         )
     if run.tracker is not None:
         run.tracker.log(run.step, {f"validation/{name}": value for name, value in figures.items()})

@@ -5,17 +5,24 @@ import json
 import multiprocessing
 import threading
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from controlbooth.models.attention import AttentionShape
+from controlbooth.models.controlnet import build_controlnet
 from controlbooth.trainer import attempt as attempts
 from controlbooth.trainer import checkpoint, dreambooth, studio
 from controlbooth.trainer.attempt import GIVEN, RECORD, Attempt, Superseded, check_still_ours, only_run, write_text
-from controlbooth.trainer.config import ConfigError
+from controlbooth.trainer.config import ConfigError, ValidationConfig
 from controlbooth.trainer.distributed import World, join, leave
+from controlbooth.trainer.evaluate.held_out import HeldOutSet
+from controlbooth.trainer.evaluate.strips import STRIPS, read_strips
+from controlbooth.trainer.evaluate.validate import validate
 from controlbooth.trainer.spool import Spool, read_metrics
+from controlbooth.trainer.train import choose_once
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
@@ -257,3 +264,40 @@ def test_nothing_moves_out_of_a_folder_that_a_library_has_made_anew(tmp_path, mo
             check_still_ours(old)
         check_still_ours(new)
         assert not checkpoint.folder_of(tmp_path, 4).exists() and not (tmp_path / "status.json").exists()
+
+
+def test_a_stale_start_draws_no_validation_and_chooses_no_attention_over_those_of_the_newer_one(
+    tmp_path, monkeypatch, load_tiny
+):
+    base = load_tiny("sd15")
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    held = HeldOutSet("gray", ["a", "b"], ["a cat", "a dog"], pixels, pixels, None, None)
+    config = ValidationConfig(samples=2, grid=2, sampling_steps=1, guidance_scale=1.0)
+    grid = tmp_path / "samples" / "step-00000003.png"
+
+    def write_all(attempt, steps):
+        validate(base, build_controlnet(base.unet), held, config.model_copy(update=steps), ALONE, grid, None, attempt)
+
+    def choose(attempt):
+        choose_once("math", ALONE, "fp32", tmp_path, lambda: (AttentionShape(1, 2, 4, 4, 8),), attempt)
+
+    with two_starts(tmp_path, monkeypatch) as (old, new):
+        before = tree(tmp_path)
+        for forbidden in (lambda: write_all(old, {}), lambda: choose(old)):
+            with pytest.raises((Superseded, FileNotFoundError)):
+                forbidden()
+        assert tree(tmp_path) == before
+        write_all(new, {})
+        choose(new)
+        before = tree(tmp_path)
+        names = {name for name in before if not name.startswith((".", "samples/."))}
+        strips = {f"samples/strips/{name}" for name in ("captions.json", "conditions.png", "targets.png", grid.name)}
+        assert names == {RECORD, "attention.json", f"samples/{grid.name}", *strips}
+        assert read_strips(tmp_path / STRIPS).captions == held.captions
+        config = config.model_copy(update=dict(guidance_scale=3.0))  # another picture without control
+        for steps in ({}, dict(guidance_scale=1.0)):
+            with pytest.raises((Superseded, FileNotFoundError)):
+                write_all(old, steps)
+        with pytest.raises(Superseded):
+            choose(old)
+        assert tree(tmp_path) == before and not old.folder.exists()

@@ -12,9 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from controlbooth.data.sidecar import write_whole
-
 STRIPS = Path("samples") / "strips"
+CAPTIONS = "captions.json"
 
 
 @dataclass(frozen=True)
@@ -28,22 +27,14 @@ class Strips:
 
 def write_strip(path: Path, images: np.ndarray) -> None:
     """images: (N, H, W, 3) uint8, laid side by side."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".partial")
-    Image.fromarray(np.concatenate(list(images), axis=1)).save(temporary, format="PNG")
-    temporary.replace(path)
-
-
-def write_captions(folder: Path, captions: list[str]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "captions.json", json.dumps(captions).encode())
+    Image.fromarray(np.concatenate(list(images), axis=1)).save(path, format="PNG")
 
 
 def read_strips(folder: Path) -> Strips | None:
     """None where the run has made none."""
-    if not (folder / "captions.json").is_file():
+    if not (folder / CAPTIONS).is_file():
         return None
-    captions = json.loads((folder / "captions.json").read_text())
+    captions = json.loads((folder / CAPTIONS).read_text())
 
     def read(path: Path) -> np.ndarray:
         with Image.open(path) as file:

@@ -1,7 +1,9 @@
 """Validation of a run: held-out conditions sampled and measured on all ranks, and pictures of them."""
 
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +15,13 @@ from controlbooth.data import draws
 from controlbooth.models.base import Base
 from controlbooth.models.decoder import networks_of
 from controlbooth.models.sampling import Control, sample
+from controlbooth.trainer.attempt import Attempt, move, write_text
 from controlbooth.trainer.config import ValidationConfig
 from controlbooth.trainer.distributed import World, gather_objects
 from controlbooth.trainer.evaluate.extract import Extract, fidelity
 from controlbooth.trainer.evaluate.grids import draw_grid
 from controlbooth.trainer.evaluate.held_out import HeldOutSet
-from controlbooth.trainer.evaluate.strips import STRIPS, write_captions, write_strip
+from controlbooth.trainer.evaluate.strips import CAPTIONS, STRIPS, write_strip
 from controlbooth.trainer.losses import squared_error
 from controlbooth.trainer.step import DeviceBatch, prediction_and_target
 
@@ -100,12 +103,21 @@ def validate(
     world: World,
     grid: Path,
     extract: Extract | None,
+    attempt: Attempt,
 ) -> dict[str, float]:
     """Samples, measures and draws. Returns the figures, by name, on every rank.
 
     grid: where rank 0 draws a picture of condition | without control | with control | target. What the base makes by
     itself is made on the first call, and kept beside it as an .npy for as long as nothing that it depends on changes.
+    attempt: the start that has taken the run; files are made in its folder. Raises Superseded, or FileNotFoundError for
+    that folder, where a newer start has taken the run.
     """
+
+    def put(target: Path, write: Callable[[Path], None]) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write(attempt.folder / target.name)
+        move(attempt, attempt.folder / target.name, target)
+
     was_training = controlnet.training
     controlnet.eval()
     depends_on = (
@@ -122,10 +134,7 @@ def validate(
     if not all(gather_objects(without_control.exists(), world)):
         pictures = generate(base, None, held, config, world)
         if world.rank == 0:
-            without_control.parent.mkdir(parents=True, exist_ok=True)
-            temporary = without_control.with_suffix(".partial.npy")
-            np.save(temporary, pictures)
-            temporary.replace(without_control)
+            put(without_control, lambda path: np.save(path, pictures))
     controlled = generate(base, controlnet, held, config, world)
     unprompted = generate(base, controlnet, held, config, world, [""] * len(held.keys))
     figures = {"fixed_noise_loss": fixed_noise_loss(base, controlnet, held, config.micro_batch_size, world)}
@@ -134,7 +143,6 @@ def validate(
             figures[f"{name}{suffix}"] = float(values.mean())
     if world.rank == 0:
         plain = np.load(without_control)
-        grid.parent.mkdir(parents=True, exist_ok=True)
         shown = slice(0, config.grid)
         columns = {
             "condition": held.conditions[shown],
@@ -143,11 +151,14 @@ def validate(
             "control, no prompt": unprompted[shown],
             "target": held.targets[shown],
         }
-        draw_grid(grid, columns, held.captions[shown])
+        put(grid, lambda path: draw_grid(path, columns, held.captions[shown]))
         strips = grid.parent / STRIPS.name
-        write_strip(strips / "conditions.png", held.conditions[shown])
-        write_strip(strips / "targets.png", held.targets[shown])
-        write_strip(strips / grid.name, controlled[shown])
-        write_captions(strips, held.captions[shown])
+        for name, images in (
+            ("conditions.png", held.conditions),
+            ("targets.png", held.targets),
+            (grid.name, controlled),
+        ):
+            put(strips / name, partial(write_strip, images=images[shown]))
+        write_text(attempt, strips / CAPTIONS, json.dumps(held.captions[shown]))
     controlnet.train(was_training)
     return figures
