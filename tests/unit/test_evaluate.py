@@ -69,6 +69,8 @@ def test_a_controlnet_without_its_run_is_measured_by_every_figure_of_its_kind(st
     read = [row["says_background"] for row in rows if row["way"] == "with control"]
     assert np.mean(read) == pytest.approx(figures["with control"]["says_background"]["mean"])  # picture by picture
     assert result["data_fingerprint"] == open_dataset(studio / "shards").fingerprint
+    assert (result["base_digest"], result["resolution"]) == (load_base("miniature").digest, 64)
+    assert result["networks"] == {}
     assert result["sets"]["FID"]["note"].startswith(f"needs {LEAST_FOR_FID:,} pictures and there are 10")
     assert (tmp_path / "evaluation.png").exists() and len(json.loads((tmp_path / "ends.json").read_text())["best"]) == 5
 

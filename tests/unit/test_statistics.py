@@ -24,10 +24,11 @@ def test_the_interval_is_the_same_each_time_and_shrinks_with_more_samples():
     assert many["high"] - many["low"] < (few["high"] - few["low"]) / 2
 
 
-def evaluation(folder, values, data="held", **others):
+def evaluation(folder, values, **others):
     """The files of an evaluation with one figure."""
     (folder / "evaluation").mkdir(parents=True)
-    facts = dict(data=data, condition="edges", base="miniature", sampler=dict(steps=10)) | others
+    facts = dict(data="held", data_fingerprint="f" * 32, base="miniature", base_digest="b" * 64, condition="edges")
+    facts |= dict(where=str(folder), resolution=64, networks={}, sampler=dict(steps=10)) | others
     (folder / "evaluation" / "evaluation.json").write_text(json.dumps(facts))
     rows = [dict(way="with control", row=i, key=f"k{i}", caption="", edge_f1=float(v)) for i, v in enumerate(values)]
     (folder / "evaluation" / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -47,10 +48,45 @@ def test_a_gain_that_is_lost_among_samples_is_found_by_pairing_them(tmp_path, ca
     assert json.loads((tmp_path / "difference.json").read_text())["with control"]["edge_f1"] == found
 
 
-def test_evaluations_that_were_not_made_alike_are_not_compared(tmp_path):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(sampler=dict(steps=20)), "sampler is {'steps': 10} in A and {'steps': 20} in B"),
+        (dict(resolution=32), "resolution is 64 in A and 32 in B"),
+        (
+            dict(base_digest="c" * 64),
+            r"base_digest is bbbbbbbbbbbb \(miniature\) in A and cccccccccccc \(miniature\) in B",
+        ),
+        (
+            dict(data_fingerprint="e" * 32),
+            r"data_fingerprint is ffffffffffff \(held\) in A and eeeeeeeeeeee \(held\) in B",
+        ),
+        (dict(networks=dict(depth="/dpt")), "networks is {} in A and {'depth': '/dpt'} in B"),
+    ],
+)
+def test_evaluations_that_were_not_made_alike_are_not_compared(change, message, tmp_path):
     a = evaluation(tmp_path / "a", [0.5, 0.6])
-    b = evaluation(tmp_path / "b", [0.5, 0.6], sampler=dict(steps=20))
-    with pytest.raises(ConfigError, match="sampler is {'steps': 10} in A and {'steps': 20} in B"):
+    b = evaluation(tmp_path / "b", [0.5, 0.6], **change)
+    with pytest.raises(ConfigError, match=message):
         compare(read_evaluation(a), read_evaluation(b))
+
+
+def test_shards_and_a_base_are_the_same_under_any_path(tmp_path):
+    a = evaluation(tmp_path / "a", [0.5, 0.6])
+    b = evaluation(tmp_path / "b", [0.5, 0.6], data=str(tmp_path / "held"), base="/models/miniature")
+    assert compare(read_evaluation(a), read_evaluation(b))["with control"]["edge_f1"]["difference_mean"] == 0.0
+
+
+def test_an_evaluation_of_an_older_version_says_what_to_run_again(tmp_path):
+    a = evaluation(tmp_path / "a", [0.5, 0.6])
+    b = evaluation(tmp_path / "b", [0.5, 0.6])
+    written = b / "evaluation" / "evaluation.json"
+    facts = json.loads(written.read_text())
+    written.write_text(json.dumps({key: facts[key] for key in facts if key not in ("base_digest", "networks")}))
+    with pytest.raises(ConfigError, match=f"B was .* note base_digest, networks. .*`controlbooth evaluate {b}`"):
+        compare(read_evaluation(a), read_evaluation(b))
+
+
+def test_a_folder_without_an_evaluation_says_what_to_run(tmp_path):
     with pytest.raises(ConfigError, match="controlbooth evaluate"):
         read_evaluation(tmp_path)

@@ -14,8 +14,8 @@ from controlbooth.trainer.evaluate.evaluate import DISCS, REAL, WITHOUT
 from controlbooth.trainer.evaluate.kinds import LOWER_IS_BETTER
 from controlbooth.trainer.evaluate.statistics import LEVEL, mean_and_interval
 
-SAME = ("data", "condition", "base", "sampler")
-"""What two evaluations must have in common for their pictures to be paired."""
+SAME = ("data_fingerprint", "condition", "resolution", "base_digest", "sampler", "networks")
+"""What two evaluations must have in common for their pictures to be paired: contents, wherever they lie."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,12 +55,20 @@ def compare(
 ) -> dict[str, dict[str, dict[str, float]]]:
     """way -> figure -> mean of A and of B, mean of B - A with its interval, and the share of samples where B is better.
 
-    level: of the intervals. Raises ConfigError where they were measured differently, or have no sample in common.
+    level: of the intervals. Raises ConfigError where they were measured differently, or by a version that did not note
+    how, or have no sample in common.
     """
+    for letter, (facts, _) in (("A", a), ("B", b)):
+        if unknown := [name for name in SAME if name not in facts]:
+            raise ConfigError(
+                f"{letter} was measured by an older version, which did not note {', '.join(unknown)}. Measure it by "
+                f"`controlbooth evaluate {facts['where']}` again. One in a retraining's evaluations/ is measured by "
+                "the next tick when it is deleted"
+            )
     for name in SAME:
         if a[0][name] != b[0][name]:
             raise ConfigError(
-                f"the two were not measured alike: {name} is {a[0][name]!r} in A and {b[0][name]!r} in B. "
+                f"the two were not measured alike: {name} is {told(a[0], name)} in A and {told(b[0], name)} in B. "
                 "Evaluate one of them again as the other one was"
             )
     result: dict[str, dict[str, dict[str, float]]] = {}
@@ -83,6 +91,12 @@ def compare(
                 **{f"difference_{key}": value for key, value in mean_and_interval(theirs - ours, level).items()},
             )
     return result
+
+
+def told(facts: dict[str, Any], name: str) -> str:
+    """For people: a digest with the path that it is of."""
+    of = {"data_fingerprint": "data", "base_digest": "base"}.get(name)
+    return repr(facts[name]) if of is None else f"{facts[name]:.12} ({facts[of]})"
 
 
 def table(differences: dict[str, dict[str, dict[str, float]]], a: Path, b: Path) -> str:

@@ -216,7 +216,8 @@ def evaluate(target: Evaluated, options: argparse.Namespace, world: World) -> in
     dataset = open_dataset(target.data)
     side = target.resolution or base.picture_size[0]
     held = load_held_out(dataset, target.samples, target.condition, side)
-    extract = extractor(held, named_networks(options.network), str(world.device))
+    networks = named_networks(options.network)
+    extract = extractor(held, networks, str(world.device))
     measures = open_measures(dict(one.partition("=")[::2] for one in options.encoder), options.aesthetic, world.device)
     if extract is None and world.rank == 0 and held.kind not in EDGE_KINDS:
         print(what_is_missing(held.kind), file=sys.stderr)
@@ -255,7 +256,9 @@ def evaluate(target: Evaluated, options: argparse.Namespace, world: World) -> in
         for way, own in seen.items():
             figures[way] |= {f"says_{name}": dict(mean=value) for name, value in obedience(own, scenes).items()}
             add_obedience([row for row in samples if row["way"] == way], own, scenes)
-        write(out, target, dataset, figures, sets, measures, samples, seconds, sum(everything), world)
+        measured_by = {kind: str(Path(folder).resolve()) for kind, folder in networks.items() if kind == held.kind}
+        facts = dict(base_digest=base.digest, resolution=side, networks=measured_by)
+        write(out, target, dataset, facts, figures, sets, measures, samples, seconds, sum(everything), world)
         shown = min(SHOWN, len(held.keys))
         columns = {"condition": held.conditions[:shown]}
         for name in ways:
@@ -467,6 +470,7 @@ def write(
     out: Path,
     target: Evaluated,
     dataset: Dataset,
+    facts: dict[str, Any],
     figures: dict[str, Any],
     sets: dict[str, Any],
     measures: Measures,
@@ -475,7 +479,7 @@ def write(
     drawn: int,
     world: World,
 ) -> None:
-    """evaluation.json and samples.jsonl, each whole or not at all."""
+    """evaluation.json and samples.jsonl, each whole or not at all. facts: more of what it was measured with."""
     curve = validation_curve(target.where) if target.config else {}
     result = dict(
         where=str(target.where),
@@ -485,6 +489,7 @@ def write(
         data=target.data,
         data_fingerprint=dataset.fingerprint,
         condition=target.condition,
+        **facts,
         samples=len({row["row"] for row in samples}),
         sampler=dict(scheduler=target.scheduler, steps=target.steps, guidance=target.guidance),
         figures=figures,
