@@ -89,7 +89,7 @@ from controlbooth.trainer.evaluate.convergence import (
     find_convergence,
     validation_curve,
 )
-from controlbooth.trainer.evaluate.extract import Extract, extractor
+from controlbooth.trainer.evaluate.extract import Extract, extractor, tells_control
 from controlbooth.trainer.evaluate.held_out import HeldOutSet, load_held_out
 from controlbooth.trainer.evaluate.validate import validate
 from controlbooth.trainer.failures import (
@@ -336,6 +336,8 @@ def build(config: RunConfig, world: World, attempt: Attempt, watchdog: Watchdog,
     precision = engines.resolve_precision(request, world.device, config.engine.zero_stage)
     base = load_base(base_path(config), config.model.family, engines.DTYPES[precision], world.device)
     dataset, held = open_data(config, world)
+    extract = extractor(held, {}, str(world.device)) if held else None
+    check_told(config, held, extract)
     columns = open_run_columns(config, world, base, dataset)
 
     chosen = choose_once(config.model.attention, world, precision, attempt, lambda: unet_attention_shapes(config, base))
@@ -403,7 +405,7 @@ def build(config: RunConfig, world: World, attempt: Attempt, watchdog: Watchdog,
         dataset,
         loader,
         held,
-        extractor(held, {}, str(world.device)) if held else None,
+        extract,
         tracker=None,
         step=step,
     )
@@ -465,6 +467,17 @@ def open_data(config: RunConfig, world: World) -> tuple[Dataset, HeldOutSet | No
         raise ConfigError(f"data.held_out and the training data share {min(shared)}: hold other shards out")
     held = load_held_out(held_out, config.validation.samples, config.data.condition, config.data.resolution)
     return dataset, held
+
+
+def check_told(config: RunConfig, held: HeldOutSet | None, extract: Extract | None) -> None:
+    """Raises ConfigError for a run that is to end by its convergence, where no figure of its validations tells that."""
+    patience = config.validation.stop_after_convergence
+    if patience is not None and held is not None and not tells_control(held, extract):
+        raise ConfigError(
+            f"validation.stop_after_convergence={patience} would never end the run: no figure tells control of "
+            f"{held.kind} in pictures of {config.data.held_out}. Leave it out, or put edges there too, which are "
+            f"always measured: `controlbooth data annotate {config.data.held_out} -o FOLDER --condition canny`"
+        )
 
 
 def make_controlnet(config: RunConfig, base: Base) -> Any:

@@ -55,6 +55,11 @@ def test_any_curve_is_taken_and_the_step_is_one_of_its_own(values, every):
         assert 0.5 <= found.confidence <= 1.0 + 1e-9 and found.rise >= 0.15
 
 
+def test_where_no_figure_tells_control_that_is_said_and_not_that_it_has_not_come():
+    told = describe(None, [])
+    assert "no validation has a figure that tells control of this kind" in told and "step" not in told
+
+
 def test_a_run_past_the_usual_range_is_told_what_to_look_at():
     assert "usually" not in describe(None, [0, 50])
     assert "usually has by step 10,000" in describe(None, [USUAL_STEPS + 1000])

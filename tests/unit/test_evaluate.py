@@ -11,18 +11,22 @@ from safetensors.torch import save_file
 
 from controlbooth import launch
 from controlbooth.data import scenes
+from controlbooth.data.annotate import main as annotate
 from controlbooth.data.manifest import open_dataset
 from controlbooth.data.pack import main as pack
 from controlbooth.models.controlnet import build_controlnet
 from controlbooth.models.pretrained import load_base, save_controlnet
-from controlbooth.trainer.config import ConfigError, ValidationConfig, load_config
-from controlbooth.trainer.distributed import World, leave
+from controlbooth.trainer.attempt import only_run
+from controlbooth.trainer.config import ConfigError, ValidationConfig, build_config, load_config
+from controlbooth.trainer.distributed import World, join, leave
 from controlbooth.trainer.evaluate.convergence import validation_curve
 from controlbooth.trainer.evaluate.distribution import LEAST_FOR_FID, fid, kid, open_measures
 from controlbooth.trainer.evaluate.evaluate import main, rows_of
 from controlbooth.trainer.evaluate.extract import extractor, fidelity
 from controlbooth.trainer.evaluate.held_out import AT_ONCE, load_held_out
 from controlbooth.trainer.evaluate.validate import generate
+from controlbooth.trainer.train import build
+from controlbooth.trainer.watchdog import watching
 
 FEW = ["--base", "miniature", "--samples", "10", "--steps", "2"]
 
@@ -153,6 +157,30 @@ def test_control_is_told_by_the_figure_of_the_trained_kind(kind, own, studio, tm
     values = {f"validation/{name}": float(values.mean()) for name, values in figures.items()}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(dict(time=0.0, step=3, metrics=values)) + "\n")
     assert validation_curve(tmp_path) == {3: values[f"validation/{own}"]}
+
+
+@pytest.mark.parametrize("kind", ["blur", "lines"])
+def test_a_run_that_nothing_tells_control_of_cannot_be_asked_to_end_by_it(kind, tmp_path, base_folder):
+    pack([str(photographs(tmp_path / "photos")), "-o", str(tmp_path / "train")])
+    assert annotate([str(tmp_path / "train"), "-o", str(tmp_path / "edges"), "--condition", "canny"]) == 0
+
+    def begin(held_out):
+        tree = dict(
+            name="a-run", output=str(tmp_path), max_steps=3, global_batch_size=1, micro_batch_size=1,
+            model=dict(base=str(base_folder("sd15")), controlnet="/nowhere", attention="math"),
+            data=dict(shards=str(tmp_path / "train"), held_out=held_out, condition=f"computed:{kind}", resolution=64),
+            validation=dict(samples=2, grid=1, stop_after_convergence=2),
+        )  # fmt: skip
+        world = join()
+        with only_run(tmp_path / "a-run", world) as attempt, watching(attempt, world, 900.0) as watchdog:
+            build(build_config(tree), world, attempt, watchdog, None)
+
+    pack([str(photographs(tmp_path / "other")), "-o", str(tmp_path / "held")])
+    message = "stop_after_convergence=2 would never end the run: no figure tells control of blur .*Leave it out, or put"
+    with pytest.raises((ValueError, OSError), match=message if kind == "blur" else "/nowhere"):
+        begin(str(tmp_path / "held"))
+    with pytest.raises((ValueError, OSError), match="/nowhere"):  # it gets as far as the next thing that is wrong
+        begin(str(tmp_path / "edges"))
 
 
 def test_pictures_without_control_are_as_large_as_the_others_where_the_base_makes_another_size(studio, tmp_path):

@@ -91,13 +91,15 @@ def validation_curve(run: Path, figure: str | None = None) -> dict[int, float]:
 
 
 def describe(found: Convergence | None, steps: Sequence[int]) -> str:
-    """For people, after validations at these steps."""
+    """For people, after validations with a figure by which control is told, at these steps."""
+    if not steps:
+        return "no validation has a figure that tells control of this kind: look at its pictures"
     if found:
         return (
             f"control snapped into place between step {found.after} and {found.step} "
             f"(+{found.rise:.2f}, confidence {found.confidence:.0%})"
         )
-    last = max(steps, default=0)
+    last = max(steps)
     late = f"; it usually has by step {USUAL_STEPS:,}: look at the pictures, the pairing of conditions and targets, "
     return f"control has not snapped into place by step {last}" + (
         late + "and optimizer.learning_rate" if last > USUAL_STEPS else ""

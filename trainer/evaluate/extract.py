@@ -8,6 +8,7 @@ from controlbooth.data.conditions import CONDITIONS
 from controlbooth.data.networks import NETWORKS, open_network
 from controlbooth.trainer.evaluate import reader
 from controlbooth.trainer.evaluate.control import control_fidelity
+from controlbooth.trainer.evaluate.convergence import FIGURES
 from controlbooth.trainer.evaluate.held_out import HeldOutSet, scenes_of
 from controlbooth.trainer.evaluate.kinds import AGREEMENT
 
@@ -55,6 +56,11 @@ def fidelity(
         found = extract(np.ascontiguousarray(image))
         own.append(AGREEMENT[held.kind](found, given if found.ndim == 3 else given[..., 0]))
     return figures | {name: np.array([row[name] for row in own]) for name in own[0]}
+
+
+def tells_control(held: HeldOutSet, extract: Extract | None) -> bool:
+    """Whether these pictures have a figure by which sudden convergence is told."""
+    return any(name in FIGURES for name in fidelity(held.targets[:1], held, [0], extract))
 
 
 def what_is_missing(kind: str) -> str:

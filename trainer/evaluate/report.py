@@ -103,11 +103,11 @@ def convergence(run: Path) -> str:
     loss = {step: metrics["loss"] for step, _, metrics in rows if "loss" in metrics}
     curve = validation_curve(run)
     found = find_convergence(curve)
-    told = html.escape(describe(found, list(curve))) if curve else "nothing was validated"
     figures = {
         name: validation_curve(run, name)
         for name in dict.fromkeys(n for _, _, metrics in rows for n in validated(metrics))
     }
+    told = html.escape(describe(found, list(curve))) if figures else "nothing was validated"
     fidelities = {name: one for name, one in figures.items() if name.removesuffix("_empty_prompt") in FIGURES}
     drawn = [plot("training loss, smoothed", {"loss": smooth(loss)}, None)] if loss else []
     if fidelities:
