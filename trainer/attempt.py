@@ -82,7 +82,7 @@ def only_run(run: Path, world: World) -> Iterator[Attempt]:
         run.mkdir(parents=True, exist_ok=True)
         lock = open(run / ".lock", "w")
         try:
-            answer = _claim(run, _locked(lock), lock)
+            answer = _claim(run, take_lock(lock), lock)
         except (ConfigError, Superseded) as error:  # to be raised on every rank, not only here
             answer = error
         if not isinstance(answer, Attempt):
@@ -243,8 +243,12 @@ def _remove(old: Attempt, new: Attempt) -> None:
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def _locked(lock: Any) -> bool:
-    """Whether nobody else has the lock; True where the disk knows no locks, and the numbers alone protect the run."""
+def take_lock(lock: Any) -> bool:
+    """Takes the lock of an open file, without waiting, until that is closed. Whether nobody else has it.
+
+    True where the disk knows no locks: of a run, the numbers of its starts alone protect it then. Raises OSError for
+    what else a disk may say.
+    """
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -259,7 +263,7 @@ def _replace_lock(attempt: Attempt, lock: Any) -> None:
     made = attempt.folder / ".lock"
     with open(made, "w") as fresh:
         os.dup2(fresh.fileno(), lock.fileno())
-    _locked(lock)
+    take_lock(lock)
     move(attempt, made, attempt.run / ".lock")
 
 

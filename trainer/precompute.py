@@ -7,7 +7,6 @@ Latents are computed in batches of exactly micro_batch_size and in the precision
 
 import argparse
 import contextlib
-import fcntl
 import os
 import shutil
 import signal
@@ -49,6 +48,7 @@ from controlbooth.data.sidecar import ShardIndex, index_path, load_index
 from controlbooth.models.base import Base
 from controlbooth.models.pretrained import load_base
 from controlbooth.trainer import engine as engines
+from controlbooth.trainer.attempt import take_lock
 from controlbooth.trainer.config import ConfigError, RunConfig, base_path, load_config
 from controlbooth.trainer.distributed import DistError, World, from_first_rank, join, leave
 from controlbooth.trainer.encoding import (
@@ -157,10 +157,7 @@ def only_writer(folder: Path, world: World, dry_run: bool) -> Iterator[None]:
     if world.rank == 0 and not dry_run:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / LOCK, "w")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            free = False
+        free = take_lock(lock)
     try:
         if not from_first_rank(free):
             raise ConfigError(f"another command computes columns in {folder}. Wait for it, or stop it")

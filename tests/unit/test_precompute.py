@@ -1,7 +1,10 @@
 """Columns are computed with tiny real bases, and a step on them is compared with a step without, bit for bit."""
 
 import contextlib
+import errno
+import fcntl
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -21,13 +24,14 @@ from controlbooth.launch.cli import main
 from controlbooth.models.controlnet import build_controlnet
 from controlbooth.models.pretrained import load_base
 from controlbooth.trainer.config import ConfigError, build_config
-from controlbooth.trainer.distributed import World
+from controlbooth.trainer.distributed import World, join, leave
 from controlbooth.trainer.encoding import column_identities, computed_here, module_digest, tokenizer_digest
 from controlbooth.trainer.precompute import (
     check_apart,
     check_room,
     compute,
     lacking_kinds,
+    only_writer,
     report,
     run_buckets,
     sample_bytes,
@@ -275,3 +279,23 @@ def test_the_command_asks_for_the_folder_that_it_writes_to(capsys):
 def test_random_crops_are_refused_where_columns_are_named(base_folder, tmp_path):
     with pytest.raises(ConfigError, match="set data.random_crop=false, or leave data.columns out"):
         run_config(base_folder("sd15"), tmp_path, random_crop=True)
+
+
+def test_a_disk_without_locks_takes_columns_and_one_that_fails_is_heard(tmp_path, monkeypatch):
+    def disk_says(number):
+        def flock(file, operation):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(fcntl, "flock", flock)
+
+    world = join()
+    try:
+        for number in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+            disk_says(number)
+            with only_writer(tmp_path, world, dry_run=False):
+                pass
+        disk_says(errno.EIO)
+        with pytest.raises(OSError, match="Input/output error"), only_writer(tmp_path, world, dry_run=False):
+            pass
+    finally:
+        leave()

@@ -4,8 +4,11 @@ The server speaks the REST protocol with the messages and the store of MLflow; o
 because the package with the real one is ten times as large as what a trainer needs.
 """
 
+import errno
+import fcntl
 import json
 import logging
+import os
 import shutil
 import socket
 import subprocess
@@ -19,6 +22,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from controlbooth.trainer import tracking
+from controlbooth.trainer.config import build_config, dump
 from controlbooth.trainer.mlflow_run import EVALUATION
 from controlbooth.trainer.spool import Spool, read_metrics
 from controlbooth.trainer.tracking import Tracker, flatten, system_metrics
@@ -270,6 +274,39 @@ def test_evaluations_arrive_in_any_order_of_steps_and_again_and_none_twice(tmp_p
     state.write_text(json.dumps(json.loads(state.read_text()) | {"acknowledged": {"metrics": 0, "artifacts": 0}}))
     assert start(tmp_path / "run", uri).close(20) == 0
     assert history(uri, name) == [(400, 0.4), (800, 0.8), (800, 0.81)]
+
+
+def test_an_evaluation_is_published_on_a_disk_without_locks_and_not_beside_a_training(
+    tmp_path, uri, monkeypatch, capsys
+):
+    from controlbooth.trainer.evaluate.evaluate import Evaluated, publish  # torch, which the others do without
+
+    run = tmp_path / "runs" / "edges"
+    (run / "evaluation").mkdir(parents=True)
+    tree = dict(
+        name="edges", output=str(tmp_path / "runs"), max_steps=9, global_batch_size=1, micro_batch_size=1,
+        model=dict(base="miniature"), data=dict(shards="s", condition="edges"),
+        tracking=dict(uri=uri, experiment="tests"),
+    )  # fmt: skip
+    config = build_config(tree)
+    (run / "config.yaml").write_text(dump(config))
+    target = Evaluated(run, run, "", 9, "miniature", "auto", "s", "edges", 64, 4, 2, 1.0, "ddim", config)
+    result = dict(
+        figures={"with control": {"edge_f1": dict(mean=0.5)}}, step=9, samples=4, sets={}, encoders={},
+        sampler=dict(scheduler="ddim", steps=2, guidance=1.0),
+    )  # fmt: skip
+    (run / "evaluation" / "evaluation.json").write_text(json.dumps(result))
+    with (run / ".lock").open("w") as training:
+        fcntl.flock(training, fcntl.LOCK_EX)
+        publish(target, result)
+    assert "is training" in capsys.readouterr().out and not (run / "tracking.json").exists()
+
+    def flock(file, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    publish(target, result)
+    assert history(uri, f"{EVALUATION}with-control/edge_f1") == [(9, 0.5)]
 
 
 def test_one_refused_record_does_not_hold_up_the_others_and_stays_in_the_file(tmp_path, uri, caplog):

@@ -10,7 +10,6 @@ same however many ranks there are, so figures are too.
 """
 
 import argparse
-import fcntl
 import hashlib
 import json
 import os
@@ -35,6 +34,7 @@ from controlbooth.models.base import Base
 from controlbooth.models.decoder import load_networks
 from controlbooth.models.pretrained import UNET_FOLDER, load_base
 from controlbooth.models.sampling import SCHEDULERS, Control, sample
+from controlbooth.trainer.attempt import take_lock
 from controlbooth.trainer.checkpoint import complete_checkpoints, read_state
 from controlbooth.trainer.config import ConfigError, RunConfig, base_folder, load_config
 from controlbooth.trainer.distributed import World, barrier, gather_objects, join, leave
@@ -307,9 +307,7 @@ def publish(target: Evaluated, result: dict[str, Any]) -> None:
     write_report(target.where, target.where / "report.html")
     print(f"report: {target.where / 'report.html'}")
     with open(target.where / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not take_lock(lock):
             print(f"{target.where} is training, so MLflow gets these figures when it is evaluated after that")
             return
         tracker = open_tracker(target.where, target.config, {})
