@@ -279,7 +279,7 @@ def test_a_stale_start_draws_no_validation_and_chooses_no_attention_over_those_o
         validate(base, build_controlnet(base.unet), held, config.model_copy(update=steps), ALONE, grid, None, attempt)
 
     def choose(attempt):
-        choose_once("math", ALONE, "fp32", tmp_path, lambda: (AttentionShape(1, 2, 4, 4, 8),), attempt)
+        choose_once("math", ALONE, "fp32", attempt, lambda: (AttentionShape(1, 2, 4, 4, 8),))
 
     with two_starts(tmp_path, monkeypatch) as (old, new):
         before = tree(tmp_path)
