@@ -226,10 +226,10 @@ def _remove(old: Attempt, new: Attempt) -> None:
     while True:
         if not new.folder.is_dir():
             raise _superseded(new)
-        for path in list(old.folder.glob("*")):
+        for name in _names(old.folder):
             count += 1
             with contextlib.suppress(FileNotFoundError):  # it has just been moved to its place, or taken by another
-                os.rename(path, new.folder / f"of-{old.identity}-{count}")
+                os.rename(old.folder / name, new.folder / f"of-{old.identity}-{count}")
         try:
             old.folder.rmdir()
             break
@@ -238,9 +238,17 @@ def _remove(old: Attempt, new: Attempt) -> None:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-    for path in new.folder.glob(f"of-{old.identity}-*"):
+    for path in [new.folder / name for name in _names(new.folder) if name.startswith(f"of-{old.identity}-")]:
         # The old one may have files open in it, which some disks keep under other names for as long.
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _names(folder: Path) -> list[str]:
+    """Of what is in it; none where another start has just taken the folder away."""
+    try:
+        return os.listdir(folder)
+    except FileNotFoundError:
+        return []
 
 
 def take_lock(lock: Any) -> bool:
