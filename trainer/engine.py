@@ -4,6 +4,7 @@ Only what is trained is handed over. Frozen networks stay outside, so that no op
 is kept for them. The optimizer is PyTorch's AdamW, which needs no compiler on the machine.
 """
 
+import gc
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -236,7 +237,9 @@ def optimizer_state(engine: Any) -> list[dict[str, Any]]:
 
 
 def release(engine: Any) -> None:
-    """Ends an engine and empties it: at stage 3 DeepSpeed refers to it for as long as the process lives."""
+    """Ends an engine and empties it, so that whoever still refers to it holds little; `reclaim` once it is dropped."""
+    from deepspeed.runtime.zero import parameter_offload
+
     held, states = masters(engine), optimizer_state(engine)
     held += [parameter.ds_tensor for parameter in engine.module.parameters() if hasattr(parameter, "ds_tensor")]
     engine.destroy()
@@ -245,6 +248,17 @@ def release(engine: Any) -> None:
     for tensor in held:
         tensor.grad, tensor.data = None, tensor.new_empty(0)
     vars(engine.optimizer).clear()
+    # At stage 3 DeepSpeed puts a network here when its engine is made and never takes it out, so that it would live,
+    # with its hooks and through them the engine, for as long as the process does.
+    stack = parameter_offload.FWD_MODULE_STACK
+    stack[:] = [module for module in stack if module is not engine.module]
+
+
+def reclaim(device: torch.device) -> None:
+    """Gives back the memory of engines that were released and that nobody holds any more."""
+    gc.collect()  # they refer to themselves
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def full_state(engine: Any) -> dict[str, Tensor]:

@@ -258,7 +258,9 @@ def train_fully(
         elif training.step == task.steps:
             finish_full(config, training, folder, attempt, world)
             status(folder, task.name, state="finished", step=training.step, prompt=task.instance_prompt)
-        training.engine.destroy()
+        engines.release(training.engine)
+        del training  # before the next subject's: two would not fit where one does
+        engines.reclaim(world.device)
         if stopped:
             break
     bar.close()

@@ -7,7 +7,6 @@ checkpoint of before does the same at the same step, and one of after has the se
 killed ends like one that was not.
 """
 
-import gc
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,9 +113,7 @@ def unlocked_engine(
     world_size: int,
 ) -> tuple[Any, engines.Average | None]:
     """The engine, and the average if the run keeps one, that go on from `take_out`. Every rank calls this."""
-    gc.collect()  # engines refer to themselves
-    if base.device.type == "cuda":
-        torch.cuda.empty_cache()
+    engines.reclaim(base.device)
     if config.model.only_mid_control:
         keep_only_mid_control(controlnet)
     network = UnlockedNetwork(controlnet, base).to(base.device)

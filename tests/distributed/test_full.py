@@ -5,6 +5,7 @@ import time
 
 import numpy as np
 import pytest
+import tiny
 import torch
 import yaml
 from diffusers import DDIMScheduler, StableDiffusionPipeline
@@ -114,6 +115,16 @@ def test_what_was_trained_can_be_measured(two, whole, capsys):
     assert len(drawn) == 2 * 2 + 2
     other = run / "subjects" / "subject-1" / "pictures" / drawn[0].name
     assert drawn[0].read_bytes() != other.read_bytes()
+
+
+def test_a_subject_leaves_nothing_in_memory_for_the_next(two):
+    for stage in (2, 3):
+        changes = dict(steps=1, prior=dict(weight=0.0), engine=dict(zero_stage=stage))
+        run_file(two, f"in-turn-{stage}", **SETTINGS | changes)
+    outcome = tiny.torchrun(2, "subjects_in_turn", two, "in-turn-2", "in-turn-3")
+    for name, found in outcome.items():
+        assert found["engines"] == [0, 0, 0, 0], name
+        assert max(found["held"]) - found["held"][0] < found["weights"] / 20, f"{name}: {found}"
 
 
 def test_pictures_that_ranks_cannot_share_are_refused(two):

@@ -4,6 +4,7 @@ import gc
 import json
 import shutil
 import sys
+import weakref
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from controlbooth.models.decoder import UnlockedNetwork
 from controlbooth.models.pretrained import load_base
 from controlbooth.trainer import checkpoint as checkpoints
 from controlbooth.trainer import engine as engines
+from controlbooth.trainer import full
 from controlbooth.trainer import train as training
 from controlbooth.trainer.attempt import Attempt
 from controlbooth.trainer.config import EngineConfig, OptimizerConfig, build_config
@@ -30,6 +32,8 @@ from controlbooth.trainer.footprint import Footprint, LiveStorages
 from controlbooth.trainer.rank_memory import BUCKET_ELEMENTS, RUNTIME_BYTES, rank_memory
 from controlbooth.trainer.spool import read_metrics
 from controlbooth.trainer.step import controlnet_step
+from controlbooth.trainer.studio import draw_prior
+from controlbooth.trainer.subjects import load_run, load_subjects, settle
 
 
 class Never:
@@ -323,6 +327,51 @@ def peaks_of_engine(stage: int, precision: str, world: World) -> tuple[int, int]
     # smallest peak of the steps is the engine's own; the first, which makes the optimizer's state, is not among them
     held = min(max(map(written, sizes_of_step)) for sizes_of_step in steps[1:])
     return planned, held
+
+
+def subjects_in_turn(folder: Path, world: World, *names: str) -> dict:
+    """Trains the manifest of each of these runs with method=full.
+
+    Says of each run how many bytes the weights of one subject are, and at the moments when each of three begins, and at
+    the end, how many bytes of tensors are held and how many engines of earlier subjects there are.
+    """
+    outcome = {}
+    for name in names:
+        config = load_run(folder / f"{name}.yaml")
+        tasks, _ = settle(load_subjects(folder / "subjects.yaml")[0], config)
+        base = load_base(folder / "base", "auto", torch.float32, "cpu")
+        run = config.output / config.name
+        attempt = Attempt(run, 1, "id")
+        attempt.folder.mkdir(parents=True, exist_ok=True)
+        barrier()
+        draw_prior(config, base, tasks, world)
+        held, alive, seen, weights = [], [], [], []
+        begin = full.begin_full
+
+        with LiveStorages() as live:
+
+            def look(held=held, alive=alive, seen=seen, live=live) -> None:
+                held.append(live.live)
+                alive.append(sum(engine() is not None for engine in seen))
+
+            def noted(*arguments, look=look, seen=seen, weights=weights, begin=begin):
+                look()
+                training = begin(*arguments)
+                seen.append(weakref.ref(training.engine))
+                weights.append(sum(4 * getattr(p, "ds_numel", p.numel()) for p in training.engine.module.parameters()))
+                return training
+
+            full.begin_full = noted
+            try:
+                full.train_fully(
+                    config, base, tasks[:3], AttentionChoice("math", "the same for all"), "fp32", run, attempt, world,
+                    Never(),
+                )  # fmt: skip
+            finally:
+                full.begin_full = begin
+            look()
+        outcome[name] = dict(held=held, engines=alive, weights=weights[0])
+    return outcome
 
 
 def background(folder: Path, world: World) -> dict:
