@@ -13,6 +13,8 @@ from torch import Tensor
 
 TIMEOUT = datetime.timedelta(minutes=30)
 """Longer than the slowest thing that one rank does alone, such as indexing shards of others."""
+PATIENCE = datetime.timedelta(days=365)
+"""Longer than any rank still works when another has ended."""
 
 
 DistError = dist.DistError
@@ -94,12 +96,24 @@ def all_max(values: Sequence[float]) -> list[float]:
     return tensor.tolist()
 
 
-def gather_objects(value: Any, world: World) -> list[Any]:
-    """What every rank holds, in the order of ranks, on every rank. For small things: it is pickled."""
+def patient_group() -> Any:
+    """All ranks, to be met after work that takes each of them its own time, be it days: `gather_objects` takes it.
+
+    Every rank calls this before that work, where they are still together, since connecting has them wait as well. A
+    rank that dies ends the others' wait: its connections are closed.
+    """
+    return dist.new_group(backend="gloo", timeout=PATIENCE)
+
+
+def gather_objects(value: Any, world: World, group: Any = None) -> list[Any]:
+    """What every rank holds, in the order of ranks, on every rank. For small things: it is pickled.
+
+    group: by default one whose ranks wait for each other no longer than TIMEOUT. Raises RuntimeError after that.
+    """
     if world.world_size == 1:
         return [value]
     gathered: list[Any] = [None] * world.world_size
-    dist.all_gather_object(gathered, value)
+    dist.all_gather_object(gathered, value, group)
     return gathered
 
 

@@ -1,8 +1,8 @@
 """Training many subjects: `torchrun ... -m controlbooth.trainer.dreambooth subjects.yaml run.yaml`.
 
 Each rank trains its share of the manifest, several subjects in one batch, and asks nobody in between: ranks meet only
-before the first step. A subject that ends makes room for the next. State is saved every so many steps and whenever a
-subject ends; the same command goes on from there, with as many ranks or with others.
+before the first step and after the last. A subject that ends makes room for the next. State is saved every so many
+steps and whenever a subject ends; the same command goes on from there, with as many ranks or with others.
 
 With `--rows 8:16` it trains these rows of the manifest alone, as one task of an array whose tasks know nothing of each
 other: what they share is the folder of the run, in which each keeps its own state. Whatever a task writes is made in
@@ -47,7 +47,7 @@ from controlbooth.models.families import encode_prompts
 from controlbooth.models.pretrained import load_base
 from controlbooth.trainer.attempt import Attempt, Superseded, check_still_ours, only_run, write_file, write_text
 from controlbooth.trainer.config import ConfigError, base_folder
-from controlbooth.trainer.distributed import World, barrier, end_process, gather_objects, join, leave
+from controlbooth.trainer.distributed import World, barrier, end_process, gather_objects, join, leave, patient_group
 from controlbooth.trainer.engine import DTYPES, resolve_precision
 from controlbooth.trainer.failures import end_superseded, note_failure
 from controlbooth.trainer.full import train_fully
@@ -226,9 +226,10 @@ def train_stacked(
     if world.rank == 0:
         plan_ranks(attempt, config, left, world.world_size)
     barrier()
+    at_the_end = patient_group()
     stack = make_stack(config, base, tasks, left, attempt.run, world)
     run_stack(config, stack, folder, attempt, world, stop)
-    return any(gather_objects(bool(stack.trainings or stack.queue), world))
+    return any(gather_objects(bool(stack.trainings or stack.queue), world, at_the_end))
 
 
 def plan_ranks(attempt: Attempt, config: SubjectRunConfig, left: Sequence[Task], world_size: int) -> None:

@@ -1,7 +1,10 @@
 """Runs of many subjects on a tiny base, on ranks of torchrun."""
 
+import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -39,6 +42,27 @@ def test_subjects_together_end_as_each_does_alone(studio, whole):
 def test_two_ranks_share_the_subjects_and_end_with_the_same_weights(studio, whole):
     finish(start(studio, run_file(studio, "ranks"), processes=2))
     assert all(difference(weights(studio, "ranks", name), weights(studio, whole, name)) < 2e-5 for name in NAMES)
+
+
+LATE = str(Path(__file__).with_name("late.py"))
+
+
+def test_a_rank_that_ends_first_waits_for_one_that_trains_longer_than_a_collective_may_take(studio):
+    rows = yaml.safe_load((studio / "subjects.yaml").read_text())
+    (studio / "late-subjects.yaml").write_text(yaml.safe_dump(rows[:2]))
+    path = run_file(studio, "late", steps=2, prior=dict(weight=0.0))
+    worker = (LATE, "dreambooth", "run_stack")
+    output = finish(start(studio, path, processes=2, subjects="late-subjects.yaml", worker=worker))
+    assert "2 subjects finished, 0 failed" in output
+
+
+def test_a_rank_that_has_measured_its_subjects_waits_for_one_that_measures_longer(studio, whole):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", LATE]
+    command += ["evaluate.measure", "draw", str(studio / "runs" / whole), "--prompts", "2", "--images", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "6 subjects, 2 prompts x 2 images" in done.stdout
 
 
 def test_a_run_killed_twice_trains_each_subject_to_bitwise_the_same_weights(studio, whole):

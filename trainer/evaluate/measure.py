@@ -33,7 +33,7 @@ from controlbooth.models.pretrained import load_base
 from controlbooth.models.sampling import sample
 from controlbooth.trainer.attempt import only_run
 from controlbooth.trainer.config import ConfigError, base_folder
-from controlbooth.trainer.distributed import World, gather_objects, join, leave
+from controlbooth.trainer.distributed import World, gather_objects, join, leave, patient_group
 from controlbooth.trainer.dreambooth import LAYERS, LORA_FILE
 from controlbooth.trainer.engine import DTYPES, resolve_precision
 from controlbooth.trainer.evaluate.encoders import KINDS, Encoders, open_encoders
@@ -148,6 +148,7 @@ def measure_run(
     images: int,
     world: World,
 ) -> int:
+    at_the_end = patient_group()
     encoders = open_encoders(folders, world.device)  # its errors come before hours of drawing
     precision = resolve_precision(config.precision, world.device, zero_stage=1)
     base = load_base(base_folder(config.model.base), config.model.family, DTYPES[precision], world.device)
@@ -166,7 +167,7 @@ def measure_run(
         if judge is not None:
             found[task.name] |= judged(read(judge, drawn), plans[task.name], task.class_noun)
         grid(run / "subjects" / task.name / "samples.png", real, drawn, plans[task.name], images)
-    everyone = {name: row for part in gather_objects(found, world) for name, row in part.items()}
+    everyone = {name: row for part in gather_objects(found, world, at_the_end) for name, row in part.items()}
     if world.rank == 0:
         result = dict(
             protocol=dict(
