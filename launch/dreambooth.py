@@ -14,6 +14,7 @@ from controlbooth.trainer.subjects import (
     SubjectRunConfig,
     Task,
     check_full,
+    check_pictures,
     check_words,
     load_run,
     load_subjects,
@@ -43,7 +44,11 @@ examples:
     parser.add_argument("run", type=Path, metavar="RUN.yaml", help="what the subjects share")
     parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="a field of the run, set here")
     parser.add_argument("--processes", type=int, help="ranks (default: one per GPU, or 1 on a machine without)")
-    parser.add_argument("--dry-run", action="store_true", help="check all subjects and tell the plan; start nothing")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check all subjects and open their pictures, and tell the plan; start nothing",
+    )
     options = parser.parse_intermixed_args(arguments)
     config = load_run(options.run, options.overrides)
     node = this_node(options.processes)
@@ -53,6 +58,9 @@ examples:
         raise ValueError("; ".join(problems))
     split, warnings = check_words(tasks, config.model.base)
     tasks, faults = [task for task in tasks if task.name not in split], faults | more | split
+    if options.dry_run:  # a run opens each subject's pictures when it begins
+        faults |= check_pictures(tasks, config.resolution)
+        tasks = [task for task in tasks if task.name not in faults]
     for name, message in [*faults.items(), *((name, f"warning: {text}") for name, text in warnings.items())]:
         print(f"controlbooth dreambooth run: {name}: {message}", file=sys.stderr)
     if not tasks:

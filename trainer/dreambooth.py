@@ -51,10 +51,10 @@ from controlbooth.trainer.distributed import World, barrier, end_process, gather
 from controlbooth.trainer.engine import DTYPES, resolve_precision
 from controlbooth.trainer.failures import end_superseded, note_failure
 from controlbooth.trainer.full import train_fully
+from controlbooth.trainer.pictures import SubjectError
 from controlbooth.trainer.step import dreambooth_step
 from controlbooth.trainer.studio import (
     MOST_SKIPPED,
-    SubjectError,
     Training,
     begin_training,
     draw_prior,
@@ -91,7 +91,8 @@ class Stack:
     trainings: list[Training]
     queue: list[Task]
     waiting: dict[str, dict[str, Tensor]]
-    """Of subjects in the queue that have begun already, under another number of ranks."""
+    """Of subjects that have begun already: in the queue, under another number of ranks, or failed and to be tried
+    again."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -201,7 +202,7 @@ def train_subjects(
         waiting = unfinished(folder, tasks)
         stopped = train_fully(config, base, waiting, attention, precision, folder, attempt, world, stop)
     else:
-        stopped = train_stacked(config, base, tasks, folder, attempt, world, stop)
+        stopped = train_stacked(config, base, tasks, faults, folder, attempt, world, stop)
     failed = failures(folder, tasks) | faults
     if world.rank == 0:
         finished = len(tasks) - len(unfinished(folder, tasks))
@@ -216,6 +217,7 @@ def train_stacked(
     config: SubjectRunConfig,
     base: Base,
     tasks: Sequence[Task],
+    faults: dict[str, str],
     folder: Path,
     attempt: Attempt,
     world: World,
@@ -224,15 +226,17 @@ def train_stacked(
     """Adapters of several subjects at once on each rank; -> whether it was stopped."""
     left = unfinished(folder, tasks)
     if world.rank == 0:
-        plan_ranks(attempt, config, left, world.world_size)
+        plan_ranks(attempt, config, left, faults, world.world_size)
     barrier()
     at_the_end = patient_group()
-    stack = make_stack(config, base, tasks, left, attempt.run, world)
+    stack = make_stack(config, base, tasks, faults, left, folder, attempt, world)
     run_stack(config, stack, folder, attempt, world, stop)
     return any(gather_objects(bool(stack.trainings or stack.queue), world, at_the_end))
 
 
-def plan_ranks(attempt: Attempt, config: SubjectRunConfig, left: Sequence[Task], world_size: int) -> None:
+def plan_ranks(
+    attempt: Attempt, config: SubjectRunConfig, left: Sequence[Task], faults: dict[str, str], world_size: int
+) -> None:
     """Writes what each rank begins with, on rank 0, where the last start had another number of ranks or none.
 
     Subjects that were in training keep their weights and steps; all that are not finished are dealt out anew.
@@ -250,33 +254,62 @@ def plan_ranks(attempt: Attempt, config: SubjectRunConfig, left: Sequence[Task],
         slots = {task.name: saved[task.name] for task in begun[: config.subjects_per_batch]}
         waiting = {task.name: saved[task.name] for task in begun[config.subjects_per_batch :]}
         queue = [task.name for task in mine if task.name not in slots]
+        if rank == 0:  # of subjects that cannot be trained now
+            waiting |= {name: saved[name] for name in faults if name in saved}
         write_state(attempt, states / f"of-{world_size}" / f"rank-{rank}.safetensors", State(slots, queue, waiting))
     write_text(attempt, current, f"of-{world_size}")
 
 
 def make_stack(
-    config: SubjectRunConfig, base: Base, tasks: Sequence[Task], left: Sequence[Task], folder: Path, world: World
+    config: SubjectRunConfig,
+    base: Base,
+    tasks: Sequence[Task],
+    faults: dict[str, str],
+    left: Sequence[Task],
+    folder: Path,
+    attempt: Attempt,
+    world: World,
 ) -> Stack:
-    """This rank's subjects as its state file says. left: those that are not finished."""
+    """This rank's subjects as its state file says. left: those that are not finished.
+
+    One that had begun and cannot be read now has failed. What it has learned is kept, for a start at which it can.
+    """
     by_name = {task.name: task for task in tasks}
-    path = state_path(folder, world)
-    state = read_state(path)
-    if gone := [name for name in (*state.slots, *state.queue) if name not in by_name]:
+    state = read_state(state_path(attempt.run, world))
+    if gone := [name for name in (*state.slots, *state.queue) if name not in by_name and name not in faults]:
         raise ConfigError(
-            f"{folder} has begun with subjects that the manifest no longer has ({', '.join(gone[:3])}). Put them back, "
-            "or take another name for the run"
+            f"{attempt.run} has begun with subjects that the manifest no longer has ({', '.join(gone[:3])}). Put them "
+            "back, or take another name for the run"
         )
-    known = {name for one in gather_objects([*state.slots, *state.queue], world) for name in one}
+    kept = [task.name for task in left if task.name in state.waiting and task.name not in state.queue]
+    queue = [by_name[name] for name in (*kept, *state.queue) if name in by_name]
+    known = {name for one in gather_objects([*state.slots, *kept, *state.queue], world) for name in one}
     new = [task for task in left if task.name not in known]  # or it had failed, and is tried again
+    trainings, waiting, slots = [], dict(state.waiting), []
+    for name, saved in state.slots.items():
+        training = try_to_begin(config, base, by_name[name], folder, attempt) if name in by_name else None
+        if training is None:
+            waiting[name] = saved
+        else:
+            trainings.append(training)
+            slots.append(saved)
     rank = max([task.rank for task in tasks], default=config.adapter.rank)
-    adapters = attach_adapters(base.unet, LAYERS[config.adapter.layers], len(state.slots), rank)
+    adapters = attach_adapters(base.unet, LAYERS[config.adapter.layers], len(trainings), rank)
     optimizer = StackedAdamW(adapters, weight_decay=config.weight_decay)
-    stack = Stack(base, adapters, optimizer, [], [], state.waiting)
-    stack.queue = [by_name[name] for name in state.queue] + share_of_rank(new, world.rank, world.world_size)
-    for slot, (name, saved) in enumerate(state.slots.items()):
-        stack.trainings.append(begin_training(config, base, by_name[name]))
+    queue += share_of_rank(new, world.rank, world.world_size)
+    stack = Stack(base, adapters, optimizer, trainings, queue, waiting)
+    for slot, saved in enumerate(slots):
         restore_slot(stack, slot, saved)
     return stack
+
+
+def try_to_begin(config: SubjectRunConfig, base: Base, task: Task, folder: Path, attempt: Attempt) -> Training | None:
+    """A subject to be put into a slot; None where it cannot begin, and its status says why."""
+    try:
+        return begin_training(config, base, task)
+    except SubjectError as error:
+        write_status(attempt, folder, task.name, state="failed", error=str(error))
+        return None
 
 
 def run_stack(
@@ -317,10 +350,8 @@ def fill_slots(config: SubjectRunConfig, stack: Stack, folder: Path, attempt: At
     """Begins subjects of the queue while there is room. One that cannot begin has failed, and takes none."""
     while stack.queue and len(stack.trainings) < config.subjects_per_batch:
         task = stack.queue.pop(0)
-        try:
-            training = begin_training(config, stack.base, task)
-        except SubjectError as error:
-            write_status(attempt, folder, task.name, state="failed", error=str(error))
+        training = try_to_begin(config, stack.base, task, folder, attempt)
+        if training is None:
             continue
         slot = len(stack.trainings)
         keep_slots(stack.adapters, stack.optimizer, [*range(slot), None])
@@ -384,7 +415,7 @@ class State:
     slots: dict[str, dict[str, Tensor]]
     queue: list[str]
     waiting: dict[str, dict[str, Tensor]]
-    """Of subjects in the queue that had begun where there were more ranks."""
+    """Of subjects that had begun: in the queue, where there were more ranks, or failed and to be tried again."""
 
 
 def state_path(folder: Path, world: World) -> Path:
@@ -408,9 +439,14 @@ def restore_slot(stack: Stack, slot: int, saved: dict[str, Tensor]) -> None:
     training = stack.trainings[slot]
     training.step, training.skipped = int(saved["step"]), int(saved["skipped"])
     for number, parameter in enumerate(stack.optimizer.parameters):
-        parameter[slot] = saved[f"weight.{number}"].to(parameter)
-        stack.optimizer.first[number][slot] = saved[f"first.{number}"].to(parameter)
-        stack.optimizer.second[number][slot] = saved[f"second.{number}"].to(parameter)
+        for name, stacked in (
+            ("weight", parameter), ("first", stack.optimizer.first[number]), ("second", stack.optimizer.second[number])
+        ):  # fmt: skip
+            own, tensor = stacked[slot].zero_(), saved[f"{name}.{number}"]
+            axis = number % 2  # A is (r, ...), B (out, r)
+            # The stack's rank is that of its largest subject, then and now; beyond a subject's own, all is zero.
+            rank = min(own.shape[axis], tensor.shape[axis])
+            own.narrow(axis, 0, rank).copy_(tensor.narrow(axis, 0, rank))
 
 
 def write_state(attempt: Attempt, path: Path, state: State) -> None:

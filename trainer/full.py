@@ -30,10 +30,10 @@ from controlbooth.trainer import engine as engines
 from controlbooth.trainer.attempt import Attempt, move
 from controlbooth.trainer.config import ConfigError, OptimizerConfig, base_folder
 from controlbooth.trainer.distributed import World, barrier, gather_objects
+from controlbooth.trainer.pictures import SubjectError
 from controlbooth.trainer.step import SubjectBatch, dreambooth_step
 from controlbooth.trainer.studio import (
     MOST_SKIPPED,
-    SubjectError,
     Training,
     begin_training,
     make_batch,
@@ -187,8 +187,8 @@ def finish_full(config: SubjectRunConfig, training: FullTraining, folder: Path, 
         weights = load_file(latest / WEIGHTS / "weights.safetensors")
         made = attempt.folder / PIPELINE
         shutil.copytree(base_folder(config.model.base), made, ignore=shutil.ignore_patterns("*.md", ".*"))
-        names = {"unet": "unet.", "text_encoder": "text_encoders.0.", "text_encoder_2": "text_encoders.1."}
         fresh = load_base(base_folder(config.model.base), config.model.family, torch.float32, torch.device("cpu"))
+        names = {"unet": "unet.", "text_encoder": "text_encoders.0.", "text_encoder_2": "text_encoders.1."}
         modules = dict(zip(names, (fresh.unet, *fresh.text_encoders), strict=False))
         for part, prefix in names.items():
             own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
@@ -228,10 +228,14 @@ def train_fully(
     bar = tqdm(total=sum(task.steps for task in tasks), unit="step", desc="subjects", disable=world.rank > 0)
     status = partial(write_status, attempt) if world.rank == 0 else _no_status
     for task in tasks:
+        pictures, error = None, None
         try:
             pictures = begin_training(config, base, task)
-        except SubjectError as error:  # the same pictures, so the same error, on every rank
-            status(folder, task.name, state="failed", error=str(error))
+        except SubjectError as raised:
+            error = str(raised)
+        errors = [one for one in gather_objects(error, world) if one is not None]  # a node's disk may fail it alone
+        if pictures is None or errors:
+            status(folder, task.name, state="failed", error=errors[0])
             bar.update(task.steps)
             continue
         training = begin_full(config, task, attention, precision, folder, attempt, world)

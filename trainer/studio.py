@@ -12,12 +12,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from controlbooth.data import draws
-from controlbooth.data.decode import decode_image, prepare, write_planes
 from controlbooth.models.base import Base
 from controlbooth.models.families import TextEncoding, encode_prompts
 from controlbooth.trainer.attempt import Attempt, write_text
 from controlbooth.trainer.distributed import World, barrier, from_first_rank
 from controlbooth.trainer.encoding import encode_posterior, sample_posterior, to_pixel_values
+from controlbooth.trainer.pictures import read_picture, read_pictures
 from controlbooth.trainer.prior import (
     DRAWN_AT_ONCE,
     class_folder,
@@ -28,14 +28,8 @@ from controlbooth.trainer.prior import (
 from controlbooth.trainer.step import SubjectBatch
 from controlbooth.trainer.subjects import SubjectRunConfig, Task
 
-LEAST_SIDE = 64
-"""Pixels of the shorter side below which a picture tells nothing of a subject."""
 MOST_SKIPPED = 10
 """Updates in a row without a finite gradient after which a subject has failed."""
-
-
-class SubjectError(ValueError):
-    """What is wrong with one subject; the others go on."""
 
 
 @dataclass(frozen=True)
@@ -67,30 +61,13 @@ def subject_seed(config: SubjectRunConfig, task: Task) -> int:
 
 def begin_training(config: SubjectRunConfig, base: Base, task: Task) -> Training:
     """Reads and encodes a subject's pictures. Raises SubjectError naming the picture that cannot be used."""
-    instance = [read_picture(path, config.resolution) for path in task.images]
-    distinct = {picture.tobytes() for picture in instance}
-    if len(distinct) < len(instance):
-        raise SubjectError(f"{len(instance) - len(distinct)} of its {len(instance)} pictures are copies of others")
+    instance = read_pictures(task.images, config.resolution)
     prior = None
     if config.prior.weight > 0:
         folder = prior_folder(config, base, task.class_prompt)
         drawn = [read_picture(path, config.resolution) for path in class_images(folder, config.prior.images)]
         prior = encode_pictures(config, base, drawn, task.class_prompt)
     return Training(task, encode_pictures(config, base, instance, task.instance_prompt), prior)
-
-
-def read_picture(path: Path, resolution: int) -> np.ndarray:
-    """(3, resolution, resolution) uint8: upright, on white where it is transparent, the middle square."""
-    try:
-        image = decode_image(path.read_bytes(), path.stem, path.suffix.lstrip("."))
-    except ValueError as error:
-        raise SubjectError(f"{path}: {error}") from error
-    if min(image.shape[:2]) < min(LEAST_SIDE, resolution):
-        raise SubjectError(
-            f"{path} has {image.shape[1]} x {image.shape[0]} pixels, too few to show a subject at {resolution}"
-        )
-    square, _ = prepare(image, None, None, (resolution, resolution))
-    return write_planes(square, np.empty((3, resolution, resolution), np.uint8))
 
 
 @torch.no_grad()

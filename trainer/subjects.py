@@ -206,7 +206,11 @@ def settle(subjects: Sequence[Subject], config: SubjectRunConfig) -> tuple[list[
         if taken[subject.identifier or ""] > 1:
             faults[subject.name] = f"the identifier {identifier!r} is another subject's too; leave it out or change it"
             continue
-        images = find_images(subject.images)
+        try:
+            images = find_images(subject.images)
+        except OSError as error:
+            faults[subject.name] = f"{subject.images} cannot be read: {error.strerror or error}"
+            continue
         if not images:
             there = "has no pictures" if subject.images.is_dir() else "is no folder"
             faults[subject.name] = f"{subject.images} {there} ({', '.join(IMAGE_SUFFIXES)})"
@@ -271,6 +275,19 @@ def check_words(tasks: Sequence[Task], base: str) -> tuple[dict[str, str], dict[
     return faults, warnings
 
 
+def check_pictures(tasks: Sequence[Task], resolution: int) -> dict[str, str]:
+    """Opens every picture, as training will. Says what is wrong with each subject whose pictures cannot be used."""
+    from controlbooth.trainer.pictures import SubjectError, read_pictures  # numpy, which starting a run does without
+
+    faults: dict[str, str] = {}
+    for task in tasks:
+        try:
+            read_pictures(task.images, resolution)
+        except SubjectError as error:
+            faults[task.name] = str(error)
+    return faults
+
+
 def record_texts(config: SubjectRunConfig, tasks: Sequence[Task]) -> dict[str, str]:
     """What a run trains, for whoever looks at it later: files of its folder, config.yaml and subjects.json."""
     rows = [asdict(task) | {"images": [str(path.absolute()) for path in task.images]} for task in tasks]
@@ -294,7 +311,7 @@ def read_record(folder: Path) -> tuple[SubjectRunConfig, list[Task]]:
 
 
 def find_images(folder: Path) -> list[Path]:
-    """In the order of their names."""
+    """What is named like a picture, in the order of the names. Raises OSError where the folder cannot be read."""
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from studios import NAMES, difference, finish, kill, run_file, start, states, we
 from controlbooth.models.adapters import ATTENTION, attach_adapters, load_subject
 from controlbooth.models.pretrained import load_base
 from controlbooth.models.sampling import initial_noise, sample
+from controlbooth.trainer.dreambooth import read_state
 from controlbooth.trainer.export_subject import main as export_main
 
 
@@ -100,15 +102,17 @@ def test_a_run_goes_on_with_another_number_of_ranks(studio, whole):
 def test_a_subject_that_cannot_be_trained_says_why_and_the_others_finish(studio, whole):
     rows = yaml.safe_load((studio / "subjects.yaml").read_text())
     bad = studio / "pictures" / "bad"
-    for name in ("broken", "tiny", "copies", "empty"):
+    for name in ("broken", "tiny", "copies", "empty", "link", "folder/0.png"):
         (bad / name).mkdir(parents=True)
+    (bad / "link" / "0.png").symlink_to("nowhere")
     (bad / "broken" / "0.png").write_bytes(b"\x89PNG\r\n\x1a\nno picture")
     cv2.imwrite(str(bad / "tiny" / "0.png"), np.zeros((9, 9, 3), np.uint8))
     for copy in "01":
         cv2.imwrite(str(bad / "copies" / f"{copy}.png"), np.full((64, 64, 3), 99, np.uint8))
-    words = ["small", "large", "white", "brown"]
+    words = ["small", "large", "white", "brown", "black", "yellow"]
+    names = ("broken", "tiny", "copies", "empty", "link", "folder")
     rows = [dict(name=n, images=f"pictures/bad/{n}", class_noun="star", identifier=w)
-            for n, w in zip(("broken", "tiny", "copies", "empty"), words, strict=True)] + rows[:2]  # fmt: skip
+            for n, w in zip(names, words, strict=True)] + rows[:2]  # fmt: skip
     rows += [dict(rows[-1], learning_rate="quick", name="typed"), dict(name="diverges", images=rows[-1]["images"],
              class_noun="star", identifier="orange", learning_rate=1e30)]  # fmt: skip
     (studio / "bad.yaml").write_text(yaml.safe_dump(rows))
@@ -122,13 +126,59 @@ def test_a_subject_that_cannot_be_trained_says_why_and_the_others_finish(studio,
         ("tiny", "9 x 9 pixels, too few"),
         ("copies", "1 of its 2 pictures are copies"),
         ("empty", "has no pictures"),
+        ("link", "0.png cannot be read: No such file"),
+        ("folder", "0.png cannot be read: Is a directory"),
         ("typed", "'learning_rate' is 'quick'"),
         ("diverges", "no finite gradient.*Lower its learning_rate=1e.30"),
     ):
         assert told[name]["state"] == "failed" and re.search(why.replace("1e+30", r"1e\+30"), told[name]["error"]), (
             told[name]
         )
-    assert "2 subjects finished, 6 failed" in output
+    assert "2 subjects finished, 8 failed" in output
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_begun_subject_whose_pictures_are_lost_stops_no_other_and_goes_on_when_they_are_back(
+    studio, whole, processes
+):
+    run = f"lost-{processes}"
+    rows = yaml.safe_load((studio / "subjects.yaml").read_text())[:3]
+    for name in NAMES[:3]:
+        shutil.copytree(studio / "pictures" / name, studio / run / name)
+    rows = [dict(row, images=f"{run}/{row['name']}") for row in rows]
+    rows[0]["rank"] = 8  # so that the stack has another rank without it
+    (studio / f"{run}-subjects.yaml").write_text(yaml.safe_dump(rows))
+    path, state = run_file(studio, run), studio / "runs" / run / "state"
+    process = start(studio, path, subjects=f"{run}-subjects.yaml")
+    seen = set()
+    while len(seen) < 2:  # it is written at the start, and after the first steps
+        assert process.poll() is None
+        seen |= {file.stat().st_mtime_ns for file in state.glob("of-1/*")}
+        time.sleep(0.005)
+    kill(process)
+
+    for picture in (studio / run / NAMES[0]).iterdir():
+        picture.unlink()
+    (studio / run / NAMES[1] / "1.png").write_bytes(b"no picture")
+    output = finish(start(studio, path, processes=processes, subjects=f"{run}-subjects.yaml"), status=1)
+    assert "1 subjects finished, 2 failed" in output
+    told = states(studio, run)
+    assert [told[name]["state"] for name in NAMES[:3]] == ["failed", "failed", "finished"]
+    assert "has no pictures" in told[NAMES[0]]["error"] and "1.png: " in told[NAMES[1]]["error"]
+    assert {name for name, saved in begun(state, processes).items() if int(saved["step"]) >= 4} == set(NAMES[:2])
+
+    for name in NAMES[:2]:
+        shutil.copytree(studio / "pictures" / name, studio / run / name, dirs_exist_ok=True)
+    finish(start(studio, path, processes=processes, subjects=f"{run}-subjects.yaml"))
+    assert all(one["state"] == "finished" for one in states(studio, run).values())
+    assert all(difference(weights(studio, run, name), weights(studio, whole, name)) < 2e-5 for name in NAMES[1:3])
+    assert begun(state, processes) == {}
+
+
+def begun(state, processes):
+    """Name -> tensors of the subjects that ranks keep something of."""
+    files = [read_state(file) for file in state.glob(f"of-{processes}/*")]
+    return {name: saved for file in files for name, saved in (file.slots | file.waiting).items()}
 
 
 @pytest.mark.parametrize("layers", ["attention", "attention+convolutions"])

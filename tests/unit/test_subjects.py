@@ -1,4 +1,5 @@
 import json
+import re
 
 import cv2
 import numpy as np
@@ -17,7 +18,7 @@ def folder(tmp_path):
     for name in ("rex", "mug", "cup"):
         (tmp_path / name).mkdir()
         for number in (2, 0, 1):
-            cv2.imwrite(str(tmp_path / name / f"{number}.png"), np.zeros((8, 8, 3), np.uint8))
+            cv2.imwrite(str(tmp_path / name / f"{number}.png"), np.full((64, 64, 3), number, np.uint8))
     (tmp_path / "rex" / "notes.txt").write_text("no picture")
     return tmp_path
 
@@ -75,6 +76,7 @@ def test_csv_jsonl_and_parquet_say_the_same_as_yaml(folder):
         ([row("mug"), row("rex", stepz=3)], "rex", "unknown key 'stepz'; did you mean 'steps'?"),
         ([row("mug"), {"name": "rex", "images": "rex"}], "rex", "'class_noun' is missing"),
         ([row("mug"), row("rex", steps=-1)], "rex", "'steps' is -1"),
+        ([row("mug"), row("rex", images="x" * 300)], "rex", "cannot be read: File name too long"),
         ([row("mug"), "rex"], "row 2", "no mapping with name, images and class_noun"),
     ],
 )
@@ -127,5 +129,18 @@ def test_a_dry_run_shows_the_plan_and_every_fault(folder, capsys):
     shown = capsys.readouterr()
     assert "subjects   2, 8 together on each of 2 ranks" in shown.out and "'a kcz dog', 100 steps" in shown.out
     assert "cup: " in shown.err and "nowhere is no folder" in shown.err
+    (folder / "rex" / "1.png").write_text("no picture")
+    (folder / "rex" / "3.png").symlink_to("nowhere")
+    (folder / "mug" / "1.png").unlink()
+    (folder / "mug" / "1.png").mkdir()
+    (folder / "cup" / "1.png").write_bytes((folder / "cup" / "0.png").read_bytes())
+    path = manifest(folder, [row("rex"), row("mug"), row("cup"), row("dot", images="dot")])
+    (folder / "dot").mkdir()
+    cv2.imwrite(str(folder / "dot" / "0.png"), np.zeros((64, 64, 3), np.uint8))
+    assert dreambooth.main([str(path), str(folder / "run.yaml"), "identifiers=[kcz, bcf, bpd, red]", "--dry-run"]) == 2
+    shown = capsys.readouterr()
+    assert re.search("rex: .*1.png: .*cannot be decoded", shown.err)
+    assert re.search("mug: .*1.png cannot be read: Is a directory", shown.err)
+    assert "cup: 1 of its 3 pictures are copies" in shown.err and "subjects   1, " in shown.out
     with pytest.raises(ValueError, match="model.base is 'no/model', which does not exist"):
         dreambooth.main([str(path), str(folder / "run.yaml"), "model.base=no/model", "--dry-run"])

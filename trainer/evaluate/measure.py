@@ -48,8 +48,9 @@ from controlbooth.trainer.evaluate.subjects import (
     similarity,
 )
 from controlbooth.trainer.full import PIPELINE, base_of_subject
+from controlbooth.trainer.pictures import SubjectError, read_picture
 from controlbooth.trainer.prior import DRAWN_AT_ONCE
-from controlbooth.trainer.studio import SubjectError, read_picture, status_of
+from controlbooth.trainer.studio import status_of
 from controlbooth.trainer.subjects import PriorConfig, SubjectRunConfig, Task, find_images, read_record
 from controlbooth.trainer.tracking import Tracker
 from controlbooth.trainer.train import quiet_libraries
