@@ -246,7 +246,9 @@ def plan_ranks(
     before = current.read_text().strip() if current.exists() else None
     if before == f"of-{world_size}":
         return
-    old = [] if before is None else [read_state(path) for path in sorted((states / before).glob("rank-*"))]
+    for partial in states.glob("of-*/*.partial"):  # of a version that wrote in place, when it was killed
+        partial.unlink()
+    old = [] if before is None else [read_state(path) for path in sorted((states / before).glob("rank-*.safetensors"))]
     saved = {name: tensors for state in old for name, tensors in (state.slots | state.waiting).items()}
     for rank in range(world_size):
         mine = share_of_rank(left, rank, world_size)

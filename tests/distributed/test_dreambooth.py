@@ -21,8 +21,10 @@ from studios import NAMES, difference, finish, kill, run_file, start, states, we
 from controlbooth.models.adapters import ATTENTION, attach_adapters, load_subject
 from controlbooth.models.pretrained import load_base
 from controlbooth.models.sampling import initial_noise, sample
-from controlbooth.trainer.dreambooth import read_state
+from controlbooth.trainer.attempt import Attempt
+from controlbooth.trainer.dreambooth import plan_ranks, read_state
 from controlbooth.trainer.export_subject import main as export_main
+from controlbooth.trainer.subjects import load_run, load_subjects, settle
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +99,20 @@ def test_a_run_goes_on_with_another_number_of_ranks(studio, whole):
     path.write_text(path.read_text().replace("subjects_per_batch: 6", "subjects_per_batch: 2"))
     finish(start(studio, path, processes=2))
     assert all(difference(weights(studio, "moved", name), weights(studio, whole, name)) < 2e-5 for name in NAMES)
+
+
+def test_what_a_killed_rank_left_half_written_is_deleted_when_the_number_of_ranks_changes(studio, tmp_path):
+    config = load_run(run_file(studio, "half"))
+    tasks, _ = settle(load_subjects(studio / "subjects.yaml")[0], config)
+    attempt = Attempt(tmp_path, 1, "id")
+    attempt.folder.mkdir()
+    plan_ranks(attempt, config, tasks, {}, 1)
+    (tmp_path / "state" / "of-1" / "rank-0.partial").write_bytes(b"half a file")
+    plan_ranks(attempt, config, tasks, {}, 2)
+    state = tmp_path / "state"
+    left = sorted(str(path.relative_to(state)) for path in state.rglob("rank-*"))
+    assert left == ["of-1/rank-0.safetensors", "of-2/rank-0.safetensors", "of-2/rank-1.safetensors"]
+    assert {name for path in state.glob("of-2/*") for name in read_state(path).queue} == set(NAMES)
 
 
 def test_a_subject_that_cannot_be_trained_says_why_and_the_others_finish(studio, whole):
