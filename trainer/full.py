@@ -250,8 +250,11 @@ def train_fully(
             bar.update()
             bar.set_postfix(subject=task.name, loss=f"{loss:.4f}", prior=f"{prior_loss:.4f}", refresh=False)
             stopped = any(gather_objects(stop.requested, world))
-            due = training.step == task.steps or training.step % config.checkpoint_every_steps == 0
-            if (stopped or due) and not skipped_in_a_row:
+            due = training.step % config.checkpoint_every_steps == 0 and not skipped_in_a_row
+            # A skipped update leaves all as it was, so the last one is saved too, unless the subject fails by it: then
+            # it is tried again from where it last moved.
+            last = (stopped or training.step == task.steps) and skipped_in_a_row <= MOST_SKIPPED
+            if due or last:
                 save_full(config, training, precision, folder, attempt, world)
         if skipped_in_a_row > MOST_SKIPPED:
             error = (

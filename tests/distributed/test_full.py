@@ -2,6 +2,7 @@
 
 import json
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -79,6 +80,18 @@ def test_a_killed_run_ends_with_bitwise_the_same_weights(two, whole):
     kill(process)
     finish(start(two, path, processes=2, subjects="two.yaml"))
     assert all(largest(unet(two, "full-killed", n), unet(two, whole, n)) == 0.0 for n in range(2))
+
+
+def test_a_subject_whose_last_update_is_skipped_ends_with_the_weights_of_the_one_before(two):
+    rows = yaml.safe_load((two / "subjects.yaml").read_text())
+    (two / "first.yaml").write_text(yaml.safe_dump(rows[:1]))
+    changes = dict(prior=dict(weight=0.0), checkpoint_every_steps=2)
+    finish(start(two, run_file(two, "full-three", **SETTINGS | changes | dict(steps=3)), subjects="first.yaml"))
+    path = run_file(two, "full-skipped", **SETTINGS | changes | dict(steps=4))
+    worker = (str(Path(__file__).with_name("spoiled.py")), "4")
+    finish(start(two, path, subjects="first.yaml", worker=worker))
+    assert states(two, "full-skipped")["subject-0"]["step"] == 4
+    assert largest(unet(two, "full-skipped"), unet(two, "full-three")) == 0.0
 
 
 def test_the_text_encoder_learns_where_it_is_asked_to(two, whole):
