@@ -44,6 +44,8 @@ from controlbooth.trainer.train import StopRequest
 
 PIPELINE = "pipeline"
 WEIGHTS = "network"
+NETWORKS = {"unet": "unet.", "text_encoder": "text_encoders.0.", "text_encoder_2": "text_encoders.1."}
+"""Folder in the pipeline -> what its parameters' names begin with in FullNetwork, of all networks that may learn."""
 
 
 class FullNetwork(nn.Module):
@@ -188,9 +190,8 @@ def finish_full(config: SubjectRunConfig, training: FullTraining, folder: Path, 
         made = attempt.folder / PIPELINE
         shutil.copytree(base_folder(config.model.base), made, ignore=shutil.ignore_patterns("*.md", ".*"))
         fresh = load_base(base_folder(config.model.base), config.model.family, torch.float32, torch.device("cpu"))
-        names = {"unet": "unet.", "text_encoder": "text_encoders.0.", "text_encoder_2": "text_encoders.1."}
-        modules = dict(zip(names, (fresh.unet, *fresh.text_encoders), strict=False))
-        for part, prefix in names.items():
+        modules = dict(zip(NETWORKS, (fresh.unet, *fresh.text_encoders), strict=False))
+        for part, prefix in NETWORKS.items():
             own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
             if own:
                 module: Any = modules[part]

@@ -475,6 +475,34 @@ def test_pictures_of_other_weights_are_drawn_anew(measured):
     lora.write_bytes(kept)
 
 
+def test_pictures_are_drawn_anew_where_any_network_has_changed_and_a_network_may_be_in_several_files(
+    base_folder, tmp_path
+):
+    from controlbooth.models.pretrained import load_base
+    from controlbooth.trainer.subjects import SubjectRunConfig
+
+    config = SubjectRunConfig.model_validate(dict(name="full", method="full", model=dict(base="miniature")))
+    base = load_base(base_folder("sd15"))
+    pipeline, drawn = (tmp_path / "subjects" / "one" / name for name in ("pipeline", "pictures"))
+    base.unet.save_pretrained(pipeline / "unet", max_shard_size="20KB")
+    base.text_encoders[0].save_pretrained(pipeline / "text_encoder")
+    assert len(list((pipeline / "unet").glob("*.safetensors"))) > 1
+    parameters = list(base.unet.parameters())
+    for network, parameter, part in (
+        (base.unet, parameters[0], "unet"),
+        (base.unet, parameters[-1], "unet"),
+        (base.text_encoders[0], next(base.text_encoders[0].parameters()), "text_encoder"),
+    ):
+        measure.forget_others(tmp_path, config, base, task())
+        (drawn / "a.png").touch()
+        measure.forget_others(tmp_path, config, base, task())
+        assert (drawn / "a.png").exists()
+        parameter.data += 1
+        network.save_pretrained(pipeline / part, **(dict(max_shard_size="20KB") if part == "unet" else {}))
+        measure.forget_others(tmp_path, config, base, task())
+        assert not (drawn / "a.png").exists(), part
+
+
 def test_mlflow_has_a_run_with_a_child_for_each_subject(measured):
     from mlflow import MlflowClient
 

@@ -21,7 +21,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 import torch
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -47,7 +46,7 @@ from controlbooth.trainer.evaluate.subjects import (
     separation,
     similarity,
 )
-from controlbooth.trainer.full import PIPELINE, base_of_subject
+from controlbooth.trainer.full import NETWORKS, PIPELINE, base_of_subject
 from controlbooth.trainer.pictures import SubjectError, read_picture
 from controlbooth.trainer.prior import DRAWN_AT_ONCE
 from controlbooth.trainer.studio import status_of
@@ -200,9 +199,8 @@ def forget_others(run: Path, config: SubjectRunConfig, base: Base, task: Task) -
     """Deletes pictures that were drawn by other weights or otherwise; those of this LoRA are kept."""
     folder = pictures_folder(run, task)
     own = run / "subjects" / task.name
-    trained = own / LORA_FILE if config.method == "lora" else own / PIPELINE / "unet" / SAFETENSORS_WEIGHTS_NAME
     now = dict(
-        weights=hashlib.sha256(trained.read_bytes()).hexdigest(),
+        weights=digest_of(trained_files(own, config.method)),
         base=base.digest,
         dtype=str(base.dtype),
         sampling_steps=config.prior.sampling_steps,
@@ -217,6 +215,26 @@ def forget_others(run: Path, config: SubjectRunConfig, base: Base, task: Task) -
     temporary = record.with_suffix(".partial")
     temporary.write_text(json.dumps(now, indent=1))
     temporary.replace(record)
+
+
+def trained_files(own: Path, method: str) -> list[Path]:
+    """What was trained of a subject, in an order of its own. own: the subject's folder.
+
+    A network above 10 GB is in several files, and a text encoder may have learned with the U-Net.
+    """
+    if method == "lora":
+        return [own / LORA_FILE]
+    return sorted(path for part in NETWORKS for path in (own / PIPELINE / part).glob("*.safetensors"))
+
+
+def digest_of(files: Sequence[Path]) -> str:
+    """SHA-256 of the bytes of these files, one after another."""
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as stream:
+            while block := stream.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def draw(
