@@ -143,7 +143,7 @@ def begin_save(
     """
     final = folder_of(run, state["step"])
     partial = attempt.folder / final.name
-    _check_space(engine, run, world)
+    needed = _check_space(engine, run, world)
     if world.rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
@@ -169,7 +169,8 @@ def begin_save(
                 for path in (partial / name).iterdir():
                     _sync(path)
         except Exception as error:  # of whatever kind: finish_save raises it on the ranks' main threads
-            save.error = error
+            lack = _lack_of_space(needed, run, shutil.disk_usage(run).free)  # PyTorch's writer calls that anything
+            save.error = error if lack is None else OSError(f"{lack} ({error})")
 
     save = Save(partial, final, attempt, Thread(target=write, name="checkpoint", daemon=True))
     save.thread.start()
@@ -361,16 +362,25 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _check_space(engine: Any, run: Path, world: World) -> None:
-    """Weights in fp32 twice, two moments, a half-precision copy, the average: at most 24 bytes a parameter."""
+def _check_space(engine: Any, run: Path, world: World) -> int:
+    """Bytes that a checkpoint takes at most; raises OSError on all ranks where the disk has less.
+
+    Weights in fp32 twice, two moments, a half-precision copy, the average: 24 bytes a parameter.
+    """
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
     needed = parameters * 24
-    free = from_first_rank(shutil.disk_usage(run).free)
-    if free < needed:
-        raise OSError(
-            f"a checkpoint takes up to {needed / 2**30:.2f} GiB and {run} has {free / 2**30:.2f} GiB free. Free some, "
-            "lower checkpoint.keep, or move `output`; then start again: the run goes on from its latest checkpoint"
-        )
+    if lack := _lack_of_space(needed, run, from_first_rank(shutil.disk_usage(run).free)):
+        raise OSError(lack)
+    return needed
+
+
+def _lack_of_space(needed: int, run: Path, free: int) -> str | None:
+    if free >= needed:
+        return None
+    return (
+        f"a checkpoint takes up to {needed / 2**30:.2f} GiB and {run} has {free / 2**30:.2f} GiB free. Free some, "
+        "lower checkpoint.keep, or move `output`; then start again: the run goes on from its latest checkpoint"
+    )
 
 
 def _make_universal(checkpoint: Path, attempt: Attempt) -> None:
