@@ -7,10 +7,12 @@ Latents are computed in batches of exactly micro_batch_size and in the precision
 
 import argparse
 import contextlib
+import json
 import os
 import shutil
 import signal
 import sys
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -44,7 +46,7 @@ from controlbooth.data.decode import BadSample, decode_image, prepare_target, wr
 from controlbooth.data.manifest import Dataset
 from controlbooth.data.prompts import read_captions
 from controlbooth.data.shards import ShardReader
-from controlbooth.data.sidecar import ShardIndex, index_path, load_index
+from controlbooth.data.sidecar import ShardIndex, index_path, load_index, write_whole
 from controlbooth.models.base import Base
 from controlbooth.models.pretrained import load_base
 from controlbooth.trainer import engine as engines
@@ -60,7 +62,7 @@ from controlbooth.trainer.encoding import (
     encode_posterior,
     to_pixel_values,
 )
-from controlbooth.trainer.train import open_data, run_buckets, say, write_status
+from controlbooth.trainer.train import open_data, run_buckets, say
 
 LOCK = ".lock"
 Shape = tuple[int, int]
@@ -112,7 +114,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, DistError) as error:
         if folder is not None and (folder / LOCK).exists():  # the command that started the ranks repeats it at the end
             with contextlib.suppress(OSError):  # a full disk may be what failed; the message on the terminal remains
-                write_status(folder / f"failed-{rank}.json", rank=rank, error=f"{type(error).__name__}: {error}")
+                note = dict(rank=rank, error=f"{type(error).__name__}: {error}", time=time.time())
+                write_whole(folder / f"failed-{rank}.json", json.dumps(note).encode())
         print(f"rank {rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         os._exit(2)  # the other ranks may be inside a collective; torchrun ends them when this one is gone
     finally:

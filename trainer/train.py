@@ -56,8 +56,8 @@ from controlbooth.trainer.attempt import (
     check_still_ours,
     is_superseded,
     only_run,
+    write_text,
 )
-from controlbooth.trainer.attempt import write_text as write_own
 from controlbooth.trainer.config import (
     ConfigError,
     RunConfig,
@@ -184,7 +184,7 @@ def train(config: RunConfig, world: World, stop: "StopRequest") -> int:
             return 0
         run = build(config, world, attempt, watchdog, latest)
         if world.rank == 0:
-            write_own(attempt, folder / "config.yaml", dump(config))  # only now: it is the run's, and was accepted
+            write_text(attempt, folder / "config.yaml", dump(config))  # only now: it is the run's, and was accepted
             write_own_status(attempt, state="running", step=run.step)
         state = "failed"
         try:
@@ -427,7 +427,7 @@ def choose_once(
         chosen = asdict(choose_attention(before.get("name", request), world.device, dtype, shapes()))
         if before:
             chosen |= {"by_shape": before.get("by_shape", {}), "reason": "as at the run's first start"}
-        write_own(attempt, remembered, json.dumps({**chosen, "reason": before.get("reason", chosen["reason"])}))
+        write_text(attempt, remembered, json.dumps({**chosen, "reason": before.get("reason", chosen["reason"])}))
     return AttentionChoice(**from_first_rank(chosen))
 
 
@@ -789,22 +789,7 @@ def say(world: World, message: str) -> None:
 
 
 def write_own_status(attempt: Attempt, **fields: Any) -> None:
-    write_own(attempt, attempt.run / STATUS, json.dumps(fields | {"attempt": attempt.number, "time": time.time()}))
-
-
-def write_status(path: Path, **fields: Any) -> None:
-    write_json(path, fields | {"time": time.time()})
-
-
-def write_json(path: Path, tree: dict[str, Any]) -> None:
-    write_text(path, json.dumps(tree))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    temporary = path.with_suffix(".partial")
-    temporary.write_text(text)
-    temporary.replace(path)
+    write_text(attempt, attempt.run / STATUS, json.dumps(fields | {"attempt": attempt.number, "time": time.time()}))
 
 
 def peak_memory_gib(world: World) -> float:
@@ -821,7 +806,7 @@ def write_speed(attempt: Attempt, **facts: Any) -> None:
     medians = {name: median(m[name] for m in steps) for name in ("step_seconds", "samples_per_second", "stall_percent")}
     peak = max(m["peak_memory_gib"] for m in steps)
     text = json.dumps(medians | {"peak_memory_gib": peak, "steps": len(steps)} | facts)
-    write_own(attempt, attempt.run / "speed.json", text)
+    write_text(attempt, attempt.run / "speed.json", text)
 
 
 def quiet_libraries() -> None:

@@ -28,6 +28,7 @@ import torch
 from diffusers import ControlNetModel
 from plain import plain_loss
 from record import write
+from throughput import gemm_flops_per_second
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from controlbooth.models.pretrained import load_base
@@ -74,7 +75,8 @@ def main() -> None:
                 wall[name].append(time.perf_counter() - began)
         seconds = {name: median(found) for name, found in wall.items()}
         profiles = {name: profiled(step, options.steps) for name, step in steps.items()}
-        report(config, seconds, profiles, run.precision, run.attention)
+        rate = gemm_flops_per_second(world.device, engines.DTYPES[run.precision])
+        report(config, options.steps, seconds, profiles, rate, run.precision, run.attention)
         run.loader.close()
         if run.tracker is not None:
             run.tracker.close(5.0)
@@ -119,10 +121,16 @@ def profiled(step: Callable[[], None], steps: int) -> profile:
 
 
 def report(
-    config: RunConfig, seconds: dict[str, float], profiles: dict[str, profile], precision: str, attention: str
+    config: RunConfig,
+    steps: int,
+    seconds: dict[str, float],
+    profiles: dict[str, profile],
+    rate: float,
+    precision: str,
+    attention: str,
 ) -> None:
-    size, count = config.global_batch_size, sum(e.count for e in profiles["after"].key_averages() if e.key == "predict")
-    steps = count // (size // config.micro_batch_size)
+    """steps: in each profile. seconds: of a step that is not profiled. rate: of large products, FLOP/s."""
+    size = config.global_batch_size
     averages = {name: one.key_averages() for name, one in profiles.items()}
     whole = seconds["after"]
     print(f"{config.name}, {precision}: {whole:.3f} s a step of {size} samples, {size / whole:.1f} samples/s")
@@ -145,7 +153,6 @@ def report(
     rows.append({"kernel": "a step, not profiled", **{f"{name}, ms": 1000 * own for name, own in seconds.items()}})
     one = footprint(config, precision, config.micro_batch_size, attention)
     flops = (one.training_flops + one.encoder_flops) * size // config.micro_batch_size
-    rate = product_rate(engines.DTYPES[precision])
     floor = flops / rate
     rows.append({"kernel": "floor", **{f"{name}, ms": 1000 * floor for name in seconds}})
     rows.append({"kernel": "step / floor", **{f"{name}, ms": own / floor for name, own in seconds.items()}})
@@ -154,18 +161,6 @@ def report(
         f"floor: {flops / 1e9:.1f} GFLOP a step, of it VAE and text encoder {one.encoder_flops / 1e9:.1f}, all prompts "
         f"kept, at {rate / 1e9:.0f} GFLOP/s: 2048 x 2048 products, {precision}, {torch.get_num_threads()} threads"
     )
-
-
-def product_rate(dtype: torch.dtype) -> float:
-    """FLOP/s of a product of two 2048 x 2048 matrices: the median of 9 after 3 to warm up."""
-    n = 2048
-    a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
-    found = []
-    for _ in range(12):
-        began = time.perf_counter()
-        a @ b
-        found.append(time.perf_counter() - began)
-    return 2 * n**3 / median(found[3:])
 
 
 if __name__ == "__main__":

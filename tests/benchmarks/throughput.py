@@ -287,7 +287,7 @@ def measure(case: Case, base: Base, engine: Any, chosen: AttentionChoice, world:
 
 def gemm_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
     """Of one large square product of random numbers: what the device reaches at best."""
-    size, repeats = (8192, 20) if device.type == "cuda" else (1024, 2)
+    size, repeats = (8192, 20) if device.type == "cuda" else (2048, 9)
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     for _ in range(3):
         left @ right

@@ -1,3 +1,4 @@
+import csv
 import errno
 import json
 import os
@@ -173,16 +174,24 @@ def test_unreadable_images_are_all_listed_and_mending_them_keeps_the_rest(photos
     assert (out / "shards-000001.tar").stat().st_mtime_ns == kept
 
 
+def write_table(path, rows):
+    """In the form that the suffix says: .csv, .jsonl or .parquet. Returns the path."""
+    if path.suffix == ".csv":
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    elif path.suffix == ".jsonl":
+        write(path, "".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
 @pytest.mark.parametrize("form", ["csv", "jsonl", "parquet"])
 def test_tables_are_packed(photos, tmp_path, form):
     rows = [{"file": f"images/p{i}.jpg", "text": f"row, {i}", "drawn": f"conditions/edges/p{i}.jpg"} for i in (0, 3)]
-    table = photos / f"table.{form}"
-    if form == "csv":
-        write(table, "file,text,drawn\n" + "".join(f'{r["file"]},"{r["text"]}",{r["drawn"]}\n' for r in rows))
-    elif form == "jsonl":
-        write(table, "".join(json.dumps(row) + "\n" for row in rows))
-    else:
-        pq.write_table(pa.Table.from_pylist(rows), table)
+    table = write_table(photos / f"table.{form}", rows)
     columns = ["--image-column", "file", "--caption-column", "text", "--condition", "edges=drawn"]
     assert run(table, "-o", tmp_path / "out", *columns, "--condition", "canny") == 0
     packed = contents(tmp_path / "out")
@@ -337,12 +346,7 @@ def test_edits_of_a_table_and_of_images_that_it_names_are_packed(photos, tmp_pat
 
     def pack_table(words):
         rows = [{"image": f"images/{name}", "caption": word} for name, word in zip(names, words, strict=True)]
-        if form == "csv":
-            write(table, "image,caption\n" + "".join(f"{row['image']},{row['caption']}\n" for row in rows))
-        elif form == "jsonl":
-            write(table, "".join(json.dumps(row) + "\n" for row in rows))
-        else:
-            pq.write_table(pa.Table.from_pylist(rows), table)
+        write_table(table, rows)
         text_rows.cache_clear()  # a file is read once in a process, and every pack is one
         assert run(table, "-o", out, "--samples-per-shard", 1) == 0
         return [parts["txt"].decode() for parts in contents(out).values()]

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from controlbooth.data.manifest import Dataset, open_dataset
 from controlbooth.data.scenes import Scene, SceneObject, render
-from controlbooth.data.sidecar import temporary_path
+from controlbooth.data.sidecar import temporary_path, write_whole
 from controlbooth.models.base import Base
 from controlbooth.models.decoder import load_networks
 from controlbooth.models.pretrained import UNET_FOLDER, load_base
@@ -54,7 +54,7 @@ from controlbooth.trainer.evaluate.judge import load_judge, obedience, obedience
 from controlbooth.trainer.evaluate.report import write_report
 from controlbooth.trainer.evaluate.statistics import mean_and_interval
 from controlbooth.trainer.mlflow_run import EVALUATION
-from controlbooth.trainer.train import open_tracker, quiet_libraries, write_text
+from controlbooth.trainer.train import open_tracker, quiet_libraries
 
 WITHOUT, WITH, NO_PROMPT = "without control", "with control", "with control, no prompt"
 DISCS, REAL = "discs at the true places", "real pictures"
@@ -298,7 +298,7 @@ def write_ends(out: Path, samples: Sequence[dict[str, Any]], held: HeldOutSet, d
             chosen[name].append(
                 dict(pictures=list(pictures), figure=figure, value=row[figure], key=row["key"], caption=row["caption"])
             )
-    write_text(out / "ends.json", json.dumps(chosen, indent=2))
+    write_whole(out / "ends.json", json.dumps(chosen, indent=2).encode())
 
 
 def publish(target: Evaluated, result: dict[str, Any]) -> None:
@@ -501,7 +501,7 @@ def write(
         ("samples.jsonl", "".join(json.dumps(row) + "\n" for row in samples)),
         ("evaluation.json", json.dumps(result, indent=2)),
     ):
-        write_text(out / name, text)
+        write_whole(out / name, text.encode())
 
 
 def table(result: dict[str, Any]) -> str:

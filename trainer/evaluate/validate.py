@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from controlbooth.data import draws
 from controlbooth.models.base import Base
 from controlbooth.models.decoder import networks_of
 from controlbooth.models.sampling import Control, sample
-from controlbooth.trainer.attempt import Attempt, move, write_text
+from controlbooth.trainer.attempt import Attempt, write_file, write_text
 from controlbooth.trainer.config import ValidationConfig
 from controlbooth.trainer.distributed import World, gather_objects
 from controlbooth.trainer.evaluate.extract import Extract, fidelity
@@ -109,15 +109,8 @@ def validate(
 
     grid: where rank 0 draws a picture of condition | without control | with control | target. What the base makes by
     itself is made on the first call, and kept beside it as an .npy for as long as nothing that it depends on changes.
-    attempt: the start that has taken the run; files are made in its folder. Raises Superseded, or FileNotFoundError for
-    that folder, where a newer start has taken the run.
+    attempt: the start that has taken the run; files are made in its folder. Raises Superseded.
     """
-
-    def put(target: Path, write: Callable[[Path], None]) -> None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write(attempt.folder / target.name)
-        move(attempt, attempt.folder / target.name, target)
-
     was_training = controlnet.training
     controlnet.eval()
     depends_on = (
@@ -134,7 +127,7 @@ def validate(
     if not all(gather_objects(without_control.exists(), world)):
         pictures = generate(base, None, held, config, world)
         if world.rank == 0:
-            put(without_control, lambda path: np.save(path, pictures))
+            write_file(attempt, without_control, lambda path: np.save(path, pictures))
     controlled = generate(base, controlnet, held, config, world)
     unprompted = generate(base, controlnet, held, config, world, [""] * len(held.keys))
     figures = {"fixed_noise_loss": fixed_noise_loss(base, controlnet, held, config.micro_batch_size, world)}
@@ -151,14 +144,14 @@ def validate(
             "control, no prompt": unprompted[shown],
             "target": held.targets[shown],
         }
-        put(grid, lambda path: draw_grid(path, columns, held.captions[shown]))
+        write_file(attempt, grid, lambda path: draw_grid(path, columns, held.captions[shown]))
         strips = grid.parent / STRIPS.name
         for name, images in (
             ("conditions.png", held.conditions),
             ("targets.png", held.targets),
             (grid.name, controlled),
         ):
-            put(strips / name, partial(write_strip, images=images[shown]))
+            write_file(attempt, strips / name, partial(write_strip, images=images[shown]))
         write_text(attempt, strips / CAPTIONS, json.dumps(held.captions[shown]))
     controlnet.train(was_training)
     return figures
