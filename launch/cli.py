@@ -12,6 +12,8 @@ import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 
+from controlbooth.launch.torchrun import SPIN_COUNT
+
 VERBS = {  # group -> verb -> (module:function, what it does)
     "Training": {
         "quickstart": ("controlbooth.launch.quickstart:main", "train a ControlNet on this machine, from nothing"),
@@ -106,8 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _call(verb: str, arguments: list[str]) -> int:
-    # As in torchrun_environment, and before torch is imported: threads that spin while they wait starve other programs
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "OMP_WAIT_POLICY" not in os.environ:  # as in torchrun_environment, and before torch is imported
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     module, _, function = TABLE[verb][0].partition(":")
     try:
         return getattr(importlib.import_module(module), function)(arguments) or 0

@@ -56,7 +56,7 @@ class Measured:
 def measure(command: list[str], steps_done: Callable[[bytes], int], log: Path, steps: int, warm: int) -> Measured:
     """Runs a program. steps_done: what it has printed -> finished steps. Raises SystemExit where it fails."""
     began = time.perf_counter()
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     with open(log, "wb") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
     memory = [0.0]

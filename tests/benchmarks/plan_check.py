@@ -132,7 +132,7 @@ def train(config: RunConfig, folder: Path) -> dict[str, Any]:
     """speed.json of a real training."""
     run_file = folder / f"{config.name}.yaml"
     run_file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "DS_ACCELERATOR": "cpu"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
     command += ["-m", "controlbooth.trainer.train", str(run_file)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -16,6 +16,7 @@ import yaml
 from controlbooth.launch import local
 from controlbooth.launch.torchrun import (
     KEEP_MEMORY,
+    SPIN_COUNT,
     Node,
     threads_per_process,
     torchrun_command,
@@ -70,7 +71,7 @@ def test_ranks_share_the_cores_and_the_world_is_all_nodes():
 def test_the_environment_keeps_what_the_user_has_set():
     assert torchrun_environment(node(), {}) == {
         "OMP_NUM_THREADS": "8",
-        "OMP_WAIT_POLICY": "PASSIVE",
+        "GOMP_SPINCOUNT": SPIN_COUNT,
         "HF_HUB_OFFLINE": "1",
         "DS_ACCELERATOR": "cpu",
         "GLIBC_TUNABLES": KEEP_MEMORY,

@@ -3,9 +3,9 @@
 cd '/data/my project' || exit 1
 export DS_ACCELERATOR=cpu
 export GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.trim_threshold=17179869184:glibc.malloc.mmap_threshold=33554432
+export GOMP_SPINCOUNT=2000
 export HF_HUB_OFFLINE=1
 export OMP_NUM_THREADS=1
-export OMP_WAIT_POLICY=PASSIVE
 set -u
 
 # Asked to stop: the ranks save a checkpoint after their step.

@@ -16,10 +16,10 @@
 # First_Run: a run, trained by controlbooth; written by `controlbooth launch slurm`.
 # `controlbooth launch status /data/runs/First_Run` tells how it goes.
 cd '/data/my project' || exit 1
+export GOMP_SPINCOUNT=2000
 export HF_HUB_OFFLINE=1
 export NCCL_DEBUG=WARN
 export OMP_NUM_THREADS=12
-export OMP_WAIT_POLICY=PASSIVE
 export TITLE='it'"'"'s 5 $'
 module load cuda
 set -u
