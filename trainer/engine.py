@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from controlbooth.trainer.config import EngineConfig, OptimizerConfig, RunConfig, gradient_accumulation_steps
+from controlbooth.trainer.lone_gradients import LoneGradients
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -51,6 +52,10 @@ class BatchSizes:
     micro_batch_size: int
     accumulation_steps: int
 
+    @property
+    def ranks(self) -> int:
+        return self.global_batch_size // (self.micro_batch_size * self.accumulation_steps)
+
 
 def batch_sizes(config: RunConfig, world_size: int) -> BatchSizes:
     return BatchSizes(
@@ -59,11 +64,16 @@ def batch_sizes(config: RunConfig, world_size: int) -> BatchSizes:
 
 
 def sums_gradients(zero_stage: int, global_batch_size: int, micro_batch_size: int) -> bool:
-    """Whether gradients of several micro-batches or ranks are added up, in fp32 whatever the precision.
+    """Whether DeepSpeed adds up gradients of several micro-batches or ranks, in fp32 whatever the precision.
 
     Where one rank takes the whole batch at once, stages 1 and 2 have nothing to add, and keep gradients as they come.
     """
     return zero_stage not in (1, 2) or global_batch_size > micro_batch_size
+
+
+def is_lone(engine: EngineConfig, ranks: int) -> bool:
+    """Whether LoneGradients take the place of DeepSpeed's reduction."""
+    return ranks == 1 and engine.zero_stage == 2 and not engine.offload_optimizer
 
 
 def deepspeed_config(
@@ -92,7 +102,8 @@ def deepspeed_config(
     }
     if precision == "bf16":
         tree["bf16"] = {"enabled": True, "check_grad_overflow": True}
-        if engine.zero_stage and sums_gradients(engine.zero_stage, sizes.global_batch_size, sizes.micro_batch_size):
+        sums = sums_gradients(engine.zero_stage, sizes.global_batch_size, sizes.micro_batch_size)
+        if engine.zero_stage and sums and not is_lone(engine, sizes.ranks):
             # else every micro-batch and every rank that is added rounds to 8 bits
             tree["data_types"] = {"grad_accum_dtype": "fp32"}
             tree["communication_data_type"] = "fp32"
@@ -139,6 +150,8 @@ def initialize(
     if hasattr(engine.optimizer, "has_overflow_partitioned_grads_serial"):
         # DeepSpeed's own asks each gradient by itself, with five kernels: 40 ms of a 275 ms step of SD1.5 on an H200
         engine.optimizer.has_overflow_partitioned_grads_serial = partial(_any_not_finite, engine.optimizer)
+    if is_lone(engine_config, sizes.ranks):
+        LoneGradients(engine.optimizer)
     return engine
 
 

@@ -10,10 +10,12 @@ precision, N ranks and B = min(P, bucket) elements that are reduced at once:
     1, bf16      2P       4P/N     8P/N  4P in fp32, always; 2P       one parameter        -
     1, 2; fp32   4P       4P/N     8P/N  4P, in the bucket            4B                   8P/N
     2, bf16      2P       4P/N     8P/N  2P, in the bucket            6B + 4P/N            4P/N
-    1, 2; alone  2P       4P       8P    2P, in the bucket            2B                   8P
+    1, at once   2P       4P       8P    2P, in the bucket            2B                   8P
+    2, alone     bP       4P       8P    4P in fp32, always           -                    one parameter in fp64
     3            bP/N     4P/N     8P/N  4P/N, always                 gathered bP, (8-b)B  4P/N
 
-alone: one rank that takes the whole batch at once, in bf16 or fp16, so that nothing is added up in fp32.
+at once: one rank that takes the whole batch at once, in bf16 or fp16, so that nothing is added up in fp32.
+alone: one rank, whose gradients LoneGradients takes.
 
 A bucket is allocated whole: 5e8 elements, whatever is in it. A CPU's memory is only taken where something was written.
 The three moments are compared, since activations are gone when the optimizer steps.
@@ -23,7 +25,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from controlbooth.trainer.config import EngineConfig
-from controlbooth.trainer.engine import sums_gradients
+from controlbooth.trainer.engine import is_lone, sums_gradients
 from controlbooth.trainer.footprint import Footprint
 
 BUCKET_ELEMENTS = 500_000_000
@@ -33,8 +35,8 @@ PREFETCH_ELEMENTS = 50_000_000
 LIVE_ELEMENTS = 500_000_000
 """Half of stage3_max_reuse_distance: parameters nearer than that to the end of the forward pass stay gathered until
 their backward pass."""
-MASTER, MOMENTS, ACCUMULATED = 4, 8, 4
-"""Bytes a parameter: the fp32 copy, Adam's two moments, a gradient in fp32."""
+MASTER, MOMENTS, ACCUMULATED, NORM = 4, 8, 4, 8
+"""Bytes a parameter: the fp32 copy, Adam's two moments, a gradient in fp32, and in fp64, in which its norm is taken."""
 RUNTIME_BYTES = {"cuda": 0, "cpu": 820 * 2**20}
 """What a rank holds that is no tensor of the step. CPU: interpreter, libraries, gloo, scratch of kernels, and what
 malloc keeps: 0.74 to 0.94 GiB in the fp32 trainings of tests/benchmarks/plan_check.py, to which this is fitted, and
@@ -92,6 +94,7 @@ def rank_memory(
     width = 4 if fp32 else 2
     batch = global_batch_size or ranks * one.micro_batch_size
     native = fp32 or not sums_gradients(stage, batch, one.micro_batch_size)  # gradients have the weights' dtype
+    lone = is_lone(engine, ranks)
     share = total if stage == 0 else -(-total // ranks)
     masters = 0 if stage == 0 and fp32 else MASTER * share
     weights = width * (share if stage == 3 else total)
@@ -100,20 +103,26 @@ def rank_memory(
         "trained weights": weights,
         "optimizer": masters + MOMENTS * share,
         "moving average": MASTER * share if averaged else 0,
-        "gradients": _kept_gradients(stage, native, total, share),
+        "gradients": ACCUMULATED * total if lone else _kept_gradients(stage, native, total, share),
         "runtime": RUNTIME_BYTES[kind],
     }
-    moments = {
-        "backward": max(
-            (
-                _backward(one, stage, native, width, activations, gradients, ranks, kind)
-                for activations, gradients in one.profile
+    if lone:
+        moments = {
+            "backward": {"activations": one.activation_bytes},
+            "optimizer": {"gradients": NORM * one.largest_parameter},
+        }
+    else:
+        moments = {
+            "backward": max(
+                (
+                    _backward(one, stage, native, width, activations, gradients, ranks, kind)
+                    for activations, gradients in one.profile
+                ),
+                key=lambda parts: sum(parts.values()),
             ),
-            key=lambda parts: sum(parts.values()),
-        ),
-        "reduction": _reduction(one, stage, native, width, share, ranks, kind),
-        "optimizer": {"gradients": _step_gradients(stage, native, width, total, share)},
-    }
+            "reduction": _reduction(one, stage, native, width, share, ranks, kind),
+            "optimizer": {"gradients": _step_gradients(stage, native, width, total, share)},
+        }
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     device = {name: fixed.get(name, 0) + moments[moment].get(name, 0) for name in CATEGORIES}
     host = dict.fromkeys(CATEGORIES, 0) | {"loader": loader_bytes}

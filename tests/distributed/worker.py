@@ -280,6 +280,59 @@ def settings(folder: Path, world: World) -> dict:
     return outcome
 
 
+class Forked(nn.Module):
+    """Two layers, the second of which takes part where the inputs are large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        return x + self.second(x) if x.abs().max() > 2 else x
+
+
+def lone(folder: Path, world: World, precision: str) -> dict:
+    """Seven steps of two micro-batches on one rank at stage 2, beside the same in plain PyTorch.
+
+    Says how far their weights are apart after each step, and which steps were skipped. The second layer has no part in
+    the first step nor in the fifth, the third step's first micro-batch has no finite gradient, and clipping bites.
+    """
+    dtype, rate = engines.DTYPES[precision], 1e-2
+    torch.manual_seed(0)
+    ours = Forked()
+    masters = {name: value.to(dtype).float().clone().requires_grad_() for name, value in ours.state_dict().items()}
+    plain = Forked().to(dtype)
+    settings = OptimizerConfig(max_grad_norm=0.05)
+    sizes = engines.BatchSizes(4, 2, 2)
+    adam = torch.optim.AdamW(
+        masters.values(), rate, settings.betas, settings.epsilon, settings.weight_decay, fused=True
+    )
+    engine = engines.initialize(ours, EngineConfig(zero_stage=2), settings, sizes, precision, load_universal=False)
+    apart, skipped = [], []
+    for step in range(7):
+        size = 0.1 if step in (0, 4) else 9.0
+        for micro in range(2):
+            x = size * torch.linspace(-1, 1 + step + micro, 16).view(2, 8).to(dtype)
+            bad = float("nan") if (step, micro) == (2, 0) else 1.0
+            engines.accumulate(engine, bad * engine(x).float().square().mean())
+            plain.load_state_dict(masters)
+            plain.zero_grad()
+            (bad * plain(x).float().square().mean() / 2).backward()
+            for name, parameter in plain.named_parameters():
+                gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                before = masters[name].grad if micro else None
+                masters[name].grad = gradient.float() if before is None else before + gradient.float()
+        skipped.append(engines.apply_gradients(engine, rate)[1])
+        norm = torch.stack([master.grad.norm() for master in masters.values()]).norm()
+        if norm.isfinite():
+            for master in masters.values():
+                master.grad /= max(1.0, (float(norm) + 1e-6) / settings.max_grad_norm)
+            adam.step()
+        apart.append(max(float((value - masters[n]).abs().max()) for n, value in engines.full_state(engine).items()))
+    return dict(apart=apart, skipped=skipped)
+
+
 def engine_memory(folder: Path, world: World, precision: str) -> dict:
     """Of every stage: the planned peak of a rank without its runtime, and what a real engine's tensors came to."""
     return {stage: peaks_of_engine(stage, precision, world) for stage in (0, 1, 2, 3)}
@@ -419,9 +472,7 @@ def background(folder: Path, world: World) -> dict:
             if world.rank == 0:
                 shutil.rmtree(finished)
             barrier()
-            failing = checkpoints.begin_save(
-                engine, run, about, "", average, world, attempt, "weights", write_nowhere
-            )
+            failing = checkpoints.begin_save(engine, run, about, "", average, world, attempt, "weights", write_nowhere)
             try:
                 checkpoints.finish_save(failing, world)
                 error = ""

@@ -48,10 +48,11 @@ def test_offload_reaches_deepspeed_without_its_compiled_optimizer():
 def test_half_precision_gradients_are_added_up_in_fp32_over_micro_batches_and_ranks():
     tree = settings(config(), world_size=2)
     assert tree["data_types"] == {"grad_accum_dtype": "fp32"} and tree["communication_data_type"] == "fp32"
-    accumulated = settings(config(), world_size=1)
+    accumulated = settings(config(engine=dict(zero_stage=1)), world_size=1)
     assert accumulated["data_types"] == {"grad_accum_dtype": "fp32"}
-    nothing_to_add = settings(config(micro_batch_size=8), world_size=1)
-    assert "data_types" not in nothing_to_add and "communication_data_type" not in nothing_to_add
+    for nothing_to_add in (config(micro_batch_size=8, engine=dict(zero_stage=1)), config()):  # LoneGradients adds
+        tree = settings(nothing_to_add, world_size=1)
+        assert "data_types" not in tree and "communication_data_type" not in tree
 
 
 def test_fp16_where_losses_are_not_scaled_is_refused_with_what_can_be_used():
