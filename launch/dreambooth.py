@@ -1,15 +1,12 @@
 """`controlbooth dreambooth run`: starts the ranks that train a manifest of subjects on this machine."""
 
 import argparse
-import os
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from controlbooth.launch.local import run, this_node
+from controlbooth.launch.local import run, start_of, this_node
 from controlbooth.launch.preflight import base_problems
-from controlbooth.launch.torchrun import torchrun_command, torchrun_environment
 from controlbooth.trainer.subjects import (
     SubjectRunConfig,
     Task,
@@ -66,12 +63,11 @@ examples:
     if not tasks:
         raise ValueError(f"{options.subjects} has no subject that can be trained")
     print(plan(config, tasks, node.processes), flush=True)
-    command = torchrun_command(str(options.subjects), [str(options.run), *options.overrides], config.name, node, WORKER)
-    chosen = torchrun_environment(node, os.environ)
+    start = start_of(node, str(options.subjects), [str(options.run), *options.overrides], config.name, WORKER)
     if options.dry_run:
-        print("command   ", *(f"{key}={value}" for key, value in chosen.items()), shlex.join(command))
+        print(f"command    {start}")
         return 2 if faults else 0
-    return run(command, os.environ | chosen, stopping="after this step, with the state of all subjects")
+    return run(start, stopping="after this step, with the state of all subjects")
 
 
 def plan(config: SubjectRunConfig, tasks: Sequence[Task], processes: int) -> str:

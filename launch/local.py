@@ -1,4 +1,4 @@
-"""`controlbooth train`: checks a run, starts its ranks on this machine through torchrun, and stops them cleanly."""
+"""`controlbooth train`: checks a run, starts its ranks on this machine, and stops them cleanly."""
 
 import argparse
 import json
@@ -10,13 +10,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
 from controlbooth.launch.preflight import preflight
 from controlbooth.launch.torchrun import (
+    WORKER,
     Node,
+    lone_command,
+    lone_environment,
     threads_per_process,
     torchrun_command,
     torchrun_environment,
@@ -48,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def train(run_file: str, overrides: Sequence[str] = (), processes: int | None = None, dry_run: bool = False) -> int:
-    """Runs to the end and returns torchrun's exit status; 2 where the checks found problems, 128 + signal if stopped.
+    """Runs to the end and returns the ranks' exit status; 2 where the checks found problems, 128 + signal if stopped.
 
     processes: ranks on this machine; None for one per GPU, or 1 without. Raises ConfigError and ValueError.
     """
@@ -59,18 +63,18 @@ def train(run_file: str, overrides: Sequence[str] = (), processes: int | None = 
             print(f"controlbooth train: {problem}", file=sys.stderr)
         return 2
     print(plan(config, node), flush=True)
-    command = torchrun_command(run_file, overrides, config.name, node)
-    chosen = torchrun_environment(node, os.environ)
+    start = start_of(node, run_file, overrides, config.name)
     if dry_run:
-        print("command   ", *(f"{key}={value}" for key, value in chosen.items()), shlex.join(command))
+        print(f"command    {start}")
         return 0
     began, killed = time.time(), out_of_memory_kills()
-    status = run(command, os.environ | chosen)
+    status = run(start)
     if status not in (0, *(128 + number for number in STOP_SIGNALS)):
         told = failures(run_folder(config), began)
-        for rank, error in told.items():  # once more, below torchrun's own report
+        for rank, error in told.items():  # where there are several, below torchrun's own report
             print(f"controlbooth train: rank {rank}: {error}", file=sys.stderr)
-        if reason := why_silent(config, told, world_size(node), out_of_memory_kills() - killed):
+        reason = why_silent(config, told, world_size(node), out_of_memory_kills() - killed)
+        if reason and not (start.lone and status != 128 + signal.SIGKILL):  # torchrun's own status tells no signal
             print(f"controlbooth train: {reason}", file=sys.stderr)
     return status
 
@@ -82,7 +86,7 @@ def failures(folder: Path, since: float) -> dict[int, str]:
 
 
 def why_silent(config: RunConfig, told: dict[int, str], ranks: int, kills: int) -> str | None:
-    """What to make of ranks that ended without a word, as SIGKILL ends them (torchrun reports exit status -9).
+    """What to make of ranks that ended without a word, as SIGKILL ends them.
 
     told: what the others said. kills: processes that the kernel has killed for memory meanwhile. None where the others
     say enough: torchrun ends those that are still there when one has failed.
@@ -97,7 +101,7 @@ def why_silent(config: RunConfig, told: dict[int, str], ranks: int, kills: int) 
             f"micro_batch_size={config.micro_batch_size}, set model.gradient_checkpointing=true, start fewer ranks on "
             "this machine with --processes, or leave it to this run alone; then start again"
         )
-    return f"{who}: something has killed it (exit status -9 above). Started again, the run goes on from its checkpoint"
+    return f"{who}: something has killed it (SIGKILL). Started again, the run goes on from its checkpoint"
 
 
 def out_of_memory_kills() -> int:
@@ -175,32 +179,53 @@ def plan(config: RunConfig, node: Node) -> str:
     )
 
 
-def run(
-    command: Sequence[str], environment: dict[str, str], stopping: str = "after this step with a checkpoint"
-) -> int:
-    """Starts torchrun and waits. The first stop signal is handed to the ranks as SIGTERM; the second one kills them.
+@dataclass(frozen=True)
+class Start:
+    """How the ranks of this machine are started: several through torchrun, one by itself."""
+
+    command: list[str]
+    environment: dict[str, str]
+    """To be set on top of this process's."""
+    lone: bool
+    """Whether what is started is the rank, and not torchrun."""
+
+    def __str__(self) -> str:
+        """For a shell."""
+        return " ".join([*(f"{key}={value}" for key, value in self.environment.items()), shlex.join(self.command)])
+
+
+def start_of(node: Node, run_file: str, overrides: Sequence[str], name: str, worker: str = WORKER) -> Start:
+    """name: of the run. worker: the module that each rank runs."""
+    environment = torchrun_environment(node, os.environ)
+    if world_size(node) == 1:
+        return Start(lone_command(run_file, overrides, worker), environment | lone_environment(node), lone=True)
+    return Start(torchrun_command(run_file, overrides, name, node, worker), environment, lone=False)
+
+
+def run(start: Start, stopping: str = "after this step with a checkpoint") -> int:
+    """Starts the ranks and waits. The first stop signal is handed to them as SIGTERM; the second one kills them.
 
     stopping: what the ranks do at the first one, for people.
     Returns the exit status; 128 + signal where a signal stopped a run that ended well.
     """
     # A session of its own: otherwise Ctrl-C would reach the ranks too, beside what is forwarded here.
-    agent = subprocess.Popen(command, env=environment, start_new_session=True)
+    started = subprocess.Popen(start.command, env=os.environ | start.environment, start_new_session=True)
     received: list[int] = []
 
     def forward(number: int, _frame: object) -> None:
         received.append(number)
         if len(received) == 1:
             print(f"controlbooth: stopping {stopping}; once more stops now", file=sys.stderr)
-            _terminate(agent)
+            _terminate(started, start.lone)
         else:
-            _kill(agent)
+            _kill(started)
 
     previous = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     for number in STOP_SIGNALS:
         if previous[number] is not signal.SIG_IGN:  # nohup ignores SIGHUP for us
             signal.signal(number, forward)
     try:
-        status = agent.wait()
+        status = started.wait()
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -209,21 +234,21 @@ def run(
     return status if status >= 0 else 128 - status
 
 
-def _terminate(agent: subprocess.Popen) -> None:
+def _terminate(started: subprocess.Popen, lone: bool) -> None:
     """SIGTERM to the ranks: torchrun itself would end with status 1 and a traceback although all of them ended well."""
     try:
-        ranks = psutil.Process(agent.pid).children()
+        ranks = [] if lone else psutil.Process(started.pid).children()
     except psutil.NoSuchProcess:
         return
     for process in ranks:
         _signal(process.pid, signal.SIGTERM)
-    if not ranks:  # torchrun has not started them yet
-        _signal(agent.pid, signal.SIGTERM)
+    if not ranks:  # the rank itself, or torchrun, which has not started any yet
+        _signal(started.pid, signal.SIGTERM)
 
 
-def _kill(agent: subprocess.Popen) -> None:
+def _kill(started: subprocess.Popen) -> None:
     try:
-        processes = [psutil.Process(agent.pid), *psutil.Process(agent.pid).children(recursive=True)]
+        processes = [psutil.Process(started.pid), *psutil.Process(started.pid).children(recursive=True)]
     except psutil.NoSuchProcess:
         return
     for process in processes:

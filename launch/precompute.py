@@ -1,14 +1,12 @@
 """`controlbooth data precompute`: starts the ranks that compute a run's column caches on this machine."""
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Sequence
 
-from controlbooth.launch.local import STOP_SIGNALS, failures, run, this_node
+from controlbooth.launch.local import STOP_SIGNALS, failures, run, start_of, this_node
 from controlbooth.launch.preflight import check_base, check_cache, check_data
-from controlbooth.launch.torchrun import torchrun_command, torchrun_environment
 from controlbooth.trainer.config import load_config
 
 WORKER = "controlbooth.trainer.precompute"
@@ -41,14 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"controlbooth data precompute: {problem}", file=sys.stderr)
     if problems:
         return 2
-    if options.dry_run:
-        command = [sys.executable, "-m", WORKER, options.run, *options.overrides, "--dry-run"]
-    else:
-        command = torchrun_command(options.run, options.overrides, config.name, node, WORKER)
+    arguments = [*options.overrides, *(["--dry-run"] if options.dry_run else [])]
     began = time.time()
-    environment = os.environ | torchrun_environment(node, os.environ)
-    status = run(command, environment, stopping="with the shards that are finished")
+    start = start_of(node, options.run, arguments, config.name, WORKER)
+    status = run(start, stopping="with the shards that are finished")
     if status not in (0, *(128 + number for number in STOP_SIGNALS)):
-        for rank, error in failures(config.data.columns, began).items():  # once more, below torchrun's own report
+        for rank, error in failures(config.data.columns, began).items():  # below torchrun's own report
             print(f"controlbooth data precompute: rank {rank}: {error}", file=sys.stderr)
     return status

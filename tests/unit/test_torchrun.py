@@ -171,16 +171,30 @@ def test_problems_are_shown_together_and_nothing_starts(run_file, monkeypatch, c
 
 def test_the_run_gets_the_environment_and_its_status_is_returned(run_file, monkeypatch):
     seen = {}
-    monkeypatch.setattr(local, "run", lambda command, environment: seen.update(environment) or 5)
+    monkeypatch.setattr(local, "run", lambda start: seen.update(start.environment) or 5)
     assert local.main([str(run_file)]) == 5
-    assert seen["HF_HUB_OFFLINE"] == "1" and seen["HOME"] == os.environ["HOME"]
+    assert seen["RANK"] == "0"
 
 
-def launcher(tmp_path: Path, command: list[str], environment: dict[str, str] | None = None) -> subprocess.Popen:
+def test_one_rank_is_started_without_torchrun_and_several_with_it(monkeypatch):
+    monkeypatch.setenv("RANK", "3")  # as in a shell on a cluster
+    alone = local.start_of(node(processes=1), "run.yaml", ["seed=1"], "first")
+    assert alone.lone and alone.command[1:] == ["-m", "controlbooth.trainer.train", "run.yaml", "seed=1"]
+    assert alone.environment.items() >= {
+        "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_PORT": "29500"
+    }.items()  # fmt: skip
+    assert str(alone).endswith(f"MASTER_PORT=29500 {sys.executable} -m controlbooth.trainer.train run.yaml seed=1")
+    together = local.start_of(node(), "run.yaml", [], "first")
+    assert not together.lone and "torch.distributed.run" in together.command and "RANK" not in together.environment
+
+
+def launcher(
+    tmp_path: Path, command: list[str], environment: dict[str, str] | None = None, lone: bool = False
+) -> subprocess.Popen:
     """local.run in a process of its own, as it is when a person starts it."""
     program = (  # a shell leaves Ctrl-C ignored in what it starts in the background, the tests perhaps
-        "import os, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "from controlbooth.launch.local import run; sys.exit(run(sys.argv[1:], dict(os.environ)))"
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        f"from controlbooth.launch.local import Start, run; sys.exit(run(Start(sys.argv[1:], {{}}, {lone})))"
     )
     return subprocess.Popen(
         [sys.executable, "-c", program, *command],
@@ -231,6 +245,18 @@ def test_a_stop_signal_reaches_the_ranks_of_torchrun_as_sigterm_and_leaves_no_tr
     assert len(list(tmp_path.glob("checkpoint.*"))) == 2 and not list(tmp_path.glob("interrupted.*"))
 
 
+def test_a_stop_signal_reaches_a_rank_that_is_alone_and_not_what_it_has_started(tmp_path):
+    helper = "import signal, subprocess, sys; subprocess.Popen([sys.executable, 'rank.py'], env={'RANK': '1'})\n"
+    (tmp_path / "rank.py").write_text(RANK)
+    (tmp_path / "alone.py").write_text(helper + RANK + "time.sleep(120)")
+    process = launcher(tmp_path, [sys.executable, "alone.py"], {"RANK": "0"}, lone=True)
+    wait_for_files(tmp_path, "ready.*", 2)
+    process.send_signal(signal.SIGTERM)
+    wait_for_files(tmp_path, "checkpoint.0", 1)
+    assert process.wait(timeout=20) == 143 and not (tmp_path / "checkpoint.1").exists()
+    os.kill(int((tmp_path / "ready.1").read_text()), signal.SIGKILL)
+
+
 def test_a_second_signal_kills_ranks_that_do_not_stop(tmp_path):
     (tmp_path / "rank.py").write_text(RANK.replace("sys.exit(0)", "time.sleep(120)"))
     agent = "import subprocess, sys; subprocess.run([sys.executable, 'rank.py'], start_new_session=True)"
@@ -270,7 +296,7 @@ def test_a_rank_that_was_killed_for_memory_is_recognised_and_what_to_lower_is_na
     hint = local.why_silent(run, lost, 2, kills=1)
     assert hint and hint.startswith("rank 1 ended without a word, and the kernel has killed 1 process for memory")
     assert "micro_batch_size=4" in hint and "--processes" in hint
-    assert "exit status -9" in (local.why_silent(run, lost, 2, kills=0) or "")
+    assert "SIGKILL" in (local.why_silent(run, lost, 2, kills=0) or "")
     assert local.why_silent(run, {0: "ConfigError: a wrong field"}, 2, kills=1) is None  # torchrun ended the other one
     assert local.why_silent(run, lost | {1: lost[0]}, 2, kills=1) is None
     assert local.out_of_memory_kills() >= 0
