@@ -15,6 +15,15 @@ Encoded = tuple[Tensor, Tensor | None]
 """Hidden states (B, L, D) and the pooled embedding (B, P), or None where the family has none."""
 
 
+def for_convolutions(pictures: Tensor) -> Tensor:
+    """The same (B, C, H, W) in the order of memory in which a network of convolutions takes them fastest.
+
+    On a CPU that is channels last: all of a VAE's tensors then are, and encoding 128 px takes half of the time in fp32
+    and two thirds in bf16. A U-Net gains nothing, whose attention wants another order. On a GPU it is not measured yet.
+    """
+    return pictures.contiguous(memory_format=torch.channels_last) if pictures.device.type == "cpu" else pictures
+
+
 @dataclass(eq=False)
 class Base:
     """A frozen base model. Every module is in eval mode, on one device, and takes no gradient for its weights."""
@@ -55,13 +64,19 @@ class Base:
         return height * self.family.vae_factor, width * self.family.vae_factor
 
     @torch.no_grad()
+    def posterior(self, pixel_values: Tensor) -> Any:
+        """(B, 3, H, W) in [-1, 1] -> the VAE's posterior over latents before scaling, with `mean` and `std`."""
+        pixel_values = pixel_values.to(self.vae.device, self.vae.dtype)
+        return self.vae.encode(for_convolutions(pixel_values)).latent_dist
+
+    @torch.no_grad()
     def encode_latents(self, pixel_values: Tensor, noise: Tensor | None = None) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> scaled latents (B, C, H/8, W/8) in the base's dtype.
 
         `noise`, a standard normal of the latents' shape, draws from the posterior: mean + std * noise. Without it the
         result is the posterior's mode. The noise is an argument so that the caller decides on whose seed it depends.
         """
-        posterior = self.vae.encode(pixel_values.to(self.vae.device, self.vae.dtype)).latent_dist
+        posterior = self.posterior(pixel_values)
         latents = posterior.mean if noise is None else posterior.mean + posterior.std * noise.to(posterior.mean)
         return ((latents - self._shift) * self.vae.config["scaling_factor"]).to(self.dtype)
 
@@ -69,7 +84,7 @@ class Base:
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, C, h, w) -> pixel values (B, 3, 8h, 8w) about [-1, 1], not clipped, in the VAE's dtype."""
         latents = latents.to(self.vae.device, self.vae.dtype) / self.vae.config["scaling_factor"] + self._shift
-        return self.vae.decode(latents).sample
+        return self.vae.decode(for_convolutions(latents)).sample
 
     def empty_prompt(self, encode: Callable[["Base", list[str]], Encoded]) -> Encoded:
         """The encoding of "" with one row; computed once by `encode`, then kept."""

@@ -15,6 +15,7 @@ import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from torch import Tensor, nn
 
+from controlbooth.models.base import for_convolutions
 from controlbooth.models.families import TextEncoding
 from controlbooth.models.variants import HintNetwork, TrainableCopy, VariantControlNet, start_gaussian
 
@@ -211,7 +212,7 @@ def control_residuals(
         noisy_latents.to(dtype),
         timesteps,
         encoder_hidden_states=text.encoder_hidden_states.to(dtype),
-        controlnet_cond=conditioning.to(dtype),
+        controlnet_cond=for_convolutions(conditioning.to(dtype)),
         conditioning_scale=conditioning_scale,
         added_cond_kwargs=text.added_cond_kwargs,
         return_dict=False,

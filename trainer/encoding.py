@@ -20,13 +20,13 @@ from controlbooth.models.base import Base, Encoded
 from controlbooth.models.families import TEXT_ENCODINGS, TextEncoding, time_ids_of
 from controlbooth.trainer.config import RunConfig
 
-IDENTITY_VERSION = 1
+IDENTITY_VERSION = 2
 
 
 @torch.no_grad()
 def encode_posterior(base: Base, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
     """(B, 3, H, W) in [-1, 1] -> mean and standard deviation of the VAE's posterior, (B, C, h, w) in its dtype."""
-    posterior = base.vae.encode(pixel_values.to(base.vae.device, base.vae.dtype)).latent_dist
+    posterior = base.posterior(pixel_values)
     return posterior.mean, posterior.std
 
 
