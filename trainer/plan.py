@@ -289,8 +289,8 @@ def assumption_lines(plan: Plan) -> list[str]:
     else:
         speed = (
             f"speed: not measured. Products reach {100 * PRODUCTS:.0f} % of {card.name}'s peak and other operations "
-            f"{100 * BANDWIDTH:.0f} % of its memory's bandwidth, a launch takes {1e6 * LAUNCH_SECONDS:.0f} us; "
-            "--calibration replaces this by what was measured"
+            f"{100 * BANDWIDTH:.0f} % of its memory's bandwidth, a launch takes "
+            f"{1e6 * LAUNCH_SECONDS[card.kind]:.0f} us; --calibration replaces this by what was measured"
         )
     lines = ["assumptions", "  " + speed]
     lines.append(

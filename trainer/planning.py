@@ -11,7 +11,7 @@ from controlbooth.trainer.config import ConfigError, EngineConfig, RunConfig, so
 from controlbooth.trainer.engine import cpu_multiplies_bf16
 from controlbooth.trainer.footprint import Footprint, footprint, scaled
 from controlbooth.trainer.rank_memory import RankMemory, needed, rank_memory
-from controlbooth.trainer.scaling import Layout, Point, Step, micro_batch_seconds, scaling_curve, step_time
+from controlbooth.trainer.scaling import Layout, Point, Step, calibrated_factor, scaling_curve, step_time
 
 MICRO_BATCHES = tuple(2**power for power in range(8))
 STORED_BYTES_PER_PIXEL = 0.35
@@ -226,11 +226,11 @@ def loader_bytes(config: RunConfig, one: Footprint, ranks: int) -> int:
 
 
 def measured_factor(config: RunConfig, measured: Measured, card: Accelerator) -> float:
-    """Seconds of the measured micro-batch over those that are computed for the same one."""
+    """What computed seconds are multiplied by, so that those of the measured micro-batch come out."""
     row = measured.row
     same, shapes = config_of_row(config, row)
     one = footprint(same, row["precision"], row["micro_batch_size"], row.get("attention", "auto"), shapes)
-    return row["micro_batch_size"] / row["samples_per_second"] / micro_batch_seconds(one, card, row["precision"])
+    return calibrated_factor(one, card, row["precision"], row["micro_batch_size"] / row["samples_per_second"])
 
 
 def sample_size(config: RunConfig, one: Footprint) -> tuple[float, bool]:

@@ -15,8 +15,10 @@ from controlbooth.trainer.footprint import Footprint
 from controlbooth.trainer.rank_memory import BUCKET_ELEMENTS
 
 PRODUCTS, BANDWIDTH = 0.6, 0.8
-LAUNCH_SECONDS = 6e-6
-"""Of one operation of PyTorch without a graph. On a CPU it adds to the work, on a GPU the two run side by side."""
+LAUNCH_SECONDS = {"cuda": 6e-6, "cpu": 12e-6}
+"""Of one operation of PyTorch without a graph, by kind of device. On a GPU launches and work run side by side; on a CPU
+they add up, and a core that is busy with other work launches no faster: steps of two micro-batches in
+tests/benchmarks/plan_check.py give 10 to 16 us."""
 NETWORK = 0.7
 """Share of a link's rate that large collectives reach."""
 HOP_SECONDS = 2e-5
@@ -69,11 +71,24 @@ class Step:
 
 
 def micro_batch_seconds(one: Footprint, card: Accelerator, precision: str, factor: float = 1.0) -> float:
-    """Forward and backward. factor: measured seconds over these, from a calibration."""
+    """Forward and backward. factor: of `calibrated_factor`, where something was measured."""
+    work, launches = _work_and_launches(one, card, precision)
+    return factor * work + launches if card.kind == "cpu" else factor * max(work, launches)
+
+
+def calibrated_factor(one: Footprint, card: Accelerator, precision: str, measured_seconds: float) -> float:
+    """With it, `micro_batch_seconds` are those that were measured."""
+    work, launches = _work_and_launches(one, card, precision)
+    if card.kind == "cpu":
+        return max(0.0, measured_seconds - launches) / work
+    return measured_seconds / max(work, launches)
+
+
+def _work_and_launches(one: Footprint, card: Accelerator, precision: str) -> tuple[float, float]:
+    """Seconds of each."""
     peak = card.single_flops if precision == "fp32" else card.half_flops
     work = one.flops / (PRODUCTS * peak) + one.traffic_bytes / (BANDWIDTH * card.memory_bandwidth)
-    launches = one.operations * LAUNCH_SECONDS
-    return factor * (work + launches if card.kind == "cpu" else max(work, launches))
+    return work, one.operations * LAUNCH_SECONDS[card.kind]
 
 
 def step_time(

@@ -2,10 +2,10 @@
 
     .venv/bin/python tests/benchmarks/plan_check.py [--json FILE] [--only NAME]
 
-Two ranks train a few steps for each of eleven configurations: the built-in base and one of 35 million parameters with
+Two ranks train a few steps for each of thirteen configurations: the built-in base and one of 35 million parameters with
 random weights, ZeRO 0 to 3, two micro-batches. Memory is a rank's resident size, which begins with the interpreter and
 its libraries: RUNTIME_BYTES, beside which the size after the imports alone is printed. Speed is calibrated with one
-configuration of each base, the first. About ten minutes on 2 quiet cores.
+configuration of each base and precision, the first. About four minutes on 2 quiet cores.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from controlbooth.trainer.footprint import footprint
 from controlbooth.trainer.miniature import CAPTION_TOKENS, SCHEDULER, build_tokenizer
 from controlbooth.trainer.planning import one_choice
 from controlbooth.trainer.rank_memory import RUNTIME_BYTES
-from controlbooth.trainer.scaling import Layout
+from controlbooth.trainer.scaling import Layout, calibrated_factor
 
 RANKS, STEPS = 2, 8
 GIB = 2**30
@@ -53,7 +53,8 @@ class Case:
 CASES = (
     *(Case("35M", stage, 8) for stage in range(4)),
     Case("35M", 2, 2),
-    Case("35M", 2, 8, "bf16"),
+    *(Case("35M", stage, 8, "bf16") for stage in (0, 2)),
+    Case("35M", 2, 2, "bf16"),
     *(Case("miniature", stage, 32) for stage in range(4)),
     Case("miniature", 2, 8),
 )
@@ -190,10 +191,13 @@ def main() -> None:
                 cards[case.precision] = this_processor(case.precision)
             layout = Layout(cards[case.precision], 1, RANKS)
             measured = train(config, folder)
-            planned = one_choice(config, one, config.engine, layout, case.precision, factors.get(case.base, 1.0))
-            if case.base not in factors:
-                factors[case.base] = planned.step.samples_per_second / measured["samples_per_second"]
-                planned = one_choice(config, one, config.engine, layout, case.precision, factors[case.base])
+            like = f"{case.base} {case.precision}"
+            planned = one_choice(config, one, config.engine, layout, case.precision, factors.get(like, 1.0))
+            if like not in factors:
+                seconds = planned.step.global_batch_size / measured["samples_per_second"]
+                computing = seconds - planned.step.communication_seconds - planned.step.optimizer_seconds
+                factors[like] = calibrated_factor(one, layout.accelerator, case.precision, computing)
+                planned = one_choice(config, one, config.engine, layout, case.precision, factors[like])
             row = {
                 "name": case.name,
                 "predicted_gib": planned.memory.peak / GIB,

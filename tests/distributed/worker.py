@@ -295,8 +295,9 @@ class Forked(nn.Module):
 def lone(folder: Path, world: World, precision: str) -> dict:
     """Seven steps of two micro-batches on one rank at stage 2, beside the same in plain PyTorch.
 
-    Says how far their weights are apart after each step, and which steps were skipped. The second layer has no part in
-    the first step nor in the fifth, the third step's first micro-batch has no finite gradient, and clipping bites.
+    Says how far their weights are apart after each step, which steps were skipped, and whether MLflow was imported. The
+    second layer has no part in the first step nor in the fifth, the third step's first micro-batch has no finite
+    gradient, and clipping bites.
     """
     dtype, rate = engines.DTYPES[precision], 1e-2
     torch.manual_seed(0)
@@ -330,7 +331,7 @@ def lone(folder: Path, world: World, precision: str) -> dict:
                 master.grad /= max(1.0, (float(norm) + 1e-6) / settings.max_grad_norm)
             adam.step()
         apart.append(max(float((value - masters[n]).abs().max()) for n, value in engines.full_state(engine).items()))
-    return dict(apart=apart, skipped=skipped)
+    return dict(apart=apart, skipped=skipped, mlflow="mlflow" in sys.modules)
 
 
 def engine_memory(folder: Path, world: World, precision: str) -> dict:
