@@ -11,7 +11,7 @@ precision, N ranks and B = min(P, bucket) elements that are reduced at once:
     1, 2; fp32   4P       4P/N     8P/N  4P, in the bucket            4B                   8P/N
     2, bf16      2P       4P/N     8P/N  2P, in the bucket            6B + 4P/N            4P/N
     1, at once   2P       4P       8P    2P, in the bucket            2B                   8P
-    2, alone     bP       4P       8P    4P in fp32, always           -                    one parameter in fp64
+    2, alone     bP       4P       8P    4P in fp32, always           -                    -
     3            bP/N     4P/N     8P/N  4P/N, always                 gathered bP, (8-b)B  4P/N
 
 at once: one rank that takes the whole batch at once, in bf16 or fp16, so that nothing is added up in fp32.
@@ -35,8 +35,8 @@ PREFETCH_ELEMENTS = 50_000_000
 LIVE_ELEMENTS = 500_000_000
 """Half of stage3_max_reuse_distance: parameters nearer than that to the end of the forward pass stay gathered until
 their backward pass."""
-MASTER, MOMENTS, ACCUMULATED, NORM = 4, 8, 4, 8
-"""Bytes a parameter: the fp32 copy, Adam's two moments, a gradient in fp32, and in fp64, in which its norm is taken."""
+MASTER, MOMENTS, ACCUMULATED = 4, 8, 4
+"""Bytes a parameter: the fp32 copy, Adam's two moments, a gradient in fp32."""
 RUNTIME_BYTES = {"cuda": 0, "cpu": 820 * 2**20}
 """What a rank holds that is no tensor of the step. CPU: interpreter, libraries, gloo, scratch of kernels, and what
 malloc keeps: 0.74 to 0.94 GiB in the fp32 trainings of tests/benchmarks/plan_check.py, to which this is fitted, and
@@ -109,7 +109,7 @@ def rank_memory(
     if lone:
         moments = {
             "backward": {"activations": one.activation_bytes},
-            "optimizer": {"gradients": NORM * one.largest_parameter},
+            "optimizer": {},
         }
     else:
         moments = {

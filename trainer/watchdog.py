@@ -111,11 +111,12 @@ class Watchdog:
         line = f"rank {self.world.rank} on {socket.gethostname()}: {kind} of step {step}, for {seconds:.0f} s: {where}"
         with contextlib.suppress(Superseded):
             (self.attempt.folder / "hung").touch()
+            # before the stacks: the rank that has read all of them speaks and goes, and takes the others with it
+            note_failure(self.attempt, self.world.rank, RankHung(line))
             write_stacks(self.attempt, self.world.rank, line)
             told = self._gather()
             mine = [rank for rank, text in told.items() if f" on {socket.gethostname()}: " in text]
             message = describe(told, self.world.world_size, self.attempt.run)
-            note_failure(self.attempt, self.world.rank, RankHung(line))
             if self.world.rank == min(mine):
                 print(f"\n{message}", file=sys.stderr, flush=True)  # not behind a progress bar
             else:  # the first rank that is gone takes the others with it, and one of them has to speak
@@ -136,7 +137,7 @@ class Watchdog:
 def end_agent_later() -> None:
     """Leaves a process behind that looks after torchrun's agent, if that is what has started this rank."""
     agent = psutil.Process(os.getppid())
-    if any("torch" in word for word in agent.cmdline()):
+    if any(word == "torch.distributed.run" or Path(word).name == "torchrun" for word in agent.cmdline()):
         arguments = [str(agent.pid), repr(agent.create_time()), str(AGENT_SECONDS)]
         subprocess.Popen(
             [sys.executable, "-c", END_AGENT, *arguments],

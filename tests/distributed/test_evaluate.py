@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import yaml
+from mlflow import MlflowClient
 
 from controlbooth.trainer.evaluate.report import main as report
 from controlbooth.trainer.spool import read_metrics
@@ -97,3 +98,8 @@ def test_a_run_ends_so_many_steps_after_convergence_and_stays_ended(world_folder
     assert "control snapped into place between step 2 and 3" in done.stderr
     steps = [step for step, _, metrics in read_metrics(run) if metrics.get("convergence/step") == 3.0]
     assert steps == [4, 5]
+    torchrun(1, "controlbooth.trainer.evaluate.evaluate", run, "--samples", "4")
+    client = MlflowClient(f"sqlite:///{world_folder / 'runs' / 'mlflow.db'}")
+    (experiment,) = (one for one in client.search_experiments() if one.name == "controlbooth")
+    (logged,) = client.search_runs([experiment.experiment_id], "attributes.run_name = 'early'")
+    assert logged.info.status == "FINISHED" and "evaluation/with-control/edge_f1" in logged.data.metrics

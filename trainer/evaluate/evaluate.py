@@ -51,10 +51,11 @@ from controlbooth.trainer.evaluate.extract import extractor, fidelity, what_is_m
 from controlbooth.trainer.evaluate.grids import draw_grid
 from controlbooth.trainer.evaluate.held_out import AT_ONCE, EDGE_KINDS, HeldOutSet, load_held_out, scenes_of
 from controlbooth.trainer.evaluate.judge import load_judge, obedience, obedience_by_picture, read
-from controlbooth.trainer.evaluate.report import write_report
+from controlbooth.trainer.evaluate.report import read_json, write_report
 from controlbooth.trainer.evaluate.statistics import mean_and_interval
+from controlbooth.trainer.failures import STATUS
 from controlbooth.trainer.mlflow_run import EVALUATION
-from controlbooth.trainer.train import open_tracker, quiet_libraries
+from controlbooth.trainer.train import IN_MLFLOW, open_tracker, quiet_libraries
 
 WITHOUT, WITH, NO_PROMPT = "without control", "with control", "with control, no prompt"
 DISCS, REAL = "discs at the true places", "real pictures"
@@ -319,7 +320,7 @@ def publish(target: Evaluated, result: dict[str, Any]) -> None:
         tracker.log(result["step"], figures)
         tracker.log_artifact(target.where / "report.html")
         tracker.log_artifact(target.where / "evaluation" / "evaluation.json")
-        tracker.finish("FINISHED" if result["step"] >= target.config.max_steps else "KILLED")
+        tracker.finish(IN_MLFLOW.get(read_json(target.where / STATUS).get("state", ""), "KILLED"))
         tracker.close(timeout_seconds=60.0)
 
 
