@@ -52,7 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def train(run_file: str, overrides: Sequence[str] = (), processes: int | None = None, dry_run: bool = False) -> int:
-    """Runs to the end and returns the ranks' exit status; 2 where the checks found problems, 128 + signal if stopped.
+    """Runs to the end and returns the exit status: of the rank if it is alone (trainer/failures.py), else torchrun's; 2
+    where the checks found problems; 128 + signal if stopped.
 
     processes: ranks on this machine; None for one per GPU, or 1 without. Raises ConfigError and ValueError.
     """
@@ -71,10 +72,12 @@ def train(run_file: str, overrides: Sequence[str] = (), processes: int | None = 
     status = run(start)
     if status not in (0, *(128 + number for number in STOP_SIGNALS)):
         told = failures(run_folder(config), began)
-        for rank, error in told.items():  # where there are several, below torchrun's own report
+        for rank, error in ({} if start.lone else told).items():  # once more, below torchrun's own report
             print(f"controlbooth train: rank {rank}: {error}", file=sys.stderr)
-        reason = why_silent(config, told, world_size(node), out_of_memory_kills() - killed)
-        if reason and not (start.lone and status != 128 + signal.SIGKILL):  # torchrun's own status tells no signal
+        by_signal = signal_of(status) if start.lone else "SIGKILL"  # torchrun has named it above
+        if by_signal and (
+            reason := why_silent(config, told, world_size(node), out_of_memory_kills() - killed, by_signal)
+        ):
             print(f"controlbooth train: {reason}", file=sys.stderr)
     return status
 
@@ -85,8 +88,18 @@ def failures(folder: Path, since: float) -> dict[int, str]:
     return {note["rank"]: note["error"] for note in sorted(notes, key=lambda n: n["rank"]) if note["time"] >= since}
 
 
-def why_silent(config: RunConfig, told: dict[int, str], ranks: int, kills: int) -> str | None:
-    """What to make of ranks that ended without a word, as SIGKILL ends them.
+def signal_of(status: int) -> str | None:
+    """The name of the signal that an exit status of more than 128 stands for."""
+    try:
+        return signal.Signals(status - 128).name
+    except ValueError:
+        return None
+
+
+def why_silent(
+    config: RunConfig, told: dict[int, str], ranks: int, kills: int, by_signal: str = "SIGKILL"
+) -> str | None:
+    """What to make of ranks that ended without a word, as a signal ends them.
 
     told: what the others said. kills: processes that the kernel has killed for memory meanwhile. None where the others
     say enough: torchrun ends those that are still there when one has failed.
@@ -101,7 +114,7 @@ def why_silent(config: RunConfig, told: dict[int, str], ranks: int, kills: int) 
             f"micro_batch_size={config.micro_batch_size}, set model.gradient_checkpointing=true, start fewer ranks on "
             "this machine with --processes, or leave it to this run alone; then start again"
         )
-    return f"{who}: something has killed it (SIGKILL). Started again, the run goes on from its checkpoint"
+    return f"{who}: something has killed it ({by_signal}). Started again, the run goes on from its checkpoint"
 
 
 def out_of_memory_kills() -> int:
@@ -198,7 +211,7 @@ def start_of(node: Node, run_file: str, overrides: Sequence[str], name: str, wor
     """name: of the run. worker: the module that each rank runs."""
     environment = torchrun_environment(node, os.environ)
     if world_size(node) == 1:
-        return Start(lone_command(run_file, overrides, worker), environment | lone_environment(node), lone=True)
+        return Start(lone_command(run_file, overrides, worker), environment | lone_environment(), lone=True)
     return Start(torchrun_command(run_file, overrides, name, node, worker), environment, lone=False)
 
 

@@ -44,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     start = start_of(node, options.run, arguments, config.name, WORKER)
     status = run(start, stopping="with the shards that are finished")
     if status not in (0, *(128 + number for number in STOP_SIGNALS)):
-        for rank, error in failures(config.data.columns, began).items():  # below torchrun's own report
+        told = {} if start.lone else failures(config.data.columns, began)
+        for rank, error in told.items():  # once more, below torchrun's own report
             print(f"controlbooth data precompute: rank {rank}: {error}", file=sys.stderr)
     return status

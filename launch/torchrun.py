@@ -68,18 +68,19 @@ def lone_command(run_file: str, overrides: Sequence[str], worker: str = WORKER) 
 
     torchrun's own process would take 0.3 GiB beside it and two seconds before it.
     """
-    return [sys.executable, "-m", worker, run_file, *overrides]
+    return [sys.executable, "-u", "-m", worker, run_file, *overrides]  # unbuffered, as torchrun has it
 
 
-def lone_environment(node: Node) -> dict[str, str]:
+def lone_environment() -> dict[str, str]:
     """What torchrun would tell the only rank, whatever the variables of the process that starts it say."""
     return {
         "RANK": "0",
         "WORLD_SIZE": "1",
         "LOCAL_RANK": "0",
         "LOCAL_WORLD_SIZE": "1",
-        "MASTER_ADDR": node.head_address,
-        "MASTER_PORT": str(node.head_port),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",  # any: nobody else looks for it
+        "TORCHELASTIC_USE_AGENT_STORE": "False",  # of a torchrun that this was started under
     }
 
 

@@ -68,7 +68,7 @@ class LoneGradients:
         for parameter, place in self.places.items():
             if parameter not in self.written:  # no loss depends on it, and an earlier step's gradient may be there
                 place.zero_()
-        self.optimizer.averaged_gradients = dict(enumerate(self.groups))
+        self.optimizer.averaged_gradients.update(enumerate(self.groups))  # others hold this very dict
         self.handed_over = True
 
     def norm(self) -> Tensor:

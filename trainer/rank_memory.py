@@ -108,7 +108,7 @@ def rank_memory(
     }
     if lone:
         moments = {
-            "backward": {"activations": one.activation_bytes},
+            "backward": {"activations": one.activation_bytes, "gradients": width * one.largest_parameter},
             "optimizer": {},
         }
     else:

@@ -29,9 +29,11 @@ from controlbooth.trainer.scaling import (
     HOP_SECONDS,
     NETWORK,
     Layout,
+    calibrated_factor,
     communication_bytes,
     communication_seconds,
     first_limits,
+    micro_batch_seconds,
     scaling_curve,
     step_time,
 )
@@ -241,6 +243,16 @@ def test_more_of_anything_never_takes_less_memory_and_more_ranks_never_more(
     assert peak(parameters * 2, activations, ranks) >= here
     if ranks > 1 or stage == 0:  # alone there is nothing to gather, nor to add up in fp32
         assert peak(parameters, activations, 2 * ranks) <= here + 4 * 2 * ranks
+
+
+def test_a_calibration_returns_what_was_measured_and_leaves_work_to_a_larger_micro_batch():
+    cpu = replace(H100, kind="cpu")
+    for card in (H100, cpu):
+        factor = calibrated_factor(ONE, card, "bf16", 1.0)
+        assert micro_batch_seconds(ONE, card, "bf16", factor) == pytest.approx(1.0)
+    many = replace(ONE, operations=10**6)  # 12 s of launches are assumed
+    work = micro_batch_seconds(replace(ONE, operations=0), cpu, "bf16")
+    assert calibrated_factor(many, cpu, "bf16", 3.0) * work == pytest.approx(1.5)
 
 
 def test_a_ring_sends_twice_what_is_left_when_a_rank_has_its_own():

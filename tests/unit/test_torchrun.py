@@ -179,11 +179,12 @@ def test_the_run_gets_the_environment_and_its_status_is_returned(run_file, monke
 def test_one_rank_is_started_without_torchrun_and_several_with_it(monkeypatch):
     monkeypatch.setenv("RANK", "3")  # as in a shell on a cluster
     alone = local.start_of(node(processes=1), "run.yaml", ["seed=1"], "first")
-    assert alone.lone and alone.command[1:] == ["-m", "controlbooth.trainer.train", "run.yaml", "seed=1"]
+    assert alone.lone and alone.command[1:] == ["-u", "-m", "controlbooth.trainer.train", "run.yaml", "seed=1"]
     assert alone.environment.items() >= {
-        "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_PORT": "29500"
+        "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_PORT": "0",
+        "TORCHELASTIC_USE_AGENT_STORE": "False",
     }.items()  # fmt: skip
-    assert str(alone).endswith(f"MASTER_PORT=29500 {sys.executable} -m controlbooth.trainer.train run.yaml seed=1")
+    assert str(alone).endswith(f" {sys.executable} -u -m controlbooth.trainer.train run.yaml seed=1")
     together = local.start_of(node(), "run.yaml", [], "first")
     assert not together.lone and "torch.distributed.run" in together.command and "RANK" not in together.environment
 
@@ -279,6 +280,15 @@ def test_the_status_of_a_run_that_ends_by_itself_is_passed_on(tmp_path, program,
     process = launcher(tmp_path, [sys.executable, "-c", program])
     process.communicate(timeout=60)
     assert process.returncode == status
+
+
+@pytest.mark.parametrize(("program", "said"), [("os.kill(os.getpid(), 11)", "SIGSEGV"), ("sys.exit(3)", None)])
+def test_a_rank_alone_that_a_signal_ends_is_not_passed_over_in_silence(run_file, monkeypatch, capfd, program, said):
+    start = local.Start([sys.executable, "-c", f"import os, sys; {program}"], {}, lone=True)
+    monkeypatch.setattr(local, "start_of", lambda *_: start)
+    assert local.main([str(run_file)]) == (139 if said else 3)
+    errors = capfd.readouterr().err
+    assert f"rank 0 ended without a word: something has killed it ({said})" in errors if said else not errors
 
 
 def test_a_rank_that_was_killed_for_memory_is_recognised_and_what_to_lower_is_named():
