@@ -66,7 +66,13 @@ def test_every_layer_of_the_unet_moves_and_subjects_begin_with_the_base(two, who
 
 def test_one_rank_ends_with_the_weights_of_two(two, whole):
     finish(start(two, run_file(two, "full-one", **SETTINGS), subjects="two.yaml"))
-    assert largest(unet(two, "full-one"), unet(two, whole)) < 2e-5
+    one, other = unet(two, "full-one"), unet(two, whole)
+    base = load_file(two / "base" / "unet" / "diffusion_pytorch_model.safetensors")
+    apart = np.concatenate([(one[name] - other[name]).ravel() for name in base])
+    moved = np.concatenate([(other[name] - base[name]).ravel() for name in base])
+    # Adam makes whole steps of gradients that are nothing but rounding, such as those of keys' biases: few weights
+    assert (abs(apart) > 2e-5).mean() < 1e-4 and abs(apart).max() < 0.5 * SETTINGS["learning_rate"]
+    assert np.linalg.norm(apart) < 5e-4 * np.linalg.norm(moved)
 
 
 def test_a_killed_run_ends_with_bitwise_the_same_weights(two, whole):
