@@ -1,6 +1,7 @@
 """Subjects per hour: K in one batch against one after another, and against diffusers' train_dreambooth_lora.py.
 
-    .venv/bin/python tests/benchmarks/subjects.py BASE [--stacks 1,2,4,8,16] [--peer SCRIPT --peer-python PYTHON]
+    .venv/bin/python tests/benchmarks/subjects.py [BASE] [--stacks 1,2,4,8,16]
+        [--peer-diffusers CHECKOUT --peer-python PYTHON]
 
 BASE: a diffusers folder. All train at the base's own size, rank 4 on attention, batch 1 + 1 class picture, one process.
 Ours trains 16 subjects to the end with each K, reading and encoding included, in turns; the peer trains one subject in
@@ -19,6 +20,7 @@ from statistics import median
 import cv2
 import numpy as np
 import yaml
+from equal_work import write_base
 
 SUBJECTS = 16
 
@@ -81,29 +83,31 @@ def peers(python: Path, script: Path, base: Path, folder: Path, size: int, steps
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("base", type=Path)
+    parser.add_argument("base", type=Path, nargs="?", help="default: that of equal_work.py, written anew")
     parser.add_argument("--stacks", default="1,2,4,8,16")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--peer", type=Path, help="diffusers' examples/dreambooth/train_dreambooth_lora.py")
-    parser.add_argument("--peer-python", type=Path, help="of an environment that it runs in")
+    parser.add_argument("--peer-diffusers", type=Path, help="a checkout of huggingface/diffusers")
+    parser.add_argument("--peer-python", type=Path, default=Path(sys.executable), help="of an environment it runs in")
     options = parser.parse_args()
     stacks = [int(stack) for stack in options.stacks.split(",")]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
+        base = options.base or write_base(folder / "base")
         manifest = write_subjects(folder, options.size)
         common = (options.size, options.steps, options.precision)
         timed(
-            ours(options.base, manifest, folder, SUBJECTS, options.size, 1, options.precision)
+            ours(base, manifest, folder, SUBJECTS, options.size, 1, options.precision)
         )  # class pictures, caches
         seconds: dict[str, list[float]] = {}
         memory: dict[str, float] = {}
         for _ in range(options.rounds):
-            commands = {f"K = {k}": ours(options.base, manifest, folder, k, *common) for k in stacks}
-            if options.peer:
-                commands["diffusers"] = peers(options.peer_python, options.peer, options.base, folder, *common)
+            commands = {f"K = {k}": ours(base, manifest, folder, k, *common) for k in stacks}
+            if options.peer_diffusers:
+                script = options.peer_diffusers / "examples" / "dreambooth" / "train_dreambooth_lora.py"
+                commands["diffusers"] = peers(options.peer_python, script, base, folder, *common)
             for name, command in commands.items():
                 took, peak = timed(command)
                 seconds.setdefault(name, []).append(took * (SUBJECTS if name == "diffusers" else 1))
@@ -116,9 +120,11 @@ def main() -> None:
         for name, took in seconds.items():
             mine = median(took)
             print(
-                f"{name:10} {mine:8.1f} {3600 * SUBJECTS / mine:11.0f} {memory[name]:9.2f} {alone / mine:10.2f}x "
-                f"{peer / mine:14.2f}x"
+                f"{name:10} {mine:8.1f} {3600 * SUBJECTS / mine:11.0f} {memory[name]:9.2f} {alone / mine:10.2f}x"
+                + (f"{peer / mine:15.2f}x" if options.peer_diffusers else f"{'no peer':>16}")
             )
+        if not options.peer_diffusers:
+            print("diffusers: no checkout given, see --peer-diffusers")
 
 
 if __name__ == "__main__":
