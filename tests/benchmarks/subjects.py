@@ -98,9 +98,7 @@ def main() -> None:
         base = options.base or write_base(folder / "base")
         manifest = write_subjects(folder, options.size)
         common = (options.size, options.steps, options.precision)
-        timed(
-            ours(base, manifest, folder, SUBJECTS, options.size, 1, options.precision)
-        )  # class pictures, caches
+        timed(ours(base, manifest, folder, SUBJECTS, options.size, 1, options.precision))  # class pictures, caches
         seconds: dict[str, list[float]] = {}
         memory: dict[str, float] = {}
         for _ in range(options.rounds):
