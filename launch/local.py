@@ -72,8 +72,7 @@ def train(run_file: str, overrides: Sequence[str] = (), processes: int | None = 
     status = run(start)
     if status not in (0, *(128 + number for number in STOP_SIGNALS)):
         told = failures(run_folder(config), began)
-        for rank, error in ({} if start.lone else told).items():  # once more, below torchrun's own report
-            print(f"controlbooth train: rank {rank}: {error}", file=sys.stderr)
+        say_again("controlbooth train", start, told)
         by_signal = signal_of(status) if start.lone else "SIGKILL"  # torchrun has named it above
         if by_signal and (
             reason := why_silent(config, told, world_size(node), out_of_memory_kills() - killed, by_signal)
@@ -86,6 +85,13 @@ def failures(folder: Path, since: float) -> dict[int, str]:
     """rank -> what it has said about its failure since a time in seconds since 1970."""
     notes = [json.loads(path.read_text()) for path in folder.glob("failed-*.json")]
     return {note["rank"]: note["error"] for note in sorted(notes, key=lambda n: n["rank"]) if note["time"] >= since}
+
+
+def say_again(program: str, start: "Start", told: dict[int, str]) -> None:
+    """What the ranks have said, below torchrun's own report; what a rank alone has said stands last already."""
+    if not start.lone:
+        for rank, error in told.items():
+            print(f"{program}: rank {rank}: {error}", file=sys.stderr)
 
 
 def signal_of(status: int) -> str | None:
@@ -244,6 +250,8 @@ def run(start: Start, stopping: str = "after this step with a checkpoint") -> in
             signal.signal(number, handler)
     if received and status <= 0:
         return 128 + received[0]
+    if start.lone and status < 0:  # of several, torchrun says it
+        print(f"controlbooth: rank 0 was ended by {signal_of(128 - status)}", file=sys.stderr)
     return status if status >= 0 else 128 - status
 
 

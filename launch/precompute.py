@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from controlbooth.launch.local import STOP_SIGNALS, failures, run, start_of, this_node
+from controlbooth.launch.local import STOP_SIGNALS, failures, run, say_again, start_of, this_node
 from controlbooth.launch.preflight import check_base, check_cache, check_data
 from controlbooth.trainer.config import load_config
 
@@ -44,7 +44,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     start = start_of(node, options.run, arguments, config.name, WORKER)
     status = run(start, stopping="with the shards that are finished")
     if status not in (0, *(128 + number for number in STOP_SIGNALS)):
-        told = {} if start.lone else failures(config.data.columns, began)
-        for rank, error in told.items():  # once more, below torchrun's own report
-            print(f"controlbooth data precompute: rank {rank}: {error}", file=sys.stderr)
+        say_again("controlbooth data precompute", start, failures(config.data.columns, began))
     return status

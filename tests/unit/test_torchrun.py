@@ -291,6 +291,12 @@ def test_a_rank_alone_that_a_signal_ends_is_not_passed_over_in_silence(run_file,
     assert f"rank 0 ended without a word: something has killed it ({said})" in errors if said else not errors
 
 
+def test_whatever_is_started_says_which_signal_ended_its_only_rank(tmp_path):
+    process = launcher(tmp_path, [sys.executable, "-c", "import os; os.abort()"], lone=True)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 134 and "controlbooth: rank 0 was ended by SIGABRT" in errors
+
+
 def test_a_rank_that_was_killed_for_memory_is_recognised_and_what_to_lower_is_named():
     run = build_config(
         dict(
