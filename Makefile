@@ -42,6 +42,8 @@ bench: setup
 	$(BIN)/torchrun --standalone --nproc-per-node 2 tests/benchmarks/sd15_step.py
 	$(BIN)/python tests/benchmarks/controlnet_step.py $(PEER)
 	$(BIN)/python tests/benchmarks/subjects.py $(PEER)
+	$(BIN)/python tests/benchmarks/sampling.py
+	$(BIN)/python tests/benchmarks/checkpoint_speed.py
 	$(BIN)/python tests/benchmarks/decode_speed.py
 	$(BIN)/python tests/benchmarks/growth.py
 	$(BIN)/python tests/benchmarks/startup.py

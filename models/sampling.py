@@ -4,9 +4,9 @@ What one step predicts is a function of its own, `guided_prediction`; what Contr
 `controlnet.Residuals`. Scales, schedules and branches act on it in `residuals_of`, nowhere else.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -18,7 +18,7 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
-from controlbooth.models.base import Base
+from controlbooth.models.base import Base, for_convolutions
 from controlbooth.models.controlnet import Residuals, control_residuals, denoise
 from controlbooth.models.families import TextEncoding, encode_with_dropout
 from controlbooth.models.guidance import weights_of
@@ -81,9 +81,11 @@ def sample(
     noise_scheduler: Any = SCHEDULERS[scheduler].from_config(base.noise_scheduler.config)
     noise_scheduler.set_timesteps(steps, device=base.device)
     latents = initial_noise(base, seeds, height, width) * noise_scheduler.init_noise_sigma
+    controls = [_with_rows_for(control, text, len(prompts)) for control in controls]
     with ExitStack() as modes:
-        for control in controls:
-            modes.enter_context(_eval_mode(control.network))
+        for network in {id(control.network): control.network for control in controls}.values():
+            modes.enter_context(_eval_mode(network))
+            modes.enter_context(_hints_kept(network))
         for number, timestep in enumerate(noise_scheduler.timesteps):
             model_input = noise_scheduler.scale_model_input(latents, timestep)
             acting = [control for control in controls if _acts(control, number, len(noise_scheduler.timesteps))]
@@ -118,19 +120,21 @@ def residuals_of(control: Control, model_input: Tensor, timestep: Tensor, text: 
     """What a ControlNet adds to each row of `text`, weighed; zeros in a branch that it leaves alone."""
     rows = len(model_input)
     branches = len(text.encoder_hidden_states) // rows
+    conditioning = control.conditioning.to(model_input.device)
     alone = control.branches == "conditional" and branches == 2
     if alone:
         text = TextEncoding(
             text.encoder_hidden_states[rows:], {key: value[rows:] for key, value in text.added_cond_kwargs.items()}
         )
         branches = 1
-    conditioning = control.conditioning.to(model_input.device)
+    if len(conditioning) < branches * rows:
+        conditioning = torch.cat([conditioning] * branches)
     made = control_residuals(
         control.network,
         torch.cat([model_input] * branches),
         timestep,
         text,
-        torch.cat([conditioning] * branches),
+        conditioning,
         control.scale,
     )
     residuals = [*made.down, made.mid]
@@ -140,6 +144,33 @@ def residuals_of(control: Control, model_input: Tensor, timestep: Tensor, text: 
     if alone:
         residuals = [torch.cat([torch.zeros_like(residual), residual]) for residual in residuals]
     return Residuals(tuple(residuals[:-1]), residuals[-1])
+
+
+def _with_rows_for(control: Control, text: TextEncoding, pictures: int) -> Control:
+    """With one condition for each row that the ControlNet sees in a step, as `control_residuals` takes it unchanged."""
+    branches = 1 if control.branches == "conditional" else len(text.encoder_hidden_states) // pictures
+    dtype = next(control.network.parameters()).dtype
+    conditioning = torch.cat([control.conditioning] * branches).to(text.encoder_hidden_states.device, dtype)
+    return replace(control, conditioning=for_convolutions(conditioning))
+
+
+@contextmanager
+def _hints_kept(network: nn.Module) -> Iterator[None]:
+    """Inside, a ControlNet's hint network runs once for a condition: what it makes of it is the same in all steps."""
+    hint: Any = getattr(network, "module", network).controlnet_cond_embedding
+    forward = hint.forward
+    made: dict[int, tuple[Tensor, Tensor]] = {}  # with the condition, so that no other one gets its id
+
+    def remembered(conditioning: Tensor) -> Tensor:
+        if id(conditioning) not in made:
+            made[id(conditioning)] = conditioning, forward(conditioning)
+        return made[id(conditioning)][1]
+
+    hint.forward = remembered  # on the instance, in front of its class's method
+    try:
+        yield
+    finally:
+        del hint.forward
 
 
 def _sum(several: Sequence[Residuals]) -> Residuals:

@@ -26,6 +26,15 @@ CHANNELS = (64, 128, 256, 256)
 COLOURS = {"red": (40, 40, 220), "green": (60, 170, 60), "blue": (200, 90, 30), "white": (245, 245, 245)}
 
 
+def small_unet(channels: Sequence[int] = CHANNELS) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=16, in_channels=4, out_channels=4, layers_per_block=2, block_out_channels=tuple(channels),
+        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        cross_attention_dim=256, attention_head_dim=8, norm_num_groups=32,
+    )  # fmt: skip
+
+
 def write_base(folder: Path, channels: Sequence[int] = CHANNELS) -> Path:
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
@@ -36,12 +45,7 @@ def write_base(folder: Path, channels: Sequence[int] = CHANNELS) -> Path:
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     CLIPTextModel(text).save_pretrained(folder / "text_encoder")
-    UNet2DConditionModel(
-        sample_size=16, in_channels=4, out_channels=4, layers_per_block=2, block_out_channels=tuple(channels),
-        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-        cross_attention_dim=256, attention_head_dim=8, norm_num_groups=32,
-    ).save_pretrained(folder / "unet")  # fmt: skip
+    small_unet(channels).save_pretrained(folder / "unet")
     AutoencoderKL(
         in_channels=3, out_channels=3, latent_channels=4, layers_per_block=1, block_out_channels=(32, 64, 128, 128),
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, sample_size=128,

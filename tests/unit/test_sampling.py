@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -262,3 +264,19 @@ def test_every_family_samples_without_control(load_tiny):
     for family in FAMILIES:
         pictures = sample(load_tiny(family), ["a cat"], seeds=[1], steps=1, guidance_scale=1.0)
         assert pictures.shape == (1, SIZE, SIZE, 3)
+
+
+def test_the_hint_network_runs_once_for_each_condition_and_two_conditions_of_one_controlnet_stay_apart(load_tiny):
+    base = load_tiny("sd15")
+    controlnet = trained_controlnet(base).eval()
+    first, second = conditions(), conditions().flip(0)
+    runs = []
+    handle = controlnet.controlnet_cond_embedding.conv_in.register_forward_hook(lambda *_: runs.append(1))
+    options = dict(seeds=SEEDS, steps=4, guidance_scale=5.0)
+    together = sample(base, PROMPTS, [Control(controlnet, first), Control(controlnet, second)], **options)
+    assert len(runs) == 2
+    handle.remove()
+    apart = sample(base, PROMPTS, [Control(controlnet, first), Control(copy.deepcopy(controlnet), second)], **options)
+    assert torch.equal(together, apart)
+    assert not torch.equal(together, sample(base, PROMPTS, [Control(controlnet, first)] * 2, **options))
+    assert "forward" not in vars(controlnet.controlnet_cond_embedding)
