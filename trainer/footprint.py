@@ -49,6 +49,8 @@ class Footprint:
     trained_parameters: int
     largest_parameter: int
     """Elements of the largest trained tensor."""
+    trained_modules: int
+    """Modules with trained weights of their own, around each of which ZeRO-3 gathers them."""
     profile: tuple[tuple[int, int], ...]
     """(activation bytes, gradient bytes) at the moments where neither is exceeded later with more of the other: weights
     excluded, gradients in the dtype of the run."""
@@ -276,6 +278,7 @@ def _measured(config: RunConfig, base: Base, controlnet: Any, micro_batch_size: 
         frozen_bytes=sum(tensor.untyped_storage().nbytes() for tensor in frozen),
         trained_parameters=sum(parameter.numel() for parameter in trained),
         largest_parameter=max(parameter.numel() for parameter in trained),
+        trained_modules=modules_with_weights(controlnet),
         profile=worst_moments(live.moments),
         encoder_flops=encoders.get_total_flops(),
         training_flops=counter.get_total_flops() - encoders.get_total_flops(),
@@ -312,6 +315,10 @@ def fake_batch(config: RunConfig, base: Base, size: int) -> DeviceBatch:
         posterior=posterior,
         text=text,
     )
+
+
+def modules_with_weights(module: nn.Module) -> int:
+    return sum(any(True for _ in one.parameters(recurse=False)) for one in module.modules())
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:

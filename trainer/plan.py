@@ -26,6 +26,7 @@ from controlbooth.trainer.rank_memory import CATEGORIES, FRAGMENTATION, HIDDEN_B
 from controlbooth.trainer.scaling import (
     BANDWIDTH,
     DECODED_PER_CORE,
+    GATHER_SECONDS,
     LAUNCH_SECONDS,
     LIMIT,
     NETWORK,
@@ -292,6 +293,7 @@ def assumption_lines(plan: Plan) -> list[str]:
             f"{100 * BANDWIDTH:.0f} % of its memory's bandwidth, a launch takes "
             f"{1e6 * LAUNCH_SECONDS[card.kind]:.0f} us; --calibration replaces this by what was measured"
         )
+    speed += f"; ZeRO-3's hooks take {1e3 * GATHER_SECONDS:.2f} ms of each trained module, as on a CPU"
     lines = ["assumptions", "  " + speed]
     lines.append(
         f"  network: {card.node_bandwidth / 1e9:g} GB/s in a node, {card.network_bandwidth * 8 / 1e9:g} Gbit/s a card "

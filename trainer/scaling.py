@@ -1,9 +1,10 @@
 """How long a step takes on many cards, pure arithmetic: products, memory traffic, communication, data.
 
 A micro-batch takes the time of its products at PRODUCTS of the card's peak, and of its other operations at BANDWIDTH of
-its memory's; or, where that is less, the time in which Python launches them. These three are assumptions, close to
-what mosaicml/diffusion publishes for Stable Diffusion 2 on A100 (tests/benchmarks/plan_table.py compares); a measured
-run replaces them by a factor. Communication is not overlapped with the backward pass, as engine.deepspeed_config says.
+its memory's; or, where that is less, the time in which Python launches them, and under ZeRO-3 gathers weights. All are
+assumptions, close to what mosaicml/diffusion publishes for Stable Diffusion 2 on A100 (tests/benchmarks/plan_table.py
+compares); a measured run replaces them by a factor, but for ZeRO-3's. Communication is not overlapped with the backward
+pass, as engine.deepspeed_config says.
 """
 
 import math
@@ -19,6 +20,10 @@ LAUNCH_SECONDS = {"cuda": 6e-6, "cpu": 12e-6}
 """Of one operation of PyTorch without a graph, by kind of device. On a GPU launches and work run side by side; on a CPU
 they add up, and a core that is busy with other work launches no faster: steps of two micro-batches in
 tests/benchmarks/plan_check.py give 10 to 16 us."""
+GATHER_SECONDS = 9.5e-4
+"""Of the hooks with which ZeRO-3 gathers and lets go of a module's weights, in both passes of a micro-batch: Python,
+beside which a CPU computes nothing. 0.9 and 1.05 ms with 191 and 77 modules on two ranks of tests/benchmarks/
+plan_check.py, collectives included. Assumed of a GPU's host as well."""
 NETWORK = 0.7
 """Share of a link's rate that large collectives reach."""
 HOP_SECONDS = 2e-5
@@ -70,10 +75,15 @@ class Step:
         return self.communication_seconds / self.seconds
 
 
-def micro_batch_seconds(one: Footprint, card: Accelerator, precision: str, factor: float = 1.0) -> float:
-    """Forward and backward. factor: of `calibrated_factor`, where something was measured."""
+def micro_batch_seconds(
+    one: Footprint, card: Accelerator, precision: str, factor: float = 1.0, stage: int = 0
+) -> float:
+    """Forward and backward. factor: of `calibrated_factor`, where something was measured. stage: of ZeRO."""
     work, launches = _work_and_launches(one, card, precision)
-    return factor * work + launches if card.kind == "cpu" else factor * max(work, launches)
+    gathering = one.trained_modules * GATHER_SECONDS if stage == 3 else 0.0
+    if card.kind == "cpu":
+        return factor * work + launches + gathering
+    return max(factor * max(work, launches), launches + gathering)
 
 
 def calibrated_factor(one: Footprint, card: Accelerator, precision: str, measured_seconds: float) -> float:
@@ -112,7 +122,7 @@ def step_time(
         global_batch_size,
         one.micro_batch_size,
         accumulation,
-        accumulation * micro_batch_seconds(one, layout.accelerator, precision, factor),
+        accumulation * micro_batch_seconds(one, layout.accelerator, precision, factor, engine.zero_stage),
         communication_seconds(one, layout, engine, precision, accumulation),
         optimizer_seconds(one, layout, engine, precision),
     )

@@ -27,7 +27,15 @@ from controlbooth.models.families import TextEncoding
 from controlbooth.trainer.accelerators import ACCELERATORS
 from controlbooth.trainer.calibration import config_of_row, nearest, planned_facts, read_rows
 from controlbooth.trainer.config import RunConfig, build_config
-from controlbooth.trainer.footprint import Footprint, LiveStorages, footprint, tensors_of, without_memory, worst_moments
+from controlbooth.trainer.footprint import (
+    Footprint,
+    LiveStorages,
+    footprint,
+    modules_with_weights,
+    tensors_of,
+    without_memory,
+    worst_moments,
+)
 from controlbooth.trainer.planning import all_choices, fastest, measured_factor, one_choice
 from controlbooth.trainer.scaling import Layout, micro_batch_seconds
 
@@ -113,6 +121,7 @@ def unet_training(architecture: Any, precision: torch.dtype, size: int, resoluti
         frozen_bytes=0,
         trained_parameters=sum(p.numel() for p in unet.parameters()),
         largest_parameter=max(p.numel() for p in unet.parameters()),
+        trained_modules=modules_with_weights(unet),
         profile=worst_moments(live.moments),
         encoder_flops=0,
         training_flops=counter.get_total_flops(),

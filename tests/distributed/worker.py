@@ -368,6 +368,7 @@ def peaks_of_engine(stage: int, precision: str, world: World) -> tuple[int, int]
         frozen_bytes=0,
         trained_parameters=total,
         largest_parameter=width * width,
+        trained_modules=0,
         profile=((0, bytes_each * total),),
         encoder_flops=0,
         training_flops=0,

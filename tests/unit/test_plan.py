@@ -26,6 +26,7 @@ from controlbooth.trainer.footprint import (
 from controlbooth.trainer.plan import main
 from controlbooth.trainer.rank_memory import BUCKET_ELEMENTS, RUNTIME_BYTES, rank_memory
 from controlbooth.trainer.scaling import (
+    GATHER_SECONDS,
     HOP_SECONDS,
     NETWORK,
     Layout,
@@ -44,6 +45,7 @@ ONE = Footprint(
     frozen_bytes=1000,
     trained_parameters=800,
     largest_parameter=100,
+    trained_modules=10,
     profile=((5000, 0), (3000, 1600), (0, 3200)),
     encoder_flops=10**9,
     training_flops=10**10,
@@ -253,6 +255,22 @@ def test_a_calibration_returns_what_was_measured_and_leaves_work_to_a_larger_mic
     many = replace(ONE, operations=10**6)  # 12 s of launches are assumed
     work = micro_batch_seconds(replace(ONE, operations=0), cpu, "bf16")
     assert calibrated_factor(many, cpu, "bf16", 3.0) * work == pytest.approx(1.5)
+
+
+def test_under_zero_3_a_host_gathers_the_weights_of_each_module_which_a_gpu_may_have_to_wait_for():
+    few = replace(ONE, trained_modules=20)
+    cpu = replace(H100, kind="cpu")
+    plain = micro_batch_seconds(few, cpu, "bf16")
+    assert micro_batch_seconds(few, cpu, "bf16", stage=3) == pytest.approx(plain + 20 * GATHER_SECONDS)
+    assert micro_batch_seconds(few, cpu, "bf16", stage=2) == plain
+    busy = 100.0 * micro_batch_seconds(few, H100, "bf16")
+    assert micro_batch_seconds(few, H100, "bf16", 100.0, stage=3) == pytest.approx(
+        max(busy, 20 * GATHER_SECONDS + 6e-4)
+    )
+    engine = EngineConfig(zero_stage=3)
+    assert step_time(few, Layout(cpu, 1, 1), engine, "bf16", 4).compute_seconds == pytest.approx(
+        2 * (plain + 20 * GATHER_SECONDS)
+    )
 
 
 def test_a_ring_sends_twice_what_is_left_when_a_rank_has_its_own():
