@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from controlbooth.deploy import audit, registry
-from controlbooth.deploy.lease import LeaseLost, give_back, holder, take
+from controlbooth.deploy.lease import Holding, LeaseLost, holder, take
 from controlbooth.deploy.policy import Policy, load_policy, state_folder
 from controlbooth.deploy.registry import CHAMPION, PREVIOUS, RegistryAway
 from controlbooth.deploy.rounds import as_submitted, is_alive, read_state
@@ -104,13 +104,12 @@ def _rollback(policy: Policy, reason: str, dry_run: bool) -> int:
         other = holder(folder)
         who = f"process {other.process} on {other.host}" if other else "another process"
         raise ConfigError(f"{who} is at a tick of {policy.name}, which may be promoting: try again when it has ended")
-    try:
+    with Holding(folder, lease, policy.lease_seconds) as holding:
+        holding.renew()
         leaving, returning = registry.rollback(there)
         text = f"version {leaving.number} leaves, version {returning.number} returns: {reason}"
         facts = dict(version=returning.number, previous_version=leaving.number)
         audit.append(folder, lease.generation, None, "rolled back", text, **facts)
-    finally:
-        give_back(folder, lease)
     print(f"rolled back: {text}, {returning.checkpoint}")
     return 0
 

@@ -7,7 +7,7 @@ resolved one is saved with each checkpoint. Numbers that follow from others are 
 import contextlib
 import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -452,3 +452,18 @@ def tracking_uri(config: RunConfig) -> str:
 def dump(config: RunConfig) -> str:
     """The resolved tree as YAML, in the order of the fields."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def changes(before: str, now: str) -> list[str]:
+    """`section.key: old -> new` of each field that differs between two dumps."""
+    old, new = (dict(_leaves(yaml.safe_load(text))) for text in (before, now))
+    names = [*new, *(name for name in old if name not in new)]
+    return [f"{n}: {old.get(n)} -> {new.get(n)}" for n in names if old.get(n) != new.get(n)]
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if not isinstance(tree, dict):
+        yield prefix, tree
+        return
+    for key, value in tree.items():
+        yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))

@@ -1,8 +1,7 @@
 """The training program: `torchrun ... -m controlbooth.trainer.train run.yaml [section.key=value ...]`.
 
-Every rank runs this file. It reads the run, builds what the run names, goes on from the latest whole checkpoint if
-there
-is one, and loops: step, log, validate, save, stop. Started again after whatever happened, it continues the same run.
+Every rank runs this file. It reads the run, builds what the run names, goes on from the latest whole checkpoint where
+there is one, and loops: step, log, validate, save, stop. Started again after whatever happened, it continues the run.
 """
 
 import argparse
@@ -27,6 +26,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are folders; nothing here
 os.environ.setdefault("DS_LOG_LEVEL", "error")
 
 import torch
+import yaml
 from tqdm import tqdm
 
 from controlbooth.data.buckets import Buckets
@@ -62,6 +62,7 @@ from controlbooth.trainer.config import (
     ConfigError,
     RunConfig,
     base_path,
+    changes,
     dump,
     lanes,
     load_config,
@@ -258,9 +259,7 @@ def loop(run: Run, stop: "StopRequest") -> None:
         mean_loss = sum(losses) / len(losses) / world.world_size
         unwritten = float(run.saving is not None and not checkpoints.is_written(run.saving))
         counted = [mean_loss, float(stop.requested), float(batch.substitutions), float(batch.cache_hits), unwritten]
-        loss, stops, substitutions, cache_hits, unwritten, *busy = all_sum(
-            [*counted, *pace.shares()]
-        )
+        loss, stops, substitutions, cache_hits, unwritten, *busy = all_sum([*counted, *pace.shares()])
         check_still_ours(run.attempt)
         waited, depth_short, fetch, decode, memory = all_max(
             [
@@ -391,6 +390,7 @@ def build(config: RunConfig, world: World, attempt: Attempt, watchdog: Watchdog,
         )
     if latest:
         say(world, f"going on from {latest} at step {step}")
+        say_changes(world, config, (latest / "config.yaml").read_text(), step)
     run = Run(
         config,
         world,
@@ -429,6 +429,20 @@ def choose_once(
             chosen |= {"by_shape": before.get("by_shape", {}), "reason": "as at the run's first start"}
         write_text(attempt, remembered, json.dumps({**chosen, "reason": before.get("reason", chosen["reason"])}))
     return AttentionChoice(**from_first_rank(chosen))
+
+
+def say_changes(world: World, config: RunConfig, before: str, step: int) -> None:
+    """What was set anew since the checkpoint, as that holds from here on. before: the configuration that it holds."""
+    if changed := changes(before, dump(config)):
+        say(world, f"changed since step {step}: {'; '.join(changed)}")
+    ends = yaml.safe_load(before)["max_steps"]
+    if config.optimizer.schedule != "constant" and ends != config.max_steps:
+        was, now = (engines.learning_rate(config.optimizer, step, last) for last in (ends, config.max_steps))
+        say(
+            world,
+            f"warning: with max_steps={config.max_steps} the {config.optimizer.schedule} schedule no more ends at step "
+            f"{ends}: the learning rate of step {step} is {now:.3g}, not {was:.3g}",
+        )
 
 
 def check_position(position: int, step: int, config: RunConfig) -> None:

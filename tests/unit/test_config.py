@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from controlbooth.launch.ablations import load_ablations, planned_runs
@@ -11,6 +12,7 @@ from controlbooth.trainer.config import (
     RunConfig,
     base_path,
     build_config,
+    changes,
     dump,
     gradient_accumulation_steps,
     lanes,
@@ -18,7 +20,9 @@ from controlbooth.trainer.config import (
     run_folder,
     tracking_uri,
 )
+from controlbooth.trainer.distributed import World
 from controlbooth.trainer.subjects import load_run
+from controlbooth.trainer.train import say_changes
 
 SHIPPED = sorted((Path(__file__).parents[2] / "launch/configs").glob("*.yaml"))
 RUNS = [path for path in SHIPPED if path.stem != "retrain"]  # a policy, which test_policy.py reads
@@ -133,6 +137,19 @@ def test_the_resolved_tree_reads_back_as_itself(tmp_path):
     overrides += ["model.unlock_decoder_at=50", "optimizer.decoder_learning_rate=1e-6"]
     config = load_config(write(tmp_path), overrides)
     assert build_config(yaml.safe_load(dump(config))) == config
+
+
+def test_what_a_resumed_run_has_set_anew_is_told_and_so_is_a_schedule_that_is_stretched_by_it(tmp_path, capsys):
+    path = write(tmp_path)
+    before = dump(load_config(path, ["optimizer.schedule=cosine"]))
+    now = load_config(path, ["optimizer.schedule=cosine", "max_steps=200", "validation.samples=4"])
+    assert changes(before, dump(now)) == ["max_steps: 100 -> 200", "validation.samples: 16 -> 4"]
+    say_changes(World(0, 1, 0, torch.device("cpu")), now, before, 100)
+    told = capsys.readouterr().err
+    assert "changed since step 100: max_steps: 100 -> 200; validation.samples: 16 -> 4" in told
+    assert "the learning rate of step 100 is 5e-06, not 0" in told
+    say_changes(World(0, 1, 0, torch.device("cpu")), now, dump(now), 100)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
