@@ -121,7 +121,7 @@ def resume_position(state: Mapping[str, Any], order: Mixture, dataset_fingerprin
         "version": "resume with the version of controlbooth that wrote it",
         "dataset_fingerprint": "point the run at the data set it began with, or start a new run from these weights",
         "seed": "set the seed back",
-        "lanes": "set lanes back; the batch size may change as long as it and the lanes divide",
+        "lanes": "set global_batch_size back, or data.lanes where the run has it",
         "shards_per_block": "set shards_per_block back",
         "shapes": "set resolution and max_aspect_ratio back",
     }

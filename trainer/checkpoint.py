@@ -30,6 +30,7 @@ from threading import Thread
 from typing import Any
 
 import torch
+import yaml
 from diffusers import ControlNetModel
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
@@ -270,18 +271,24 @@ def needs_universal(state: dict[str, Any], world_size: int) -> bool:
 
 
 def check_same_run(state: dict[str, Any], now: dict[str, Any], checkpoint: Path) -> None:
-    """Refuses a checkpoint whose optimizer states cannot be carried over, with what to set back."""
-    keys = {
+    """Refuses a checkpoint whose optimizer states cannot be carried over, with what to set back.
+
+    now: as `state`, and `model`, the run's settings of the network, which are compared with those in config.yaml.
+    """
+    fields = {
         "zero_stage": "engine.zero_stage",
         "precision": "engine.precision",
-        "base_digest": "model.base",
+        "base_digest": "model.base, of digest",
         "condition": "data.condition",
     }
-    for key, field in keys.items():
-        if state[key] != now[key]:
+    pairs = [(field, state[key], now[key]) for key, field in fields.items()]
+    saved = yaml.safe_load((checkpoint / "config.yaml").read_text())["model"]
+    pairs += [(f"model.{name}", saved[name], value) for name, value in now["model"].items() if name in saved]
+    for field, before, asked in pairs:
+        if before != asked:
             raise CheckpointError(
-                f"{checkpoint} was saved with {key}={state[key]!r}, and this run has {now[key]!r}. "
-                f"Set {field} back, or give the run another name to start anew "
+                f"{checkpoint} was saved with {field} {before!r}, and this run has {asked!r}. "
+                "Set it back, or give the run another name to start anew "
                 f"(model.controlnet={checkpoint}/controlnet starts from its weights)"
             )
 

@@ -106,6 +106,8 @@ from controlbooth.trainer.stragglers import Pace, slowest
 from controlbooth.trainer.tracking import Status, Tracker
 from controlbooth.trainer.watchdog import Watchdog, watching
 
+SHAPING = {"hint_channels", "hint_network", "trainable_copy", "only_mid_control"}
+"""Fields of `model` that say which weights there are and which of them learn: the same from start to end."""
 IN_MLFLOW: dict[str, Status] = {"failed": "FAILED", "stopped": "KILLED", "finished": "FINISHED"}
 
 
@@ -352,6 +354,7 @@ def build(config: RunConfig, world: World, attempt: Attempt, watchdog: Watchdog,
         precision=precision,
         base_digest=base.digest,
         condition=config.data.condition,
+        model=config.model.model_dump(mode="json", include=SHAPING),
     )
     universal = unlocked = False
     if saved and latest:
@@ -714,6 +717,7 @@ def commit(run: Run) -> None:
         named = {name if name == "loss" else f"validation/{name}": value for name, value in saved["metrics"].items()}
         run.tracker.log_checkpoint(saved["step"], saved["digest"], folder.absolute().as_uri(), named, run.saved_times)
         checkpoints.prune(run.folder, run.config.checkpoint.keep, run.config.checkpoint.keep_best, run.attempt)
+        write_own_status(run.attempt, state="running", step=saved["step"])
     barrier()
 
 

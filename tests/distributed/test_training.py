@@ -248,7 +248,7 @@ def test_sigterm_leaves_a_checkpoint_and_the_same_command_goes_on_but_no_other_r
     kept = (run / "config.yaml").read_bytes()
     refused = start(run_file(world_folder, "stopped", max_steps=400, data={"condition": "segmentation"}), 2)
     output, _ = refused.communicate(timeout=300)
-    assert refused.returncode != 0 and "Set data.condition back" in output
+    assert refused.returncode != 0 and "has 'segmentation'. Set it back" in output
     assert (run / "config.yaml").read_bytes() == kept
     assert json.loads((run / "status.json").read_text()) == status
 

@@ -59,11 +59,15 @@ def test_pruning_without_keep_best_keeps_only_the_latest(tmp_path):
 
 def test_another_precision_stage_or_base_is_refused_with_the_field_to_set_back(tmp_path):
     saved = dict(zero_stage=2, precision="bf16", base_digest="a", condition="edges")
-    check_same_run(saved, dict(saved), tmp_path)
-    with pytest.raises(CheckpointError, match="zero_stage=2, and this run has 3. Set engine.zero_stage back"):
-        check_same_run(saved, saved | dict(zero_stage=3), tmp_path)
-    with pytest.raises(CheckpointError, match="Set model.base back"):
-        check_same_run(saved, saved | dict(base_digest="b"), tmp_path)
+    (tmp_path / "config.yaml").write_text("model: {trainable_copy: full, hint_channels: [8, 16]}")
+    now = saved | dict(model=dict(trainable_copy="full", hint_channels=[8, 16], since_a_later_version=1))
+    check_same_run(saved, now, tmp_path)
+    with pytest.raises(CheckpointError, match="engine.zero_stage 2, and this run has 3. Set it back"):
+        check_same_run(saved, now | dict(zero_stage=3), tmp_path)
+    with pytest.raises(CheckpointError, match="model.base, of digest 'a', and this run has 'b'"):
+        check_same_run(saved, now | dict(base_digest="b"), tmp_path)
+    with pytest.raises(CheckpointError, match="model.trainable_copy 'full', and this run has 'lite'"):
+        check_same_run(saved, now | dict(model=dict(trainable_copy="lite")), tmp_path)
 
 
 def test_only_split_states_need_to_be_split_anew():
