@@ -2,12 +2,13 @@
 
     .venv/bin/python tests/benchmarks/checkpoint_speed.py [--shapes small|sd15] [--precision bf16] [--rounds 3]
 
-Each program is a process with a ControlNet and its AdamW after one step, on this disk, in turns: ours in ZeRO-2 on one
-rank, theirs as train_controlnet.py has it, weights and moments in fp32. `stands_still_s` is for how long training waits
-for a save: ours copies and has threads write, theirs writes. `saved_s` is until the checkpoint is whole, ours with
-fsync, theirs as the system likes. `load_s` reads it again, from the page cache. `gib` is what is on the disk; ours also
-holds the ControlNet as diffusers reads it. `ratio` is theirs over ours of `stands_still_s` and `load_s`, the median of
-the rounds. small: the 35.0M base of equal_work.py, of which 15.2M are trained; sd15: 361.3M.
+Each program is a process with a ControlNet and its AdamW after one step, on this disk, in turns, on a GPU where there
+is one: ours in ZeRO-2 on one rank in the environment that `controlbooth train` sets, theirs as train_controlnet.py has
+it, weights and moments in fp32. `stands_still_s` is for how long training waits for a save: ours copies and has threads
+write, theirs writes. `saved_s` is until the checkpoint is whole, ours with fsync, theirs as the system likes. `load_s`
+reads it again, from the page cache. `gib` is what is on the disk; ours also holds the ControlNet as diffusers reads it.
+`ratio` is theirs over ours of `stands_still_s` and `load_s`, the median of the rounds. small: the 35.0M base of
+equal_work.py, of which 15.2M are trained; sd15: 361.3M.
 """
 
 import argparse
@@ -23,7 +24,6 @@ from statistics import median
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -31,19 +31,23 @@ from equal_work import small_unet
 from record import write
 from sd15_step import random_module
 
+from controlbooth.launch.torchrun import Node, lone_environment, torchrun_environment
 from controlbooth.models.architectures import SD15
 from controlbooth.models.controlnet import build_controlnet, control_residuals
 from controlbooth.models.families import TextEncoding
 
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+if DEVICE.type == "cpu":
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 SHAPES = {"small": small_unet, "sd15": lambda: UNet2DConditionModel(**SD15.unet)}
 
 
 def loss_of(controlnet: Any, width: int) -> torch.Tensor:
     """Of one small picture, so that every weight that learns has a gradient."""
-    text = TextEncoding(torch.zeros(1, 77, width))
-    residuals = control_residuals(
-        controlnet, torch.zeros(1, 4, 8, 8), torch.zeros(1, dtype=torch.int64), text, torch.zeros(1, 3, 64, 64)
-    )
+    with DEVICE:
+        text, timesteps = TextEncoding(torch.zeros(1, 77, width)), torch.zeros(1, dtype=torch.int64)
+        latents, picture = torch.zeros(1, 4, 8, 8), torch.zeros(1, 3, 64, 64)
+    residuals = control_residuals(controlnet, latents, timesteps, text, picture)
     return torch.stack([one.float().mean() for one in (*residuals.down, residuals.mid)]).sum()
 
 
@@ -56,7 +60,7 @@ def ours(shapes: str, precision: str, folder: Path) -> dict[str, float]:
 
     world = join()
     unet: Any = random_module(SHAPES[shapes], engines.DTYPES[precision])
-    controlnet = build_controlnet(unet)
+    controlnet = build_controlnet(unet).to(DEVICE)
     tree = dict(
         name="save", max_steps=1, global_batch_size=1, micro_batch_size=1,
         model=dict(base="random"), data=dict(shards="none", condition="edges"),
@@ -69,6 +73,7 @@ def ours(shapes: str, precision: str, folder: Path) -> dict[str, float]:
     state = dict(step=1, zero_stage=config.engine.zero_stage, world_size=1)
     with only_run(folder, world) as attempt:
         checkpoints.save_checkpoint(engine, folder, state | dict(step=0), "", None, world, attempt)  # warms up
+        settle()
         began = time.perf_counter()
         save = checkpoints.begin_save(engine, folder, state, "", None, world, attempt)
         stood = time.perf_counter() - began
@@ -84,7 +89,7 @@ def ours(shapes: str, precision: str, folder: Path) -> dict[str, float]:
 def theirs(shapes: str, precision: str, folder: Path) -> dict[str, float]:
     from accelerate import Accelerator
 
-    accelerator = Accelerator(cpu=True, mixed_precision={"fp32": "no", "bf16": "bf16"}[precision])
+    accelerator = Accelerator(cpu=DEVICE.type == "cpu", mixed_precision={"fp32": "no", "bf16": "bf16"}[precision])
     unet: Any = random_module(SHAPES[shapes], torch.float32)
     width = unet.config.cross_attention_dim
     controlnet = build_controlnet(unet)
@@ -95,6 +100,7 @@ def theirs(shapes: str, precision: str, folder: Path) -> dict[str, float]:
     optimizer.step()
     optimizer.zero_grad()
     accelerator.save_state(str(folder / "0"))  # warms up
+    settle()
     began = time.perf_counter()
     accelerator.save_state(str(folder / "1"))
     saved = time.perf_counter() - began
@@ -102,6 +108,12 @@ def theirs(shapes: str, precision: str, folder: Path) -> dict[str, float]:
     accelerator.load_state(str(folder / "1"))
     load = time.perf_counter() - began
     return dict(stands_still_s=saved, saved_s=saved, load_s=load, gib=size_of(folder / "1"))
+
+
+def settle() -> None:
+    """Until a GPU has done what it was asked for: what is timed begins with nothing under way."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
 
 
 PROGRAMS = {"ours": ours, "accelerate": theirs}
@@ -115,7 +127,11 @@ def run(program: str, options: argparse.Namespace) -> dict[str, float]:
     folder = tempfile.mkdtemp(prefix="checkpoint-speed-", dir=options.folder)
     command = [sys.executable, __file__, "--shapes", options.shapes, "--precision", options.precision]
     command += ["--program", program, "--folder", folder]
-    done = subprocess.run(command, capture_output=True, text=True)
+    environment = dict(os.environ)
+    if program == "ours":
+        node = Node(processes=1, cores=os.cpu_count() or 1, gpus=torch.cuda.device_count(), head_port=0)
+        environment |= torchrun_environment(node, environment) | lone_environment()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     shutil.rmtree(folder)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
