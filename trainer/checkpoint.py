@@ -17,7 +17,6 @@ at the boundary of a later step, makes the checkpoint of them: no thread takes p
 
 import contextlib
 import copy
-import hashlib
 import io
 import json
 import os
@@ -40,6 +39,7 @@ from controlbooth.models.pretrained import save_controlnet
 from controlbooth.trainer.attempt import Attempt, move
 from controlbooth.trainer.distributed import World, barrier, from_first_rank, gather_objects
 from controlbooth.trainer.engine import Average, full_state
+from controlbooth.trainer.integrity import first_damage, folder_digest, weights_damage
 
 COMPLETE = "COMPLETE"
 _TAG = "deepspeed"
@@ -61,32 +61,63 @@ def complete_checkpoints(run: Path) -> list[Path]:
 
 def is_complete(checkpoint: Path) -> bool:
     """Whether every file that was committed is there in its size. What is generated later may come besides."""
-    marker = checkpoint / COMPLETE
-    if not marker.is_file():
-        return False
-    sizes = json.loads(marker.read_text())
-    return all(
+    sizes = _committed(checkpoint)
+    return bool(sizes) and all(
         (checkpoint / name).is_file() and (checkpoint / name).stat().st_size == size for name, size in sizes.items()
     )
 
 
+def _committed(checkpoint: Path) -> dict[str, int]:
+    """Sizes by name of the files that were committed; nothing where COMPLETE is missing, or damaged itself."""
+    try:
+        sizes = json.loads((checkpoint / COMPLETE).read_text())
+    except (OSError, ValueError):
+        return {}
+    return sizes if isinstance(sizes, dict) else {}
+
+
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    return json.loads((checkpoint / "state.json").read_text())
+    """What was saved beside the weights. Raises CheckpointError where the file is damaged."""
+    path = checkpoint / "state.json"
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged ({error}): delete {checkpoint} to use an older one") from error
 
 
-def latest_checkpoint(run: Path, world: World) -> Path | None:
-    """The same on every rank: the last one that rank 0 sees whole. Raises CheckpointError where another rank does not.
+def check_weights(checkpoint: Path) -> None:
+    """Raises CheckpointError where the trained weights are not the ones that were saved."""
+    if damage := weights_damage(checkpoint, list(_committed(checkpoint))):
+        raise CheckpointError(f"{checkpoint} is damaged, in {damage}. Delete it to use an older one")
 
-    Ranks that looked for themselves would go on from different steps where a node's view of a shared disk is old.
+
+def latest_checkpoint(run: Path, world: World, say: Callable[[str], None]) -> Path | None:
+    """The same on every rank: the last one that rank 0 sees whole and that no rank finds damaged. None: there is none.
+
+    Ranks that looked for themselves would go on from different steps where a node's view of a shared disk is old. They
+    compare the checksums of all files, each of its share. say: told on rank 0 of a checkpoint that is passed over.
+    Raises CheckpointError where another rank does not see what rank 0 sees, and where there are damaged ones alone.
     """
-    latest: Path | None = from_first_rank((complete_checkpoints(run) or [None])[-1])
-    seen = gather_objects(latest is None or is_complete(latest), world)
-    if not all(seen):
-        raise CheckpointError(
-            f"{latest} is whole on rank 0 and not on ranks {[rank for rank, whole in enumerate(seen) if not whole]}. "
-            "Every node must see the same `output`: put it on a shared disk"
-        )
-    return latest
+    whole: list[Path] = from_first_rank(complete_checkpoints(run))
+    damages: list[str] = []
+    for checkpoint in reversed(whole):
+        seen = gather_objects(is_complete(checkpoint), world)
+        if not all(seen):
+            others = [rank for rank, complete in enumerate(seen) if not complete]
+            raise CheckpointError(
+                f"{checkpoint} is whole on rank 0 and not on ranks {others}. "
+                "Every node must see the same `output`: put it on a shared disk"
+            )
+        own = first_damage(checkpoint, list(_committed(checkpoint)), world.rank, world.world_size)
+        found = next(filter(None, gather_objects(own, world)), None)
+        if found is None:
+            return checkpoint
+        damages.append(f"{checkpoint} is damaged, in {found}")
+        if world.rank == 0:
+            say(f"warning: {damages[-1]}; it is passed over")
+    if damages:
+        raise CheckpointError(f"{'; '.join(damages)}. There is no other: delete them to begin anew")
+    return None
 
 
 def write_controlnet(engine: Any, weights: dict[str, Tensor], folder: Path) -> None:
@@ -164,7 +195,12 @@ def begin_save(
                 _sync(Path(path))
             if world.rank == 0:
                 write_weights(engine, weights, partial / name)
-                digest = {"digest": _digest(partial / name)}
+                if broken := [key for key, tensor in weights.items() if not tensor.isfinite().all()]:
+                    raise CheckpointError(
+                        f"{broken[0]} and {len(broken) - 1} more weights are not finite: lower "
+                        "optimizer.learning_rate. Started again, the run goes on from the checkpoint before"
+                    )
+                digest = {"digest": folder_digest(partial / name)}
                 (partial / "state.json").write_text(json.dumps(state | digest, indent=2))
                 (partial / "config.yaml").write_text(config)
                 for path in (partial / name).iterdir():
@@ -317,17 +353,6 @@ def as_module(trained: Any, weights: dict[str, Tensor]) -> ControlNetModel:
         module: Any = type(trained).from_config(trained.config)
     module.load_state_dict(weights, assign=True)
     return module
-
-
-def _digest(folder: Path) -> str:
-    """SHA-256 over the names and bytes of the files."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        digest.update(path.name.encode())
-        with open(path, "rb") as file:
-            while block := file.read(2**20):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def _sizes(folder: Path) -> dict[str, int]:

@@ -8,6 +8,7 @@ step holds is drawn from (the subject's seed, the step), as with adapters, and d
 """
 
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -93,7 +94,7 @@ def begin_full(
     network = FullNetwork(base, config.train_text_encoder, (config.resolution, config.resolution))
     share = config.instance_batch_size // world.world_size
     run = folder / "subjects" / task.name
-    latest = checkpoints.latest_checkpoint(run, world)
+    latest = checkpoints.latest_checkpoint(run, world, partial(tqdm.write, file=sys.stderr))
     saved = None if latest is None else checkpoints.read_state(latest)
     settings = optimizer_settings(config, task)
     engine = engines.initialize(

@@ -18,6 +18,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -179,7 +180,7 @@ def train(config: RunConfig, world: World, stop: "StopRequest") -> int:
         failure_noted(attempt, config, world),
         watching(attempt, world, config.engine.hang_timeout_seconds) as watchdog,
     ):
-        latest = checkpoints.latest_checkpoint(folder, world)
+        latest = checkpoints.latest_checkpoint(folder, world, partial(say, world))
         if latest is not None and checkpoints.read_state(latest)["step"] >= config.max_steps:
             if world.rank == 0:
                 send_what_is_left(attempt, config)
@@ -687,7 +688,7 @@ def save(run: Run, figures: dict[str, float]) -> None:
         precision=run.precision,
         attention=run.attention,
         world_size=run.world.world_size,
-        metrics=figures,
+        metrics={name: value for name, value in figures.items() if math.isfinite(value)},  # JSON has no others
         unlocked=unlocking.is_unlocked(run.engine),
     )
     write = checkpoints.write_controlnet

@@ -1,17 +1,25 @@
 import json
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from controlbooth.trainer.attempt import Attempt
 from controlbooth.trainer.checkpoint import (
     COMPLETE,
     CheckpointError,
     check_same_run,
+    check_weights,
     complete_checkpoints,
     folder_of,
+    is_complete,
+    latest_checkpoint,
     needs_universal,
     prune,
+    read_state,
 )
+from controlbooth.trainer.distributed import World
+from controlbooth.trainer.integrity import folder_digest
 
 
 def write(run, step, metrics=None):
@@ -68,6 +76,64 @@ def test_another_precision_stage_or_base_is_refused_with_the_field_to_set_back(t
         check_same_run(saved, now | dict(base_digest="b"), tmp_path)
     with pytest.raises(CheckpointError, match="model.trainable_copy 'full', and this run has 'lite'"):
         check_same_run(saved, now | dict(model=dict(trainable_copy="lite")), tmp_path)
+
+
+@pytest.fixture
+def alone():
+    """The only rank of a world."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield World(0, 1, 0, torch.device("cpu"))
+    torch.distributed.destroy_process_group()
+
+
+def whole_checkpoint(run, step):
+    """With a file of PyTorch's and trained weights."""
+    folder = folder_of(run, step)
+    for name in ("deepspeed", "controlnet"):
+        (folder / name).mkdir(parents=True)
+    torch.save({"moments": torch.zeros(1000)}, folder / "deepspeed" / "states.pt")
+    save_file({"weight": torch.zeros(1000)}, folder / "controlnet" / "weights.safetensors")
+    (folder / "state.json").write_text(json.dumps({"step": step, "digest": folder_digest(folder / "controlnet")}))
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    (folder / COMPLETE).write_text(json.dumps({str(path.relative_to(folder)): path.stat().st_size for path in files}))
+    return folder
+
+
+def change_a_byte(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["deepspeed/states.pt", "controlnet/weights.safetensors", "state.json"])
+def test_a_checkpoint_of_which_a_byte_has_changed_is_passed_over_with_a_warning(tmp_path, alone, name):
+    older, newer = whole_checkpoint(tmp_path, 1), whole_checkpoint(tmp_path, 2)
+    told = []
+    assert latest_checkpoint(tmp_path, alone, told.append) == newer and not told
+    if name == "state.json":
+        (newer / name).write_bytes(b"?" * (newer / name).stat().st_size)
+    else:
+        change_a_byte(newer / name)
+    assert is_complete(newer)
+    assert latest_checkpoint(tmp_path, alone, told.append) == older
+    assert len(told) == 1 and f"{newer} is damaged, in {name.split('/')[0]}" in told[0]
+    if not name.endswith(".pt"):
+        check_weights(older)
+        with pytest.raises(CheckpointError, match="is damaged, in .* Delete it to use an older one"):
+            check_weights(newer)
+    change_a_byte(older / "deepspeed" / "states.pt")
+    with pytest.raises(CheckpointError, match="There is no other: delete them to begin anew"):
+        latest_checkpoint(tmp_path, alone, told.append)
+
+
+@pytest.mark.parametrize("content", ["", "5", "{"])
+def test_a_damaged_marker_makes_no_whole_checkpoint_and_damaged_facts_are_named(tmp_path, alone, content):
+    folder = whole_checkpoint(tmp_path, 1)
+    (folder / COMPLETE).write_text(content)
+    assert names(tmp_path) == [] and latest_checkpoint(tmp_path, alone, print) is None
+    (folder / "state.json").write_text("")
+    with pytest.raises(CheckpointError, match="state.json is damaged"):
+        read_state(folder)
 
 
 def test_only_split_states_need_to_be_split_anew():
