@@ -61,6 +61,7 @@ from controlbooth.trainer.attempt import (
 )
 from controlbooth.trainer.config import (
     ConfigError,
+    OptimizerConfig,
     RunConfig,
     base_path,
     changes,
@@ -439,14 +440,12 @@ def say_changes(world: World, config: RunConfig, before: str, step: int) -> None
     """What was set anew since the checkpoint, as that holds from here on. before: the configuration that it holds."""
     if changed := changes(before, dump(config)):
         say(world, f"changed since step {step}: {'; '.join(changed)}")
-    ends = yaml.safe_load(before)["max_steps"]
-    if config.optimizer.schedule != "constant" and ends != config.max_steps:
-        was, now = (engines.learning_rate(config.optimizer, step, last) for last in (ends, config.max_steps))
-        say(
-            world,
-            f"warning: with max_steps={config.max_steps} the {config.optimizer.schedule} schedule no more ends at step "
-            f"{ends}: the learning rate of step {step} is {now:.3g}, not {was:.3g}",
-        )
+    saved = yaml.safe_load(before)
+    old = OptimizerConfig(**{name: saved["optimizer"][name] for name in ("learning_rate", "schedule", "warmup_steps")})
+    was = engines.learning_rate(old, step, saved["max_steps"])
+    now = engines.learning_rate(config.optimizer, step, config.max_steps)
+    if not math.isclose(was, now):
+        say(world, f"warning: by that the learning rate of step {step} is {now:.4g}, and was to be {was:.4g}")
 
 
 def check_position(position: int, step: int, config: RunConfig) -> None:

@@ -147,7 +147,7 @@ def test_what_a_resumed_run_has_set_anew_is_told_and_so_is_a_schedule_that_is_st
     say_changes(World(0, 1, 0, torch.device("cpu")), now, before, 100)
     told = capsys.readouterr().err
     assert "changed since step 100: max_steps: 100 -> 200; validation.samples: 16 -> 4" in told
-    assert "the learning rate of step 100 is 5e-06, not 0" in told
+    assert "the learning rate of step 100 is 5e-06, and was to be 0" in told
     say_changes(World(0, 1, 0, torch.device("cpu")), now, dump(now), 100)
     assert capsys.readouterr().err == ""
 
