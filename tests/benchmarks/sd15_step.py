@@ -1,6 +1,7 @@
-"""One real optimizer step of Stable Diffusion 1.5's shapes under ZeRO-2, with random weights, and what it takes.
+"""One real optimizer step of Stable Diffusion 1.5's shapes under ZeRO, with random weights, and what it takes.
 
     .venv/bin/torchrun --standalone --nproc-per-node 2 tests/benchmarks/sd15_step.py [--resolution 256]
+        [--zero-stage 2] [--micro-batch-size 1] [--attention flash] [--gradient-checkpointing]
 
 Nothing is loaded: the U-Net, VAE and text encoder have the real configurations and random weights, so that the step
 does the real work. Prints parameter counts, the 13 residuals' shapes, the step-0 identity, seconds and peak memory.
@@ -18,6 +19,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from controlbooth.models.architectures import SD15
+from controlbooth.models.attention import AttentionChoice, apply_attention
 from controlbooth.models.controlnet import build_controlnet, control_residuals, denoise, parameter_report
 from controlbooth.models.families import TextEncoding
 from controlbooth.trainer import engine as engines
@@ -51,6 +53,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--resolution", type=int, default=256)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--zero-stage", type=int, choices=range(4), default=2)
+    parser.add_argument("--micro-batch-size", type=int, default=1)
+    parser.add_argument("--attention", choices=("flash", "math", "plain"), default="flash")
+    parser.add_argument("--gradient-checkpointing", action="store_true")
     options = parser.parse_args()
     world = join()
     dtype = engines.DTYPES[options.precision]
@@ -59,6 +65,11 @@ def main() -> None:
     vae = random_module(lambda: AutoencoderKL(**SD15.vae), dtype)
     text_encoder = random_module(lambda: CLIPTextModel(CLIPTextConfig(**SD15.text_encoders[0])), dtype)
     controlnet = build_controlnet(unet)
+    for module in (unet, controlnet):
+        apply_attention(module, AttentionChoice(options.attention, "asked for"))
+        if options.gradient_checkpointing:
+            module.enable_gradient_checkpointing()
+            module.train()
     report = parameter_report(controlnet)
     say = print if world.rank == 0 else (lambda *_: None)
     say(f"U-Net {sum(p.numel() for p in unet.parameters()):,} parameters")
@@ -66,13 +77,14 @@ def main() -> None:
 
     size = options.resolution // 8
     generator = torch.Generator().manual_seed(world.rank)
-    pixels = torch.rand(1, 3, options.resolution, options.resolution, generator=generator)
-    noise = torch.randn(1, 4, size, size, generator=generator)
-    timesteps = torch.randint(0, 1000, (1,), generator=generator)
+    batch = options.micro_batch_size
+    pixels = torch.rand(batch, 3, options.resolution, options.resolution, generator=generator)
+    noise = torch.randn(batch, 4, size, size, generator=generator)
+    timesteps = torch.randint(0, 1000, (batch,), generator=generator)
     noise_scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 
     with torch.no_grad():
-        text = TextEncoding(text_encoder(torch.randint(0, 49406, (1, 77), generator=generator)).last_hidden_state)
+        text = TextEncoding(text_encoder(torch.randint(0, 49406, (batch, 77), generator=generator)).last_hidden_state)
         residuals = control_residuals(controlnet.to(dtype), noise, timesteps, text, pixels)
         say("residuals", [tuple(r.shape) for r in (*residuals.down, residuals.mid)])
         plain = denoise(unet, noise, timesteps, text)
@@ -81,8 +93,9 @@ def main() -> None:
         say(f"step 0: the prediction with the untrained ControlNet {verdict} the U-Net's own, bit for bit")
 
     tree = dict(
-        name="sd15", max_steps=1, global_batch_size=world.world_size, micro_batch_size=1,
+        name="sd15", max_steps=1, global_batch_size=batch * world.world_size, micro_batch_size=batch,
         model=dict(base="random"), data=dict(shards="none", condition="edges"),
+        engine=dict(zero_stage=options.zero_stage),
     )  # fmt: skip
     config = build_config(tree)
     sizes = engines.batch_sizes(config, world.world_size)
@@ -94,7 +107,7 @@ def main() -> None:
         noisy = noise_scheduler.add_noise(latents, noise, timesteps)
     encoded = time.perf_counter()
     prediction = denoise(unet, noisy, timesteps, text, control_residuals(engine, noisy, timesteps, text, pixels))
-    loss = weighted_mse(prediction, noise, torch.ones(1))
+    loss = weighted_mse(prediction, noise, torch.ones(batch))
     forward = time.perf_counter()
     engines.accumulate(engine, loss)
     backward = time.perf_counter()
@@ -103,7 +116,7 @@ def main() -> None:
     moved = sum(p.detach().float().sum().item() != before[name] for name, p in engine.module.named_parameters())
     peaks = gather_objects(peak_gib(), world)
     say(
-        f"one step, {options.resolution} px, {options.precision}, ZeRO-2, {world.world_size} ranks: "
+        f"one step, {options.resolution} px, {options.precision}, ZeRO-{options.zero_stage}, {world.world_size} ranks: "
         f"loss {loss.item():.4f}, gradient norm {norm:.4f}, skipped {skipped}, {moved} tensors moved; "
         f"{done - started:.0f} s = encode {encoded - started:.0f} + forward {forward - encoded:.0f} "
         f"+ backward {backward - forward:.0f} + optimizer {done - backward:.0f}"
