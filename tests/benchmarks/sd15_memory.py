@@ -2,9 +2,9 @@
 
     .venv/bin/python tests/benchmarks/sd15_memory.py [--resolution 256] [--ranks 2] [--only NAME]
 
-Each row is a run of sd15_step.py in bf16: `gib` is the most that a rank's process has held, `planned` what the plan says
-of the same, `seconds` the step's, which on two cores says little. Offloading has no row: on a CPU what is offloaded
-stays where it is.
+Each row is a run of sd15_step.py in bf16: `gib` is the most that a rank's process has held, `planned` what the plan
+says of the same, `seconds` the step's, which on two cores says little. Offloading has no row: on a CPU what is
+offloaded stays where it is.
 """
 
 import argparse
