@@ -7,9 +7,12 @@ of the card: give your own with --network-gbit.
 """
 
 import os
+import platform
+import re
 import time
 from dataclasses import dataclass
 from difflib import get_close_matches
+from pathlib import Path
 
 import psutil
 import torch
@@ -96,6 +99,26 @@ def accelerator(name: str, precision: str = "bf16") -> Accelerator:
         hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
         raise ValueError(f"accelerator {name!r} is not known; {hint}Known: {names}")
     return ACCELERATORS[plain]
+
+
+def device_name(device: torch.device) -> str:
+    """What PyTorch calls a GPU, as `NVIDIA A100-SXM4-80GB`, and Linux a processor, as `AMD EPYC 9B14`."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    listed = Path("/proc/cpuinfo")
+    lines = listed.read_text().splitlines() if listed.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def is_card(card: Accelerator, device: str) -> bool:
+    """Whether a device of this name, as `device_name` gives it, is such a card; of a processor, whether it is this
+    machine's."""
+    if card.kind == "cpu":
+        return device == device_name(torch.device("cpu"))
+    model, _, memory = card.name.partition("-")
+    words = re.split(r"[^a-z0-9]+", device.lower().replace("rtx ", "rtx"))
+    return model in words and (not memory or f"{memory}gb" in words)
 
 
 GLOO = 2e9

@@ -1,8 +1,8 @@
 """Measured steps, and what they say about a planned one.
 
 A row is one JSON object: family, resolution, micro_batch_size, precision, attention, gradient_checkpointing, cached,
-samples_per_second (of one rank), step_seconds, peak_memory_gib, device. tests/benchmarks/throughput.py writes such
-rows, one a line; of a run's folder, speed.json and config.yaml make one.
+samples_per_second (of one rank), step_seconds, peak_memory_gib, device, device_kind (cuda or cpu).
+tests/benchmarks/throughput.py writes such rows, one a line; of a run's folder, speed.json and config.yaml make one.
 """
 
 import json
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from controlbooth.models.families import FAMILIES, identify
+from controlbooth.trainer.accelerators import ACCELERATORS, Accelerator, is_card
 from controlbooth.trainer.config import ConfigError, RunConfig, base_path, gradient_accumulation_steps, load_config
 from controlbooth.trainer.footprint import WITHOUT_SCORES
 
@@ -21,25 +22,67 @@ COMPARED = ("family", "precision", "cached", "gradient_checkpointing", "resoluti
 
 @dataclass(frozen=True)
 class Measured:
-    """One row, with what it was measured on."""
+    """One row, and what is planned by it."""
 
     row: Mapping[str, Any]
-    differs: tuple[str, ...]
-    """Which of COMPARED are other than in the planned run."""
+    planned: Mapping[str, Any]
+    """The same fields of the planned run."""
+    card: Accelerator
+
+    @property
+    def differs(self) -> tuple[str, ...]:
+        """Which of COMPARED are other than in the planned run."""
+        measured, planned = _facts(self.row), _facts(self.planned)
+        return tuple(name for name in COMPARED if measured[name] != planned[name])
 
     def describe(self) -> str:
         row = self.row
-        what = f"{row['samples_per_second']:.1f} samples/s of one rank on {row.get('device', 'an unnamed device')}"
+        device = f" on {row['device']}" if "device" in row else ""
+        where = f" in {row['folder']}" if "folder" in row else ""
+        what = f"{row['samples_per_second']:.1f} samples/s of one rank{device}{where}"
         if not self.differs:
             return f"{what}, measured for this very step"
-        others = ", ".join(f"{name} {_facts(row)[name]}" for name in self.differs)
-        return f"{what}, measured with another {others}"
+        measured, planned = _facts(row), _facts(self.planned)
+        others = (f"{_in_words(name, measured)} (planned: {_in_words(name, planned)})" for name in self.differs)
+        return f"{what}, measured with {', '.join(others)}"
+
+    def warning(self) -> str | None:
+        """Where it was measured on another card than the planned one, or nobody knows on which."""
+        device = self.row.get("device")
+        if _kind(self.row) is None:
+            return (
+                "the measured run does not say what it ran on, since an older version trained it: its times hold for "
+                f"{self.card.name} only if it ran on one"
+            )
+        if device is None or is_card(self.card, device) or (self.card.kind == "cpu" and "device_kind" not in self.row):
+            return None
+        return f"the speed was measured on {device}, which is no {self.card.title}: expect other times on that"
+
+
+def _in_words(name: str, facts: Mapping[str, Any]) -> str:
+    """A fact of COMPARED for people."""
+    value = facts[name]
+    if name == "scores":
+        kernel = facts.get("attention", "auto")
+        return f"attention {kernel}, which keeps {'its scores' if value else 'no scores'}"
+    if name == "cached":
+        return "columns" if value else "encoders in the step"
+    if name == "gradient_checkpointing":
+        return "gradient checkpointing" if value else "all activations kept"
+    if name == "resolution":
+        return f"{value} px"
+    return f"{'a base of ' if name == 'family' else name.replace('micro_batch_size', 'micro-batch') + ' '}{value}"
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of a JSON-lines file, a JSON list, or a finished run's folder. Raises ConfigError for anything else."""
     if path.is_dir():
         return [_run_row(path)]
+    if not path.exists():
+        raise ConfigError(
+            f"calibration {path} does not exist: give the folder of a run that has ended, or a file of rows that "
+            "tests/benchmarks/throughput.py has written"
+        )
     try:
         text = path.read_text()
         whole = json.loads(text) if text.lstrip().startswith("[") else [json.loads(x) for x in text.splitlines() if x]
@@ -69,8 +112,35 @@ def _run_row(folder: Path) -> dict[str, Any]:
         "step_seconds": speed["step_seconds"] / gradient_accumulation_steps(config, ranks),
         "peak_memory_gib": speed["peak_memory_gib"],
         "attention": speed["attention"],
-        "device": f"the device of {folder}",
+        "folder": str(folder),
+        **{name: speed[name] for name in ("device", "device_kind") if name in speed},
     }
+
+
+def rows_for(card: Accelerator, path: Path) -> list[dict[str, Any]]:
+    """Those rows that say something about such a card: of its kind, and of the card itself where there are any.
+
+    Raises ConfigError where all are of the other kind, beside the errors of `read_rows`.
+    """
+    rows = read_rows(path)
+    same = [row for row in rows if _kind(row) in (None, card.kind)]
+    if not same:
+        device = rows[0].get("device", "an unnamed device")
+        measured = "a CPU" if card.kind == "cuda" else "a GPU"
+        known = next((name for name, one in ACCELERATORS.items() if is_card(one, device)), "NAME of that card")
+        remedy = "cpu" if card.kind == "cuda" else known
+        raise ConfigError(
+            f"calibration {path} was measured on {measured} ({device}), which says nothing about {card.title}. Plan "
+            f"what was measured with --accelerator {remedy}, give a run of {card.name}, or leave --calibration out"
+        )
+    return [row for row in same if is_card(card, row.get("device", ""))] or same
+
+
+def _kind(row: Mapping[str, Any]) -> str | None:
+    """cuda or cpu; None of a run that was trained before speed.json told it. Rows name a processor as `cpu, ...`."""
+    if "device_kind" in row or "device" not in row:
+        return row.get("device_kind")
+    return "cpu" if row["device"].startswith("cpu") else "cuda"
 
 
 def planned_facts(
@@ -102,7 +172,7 @@ def _facts(row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def nearest(rows: Sequence[Mapping[str, Any]], planned: Mapping[str, Any]) -> Measured:
+def nearest(rows: Sequence[Mapping[str, Any]], planned: Mapping[str, Any], card: Accelerator) -> Measured:
     """The row that has most in common with what is planned; of equals the one with the nearest micro-batch, and the
     fastest of those."""
     wanted = _facts(planned)
@@ -113,8 +183,7 @@ def nearest(rows: Sequence[Mapping[str, Any]], planned: Mapping[str, Any]) -> Me
         tuned = row.get("settings", "default") != "default"  # settings of PyTorch that the trainer does not make
         return tuned, *apart[:-1], abs(row["micro_batch_size"] - wanted["micro_batch_size"]), -row["samples_per_second"]
 
-    best = min(rows, key=distance)
-    return Measured(best, tuple(name for name in COMPARED if _facts(best)[name] != wanted[name]))
+    return Measured(min(rows, key=distance), planned, card)
 
 
 def config_of_row(config: RunConfig, row: Mapping[str, Any]) -> tuple[RunConfig, str | None]:

@@ -135,6 +135,8 @@ def as_tree(plan: Plan) -> dict[str, Any]:
         "trained_parameters": plan.one.trained_parameters,
         "flops_per_sample": plan.one.flops / plan.one.micro_batch_size,
         "factor": plan.factor,
+        "calibration": plan.measured and plan.measured.describe(),
+        "calibration_warning": plan.measured and plan.measured.warning(),
         "asked": choice(plan.asked),
         "recommended": choice(plan.recommended),
         "choices": [choice(one) for one in plan.choices],
@@ -295,6 +297,8 @@ def assumption_lines(plan: Plan) -> list[str]:
         )
     speed += f"; ZeRO-3's hooks take {1e3 * GATHER_SECONDS:.2f} ms of each trained module, as on a CPU"
     lines = ["assumptions", "  " + speed]
+    if plan.measured and (warning := plan.measured.warning()):
+        lines.append(f"  warning: {warning}")
     lines.append(
         f"  network: {card.node_bandwidth / 1e9:g} GB/s in a node, {card.network_bandwidth * 8 / 1e9:g} Gbit/s a card "
         f"between nodes, of which {100 * NETWORK:.0f} % is reached; not overlapped with the backward pass"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from controlbooth.data.manifest import join_datasets, open_dataset
 from controlbooth.trainer.accelerators import Accelerator
-from controlbooth.trainer.calibration import Measured, config_of_row, nearest, planned_facts, read_rows
+from controlbooth.trainer.calibration import Measured, config_of_row, nearest, planned_facts, rows_for
 from controlbooth.trainer.config import ConfigError, EngineConfig, RunConfig, sources
 from controlbooth.trainer.engine import cpu_multiplies_bf16
 from controlbooth.trainer.footprint import Footprint, footprint, scaled
@@ -90,6 +90,10 @@ def make_plan(
             f"({layout.nodes} nodes with {layout.processes_per_node}). Change it, --nodes or --processes-per-node"
         )
     asked_size = min(config.micro_batch_size, config.global_batch_size // layout.ranks)
+    measured, factor = None, 1.0
+    if calibration:
+        rows = rows_for(layout.accelerator, calibration)
+        measured = nearest(rows, planned_facts(config, precision, asked_size, shapes), layout.accelerator)
     say(f"a step of {asked_size} samples on fake tensors")
     attention = config.model.attention
     one = footprint(config, precision, asked_size, attention, shapes)
@@ -97,9 +101,7 @@ def make_plan(
     for name, changed, kernel in alternatives(config):
         say(f"the same with {name}")
         variants[name] = footprint(changed, precision, asked_size, kernel, shapes)
-    measured, factor = None, 1.0
-    if calibration:
-        measured = nearest(read_rows(calibration), planned_facts(config, precision, asked_size, shapes))
+    if measured:
         say(f"the measured step of {calibration}")
         factor = measured_factor(config, measured, layout.accelerator)
     sample_bytes, known = sample_size(config, one)

@@ -51,6 +51,7 @@ from controlbooth.models.pretrained import load_base, load_controlnet
 from controlbooth.trainer import checkpoint as checkpoints
 from controlbooth.trainer import engine as engines
 from controlbooth.trainer import unlock as unlocking
+from controlbooth.trainer.accelerators import device_name
 from controlbooth.trainer.attempt import (
     Attempt,
     Superseded,
@@ -203,7 +204,9 @@ def train(config: RunConfig, world: World, stop: "StopRequest") -> int:
         finally:
             run.loader.close()
             if world.rank == 0 and state != "failed":
-                write_speed(attempt, precision=run.precision, attention=run.attention, world_size=world.world_size)
+                device = {"device_kind": world.device.type, "device": device_name(world.device)}
+                own = {"precision": run.precision, "attention": run.attention, "world_size": world.world_size}
+                write_speed(attempt, **own, **device)
                 write_own_status(attempt, state=state, step=run.step)  # before MLflow, which may take its time
             if run.tracker is not None and not is_superseded(attempt):  # else the MLflow run is the other's too
                 run.tracker.finish(IN_MLFLOW[state])

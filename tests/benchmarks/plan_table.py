@@ -70,7 +70,7 @@ def table(rows: list[dict[str, Any]], quick: bool) -> None:
             for checkpointing in (False, True):
                 config = run_of(resolution, checkpointing, cached=cached)
                 if rows:
-                    row = nearest(rows, planned_facts(config, "bf16", 4, family))
+                    row = nearest(rows, planned_facts(config, "bf16", 4, family), card)
                     factor = measured_factor(config, row, card)
                 one = footprint(config, "bf16", 4, "auto", family)
                 whole = all_choices(config, one, Layout(card, 1, 1), "bf16", factor)

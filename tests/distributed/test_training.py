@@ -24,6 +24,7 @@ from controlbooth.data.explain import main as explain_main
 from controlbooth.data.inspect import order_main
 from controlbooth.data.sources import encode_png
 from controlbooth.trainer import export
+from controlbooth.trainer.accelerators import accelerator, is_card
 from controlbooth.trainer.evaluate import evaluate
 
 
@@ -197,6 +198,11 @@ def test_evaluate_and_export_read_a_run(whole, tmp_path, capsys):
     assert (out / "evaluation.png").stat().st_size > 1000
     assert export.main([str(whole), str(tmp_path / "out")]) == 0
     ControlNetModel.from_pretrained(tmp_path / "out")
+
+
+def test_a_run_says_what_its_speed_was_measured_on(whole):
+    speed = json.loads((whole / "speed.json").read_text())
+    assert speed["device_kind"] == "cpu" and is_card(accelerator("cpu"), speed["device"])
 
 
 def test_the_deepspeed_launcher_starts_a_run_too(world_folder):

@@ -11,8 +11,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from controlbooth.trainer import planning
-from controlbooth.trainer.accelerators import ACCELERATORS, accelerator
-from controlbooth.trainer.calibration import nearest, planned_facts, read_rows
+from controlbooth.trainer.accelerators import ACCELERATORS, accelerator, is_card
+from controlbooth.trainer.calibration import nearest, planned_facts, read_rows, rows_for
 from controlbooth.trainer.config import ConfigError, EngineConfig, build_config
 from controlbooth.trainer.footprint import (
     Footprint,
@@ -23,7 +23,7 @@ from controlbooth.trainer.footprint import (
     without_memory,
     worst_moments,
 )
-from controlbooth.trainer.plan import main
+from controlbooth.trainer.plan import assumption_lines, main
 from controlbooth.trainer.rank_memory import BUCKET_ELEMENTS, RUNTIME_BYTES, rank_memory
 from controlbooth.trainer.scaling import (
     GATHER_SECONDS,
@@ -354,10 +354,87 @@ def test_the_nearest_measured_step_is_taken_and_says_how_it_differs():
         dict(family="sd15", resolution=512, micro_batch_size=8, precision="bf16", samples_per_second=3.0),
         dict(family="sd15", resolution=512, micro_batch_size=8, precision="bf16", samples_per_second=9.0, settings="x"),
     ]
-    found = nearest(rows, dict(family="sd15", resolution=1024, micro_batch_size=4, precision="bf16"))
+    planned = dict(family="sd15", resolution=1024, micro_batch_size=4, precision="bf16")
+    found = nearest(rows, planned, H100)
     assert found.row["samples_per_second"] == 3.0
     assert found.differs == ("resolution", "micro_batch_size")
-    assert "another resolution 512, micro_batch_size 8" in found.describe()
+    assert found.describe().endswith("measured with 512 px (planned: 1024 px), micro-batch 8 (planned: micro-batch 4)")
+    scores = nearest([planned | {"attention": "math", "samples_per_second": 1.0}], planned, H100).describe()
+    assert "attention math, which keeps its scores (planned: attention auto, which keeps no scores)" in scores
+
+
+def finished_run(folder, config, **speed):
+    """The folder of a run that has ended, as far as a calibration reads it."""
+    from controlbooth.trainer.config import dump
+
+    folder.mkdir()
+    (folder / "config.yaml").write_text(dump(config))
+    measured = dict(samples_per_second=10.0, step_seconds=6.4, peak_memory_gib=1.0, precision="fp32", attention="math")
+    (folder / "speed.json").write_text(json.dumps(measured | {"world_size": 2} | speed))
+    return folder
+
+
+def test_a_run_of_a_cpu_calibrates_no_gpu_and_the_other_way_round(bases, tmp_path):
+    config = run(bases)
+    cpu = finished_run(tmp_path / "cpu", config, device_kind="cpu", device="AMD EPYC 9B14")
+    said = []
+    with pytest.raises(ConfigError, match=r"measured on a CPU \(AMD EPYC 9B14\).* NVIDIA H100 .*--accelerator cpu"):
+        planning.make_plan(config, Layout(H100, 1, 1), calibration=cpu, say=said.append)
+    assert said == []  # before anything was followed
+    gpu = finished_run(tmp_path / "gpu", config, device_kind="cuda", device="NVIDIA H200")
+    processor = replace(H100, name="cpu", kind="cpu", title="this machine's processor")
+    with pytest.raises(ConfigError, match=r"measured on a GPU \(NVIDIA H200\).*--accelerator h200"):
+        rows_for(processor, gpu)
+    rows = tmp_path / "rows.jsonl"  # as tests/benchmarks/throughput.py names a processor
+    rows.write_text(
+        json.dumps(planned_facts(config, "fp32", 2) | {"samples_per_second": 1, "device": "cpu, 2 threads"})
+    )
+    with pytest.raises(ConfigError, match="measured on a CPU"):
+        rows_for(H100, rows)
+    assert len(rows_for(processor, rows)) == 1
+
+
+def test_a_calibration_of_another_card_is_warned_of_and_one_of_an_older_version_is_still_read(bases, tmp_path):
+    config = run(bases)
+    planned = planned_facts(config, "fp32", 2)
+
+    def warning(name, **speed):
+        return nearest(rows_for(H100, finished_run(tmp_path / name, config, **speed)), planned, H100).warning()
+
+    assert warning("same", device_kind="cuda", device="NVIDIA H100 80GB HBM3") is None
+    other = warning("other", device_kind="cuda", device="NVIDIA A100-SXM4-80GB")
+    assert other is not None and "measured on NVIDIA A100-SXM4-80GB, which is no NVIDIA H100 SXM 80 GB" in other
+    old = warning("old")
+    assert old is not None and "does not say what it ran on" in old
+    plan = planning.make_plan(config, Layout(H100, 1, 1), calibration=tmp_path / "other")
+    assert f"  warning: {other}" in assumption_lines(plan)
+
+
+def test_of_rows_of_several_cards_those_of_the_planned_one_count(bases, tmp_path):
+    row = planned_facts(run(bases), "fp32", 2) | {"samples_per_second": 1.0}
+    rows = tmp_path / "rows.jsonl"
+    devices = ("NVIDIA H200", "NVIDIA H100 80GB HBM3", "cpu, 2 threads")
+    rows.write_text("\n".join(json.dumps(row | {"device": device}) for device in devices))
+    assert [one["device"] for one in rows_for(H100, rows)] == ["NVIDIA H100 80GB HBM3"]
+    assert len(rows_for(ACCELERATORS["l40s"], rows)) == 2
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40"),
+        ("NVIDIA A100 80GB PCIe", "a100-80"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("AMD Instinct MI300X", "mi300x"),
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA L40", None),
+    ],
+)
+def test_a_card_is_known_by_what_pytorch_calls_it(device, name):
+    assert [card.name for card in ACCELERATORS.values() if is_card(card, device)] == ([name] if name else [])
 
 
 @pytest.mark.parametrize(
@@ -375,6 +452,8 @@ def test_a_file_that_holds_no_measured_steps_is_refused(tmp_path, text, message)
         read_rows(path)
     with pytest.raises(ConfigError, match="has no speed.json"):
         read_rows(tmp_path)
+    with pytest.raises(ConfigError, match="short does not exist: give the folder of a run"):
+        read_rows(tmp_path / "short")
 
 
 def test_an_unknown_accelerator_is_answered_with_the_nearest_name():
