@@ -18,6 +18,8 @@ import psutil
 import torch
 
 PRICES_OF = "May 2026"
+STORAGE_GBIT = 40.0
+"""Of the storage that all nodes read from together. An assumption; --storage-gbit."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,19 @@ class Accelerator:
     cards_per_node: int
     price: float
     """Dollars an hour."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Cards that work together."""
+
+    accelerator: Accelerator
+    nodes: int
+    processes_per_node: int
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.processes_per_node
 
 
 def _card(

@@ -25,15 +25,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from controlbooth.models.attention import AttentionChoice, apply_attention
 from controlbooth.models.base import Base, vae_dtype
 from controlbooth.models.controlnet import build_controlnet
-from controlbooth.models.families import FAMILIES, Family, check_family, identify
+from controlbooth.models.families import FAMILIES, PUBLISHED, Family, check_family, identify
 from controlbooth.models.pretrained import controlnet_class
 from controlbooth.trainer.config import ConfigError, RunConfig, base_path
 from controlbooth.trainer.encoding import encode_captions, encode_kept, encode_posterior
 from controlbooth.trainer.engine import DTYPES
 from controlbooth.trainer.step import DeviceBatch, controlnet_loss
-
-SHAPES = tuple(name for name, family in FAMILIES.items() if family.architecture is not None)
-"""Families whose published module configurations are known here, so that they can be planned without weights."""
 
 WITHOUT_SCORES = ("auto", "xformers", "efficient", "flash")
 """Attention kernels that keep no matrix of tokens by tokens; `auto` takes one of them where such a matrix is large."""
@@ -191,10 +188,10 @@ def _architecture(config: RunConfig, shapes: str | None) -> tuple[Family, Mappin
             noise_scheduler=_read(folder / "scheduler" / "scheduler_config.json"),
         )
     name = shapes or config.model.family
-    if name not in SHAPES:
+    if name not in PUBLISHED:
         raise ConfigError(
             f"model.base is {config.model.base!r}, which is no diffusers folder that could be read here. Give such a "
-            f"folder, or plan by the published shapes of a family: --shapes {' or '.join(SHAPES)}"
+            f"folder, or plan by the published shapes of a family: --shapes {' or '.join(PUBLISHED)}"
         )
     family = FAMILIES[name]
     return family, vars(family.architecture)

@@ -5,19 +5,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from controlbooth.data.manifest import join_datasets, open_dataset
-from controlbooth.trainer.accelerators import Accelerator
+from controlbooth.trainer.accelerators import STORAGE_GBIT, Accelerator, Layout
 from controlbooth.trainer.calibration import Measured, config_of_row, nearest, planned_facts, rows_for
-from controlbooth.trainer.config import ConfigError, EngineConfig, RunConfig, sources
+from controlbooth.trainer.config import EngineConfig, RunConfig, sources
 from controlbooth.trainer.engine import cpu_multiplies_bf16
 from controlbooth.trainer.footprint import Footprint, footprint, scaled
 from controlbooth.trainer.rank_memory import RankMemory, needed, rank_memory
-from controlbooth.trainer.scaling import Layout, Point, Step, calibrated_factor, scaling_curve, step_time
+from controlbooth.trainer.scaling import Point, Step, calibrated_factor, scaling_curve, step_time
 
 MICRO_BATCHES = tuple(2**power for power in range(8))
 STORED_BYTES_PER_PIXEL = 0.35
 """Of a sample whose shards are not here: a JPEG of a photograph, quality 90, and a PNG of its edges. An assumption."""
-STORAGE_GBIT = 40.0
-"""Of the storage that all nodes read from together. An assumption; --storage-gbit."""
+ALIKE = 0.01
+"""Share of the speed by which choices are taken for equally fast, since a plan knows it no better."""
 WRITE_BYTES = 1e9
 """Bytes a second that a checkpoint is written with. An assumption."""
 
@@ -82,13 +82,11 @@ def make_plan(
     storage_bandwidth: float = STORAGE_GBIT * 1e9 / 8,
     say: Callable[[str], None] = lambda message: None,
 ) -> Plan:
-    """Raises ConfigError and ValueError for a run that cannot be planned, as where the global batch does not divide."""
+    """layout: of `plan.layout_of`, among whose ranks the global batch can be divided.
+
+    Raises ConfigError for a base or a calibration that cannot be planned with.
+    """
     precision = planned_precision(config, layout.accelerator)
-    if config.global_batch_size % layout.ranks:
-        raise ConfigError(
-            f"global_batch_size={config.global_batch_size} is not a multiple of {layout.ranks} ranks "
-            f"({layout.nodes} nodes with {layout.processes_per_node}). Change it, --nodes or --processes-per-node"
-        )
     asked_size = min(config.micro_batch_size, config.global_batch_size // layout.ranks)
     measured, factor = None, 1.0
     if calibration:
@@ -179,45 +177,33 @@ def all_choices(config: RunConfig, one: Footprint, layout: Layout, precision: st
 
 
 def fastest(choices: Sequence[Choice]) -> Choice | None:
-    """Of those that fit: within a hundredth of the highest speed, without offload if possible, the least memory."""
+    """Of those that fit and are as fast as the fastest but for ALIKE: without offload if possible, the least memory."""
     fitting = [choice for choice in choices if choice.fits]
     best = max((choice.step.samples_per_second for choice in fitting), default=0.0)
-    close = [choice for choice in fitting if choice.step.samples_per_second >= 0.99 * best]
+    close = [choice for choice in fitting if choice.step.samples_per_second >= (1 - ALIKE) * best]
     return min(close, key=lambda choice: (choice.offload_optimizer, choice.needed_bytes), default=None)
 
 
 def one_choice(
     config: RunConfig, one: Footprint, engine: EngineConfig, layout: Layout, precision: str, factor: float
 ) -> Choice:
-    kind = layout.accelerator.kind
-    memory = rank_memory(
-        one,
-        engine,
-        precision,
-        layout.ranks,
-        kind,
-        global_batch_size=config.global_batch_size,
-        averaged=config.optimizer.ema_decay is not None,
-        loader_bytes=loader_bytes(config, one, layout.ranks),
-    )
-    bytes_needed = needed(memory, kind)
+    memory = memory_of(config, one, engine, layout, precision)
+    bytes_needed = needed(memory, layout.accelerator.kind)
     step = step_time(one, layout, engine, precision, config.global_batch_size, factor)
     fits = bytes_needed <= layout.accelerator.memory_bytes
     return Choice(engine.zero_stage, engine.offload_optimizer, one.micro_batch_size, memory, bytes_needed, fits, step)
 
 
-def memory_of(plan: Plan, one: Footprint) -> RankMemory:
-    """The run as it is written, with another footprint."""
-    config, layout = plan.config, plan.layout
-    kind, averaged = layout.accelerator.kind, config.optimizer.ema_decay is not None
+def memory_of(config: RunConfig, one: Footprint, engine: EngineConfig, layout: Layout, precision: str) -> RankMemory:
     return rank_memory(
         one,
-        config.engine,
-        plan.precision,
+        engine,
+        precision,
         layout.ranks,
-        kind,
+        layout.accelerator.kind,
         global_batch_size=config.global_batch_size,
-        averaged=averaged,
+        averaged=config.optimizer.ema_decay is not None,
+        loader_bytes=loader_bytes(config, one, layout.ranks),
     )
 
 

@@ -10,7 +10,7 @@ pass, as engine.deepspeed_config says.
 import math
 from dataclasses import dataclass, replace
 
-from controlbooth.trainer.accelerators import Accelerator
+from controlbooth.trainer.accelerators import Accelerator, Layout
 from controlbooth.trainer.config import EngineConfig
 from controlbooth.trainer.footprint import Footprint
 from controlbooth.trainer.rank_memory import BUCKET_ELEMENTS
@@ -36,19 +36,6 @@ DECODED_PER_CORE = 441.0
 """512 px triples that a core decodes in a second, as uint8: measured on a 2-core Xeon with the loader's decoders."""
 LIMIT = 0.1
 """Communication limits where it takes a larger share of a step than this."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Cards that work together."""
-
-    accelerator: Accelerator
-    nodes: int
-    processes_per_node: int
-
-    @property
-    def ranks(self) -> int:
-        return self.nodes * self.processes_per_node
 
 
 @dataclass(frozen=True)

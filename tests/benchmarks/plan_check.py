@@ -26,13 +26,13 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from controlbooth.data import pack
-from controlbooth.trainer.accelerators import this_processor
+from controlbooth.trainer.accelerators import Layout, this_processor
 from controlbooth.trainer.config import RunConfig, build_config
 from controlbooth.trainer.footprint import footprint
 from controlbooth.trainer.miniature import CAPTION_TOKENS, SCHEDULER, build_tokenizer
 from controlbooth.trainer.planning import one_choice
 from controlbooth.trainer.rank_memory import RUNTIME_BYTES
-from controlbooth.trainer.scaling import Layout, calibrated_factor
+from controlbooth.trainer.scaling import calibrated_factor
 
 RANKS, STEPS = 2, 8
 GIB = 2**30

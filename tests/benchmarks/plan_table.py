@@ -24,7 +24,7 @@ from controlbooth.models.architectures import SD15, SD21
 from controlbooth.models.attention import AttentionChoice, apply_attention
 from controlbooth.models.controlnet import denoise
 from controlbooth.models.families import TextEncoding
-from controlbooth.trainer.accelerators import ACCELERATORS
+from controlbooth.trainer.accelerators import ACCELERATORS, Layout
 from controlbooth.trainer.calibration import config_of_row, nearest, planned_facts, read_rows
 from controlbooth.trainer.config import RunConfig, build_config
 from controlbooth.trainer.footprint import (
@@ -37,7 +37,7 @@ from controlbooth.trainer.footprint import (
     worst_moments,
 )
 from controlbooth.trainer.planning import all_choices, fastest, measured_factor, one_choice
-from controlbooth.trainer.scaling import Layout, micro_batch_seconds
+from controlbooth.trainer.scaling import micro_batch_seconds
 
 GLOBAL_BATCH, SAMPLES = 2048, 1_000_000
 GIB = 2**30
