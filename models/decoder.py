@@ -82,15 +82,15 @@ def save_decoder(weights: dict[str, Tensor], folder: Path) -> None:
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / DECODER_FILE)
 
 
-def load_networks(path: str | os.PathLike[str], base: Base) -> tuple[Base, Any]:
+def load_networks(path: str | os.PathLike[str], base: Base, dtype: torch.dtype = torch.float32) -> tuple[Base, Any]:
     """A ControlNet, and the base as it was trained with: with the decoder that learned, where the folder holds one.
 
-    path: as for `load_controlnet`; a checkpoint's controlnet/ or an export. The ControlNet is on the CPU, in float32
+    path: as for `load_controlnet`; a checkpoint's controlnet/ or an export. The ControlNet is on the CPU, in dtype
     and trainable; the base is on its device, in its dtype and frozen, and `base` itself is left as it is. Raises
     ValueError for a decoder or ControlNet of another base.
     """
     path = Path(path)
-    controlnet = read_controlnet(path, base.unet)
+    controlnet = read_controlnet(path, base.unet, dtype)
     if (path / DECODER_FILE).is_file():
         weights = load_file(path / DECODER_FILE)
     elif (path / UNET_FOLDER).is_dir():

@@ -1,5 +1,7 @@
 """`controlbooth sample` on the built-in base and ControlNets that a test makes."""
 
+import logging
+
 import cv2
 import numpy as np
 import pytest
@@ -50,6 +52,19 @@ def test_two_controls_make_other_pictures_than_each_alone(studio, tmp_path, caps
     assert (both != one).any() and (both != other).any()
 
 
+def test_diffusers_has_nothing_to_warn_of_where_a_control_takes_the_dtype_of_its_base(studio, tmp_path):
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())
+    logging.getLogger("diffusers").addHandler(handler)
+    try:
+        control = ["--control", f"edges={studio / 'edges'}", "--data", str(studio / "shards")]
+        assert main([*control, *FEW, "-o", str(tmp_path)]) == 0
+    finally:
+        logging.getLogger("diffusers").removeHandler(handler)
+    assert told == []
+
+
 def test_pictures_of_a_file_and_a_prompt_are_repeatable_and_scale_and_schedule_change_them(studio, tmp_path):
     def draw(name, control, *more):
         given = ["--condition", f"edges={studio / 'edges.png'}", "--prompt", "a red ball", *FEW]
@@ -89,8 +104,9 @@ def test_resolution_weights_are_64_over_the_height_in_the_branch_with_the_prompt
     ("arguments", "message"),
     [
         (["--control", "edges"], "write KIND=FOLDER"),
-        (["--control", "edges=/nowhere"], "say which base"),
-        (["--control", "edges=/nowhere", "--base", "miniature"], "/nowhere is neither a run"),
+        (["--control", "edges={}/edges"], "say which base"),
+        (["--control", "edges=/nowhere"], "--control names /nowhere, which does not exist"),
+        (["--control", "edges={}/shards", "--base", "miniature"], "shards is neither a run"),
         (["--control", "edges=a", "--control", "edges=b"], "name each kind once"),
         (["--control", "edges={}/edges", "--base", "miniature"], "given for nothing, and the controls are: edges"),
         (["--control", "edges=a", "--schedule", "cubic"], "'cubic' is not known. Use uniform"),

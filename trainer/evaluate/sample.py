@@ -2,7 +2,7 @@
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -97,11 +97,12 @@ examples:
     sources = [parse_control(text, options.schedule, options.guess) for text in options.control]
     if len({source.kind for source in sources}) < len(sources):
         raise ConfigError("two --control have the same kind; name each kind once")
+    folders = {source.kind: controlnet_folder(source.where) for source in sources}
     base_name = options.base or base_of(sources)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = DTYPES[resolve_precision("auto", device, zero_stage=1)]
     base = load_base(base_folder(base_name), "auto", dtype, device)
-    base, networks = open_controls(sources, base)
+    base, networks = open_controls(folders, base)
     requests = make_requests(options, sources, base)
     options.out.mkdir(parents=True, exist_ok=True)
     pictures: list[np.ndarray] = []
@@ -181,29 +182,31 @@ def base_of(sources: Sequence[Source]) -> str:
     return next(iter(found))
 
 
-def open_controls(sources: Sequence[Source], base: Base) -> tuple[Base, dict[str, Any]]:
+def controlnet_folder(where: Path) -> Path:
+    """Of a run its latest checkpoint's. Raises ConfigError where nothing lies, or no ControlNet."""
+    if not where.exists():
+        raise ConfigError(f"--control names {where}, which does not exist")
+    checkpoints = complete_checkpoints(where)
+    folder = checkpoints[-1] / "controlnet" if checkpoints else where
+    if not (folder / "config.json").is_file() and not folder.is_file():
+        raise ConfigError(f"{where} is neither a run with a whole checkpoint nor a ControlNet's folder")
+    return folder
+
+
+def open_controls(folders: Mapping[str, Path], base: Base) -> tuple[Base, dict[str, Any]]:
     """The ControlNets by kind, and the base with the decoder that learned with one of them, if one did.
 
-    Raises ConfigError where two have a decoder of their own: a picture has one decoder.
+    folders: by kind. Raises ConfigError where two have a decoder of their own: a picture has one decoder.
     """
-    opened = {source.kind: open_control(source, base) for source in sources}
+    opened = {kind: load_networks(folder, base, base.dtype) for kind, folder in folders.items()}
     changed = [kind for kind, (own, _) in opened.items() if own is not base]
     if len(changed) > 1:
         raise ConfigError(
             f"{' and '.join(changed)} were each trained with a decoder of their own (model.unlock_decoder_at), and a "
             "picture has one decoder: use them one at a time"
         )
-    return opened[changed[0]][0] if changed else base, {kind: network for kind, (_, network) in opened.items()}
-
-
-def open_control(source: Source, base: Base) -> tuple[Base, Any]:
-    """The ControlNet in the base's dtype, and the base that it needs. Raises ConfigError for a folder without one."""
-    checkpoints = complete_checkpoints(source.where)
-    folder = checkpoints[-1] / "controlnet" if checkpoints else source.where
-    if not (folder / "config.json").is_file() and not folder.is_file():
-        raise ConfigError(f"{source.where} is neither a run with a whole checkpoint nor a ControlNet's folder")
-    own, network = load_networks(folder, base)
-    return own, network.eval().requires_grad_(False).to(base.device, base.dtype)
+    networks = {kind: network.eval().requires_grad_(False).to(base.device) for kind, (_, network) in opened.items()}
+    return opened[changed[0]][0] if changed else base, networks
 
 
 def make_requests(options: argparse.Namespace, sources: Sequence[Source], base: Base) -> list[Request]:
