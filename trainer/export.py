@@ -84,6 +84,7 @@ def find_checkpoint(run: Path, step: int | None = None, best: bool = False) -> P
         raise FileNotFoundError(f"{run / 'config.yaml'} does not exist, so {run} is no folder of a run")
     states = {path: read_state(path) for path in complete_checkpoints(run)}
     if not states:
+        load_config(run / "config.yaml")  # which refuses a DreamBooth run by its name
         raise FileNotFoundError(f"{run / 'checkpoints'} holds no complete checkpoint. Train on until the first.")
     steps = ", ".join(str(state["step"]) for state in states.values())
     if step is not None:
@@ -149,6 +150,14 @@ def _write(run: Path, checkpoint: Path, folder: Path, format: str, dtype: str) -
             f"{checkpoint.name} has a decoder that has learned with the ControlNet, and a single file has no place for "
             "it: export it with --format diffusers, which writes the U-Net beside the ControlNet"
         )
+    # a ControlNet's configuration says of its base all that tells families apart
+    unet_like = dict(controlnet.config) | {"_class_name": "UNet2DConditionModel"}
+    family = identify(unet_like | {"out_channels": unet_like["in_channels"]})
+    if format == "single-file" and family.architecture is None:
+        raise ValueError(
+            f"{run} has {family.title} as its base, which has no original layout; a single file is in that layout, and "
+            "image UIs read it for Stable Diffusion 1.x, 2.x and XL. Export this one with --format diffusers"
+        )
     if format == "diffusers":
         save_controlnet(controlnet, folder)
         weights = "diffusion_pytorch_model.safetensors"
@@ -160,28 +169,23 @@ def _write(run: Path, checkpoint: Path, folder: Path, format: str, dtype: str) -
     grid = run / "samples" / f"{checkpoint.name}.png"
     if grid.is_file():
         shutil.copyfile(grid, folder / "samples.png")
-    # a ControlNet's configuration says of its base all that tells families apart
-    unet_like = dict(controlnet.config) | {"_class_name": "UNet2DConditionModel"}
-    family = identify(unet_like | {"out_channels": unet_like["in_channels"]})
     exported = Exported(config, state, family.name, family.title, dtype, weights, grid.is_file(), unlocked)
     (folder / "README.md").write_text(model_card(exported))
 
 
 def _write_unet(config: RunConfig, state: dict[str, Any], checkpoint: Path, folder: Path, dtype: Any) -> None:
     """The whole U-Net: locked parts from the base, which must be there and the one that was trained on."""
-    import torch
-
     from controlbooth.models.decoder import load_networks
     from controlbooth.models.pretrained import UNET_FOLDER, load_base
 
-    base = load_base(base_path(config), config.model.family, torch.float32, "cpu")
+    base = load_base(base_path(config), config.model.family, dtype, "cpu")
     if base.digest != state["base_digest"]:
         raise ValueError(
             f"{base.path} is not the base that {checkpoint.name} was trained on: its weights have the digest "
             f"{base.digest[:12]}, and were {state['base_digest'][:12]}. The U-Net is made of both: put that base back"
         )
     unet: Any = load_networks(checkpoint / "controlnet", base)[0].unet
-    unet.to(dtype).save_pretrained(folder / UNET_FOLDER, safe_serialization=True)
+    unet.save_pretrained(folder / UNET_FOLDER, safe_serialization=True)
 
 
 def model_card(exported: Exported) -> str:

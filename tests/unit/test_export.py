@@ -14,7 +14,7 @@ from controlbooth.models.controlnet import build_controlnet
 from controlbooth.models.pretrained import load_controlnet, save_controlnet
 from controlbooth.trainer import export as exports
 from controlbooth.trainer.checkpoint import COMPLETE, complete_checkpoints, folder_of
-from controlbooth.trainer.config import build_config, dump
+from controlbooth.trainer.config import ConfigError, build_config, dump
 from controlbooth.trainer.export import main
 
 STEPS = {100: 0.5, 200: 0.8, 300: 0.7}  # step -> edge F1
@@ -145,12 +145,12 @@ def test_a_single_file_has_the_original_names_and_reads_back(make_run, load_tiny
 def test_an_export_that_fails_leaves_nothing_behind(make_run, tmp_path):
     run = make_run("miniature")
     out = tmp_path / "out"
-    with pytest.raises(ValueError, match="no name in the original layout"):
+    with pytest.raises(ValueError, match="as its base, which has no original layout"):
         main([str(run), str(out), "--format", "single-file"])
     assert {path.name for path in tmp_path.iterdir()} == {"runs"}
     out.mkdir()
     (out / "precious").touch()
-    with pytest.raises(ValueError, match="no name in the original layout"):
+    with pytest.raises(ValueError, match="as its base, which has no original layout"):
         main([str(run), str(out), "--format", "single-file", "--force"])
     assert [path.name for path in out.iterdir()] == ["precious"]
     assert {path.name for path in tmp_path.iterdir()} == {"runs", "out"}
@@ -191,6 +191,9 @@ def test_what_cannot_be_exported_is_said(make_run, tmp_path):
     for checkpoint in complete_checkpoints(run):
         (checkpoint / COMPLETE).unlink()
     with pytest.raises(FileNotFoundError, match="holds no complete checkpoint"):
+        main([str(run), out])
+    (run / "config.yaml").write_text("name: pets\nmodel: {base: miniature}\nsubjects_per_batch: 8\n")
+    with pytest.raises(ConfigError, match="is of a DreamBooth run"):
         main([str(run), out])
     (tmp_path / "file").touch()
     with pytest.raises(FileExistsError, match="is a file. Give a folder that does not exist yet"):
