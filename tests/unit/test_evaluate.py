@@ -24,6 +24,7 @@ from controlbooth.trainer.evaluate.distribution import LEAST_FOR_FID, fid, kid, 
 from controlbooth.trainer.evaluate.evaluate import main, rows_of
 from controlbooth.trainer.evaluate.extract import extractor, fidelity
 from controlbooth.trainer.evaluate.held_out import AT_ONCE, load_held_out
+from controlbooth.trainer.evaluate.report import main as report_main
 from controlbooth.trainer.evaluate.validate import generate
 from controlbooth.trainer.train import build
 from controlbooth.trainer.watchdog import watching
@@ -63,6 +64,7 @@ def test_a_controlnet_without_its_run_is_measured_by_every_figure_of_its_kind(st
     result, rows = run(studio, tmp_path)
     shown = capsys.readouterr().out
     assert "10 held-out conditions" in shown and "edge f1" in shown and "KID" not in shown
+    assert f"\nFID: needs {LEAST_FOR_FID:,} pictures and there are 10" in shown
     assert len(rows) == 5 * 10 and len({row["key"] for row in rows}) == 10
     figures = result["figures"]
     assert set(figures["with control"]) >= {"edge_f1", "mask_iou", "depth_delta", "depth_rmse", "says_object_class"}
@@ -70,13 +72,29 @@ def test_a_controlnet_without_its_run_is_measured_by_every_figure_of_its_kind(st
     assert real["edge_f1"]["mean"] > 0.9 and real["depth_delta"]["mean"] > 0.9
     assert real["depth_delta"]["mean"] > figures["without control"]["depth_delta"]["mean"]
     assert all(one["low"] <= one["mean"] <= one["high"] for one in real.values() if "low" in one)
-    read = [row["says_background"] for row in rows if row["way"] == "with control"]
-    assert np.mean(read) == pytest.approx(figures["with control"]["says_background"]["mean"])  # picture by picture
+    for name in ("says_background", "says_object_class", "says_object_size"):  # picture by picture, as in a comparison
+        read = [row[name] for row in rows if row["way"] == "with control"]
+        assert np.mean(read) == pytest.approx(figures["with control"][name]["mean"])
     assert result["data_fingerprint"] == open_dataset(studio / "shards").fingerprint
     assert (result["base_digest"], result["resolution"]) == (load_base("miniature").digest, 64)
     assert result["networks"] == {}
     assert result["sets"]["FID"]["note"].startswith(f"needs {LEAST_FOR_FID:,} pictures and there are 10")
     assert (tmp_path / "evaluation.png").exists() and len(json.loads((tmp_path / "ends.json").read_text())["best"]) == 5
+
+
+def test_as_many_conditions_as_there_are_are_measured_where_nobody_says_how_many(studio, tmp_path):
+    data = ["--data", str(studio / "shards"), "--condition", "depth", "--base", "miniature", "--steps", "1"]
+    assert main([str(studio / "depth"), *data, "-o", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "evaluation.json").read_text())["samples"] == 12
+    with pytest.raises(ConfigError, match="--samples 13 is more than the 12 that .*shards has with .*'depth': ask for"):
+        main([str(studio / "depth"), *data, "--samples", "13", "-o", str(tmp_path)])
+
+
+def test_a_run_of_subjects_is_neither_evaluated_nor_reported_but_told_its_own_verb(tmp_path):
+    (tmp_path / "config.yaml").write_text("name: pets\nmodel: {base: miniature}\nsubjects_per_batch: 8\n")
+    for verb in (main, report_main):
+        with pytest.raises(ConfigError, match="is of a DreamBooth run.*`controlbooth dreambooth measure` measures it"):
+            verb([str(tmp_path)])
 
 
 def test_pictures_that_are_there_are_not_drawn_again_and_missing_ones_are(studio, tmp_path):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from controlbooth.trainer.config import ConfigError
-from controlbooth.trainer.evaluate.compare import compare, main, read_evaluation
+from controlbooth.trainer.evaluate.compare import compare, main, read_evaluation, table
 from controlbooth.trainer.evaluate.statistics import mean_and_interval
 
 
@@ -46,6 +46,15 @@ def test_a_gain_that_is_lost_among_samples_is_found_by_pairing_them(tmp_path, ca
     assert main([str(a), str(b), "--json", str(tmp_path / "difference.json")]) == 0
     assert "*" in capsys.readouterr().out
     assert json.loads((tmp_path / "difference.json").read_text())["with control"]["edge_f1"] == found
+
+
+def test_the_columns_of_a_comparison_stand_under_each_other_however_long_the_names(tmp_path):
+    one = dict(a=0.1, b=0.2, difference_mean=0.1, difference_low=0.05, difference_high=0.15, better=1.0)
+    figures = {"edge_f1": one, "says_object_colour": one}
+    _, _, head, short, long, *_ = table({"with control, no prompt": figures}, tmp_path, tmp_path).splitlines()
+    assert short.startswith("with control, no prompt, edge f1 ")
+    assert long.startswith("with control, no prompt, object colour  ")
+    assert short[-54:] == long[-54:] and head.index("B - A") + len("B - A") == short.index("+0.100") + len("+0.100")
 
 
 @pytest.mark.parametrize(

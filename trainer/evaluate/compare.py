@@ -10,7 +10,7 @@ import numpy as np
 
 from controlbooth.data.sidecar import write_whole
 from controlbooth.trainer.config import ConfigError
-from controlbooth.trainer.evaluate.evaluate import DISCS, REAL, WITHOUT
+from controlbooth.trainer.evaluate.evaluate import DISCS, REAL, WITHOUT, title
 from controlbooth.trainer.evaluate.kinds import LOWER_IS_BETTER
 from controlbooth.trainer.evaluate.statistics import LEVEL, mean_and_interval
 
@@ -100,13 +100,14 @@ def told(facts: dict[str, Any], name: str) -> str:
 
 
 def table(differences: dict[str, dict[str, dict[str, float]]], a: Path, b: Path) -> str:
-    lines = [f"A {a}", f"B {b}", f"{'':<40}{'A':>8}{'B':>8}{'B - A':>9}   95 % interval     B better"]
-    for way, figures in differences.items():
-        for name, one in figures.items():
-            low, high = one["difference_low"], one["difference_high"]
-            mark = " *" if low > 0 or high < 0 else "  "
-            lines.append(
-                f"{way + ', ' + name.replace('_', ' '):<40}{one['a']:>8.3f}{one['b']:>8.3f}"
-                f"{one['difference_mean']:>+9.3f}   {low:+.3f} to {high:+.3f}{mark}{one['better']:>9.0%}"
-            )
+    rows = [(f"{way}, {title(name)}", one) for way, figures in differences.items() for name, one in figures.items()]
+    width = max((len(label) for label, _ in rows), default=0)
+    lines = [f"A {a}", f"B {b}", f"{'':<{width}}{'A':>8}{'B':>8}{'B - A':>9}   95 % interval     B better"]
+    for label, one in rows:
+        low, high = one["difference_low"], one["difference_high"]
+        mark = " *" if low > 0 or high < 0 else "  "
+        lines.append(
+            f"{label:<{width}}{one['a']:>8.3f}{one['b']:>8.3f}{one['difference_mean']:>+9.3f}"
+            f"   {low:+.3f} to {high:+.3f}{mark}{one['better']:>9.0%}"
+        )
     return "\n".join([*lines, "* the interval excludes 0"])

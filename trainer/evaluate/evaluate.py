@@ -50,7 +50,7 @@ from controlbooth.trainer.evaluate.distribution import Measures, measure_sets, o
 from controlbooth.trainer.evaluate.extract import extractor, fidelity, what_is_missing
 from controlbooth.trainer.evaluate.grids import draw_grid
 from controlbooth.trainer.evaluate.held_out import AT_ONCE, EDGE_KINDS, HeldOutSet, load_held_out, scenes_of
-from controlbooth.trainer.evaluate.judge import load_judge, obedience, obedience_by_picture, read
+from controlbooth.trainer.evaluate.judge import load_judge, obedience_by_picture, read
 from controlbooth.trainer.evaluate.report import read_json, write_report
 from controlbooth.trainer.evaluate.statistics import mean_and_interval
 from controlbooth.trainer.failures import STATUS
@@ -59,6 +59,8 @@ from controlbooth.trainer.train import IN_MLFLOW, open_tracker, quiet_libraries
 
 WITHOUT, WITH, NO_PROMPT = "without control", "with control", "with control, no prompt"
 DISCS, REAL = "discs at the true places", "real pictures"
+SAMPLES = 64
+"""Held-out conditions that are drawn where nobody says how many, and the shards hold as many."""
 SHOWN = 8
 JUDGED_SIDE = 64
 """Pixels of the pictures that the judge reads."""
@@ -77,7 +79,8 @@ class Evaluated:
     data: str
     condition: str
     resolution: int
-    samples: int
+    samples: int | None
+    """Held-out conditions; None where nobody said how many."""
     steps: int
     guidance: float
     scheduler: str
@@ -103,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--condition", metavar="KIND", help="which condition (default: the one that was trained)")
     parser.add_argument("--base", help="a diffusers folder, a single file or miniature (default: that of the run)")
     parser.add_argument("--resolution", type=int, help="side in pixels (default: the run's, or the base's)")
-    parser.add_argument("--samples", type=int, default=64, help="held-out conditions (default: 64)")
+    parser.add_argument("--samples", type=int, help=f"held-out conditions (default: {SAMPLES}, or all of fewer)")
     parser.add_argument("--step", type=int, help="of the run's checkpoint (default: the latest)")
     parser.add_argument("--steps", type=int, help="of the sampler (default: the run's validation, or 20)")
     parser.add_argument("--guidance", type=float, help="(default: the run's validation, or 7.5)")
@@ -129,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def resolve(options: argparse.Namespace) -> Evaluated:
     """Raises ConfigError for what is missing or cannot be."""
     where: Path = options.where
-    if options.samples < 1:
+    if options.samples is not None and options.samples < 1:
         raise ConfigError(f"--samples is {options.samples}; at least one picture is needed")
     if (where / "config.yaml").is_file():
         return resolve_run(options, where)
@@ -164,6 +167,7 @@ def resolve(options: argparse.Namespace) -> Evaluated:
 def resolve_run(options: argparse.Namespace, where: Path) -> Evaluated:
     whole = complete_checkpoints(where)
     if not whole:
+        load_config(where / "config.yaml")  # which refuses a DreamBooth run by its name
         raise ConfigError(f"{where} holds no whole checkpoint yet. Train it further")
     if options.step is not None:
         steps = [read_state(one)["step"] for one in whole]
@@ -211,12 +215,13 @@ def file_digest(folder: Path) -> str:
 def evaluate(target: Evaluated, options: argparse.Namespace, world: World) -> int:
     out = options.out or target.where / "evaluation"
     began = time.perf_counter()
+    dataset = open_dataset(target.data)
+    count = samples_to_draw(target, dataset)
     base = load_base(base_folder(target.base), target.family, torch.float32, world.device)
     controlled, controlnet = load_networks(target.weights, base)
     controlnet.eval().requires_grad_(False).to(world.device)
-    dataset = open_dataset(target.data)
     side = target.resolution or base.picture_size[0]
-    held = load_held_out(dataset, target.samples, target.condition, side)
+    held = load_held_out(dataset, count, target.condition, side)
     networks = named_networks(options.network)
     extract = extractor(held, networks, str(world.device))
     measures = open_measures(dict(one.partition("=")[::2] for one in options.encoder), options.aesthetic, world.device)
@@ -253,10 +258,9 @@ def evaluate(target: Evaluated, options: argparse.Namespace, world: World) -> in
     sets = measure_sets(measures, {name: images[name] for name in (*ways, REAL)}, held, mine, world)
     everything = gather_objects(drawn, world)
     if world.rank == 0:
-        figures = {way: summary([row for row in samples if row["way"] == way]) for way in images}
         for way, own in seen.items():
-            figures[way] |= {f"says_{name}": dict(mean=value) for name, value in obedience(own, scenes).items()}
             add_obedience([row for row in samples if row["way"] == way], own, scenes)
+        figures = {way: summary([row for row in samples if row["way"] == way]) for way in images}
         measured_by = {kind: str(Path(folder).resolve()) for kind, folder in networks.items() if kind == held.kind}
         facts = dict(base_digest=base.digest, resolution=side, networks=measured_by)
         write(out, target, dataset, facts, figures, sets, measures, samples, seconds, sum(everything), world)
@@ -273,6 +277,21 @@ def evaluate(target: Evaluated, options: argparse.Namespace, world: World) -> in
             publish(target, result)
     barrier()
     return 0
+
+
+def samples_to_draw(target: Evaluated, dataset: Dataset) -> int:
+    """As many as were asked for, or else up to SAMPLES. Raises ConfigError where there are fewer, or none."""
+    there = int(dataset.samples_per_shard(target.condition).sum())
+    if there == 0:
+        raise ConfigError(f"{target.data} has no sample with the condition {target.condition!r}: name others by --data")
+    if target.samples is None:
+        return min(SAMPLES, there)
+    if target.samples > there:
+        raise ConfigError(
+            f"--samples {target.samples} is more than the {there} that {target.data} has with the condition "
+            f"{target.condition!r}: ask for fewer, or leave it out"
+        )
+    return target.samples
 
 
 def write_ends(out: Path, samples: Sequence[dict[str, Any]], held: HeldOutSet, drawn: Path) -> None:
@@ -434,7 +453,7 @@ def judged(images: dict[str, np.ndarray], mine: Sequence[int], world: World) -> 
 
 
 def add_obedience(rows: Sequence[dict[str, Any]], seen: np.ndarray, scenes: list[Scene]) -> None:
-    """Puts each picture's own shares into its row, so that two evaluations can be paired by them."""
+    """Puts each picture's own shares into its row; the figures are means over pictures, here and in a comparison."""
     shares = obedience_by_picture(seen, scenes)
     for row in rows:
         row |= {f"says_{name}": round(float(values[row["row"]]), 6) for name, values in shares.items()}
@@ -509,7 +528,7 @@ def table(result: dict[str, Any]) -> str:
     """For people."""
     names = list(dict.fromkeys(name for own in result["figures"].values() for name in own))
     width = max(map(len, result["figures"])) + 2
-    heads = [name.removeprefix("says_").replace("_", " ") for name in names]
+    heads = [title(name) for name in names]
     step = "" if result["step"] is None else f", step {result['step']}"
     sampler = result["sampler"]
     lines = [
@@ -522,7 +541,8 @@ def table(result: dict[str, Any]) -> str:
         lines.append(way.ljust(width) + "".join(f"{one:>20}" for one in cells))
     for name, one in result["sets"].items():
         values = ", ".join(f"{way} {value:.4f}" for way, value in one["values"].items())
-        lines.append(f"{name}: {values}" + (f" ({one['note']})" if one.get("note") else ""))
+        note = one.get("note", "")
+        lines.append(f"{name}: " + (f"{values} ({note})" if values and note else values or note))
     if result["curve"]:
         found = result["convergence"]
         lines.append("over the steps: " + ", ".join(f"{step}: {value:.2f}" for step, value in result["curve"].items()))
@@ -534,6 +554,11 @@ def table(result: dict[str, Any]) -> str:
         )
         lines.append(f"{rate}, on {speed['ranks']} rank{'s' * (speed['ranks'] > 1)}")
     return "\n".join(lines)
+
+
+def title(name: str) -> str:
+    """A figure's name for people."""
+    return name.removeprefix("says_").replace("_", " ")
 
 
 def cell(figure: dict[str, float]) -> str:
