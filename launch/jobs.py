@@ -108,6 +108,7 @@ def subject_lines(job: Job, asked: Sequence[JobState], submitted: float) -> tupl
     statuses = {name: subject_status(job.here, name) for name in subject_names(job)}
     counts = Counter(status.get("state", "waiting") for status in statuses.values())
     shown = ", ".join(f"{counts[state]} {state}" for state in ("finished", "training", "waiting", "failed"))
+    shown += f", {counts['stopped']} stopped" if counts["stopped"] else ""
     lines = [f"subjects    {len(statuses)}: {shown}"]
     lines += [f"            {name}: {status['error']}" for name, status in statuses.items() if "error" in status]
     open_ones = {name for name, status in statuses.items() if status.get("state") not in ("finished", "failed")}

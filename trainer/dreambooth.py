@@ -302,6 +302,7 @@ def make_stack(
     stack = Stack(base, adapters, optimizer, trainings, queue, waiting)
     for slot, saved in enumerate(slots):
         restore_slot(stack, slot, saved)
+    note_saved(stack, "training", folder, attempt)
     return stack
 
 
@@ -342,10 +343,18 @@ def run_stack(
             keep_slots(stack.adapters, stack.optimizer, keep)
         if ended or stop.requested or since_saved >= config.checkpoint_every_steps:
             save_stack(stack, path, attempt)
+            note_saved(stack, "stopped" if stop.requested else "training", folder, attempt)
             since_saved = 0
         if stop.requested:
             break
     bar.close()
+
+
+def note_saved(stack: Stack, state: str, folder: Path, attempt: Attempt) -> None:
+    """Writes into the status of each subject in training how far it is saved, and whether it is trained on now."""
+    for training in stack.trainings:
+        task = training.task
+        write_status(attempt, folder, task.name, state=state, step=training.step, steps=task.steps)
 
 
 def fill_slots(config: SubjectRunConfig, stack: Stack, folder: Path, attempt: Attempt) -> None:

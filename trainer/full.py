@@ -258,6 +258,8 @@ def train_fully(
             last = (stopped or training.step == task.steps) and skipped_in_a_row <= MOST_SKIPPED
             if due or last:
                 save_full(config, training, precision, folder, attempt, world)
+                state = "stopped" if stopped else "training"
+                status(folder, task.name, state=state, step=training.step, steps=task.steps)
         if skipped_in_a_row > MOST_SKIPPED:
             error = (
                 f"{skipped_in_a_row} updates in a row had no finite gradient, up to step {training.step}. Lower its "

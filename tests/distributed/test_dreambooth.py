@@ -85,6 +85,29 @@ def test_a_run_killed_twice_trains_each_subject_to_bitwise_the_same_weights(stud
     assert all(status["state"] == "finished" and status["step"] == 12 for status in states(studio, "killed").values())
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_status_tells_what_is_saved_of_a_subject_and_of_a_stopped_one_that_nothing_runs(studio, method):
+    run = f"stopped-{method}"
+    path = run_file(studio, run, steps=400, method=method, subjects_per_batch=2)
+    process = start(studio, path)
+    deadline = time.monotonic() + 200
+    while not any(status["state"] == "training" and status["step"] >= 4 for status in states(studio, run).values()):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    for rank in psutil.Process(process.pid).children():
+        rank.send_signal(signal.SIGTERM)
+    assert "0 subjects finished, 0 failed, 6 to go" in finish(process)
+    told = states(studio, run)
+    assert len(told) == (2 if method == "lora" else 1)
+    assert {(status["state"], status["steps"]) for status in told.values()} == {("stopped", 400)}
+    if method == "lora":
+        saved = {name: int(tensors["step"]) for name, tensors in begun(studio / "runs" / run / "state", 1).items()}
+    else:
+        (checkpoint,) = (studio / "runs" / run).glob("subjects/*/checkpoints/step-*")
+        saved = {checkpoint.parents[1].name: int(checkpoint.name.removeprefix("step-"))}
+    assert {name: status["step"] for name, status in told.items()} == saved
+
+
 def test_a_run_goes_on_with_another_number_of_ranks(studio, whole):
     path = run_file(studio, "moved", subjects_per_batch=6)
     process = start(studio, path, processes=1)

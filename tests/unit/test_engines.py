@@ -194,6 +194,7 @@ def test_status_of_an_array_tells_of_a_task_that_failed_before_its_first_subject
     for name in names[:2]:
         note(f"subjects/{name}/status.json", state="finished")
     note("subjects/s3/status.json", state="failed", error="no pictures")
+    note("subjects/s4/status.json", state="stopped", step=10)
     note("rows/2-4/failed-0.json", rank=0, error="OSError: no space left", time=101.0)  # before s2
     note("rows/6-8/failed-0.json", rank=0, error="OSError: long ago", time=99.0)  # of an earlier submission
     log = "== attempt 1000, job 43_2\nrank 0: ConfigError: unknown key 'step'\n=====\n== failed, 2026\n"
@@ -201,7 +202,7 @@ def test_status_of_an_array_tells_of_a_task_that_failed_before_its_first_subject
     client("scontrol", "slurm_load_jobs error: Invalid job id specified", status=1)  # it has forgotten
     assert controlbooth(["launch", "status", str(job.here)]) == 1
     assert capsys.readouterr().out.splitlines()[2:] == [
-        "subjects    8: 2 finished, 0 training, 5 waiting, 1 failed",
+        "subjects    8: 2 finished, 0 training, 4 waiting, 1 failed, 1 stopped",
         "            s3: no pictures",
         "            task 1: rank 0: OSError: no space left",
         "            task 2: rank 0: ConfigError: unknown key 'step'",
