@@ -125,7 +125,8 @@ def make_run(tmp_path, load_tiny, base_folder):
         networks = trained(checkpoint / "controlnet", base)
         state = dict(step=300, digest="d1", dataset_fingerprint="f1", base_digest=base.digest, unlocked=True)
         (checkpoint / "state.json").write_text(json.dumps(state))
-        (checkpoint / COMPLETE).write_text("{}")
+        sizes = {str(path.relative_to(checkpoint)): path.stat().st_size for path in checkpoint.rglob("*.*")}
+        (checkpoint / COMPLETE).write_text(json.dumps(sizes))
         return run, networks
 
     return make
