@@ -137,13 +137,15 @@ def _write(run: Path, checkpoint: Path, folder: Path, format: str, dtype: str) -
 
     from controlbooth.models.families import identify
     from controlbooth.models.pretrained import DECODER_FILE, controlnet_class, save_controlnet, save_single_file
+    from controlbooth.trainer.checkpoint import check_weights, read_state
 
     config = load_config(checkpoint / "config.yaml")
+    state = read_state(checkpoint)
+    check_weights(checkpoint)
     torch_dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
     controlnet: Any = controlnet_class(checkpoint / "controlnet").from_pretrained(
         checkpoint / "controlnet", torch_dtype=torch_dtype, use_safetensors=True, local_files_only=True
     )
-    state = json.loads((checkpoint / "state.json").read_text())
     unlocked = (checkpoint / "controlnet" / DECODER_FILE).is_file()
     if unlocked and format != "diffusers":
         raise ValueError(

@@ -27,6 +27,7 @@ from controlbooth.trainer.checkpoint import COMPLETE
 from controlbooth.trainer.config import build_config, dump
 from controlbooth.trainer.evaluate.sample import main as sample_main
 from controlbooth.trainer.export import main as export_main
+from controlbooth.trainer.integrity import folder_digest
 
 SIZE = 32
 
@@ -123,7 +124,8 @@ def make_run(tmp_path, load_tiny, base_folder):
         for folder in (run, checkpoint):
             (folder / "config.yaml").write_text(dump(build_config(tree)))
         networks = trained(checkpoint / "controlnet", base)
-        state = dict(step=300, digest="d1", dataset_fingerprint="f1", base_digest=base.digest, unlocked=True)
+        digest = folder_digest(checkpoint / "controlnet")
+        state = dict(step=300, digest=digest, dataset_fingerprint="f1", base_digest=base.digest, unlocked=True)
         (checkpoint / "state.json").write_text(json.dumps(state))
         sizes = {str(path.relative_to(checkpoint)): path.stat().st_size for path in checkpoint.rglob("*.*")}
         (checkpoint / COMPLETE).write_text(json.dumps(sizes))

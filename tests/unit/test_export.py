@@ -16,6 +16,7 @@ from controlbooth.trainer import export as exports
 from controlbooth.trainer.checkpoint import COMPLETE, complete_checkpoints, folder_of
 from controlbooth.trainer.config import ConfigError, build_config, dump
 from controlbooth.trainer.export import main
+from controlbooth.trainer.integrity import folder_digest
 
 STEPS = {100: 0.5, 200: 0.8, 300: 0.7}  # step -> edge F1
 
@@ -29,7 +30,8 @@ def write_checkpoint(run: Path, step: int, base, metrics: dict, complete: bool =
         for parameter in controlnet.parameters():
             parameter += 0.1 * torch.randn(parameter.shape)
     save_controlnet(controlnet, folder / "controlnet")
-    state = dict(step=step, digest="d1", dataset_fingerprint="f1", base_digest=base.digest, metrics=metrics)
+    digest = folder_digest(folder / "controlnet")
+    state = dict(step=step, digest=digest, dataset_fingerprint="f1", base_digest=base.digest, metrics=metrics)
     (folder / "state.json").write_text(json.dumps(state))
     sizes = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
     if complete:
@@ -205,3 +207,15 @@ def test_help_shows_examples(capsys):
         main(["--help"])
     assert stop.value.code == 0
     assert "controlbooth export runs/edges exported/edges --best" in capsys.readouterr().out
+
+
+def test_weights_of_which_a_byte_has_changed_are_not_exported(make_run, tmp_path, capsys):
+    run = make_run()
+    weights = run / "checkpoints" / "step-00000300" / "controlnet" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(ValueError, match="step-00000300 is damaged, in controlnet"):
+        main([str(run), str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+    assert main([str(run), str(tmp_path / "out"), "--step", "200"]) == 0

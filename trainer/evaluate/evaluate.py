@@ -35,7 +35,7 @@ from controlbooth.models.decoder import load_networks
 from controlbooth.models.pretrained import UNET_FOLDER, load_base
 from controlbooth.models.sampling import SCHEDULERS, Control, sample
 from controlbooth.trainer.attempt import take_lock
-from controlbooth.trainer.checkpoint import complete_checkpoints, read_state
+from controlbooth.trainer.checkpoint import check_weights, complete_checkpoints, read_state
 from controlbooth.trainer.config import ConfigError, RunConfig, base_folder, load_config
 from controlbooth.trainer.distributed import World, barrier, gather_objects, join, leave
 from controlbooth.trainer.evaluate.convergence import (
@@ -184,6 +184,7 @@ def resolve_run(options: argparse.Namespace, where: Path) -> Evaluated:
             f"{where} was trained on {config.data.condition!r}, and --condition says {options.condition!r}"
         )
     state = read_state(checkpoint)
+    check_weights(checkpoint)
     return Evaluated(
         where=where,
         weights=checkpoint / "controlnet",

@@ -22,7 +22,7 @@ from controlbooth.models.decoder import load_networks
 from controlbooth.models.guidance import CONDITIONAL, SCHEDULES
 from controlbooth.models.pretrained import load_base
 from controlbooth.models.sampling import SCHEDULERS, Control, sample
-from controlbooth.trainer.checkpoint import complete_checkpoints
+from controlbooth.trainer.checkpoint import check_weights, complete_checkpoints
 from controlbooth.trainer.config import ConfigError, base_folder, load_config
 from controlbooth.trainer.engine import DTYPES, resolve_precision
 from controlbooth.trainer.evaluate.grids import draw_grid
@@ -187,6 +187,8 @@ def controlnet_folder(where: Path) -> Path:
     if not where.exists():
         raise ConfigError(f"--control names {where}, which does not exist")
     checkpoints = complete_checkpoints(where)
+    if checkpoints:
+        check_weights(checkpoints[-1])
     folder = checkpoints[-1] / "controlnet" if checkpoints else where
     if not (folder / "config.json").is_file() and not folder.is_file():
         raise ConfigError(f"{where} is neither a run with a whole checkpoint nor a ControlNet's folder")
