@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -10,7 +11,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from controlbooth.launch.local import gpu_count, train
-from controlbooth.trainer.config import RunConfig, load_config, run_folder, sources, tracking_uri
+from controlbooth.trainer.config import (
+    ConfigError,
+    RunConfig,
+    changes,
+    dump,
+    load_config,
+    run_folder,
+    sources,
+    tracking_uri,
+)
 
 CONFIG = Path(__file__).parent / "configs" / "quickstart.yaml"
 TRAINING_SCENES = 8192
@@ -33,29 +43,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="print the commands; start nothing")
     options = parser.parse_intermixed_args(arguments)
     config = load_config(CONFIG, options.overrides)
+    refuse_another_model(config)
     run, data = run_folder(config), Path(sources(config)[0].shards).parent
     export = run / "export"
     before = packing(config)
     after = [["evaluate", str(run)], ["export", str(run), str(export), "--force"]]
     processes = 1 if gpu_count() == 1 else 2
+    training = train_command(str(CONFIG), options.overrides, processes)
     if options.dry_run:
-        training = ["train", str(CONFIG), *options.overrides, "--processes", str(processes)]
         for command in (*before, training, *after):
-            print("controlbooth", *command)
+            print(shown(command))
         return 0
 
     seconds = {}
     for name, command in (("data", before[0]), ("held-out data", before[1])):
-        heading(f"{name}: controlbooth {' '.join(command)}")
+        heading(f"{name}: {shown(command)}")
         seconds[name] = verb(command)
-    heading(f"training: controlbooth train {CONFIG} --processes {processes}")
+    heading(f"training: {shown(training)}")
     started = time.monotonic()
     status = train(str(CONFIG), options.overrides, processes)
     seconds["training"] = time.monotonic() - started
     if status:
         return status
     for name, command in (("measuring", after[0]), ("export", after[1])):
-        heading(f"{name}: controlbooth {' '.join(command)}")
+        heading(f"{name}: {shown(command)}")
         seconds[name] = verb(command)
     print(summary(run, data, export, tracking_uri(config), seconds))
     return 0
@@ -69,6 +80,37 @@ def packing(config: RunConfig) -> list[list[str]]:
         [*pack, "--scenes", str(TRAINING_SCENES), "--samples-per-shard", "256", "-o", shards],
         [*pack, "--scenes", str(HELD_OUT_SCENES), "--seed", str(HELD_OUT_SEED), "-o", str(config.data.held_out)],
     ]
+
+
+def train_command(run_file: str, overrides: Sequence[str], processes: int | None) -> list[str]:
+    """The verb that trains a run by itself. processes: ranks; None for what this machine has."""
+    return ["train", run_file, *overrides, *(["--processes", str(processes)] if processes else [])]
+
+
+def shown(command: Sequence[str]) -> str:
+    """A verb and its arguments as they are typed."""
+    return f"controlbooth {shlex.join(command)}"
+
+
+def refuse_another_model(config: RunConfig) -> None:
+    """Raises ConfigError where the run's folder holds a model with all the steps that are asked for, trained otherwise.
+
+    Nothing would be trained then, and the old model measured and exported as if it were the one asked for.
+    """
+    folder = run_folder(config)
+    saved = max((step_of(path.parent) for path in folder.glob("checkpoints/step-*/COMPLETE")), default=0)
+    if saved < config.max_steps or not (folder / "config.yaml").is_file():
+        return
+    before = load_config(folder / "config.yaml").model_copy(update={"output": config.output})  # it is found there
+    if changed := changes(dump(before), dump(config)):
+        raise ConfigError(
+            f"{folder} has been trained up to step {saved} with other settings than are asked for: "
+            f"{'; '.join(changed)}. Train into another folder with name=NAME, delete {folder}, or leave the change out"
+        )
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def heading(text: str) -> None:

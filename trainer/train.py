@@ -183,10 +183,11 @@ def train(config: RunConfig, world: World, stop: "StopRequest") -> int:
         watching(attempt, world, config.engine.hang_timeout_seconds) as watchdog,
     ):
         latest = checkpoints.latest_checkpoint(folder, world, partial(say, world))
-        if latest is not None and checkpoints.read_state(latest)["step"] >= config.max_steps:
+        if latest is not None and (saved := checkpoints.read_state(latest)["step"]) >= config.max_steps:
             if world.rank == 0:
                 send_what_is_left(attempt, config)
-            say(world, f"{folder} is finished at step {config.max_steps}. Raise max_steps to go on, or change the name")
+            more = f"max_steps={config.max_steps}" + (f" above {saved}" if saved > config.max_steps else "")
+            say(world, f"{folder} is finished at step {saved}. Raise {more} to go on, or change the name")
             return 0
         run = build(config, world, attempt, watchdog, latest)
         if world.rank == 0:

@@ -261,3 +261,8 @@ def test_sigterm_leaves_a_checkpoint_and_the_same_command_goes_on_but_no_other_r
     run_file(world_folder, "stopped", max_steps=status["step"] + 2)
     assert f"at step {status['step']}" in finish(start(path, 2))
     assert json.loads((run / "status.json").read_text())["state"] == "finished"
+
+    # Of a run that is longer than is asked for, its own length is told.
+    run_file(world_folder, "stopped", max_steps=2)
+    last = status["step"] + 2
+    assert f"is finished at step {last}. Raise max_steps=2 above {last} to go on" in finish(start(path, 1))
