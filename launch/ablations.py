@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import yaml
 from pydantic import Field, ValidationError
 
+from controlbooth.launch import orphans
 from controlbooth.launch.local import train
 from controlbooth.launch.quickstart import heading, packing, verb
 from controlbooth.trainer.config import ConfigError, RunConfig, Section, explain_errors, load_config, run_folder
@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ]
     (folder / "runs.json").write_text(json.dumps(listed))
     heading(" ".join(measuring))
-    return subprocess.run([sys.executable, *measuring[1:]], env=os.environ | {"HF_HUB_OFFLINE": "1"}).returncode
+    return orphans.call([sys.executable, *measuring[1:]], os.environ | {"HF_HUB_OFFLINE": "1"})
 
 
 def is_finished(config: RunConfig) -> bool:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 
+from controlbooth.launch import orphans
 from controlbooth.launch.preflight import preflight
 from controlbooth.launch.torchrun import (
     WORKER,
@@ -224,11 +225,10 @@ def start_of(node: Node, run_file: str, overrides: Sequence[str], name: str, wor
 def run(start: Start, stopping: str = "after this step with a checkpoint") -> int:
     """Starts the ranks and waits. The first stop signal is handed to them as SIGTERM; the second one kills them.
 
-    stopping: what the ranks do at the first one, for people.
+    stopping: what the ranks do at the first one, for people. On Linux they get it too when this process is killed.
     Returns the exit status; 128 + signal where a signal stopped a run that ended well.
     """
-    # A session of its own: otherwise Ctrl-C would reach the ranks too, beside what is forwarded here.
-    started = subprocess.Popen(start.command, env=os.environ | start.environment, start_new_session=True)
+    started = orphans.start(start.command, os.environ | start.environment)
     received: list[int] = []
 
     def forward(number: int, _frame: object) -> None:

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -254,15 +255,29 @@ def check_columns(config: RunConfig, node: Node) -> Iterator[str]:
 
 
 def check_free(config: RunConfig, node: Node) -> Iterator[str]:
-    """Whether another training holds the run's folder. The trainer takes it; here it is only asked."""
-    lock = run_folder(config) / ".lock"
+    yield from free_problems(run_folder(config))
+
+
+def free_problems(folder: Path) -> Iterator[str]:
+    """Whether another training holds a run's folder. The trainer takes it; here it is only asked."""
+    lock = folder / ".lock"
     if not lock.exists() or "CONTROLBOOTH_ATTEMPT" in os.environ:  # by which an engine may replace a start of its own
         return
     with contextlib.suppress(OSError), lock.open() as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            yield f"{run_folder(config)} is in use by another training. Wait for it, stop it, or change name"
+            yield f"{folder} is in use by another training{holder(folder)}. Wait for it, stop it, or change name"
+
+
+def holder(folder: Path) -> str:
+    """Who has taken a run's folder last, as attempt.json says; empty where there is none."""
+    record = folder / "attempt.json"
+    facts = json.loads(record.read_text()) if record.is_file() else {}
+    if not facts:
+        return ""
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(facts["time"]))
+    return f": process {facts['process']} on {facts['host']}, since {since}"
 
 
 CHECKS = (check_free, check_ranks, check_data, check_cache, check_columns, check_base, check_output)

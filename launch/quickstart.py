@@ -4,12 +4,12 @@ import argparse
 import json
 import os
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from controlbooth.launch import orphans
 from controlbooth.launch.local import gpu_count, train
 from controlbooth.trainer.config import (
     ConfigError,
@@ -121,7 +121,7 @@ def verb(command: Sequence[str]) -> float:
     """Runs `controlbooth ...` and returns its seconds. Exits with its status where it fails; it has said why."""
     started = time.monotonic()
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    status = subprocess.run([sys.executable, "-m", "controlbooth.launch.cli", *command], env=environment).returncode
+    status = orphans.call([sys.executable, "-m", "controlbooth.launch.cli", *command], environment)
     if status:
         raise SystemExit(status)
     return time.monotonic() - started

@@ -298,4 +298,7 @@ def _superseded(attempt: Attempt) -> Superseded:
 
 
 def _who(record: dict[str, Any]) -> str:
-    return f" (process {record['process']} on {record['host']})" if record else ""
+    if not record:
+        return ""
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record["time"]))
+    return f" (process {record['process']} on {record['host']}, since {since})"

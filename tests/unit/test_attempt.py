@@ -92,7 +92,7 @@ def test_a_second_training_is_refused_unless_the_engine_numbers_it_higher(tmp_pa
     with only_run(tmp_path, ALONE):
         before = tree(tmp_path)
         number(second)
-        with pytest.raises(ConfigError, match=r"is in use by another training \(process \d+ on "):
+        with pytest.raises(ConfigError, match=r"by another training \(process \d+ on .+, since 2\d{3}-"):
             with only_run(tmp_path, ALONE):
                 pass
         assert tree(tmp_path) == before

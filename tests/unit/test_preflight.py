@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -272,6 +273,9 @@ def test_a_folder_that_a_training_holds_is_found_before_a_start(good, tmp_path, 
     with (run / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert only_problem(good).startswith(f"{run} is in use by another training. Wait for it, stop it")
+        (run / "attempt.json").write_text(json.dumps(dict(number=1, process=77, host="n1", time=1e9)))
+        who = r"by another training: process 77 on n1, since 2001-09-0\d \d\d:\d\d:40\. Wait for it"
+        assert re.search(who, only_problem(good))
         monkeypatch.setenv("CONTROLBOOTH_ATTEMPT", "2")
         assert preflight(config(good), node()) == []
     monkeypatch.delenv("CONTROLBOOTH_ATTEMPT")

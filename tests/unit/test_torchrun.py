@@ -275,6 +275,36 @@ def test_a_second_signal_kills_ranks_that_do_not_stop(tmp_path):
         time.sleep(0.05)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no way to ask for it")
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ranks_end_with_a_checkpoint_when_the_command_that_started_them_is_killed(tmp_path, ranks):
+    (tmp_path / "rank.py").write_text(RANK)
+    command = torchrun_command("run.yaml", [], "first", node(head_port=local.head_port()))
+    command = [*command[: command.index("controlbooth.trainer.train") - 1], "rank.py"]
+    command = command if ranks > 1 else [sys.executable, "rank.py"]
+    process = launcher(tmp_path, command, {"OMP_NUM_THREADS": "1"}, lone=ranks == 1)
+    wait_for_files(tmp_path, "ready.*", ranks)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGKILL)
+    wait_for_files(tmp_path, "checkpoint.*", ranks)
+    assert psutil.wait_procs(family, timeout=60)[1] == []
+
+
+def test_a_command_in_another_one_is_told_of_ctrl_c_once_and_waited_for(tmp_path):
+    slow = "time.sleep(1); pathlib.Path('saved').touch(); sys.exit(0)"
+    (tmp_path / "rank.py").write_text(RANK.replace("pathlib.Path(f\"interrupted.{rank}\").touch()", "interrupt()"))
+    (tmp_path / "rank.py").write_text(f"def interrupt():\n    {slow}\n{(tmp_path / 'rank.py').read_text()}")
+    program = (
+        "import os, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from controlbooth.launch import orphans; orphans.call([sys.executable, 'rank.py'], os.environ)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    wait_for_files(tmp_path, "ready.*", 1)
+    process.send_signal(signal.SIGINT)
+    assert "KeyboardInterrupt" in process.communicate(timeout=60)[1] and (tmp_path / "saved").exists()
+    assert not (tmp_path / "checkpoint.0").exists()
+
+
 @pytest.mark.parametrize(("program", "status"), [("raise SystemExit(3)", 3), ("", 0), ("import os; os.abort()", 134)])
 def test_the_status_of_a_run_that_ends_by_itself_is_passed_on(tmp_path, program, status):
     process = launcher(tmp_path, [sys.executable, "-c", program])
