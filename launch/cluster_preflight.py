@@ -13,10 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from controlbooth.launch.cluster import Cluster, Storage, one_node, shutdown_seconds
-from controlbooth.launch.preflight import check_ranks, checkpoint_bytes, preflight
+from controlbooth.launch.kubernetes import kubectl
+from controlbooth.launch.preflight import check_ranks, checkpoint_bytes, free_problems, preflight
 from controlbooth.launch.slurm import facts_of
-from controlbooth.trainer.config import BUILT_IN, RunConfig, run_folder, sources
+from controlbooth.trainer.config import BUILT_IN, RunConfig, run_folder
 
+ANSWER_SECONDS = 10
+"""For an API server."""
 SETUP_MINUTES = 2
 """Of every attempt, for the check, the base and the data."""
 
@@ -26,6 +29,7 @@ def job_problems(config: RunConfig, cluster: Cluster) -> list[str]:
     problems: list[str] = []
     checkpoint: int | None = None
     if cluster.engine == "kubernetes":  # the pods see what this machine may not
+        problems += free_problems(path_here(run_folder(config), cluster.kubernetes.storage))
         problems += check_ranks(config, one_node(cluster))
         problems += kubernetes_problems(cluster, paths(config))
     else:
@@ -42,6 +46,8 @@ def engine_problems(cluster: Cluster, checkpoint: int | None = None) -> list[str
         problems.append(f"nodes is {cluster.nodes}, and the engine local has this machine only. Set nodes to 1")
     if cluster.engine == "slurm":
         problems += slurm_problems(cluster)
+    if cluster.engine == "kubernetes":
+        problems += server_problems(cluster)
     return problems
 
 
@@ -153,17 +159,38 @@ def paths(config: RunConfig) -> dict[str, Path]:
         named["model.base"] = config.model.base
     if config.model.controlnet != "unet":
         named["model.controlnet"] = config.model.controlnet
-    named |= {f"data.sources.{number}.shards": source.shards for number, source in enumerate(sources(config))}
+    if config.data.shards:
+        named["data.shards"] = config.data.shards
+    named |= {f"data.sources.{number}.shards": source.shards for number, source in enumerate(config.data.sources)}
     return {field: Path(path) for field, path in named.items() if path and "://" not in path}
+
+
+def server_problems(cluster: Cluster) -> Iterator[str]:
+    """Of a Kubernetes cluster and the way to it, whatever its pods are to see."""
+    kubernetes = cluster.kubernetes
+    if kubernetes.image is None:
+        yield "kubernetes.image is not set: build deploy/Dockerfile, push the image, and name it here"
+    for one in kubernetes.storage:
+        if one.here is not None and not one.here.is_dir():
+            yield (
+                f"kubernetes.storage {one.claim} has here={one.here}, which is no folder of this machine: mount the "
+                "storage there, or make a folder for the records of jobs"
+            )
+    if shutil.which("kubectl") is None:
+        yield "there is no kubectl on the PATH: install it, and give it access to the cluster"
+        return
+    try:
+        kubectl("version", f"--request-timeout={ANSWER_SECONDS}s")
+    except ValueError as error:
+        yield (
+            f"Kubernetes does not answer: {str(error).splitlines()[-1]}. Look which cluster is asked: kubectl config "
+            "current-context"
+        )
 
 
 def kubernetes_problems(cluster: Cluster, named: dict[str, Path]) -> Iterator[str]:
     """named: paths that pods must see, by field; that of `output` is written to."""
     kubernetes = cluster.kubernetes
-    if kubernetes.image is None:
-        yield "kubernetes.image is not set: build deploy/Dockerfile, push the image, and name it here"
-    if shutil.which("kubectl") is None:
-        yield "there is no kubectl on the PATH: install it, and give it access to the cluster"
     for field, path in named.items():
         mount = mount_of(path, kubernetes.storage)
         if mount is None:
@@ -176,8 +203,14 @@ def kubernetes_problems(cluster: Cluster, named: dict[str, Path]) -> Iterator[st
             yield f"output is {path}, and the storage {mount.claim} at {mount.path} is read_only. Write to another one"
 
 
-def record_problems(here: Path) -> Iterator[str]:
-    """here: the run's folder as this machine sees it, where the job's files are to lie."""
+def record_problems(here: Path, mount: Storage | None) -> Iterator[str]:
+    """here: the run's folder as this machine sees it, where the job's files are to lie. mount: the storage it is in."""
+    if mount is not None and mount.here is None and not Path(mount.path).is_dir():
+        yield (
+            f"the job's own files would go to {here}, and this machine has no {mount.path}: set `here` of that storage "
+            "in the cluster file to where it sees it, or to any folder of yours"
+        )
+        return
     existing = next(path for path in (here, *here.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         yield (

@@ -90,6 +90,23 @@ def write_job(job: Job, texts: dict[str, str]) -> None:
         write_text(folder / name, text)
 
 
+def job_texts(folder: Path) -> dict[str, str]:
+    """What lies in job/ of a run's folder, but for the logs."""
+    files = [path for path in (folder / "job").glob("*") if path.is_file() and not path.name.startswith("log")]
+    return {path.name: path.read_text() for path in files}
+
+
+def restore_job(folder: Path, texts: dict[str, str]) -> None:
+    """Takes back what a submission has written that the engine has refused. texts: as `job_texts` was before."""
+    for name in job_texts(folder).keys() - texts.keys():
+        (folder / "job" / name).unlink()
+    for name, text in texts.items():
+        write_text(folder / "job" / name, text)
+    for made in (folder / "job", folder):
+        if not list(made.iterdir()):
+            made.rmdir()
+
+
 def record_of(job: Job) -> dict[str, Any]:
     """What job.json says, but for `id`, the engine's name for it."""
     return dict(

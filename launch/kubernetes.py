@@ -268,7 +268,12 @@ def find(job: Job) -> str | None:
     Raises ValueError where the server does not answer.
     """
     job_id = id_of(job)
-    (one,) = states(job_id, job.cluster.kubernetes.namespace)
+    try:
+        (one,) = states(job_id, job.cluster.kubernetes.namespace)
+    except ValueError as error:
+        if "doesn't have a resource type" in str(error):  # a cluster without Kubeflow Trainer
+            return None
+        raise
     return None if one.state == "unknown" else job_id
 
 

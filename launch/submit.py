@@ -19,16 +19,19 @@ from controlbooth.launch.cluster_preflight import (
     engine_problems,
     job_problems,
     kubernetes_problems,
+    mount_of,
     path_here,
     record_problems,
 )
 from controlbooth.launch.job import (
     Job,
     JobState,
+    job_texts,
     read_intent,
     read_record,
     record_of,
     recorded_job,
+    restore_job,
     settled_manifest,
     write_intent,
     write_job,
@@ -101,6 +104,7 @@ def main(engine: Engine, arguments: Sequence[str] | None) -> int:
         if options.subjects_per_task:
             raise ValueError("--subjects-per-task is for a batch of subjects: give its manifest with --subjects")
         job, files, problems = run_job(load_config(options.run, options.overrides), cluster)
+    problems += busy_problems(job)
     for problem in problems:
         print(f"controlbooth launch {engine}: {problem}", file=sys.stderr)
     if options.dry_run:
@@ -160,7 +164,9 @@ def settled_subjects(config: SubjectRunConfig, manifest: Path) -> list[Task]:
 
 def folder_problems(job: Job) -> list[str]:
     """Of where the job's own files are to lie, which is in the output, looked at before, but for Kubernetes."""
-    return list(record_problems(job.here)) if job.cluster.engine == "kubernetes" else []
+    if job.cluster.engine != "kubernetes":
+        return []
+    return list(record_problems(job.here, mount_of(job.folder, job.cluster.kubernetes.storage)))
 
 
 def replace_nodes(cluster: Cluster) -> Cluster:
@@ -198,6 +204,7 @@ def launch(job: Job, files: dict[str, str]) -> int:
     """Writes the job's folder, submits, and says how to follow it. Raises ValueError where it is at work already."""
     check_ended(job)
     name, text = rendered(job, files)
+    before = job_texts(job.here)
     write_job(job, files | {"cluster.yaml": dump_cluster(job.cluster), name: text})
     if job.subjects:
         config = load_run(job.here / "job" / "run.yaml")
@@ -209,7 +216,12 @@ def launch(job: Job, files: dict[str, str]) -> int:
     record = record_of(job)
     write_intent(job.here, record)
     if engine == "kubernetes":
-        job_id = kubernetes.submit(script, job)
+        try:
+            job_id = kubernetes.submit(script, job)
+        except ValueError:
+            if is_refused(job):
+                restore_job(job.here, before)
+            raise
     else:
         job_id = (slurm if engine == "slurm" else background).submit(script)
     write_record(job.here, record | {"id": job_id})
@@ -217,6 +229,23 @@ def launch(job: Job, files: dict[str, str]) -> int:
     print(f"{job.name}: {what} as {engine} job {job_id}; everything about it is in {job.here / 'job'}")
     print(f"  controlbooth launch status {job.here}\n  controlbooth launch logs {job.here} --follow")
     return 0
+
+
+def is_refused(job: Job) -> bool:
+    """Whether the API server has no such job; False where it does not say, and may have taken it."""
+    try:
+        return kubernetes.find(job) is None
+    except ValueError:
+        return False
+
+
+def busy_problems(job: Job) -> list[str]:
+    """Of an earlier submission that has not ended, or whose engine does not answer."""
+    try:
+        check_ended(job)
+    except ValueError as error:
+        return [str(error)]
+    return []
 
 
 def check_ended(job: Job) -> None:
@@ -240,10 +269,17 @@ def last_record(folder: Path) -> dict[str, Any] | None:
         return record
     job = recorded_job(folder, begun)
     found = None  # engine local: a second start finds the lock of the first one's ranks, and ends
-    if begun["engine"] == "kubernetes":
-        found = kubernetes.find(job)
-    elif begun["engine"] == "slurm":
-        found = slurm.find(folder.absolute() / "job" / SCRIPT, job.name)
+    try:
+        if begun["engine"] == "kubernetes":
+            found = kubernetes.find(job)
+        elif begun["engine"] == "slurm":
+            found = slurm.find(folder.absolute() / "job" / SCRIPT, job.name)
+    except ValueError as error:
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(begun["submitted"]))
+        raise ValueError(
+            f"whether {begun['engine']} has taken the job of {folder}, which it was given at {when} and has not "
+            f"confirmed, cannot be told now: {error}"
+        ) from error
     if found is None or (record is not None and found == record["id"]):
         return record
     return begun | {"id": found}

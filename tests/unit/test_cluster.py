@@ -9,21 +9,24 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from controlbooth.launch.cluster import Cluster, dump_cluster, load_cluster, one_node, shutdown_seconds
+from controlbooth.launch.cluster import Cluster, Storage, dump_cluster, load_cluster, one_node, shutdown_seconds
 from controlbooth.launch.cluster_preflight import (
+    engine_problems,
     kubernetes_problems,
     parse_minutes,
     parse_partition,
     partition_problems,
     path_here,
+    paths,
     record_problems,
+    server_problems,
     time_problems,
 )
 from controlbooth.launch.job import settled_manifest
 from controlbooth.launch.local import core_count
 from controlbooth.launch.outcome import main as outcome
 from controlbooth.launch.outcome import of_run, of_subjects
-from controlbooth.trainer.config import ConfigError
+from controlbooth.trainer.config import ConfigError, build_config
 from controlbooth.trainer.failures import RankHung, RankLost
 from controlbooth.trainer.subjects import load_run, load_subjects, settle
 
@@ -187,11 +190,7 @@ PODS = Cluster.model_validate(
 )
 
 
-def test_paths_that_pods_do_not_see_are_told(tmp_path, monkeypatch):
-    kubectl = tmp_path / "kubectl"
-    kubectl.write_text("#!/bin/sh\n")
-    kubectl.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
+def test_paths_that_pods_do_not_see_are_told():
     good = {"output": Path("/data/runs/a"), "data.sources.0.shards": Path("/data/frozen/train")}
     assert list(kubernetes_problems(PODS, good)) == []
     bad = {"output": Path("/data/frozen/runs"), "data.sources.0.shards": Path("shards/train")}
@@ -203,15 +202,44 @@ def test_paths_that_pods_do_not_see_are_told(tmp_path, monkeypatch):
     assert (
         "data.sources.0.shards is shards/train, which pods do not see" in second and "(/data, /data/frozen)" in second
     )
-    (image,) = kubernetes_problems(Cluster(engine="kubernetes"), {})
+
+
+def test_paths_are_named_by_the_field_that_the_run_file_has():
+    tree = dict(name="a", max_steps=1, global_batch_size=1, micro_batch_size=1, model=dict(base="miniature"))
+    one = build_config(tree | {"data": dict(shards="s", condition="edges")})
+    several = build_config(tree | {"data": dict(sources=[dict(shards="s"), dict(shards="t")], condition="edges")})
+    assert paths(one).keys() == {"output", "data.shards"}
+    assert paths(several).keys() == {"output", "data.sources.0.shards", "data.sources.1.shards"}
+
+
+def test_all_that_is_wrong_with_a_kubernetes_cluster_is_told(tmp_path, monkeypatch):
+    kubectl = tmp_path / "kubectl"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    image, place, missing = server_problems(PODS.model_copy(update={"kubernetes": _with(PODS.kubernetes, image=None)}))
     assert image.startswith("kubernetes.image is not set: build deploy/Dockerfile")
+    assert place.startswith("kubernetes.storage data has here=/mnt/nfs, which is no folder of this machine: mount")
+    assert missing.startswith("there is no kubectl on the PATH")
+    kubectl.write_text("#!/bin/sh\necho E memcache.go >&2\necho 'The connection to n1:6443 was refused' >&2\nexit 1\n")
+    kubectl.chmod(0o755)
+    storage = [one.model_copy(update={"here": tmp_path}) for one in PODS.kubernetes.storage]
+    there = PODS.model_copy(update={"kubernetes": _with(PODS.kubernetes, storage=storage)})
+    (silent,) = server_problems(there)
+    assert silent.startswith("Kubernetes does not answer: The connection to n1:6443 was refused. Look which cluster")
+    kubectl.write_text("#!/bin/sh\n")
+    assert engine_problems(there) == []
+
+
+def _with(kubernetes, **changes):
+    return kubernetes.model_copy(update=changes)
 
 
 def test_a_place_where_the_jobs_files_cannot_lie_is_told(tmp_path):
     (tmp_path / "file").touch()
-    assert list(record_problems(tmp_path / "runs" / "a")) == []
-    (problem,) = record_problems(tmp_path / "file" / "runs" / "a")
+    assert list(record_problems(tmp_path / "runs" / "a", None)) == []
+    (problem,) = record_problems(tmp_path / "file" / "runs" / "a", None)
     assert "which this machine cannot write: set `here` of that storage" in problem
+    (problem,) = record_problems(tmp_path / "gone" / "runs", Storage(claim="a", path=str(tmp_path / "gone")))
+    assert f"and this machine has no {tmp_path / 'gone'}: set `here` of that storage" in problem
 
 
 def test_a_folder_of_pods_is_found_on_this_machine():

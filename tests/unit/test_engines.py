@@ -1,5 +1,6 @@
 """What is asked of Slurm and Kubernetes, and how their answers are read. Programs stand in for their clients."""
 
+import fcntl
 import json
 import os
 import re
@@ -325,7 +326,7 @@ def test_a_run_goes_to_kubernetes_and_is_followed_ended_and_resumed(client, run,
     folder = tmp_path / "data" / "runs" / "first"
     assert controlbooth(["launch", "kubernetes", str(run), *pods]) == 0
     manifests = folder / "job" / "manifests.yaml"
-    assert calls.read_text() == f"create --validate=strict -f {manifests}\n"
+    assert calls.read_text() == f"version --request-timeout=10s\ncreate --validate=strict -f {manifests}\n"
     assert [one["kind"] for one in yaml.safe_load_all(manifests.read_text())] == [
         "ConfigMap",
         "TrainingRuntime",
@@ -359,8 +360,57 @@ def test_runs_of_one_name_share_no_objects_in_other_folders_nor_after_their_fold
     assert len(names) == 3 and all(name.endswith("-1") for name in names)
 
 
-def test_objects_that_exist_are_refused_in_the_servers_words_and_leave_no_record(client, run, pods, capsys):
-    client("kubectl", 'Error from server (AlreadyExists): configmaps "first" already exists', status=1)
+REFUSING = """#!/bin/sh
+case $1 in
+  version) echo v1.33 ;;
+  create) echo 'Error from server (AlreadyExists): configmaps "first" already exists' >&2; exit 1 ;;
+  get) %s ;;
+esac
+"""
+
+
+def test_a_job_that_the_server_refuses_leaves_nothing_and_not_what_it_had_overwritten(client, run, pods, capsys):
+    client("kubectl")
+    kubectl, folder = run.parent / "kubectl", run.parent / "data/runs/first"
+    kubectl.write_text(REFUSING % ":")
     assert controlbooth(["launch", "kubernetes", str(run), *pods]) == 2
     assert "kubectl create" in (message := capsys.readouterr().err) and "AlreadyExists" in message
-    assert not (run.parent / "data/runs/first/job/job.json").exists()
+    assert not folder.exists()
+    kubectl.write_text(
+        REFUSING % """echo "error: the server doesn't have a resource type \\"trainjob\\"" >&2; exit 1"""
+    )
+    assert controlbooth(["launch", "kubernetes", str(run), *pods]) == 2 and not folder.exists()
+    kubectl.write_text("#!/bin/sh\n")
+    assert controlbooth(["launch", "kubernetes", str(run), *pods]) == 0
+    kept = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    kubectl.write_text(REFUSING % ":")
+    assert controlbooth(["launch", "kubernetes", str(run), *pods, "max_steps=99"]) == 2
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == kept
+
+
+def test_a_job_that_may_have_been_taken_is_not_called_started_and_is_asked_for(client, run, pods, capsys):
+    client("kubectl")
+    kubectl, folder = run.parent / "kubectl", run.parent / "data/runs/first"
+    kubectl.write_text(REFUSING % "echo 'Unable to connect' >&2; exit 1")
+    assert controlbooth(["launch", "kubernetes", str(run), *pods]) == 2
+    capsys.readouterr()
+    assert controlbooth(["launch", "status", str(folder)]) == 2
+    message = capsys.readouterr().err
+    assert f"whether kubernetes has taken the job of {folder}" in message and "cannot be told now" in message
+    kubectl.write_text("#!/bin/sh\n")
+    assert controlbooth(["launch", "status", str(folder)]) == 2
+    assert "no job was submitted for it" in capsys.readouterr().err
+
+
+def test_a_dry_run_for_kubernetes_tells_of_a_run_that_is_at_work(client, run, pods, capsys):
+    client("kubectl", json.dumps({"status": {"jobsStatus": [{"active": 2}]}}))
+    folder = run.parent / "data/runs/first"
+    folder.mkdir(parents=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert controlbooth(["launch", "kubernetes", str(run), *pods, "--dry-run"]) == 2
+        assert f"{folder} is in use by another training" in capsys.readouterr().err
+    assert controlbooth(["launch", "kubernetes", str(run), *pods]) == 0
+    capsys.readouterr()
+    assert controlbooth(["launch", "kubernetes", str(run), *pods, "--dry-run"]) == 2
+    assert f"{folder} is being trained by kubernetes job trainjob/first-" in capsys.readouterr().err

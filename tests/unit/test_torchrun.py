@@ -292,7 +292,7 @@ def test_ranks_end_with_a_checkpoint_when_the_command_that_started_them_is_kille
 
 def test_a_command_in_another_one_is_told_of_ctrl_c_once_and_waited_for(tmp_path):
     slow = "time.sleep(1); pathlib.Path('saved').touch(); sys.exit(0)"
-    (tmp_path / "rank.py").write_text(RANK.replace("pathlib.Path(f\"interrupted.{rank}\").touch()", "interrupt()"))
+    (tmp_path / "rank.py").write_text(RANK.replace('pathlib.Path(f"interrupted.{rank}").touch()', "interrupt()"))
     (tmp_path / "rank.py").write_text(f"def interrupt():\n    {slow}\n{(tmp_path / 'rank.py').read_text()}")
     program = (
         "import os, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
