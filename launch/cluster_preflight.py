@@ -183,7 +183,7 @@ def server_problems(cluster: Cluster) -> Iterator[str]:
         kubectl("version", f"--request-timeout={ANSWER_SECONDS}s")
     except ValueError as error:
         yield (
-            f"Kubernetes does not answer: {str(error).splitlines()[-1]}. Look which cluster is asked: kubectl config "
+            f"Kubernetes does not answer ({str(error).splitlines()[-1]}). Look which cluster is asked: kubectl config "
             "current-context"
         )
 

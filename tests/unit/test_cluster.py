@@ -224,7 +224,7 @@ def test_all_that_is_wrong_with_a_kubernetes_cluster_is_told(tmp_path, monkeypat
     storage = [one.model_copy(update={"here": tmp_path}) for one in PODS.kubernetes.storage]
     there = PODS.model_copy(update={"kubernetes": _with(PODS.kubernetes, storage=storage)})
     (silent,) = server_problems(there)
-    assert silent.startswith("Kubernetes does not answer: The connection to n1:6443 was refused. Look which cluster")
+    assert silent.startswith("Kubernetes does not answer (The connection to n1:6443 was refused). Look which cluster")
     kubectl.write_text("#!/bin/sh\n")
     assert engine_problems(there) == []
 
