@@ -18,7 +18,7 @@ from controlbooth.launch.script import indented, judging, preamble, rows, shell,
 
 def render(job: Job) -> str:
     """The script; tasks of an array come one after another, each with its own log."""
-    log = shlex.quote(str(job.job_folder / "log-"))
+    log, cancelled = (shlex.quote(str(job.job_folder / name)) for name in ("log-", "cancelled"))
     lines = ["#!/bin/bash", f"# {job.name}, trained by controlbooth; written by `controlbooth launch local`."]
     lines += [*preamble(job), "", WAITING, "", "one_task() {"]
     lines += [f"exec >>{log}$TASK.txt 2>&1", *rows(job, "TASK")] if job.subjects else []
@@ -29,12 +29,16 @@ def render(job: Job) -> str:
         'echo "== attempt $CONTROLBOOTH_ATTEMPT, $(date +%FT%T%z)"',
         f"until_it_ends {shell(training(job, '127.0.0.1:0', '1'))}",
         f"OUTCOME=$({shell(judging(job))})",
+        'if [ "$OUTCOME" = again ] && [ -n "$STOPPING" ]; then',
+        f"if [ -e {cancelled} ]; then OUTCOME=cancelled; else OUTCOME=stopped; fi",
+        'echo "== $OUTCOME, and not started again, $(date +%FT%T%z)"',
+        "return 0",
+        "fi",
         'echo "== $OUTCOME, $(date +%FT%T%z)"',
         'case "$OUTCOME" in',
         "finished) return 0 ;;",
         "failed) return 1 ;;",
         "esac",
-        'if [ -n "$STOPPING" ]; then return 0; fi',
         "done",
         f'echo "== {job.cluster.restarts} restarts are used up. Look above for what ends the attempts; then:"',
         f'echo "controlbooth launch resume {job.folder}"',
@@ -54,12 +58,19 @@ WAITING = """\
 # Asked to stop: the ranks save a checkpoint after their step.
 STOPPING=
 CHILD=
-trap 'STOPPING=1; [ -z "$CHILD" ] || kill -TERM "$CHILD"' TERM INT HUP
+trap 'STOPPING=1; [ -z "$CHILD" ] || stop_ranks' TERM INT HUP
+
+stop_ranks() {
+  # Not torchrun, which would end with a traceback though its ranks end well; but it where it has not started any yet.
+  local ranks
+  ranks=$(cat "/proc/$CHILD/task/"*/children 2>/dev/null)
+  kill -TERM ${ranks:-$CHILD} 2>/dev/null
+}
 
 until_it_ends() {
   "$@" &
   CHILD=$!
-  [ -z "$STOPPING" ] || kill -TERM "$CHILD"
+  [ -z "$STOPPING" ] || stop_ranks
   while kill -0 "$CHILD" 2>/dev/null; do wait "$CHILD"; done  # a signal ends `wait`, and not what it waits for
   CHILD=
 }"""

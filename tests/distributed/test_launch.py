@@ -71,6 +71,8 @@ def test_a_job_is_followed_killed_cancelled_and_resumed(folder, capsys):
     wait_until(lambda: "nothing is at work on it now" in told(capsys, "status", folder))
     stopped = json.loads((folder / "status.json").read_text())
     assert stopped["state"] == "stopped" and (folder / "checkpoints" / f"step-{stopped['step']:08d}").is_dir()
+    log = (folder / "job" / "log.txt").read_text().partition("== attempt 1001")[2]
+    assert "Traceback" not in log and log.splitlines()[-1].startswith("== cancelled, and not started again, ")
     assert "nothing is at work" in told(capsys, "cancel", folder)
     assert "local job" in told(capsys, "resume", folder, f"max_steps={stopped['step'] + 2}")
     log = told(capsys, "logs", folder, "--follow")

@@ -11,12 +11,19 @@ set -u
 # Asked to stop: the ranks save a checkpoint after their step.
 STOPPING=
 CHILD=
-trap 'STOPPING=1; [ -z "$CHILD" ] || kill -TERM "$CHILD"' TERM INT HUP
+trap 'STOPPING=1; [ -z "$CHILD" ] || stop_ranks' TERM INT HUP
+
+stop_ranks() {
+  # Not torchrun, which would end with a traceback though its ranks end well; but it where it has not started any yet.
+  local ranks
+  ranks=$(cat "/proc/$CHILD/task/"*/children 2>/dev/null)
+  kill -TERM ${ranks:-$CHILD} 2>/dev/null
+}
 
 until_it_ends() {
   "$@" &
   CHILD=$!
-  [ -z "$STOPPING" ] || kill -TERM "$CHILD"
+  [ -z "$STOPPING" ] || stop_ranks
   while kill -0 "$CHILD" 2>/dev/null; do wait "$CHILD"; done  # a signal ends `wait`, and not what it waits for
   CHILD=
 }
@@ -45,12 +52,16 @@ one_task() {
       "--since=$STARTED" \
       --subjects=/data/runs/First_Run/job/subjects.jsonl \
       "--rows=$ROWS")
+    if [ "$OUTCOME" = again ] && [ -n "$STOPPING" ]; then
+      if [ -e /data/runs/First_Run/job/cancelled ]; then OUTCOME=cancelled; else OUTCOME=stopped; fi
+      echo "== $OUTCOME, and not started again, $(date +%FT%T%z)"
+      return 0
+    fi
     echo "== $OUTCOME, $(date +%FT%T%z)"
     case "$OUTCOME" in
       finished) return 0 ;;
       failed) return 1 ;;
     esac
-    if [ -n "$STOPPING" ]; then return 0; fi
   done
   echo "== 3 restarts are used up. Look above for what ends the attempts; then:"
   echo "controlbooth launch resume /data/runs/First_Run"
