@@ -161,12 +161,13 @@ def recorded_job(folder: Path, record: dict[str, Any]) -> Job:
 
 
 def code_version() -> dict[str, Any]:
-    """Version, git commit and whether files differ from it; commit is null for an installed copy."""
+    """Version, git commit and whether tracked files differ from it; commit is null for an installed copy."""
     version: dict[str, Any] = {"version": importlib.metadata.version("controlbooth"), "commit": None, "dirty": None}
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+        status = [*git, "status", "--porcelain", "--untracked-files=no"]
+        changed = subprocess.run(status, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):  # no git, or no repository
         return version
     return version | {"commit": commit, "dirty": bool(changed.strip())}

@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from controlbooth.launch import job as jobs
 from controlbooth.launch.cluster import Cluster, Storage, dump_cluster, load_cluster, one_node, shutdown_seconds
 from controlbooth.launch.cluster_preflight import (
     engine_problems,
@@ -22,7 +24,7 @@ from controlbooth.launch.cluster_preflight import (
     server_problems,
     time_problems,
 )
-from controlbooth.launch.job import settled_manifest
+from controlbooth.launch.job import code_version, settled_manifest
 from controlbooth.launch.local import core_count
 from controlbooth.launch.outcome import main as outcome
 from controlbooth.launch.outcome import of_run, of_subjects
@@ -328,3 +330,16 @@ def test_a_start_that_a_newer_one_has_replaced_is_not_started_again(tmp_path, mo
     assert outcome([str(tmp_path), "--since=0"]) == 1 and "has taken" in capsys.readouterr().err
     monkeypatch.setenv("CONTROLBOOTH_ATTEMPT", "1002")
     assert outcome([str(tmp_path), "--since=0"]) == 75
+
+
+def test_code_is_changed_where_tracked_files_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs, "__file__", str(tmp_path / "job.py"))
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    (tmp_path / "job.py").write_text("one")
+    assert code_version()["commit"] is None
+    for words in (["init", "-q"], ["add", "job.py"], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *words], check=True)
+    (tmp_path / "mlflow.db").touch()
+    assert code_version()["dirty"] is False and len(code_version()["commit"]) == 40
+    (tmp_path / "job.py").write_text("two")
+    assert code_version()["dirty"] is True
