@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from pydantic import Field, ValidationError
 
 from controlbooth.launch import orphans
 from controlbooth.launch.local import train
-from controlbooth.launch.quickstart import heading, packing, verb
+from controlbooth.launch.quickstart import beside_python, heading, packing, shown, train_command, verb
 from controlbooth.trainer.config import ConfigError, RunConfig, Section, explain_errors, load_config, run_folder
 
 MAY_CHANGE = (
@@ -66,19 +67,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for config in configs:
         refuse_other_settings(config)
     folder = configs[0].output
-    measuring = ["python", "-m", "controlbooth.trainer.evaluate.ablations", str(folder), f"--samples={grid.samples}"]
+    measuring = [beside_python(Path(sys.executable).name), "-m", "controlbooth.trainer.evaluate.ablations", str(folder)]
+    measuring.append(f"--samples={grid.samples}")
     if options.dry_run:
+        for command in packing(configs[0]):
+            print(shown(command))
         for _, _, changes in runs:
-            print("controlbooth train", run_file, *changes)
-        print(*measuring)
+            print(shown(train_command(str(run_file), changes, options.processes)))
+        print(shlex.join(measuring))
         return 0
     for command in packing(configs[0]):
-        heading(f"data: controlbooth {' '.join(command)}")
+        heading(f"data: {shown(command)}")
         verb(command)
     for (variant, seed, changes), config in zip(runs, configs, strict=True):
         if is_finished(config):
             continue
-        heading(f"{variant}, seed {seed}: controlbooth train {run_file} {' '.join(changes)}")
+        heading(f"{variant}, seed {seed}: {shown(train_command(str(run_file), changes, options.processes))}")
         if status := train(str(run_file), changes, options.processes):
             return status
     listed = [
@@ -86,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for (variant, seed, _), config in zip(runs, configs, strict=True)
     ]
     (folder / "runs.json").write_text(json.dumps(listed))
-    heading(" ".join(measuring))
+    heading(shlex.join(measuring))
     return orphans.call([sys.executable, *measuring[1:]], os.environ | {"HF_HUB_OFFLINE": "1"})
 
 

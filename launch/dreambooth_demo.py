@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from controlbooth.launch.local import gpu_count
-from controlbooth.launch.quickstart import beside_python, heading, verb
+from controlbooth.launch.quickstart import beside_python, heading, shown, verb
 from controlbooth.trainer.subjects import load_run
 
 CONFIG = Path(__file__).parent / "configs" / "dreambooth.yaml"
@@ -38,11 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     if options.dry_run:
         for command in commands.values():
-            print("controlbooth", *command)
+            print(shown(command))
         return 0
     seconds = {}
     for name, command in commands.items():
-        heading(f"{name}: controlbooth {' '.join(command)}")
+        heading(f"{name}: {shown(command)}")
         seconds[name] = verb(command)
     print(summary(run, subjects, options.subjects, config.steps, seconds))
     return 0

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shlex
+import sys
 
 import pytest
 
@@ -92,3 +94,14 @@ def test_a_longer_run_and_another_cadence_go_on_in_the_same_folder(ablate, tmp_p
     leave(tmp_path, "full-0", 100, "max_steps=100", "checkpoint.every_steps=50", "checkpoint.keep=5")
     leave(tmp_path, "lite-0", 500, "validation.every_steps=7")
     assert ablate() == ["full-0"]
+
+
+def test_a_dry_run_prints_the_commands_of_this_environment_with_their_ranks(ablate, tmp_path, capsys):
+    assert ablate("--dry-run", "--processes", "2", "max_steps=7") == []
+    full, lite, measuring = capsys.readouterr().out.splitlines()
+    for line in (full, lite):
+        assert line.startswith(f"controlbooth train {tmp_path / 'run.yaml'} ") and line.endswith(" --processes 2")
+        assert " max_steps=7 " in line
+    python, *words = shlex.split(measuring)
+    assert os.path.samefile(python, sys.executable)
+    assert words == ["-m", "controlbooth.trainer.evaluate.ablations", str(tmp_path / "grid"), "--samples=48"]
