@@ -14,7 +14,16 @@ from croniter import croniter
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from controlbooth.launch.cluster import CLUSTER_FILE, Cluster, Engine, load_cluster
-from controlbooth.trainer.config import ConfigError, RunConfig, Section, build_config, explain_errors, read_tree
+from controlbooth.trainer.config import (
+    ConfigError,
+    RunConfig,
+    Section,
+    build_config,
+    explain_errors,
+    read_tree,
+    refuse_other_kind,
+)
+from controlbooth.trainer.file_kinds import POLICY
 
 
 class Clock(Section):
@@ -175,6 +184,7 @@ def load_policy(path: Path) -> Policy:
         raise ConfigError(f"policy {path} cannot be read: {error}. launch/configs/retrain.yaml is one") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"policy {path} holds {type(tree).__name__}, but a policy is a mapping of keys to values")
+    refuse_other_kind(tree, path, POLICY)
     try:
         policy = Policy.model_validate(tree)
     except ValidationError as error:

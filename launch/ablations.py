@@ -14,7 +14,16 @@ from pydantic import Field, ValidationError
 from controlbooth.launch import orphans
 from controlbooth.launch.local import train
 from controlbooth.launch.quickstart import beside_python, heading, packing, shown, train_command, verb
-from controlbooth.trainer.config import ConfigError, RunConfig, Section, explain_errors, load_config, run_folder
+from controlbooth.trainer.config import (
+    ConfigError,
+    RunConfig,
+    Section,
+    explain_errors,
+    load_config,
+    refuse_other_kind,
+    run_folder,
+)
+from controlbooth.trainer.file_kinds import ABLATIONS
 
 MAY_CHANGE = (
     "output",  # however its path is written, it is the folder in which the run was found
@@ -134,7 +143,9 @@ def settings(config: RunConfig) -> dict[str, object]:
 def load_ablations(path: Path) -> Ablations:
     """Raises ConfigError for what cannot be read or understood."""
     try:
-        return Ablations.model_validate(yaml.safe_load(path.read_text()))
+        tree = yaml.safe_load(path.read_text())
+        refuse_other_kind(tree, path, ABLATIONS)
+        return Ablations.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(f"{path}: {explain_errors(error, Ablations)}") from None
     except (OSError, yaml.YAMLError) as error:

@@ -13,7 +13,8 @@ from pydantic import Field, ValidationError, field_validator
 
 from controlbooth.launch.local import core_count, gpu_count
 from controlbooth.launch.torchrun import Node
-from controlbooth.trainer.config import ConfigError, Section, explain_errors
+from controlbooth.trainer.config import ConfigError, Section, explain_errors, refuse_other_kind
+from controlbooth.trainer.file_kinds import CLUSTER
 
 Engine = Literal["local", "slurm", "kubernetes"]
 CLUSTER_FILE = Path("cluster.yaml")
@@ -118,6 +119,7 @@ def _read_cluster(path: Path, engine: Engine) -> Cluster:
         raise ConfigError(f"cluster file {path} is not readable as YAML: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"cluster file {path} holds {type(tree).__name__}, but it is a mapping of keys to values")
+    refuse_other_kind(tree, path, CLUSTER)
     try:
         cluster = Cluster.model_validate({"engine": engine} | tree)
     except ValidationError as error:

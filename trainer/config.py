@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from controlbooth.data.kinds import COMPUTED, computed_kind, tells_sides
+from controlbooth.trainer.file_kinds import RUN, kind_of, mistaken_for
 
 BUILT_IN = "miniature"
 """As model.base: the base model that is shipped with controlbooth."""
@@ -333,21 +334,29 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     return build_config(tree, source=str(path))
 
 
-def read_tree(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """A run file and its overrides, before anything is checked but that it is a mapping."""
+def read_tree(path: str | os.PathLike[str], overrides: Sequence[str] = (), kind: str = RUN) -> dict[str, Any]:
+    """A run file and its overrides, before anything is checked but that it is a mapping, and of this kind."""
     path = Path(path)
     try:
         tree = yaml.safe_load(path.read_text())
     except FileNotFoundError:
-        shipped = ", ".join(sorted(p.name for p in (Path(__file__).parents[1] / "launch/configs").glob("*.yaml")))
+        configs = sorted((Path(__file__).parents[1] / "launch/configs").glob("*.yaml"))
+        shipped = ", ".join(one.name for one in configs if kind_of(yaml.safe_load(one.read_text())) == kind)
         raise ConfigError(f"run file {path} does not exist. Runs to start from, in launch/configs: {shipped}") from None
     except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
         raise ConfigError(f"run file {path} is not readable as YAML: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"run file {path} holds {type(tree).__name__}, but a run is a mapping of keys to values")
+    refuse_other_kind(tree, path, kind)
     for override in overrides:
         _override(tree, override)
     return tree
+
+
+def refuse_other_kind(tree: Any, path: Path, kind: str) -> None:
+    """Raises ConfigError, with the verb to use, for a file that is plainly of another kind of `file_kinds`."""
+    if message := mistaken_for(tree, kind, str(path)):
+        raise ConfigError(message)
 
 
 def build_config(tree: dict[str, Any], source: str = "the run config") -> RunConfig:
@@ -360,7 +369,18 @@ def build_config(tree: dict[str, Any], source: str = "the run config") -> RunCon
 
 def explain_errors(error: ValidationError, model: type[BaseModel]) -> str:
     """All that is wrong with a tree, with the values and what to do. model: the class that refused it."""
-    return "; ".join(_explain(one, model) for one in error.errors())
+    told: list[str] = []
+    strange: dict[tuple[Any, ...], list[Any]] = {}
+    for one in error.errors():
+        if one["type"] == "extra_forbidden" and _nearest_key(one["loc"], model) is None:
+            strange.setdefault(one["loc"][:-1], []).append(one["loc"])
+        else:
+            told.append(_explain(one, model))
+    for locations in strange.values():  # the known keys of a section are listed once
+        names = ", ".join(f"'{_dotted(location)}'" for location in locations)
+        known = ", ".join(_keys_beside(locations[0], model))
+        told.append(f"unknown key{'s' if len(locations) > 1 else ''} {names}; known keys: {known}")
+    return "; ".join(told)
 
 
 def _override(tree: dict[str, Any], override: str) -> None:
@@ -382,19 +402,26 @@ def _override(tree: dict[str, Any], override: str) -> None:
 
 
 def _explain(error: Any, model: type[BaseModel]) -> str:
-    where = ".".join(str(part) for part in error["loc"])
+    where = _dotted(error["loc"])
     if error["type"] == "extra_forbidden":
-        known = _keys_beside(error["loc"], model)
-        close = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
-        prefix = "".join(f"{part}." for part in error["loc"][:-1])
-        hint = f"did you mean '{prefix}{close[0]}'?" if close else f"known keys: {', '.join(known)}"
-        return f"unknown key '{where}'; {hint}"
+        meant = _dotted((*error["loc"][:-1], _nearest_key(error["loc"], model)))
+        return f"unknown key '{where}'; did you mean '{meant}'?"
     if error["type"] == "missing" and isinstance(error["loc"][-1], int):
         return f"'{where.rpartition('.')[0]}' has {error['loc'][-1]} values, and needs more"
     if error["type"] == "missing":
         return f"'{where}' is missing; set it in the file, or give {where}=VALUE on the command line"
     message = error["msg"].removeprefix("Value error, ")
     return f"'{where}' is {error['input']!r}: {message}" if where else message
+
+
+def _dotted(location: tuple[Any, ...]) -> str:
+    return ".".join(map(str, location))
+
+
+def _nearest_key(location: tuple[Any, ...], model: type[BaseModel]) -> str | None:
+    """What an unknown key may have been meant for."""
+    close = difflib.get_close_matches(str(location[-1]), _keys_beside(location, model), n=1)
+    return close[0] if close else None
 
 
 def _keys_beside(location: tuple[Any, ...], model: type[BaseModel]) -> list[str]:

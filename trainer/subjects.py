@@ -23,6 +23,7 @@ from controlbooth.trainer.config import (
     explain_errors,
     read_tree,
 )
+from controlbooth.trainer.file_kinds import SUBJECTS
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -155,7 +156,7 @@ class Task:
 
 def load_run(path: Path, overrides: Sequence[str] = ()) -> SubjectRunConfig:
     """Raises ConfigError with every mistake of the file."""
-    tree = read_tree(path, overrides)
+    tree = read_tree(path, overrides, SUBJECTS)
     try:
         return SubjectRunConfig.model_validate(tree)
     except ValidationError as error:

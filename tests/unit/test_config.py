@@ -101,8 +101,16 @@ def test_all_errors_of_a_file_are_told_at_once_and_name_the_file(tmp_path):
         assert part in message
 
 
+def test_known_keys_are_listed_once_for_all_that_are_unknown(tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, RUN), ["zzz=1", "yyy=2", "data.xxx=3", "data.www=4"])
+    message = str(caught.value)
+    assert "unknown keys 'zzz', 'yyy'; known keys: name, output, seed" in message
+    assert "unknown keys 'data.xxx', 'data.www'; known keys: shards, " in message and message.count("known keys:") == 2
+
+
 def test_a_file_that_is_not_there_names_those_that_are_shipped(tmp_path):
-    shipped = ", ".join(path.name for path in SHIPPED)
+    shipped = "photos.yaml, quickstart.yaml, sd15-edges.yaml"
     with pytest.raises(ConfigError) as caught:
         load_config(tmp_path / "nothing.yaml")
     assert str(caught.value).endswith(f"nothing.yaml does not exist. Runs to start from, in launch/configs: {shipped}")
