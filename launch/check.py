@@ -25,7 +25,7 @@ from controlbooth.launch.local import core_count, gpu_count
 from controlbooth.launch.outcome import EXIT_CODES
 from controlbooth.launch.preflight import preflight
 from controlbooth.launch.torchrun import Node
-from controlbooth.trainer.config import RunConfig, load_config, run_folder
+from controlbooth.trainer.config import RunConfig, data_set_name, load_config, run_folder
 
 REFUSED = 2
 AGAIN = EXIT_CODES["again"]
@@ -141,6 +141,8 @@ def check_as_head(
         except OSError:
             continue  # it ends with `again` by itself
     print(table(host, peers), flush=True)
+    if status == 0:
+        print(all_well(config, peers), flush=True)
     for problem in [*lost, *found]:
         print(f"controlbooth launch check: {problem}", file=sys.stderr, flush=True)
     return status
@@ -318,6 +320,19 @@ def table(host: str, peers: Sequence[Peer]) -> str:
             f"{back:,.0f} from it"
         )
     return "\n".join(lines)
+
+
+def all_well(config: RunConfig, peers: Sequence[Peer]) -> str:
+    """What has been looked at, and found fit."""
+    seen = (
+        f"data ({data_set_name(config)}), base ({config.model.base}), the run's folder ({run_folder(config)}) and its "
+        "disk, batch and ranks"
+    )
+    if not peers:
+        return f"all is well on this node: {seen}"
+    return (
+        f"all is well on {len(peers) + 1} nodes: {seen}; clocks, versions, the shared disk and the network between them"
+    )
 
 
 def send(stream: Any, message: dict[str, Any]) -> None:

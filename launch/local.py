@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,7 +70,7 @@ def train(run_file: str, overrides: Sequence[str] = (), processes: int | None = 
         print(f"command    {start}")
         return 0
     began, killed = time.time(), out_of_memory_kills()
-    status = run(start)
+    status = run(start, is_over=lambda: is_finished(run_folder(config), began))
     if status not in (0, *(128 + number for number in STOP_SIGNALS)):
         told = failures(run_folder(config), began)
         say_again("controlbooth train", start, told)
@@ -80,6 +80,13 @@ def train(run_file: str, overrides: Sequence[str] = (), processes: int | None = 
         ):
             print(f"controlbooth train: {reason}", file=sys.stderr)
     return status
+
+
+def is_finished(folder: Path, since: float) -> bool:
+    """Whether a start of this run has written, since a time in seconds since 1970, that it has done all its steps."""
+    path = folder / "status.json"
+    status = json.loads(path.read_text()) if path.is_file() else {}
+    return status.get("state") == "finished" and status["time"] >= since
 
 
 def failures(folder: Path, since: float) -> dict[int, str]:
@@ -222,22 +229,31 @@ def start_of(node: Node, run_file: str, overrides: Sequence[str], name: str, wor
     return Start(torchrun_command(run_file, overrides, name, node, worker), environment, lone=False)
 
 
-def run(start: Start, stopping: str = "after this step with a checkpoint") -> int:
+def run(
+    start: Start,
+    stopping: str = "after this step with a checkpoint",
+    is_over: Callable[[], bool] = lambda: False,
+) -> int:
     """Starts the ranks and waits. The first stop signal is handed to them as SIGTERM; the second one kills them.
 
     stopping: what the ranks do at the first one, for people. On Linux they get it too when this process is killed.
+    is_over: whether they are done and only clearing up, so that there is nothing left to stop.
     Returns the exit status; 128 + signal where a signal stopped a run that ended well.
     """
     started = orphans.start(start.command, os.environ | start.environment)
     received: list[int] = []
+    too_late = False
 
     def forward(number: int, _frame: object) -> None:
+        nonlocal too_late
         received.append(number)
-        if len(received) == 1:
+        if len(received) > 1:
+            _kill(started)
+        elif too_late := is_over():
+            print("controlbooth: it is finished, and its ranks are ending; once more ends them now", file=sys.stderr)
+        else:
             print(f"controlbooth: stopping {stopping}; once more stops now", file=sys.stderr)
             _terminate(started, start.lone)
-        else:
-            _kill(started)
 
     previous = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     for number in STOP_SIGNALS:
@@ -248,7 +264,7 @@ def run(start: Start, stopping: str = "after this step with a checkpoint") -> in
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    if received and status <= 0:
+    if received and status <= 0 and not (too_late and status == 0):
         return 128 + received[0]
     if start.lone and status < 0:  # of several, torchrun says it
         print(f"controlbooth: rank 0 was ended by {signal_of(128 - status)}", file=sys.stderr)

@@ -58,8 +58,19 @@ def together(run: Path, nodes: int = 2, others: dict[int, list[str]] | None = No
 def test_nodes_that_see_the_same_go_on_and_their_clocks_and_network_are_shown(run, capsys):
     assert together(run, nodes=4) == [0, 0, 0, 0]
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 4 and "node    2" in lines[2] and "Mbit/s to it" in lines[2]
+    assert len(lines) == 5 and "node    2" in lines[2] and "Mbit/s to it" in lines[2]
+    assert lines[4].startswith("all is well on 4 nodes: data (") and "clocks, versions, the shared disk" in lines[4]
     assert list((run.parent / "runs" / "first").iterdir()) == []  # what it wrote to see whether others see it is gone
+
+
+def test_one_node_alone_says_what_it_has_looked_at_and_that_all_is_well(run, capsys):
+    assert controlbooth(["launch", "check", str(run), "name=o2"]) == 0
+    node, verdict = capsys.readouterr().out.splitlines()
+    assert node == f"node    0  {socket.gethostname()}: the first node"
+    for part in ("all is well on this node: data (", str(run.parent / "train"), "base (miniature)", "runs/o2)"):
+        assert part in verdict
+    assert controlbooth(["launch", "check", str(run), "data.shards=/nowhere"]) == 2
+    assert "all is well" not in capsys.readouterr().out
 
 
 def test_a_node_that_does_not_see_the_shards_is_named_and_stops_all(run, capsys):

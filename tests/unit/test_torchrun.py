@@ -1,5 +1,6 @@
 """From a run and a machine to a command; and that command started, stopped and killed."""
 
+import json
 import os
 import shlex
 import signal
@@ -171,7 +172,7 @@ def test_problems_are_shown_together_and_nothing_starts(run_file, monkeypatch, c
 
 def test_the_run_gets_the_environment_and_its_status_is_returned(run_file, monkeypatch):
     seen = {}
-    monkeypatch.setattr(local, "run", lambda start: seen.update(start.environment) or 5)
+    monkeypatch.setattr(local, "run", lambda start, **_: seen.update(start.environment) or 5)
     assert local.main([str(run_file)]) == 5
     assert seen["RANK"] == "0"
 
@@ -303,6 +304,28 @@ def test_a_command_in_another_one_is_told_of_ctrl_c_once_and_waited_for(tmp_path
     process.send_signal(signal.SIGINT)
     assert "KeyboardInterrupt" in process.communicate(timeout=60)[1] and (tmp_path / "saved").exists()
     assert not (tmp_path / "checkpoint.0").exists()
+
+
+def test_a_signal_after_the_last_step_stops_nothing_and_the_run_is_as_finished_as_it_was(tmp_path):
+    (tmp_path / "rank.py").write_text("import pathlib, time\npathlib.Path('ready').touch()\ntime.sleep(3)")
+    program = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from controlbooth.launch.local import Start, run; "
+        "sys.exit(run(Start([sys.executable, 'rank.py'], {}, True), is_over=lambda: True))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    wait_for_files(tmp_path, "ready", 1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert errors == "controlbooth: it is finished, and its ranks are ending; once more ends them now\n"
+
+
+def test_a_run_is_finished_by_what_this_start_of_it_has_written(tmp_path):
+    assert not local.is_finished(tmp_path, 5.0)
+    for state, since, finished in (("finished", 5.0, True), ("finished", 7.0, False), ("stopped", 5.0, False)):
+        (tmp_path / "status.json").write_text(json.dumps(dict(state=state, step=3, time=6.0)))
+        assert local.is_finished(tmp_path, since) == finished
 
 
 @pytest.mark.parametrize(("program", "status"), [("raise SystemExit(3)", 3), ("", 0), ("import os; os.abort()", 134)])
