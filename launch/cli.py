@@ -68,6 +68,8 @@ VERBS = {  # group -> verb -> (module:function, what it does)
         "data quarantine": ("controlbooth.data.quarantine:main", "leave the bad samples of a run out of the next"),
     },
 }
+SLOW = ("sample", "evaluate", "compare", "report", "dreambooth export", "dreambooth identifiers", "dreambooth measure")
+"""Verbs whose modules take seconds to import: their arguments are parsed before that, in `trainer.command_lines`."""
 TABLE = {verb: entry for group in VERBS.values() for verb, entry in group.items()}
 
 EXAMPLES = """\
@@ -112,6 +114,9 @@ def _call(verb: str, arguments: list[str]) -> int:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     module, _, function = TABLE[verb][0].partition(":")
     try:
+        if verb in SLOW:
+            command_lines = importlib.import_module("controlbooth.trainer.command_lines")
+            getattr(command_lines, verb.replace(" ", "_"))().parse_args(arguments)
         return getattr(importlib.import_module(module), function)(arguments) or 0
     except SystemExit as stop:
         if isinstance(stop.code, str):  # raise SystemExit("message") would end with status 1

@@ -43,6 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="controlbooth train",
         description="Runs a training on this machine. Started again, it goes on from its latest checkpoint.",
+        epilog="examples:\n  controlbooth train launch/configs/quickstart.yaml max_steps=200 name=short\n"
+        "  controlbooth train run.yaml --processes 8 --dry-run\n"
+        "  controlbooth train run.yaml data.shards=shards/train data.held_out=null",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", metavar="RUN.yaml", help="the run; launch/configs/ holds complete ones")
     parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="a field of the run, set here")

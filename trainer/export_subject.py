@@ -1,14 +1,13 @@
 """`controlbooth dreambooth export`: a trained subject as one file, by the names that a program reads."""
 
-import argparse
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from controlbooth.models.pretrained import load_tokenizers
+from controlbooth.trainer import command_lines
 from controlbooth.trainer.config import ConfigError, base_folder
 from controlbooth.trainer.dreambooth import LORA_FILE
 from controlbooth.trainer.studio import status_of
@@ -16,21 +15,7 @@ from controlbooth.trainer.subjects import read_record
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="controlbooth dreambooth export",
-        description="Write the LoRA of a trained subject: `diffusers` for load_lora_weights, `kohya` with the names of "
-        "kohya's scripts (lora_unet_..., with alphas), which the common image UIs read.",
-        epilog="""examples:
-  controlbooth dreambooth export runs/pets rex rex.safetensors --format kohya
-  controlbooth dreambooth export runs/pets rex rex.safetensors""",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a run of subjects")
-    parser.add_argument("subject", metavar="NAME")
-    parser.add_argument("out", type=Path, metavar="OUT.safetensors")
-    parser.add_argument("--format", choices=("diffusers", "kohya"), default="diffusers", help="(default: diffusers)")
-    parser.add_argument("--force", action="store_true", help="write over a file that is there")
-    options = parser.parse_args(arguments)
+    options = command_lines.dreambooth_export().parse_args(arguments)
     config, tasks = read_record(options.run)
     task = next((task for task in tasks if task.name == options.subject), None)
     if task is None:

@@ -13,7 +13,6 @@ With --draw the base itself is asked: pictures of `a [identifier]` and of `a [id
 more alike than pictures of `a [class noun]`. A word that the base has an image for, such as a club's, makes them alike.
 """
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -28,6 +27,7 @@ from controlbooth.data.draws import hash64
 from controlbooth.models.base import Base
 from controlbooth.models.pretrained import load_base, load_tokenizers
 from controlbooth.models.sampling import sample
+from controlbooth.trainer import command_lines
 from controlbooth.trainer.config import base_folder
 from controlbooth.trainer.engine import DTYPES, resolve_precision
 from controlbooth.trainer.evaluate.encoders import Encoder, open_encoders
@@ -43,24 +43,7 @@ VOWELS = frozenset("aeiouy")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="controlbooth dreambooth identifiers",
-        description="Find words without a meaning for subjects: rare single tokens of the base's tokenizer that are no "
-        "words, and with --draw, words for which the base draws nothing special. Prints them as a run takes them.",
-        epilog="""examples:
-  controlbooth dreambooth identifiers /models/sd15 --count 100
-  controlbooth dreambooth identifiers miniature --count 8 --draw --class-noun star --class-noun house""",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("base", help="a diffusers folder, a single .safetensors file, or miniature")
-    parser.add_argument("--count", type=int, default=20, help="how many (default: 20)")
-    parser.add_argument("--draw", action="store_true", help="ask the base too; needs --class-noun")
-    parser.add_argument("--class-noun", action="append", default=[], metavar="NOUN", help="may be repeated")
-    parser.add_argument("--images", type=int, default=8, help="drawn of each prompt (default: 8)")
-    parser.add_argument("--steps", type=int, default=20, help="of sampling (default: 20)")
-    parser.add_argument("--guidance", type=float, default=3.0, help="(default: 3)")
-    parser.add_argument("--encoder", action="append", default=[], metavar="dino=FOLDER", help="compares the pictures")
-    options = parser.parse_args(arguments)
+    options = command_lines.dreambooth_identifiers().parse_args(arguments)
     if options.count < 1 or options.images < 2:
         raise ValueError(f"--count {options.count} must be at least 1, and --images {options.images} at least 2")
     if options.draw and not options.class_noun:

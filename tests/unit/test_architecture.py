@@ -99,5 +99,19 @@ def test_help_needs_the_standard_library_only():
     assert modules_after(statement).isdisjoint({*HEAVY, "pydantic", "yaml", "psutil"})
 
 
+def test_help_of_every_verb_and_slips_of_the_finger_are_told_before_torch_is_imported():
+    program = f"""
+import sys
+from controlbooth.launch.cli import TABLE, main
+for verb in [verb for verb in TABLE if verb != "plan"]:
+    for word in ("--help", "--no-such-option"):
+        main([*verb.split(), word])
+        if heavy := [name for name in {HEAVY[:-1]} if name in sys.modules]:
+            sys.exit(f"controlbooth {{verb}} {{word}} imports {{heavy}}")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr.splitlines()[-1]
+
+
 def test_the_config_is_free_of_torch():
     assert modules_after("import controlbooth.trainer.config").isdisjoint(HEAVY)

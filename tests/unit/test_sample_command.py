@@ -11,7 +11,8 @@ from controlbooth.data.pack import main as pack
 from controlbooth.models.controlnet import build_controlnet
 from controlbooth.models.families import encode_with_dropout
 from controlbooth.models.pretrained import load_base, load_controlnet, save_controlnet
-from controlbooth.models.sampling import Control, residuals_of
+from controlbooth.models.sampling import SCHEDULERS, Control, residuals_of
+from controlbooth.trainer import command_lines
 from controlbooth.trainer.evaluate.sample import main, parse_control, to_conditioning
 
 FEW = ["--base", "miniature", "--steps", "2", "--count", "2"]
@@ -127,3 +128,7 @@ def test_a_scale_is_what_follows_the_last_colon_if_it_is_a_number():
     odd = parse_control("canny=C:/runs/a", ["depth=resolution", "canny=logspace"], False)
     assert (str(odd.where), odd.scale, odd.schedule) == ("C:/runs/a", 1.0, "logspace")
     assert parse_control("canny=a", [], True).branches == "conditional"
+
+
+def test_the_command_line_knows_the_schedulers_that_there_are():
+    assert command_lines.SCHEDULERS == tuple(SCHEDULERS)

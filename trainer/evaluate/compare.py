@@ -1,6 +1,5 @@
 """`controlbooth compare A B`: what B gains over A, sample by sample."""
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from controlbooth.data.sidecar import write_whole
+from controlbooth.trainer import command_lines
 from controlbooth.trainer.config import ConfigError
 from controlbooth.trainer.evaluate.evaluate import DISCS, REAL, WITHOUT, title
 from controlbooth.trainer.evaluate.kinds import LOWER_IS_BETTER
@@ -19,19 +19,7 @@ SAME = ("data_fingerprint", "condition", "resolution", "base_digest", "sampler",
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="controlbooth compare",
-        description="Paired differences between two evaluations of the same held-out conditions: each condition was "
-        "drawn from the same noise with both ControlNets, so what differs is the ControlNet. Intervals are 95 % "
-        "bootstrap intervals of the mean difference; one that excludes 0 is marked.",
-        epilog="example:\n  controlbooth evaluate runs/a && controlbooth evaluate runs/b\n"
-        "  controlbooth compare runs/a runs/b --json difference.json",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("a", type=Path, metavar="A", help="a run that was evaluated, or the folder of an evaluation")
-    parser.add_argument("b", type=Path, metavar="B", help="another one")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the differences there too")
-    options = parser.parse_args(arguments)
+    options = command_lines.compare().parse_args(arguments)
     differences = compare(read_evaluation(options.a), read_evaluation(options.b))
     print(table(differences, options.a, options.b))
     if options.json:

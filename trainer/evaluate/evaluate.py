@@ -33,9 +33,11 @@ from controlbooth.data.sidecar import temporary_path, write_whole
 from controlbooth.models.base import Base
 from controlbooth.models.decoder import load_networks
 from controlbooth.models.pretrained import UNET_FOLDER, load_base
-from controlbooth.models.sampling import SCHEDULERS, Control, sample
+from controlbooth.models.sampling import Control, sample
+from controlbooth.trainer import command_lines
 from controlbooth.trainer.attempt import take_lock
 from controlbooth.trainer.checkpoint import check_weights, complete_checkpoints, read_state
+from controlbooth.trainer.command_lines import SAMPLES
 from controlbooth.trainer.config import ConfigError, RunConfig, base_folder, load_config
 from controlbooth.trainer.distributed import World, barrier, gather_objects, join, leave
 from controlbooth.trainer.evaluate.convergence import (
@@ -59,8 +61,6 @@ from controlbooth.trainer.train import IN_MLFLOW, open_tracker, quiet_libraries
 
 WITHOUT, WITH, NO_PROMPT = "without control", "with control", "with control, no prompt"
 DISCS, REAL = "discs at the true places", "real pictures"
-SAMPLES = 64
-"""Held-out conditions that are drawn where nobody says how many, and the shards hold as many."""
 SHOWN = 8
 JUDGED_SIDE = 64
 """Pixels of the pictures that the judge reads."""
@@ -89,37 +89,7 @@ class Evaluated:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="controlbooth evaluate",
-        description="Samples held-out conditions without control, with control, and with control and no prompt, finds "
-        "the condition again in each picture, and prints how well it matches. WHERE is a run's folder, whose latest "
-        "checkpoint and held-out shards are taken, or a folder with any ControlNet in the format of diffusers.",
-        epilog="""examples:
-  controlbooth evaluate runs/quickstart --samples 64
-  controlbooth evaluate /models/sd-controlnet-canny --data shards/held-out --condition canny --base /models/sd15
-  controlbooth evaluate runs/depth --network depth=/models/dpt --encoder clip=/models/clip-vit-b-32
-  torchrun --nproc-per-node 8 -m controlbooth.trainer.evaluate.evaluate runs/photos --samples 5000""",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("where", type=Path, metavar="WHERE")
-    parser.add_argument("--data", metavar="SHARDS", help="held-out shards (default: those of the run)")
-    parser.add_argument("--condition", metavar="KIND", help="which condition (default: the one that was trained)")
-    parser.add_argument("--base", help="a diffusers folder, a single file or miniature (default: that of the run)")
-    parser.add_argument("--resolution", type=int, help="side in pixels (default: the run's, or the base's)")
-    parser.add_argument("--samples", type=int, help=f"held-out conditions (default: {SAMPLES}, or all of fewer)")
-    parser.add_argument("--step", type=int, help="of the run's checkpoint (default: the latest)")
-    parser.add_argument("--steps", type=int, help="of the sampler (default: the run's validation, or 20)")
-    parser.add_argument("--guidance", type=float, help="(default: the run's validation, or 7.5)")
-    parser.add_argument("--scheduler", choices=tuple(SCHEDULERS), default="ddim", help="(default: ddim)")
-    parser.add_argument(
-        "--network", action="append", default=[], metavar="KIND=FOLDER", help="finds the condition in photographs"
-    )
-    parser.add_argument(
-        "--encoder", action="append", default=[], metavar="clip|dino=FOLDER", help="for KID, CLIP score"
-    )
-    parser.add_argument("--aesthetic", type=Path, metavar="FILE", help="linear head on CLIP, .safetensors")
-    parser.add_argument("-o", "--out", type=Path, help="folder (default: WHERE/evaluation)")
-    options = parser.parse_args(arguments)
+    options = command_lines.evaluate().parse_args(arguments)
     quiet_libraries()
     target = resolve(options)
     world = join()

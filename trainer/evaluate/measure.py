@@ -7,7 +7,6 @@
 With torchrun, ranks share the subjects: `torchrun ... -m controlbooth.trainer.evaluate.measure RUN`.
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -30,6 +29,7 @@ from controlbooth.models.adapters import StackedAdapter, attach_adapters, load_s
 from controlbooth.models.base import Base
 from controlbooth.models.pretrained import load_base
 from controlbooth.models.sampling import sample
+from controlbooth.trainer import command_lines
 from controlbooth.trainer.attempt import only_run
 from controlbooth.trainer.config import ConfigError, base_folder
 from controlbooth.trainer.distributed import World, gather_objects, join, leave, patient_group
@@ -61,27 +61,7 @@ GRID_ROWS = 8
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="controlbooth dreambooth measure",
-        description="Draws pictures of each finished subject of a run and measures subject fidelity (DINO, CLIP-I), "
-        "prompt fidelity (CLIP-T), preservation of the class (PRES, lower is better) and diversity (DIV). Encoders are "
-        "folders that transformers reads; without them a substitute is used, by its own name. Writes "
-        "RUN/measures.json, grids of samples and runs in MLflow. Pictures that are there are not drawn again.",
-        epilog="""examples:
-  controlbooth dreambooth measure runs/dreambooth --prompts 6 --images 4
-  controlbooth dreambooth measure runs/pets --encoder dino=/models/dino-vits16 --encoder clip=/models/clip-vit-b-32
-  controlbooth dreambooth measure --real photos     what the encoders say of real pictures, a folder for each subject
-  torchrun --nproc-per-node 8 -m controlbooth.trainer.evaluate.measure runs/pets""",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("run", type=Path, nargs="?", metavar="RUN", help="the folder of a run of subjects")
-    parser.add_argument("--real", type=Path, metavar="FOLDER", help="measure folders of real pictures, and no run")
-    parser.add_argument("--encoder", action="append", default=[], metavar="dino|clip=FOLDER")
-    parser.add_argument(
-        "--prompts", type=int, default=25, help="of the 25 of the protocol, evenly chosen (default: 25)"
-    )
-    parser.add_argument("--images", type=int, default=4, help="pictures of each prompt (default: 4)")
-    options = parser.parse_args(arguments)
+    options = command_lines.dreambooth_measure().parse_args(arguments)
     if (options.run is None) == (options.real is None):
         raise ConfigError(
             "give either the folder of a run, or --real FOLDER with a folder of pictures for each subject"

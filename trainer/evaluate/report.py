@@ -3,7 +3,6 @@
 The page needs no other file and no network: pictures and curves are inside it.
 """
 
-import argparse
 import base64
 import html
 import io
@@ -16,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from controlbooth.data.sidecar import write_whole
+from controlbooth.trainer import command_lines
 from controlbooth.trainer.checkpoint import complete_checkpoints, read_state
 from controlbooth.trainer.config import ConfigError, data_set_name, load_config
 from controlbooth.trainer.evaluate.convergence import FIGURES, Convergence, describe, find_convergence, validation_curve
@@ -52,16 +52,7 @@ pre { font-size: 12.5px; overflow-x: auto }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="controlbooth report",
-        description="Writes one HTML page about a run: configuration, curves, when control snapped into place, "
-        "fidelity, pictures over the steps, best and worst samples. What `controlbooth evaluate` measured is in it.",
-        epilog="example:\n  controlbooth report runs/quickstart && xdg-open runs/quickstart/report.html",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("run", type=Path, metavar="RUN")
-    parser.add_argument("-o", "--out", type=Path, metavar="FILE", help="(default: RUN/report.html)")
-    options = parser.parse_args(arguments)
+    options = command_lines.report().parse_args(arguments)
     path = options.out or options.run / "report.html"
     write_report(options.run, path)
     print(path)

@@ -21,7 +21,8 @@ from controlbooth.models.base import Base
 from controlbooth.models.decoder import load_networks
 from controlbooth.models.guidance import CONDITIONAL, SCHEDULES
 from controlbooth.models.pretrained import load_base
-from controlbooth.models.sampling import SCHEDULERS, Control, sample
+from controlbooth.models.sampling import Control, sample
+from controlbooth.trainer import command_lines
 from controlbooth.trainer.checkpoint import check_weights, complete_checkpoints
 from controlbooth.trainer.config import ConfigError, base_folder, load_config
 from controlbooth.trainer.engine import DTYPES, resolve_precision
@@ -52,48 +53,7 @@ class Request:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="controlbooth sample",
-        description="Draw pictures with one ControlNet or several, whose residuals are added up. A ControlNet is a "
-        "run's folder, whose latest checkpoint is taken, or a folder in the format of diffusers.",
-        epilog=f"""schedules, which weigh the residuals from shallow to deep: {", ".join(SCHEDULES)}
-
-examples:
-  controlbooth sample --control edges=runs/quickstart --data runs/quickstart-data/held-out --count 8
-  controlbooth sample --control canny=runs/photos:0.8 --condition canny=edges.png --prompt "a house in the snow"
-  controlbooth sample --control edges=RUN1:0.8 --control depth=RUN2 --data shards/held-out
-  controlbooth sample --control canny=runs/photos --guess --condition canny=edges.png     no prompt at all""",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--control", action="append", default=[], metavar="KIND=FOLDER[:SCALE]", help="may be repeated")
-    parser.add_argument(
-        "--schedule",
-        action="append",
-        default=[],
-        metavar="[KIND=]NAME",
-        help=f"(default: uniform); {' and '.join(CONDITIONAL)} act in the conditional branch alone",
-    )
-    parser.add_argument("--guess", action="store_true", help="logspace, control of the conditional branch alone")
-    parser.add_argument("--start", type=float, default=0.0, help="share of the steps before control acts (default: 0)")
-    parser.add_argument(
-        "--end", type=float, default=1.0, help="share of the steps after which it does not (default: 1)"
-    )
-    parser.add_argument("--condition", action="append", default=[], metavar="KIND=PICTURE", help="one for each control")
-    parser.add_argument("--data", metavar="SHARDS", help="take conditions and prompts from these instead")
-    parser.add_argument(
-        "--prompt", action="append", default=[], help="may be repeated (default: those of --data, or none)"
-    )
-    parser.add_argument("--negative", help="what to guide away from")
-    parser.add_argument(
-        "--count", type=int, default=4, help="pictures of each prompt, or samples of --data (default: 4)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the first picture (default: 0)")
-    parser.add_argument("--steps", type=int, default=25, help="(default: 25)")
-    parser.add_argument("--guidance", type=float, default=5.0, help="1 is without (default: 5)")
-    parser.add_argument("--scheduler", choices=tuple(SCHEDULERS), default="ddim", help="(default: ddim)")
-    parser.add_argument("--base", help="a diffusers folder, a single file or miniature (default: that of the run)")
-    parser.add_argument("-o", "--out", type=Path, default=Path("samples"), help="folder (default: samples)")
-    options = parser.parse_args(arguments)
+    options = command_lines.sample().parse_args(arguments)
     sources = [parse_control(text, options.schedule, options.guess) for text in options.control]
     if len({source.kind for source in sources}) < len(sources):
         raise ConfigError("two --control have the same kind; name each kind once")
