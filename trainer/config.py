@@ -315,23 +315,12 @@ class ConfigError(ValueError):
     """A run file or an override that cannot be used; the message names the key, the value and the remedy."""
 
 
-OF_SUBJECTS = {"adapter", "class_prompt", "identifiers", "instance_prompt", "prior", "subjects_per_batch"}
-"""Keys that only a run of `subjects.SubjectRunConfig` has."""
-
-
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a run file and applies `section.key=value` overrides, the last one winning.
 
     Raises ConfigError for a missing or malformed file, an unknown key, a wrong type, or numbers that contradict.
     """
-    tree = read_tree(path, overrides)
-    if "data" not in tree and (own := sorted(tree.keys() & OF_SUBJECTS)):
-        raise ConfigError(
-            f"{path} is of a DreamBooth run, since it has {', '.join(own[:3])}; this is for the run of a ControlNet. "
-            "`controlbooth dreambooth run` trains it, `controlbooth dreambooth measure` measures it, and `controlbooth "
-            "dreambooth export` writes a subject's LoRA"
-        )
-    return build_config(tree, source=str(path))
+    return build_config(read_tree(path, overrides), source=str(path))
 
 
 def read_tree(path: str | os.PathLike[str], overrides: Sequence[str] = (), kind: str = RUN) -> dict[str, Any]:

@@ -122,14 +122,6 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path, text):
         load_config(write(tmp_path, text))
 
 
-def test_a_run_of_subjects_is_told_which_verbs_are_for_it(tmp_path):
-    path = write(tmp_path, (SHIPPED[0].parent / "dreambooth.yaml").read_text())
-    with pytest.raises(
-        ConfigError, match="of a DreamBooth run, since it has adapter, .*`controlbooth dreambooth measure`"
-    ):
-        load_config(path)
-
-
 def test_a_file_that_is_not_yaml_is_refused_with_the_line(tmp_path):
     with pytest.raises(ConfigError, match="(?s)not readable as YAML.*line 2"):
         load_config(write(tmp_path, "name: [\n"))
