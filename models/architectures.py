@@ -114,3 +114,5 @@ SDXL = Architecture(
     text_encoders=(_CLIP_L, _OPENCLIP_BIGG),
     noise_scheduler=_NOISE_SCHEDULER | dict(prediction_type="epsilon"),
 )
+PUBLISHED = {"sd15": SD15, "sd21": SD21, "sdxl": SDXL}
+"""By the families' names; so that a run can be planned without weights, and named before torch is imported."""

@@ -40,9 +40,6 @@ FAMILIES = {
     )
 }
 
-PUBLISHED = tuple(name for name, family in FAMILIES.items() if family.architecture is not None)
-"""Families whose published module configurations are known here, so that a run can be planned without weights."""
-
 _SUPPORTED = "Supported bases: " + ", ".join(f"{family.title} ({name})" for name, family in FAMILIES.items()) + "."
 
 

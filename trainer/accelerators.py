@@ -13,9 +13,12 @@ import time
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
-import torch
+
+if TYPE_CHECKING:  # `controlbooth plan` names the cards in its help, before torch is imported
+    import torch
 
 PRICES_OF = "May 2026"
 STORAGE_GBIT = 40.0
@@ -116,8 +119,10 @@ def accelerator(name: str, precision: str = "bf16") -> Accelerator:
     return ACCELERATORS[plain]
 
 
-def device_name(device: torch.device) -> str:
+def device_name(device: "torch.device") -> str:
     """What PyTorch calls a GPU, as `NVIDIA A100-SXM4-80GB`, and Linux a processor, as `AMD EPYC 9B14`."""
+    import torch
+
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     listed = Path("/proc/cpuinfo")
@@ -129,6 +134,8 @@ def device_name(device: torch.device) -> str:
 def is_card(card: Accelerator, device: str) -> bool:
     """Whether a device of this name, as `device_name` gives it, is such a card; of a processor, whether it is this
     machine's."""
+    import torch
+
     if card.kind == "cpu":
         return device == device_name(torch.device("cpu"))
     model, _, memory = card.name.partition("-")
@@ -143,6 +150,8 @@ GLOO = 2e9
 
 def this_processor(precision: str) -> Accelerator:
     """This machine, as one rank with the threads that it may use sees it; half a second of measuring."""
+    import torch
+
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     left = torch.randn(1024, 1024).to(dtype)
     flops = 2 * 1024**3 / _best_seconds(lambda: left @ left)

@@ -18,7 +18,7 @@ OWN_KEYS = {
 }
 TAKEN_BY = {
     RUN: "controlbooth train {path}",
-    SUBJECTS: "controlbooth dreambooth run SUBJECTS {path}, and for its folder dreambooth measure and dreambooth export",
+    SUBJECTS: "controlbooth dreambooth run SUBJECTS {path}, and of its folder dreambooth measure and dreambooth export",
     ABLATIONS: "controlbooth ablate {path}",
     POLICY: "controlbooth retrain tick {path}",
     CLUSTER: "controlbooth launch slurm|kubernetes|local RUN.yaml --cluster {path}",

@@ -22,10 +22,11 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from controlbooth.models.architectures import PUBLISHED
 from controlbooth.models.attention import AttentionChoice, apply_attention
 from controlbooth.models.base import Base, vae_dtype
 from controlbooth.models.controlnet import build_controlnet
-from controlbooth.models.families import FAMILIES, PUBLISHED, Family, check_family, identify
+from controlbooth.models.families import FAMILIES, Family, check_family, identify
 from controlbooth.models.pretrained import controlnet_class
 from controlbooth.trainer.config import ConfigError, RunConfig, base_path
 from controlbooth.trainer.encoding import encode_captions, encode_kept, encode_posterior

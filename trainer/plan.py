@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from controlbooth.models.families import PUBLISHED
+from controlbooth.models.architectures import PUBLISHED
 from controlbooth.trainer.accelerators import ACCELERATORS, STORAGE_GBIT, Layout, accelerator
 from controlbooth.trainer.config import ConfigError, RunConfig, load_config
 

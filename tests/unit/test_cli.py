@@ -35,11 +35,11 @@ def test_every_verb_names_a_function_that_takes_a_list_of_arguments(verb):
     assert len(functions[function].args.args) == 1
 
 
-@pytest.mark.parametrize("verb", [verb for verb in cli.TABLE if verb != "plan"])
+@pytest.mark.parametrize("verb", cli.TABLE)
 def test_help_of_every_verb_shows_how_it_is_typed_with_examples(verb, capsys):
     assert cli.main([*verb.split(), "--help"]) == 0
     shown = capsys.readouterr().out
-    assert shown.startswith(f"usage: controlbooth {verb} ") and "example" in shown
+    assert shown.startswith(f"usage: controlbooth {verb} ") and "xample" in shown
     assert shown.count(f"controlbooth {verb}") >= 2
 
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+from controlbooth.models.architectures import PUBLISHED
 from controlbooth.models.families import (
     FAMILIES,
     check_family,
@@ -154,3 +155,7 @@ def test_sdxl_without_a_picture_size_is_refused(load_tiny):
 
 def test_long_prompts_are_cut_at_the_tokenizers_length(load_tiny):
     assert encode_prompts(load_tiny("sd15"), ["a " * 50]).encoder_hidden_states.shape == (1, 12, 16)
+
+
+def test_the_published_architectures_are_those_of_the_families():
+    assert {name: one.architecture for name, one in FAMILIES.items() if one.architecture is not None} == PUBLISHED
