@@ -93,7 +93,7 @@ def test_as_many_conditions_as_there_are_are_measured_where_nobody_says_how_many
 def test_a_run_of_subjects_is_neither_evaluated_nor_reported_but_told_its_own_verb(tmp_path):
     (tmp_path / "config.yaml").write_text("name: pets\nmodel: {base: miniature}\nsubjects_per_batch: 8\n")
     for verb in (main, report_main):
-        with pytest.raises(ConfigError, match="is a DreamBooth run, not a run: use .* of its folder dreambooth measure"):
+        with pytest.raises(ConfigError, match="is a DreamBooth run, not a run: .* its folder dreambooth measure"):
             verb([str(tmp_path)])
 
 

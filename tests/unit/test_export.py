@@ -195,7 +195,7 @@ def test_what_cannot_be_exported_is_said(make_run, tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no complete checkpoint"):
         main([str(run), out])
     (run / "config.yaml").write_text("name: pets\nmodel: {base: miniature}\nsubjects_per_batch: 8\n")
-    with pytest.raises(ConfigError, match="is of a DreamBooth run"):
+    with pytest.raises(ConfigError, match="is a DreamBooth run, not a run: use "):
         main([str(run), out])
     (tmp_path / "file").touch()
     with pytest.raises(FileExistsError, match="is a file. Give a folder that does not exist yet"):
