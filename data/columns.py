@@ -29,6 +29,7 @@ from threading import Lock
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from controlbooth.data.buckets import Buckets
 from controlbooth.data.decode import BadSample
@@ -140,6 +141,32 @@ def _is_whole(path: Path) -> bool:
     return index_path(path).exists() and path.exists()
 
 
+def damaged(columns: Columns) -> dict[tuple[str, int], str]:
+    """(kind, shard) -> what is wrong with it, of those that are there. Reads all their bytes, with a progress bar."""
+    lacking = set(missing(columns))
+    there = {
+        path: (kind, shard)
+        for kind in KINDS
+        for shard, path in enumerate(columns.paths[kind])
+        if (kind, shard) not in lacking
+    }
+    with ThreadPoolExecutor(16) as pool:  # reading and checksums let other threads run
+        faults = list(tqdm(pool.map(_fault, there), "check columns", len(there), unit="shard", disable=len(there) < 2))
+    return {where: fault for where, fault in zip(there.values(), faults, strict=True) if fault}
+
+
+def _fault(path: Path) -> str | None:
+    """What a column shard has else than when it was written."""
+    try:
+        opened = _OpenColumn(path)
+        for sample, parts in zip(opened.index.samples, opened.index.parts, strict=True):
+            for part in parts[parts["offset"] > 0]:
+                _read_part(opened, sample, part)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def read_stated(folder: Path) -> dict[str, Any] | None:
     """What columns.json says: `identities` of both kinds, and `computed`, a list of the machines' facts."""
     try:
@@ -226,6 +253,7 @@ def written_column(path: Path, original: ShardIndex, stated: Mapping[str, Any]) 
             file.flush()
             os.fsync(file.fileno())
             size = file.tell()
+        index_path(path).unlink(missing_ok=True)  # of a damaged one: nothing is whole until its own index is there
         os.replace(temporary, path)
         write_index(_index(size, original, rows), index_path(path))
     except OSError as error:
@@ -261,19 +289,19 @@ class _OpenColumn:
     """A column shard and its index, closed when the last thread that reads from it has let it go."""
 
     def __init__(self, path: Path):
-        self.path, self.index = path, load_index(index_path(path))
+        self.path, self.index = path, load_index(index_path(path), REPAIR)
         self.column = {extension: i for i, extension in enumerate(self.index.extensions)}
         self.descriptor = os.open(path, os.O_RDONLY)
         size = os.fstat(self.descriptor).st_size
         if size != self.index.shard_bytes:
-            raise ValueError(f"{path} has {size} bytes, its index says {self.index.shard_bytes}: {_REPAIR}")
+            raise ValueError(f"{path} has {size} bytes, its index says {self.index.shard_bytes}: {REPAIR}")
 
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):
             os.close(self.descriptor)
 
 
-_REPAIR = "delete it and run `controlbooth data precompute` again, which computes what is missing"
+REPAIR = "run `controlbooth data precompute` again, which finds what is damaged and computes it anew"
 
 
 class ColumnReader:
@@ -309,17 +337,12 @@ class ColumnReader:
         opened = self._opened(self.columns.paths[kind][shard])
         sample = opened.index.samples[row]
         if int(sample["key_hash"]) != key_hash:
-            raise ValueError(f"{opened.path}: row {row} is not of {key!r}: {_REPAIR}")
+            raise ValueError(f"{opened.path}: row {row} is not of {key!r}: {REPAIR}")
         parts = [opened.index.parts[row, opened.column[name]] for name in extensions if name in opened.column]
         if len(parts) < len(extensions) or not all(part["offset"] for part in parts):
             raise BadSample(key, extensions[0], f"it could not be encoded when {opened.path.name} was computed")
-        arrays = []
-        for part in parts:
-            data = _pread(opened, int(part["size"]), int(sample["offset"]) + int(part["offset"]))
-            if zlib.crc32(data) != part["crc"]:
-                raise ValueError(f"{opened.path}: the bytes of {key!r} have changed since they were written: {_REPAIR}")
-            arrays.append(np.lib.format.read_array(io.BytesIO(data), allow_pickle=False))
-        return arrays
+        payloads = [_read_part(opened, sample, part) for part in parts]
+        return [np.lib.format.read_array(io.BytesIO(data), allow_pickle=False) for data in payloads]
 
     def _opened(self, path: Path) -> _OpenColumn:
         with self._lock:
@@ -331,12 +354,21 @@ class ColumnReader:
             return self._open[path]
 
 
+def _read_part(opened: _OpenColumn, sample: np.void, part: np.void) -> bytes:
+    """The bytes of one array. Raises ValueError where they are not those that were written."""
+    at = int(sample["offset"]) + int(part["offset"])
+    data = _pread(opened, int(part["size"]), at)
+    if zlib.crc32(data) != part["crc"]:
+        raise ValueError(f"{opened.path}: the bytes from {at} have changed since they were written: {REPAIR}")
+    return data
+
+
 def _pread(opened: _OpenColumn, length: int, offset: int) -> bytes:
     data = b""
     while len(data) < length:  # a read may be short, on network disks above all
         more = os.pread(opened.descriptor, length - len(data), offset + len(data))
         if not more:
-            raise ValueError(f"{opened.path} became shorter while it was open: {_REPAIR}")
+            raise ValueError(f"{opened.path} became shorter while it was open: {REPAIR}")
         data += more
     return data
 

@@ -16,9 +16,9 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
-from braceexpand import braceexpand
 
 from controlbooth.data import storage
+from controlbooth.data.arguments import expand_braces
 from controlbooth.data.index import STRUCTURAL, ensure_indexes
 from controlbooth.data.kinds import COMPUTED, stored_kind
 from controlbooth.data.sidecar import (
@@ -195,7 +195,7 @@ def find_shards(location: str | Path) -> list[Path]:
     elif Path(text).exists():
         found = [Path(text)]
     else:
-        found = [Path(name) for pattern in _expand_braces(text) for name in _matches(pattern)]
+        found = [Path(name) for pattern in expand_braces(text) for name in _matches(pattern)]
     missing = [path for path in found if not path.exists()]
     if missing:
         raise FileNotFoundError(f"{len(missing)} of the {len(found)} shards of {text} do not exist: {_some(missing)}")
@@ -234,7 +234,7 @@ def locate_remote(location: str, indexes: Path) -> list[RemoteShard]:
     indexes: the folder for their sidecars, whose names hold a hash of the URI and the version.
     Raises FileNotFoundError, StorageError and ValueError.
     """
-    uris = [uri for pattern in _expand_braces(location) for uri in storage.find(pattern)]
+    uris = [uri for pattern in expand_braces(location) for uri in storage.find(pattern)]
     with ThreadPoolExecutor(16) as pool:
         stats = list(pool.map(_stat_or_none, uris))
     if missing := [uri for uri, stat in zip(uris, stats, strict=True) if stat is None]:
@@ -253,13 +253,6 @@ def _stat_or_none(uri: str) -> storage.ObjectStat | None:
         return storage.stat(uri)
     except FileNotFoundError:
         return None
-
-
-def _expand_braces(text: str) -> list[str]:
-    try:
-        return list(braceexpand(text))
-    except ValueError as error:
-        raise ValueError(f"the braces of {text!r} do not match; write shards-{{000..009}}.tar") from error
 
 
 def _matches(pattern: str) -> list[str]:
@@ -307,6 +300,8 @@ def _fault(row: ShardRow) -> str | None:
         digest = read_digest(index_path(shard))
     except FileNotFoundError as error:
         return f"{error.filename} is missing"
+    except ValueError:
+        return f"{index_path(shard)} is not a whole index"
     if size != row.bytes:
         return f"{shard} has {size} bytes, its index says {row.bytes}"
     return None if digest == row.index_hash else f"{index_path(shard)} was written anew after the manifest"

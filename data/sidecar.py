@@ -138,19 +138,22 @@ def write_whole(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def load_index(path: Path) -> ShardIndex:
+def load_index(path: Path, remedy: str = "") -> ShardIndex:
     """Reads an index and checks that it is whole. Raises FileNotFoundError, and ValueError if it is not.
+
+    remedy: what to do then, where `controlbooth data index` is not what helps.
 
     It is read and not memory-mapped: the digest needs all of it, and each of Python's maps holds a file descriptor.
     """
     data = path.read_bytes()
     if len(data) < _HEADER.size + DIGEST_BYTES:
-        raise ValueError(_damaged(path))
+        raise ValueError(_damaged(path, remedy))
     magic, version, table_bytes, shard_bytes, count = _HEADER.unpack_from(data)
     if magic != MAGIC or data[-DIGEST_BYTES:] != _digest(memoryview(data)[:-DIGEST_BYTES]):
-        raise ValueError(_damaged(path))
+        raise ValueError(_damaged(path, remedy))
     if version != VERSION:
-        raise ValueError(f"{path} is an index of version {version}, this is version {VERSION}: {_remedy(path)}")
+        said = f"{path} is an index of version {version}, this is version {VERSION}"
+        raise ValueError(f"{said}: {remedy or _remedy(path)}")
     extensions = tuple(json.loads(data[_HEADER.size : _HEADER.size + table_bytes]))
     at = _HEADER.size + table_bytes
     samples = np.frombuffer(data, SAMPLE, count, at)
@@ -160,8 +163,10 @@ def load_index(path: Path) -> ShardIndex:
 
 
 def read_digest(path: Path) -> str:
-    """The digest that an index file states, without reading the rest of it."""
+    """The digest that an index file states, without reading the rest of it. Raises ValueError where it has none."""
     with open(path, "rb") as file:
+        if file.seek(0, os.SEEK_END) < _HEADER.size + DIGEST_BYTES:
+            raise ValueError(_damaged(path))
         file.seek(-DIGEST_BYTES, os.SEEK_END)
         return file.read().hex()
 
@@ -177,8 +182,8 @@ def _digest(body: bytes | memoryview) -> bytes:
     return hashlib.blake2b(body, digest_size=DIGEST_BYTES).digest()
 
 
-def _damaged(path: Path) -> str:
-    return f"{path} is not a whole index: {_remedy(path)}"
+def _damaged(path: Path, remedy: str = "") -> str:
+    return f"{path} is not a whole index: {remedy or _remedy(path)}"
 
 
 def _remedy(path: Path) -> str:

@@ -5,8 +5,9 @@ import sys
 import time
 from collections.abc import Sequence
 
+from controlbooth.launch.data_preflight import check_cache, check_data, check_shards
 from controlbooth.launch.local import STOP_SIGNALS, failures, run, say_again, start_of, this_node
-from controlbooth.launch.preflight import check_base, check_cache, check_data
+from controlbooth.launch.preflight import check_base
 from controlbooth.trainer.config import load_config
 
 WORKER = "controlbooth.trainer.precompute"
@@ -34,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if config.data.columns is None:
         raise ValueError("data.columns is not set: name the folder to write to, e.g. data.columns=shards/columns")
     node = this_node(1 if options.dry_run else options.processes)
-    problems = [problem for check in (check_data, check_cache, check_base) for problem in check(config, node)]
+    checks = (check_data, check_shards, check_cache, check_base)
+    problems = [problem for check in checks for problem in check(config, node)]
     for problem in problems:
         print(f"controlbooth data precompute: {problem}", file=sys.stderr)
     if problems:

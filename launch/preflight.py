@@ -6,7 +6,6 @@ tell is checked by the trainer; here is what people get wrong, found before anyt
 
 import contextlib
 import fcntl
-import glob
 import importlib.util
 import json
 import math
@@ -17,8 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import braceexpand
-
+from controlbooth.launch.data_preflight import check_cache, check_columns, check_data, check_shards, gib
 from controlbooth.launch.torchrun import Node, world_size
 from controlbooth.trainer.config import (
     BUILT_IN,
@@ -28,7 +26,6 @@ from controlbooth.trainer.config import (
     base_path,
     gradient_accumulation_steps,
     run_folder,
-    sources,
 )
 
 COPIED = ("conv_in.", "time_embedding.", "add_embedding.", "down_blocks.", "mid_block.")
@@ -40,6 +37,8 @@ COPIED_ORIGINAL = tuple(
 DECODER = ("up_blocks.", "conv_norm_out.", "conv_out.")
 """Those that learn too when the decoder is unlocked."""
 DECODER_ORIGINAL = tuple(f"model.diffusion_model.{part}." for part in ("output_blocks", "out"))
+CUDA_ATTENTION = ("cudnn", "efficient")
+"""Of PyTorch's kernels, those that a CPU has not; models/attention.py."""
 TRAINING_BYTES = 4 + 4 + 4 + 4
 """A trained parameter in a checkpoint: the weight, its fp32 master copy and Adam's two moments. An upper bound."""
 
@@ -65,6 +64,8 @@ def check_ranks(config: RunConfig, node: Node) -> Iterator[str]:
         )
     if config.engine.precision == "fp16" and node.gpus == 0:
         yield "engine.precision is fp16, which needs a GPU, and there is none here. Use bf16, fp32, or auto"
+    if config.model.attention in CUDA_ATTENTION and node.gpus == 0:
+        yield f"model.attention is {config.model.attention}, which needs CUDA, and there is no GPU here. Use auto"
     if config.model.attention == "xformers":
         if node.gpus == 0:
             yield "model.attention is xformers, which has no CPU kernels, and there is no GPU here. Use auto"
@@ -72,116 +73,25 @@ def check_ranks(config: RunConfig, node: Node) -> Iterator[str]:
             yield 'model.attention is xformers, which is not installed: pip install "controlbooth[cuda]", or use auto'
 
 
-def check_data(config: RunConfig, node: Node) -> Iterator[str]:
-    shards: dict[str, set[str]] = {"data.shards": set()}
-    named = [("data.shards", source.shards) for source in sources(config)]
-    for key, location in (*named, ("data.held_out", config.data.held_out)):
-        if location is None:
-            continue
-        try:
-            found = find_shards(location)
-            shards.setdefault(key, set()).update(uri if is_remote(uri) else str(Path(uri).resolve()) for uri in found)
-            remote = [uri for uri in found if is_remote(uri)]
-            if remote and key == "data.shards" and config.data.cache is None:
-                yield (
-                    f"data.shards is {location!r}, with {len(remote)} shards in a store (first: {remote[0]}), and "
-                    "data.cache is not set: give a folder on a local disk of each node"
-                )
-        except (OSError, ValueError) as error:
-            yield f"{key} is {location!r}: {error}"
-    common = shards["data.shards"] & shards.get("data.held_out", set())
-    if common:
-        yield (
-            f"{len(common)} shards are both in data.shards and in data.held_out (first: {min(common)}), so validation "
-            "would measure what was trained on. Name other shards in data.held_out"
-        )
-
-
-def find_shards(location: str) -> list[str]:
-    """Paths of the tars that a location names, all of them existing, and the URIs that a manifest lists, not asked for.
-
-    Raises FileNotFoundError and ValueError.
-    """
-    if is_remote(location):
-        raise ValueError(
-            f"remote shards are indexed first: run `controlbooth data index '{location}' --manifest set.jsonl`, "
-            "and name set.jsonl here"
-        )
-    path = Path(location)
-    manifest = path / "manifest.jsonl" if path.is_dir() else path
-    remote = []
-    if manifest.suffix == ".jsonl" and manifest.exists():
-        uris = [row["uri"] for row in _manifest_rows(manifest)]
-        remote = [uri for uri in uris if is_remote(uri)]
-        found = [manifest.parent / uri for uri in uris if not is_remote(uri)]
-    elif path.is_dir():
-        found = sorted(path.glob("*.tar"))
-    else:
-        try:
-            patterns = list(braceexpand.braceexpand(location))
-        except ValueError as error:
-            raise ValueError("its braces do not match; write shards-{000..009}.tar") from error
-        names = [sorted(glob.glob(one)) if glob.has_magic(one) else [one] for one in patterns]
-        found = [Path(name) for group in names for name in group]
-    remedy = "correct the path, or write shards with `controlbooth data pack`"
-    if not found and not remote:
-        raise FileNotFoundError(f"there are no .tar shards; {remedy}")
-    if missing := [shard for shard in found if not shard.is_file()]:
-        some = f"{len(missing)} of {len(found)} shards do not exist (first: {missing[0]})"
-        raise FileNotFoundError(f"{some if len(found) > 1 else 'it does not exist'}; {remedy}")
-    return [*map(str, found), *remote]
-
-
-def is_remote(location: str) -> bool:
-    """Whether it is a URI; `data.storage` says which of them are read."""
-    return "://" in location
-
-
-def _manifest_rows(manifest: Path) -> list[dict[str, Any]]:
-    rows = []
-    for number, line in enumerate(manifest.read_text().splitlines(), 1):
-        try:
-            row = json.loads(line)
-            rows.append(row | {"uri": row["uri"]})  # each of which fails where it is no row
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"line {number} of {manifest} is no shard row ({error!r}): "
-                f"run `controlbooth data index {manifest.parent}`"
-            ) from error
-    return rows
-
-
-def check_cache(config: RunConfig, node: Node) -> Iterator[str]:
-    """Whether the disk has what the cache of remote shards may come to hold."""
-    cache = config.data.cache
-    manifests = [Path(source.shards) for source in sources(config) if source.shards.endswith(".jsonl")]
-    if cache is None:
-        return
-    try:
-        rows = [row for manifest in manifests if manifest.is_file() for row in _manifest_rows(manifest)]
-        data_set = sum(row.get("bytes", 0) for row in rows if is_remote(row["uri"]))
-    except ValueError:
-        return  # check_data has said which line is wrong
-    existing = next(path for path in (cache.absolute(), *cache.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        yield f"data.cache is {cache}, but {existing} is no folder that can be written to. Change data.cache"
-        return
-    there = sum(path.stat().st_size for path in cache.glob("*.tar")) if cache.is_dir() else 0
-    needed, free = min(data_set, config.data.cache_gib * 2**30) - there, shutil.disk_usage(existing).free
-    if needed > free:
-        yield (
-            f"the cache in {cache} will come to hold {_gib(needed)} GiB more, and its disk has {_gib(free)} GiB free. "
-            f"Free some, change data.cache, or lower data.cache_gib={config.data.cache_gib:g}"
-        )
-
-
 def check_base(config: RunConfig, node: Node) -> Iterator[str]:
     yield from base_problems(config.model.base, config.model.family)
-    if config.model.controlnet != "unet" and not Path(config.model.controlnet).exists():
-        yield (
-            f"model.controlnet is {config.model.controlnet!r}, which does not exist: "
-            "give the folder of a ControlNet to go on from, or 'unet' to start one from the base"
-        )
+    if config.model.controlnet != "unet":
+        yield from controlnet_problems(Path(config.model.controlnet))
+
+
+def controlnet_problems(path: Path) -> Iterator[str]:
+    """Why a run cannot go on from the weights of this ControlNet."""
+    named = f"model.controlnet is {str(path)!r}"
+    remedy = (
+        "give the folder of a ControlNet to go on from, as RUN/checkpoints/step-N/controlnet is one, or 'unet' to "
+        "start one from the base"
+    )
+    if not path.exists():
+        yield f"{named}, which does not exist: {remedy}"
+    elif path.is_dir() and not ((path / "config.json").is_file() and any(path.glob("*.safetensors"))):
+        yield f"{named}, which holds no config.json with a .safetensors file beside it: {remedy}"
+    elif path.is_file() and path.suffix != ".safetensors":
+        yield f"{named}, which is no .safetensors file: {remedy}"
 
 
 def base_problems(name: str, family: str) -> Iterator[str]:
@@ -239,18 +149,8 @@ def check_output(config: RunConfig, node: Node) -> Iterator[str]:
     needed, free = max(0, kept * checkpoint - there), shutil.disk_usage(existing).free
     if needed > free:
         yield (
-            f"{kept} checkpoints of about {_gib(checkpoint)} GiB need {_gib(needed)} GiB more in {existing}, which has "
-            f"{_gib(free)} GiB free. Free some, change output, or lower checkpoint.keep or checkpoint.keep_best"
-        )
-
-
-def check_columns(config: RunConfig, node: Node) -> Iterator[str]:
-    """Whether there are any; the trainer compares what they are of."""
-    folder = config.data.columns
-    if folder is not None and not (folder / "columns.json").is_file():
-        yield (
-            f"data.columns is {folder}, which holds no column caches: write them with `controlbooth data precompute` "
-            "and the arguments of this run, or leave data.columns out"
+            f"{kept} checkpoints of about {gib(checkpoint)} GiB need {gib(needed)} GiB more in {existing}, which has "
+            f"{gib(free)} GiB free. Free some, change output, or lower checkpoint.keep or checkpoint.keep_best"
         )
 
 
@@ -280,7 +180,7 @@ def holder(folder: Path) -> str:
     return f": process {facts['process']} on {facts['host']}, since {since}"
 
 
-CHECKS = (check_free, check_ranks, check_data, check_cache, check_columns, check_base, check_output)
+CHECKS = (check_free, check_ranks, check_data, check_shards, check_cache, check_columns, check_base, check_output)
 
 
 def base_weights(base: Path) -> list[Path]:
@@ -317,7 +217,3 @@ def safetensors_header(file: Path) -> dict[str, Any]:
     if 8 + length + end != size:
         raise ValueError(f"{file} has {size} bytes where its header says {8 + length + end}. Fetch it again")
     return header
-
-
-def _gib(size_bytes: float) -> str:
-    return f"{size_bytes / 2**30:.1f}"

@@ -30,9 +30,11 @@ from tqdm import tqdm
 from controlbooth.data.buckets import Buckets
 from controlbooth.data.cache import Cache
 from controlbooth.data.columns import (
+    REPAIR,
     Add,
     Columns,
     check_stated,
+    damaged,
     latents_parts,
     missing,
     plan_columns,
@@ -182,8 +184,11 @@ def check_apart(folder: Path, dataset: Dataset) -> None:
 
 
 def lacking_kinds(columns: Columns) -> dict[int, list[str]]:
-    """Shard -> kinds of columns that it lacks; equal shards of two sources share theirs."""
-    jobs = {columns.paths[kind][shard]: (kind, shard) for kind, shard in missing(columns)}
+    """Shard -> kinds of columns that it lacks, or has damaged; equal shards of two sources share theirs."""
+    faults = damaged(columns)
+    for fault in faults.values():
+        print(f"to be computed again: {fault.removesuffix(f': {REPAIR}')}", file=sys.stderr, flush=True)
+    jobs = {columns.paths[kind][shard]: (kind, shard) for kind, shard in (*missing(columns), *faults)}
     kinds: dict[int, list[str]] = {}
     for kind, shard in jobs.values():
         kinds.setdefault(shard, []).append(kind)

@@ -12,7 +12,12 @@ MAY_IMPORT = {  # folder -> what it may import besides itself
     "data": (),
     "models": (),
     "trainer": ("controlbooth.data", "controlbooth.models"),
-    "launch": ("controlbooth.trainer.config", "controlbooth.trainer.file_kinds", "controlbooth.trainer.subjects"),
+    "launch": (
+        "controlbooth.data.arguments",
+        "controlbooth.trainer.config",
+        "controlbooth.trainer.file_kinds",
+        "controlbooth.trainer.subjects",
+    ),
     "deploy": ("controlbooth.launch", "controlbooth.models", "controlbooth.trainer"),
 }
 FILES = sorted(path for folder in MAY_IMPORT for path in (ROOT / folder).rglob("*.py"))

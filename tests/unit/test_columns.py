@@ -12,6 +12,7 @@ from controlbooth.data.buckets import Buckets
 from controlbooth.data.columns import (
     ColumnReader,
     check_stated,
+    damaged,
     latents_parts,
     missing,
     open_columns,
@@ -190,6 +191,34 @@ def test_a_shard_without_its_index_is_computed_again_and_others_are_not(shards, 
     assert changed == {columns.paths["latents"][1]}
 
 
+def test_damaged_column_shards_are_found_by_their_size_their_index_and_their_contents(shards, tmp_path):
+    columns = write(shards, tmp_path / "columns", identities())
+    assert damaged(columns) == {}
+    cut, changed, unindexed = columns.paths["latents"][0], columns.paths["latents"][2], columns.paths["text"][1]
+    cut.write_bytes(cut.read_bytes()[:1000])
+    data = bytearray(changed.read_bytes())
+    index = load_index(index_path(changed))
+    at = int(index.samples[3]["offset"]) + int(index.parts[3, 1]["offset"]) + int(index.parts[3, 1]["size"]) - 1
+    data[at] ^= 255
+    changed.write_bytes(data)
+    index_path(unindexed).write_bytes(b"")
+    found = damaged(columns)
+    assert set(found) == {("latents", 0), ("latents", 2), ("text", 1)} and missing(columns) == []
+    assert f"{cut} has 1000 bytes, its index says" in found["latents", 0]
+    assert f"{changed}: the bytes from" in found["latents", 2]
+    assert f"{index_path(unindexed)} is not a whole index: run `controlbooth data precompute`" in found["text", 1]
+
+
+def test_a_damaged_column_shard_has_no_index_until_it_is_whole_again(shards, tmp_path, monkeypatch):
+    columns = write(shards, tmp_path / "columns", identities())
+    path, index = columns.paths["text"][0], load_index(index_path(open_dataset(shards).paths[0]))
+    path.write_bytes(b"")
+    monkeypatch.setattr(cols, "write_index", lambda index, path: 1 / 0)
+    with pytest.raises(ZeroDivisionError), written_column(path, index, {}):
+        pass
+    assert missing(columns) == [("text", 0)]
+
+
 def test_a_writer_that_fails_leaves_nothing(shards, tmp_path):
     dataset = open_dataset(shards)
     columns = plan_columns(tmp_path, dataset, SQUARE, identities())
@@ -268,7 +297,7 @@ def test_damaged_columns_stop_a_run_instead_of_replacing_samples(shards, tmp_pat
     path.write_bytes(data)
     reader = ColumnReader(columns)
     assert reader.latents(0, 1, "k", int(index.samples[1]["key_hash"]), False)[0].shape == (4, 2, 2)
-    with pytest.raises(ValueError, match="have changed since they were written: delete it and run"):
+    with pytest.raises(ValueError, match="have changed since they were written: run `controlbooth data precompute`"):
         reader.latents(0, 2, "k", int(index.samples[2]["key_hash"]), False)
     with pytest.raises(ValueError, match="row 1 is not of 'k'"):
         reader.latents(0, 1, "k", hash64("another"), False)

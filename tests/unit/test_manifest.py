@@ -110,6 +110,13 @@ def test_a_shard_or_index_that_is_gone_is_refused(folder):
         open_dataset(folder)
 
 
+def test_an_index_that_is_empty_is_refused_with_what_to_do(folder):
+    with_manifest(folder)
+    index_path(folder / "s-001.tar").write_bytes(b"")
+    with pytest.raises(ValueError, match="1 of 3 shards .*s-001.tar.idx is not a whole index.*controlbooth data index"):
+        open_dataset(folder)
+
+
 def test_an_index_written_after_the_manifest_is_refused(folder):
     with_manifest(folder)
     write_shard(folder / "s-000.tar", ["aa-0", "aa-1"])  # of equal size
@@ -147,6 +154,7 @@ def test_a_bad_manifest_names_the_line_and_the_command(tmp_path, text, message):
         ("nothing/*.tar", "no .tar shards at"),
         ("s-{000..004}.tar", "2 of the 5 shards of .* do not exist: .*s-003.tar.*s-004.tar"),
         ("s-{000..002.tar", "braces of .* do not match"),
+        ("s-{000..009999999999}.tar", "stands for 10,000,000,000 names, and may for 1,000,000"),
         ("absent", "do not exist"),
         ("absent.jsonl", "absent.jsonl"),
     ],

@@ -20,6 +20,7 @@ from controlbooth.data import scenes
 from controlbooth.data.columns import check_stated, missing, open_columns, plan_columns, state
 from controlbooth.data.index import ensure_index
 from controlbooth.data.manifest import open_dataset
+from controlbooth.data.sidecar import index_path
 from controlbooth.launch.cli import main
 from controlbooth.models.controlnet import build_controlnet
 from controlbooth.models.pretrained import load_base
@@ -181,6 +182,23 @@ def test_what_is_whole_is_not_computed_again(base_folder, tmp_path):
     again = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
     assert {path for path in files if again[path][0] != files[path][0]} == {gone}
     assert again[gone][1] == files[gone][1]  # computed anew with the same bytes
+
+
+def test_what_is_damaged_is_told_and_computed_again(base_folder, tmp_path, capsys):
+    write_shards(tmp_path / "shards", lambda i: (32, 32))
+    config = run_config(base_folder("sd15"), tmp_path)
+    base = load_base(config.model.base)
+    _, columns = computed(config, base)
+    files = {path: path.read_bytes() for path in (tmp_path / "columns").glob("*.tar*")}
+    cut, unindexed = columns.paths["latents"][1], columns.paths["text"][0]
+    cut.write_bytes(files[cut][:1000])
+    index_path(unindexed).write_bytes(b"")
+    capsys.readouterr()
+    computed(config, base)
+    said = capsys.readouterr().err
+    assert f"to be computed again: {cut} has 1000 bytes, its index says {len(files[cut])}\n" in said
+    assert f"to be computed again: {index_path(unindexed)} is not a whole index\n" in said
+    assert {path: path.read_bytes() for path in (tmp_path / "columns").glob("*.tar*")} == files
 
 
 def test_two_ranks_write_the_bytes_that_one_writes(base_folder, tmp_path):

@@ -8,10 +8,13 @@ import shutil
 from collections import namedtuple
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from controlbooth.data.sidecar import PART, SAMPLE, make_index, write_index
 from controlbooth.launch import preflight as checks
-from controlbooth.launch.preflight import checkpoint_bytes, find_shards, preflight, safetensors_header
+from controlbooth.launch.data_preflight import find_shards
+from controlbooth.launch.preflight import checkpoint_bytes, preflight, safetensors_header
 from controlbooth.launch.torchrun import Node
 from controlbooth.trainer.config import RunConfig, build_config
 
@@ -96,6 +99,12 @@ def test_fp16_needs_a_gpu(good):
     assert "Use bf16, fp32, or auto" in only_problem(good | {"engine": {"precision": "fp16"}})
 
 
+@pytest.mark.parametrize("kernel", ["cudnn", "efficient"])
+def test_kernels_that_only_cuda_has_need_a_gpu(good, kernel):
+    assert f"model.attention is {kernel}, which needs CUDA" in only_problem(good, model__attention=kernel)
+    assert preflight(config(good), node(gpus=1)) == []
+
+
 def test_xformers_needs_a_gpu_and_the_package(good, monkeypatch):
     assert "has no CPU kernels" in only_problem(good, model__attention="xformers")
     monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
@@ -108,7 +117,7 @@ def test_xformers_needs_a_gpu_and_the_package(good, monkeypatch):
         ("nowhere", "it does not exist"),
         ("nowhere/*.tar", "there are no .tar shards; correct the path, or write shards with `controlbooth data pack`"),
         ("nowhere-{000..009}.tar", "10 of 10 shards do not exist (first: nowhere-000.tar)"),
-        ("nowhere-{000..009.tar", "its braces do not match"),
+        ("nowhere-{000..009.tar", "the braces of 'nowhere-{000..009.tar' do not match"),
         ("s3://bucket/x.tar", "remote shards are indexed first: run `controlbooth data index 's3://bucket/x.tar'"),
     ],
 )
@@ -154,6 +163,54 @@ def test_a_cache_that_its_disk_cannot_hold_is_found_before_it_is_full(good, tmp_
     assert preflight(config(good, data__cache_gib=100), node()) == []
     (tmp_path / "file").touch()
     assert "is no folder that can be written to" in only_problem(good, data__cache=str(tmp_path / "file"))
+
+
+def manifest_of(folder: Path, **changes) -> list[dict]:
+    """Writes the manifest of the empty tars of a folder, and their indexes, of which only the digest is looked at."""
+    rows = []
+    for shard in sorted(folder.glob("*.tar")):
+        digest = shard.name.encode().ljust(16)
+        shard.with_name(f"{shard.name}.idx").write_bytes(bytes(40) + digest)
+        row = {"uri": shard.name, "bytes": 0, "index_hash": digest.hex(), "usable": 10, "conditions": {"edges": 9}}
+        rows.append(row | changes)
+    (folder / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def test_shards_and_indexes_that_are_not_as_the_manifest_says_are_named(good, tmp_path):
+    train = tmp_path / "train"
+    manifest_of(train)
+    assert preflight(config(good), node()) == []
+    (train / "a.tar").write_bytes(bytes(512))
+    (train / "b.tar.idx").write_bytes(b"")
+    problem = only_problem(good)
+    assert f"{train / 'a.tar'} has 512 bytes, its index says 0" in problem
+    assert f"2 of 2 shards are not as they were indexed ({train}" in problem and "b.tar.idx is damaged" in problem
+    assert f"`controlbooth data index --rebuild {train}`" in problem
+    (train / "a.tar").write_bytes(b"")
+    (train / "b.tar.idx").unlink()
+    assert "1 of 2 shards" in (problem := only_problem(good)) and "b.tar.idx is missing" in problem
+
+
+def test_shards_that_a_folder_holds_beside_its_manifest_are_named(good, tmp_path):
+    manifest_of(tmp_path / "train")
+    (tmp_path / "train" / "c.tar").touch()
+    assert "lists 2 shards, and the folder holds 1 more" in (problem := only_problem(good)) and "c.tar" in problem
+    assert preflight(config(good, data__shards=str(tmp_path / "train" / "manifest.jsonl")), node()) == []
+
+
+def test_a_condition_that_no_sample_has_is_found_in_the_manifests(good, tmp_path):
+    manifest_of(tmp_path / "train")
+    manifest_of(tmp_path / "held_out", conditions={"depth": 3})
+    assert f"no sample of {tmp_path / 'held_out'} has it; conditions there are: depth" in only_problem(good)
+    assert f"no sample of {tmp_path / 'train'} has it" in only_problem(good, data__condition="depth")
+    assert preflight(config(good, data__condition="computed:canny"), node()) == []
+
+
+def test_more_lanes_than_samples_are_refused(good, tmp_path):
+    manifest_of(tmp_path / "train")
+    assert "18 usable samples, and each of the 24 lanes" in only_problem(good, data__lanes=24)
+    assert "lower global_batch_size" in only_problem(good, data__lanes=None, global_batch_size=32)
 
 
 def one_of(manifest: Path, folder: Path) -> Path:
@@ -213,7 +270,10 @@ def test_a_family_that_cannot_be_is_refused(good, tmp_path):
 
 def test_a_controlnet_to_go_on_from_must_exist(good, tmp_path):
     assert "or 'unet' to start one from the base" in only_problem(good, model__controlnet="nothing")
-    assert preflight(config(good, model__controlnet=str(tmp_path / "base")), node()) == []
+    assert preflight(config(good, model__controlnet=str(tmp_path / "base/unet")), node()) == []
+    problem = only_problem(good, model__controlnet=str(tmp_path / "base"))
+    assert problem.startswith(f"model.controlnet is '{tmp_path / 'base'}', which holds no config.json")
+    assert "is no .safetensors file" in only_problem(good, model__controlnet=str(tmp_path / "base/unet/config.json"))
 
 
 def test_the_output_must_be_a_folder_that_can_be_written(good, tmp_path, monkeypatch):
@@ -265,6 +325,25 @@ def test_columns_that_were_never_computed_are_found_before_a_start(good, tmp_pat
     (tmp_path / "columns").mkdir()
     (tmp_path / "columns" / "columns.json").write_text("{}")
     assert preflight(config(good), node()) == []
+
+
+def test_a_column_shard_that_is_not_as_long_as_its_index_says_is_found_before_a_start(good, tmp_path):
+    folder = tmp_path / "columns"
+    folder.mkdir()
+    (folder / "columns.json").write_text("{}")
+    good["data"]["columns"] = str(folder)
+    none = np.zeros(0, SAMPLE), np.zeros((0, 0), PART)
+    for name in ("a", "b"):
+        (folder / f"{name}.latents-0.tar").write_bytes(bytes(512))
+        write_index(make_index(512, (), *none), folder / f"{name}.latents-0.tar.idx")
+    (folder / "unfinished.text-0.tar").write_bytes(bytes(512))
+    assert preflight(config(good), node()) == []
+    (folder / "a.latents-0.tar").write_bytes(bytes(100))
+    (folder / "b.latents-0.tar.idx").write_bytes(b"")
+    problem = only_problem(good)
+    assert "2 of its column shards are damaged" in problem
+    assert "a.latents-0.tar has 100 bytes, its index says 512" in problem
+    assert "b.latents-0.tar.idx is not a whole index" in problem and "`controlbooth data precompute`" in problem
 
 
 def test_a_folder_that_a_training_holds_is_found_before_a_start(good, tmp_path, monkeypatch):

@@ -1,0 +1,74 @@
+"""What people write on command lines: numbers with bounds, and ranges of names. Imports nothing heavy.
+
+The types are for argparse, which puts the option before their message: `argument --steps: 0 is less than 1`.
+"""
+
+import argparse
+import math
+import re
+from collections.abc import Callable
+from typing import TypeVar
+
+import braceexpand
+
+MOST_NAMES = 1_000_000
+"""That a range may stand for. A longer one is a slip of the keyboard, and would fill the memory with names."""
+SEEDS = 2**63
+"""Seeds are smaller: torch's and numpy's generators take 64 bits with a sign."""
+_Value = TypeVar("_Value", int, float)
+_RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?\}")
+
+
+def whole(least: int = 1, most: int | None = None) -> Callable[[str], int]:
+    """A type for argparse: an integer from `least` to `most`."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        return _within(value, least, most)
+
+    return parse
+
+
+def number(least: float | None = None, most: float | None = None, above: float | None = None) -> Callable[[str], float]:
+    """A type for argparse: a finite number from `least` to `most`, greater than `above`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text} is not finite")
+        if above is not None and value <= above:
+            raise argparse.ArgumentTypeError(f"{text} is not more than {above:g}")
+        return _within(value, least, most)
+
+    return parse
+
+
+def _within(value: _Value, least: float | None, most: float | None) -> _Value:
+    if least is not None and value < least:
+        raise argparse.ArgumentTypeError(f"{value} is less than {least}")
+    if most is not None and value > most:
+        raise argparse.ArgumentTypeError(f"{value} is more than {most}")
+    return value
+
+
+seed = whole(0, SEEDS - 1)
+"""A type for argparse."""
+
+
+def expand_braces(text: str) -> list[str]:
+    """x-{000..009} and x-{a,b} -> the names that it stands for. Raises ValueError, before it makes too many of them."""
+    count = 1
+    for first, last, step in _RANGE.findall(text):
+        count *= abs(int(last) - int(first)) // max(1, abs(int(step or 1))) + 1
+    if count > MOST_NAMES:
+        raise ValueError(f"{text!r} stands for {count:,} names, and may for {MOST_NAMES:,}: correct its range")
+    try:
+        return list(braceexpand.braceexpand(text))
+    except ValueError as error:
+        raise ValueError(f"the braces of {text!r} do not match; write shards-{{000..009}}.tar") from error
