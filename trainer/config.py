@@ -9,11 +9,12 @@ import difflib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from controlbooth.data.arguments import SEEDS
 from controlbooth.data.kinds import COMPUTED, computed_kind, tells_sides
 from controlbooth.trainer.file_kinds import RUN, kind_of, mistaken_for
 
@@ -22,7 +23,9 @@ BUILT_IN = "miniature"
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
     @field_validator("*", mode="before")
     @classmethod
@@ -46,7 +49,7 @@ class ModelConfig(Section):
     """What the base is; `auto` reads it from the base's own configuration."""
     controlnet: str = "unet"
     """`unet` copies the trainable half from the base; a diffusers ControlNet folder continues from those weights."""
-    hint_channels: tuple[int, ...] = (16, 32, 96, 256)
+    hint_channels: tuple[Annotated[int, Field(gt=0)], ...] = (16, 32, 96, 256)
     """Widths of the network that turns the condition image into the latent grid; one stride of 2 between neighbours."""
     hint_network: Literal["released", "paper"] = "released"
     """That of the released code, or the smaller one of the paper's text, whose widths are [16, 32, 64, 128]."""
@@ -144,6 +147,9 @@ class DataConfig(Section):
         return value
 
 
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
 class OptimizerConfig(Section):
     learning_rate: float = Field(default=1e-5, gt=0.0)
     """Peak learning rate, reached after warmup_steps (ControlNet: 1e-5)."""
@@ -153,7 +159,7 @@ class OptimizerConfig(Section):
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """How the learning rate goes on after the warmup; linear and cosine end at 0 at max_steps."""
     warmup_steps: int = Field(default=0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     weight_decay: float = Field(default=1e-2, ge=0.0)
     epsilon: float = Field(default=1e-8, gt=0.0)
     max_grad_norm: float = Field(default=1.0, gt=0.0)
@@ -216,7 +222,7 @@ class RunConfig(Section):
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Names the folder of the run below `output`, and the run in MLflow."""
     output: Path = Path("runs")
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=SEEDS)
     """With the configuration and the data set's fingerprint it determines the run."""
     max_steps: int = Field(gt=0)
     global_batch_size: int = Field(gt=0)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from controlbooth.data.arguments import SEEDS
 from controlbooth.trainer.config import (
     ConfigError,
     EngineConfig,
@@ -83,7 +84,7 @@ class SubjectRunConfig(Section):
 
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     output: Path = Path("runs")
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=SEEDS)
     model: BaseConfig
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Of the frozen base; adapters and their optimizer are fp32."""

@@ -9,7 +9,13 @@ import yaml
 from controlbooth.launch.ablations import load_ablations, planned_runs
 from controlbooth.trainer.config import (
     ConfigError,
+    DataConfig,
+    EngineConfig,
+    OptimizerConfig,
     RunConfig,
+    SourceConfig,
+    TrackingConfig,
+    ValidationConfig,
     base_path,
     build_config,
     changes,
@@ -65,6 +71,11 @@ def test_the_last_override_wins_over_earlier_ones_over_the_file_over_the_default
         ("data.prompt_dropout=1.5", "'data.prompt_dropout' is 1.5: Input should be less than or equal to 1"),
         ("data.lanes=100", "data.lanes=100 is not a multiple of global_batch_size=64. Leave data.lanes out, or"),
         ("optimizer.betas=[0.9]", "'optimizer.betas' has 1 values, and needs more"),
+        ("optimizer.betas=[1,0.9]", "'optimizer.betas.0' is 1: Input should be less than 1"),
+        ("optimizer.betas=[0.9,-1]", "'optimizer.betas.1' is -1: Input should be greater than or equal to 0"),
+        ("optimizer.learning_rate=1e400", "'optimizer.learning_rate' is '1e400': Input should be a finite number"),
+        ("model.hint_channels=[16,32,64,-96]", "'model.hint_channels.3' is -96: Input should be greater than 0"),
+        ("seed=9223372036854775808", "'seed' is 9223372036854775808: Input should be less than 9223372036854775808"),
         ("optimizer.warmup_steps=101", "optimizer.warmup_steps=101 is more than max_steps=100"),
         ("model.unlock_decoder_at=100", "unlock_decoder_at=100 is never reached: the run ends at max_steps=100. Raise"),
         ("model.unlock_decoder_at=-1", "'model.unlock_decoder_at' is -1: Input should be greater than or equal to 0"),
@@ -79,6 +90,25 @@ def test_the_last_override_wins_over_earlier_ones_over_the_file_over_the_default
 def test_an_error_names_the_key_the_value_and_the_remedy(tmp_path, override, message):
     with pytest.raises(ConfigError, match=message):
         load_config(write(tmp_path, RUN + "seed: 0\n"), [override])
+
+
+FLOATS = [
+    (section.__name__, name)
+    for section in (SourceConfig, DataConfig, OptimizerConfig, EngineConfig, ValidationConfig, TrackingConfig)
+    for name, field in section.model_fields.items()
+    if field.annotation in (float, float | None)
+]
+
+
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan"])
+@pytest.mark.parametrize("key", [f"{section[:-6].lower()}.{name}" for section, name in FLOATS])
+def test_a_number_that_is_not_finite_is_refused_in_every_field(tmp_path, key, value):
+    text = RUN.replace("shards: shards/, ", "sources: [{shards: a, weight: 1.0}], ")
+    with pytest.raises(ConfigError, match=r"is -?(inf|nan): Input should be"):
+        if key == "source.weight":
+            load_config(write(tmp_path, text.replace("weight: 1.0", f"weight: {value}")))
+        else:
+            load_config(write(tmp_path, text), [f"{key}={value}"])
 
 
 @pytest.mark.parametrize("kind", ["pose", "keypoints", "openpose"])

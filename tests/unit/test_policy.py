@@ -57,6 +57,14 @@ def test_the_shipped_policy_is_complete_and_its_run_is_too():
         (dict(triggers=dict(clock=dict(cron="* * * * * *"))), "not a cron line of five fields"),
         (dict(triggers=dict(clock=dict(cron="0 3 * * *", every_hours=3))), "give either cron or every_hours"),
         (dict(triggers=dict(clock=dict(cron="0 3 * * *", timezone="Mars/Base"))), "'Mars/Base': no such time zone"),
+        (
+            dict(gate=dict(metric="edge_f1", margin=float("nan"))),
+            "'gate.margin' is nan: Input should be a finite number",
+        ),
+        (
+            dict(gate=dict(metric="edge_f1", no_regression=dict(mask_iou=float("inf")))),
+            "Input should be a finite number",
+        ),
         (dict(gate=dict(metric="edge_f1", no_regression=dict(mask_iou=-0.1))), "tolerances are 0 or more"),
         (dict(gate=dict(metric="edge_f1", confidence=95)), "'gate.confidence' is 95"),
         (dict(gate=dict()), "'gate.metric' is missing"),

@@ -114,6 +114,15 @@ def test_a_template_of_other_words_is_refused(folder, template):
         run_of(folder, instance_prompt=template)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"learning_rate": float("inf")}, {"prior": {"weight": float("inf")}}, {"prior": {"guidance_scale": float("inf")}}],
+)
+def test_numbers_that_are_not_finite_are_refused(folder, changes):
+    with pytest.raises(ConfigError, match="is inf: Input should be a finite number"):
+        run_of(folder, **changes)
+
+
 def test_a_manifest_that_cannot_be_read_is_named(folder):
     with pytest.raises(ConfigError, match="nothing.yaml does not exist"):
         load_subjects(folder / "nothing.yaml")
