@@ -21,11 +21,12 @@ import numpy as np
 from tqdm import tqdm
 
 from controlbooth.data import manifest, storage
+from controlbooth.data.arguments import folder_to_write, whole_number
 from controlbooth.data.conditions import CONDITIONS
 from controlbooth.data.decode import BadSample, decode_image, keep_freed_memory, to_rgb
 from controlbooth.data.draws import hash64
 from controlbooth.data.index import ensure_index, split_name, usable_cpus
-from controlbooth.data.networks import NETWORKS, open_network
+from controlbooth.data.networks import NETWORKS, network_folders, open_network
 from controlbooth.data.pool import run_jobs
 from controlbooth.data.sidecar import IMAGE_EXTENSIONS, temporary_path, write_whole
 from controlbooth.data.sources import encode_png
@@ -54,9 +55,11 @@ examples:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("shards", help="a folder, a manifest, a glob or a range of shards")
-    parser.add_argument("-o", "--out", type=Path, required=True, help="folder for the new shards")
+    parser.add_argument("-o", "--out", type=folder_to_write, required=True, help="folder for the new shards")
     parser.add_argument("--condition", action="append", required=True, metavar="KIND[=FOLDER]", help="may be repeated")
-    parser.add_argument("--workers", type=int, help="processes (default: one a CPU; with networks on a GPU, one)")
+    parser.add_argument(
+        "--workers", type=whole_number(), help="processes (default: one a CPU; with networks on a GPU, one)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="tell what would be done")
     options = parser.parse_args(argv)
     conditions = parse_conditions(options.condition)
@@ -113,6 +116,8 @@ def parse_conditions(given: Sequence[str]) -> Conditions:
                 f"--condition {text}: there are {', '.join(CONDITIONS)}, and by networks {', '.join(NETWORKS)}, "
                 "each as KIND=FOLDER"
             )
+        if where:
+            network_folders(kind, where)  # seen here once, and not by every worker
         found[kind] = where
     return tuple(found.items())
 

@@ -7,6 +7,7 @@ import argparse
 import math
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import braceexpand
@@ -19,7 +20,7 @@ _Value = TypeVar("_Value", int, float)
 _RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?\}")
 
 
-def whole(least: int = 1, most: int | None = None) -> Callable[[str], int]:
+def whole_number(least: int = 1, most: int | None = None) -> Callable[[str], int]:
     """A type for argparse: an integer from `least` to `most`."""
 
     def parse(text: str) -> int:
@@ -32,7 +33,9 @@ def whole(least: int = 1, most: int | None = None) -> Callable[[str], int]:
     return parse
 
 
-def number(least: float | None = None, most: float | None = None, above: float | None = None) -> Callable[[str], float]:
+def finite_number(
+    least: float | None = None, most: float | None = None, above: float | None = None
+) -> Callable[[str], float]:
     """A type for argparse: a finite number from `least` to `most`, greater than `above`."""
 
     def parse(text: str) -> float:
@@ -57,8 +60,27 @@ def _within(value: _Value, least: float | None, most: float | None) -> _Value:
     return value
 
 
-seed = whole(0, SEEDS - 1)
+seed_number = whole_number(0, SEEDS - 1)
 """A type for argparse."""
+
+
+def folder_to_write(text: str) -> Path:
+    """A type for argparse: a folder to write into, which is there or can be made."""
+    path = Path(text)
+    above = next((one for one in (path, *path.absolute().parents) if one.exists()), path)
+    if above.exists() and not above.is_dir():
+        raise argparse.ArgumentTypeError(f"{above} is a file, and a folder is wanted: give another name")
+    return path
+
+
+def file_to_write(text: str) -> Path:
+    """A type for argparse: a file to write, in a folder that is there."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a folder, and a file is wanted: give {path / 'NAME'}")
+    if not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{path}: there is no folder {path.parent}: make it, or give another name")
+    return path
 
 
 def expand_braces(text: str) -> list[str]:

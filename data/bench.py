@@ -5,10 +5,10 @@ import resource
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from tqdm import tqdm
 
+from controlbooth.data.arguments import finite_number, folder_to_write, whole_number
 from controlbooth.data.cache import Cache
 from controlbooth.data.index import usable_cpus
 from controlbooth.data.loader import Loader
@@ -127,15 +127,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("shards", help="a manifest, a folder, a tar, a glob or a {000..009} range")
     parser.add_argument("--condition", help="kind to read (default: the first there is)")
-    parser.add_argument("--resolution", type=int, default=512, help="side of the pictures (default: 512)")
-    parser.add_argument("--batch-size", type=int, default=32, help="samples of a step (default: 32)")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, usable_cpus()], help="(default: 1 and the CPUs)")
-    parser.add_argument("--seconds", type=float, default=10.0, help="for each number of threads (default: 10)")
-    parser.add_argument("--cache", type=Path, help="folder for shards that lie in a store, as data.cache of a run")
-    parser.add_argument("--cache-gib", type=float, default=100.0, help="what it may hold (default: 100)")
+    parser.add_argument(
+        "--resolution", type=whole_number(VAE_FACTOR), default=512, help="side of the pictures (default: 512)"
+    )
+    parser.add_argument("--batch-size", type=whole_number(), default=32, help="samples of a step (default: 32)")
+    parser.add_argument(
+        "--threads", type=whole_number(), nargs="+", default=[1, usable_cpus()], help="(default: 1 and the CPUs)"
+    )
+    parser.add_argument(
+        "--seconds", type=finite_number(above=0), default=10.0, help="for each number of threads (default: 10)"
+    )
+    parser.add_argument(
+        "--cache", type=folder_to_write, help="folder for shards that lie in a store, as data.cache of a run"
+    )
+    parser.add_argument(
+        "--cache-gib", type=finite_number(above=0), default=100.0, help="what it may hold (default: 100)"
+    )
     arguments = parser.parse_args(argv)
-    if arguments.seconds <= 0 or arguments.batch_size < 1 or arguments.resolution < VAE_FACTOR:
-        raise ValueError(f"--seconds and --batch-size must be positive, --resolution at least {VAE_FACTOR}")
     dataset = open_dataset(arguments.shards)
     cache = Cache(arguments.cache, int(arguments.cache_gib * 2**30)) if arguments.cache else None
     kinds = sorted({kind for row in dataset.rows for kind in row.conditions})

@@ -14,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from controlbooth.data import draws
+from controlbooth.data.arguments import finite_number, seed_number, whole_number
 from controlbooth.data.buckets import Buckets
 from controlbooth.data.decode import BadSample, crop_slack
 from controlbooth.data.manifest import Dataset, join_datasets, open_dataset
@@ -310,7 +311,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("key")
-    parser.add_argument("--steps", type=int, help="look so many steps ahead (default: max_steps of the run)")
+    parser.add_argument("--steps", type=whole_number(), help="look so many steps ahead (default: max_steps of the run)")
     parser.add_argument("--shards", help="without a run: a manifest, a folder, a tar, a glob or a {000..009} range")
     add_run_numbers(parser)
     return parser
@@ -320,10 +321,10 @@ def add_run_numbers(parser: argparse.ArgumentParser) -> None:
     """The options that say which order is meant: a run's, or that of stated numbers."""
     parser.add_argument("--run", type=Path, help="the folder of a run, whose numbers are taken")
     instead = parser.add_argument_group("without a run")
-    instead.add_argument("--global-batch-size", type=int)
+    instead.add_argument("--global-batch-size", type=whole_number())
     instead.add_argument("--condition", help="kind that the run trains on (default: none, as for DreamBooth)")
-    instead.add_argument("--lanes", type=int, help="(default: the global batch size)")
-    instead.add_argument("--shards-per-block", type=int, default=2, help="(default: 2)")
-    instead.add_argument("--seed", type=int, default=0, help="(default: 0)")
-    instead.add_argument("--prompt-dropout", type=float, default=0.0, help="(default: 0)")
+    instead.add_argument("--lanes", type=whole_number(), help="(default: the global batch size)")
+    instead.add_argument("--shards-per-block", type=whole_number(), default=2, help="(default: 2)")
+    instead.add_argument("--seed", type=seed_number, default=0, help="(default: 0)")
+    instead.add_argument("--prompt-dropout", type=finite_number(0, 1), default=0.0, help="(default: 0)")
     instead.add_argument("--random-flip", action="store_true")

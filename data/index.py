@@ -21,6 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from controlbooth.data import sidecar, storage
+from controlbooth.data.arguments import file_to_write, whole_number
 from controlbooth.data.decode import image_size
 from controlbooth.data.draws import hash64
 from controlbooth.data.sidecar import CAPTION_EXTENSIONS, IMAGE_EXTENSIONS, PART, SAMPLE, ShardIndex
@@ -253,9 +254,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("shards", nargs="+", help="folders, tars, globs or {000..009} ranges; http(s), s3, gs too")
-    parser.add_argument("--manifest", type=Path, help="where to write it (default: manifest.jsonl beside the shards)")
+    parser.add_argument(
+        "--manifest", type=file_to_write, help="where to write it (default: manifest.jsonl beside the shards)"
+    )
     parser.add_argument("--indexes", type=Path, help="folder for sidecars of remote shards (default: MANIFEST.indexes)")
-    parser.add_argument("--workers", type=int, default=usable_cpus(), help="processes (default: the CPUs)")
+    parser.add_argument("--workers", type=whole_number(), default=usable_cpus(), help="processes (default: the CPUs)")
     parser.add_argument("--rebuild", action="store_true", help="read all shards again, whatever their age")
     arguments = parser.parse_args(argv)
     paths: list[Shard] = []

@@ -8,6 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from controlbooth.data.arguments import file_to_write, finite_number, whole_number
 from controlbooth.data.draws import prompt_dropped
 from controlbooth.data.explain import add_run_numbers, open_sources, order_of_run, run_numbers
 from controlbooth.data.loader import HeldOutSample, held_out
@@ -31,10 +32,14 @@ def info_main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("shards", help="a manifest, a folder, a tar, a glob or a {000..009} range")
     plan = parser.add_argument_group("shapes, as the fields of data in a run")
-    plan.add_argument("--max-aspect-ratio", type=float, help="show the shapes that a run with this ratio trains on")
-    plan.add_argument("--resolution", type=int, default=512, help="(default: 512)")
-    plan.add_argument("--aspect-step", type=int, default=64, help="(default: 64)")
-    plan.add_argument("--lanes", type=int, default=256, help="of the run, its global batch size (default: 256)")
+    plan.add_argument(
+        "--max-aspect-ratio", type=finite_number(1, 8), help="show the shapes that a run with this ratio trains on"
+    )
+    plan.add_argument("--resolution", type=whole_number(8), default=512, help="(default: 512)")
+    plan.add_argument("--aspect-step", type=whole_number(), default=64, help="(default: 64)")
+    plan.add_argument(
+        "--lanes", type=whole_number(), default=256, help="of the run, its global batch size (default: 256)"
+    )
     plan.add_argument("--condition", help="kind that the run trains on (default: none)")
     arguments = parser.parse_args(argv)
     dataset = open_dataset(arguments.shards)
@@ -59,8 +64,6 @@ def info_main(argv: Sequence[str] | None = None) -> int:
 
 
 def _print_shapes(dataset: Dataset, arguments: argparse.Namespace) -> None:
-    if arguments.max_aspect_ratio < 1.0:
-        raise ValueError(f"--max-aspect-ratio is {arguments.max_aspect_ratio:g}, long by short side: use 1 or more")
     order, _ = plan_order(
         dataset,
         arguments.condition,
@@ -87,7 +90,7 @@ def show_main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("shards", help="a manifest, a folder, a tar, a glob or a {000..009} range")
-    parser.add_argument("-o", "--out", type=Path, default=Path("sheet.png"), help="(default: sheet.png)")
+    parser.add_argument("-o", "--out", type=file_to_write, default=Path("sheet.png"), help="(default: sheet.png)")
     parser.add_argument(
         "--condition",
         action="append",
@@ -95,12 +98,12 @@ def show_main(argv: Sequence[str] | None = None) -> int:
         metavar="KIND",
         help="kind to show, also computed:KIND; may be repeated (default: all that the shards hold)",
     )
-    parser.add_argument("--count", type=int, default=16, help="samples, evenly over all shards (default: 16)")
-    parser.add_argument("--columns", type=int, default=4, help="samples side by side (default: 4)")
-    parser.add_argument("--resolution", type=int, default=192, help="side of each picture (default: 192)")
+    parser.add_argument(
+        "--count", type=whole_number(), default=16, help="samples, evenly over all shards (default: 16)"
+    )
+    parser.add_argument("--columns", type=whole_number(), default=4, help="samples side by side (default: 4)")
+    parser.add_argument("--resolution", type=whole_number(), default=192, help="side of each picture (default: 192)")
     arguments = parser.parse_args(argv)
-    if min(arguments.count, arguments.columns, arguments.resolution) < 1:
-        raise ValueError("--count, --columns and --resolution must be at least 1")
     if arguments.out.suffix != ".png":
         raise ValueError(f"the sheet is a PNG image, so {arguments.out} must end in .png")
     dataset = open_dataset(arguments.shards)
@@ -186,9 +189,9 @@ def order_main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("shards", nargs="?", help="a manifest, a folder, a tar, a glob or a {000..009} range")
-    parser.add_argument("--step", type=int, default=0, help="(default: 0)")
-    parser.add_argument("--world-size", type=int, default=1, help="(default: 1)")
-    parser.add_argument("--rank", type=int, default=0, help="(default: 0)")
+    parser.add_argument("--step", type=whole_number(0), default=0, help="(default: 0)")
+    parser.add_argument("--world-size", type=whole_number(), default=1, help="(default: 1)")
+    parser.add_argument("--rank", type=whole_number(0), default=0, help="(default: 0)")
     add_run_numbers(parser)
     arguments = parser.parse_args(argv)
     numbers = run_numbers(arguments, steps=arguments.step + 1)

@@ -3,10 +3,10 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
+from controlbooth.data.arguments import file_to_write, whole_number
 from controlbooth.data.decode import BadSample
 from controlbooth.data.findings import MEANINGS, Finding, find
 from controlbooth.data.index import usable_cpus
@@ -73,7 +73,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("shards", help="a manifest, a folder, a tar, a glob or a {000..009} range")
     parser.add_argument("--decode", action="store_true", help="decode all pictures and look at them too")
-    parser.add_argument("--min-side", type=int, default=64, help="shorter sides than this are small (default: 64)")
-    parser.add_argument("--report", type=Path, help="write an HTML page with pictures of what was found")
-    parser.add_argument("--workers", type=int, default=usable_cpus(), help="processes (default: the CPUs)")
+    parser.add_argument(
+        "--min-side", type=whole_number(), default=64, help="shorter sides than this are small (default: 64)"
+    )
+    parser.add_argument("--report", type=file_to_write, help="write an HTML page with pictures of what was found")
+    parser.add_argument("--workers", type=whole_number(), default=usable_cpus(), help="processes (default: the CPUs)")
     return parser

@@ -36,6 +36,11 @@ def open_network(kind: str, where: str, device: str = "cpu") -> Condition:
     where: a folder in the format of transformers; of a pose two, with a comma between. Raises ValueError where a kind
     has no network here, or a folder holds no model of the right sort.
     """
+    return NETWORKS[kind][0](network_folders(kind, where), device)
+
+
+def network_folders(kind: str, where: str) -> list[Path]:
+    """The folders that `where` names, as many as the kind needs and each of a model; raises ValueError, as above."""
     if kind not in NETWORKS:
         raise ValueError(f"condition {kind}={where}: no network makes it here; these do: {', '.join(NETWORKS)}")
     folders = [Path(one) for one in where.split(",")]
@@ -48,7 +53,7 @@ def open_network(kind: str, where: str, device: str = "cpu") -> Condition:
                 f"condition {kind}: {folder} holds no config.json, so it is no model's folder. Give one in the format "
                 f"of transformers, as save_pretrained writes it: {kind}={','.join(needed)}"
             )
-    return NETWORKS[kind][0](folders, device)
+    return folders
 
 
 def _load(auto_class: str, folder: Path, device: str) -> tuple[Any, Any]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from controlbooth.data import manifest
+from controlbooth.data.arguments import folder_to_write, seed_number, whole_number
 from controlbooth.data.conditions import CONDITIONS
 from controlbooth.data.decode import BadSample, decode_image, keep_freed_memory, same_frame, to_rgb
 from controlbooth.data.draws import hash64
@@ -297,19 +298,19 @@ examples:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("source", nargs="?", type=Path, help="folder, table or data set")
-    parser.add_argument("-o", "--out", type=Path, required=True, help="folder for the shards")
+    parser.add_argument("-o", "--out", type=folder_to_write, required=True, help="folder for the shards")
     parser.add_argument(
         "--condition", action="append", default=[], metavar="KIND[=COLUMN]", help="a condition to pack; may be repeated"
     )
     parser.add_argument("--caption", help="caption of all images of a folder, with {folder} and {name}")
     parser.add_argument("--image-column", default="image", help="of a table (default: image)")
     parser.add_argument("--caption-column", default="caption", help="of a table (default: caption)")
-    parser.add_argument("--scenes", type=int, metavar="COUNT", help="draw so many scenes")
-    parser.add_argument("--seed", type=int, default=0, help="of the scenes (default: 0)")
-    parser.add_argument("--start", type=int, default=0, help="number of the first scene (default: 0)")
-    parser.add_argument("--size", type=int, default=64, help="side of the scenes in pixels (default: 64)")
-    parser.add_argument("--samples-per-shard", type=int, default=1000, help="(default: 1000)")
-    parser.add_argument("--workers", type=int, default=usable_cpus(), help="processes (default: the CPUs)")
+    parser.add_argument("--scenes", type=whole_number(), metavar="COUNT", help="draw so many scenes")
+    parser.add_argument("--seed", type=seed_number, default=0, help="of the scenes (default: 0)")
+    parser.add_argument("--start", type=whole_number(0), default=0, help="number of the first scene (default: 0)")
+    parser.add_argument("--size", type=whole_number(), default=64, help="side of the scenes in pixels (default: 64)")
+    parser.add_argument("--samples-per-shard", type=whole_number(), default=1000, help="(default: 1000)")
+    parser.add_argument("--workers", type=whole_number(), default=usable_cpus(), help="processes (default: the CPUs)")
     parser.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be read, and list them")
     parser.add_argument("--dry-run", action="store_true", help="check, show what would be packed, and write nothing")
     return parser

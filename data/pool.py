@@ -39,7 +39,7 @@ def run_jobs(
         return
     spawn = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks of OpenCV and pyarrow
     with ProcessPoolExecutor(min(workers, len(jobs)), spawn, _start, (start, arguments)) as pool:
-        futures = {pool.submit(work, job): job for job in jobs}
+        futures = {pool.submit(_run, work, job): job for job in jobs}
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()
@@ -59,7 +59,20 @@ def _start(start: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
-    start(*arguments)
+    try:
+        start(*arguments)
+    except Exception as error:  # raised by the first job: a process that fails before it looks as if it was killed
+        _failures.append(error)
+
+
+_failures: list[Exception] = []
+"""Why this process could not be started; at most one."""
+
+
+def _run(work: Callable[[Job], Result], job: Job) -> Result:
+    if _failures:
+        raise _failures[0]
+    return work(job)
 
 
 def _end_with(sentinel: int) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from controlbooth.data.arguments import whole_number
 from controlbooth.data.hygiene import quantiles
 from controlbooth.data.index import usable_cpus
 from controlbooth.data.manifest import Dataset, open_dataset
@@ -92,8 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("shards", help="a manifest, a folder, a tar, a glob or a {000..009} range")
-    parser.add_argument("--most", type=int, default=10, help="captions and sizes to list (default: 10)")
-    parser.add_argument("--workers", type=int, default=usable_cpus(), help="processes (default: the CPUs)")
+    parser.add_argument("--most", type=whole_number(0), default=10, help="captions and sizes to list (default: 10)")
+    parser.add_argument("--workers", type=whole_number(), default=usable_cpus(), help="processes (default: the CPUs)")
     arguments = parser.parse_args(argv)
     dataset = open_dataset(arguments.shards)
     scanned = scan(dataset, (), decode=False, workers=arguments.workers)

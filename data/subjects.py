@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 import yaml
 
+from controlbooth.data.arguments import folder_to_write, seed_number, whole_number
 from controlbooth.data.draws import hash64
 from controlbooth.data.scenes import CLASSES, COLOURS, SUPERSAMPLING, Scene, SceneObject, render
 from controlbooth.data.sidecar import write_whole
@@ -115,13 +116,11 @@ def main(argv: Sequence[str] | None = None) -> int:
   controlbooth dreambooth run subjects/subjects.yaml launch/configs/dreambooth.yaml""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("-o", "--out", type=Path, required=True, help="folder to write them to")
-    parser.add_argument("--count", type=int, default=8, help="subjects (default: 8)")
-    parser.add_argument("--images", type=int, default=5, help="pictures of each (default: 5)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("-o", "--out", type=folder_to_write, required=True, help="folder to write them to")
+    parser.add_argument("--count", type=whole_number(), default=8, help="subjects (default: 8)")
+    parser.add_argument("--images", type=whole_number(), default=5, help="pictures of each (default: 5)")
+    parser.add_argument("--seed", type=seed_number, default=0)
     options = parser.parse_args(argv)
-    if min(options.count, options.images) < 1:
-        raise ValueError(f"--count {options.count} and --images {options.images} must be at least 1")
     path = write_subjects(options.out, options.count, options.images, options.seed)
     print(f"{path}: {options.count} subjects with {options.images} pictures each")
     return 0

@@ -18,6 +18,7 @@ from controlbooth.data.conditions import CONDITIONS
 from controlbooth.data.draws import hash64
 from controlbooth.data.index import ensure_index
 from controlbooth.data.loader import held_out
+from controlbooth.data.pool import WorkerError
 from controlbooth.data.sources import encode_png
 
 SHARDS, PER_SHARD, SIZE = 4, 5, 48
@@ -131,7 +132,15 @@ def test_a_target_that_cannot_be_decoded_is_kept_without_a_condition_and_named(t
 )
 def test_conditions_that_cannot_be_made_are_refused_with_what_can(shards, tmp_path, conditions, message):
     with pytest.raises((ValueError, OSError), match=message):
-        annotate(shards, tmp_path / "out", *conditions)
+        annotate(shards, tmp_path / "out", *conditions, workers=2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_worker_that_cannot_start_says_why_and_not_that_it_was_killed(shards, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    with pytest.raises(WorkerError, match="model cannot be opened as transformers' AutoModelForDepthEstimation"):
+        annotate(shards, tmp_path / "out", f"depth={tmp_path / 'model'}", workers=2)
 
 
 def test_a_folder_of_other_conditions_or_the_shards_own_is_refused(shards, tmp_path):

@@ -4,7 +4,14 @@ import argparse
 
 import pytest
 
-from controlbooth.data.arguments import expand_braces, number, seed, whole
+from controlbooth.data.arguments import (
+    expand_braces,
+    file_to_write,
+    finite_number,
+    folder_to_write,
+    seed_number,
+    whole_number,
+)
 
 
 def refusal(parse, text: str) -> str:
@@ -14,35 +21,50 @@ def refusal(parse, text: str) -> str:
 
 
 def test_whole_numbers_are_taken_between_their_bounds_only():
-    assert [whole()("1"), whole(0)("0"), whole(1, 3)("3"), whole(-5)("-5")] == [1, 0, 3, -5]
-    assert refusal(whole(), "0") == "0 is less than 1"
-    assert refusal(whole(1, 3), "4") == "4 is more than 3"
-    assert refusal(whole(), "2.5") == "'2.5' is not a whole number"
-    assert refusal(whole(), "nan") == "'nan' is not a whole number"
+    assert [whole_number()("1"), whole_number(0)("0"), whole_number(1, 3)("3"), whole_number(-5)("-5")] == [1, 0, 3, -5]
+    assert refusal(whole_number(), "0") == "0 is less than 1"
+    assert refusal(whole_number(1, 3), "4") == "4 is more than 3"
+    assert refusal(whole_number(), "2.5") == "'2.5' is not a whole number"
+    assert refusal(whole_number(), "nan") == "'nan' is not a whole number"
 
 
 @pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1e400"])
 def test_numbers_are_finite(text):
-    assert refusal(number(), text) == f"{text} is not finite"
+    assert refusal(finite_number(), text) == f"{text} is not finite"
 
 
 def test_numbers_are_taken_between_their_bounds_only():
-    assert [number()("-2.5"), number(least=0)("0"), number(above=0, most=1)("1")] == [-2.5, 0.0, 1.0]
-    assert refusal(number(least=1.0), "0.5") == "0.5 is less than 1.0"
-    assert refusal(number(above=0), "0") == "0 is not more than 0"
-    assert refusal(number(most=1), "1.5") == "1.5 is more than 1"
-    assert refusal(number(), "much") == "'much' is not a number"
+    assert [finite_number()("-2.5"), finite_number(least=0)("0"), finite_number(above=0, most=1)("1")] == [
+        -2.5,
+        0.0,
+        1.0,
+    ]
+    assert refusal(finite_number(least=1.0), "0.5") == "0.5 is less than 1.0"
+    assert refusal(finite_number(above=0), "0") == "0 is not more than 0"
+    assert refusal(finite_number(most=1), "1.5") == "1.5 is more than 1"
+    assert refusal(finite_number(), "much") == "'much' is not a number"
 
 
 def test_a_seed_has_63_bits():
-    assert seed(str(2**63 - 1)) == 2**63 - 1
-    assert refusal(seed, str(2**63)).endswith("is more than 9223372036854775807")
-    assert refusal(seed, "-1") == "-1 is less than 0"
+    assert seed_number(str(2**63 - 1)) == 2**63 - 1
+    assert refusal(seed_number, str(2**63)).endswith("is more than 9223372036854775807")
+    assert refusal(seed_number, "-1") == "-1 is less than 0"
+
+
+def test_a_file_is_no_folder_to_write_into_and_a_folder_no_file(tmp_path):
+    (tmp_path / "run.yaml").touch()
+    assert folder_to_write(f"{tmp_path}/new/one") == tmp_path / "new/one"
+    assert folder_to_write(str(tmp_path)) == tmp_path
+    for name in (f"{tmp_path}/run.yaml", f"{tmp_path}/run.yaml/one"):
+        assert refusal(folder_to_write, name).startswith(f"{tmp_path}/run.yaml is a file, and a folder is wanted")
+    assert file_to_write(f"{tmp_path}/run.yaml") == tmp_path / "run.yaml"
+    assert refusal(file_to_write, str(tmp_path)).startswith(f"{tmp_path} is a folder, and a file is wanted")
+    assert f"there is no folder {tmp_path}/none: make it" in refusal(file_to_write, f"{tmp_path}/none/x.png")
 
 
 def test_an_option_and_its_value_are_named(capsys):
     parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=whole())
+    parser.add_argument("--steps", type=whole_number())
     with pytest.raises(SystemExit):
         parser.parse_args(["--steps", "0"])
     assert "argument --steps: 0 is less than 1" in capsys.readouterr().err

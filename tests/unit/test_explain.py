@@ -144,5 +144,7 @@ def test_bench_counts_what_the_loader_read(run, capsys):
     assert bench_main([str(run / "shards"), "--resolution", "16", "--threads", "1", "--seconds", "0.1"]) == 0
     rows = capsys.readouterr().out.splitlines()
     assert "condition edges, 16 px" in rows[0] and rows[-1].split()[0] == "1" and float(rows[-1].split()[1]) > 0
-    with pytest.raises(ValueError, match="--seconds and --batch-size must be positive"):
-        bench_main([str(run / "shards"), "--seconds", "0"])
+    for seconds in ("0", "nan"):
+        with pytest.raises(SystemExit):
+            bench_main([str(run / "shards"), "--seconds", seconds])
+        assert f"argument --seconds: {seconds} is not" in capsys.readouterr().err

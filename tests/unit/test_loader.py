@@ -428,8 +428,14 @@ def test_info_shows_the_shapes_that_a_run_would_train_on(shapely, capsys):
     assert info_main([str(shapely / "a"), *plan]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[-3:]]
     assert [(row[0], row[2], row[4]) for row in rows] == [("24", "40", "22"), ("32", "32", "40"), ("40", "24", "40")]
-    with pytest.raises(ValueError, match="--max-aspect-ratio is 0.5"):
-        info_main([str(shapely / "a"), "--max-aspect-ratio", "0.5"])
+    for name, value, said in [
+        ("--max-aspect-ratio", "0.5", "0.5 is less than 1"),
+        ("--max-aspect-ratio", "nan", "nan is not finite"),
+        ("--aspect-step", "0", "0 is less than 1"),
+    ]:
+        with pytest.raises(SystemExit):
+            info_main([str(shapely / "a"), *plan, name, value])
+        assert f"argument {name}: {said}" in capsys.readouterr().err
 
 
 def test_aspect_ratios_that_an_old_manifest_lacks_are_asked_for(shapely):

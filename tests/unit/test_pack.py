@@ -128,12 +128,27 @@ def test_missing_captions_and_conditions_are_named_before_anything_is_written(ph
         (["--condition", "edges=column"], "is for tables; folders have conditions/edges/"),
         (["--caption", "a {thing}"], r"may hold \{folder\} and \{name\}"),
         (["--scenes", "5"], "name one source"),
-        (["--samples-per-shard", "0"], r"samples per shard \(0\)"),
     ],
 )
 def test_arguments_that_cannot_work_are_refused(photos, tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
         run(photos, "-o", tmp_path / "out", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--samples-per-shard", "0"], "argument --samples-per-shard: 0 is less than 1"),
+        (["--seed", "-1"], "argument --seed: -1 is less than 0"),
+        (["--workers", "many"], "argument --workers: 'many' is not a whole number"),
+        (["-o", "FILE"], "is a file, and a folder is wanted: give another name"),
+    ],
+)
+def test_numbers_and_names_that_cannot_be_meant_are_refused(photos, tmp_path, arguments, message, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        run(photos, "-o", tmp_path / "out", *[tmp_path / "file" if one == "FILE" else one for one in arguments])
+    assert message in capsys.readouterr().err
 
 
 def test_names_that_collide_are_refused(photos, tmp_path):
