@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from controlbooth.data.arguments import finite_number, whole_number
 from controlbooth.launch.job import code_version
 from controlbooth.launch.local import core_count, gpu_count
 from controlbooth.launch.outcome import EXIT_CODES
@@ -69,21 +70,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("run", metavar="RUN.yaml")
     parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="a field of the run, set here")
-    parser.add_argument("--nodes", type=int, default=1)
-    parser.add_argument("--node-rank", type=int, default=0)
-    parser.add_argument("--processes", type=int, help="ranks on this node (default: one per GPU, or 1)")
-    parser.add_argument("--gpus", type=int, default=0, help="that this node should have")
+    parser.add_argument("--nodes", type=whole_number(), default=1)
+    parser.add_argument("--node-rank", type=whole_number(0), default=0)
+    parser.add_argument("--processes", type=whole_number(), help="ranks on this node (default: one per GPU, or 1)")
+    parser.add_argument("--gpus", type=whole_number(0), default=0, help="that this node should have")
     parser.add_argument("--head", default="127.0.0.1", help="address of the node with rank 0")
-    parser.add_argument("--port", type=int, default=29500, help="that it listens on")
-    parser.add_argument("--least-mbit", type=float, default=0.0, help="network speed below which the check fails")
+    parser.add_argument("--port", type=whole_number(1, 65535), default=29500, help="that it listens on")
+    parser.add_argument(
+        "--least-mbit", type=finite_number(0), default=0.0, help="network speed below which the check fails"
+    )
     parser.add_argument(
         "--patience",
-        type=float,
+        type=finite_number(0),
         default=PATIENCE_SECONDS,
         metavar="SECONDS",
         help="wait so long for nodes that start later (default: %(default)g)",
     )
     options = parser.parse_intermixed_args(arguments)
+    if options.node_rank >= options.nodes:
+        ranks = f"the ranks of --nodes {options.nodes} go from 0 to {options.nodes - 1}"
+        raise ValueError(f"--node-rank is {options.node_rank}: {ranks}")
     config = load_config(options.run, options.overrides)
     problems = list(node_problems(config, options.nodes, options.processes, options.gpus))
     if options.node_rank == 0:
@@ -114,7 +120,7 @@ def check_as_head(
     host, versions = socket.gethostname(), node_versions()
     peers: list[Peer] = []
     if nodes > 1:
-        with socket.create_server(("", port), backlog=nodes) as server:
+        with listen(port, nodes) as server:
             peers = list(meet(server, nodes, patience))
     lost = [
         f"node {rank} has not reached {host}, port {port}, within {patience:.0f} s: look at what it says "
@@ -185,6 +191,17 @@ def check_as_other(config: RunConfig, rank: int, head: str, port: int, problems:
             file=sys.stderr,
         )
         return REFUSED if problems else AGAIN
+
+
+def listen(port: int, nodes: int) -> socket.socket:
+    """Raises ValueError where another program has the port."""
+    try:
+        return socket.create_server(("", port), backlog=nodes)
+    except OSError as error:
+        raise ValueError(
+            f"the first node ({socket.gethostname()}) cannot listen on port {port} "
+            f"({os.strerror(error.errno or 0)}): end the program that has it, or give all nodes another --port"
+        ) from error
 
 
 def meet(server: socket.socket, nodes: int, patience: float) -> Iterator[Peer]:

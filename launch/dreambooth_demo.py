@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from controlbooth.data.arguments import whole_number
 from controlbooth.launch.local import gpu_count
 from controlbooth.launch.quickstart import beside_python, heading, shown, verb
 from controlbooth.trainer.subjects import load_run
@@ -23,8 +24,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "overrides", metavar="section.key=value", nargs="*", help="a field of launch/configs/dreambooth.yaml"
     )
-    parser.add_argument("--subjects", type=int, default=8, help="how many (default: 8)")
-    parser.add_argument("--prompts", type=int, default=8, help="measured, of the 25 of the protocol (default: 8)")
+    parser.add_argument("--subjects", type=whole_number(), default=8, help="how many (default: 8)")
+    parser.add_argument(
+        "--prompts", type=whole_number(1, 25), default=8, help="measured, of the 25 of the protocol (default: 8)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the commands; start nothing")
     options = parser.parse_intermixed_args(arguments)
     config = load_run(CONFIG, options.overrides)

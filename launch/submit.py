@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from controlbooth.data.arguments import whole_number
 from controlbooth.launch import background, kubernetes, slurm
 from controlbooth.launch.cluster import CLUSTER_FILE, Cluster, Engine, dump_cluster, load_cluster
 from controlbooth.launch.cluster_preflight import (
@@ -91,7 +92,9 @@ def main(engine: Engine, arguments: Sequence[str] | None) -> int:
     default = "all GPUs and cores of this machine" if engine == "local" else f"{CLUSTER_FILE}, where there is one"
     parser.add_argument("--cluster", type=Path, metavar="FILE", help=f"where it runs (default: {default})")
     parser.add_argument("--subjects", type=Path, metavar="SUBJECTS", help="a manifest of DreamBooth subjects")
-    parser.add_argument("--subjects-per-task", type=int, metavar="K", help="default: what the ranks train at once")
+    parser.add_argument(
+        "--subjects-per-task", type=whole_number(), metavar="K", help="default: what the ranks train at once"
+    )
     parser.add_argument("--dry-run", action="store_true", help="check it and print what would be submitted")
     options = parser.parse_intermixed_args(arguments)
     found = CLUSTER_FILE if CLUSTER_FILE.is_file() and engine != "local" else None
@@ -127,8 +130,6 @@ def subjects_job(
 
     Raises ValueError where no subject can be trained. What is wrong with single ones is told, and they are left out.
     """
-    if per_task < 1:
-        raise ValueError(f"--subjects-per-task is {per_task}, but a task trains at least one")
     if config.method != "lora":
         raise ValueError("method=full trains one subject with all ranks: use `controlbooth dreambooth run`")
     problems = list(base_problems(config.model.base, config.model.family))

@@ -18,7 +18,7 @@ from controlbooth.launch.outcome import EXIT_CODES
 def run(tmp_path) -> Path:
     for name in ("train/a.tar", "held/b.tar"):
         (tmp_path / name).parent.mkdir()
-        (tmp_path / name).touch()
+        (tmp_path / name).write_bytes(bytes(1024))  # an empty tar
     tree = dict(
         name="first",
         output=str(tmp_path / "runs"),
@@ -146,3 +146,25 @@ def test_this_machine_alone_is_checked_by_the_same_command(run, capsys):
     with contextlib.suppress(SystemExit):
         assert controlbooth(["launch", "check", str(run), "--gpus=4096"]) == 2
     assert "gpus_per_node is 4096" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--nodes=0"], "argument --nodes: 0 is less than 1"),
+        (["--patience=nan"], "argument --patience: nan is not finite"),
+        (["--port=70000"], "argument --port: 70000 is more than 65535"),
+        (["--nodes=2", "--node-rank=2"], "--node-rank is 2: the ranks of --nodes 2 go from 0 to 1"),
+    ],
+)
+def test_numbers_that_no_job_has_are_refused(run, capsys, words, message):
+    assert controlbooth(["launch", "check", str(run), *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_port_that_another_program_has_is_named(run, capsys):
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        words = ["launch", "check", str(run), "--nodes=2", f"--port={port}"]
+        assert controlbooth(words) == 2
+    assert f"cannot listen on port {port} (Address already in use): end the program" in capsys.readouterr().err
