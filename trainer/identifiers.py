@@ -30,8 +30,7 @@ from controlbooth.models.sampling import sample
 from controlbooth.trainer import command_lines
 from controlbooth.trainer.config import base_folder
 from controlbooth.trainer.engine import DTYPES, resolve_precision
-from controlbooth.trainer.evaluate.encoders import Encoder, open_encoders
-from controlbooth.trainer.evaluate.measure import encoder_folders
+from controlbooth.trainer.evaluate.encoders import Encoder, encoder_folders, open_encoders
 from controlbooth.trainer.evaluate.subjects import mean_off_diagonal
 from controlbooth.trainer.prior import DRAWN_AT_ONCE
 

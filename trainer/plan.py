@@ -85,8 +85,10 @@ def layout_of(options: argparse.Namespace, config: RunConfig) -> Layout:
     if options.cluster:
         try:
             told = yaml.safe_load(options.cluster.read_text()) or {}
-        except (OSError, yaml.YAMLError) as error:
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise ConfigError(f"cluster file {options.cluster} is not readable: {error}") from error
+        if not isinstance(told, dict):
+            raise ConfigError(f"cluster file {options.cluster} holds {type(told).__name__}, and no mapping of keys")
     name = options.accelerator or told.get("accelerator") or "h100"
     card = accelerator(name, "fp32" if config.engine.precision == "fp32" else "bf16")
     if options.price is not None:

@@ -232,6 +232,21 @@ def test_what_cannot_be_measured_is_refused(studio, arguments, message, tmp_path
         main([*(one.format(studio) for one in arguments), "-o", str(tmp_path)])
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--network", "edges=x", "no network makes it here"),
+        ("--network", "depth=x", "x holds no config.json, so it is no model's folder"),
+        ("--network", "normals={0}/depth", "finds normals, and pictures are compared in depth: leave it out"),
+        ("--encoder", "foo=x", "'foo=x' is not understood; write dino=FOLDER or clip=FOLDER"),
+    ],
+)
+def test_networks_and_encoders_that_would_not_be_used_are_refused(studio, option, value, message, tmp_path):
+    data = ["--data", str(studio / "shards"), "--condition", "depth", *FEW]
+    with pytest.raises(ValueError, match=message):
+        main([str(studio / "depth"), *data, option, value.format(studio), "-o", str(tmp_path)])
+
+
 def test_a_controlnet_of_another_base_is_refused(studio, load_tiny, tmp_path):
     save_controlnet(build_controlnet(load_tiny("sd15").unet), tmp_path / "other")
     data = ["--data", str(studio / "shards"), "--condition", "depth", *FEW]

@@ -527,6 +527,19 @@ def test_every_card_has_plausible_figures():
         assert card.network_bandwidth <= card.node_bandwidth and 0.1 < card.price < 20
 
 
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [(b"\x89PNG\xff\xfe", "is not readable: 'utf-8' codec"), (b"- 1\n", "holds list, and no mapping of keys")],
+)
+def test_a_cluster_file_that_is_none_is_refused_by_name(bases, tmp_path, contents, message):
+    from controlbooth.trainer.config import dump
+
+    (tmp_path / "run.yaml").write_text(dump(run(bases)))
+    (tmp_path / "cluster.yaml").write_bytes(contents)
+    with pytest.raises(ConfigError, match=f"cluster file .*cluster.yaml {message}"):
+        main([str(tmp_path / "run.yaml"), "--cluster", str(tmp_path / "cluster.yaml")])
+
+
 def test_the_verb_prints_the_plan_and_writes_it(bases, tmp_path, capsys):
     from controlbooth.trainer.config import dump
 

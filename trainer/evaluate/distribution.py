@@ -36,9 +36,9 @@ class Measures:
     """Title of each encoder -> in words."""
 
 
-def open_measures(folders: Mapping[str, str], aesthetic: Path | None, device: torch.device) -> Measures:
+def open_measures(folders: Mapping[str, Path], aesthetic: Path | None, device: torch.device) -> Measures:
     """folders: of `clip` and `dino`. Raises ConfigError for what cannot be opened, with what to give."""
-    encoders = open_encoders({name: Path(folder) for name, folder in folders.items()}, device)
+    encoders = open_encoders(folders, device)
     head = None
     if aesthetic is not None:
         if encoders.clip is None:

@@ -6,7 +6,7 @@ scale: they are never called DINO, and compare with each other only.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,17 @@ class Encoders:
     div_what: str
     distances: Callable[[np.ndarray], Tensor]
     """(N, H, W, 3) uint8 -> (N, N) float32, for DIV."""
+
+
+def encoder_folders(given: Sequence[str]) -> dict[str, Path]:
+    """["dino=/path"] -> {"dino": Path("/path")}."""
+    folders = {}
+    for one in given:
+        name, equals, path = one.partition("=")
+        if name not in KINDS or not equals or not path:
+            raise ConfigError(f"--encoder {one!r} is not understood; write {' or '.join(f'{n}=FOLDER' for n in KINDS)}")
+        folders[name] = Path(path)
+    return folders
 
 
 def open_encoders(folders: Mapping[str, Path], device: torch.device) -> Encoders:

@@ -27,7 +27,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from controlbooth.data.kinds import COMPUTED
 from controlbooth.data.manifest import Dataset, open_dataset
+from controlbooth.data.networks import network_folders
 from controlbooth.data.scenes import Scene, SceneObject, render
 from controlbooth.data.sidecar import temporary_path, write_whole
 from controlbooth.models.base import Base
@@ -49,6 +51,7 @@ from controlbooth.trainer.evaluate.convergence import (
     validation_curve,
 )
 from controlbooth.trainer.evaluate.distribution import Measures, measure_sets, open_measures
+from controlbooth.trainer.evaluate.encoders import encoder_folders
 from controlbooth.trainer.evaluate.extract import extractor, fidelity, what_is_missing
 from controlbooth.trainer.evaluate.grids import draw_grid
 from controlbooth.trainer.evaluate.held_out import AT_ONCE, EDGE_KINDS, HeldOutSet, load_held_out, scenes_of
@@ -92,6 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = command_lines.evaluate().parse_args(arguments)
     quiet_libraries()
     target = resolve(options)
+    named_networks(options.network, target.condition.removeprefix(COMPUTED))  # now: loading a base takes long
+    encoder_folders(options.encoder)
     world = join()
     try:
         return evaluate(target, options, world)
@@ -193,9 +198,9 @@ def evaluate(target: Evaluated, options: argparse.Namespace, world: World) -> in
     controlnet.eval().requires_grad_(False).to(world.device)
     side = target.resolution or base.picture_size[0]
     held = load_held_out(dataset, count, target.condition, side)
-    networks = named_networks(options.network)
+    networks = named_networks(options.network, held.kind)
     extract = extractor(held, networks, str(world.device))
-    measures = open_measures(dict(one.partition("=")[::2] for one in options.encoder), options.aesthetic, world.device)
+    measures = open_measures(encoder_folders(options.encoder), options.aesthetic, world.device)
     if extract is None and world.rank == 0 and held.kind not in EDGE_KINDS:
         print(what_is_missing(held.kind), file=sys.stderr)
     ways: dict[str, tuple[Any, Sequence[str], float]] = {
@@ -444,13 +449,19 @@ def discs(what: Scene, size: int) -> Scene:
     return Scene(tuple(objects), what.background, what.horizon, what.slope)
 
 
-def named_networks(given: Sequence[str]) -> dict[str, str]:
-    """["depth=/path"] -> {"depth": "/path"}."""
+def named_networks(given: Sequence[str], trained: str) -> dict[str, str]:
+    """["depth=/path"] -> {"depth": "/path"}. trained: the kind of condition that pictures are compared in.
+
+    Raises ConfigError and ValueError for what is no model's folder, or would not be used.
+    """
     named = {}
     for one in given:
         kind, equals, folder = one.partition("=")
         if not (kind and equals and folder):
             raise ConfigError(f"--network {one!r} is not understood; write KIND=FOLDER")
+        network_folders(kind, folder)
+        if kind != trained:
+            raise ConfigError(f"--network {one!r} finds {kind}, and pictures are compared in {trained}: leave it out")
         named[kind] = folder
     return named
 

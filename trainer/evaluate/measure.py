@@ -35,7 +35,7 @@ from controlbooth.trainer.config import ConfigError, base_folder
 from controlbooth.trainer.distributed import World, gather_objects, join, leave, patient_group
 from controlbooth.trainer.dreambooth import LAYERS, LORA_FILE
 from controlbooth.trainer.engine import DTYPES, resolve_precision
-from controlbooth.trainer.evaluate.encoders import KINDS, Encoders, open_encoders
+from controlbooth.trainer.evaluate.encoders import Encoders, encoder_folders, open_encoders
 from controlbooth.trainer.evaluate.grids import draw_grid
 from controlbooth.trainer.evaluate.judge import ATTRIBUTES, NONE, load_judge, read
 from controlbooth.trainer.evaluate.protocol import Drawing, asked_background, drawings
@@ -84,17 +84,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return measure_run(options.run, config, finished, folders, options.prompts, options.images, world)
     finally:
         leave()
-
-
-def encoder_folders(given: Sequence[str]) -> dict[str, Path]:
-    """["dino=/path"] -> {"dino": Path("/path")}."""
-    folders = {}
-    for one in given:
-        name, equals, path = one.partition("=")
-        if name not in KINDS or not equals or not path:
-            raise ConfigError(f"--encoder {one!r} is not understood; write {' or '.join(f'{n}=FOLDER' for n in KINDS)}")
-        folders[name] = Path(path)
-    return folders
 
 
 def measure_real(folder: Path, encoders: dict[str, Path]) -> int:

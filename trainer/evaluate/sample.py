@@ -1,6 +1,7 @@
 """`controlbooth sample`: pictures from prompts and conditions, with one ControlNet or several."""
 
 import argparse
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -111,7 +112,7 @@ def parse_control(text: str, schedules: Sequence[str], guess: bool) -> Source:
         factor = float(scale)
     except ValueError:
         where, factor = rest, 1.0  # the colon is part of the path
-    if not (kind and equals and where):
+    if not (kind and equals and where and math.isfinite(factor)):
         raise ConfigError(f"--control {text!r} is not understood; write KIND=FOLDER or KIND=FOLDER:SCALE")
     named = [one.partition("=") for one in schedules]
     own = [name for one, has_kind, name in named if has_kind and one == kind] or [
