@@ -208,8 +208,8 @@ def check_columns(config: RunConfig, node: Node) -> Iterator[str]:
         faults = [fault for fault in pool.map(_column_fault, sorted(folder.glob("*.tar"))) if fault]
     if faults:
         yield (
-            f"data.columns is {folder}, and {len(faults)} of its column shards are damaged ({_some(faults)}): delete "
-            "them, and run `controlbooth data precompute` again, which computes what is missing"
+            f"data.columns is {folder}, and {len(faults)} of its column shards are damaged ({_some(faults)}): run "
+            "`controlbooth data precompute` again, which computes them anew, and delete those that it leaves"
         )
 
 

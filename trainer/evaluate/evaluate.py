@@ -459,7 +459,10 @@ def named_networks(given: Sequence[str], trained: str) -> dict[str, str]:
         kind, equals, folder = one.partition("=")
         if not (kind and equals and folder):
             raise ConfigError(f"--network {one!r} is not understood; write KIND=FOLDER")
-        network_folders(kind, folder)
+        try:
+            network_folders(kind, folder)
+        except ValueError as error:
+            raise ConfigError(f"--network {one!r}: {error}") from None
         if kind != trained:
             raise ConfigError(f"--network {one!r} finds {kind}, and pictures are compared in {trained}: leave it out")
         named[kind] = folder
