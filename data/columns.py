@@ -141,8 +141,11 @@ def _is_whole(path: Path) -> bool:
     return index_path(path).exists() and path.exists()
 
 
-def damaged(columns: Columns) -> dict[tuple[str, int], str]:
-    """(kind, shard) -> what is wrong with it, of those that are there. Reads all their bytes, with a progress bar."""
+def damaged(columns: Columns, rank: int = 0, world_size: int = 1) -> dict[tuple[str, int], str]:
+    """(kind, shard) -> what is wrong with it, of a rank's share of those that are there.
+
+    Reads all their bytes, on the first rank with a progress bar.
+    """
     lacking = set(missing(columns))
     there = {
         path: (kind, shard)
@@ -150,9 +153,17 @@ def damaged(columns: Columns) -> dict[tuple[str, int], str]:
         for shard, path in enumerate(columns.paths[kind])
         if (kind, shard) not in lacking
     }
-    with ThreadPoolExecutor(16) as pool:  # reading and checksums let other threads run
-        faults = list(tqdm(pool.map(_fault, there), "check columns", len(there), unit="shard", disable=len(there) < 2))
-    return {where: fault for where, fault in zip(there.values(), faults, strict=True) if fault}
+    mine = list(there.items())[rank::world_size]
+    with (
+        ThreadPoolExecutor(16) as pool,  # reading and checksums let other threads run
+        tqdm(total=len(mine), unit="shard", desc="check columns", disable=rank > 0 or len(mine) < 2) as bar,
+    ):
+        found = {}
+        for (_, where), fault in zip(mine, pool.map(_fault, (path for path, _ in mine)), strict=True):
+            bar.update()
+            if fault:
+                found[where] = fault
+    return found
 
 
 def _fault(path: Path) -> str | None:

@@ -54,7 +54,15 @@ from controlbooth.models.pretrained import load_base
 from controlbooth.trainer import engine as engines
 from controlbooth.trainer.attempt import take_lock
 from controlbooth.trainer.config import ConfigError, RunConfig, base_path, load_config
-from controlbooth.trainer.distributed import DistError, World, from_first_rank, join, leave
+from controlbooth.trainer.distributed import (
+    DistError,
+    World,
+    from_first_rank,
+    gather_objects,
+    join,
+    leave,
+    patient_group,
+)
 from controlbooth.trainer.encoding import (
     as_array,
     column_identities,
@@ -139,9 +147,10 @@ def precompute(config: RunConfig, world: World, dry_run: bool = False) -> int:
     columns = plan_columns(folder, dataset, buckets, identities)
     with only_writer(folder, world, dry_run):
         jobs: dict[int, list[str]] = {}
+        spoiled = all_damaged(columns, world)
         if world.rank == 0:  # by one alone: who asks later sees what others have finished meanwhile
             check_stated(folder, identities)
-            jobs = lacking_kinds(columns)
+            jobs = lacking_kinds(columns, spoiled)
             check_room(folder, report(base, dataset, columns, jobs))
             if not dry_run and (jobs or read_stated(folder) is None):
                 state(folder, identities, computed_here(config, world.device))
@@ -183,12 +192,18 @@ def check_apart(folder: Path, dataset: Dataset) -> None:
         )
 
 
-def lacking_kinds(columns: Columns) -> dict[int, list[str]]:
-    """Shard -> kinds of columns that it lacks, or has damaged; equal shards of two sources share theirs."""
-    faults = damaged(columns)
-    for fault in faults.values():
+def all_damaged(columns: Columns, world: World) -> list[tuple[str, int]]:
+    """(kind, shard) of what is there and damaged, on every rank; each has read its share, and told what it found."""
+    group = patient_group() if world.world_size > 1 else None  # a share may be terabytes
+    mine = damaged(columns, world.rank, world.world_size)
+    for fault in mine.values():
         print(f"to be computed again: {fault.removesuffix(f': {REPAIR}')}", file=sys.stderr, flush=True)
-    jobs = {columns.paths[kind][shard]: (kind, shard) for kind, shard in (*missing(columns), *faults)}
+    return [one for part in gather_objects(list(mine), world, group) for one in part]
+
+
+def lacking_kinds(columns: Columns, spoiled: Sequence[tuple[str, int]] = ()) -> dict[int, list[str]]:
+    """Shard -> kinds of columns that it lacks, or has damaged; equal shards of two sources share theirs."""
+    jobs = {columns.paths[kind][shard]: (kind, shard) for kind, shard in (*missing(columns), *spoiled)}
     kinds: dict[int, list[str]] = {}
     for kind, shard in jobs.values():
         kinds.setdefault(shard, []).append(kind)

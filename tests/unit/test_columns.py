@@ -204,6 +204,8 @@ def test_damaged_column_shards_are_found_by_their_size_their_index_and_their_con
     index_path(unindexed).write_bytes(b"")
     found = damaged(columns)
     assert set(found) == {("latents", 0), ("latents", 2), ("text", 1)} and missing(columns) == []
+    shares = [damaged(columns, rank, 2) for rank in range(2)]
+    assert shares[0] | shares[1] == found and not shares[0].keys() & shares[1].keys()
     assert f"{cut} has 1000 bytes, its index says" in found["latents", 0]
     assert f"{changed}: the bytes from" in found["latents", 2]
     assert f"{index_path(unindexed)} is not a whole index: run `controlbooth data precompute`" in found["text", 1]

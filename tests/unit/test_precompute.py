@@ -28,6 +28,7 @@ from controlbooth.trainer.config import ConfigError, build_config
 from controlbooth.trainer.distributed import World, join, leave
 from controlbooth.trainer.encoding import column_identities, computed_here, module_digest, tokenizer_digest
 from controlbooth.trainer.precompute import (
+    all_damaged,
     check_apart,
     check_room,
     compute,
@@ -84,7 +85,8 @@ def computed(config, base):
     config.data.columns.mkdir(exist_ok=True)
     state(config.data.columns, identities, computed_here(config, ALONE.device))
     planned = plan_columns(config.data.columns, dataset, buckets, identities)
-    compute(config, ALONE, base, dataset, buckets, planned, lacking_kinds(planned))
+    jobs = lacking_kinds(planned, all_damaged(planned, ALONE))
+    compute(config, ALONE, base, dataset, buckets, planned, jobs)
     return dataset, open_columns(config.data.columns, dataset, buckets, identities)
 
 
