@@ -8,7 +8,6 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 import braceexpand
 
@@ -16,7 +15,6 @@ MOST_NAMES = 1_000_000
 """That a range may stand for. A longer one is a slip of the keyboard, and would fill the memory with names."""
 SEEDS = 2**63
 """Seeds are smaller: torch's and numpy's generators take 64 bits with a sign."""
-_Value = TypeVar("_Value", int, float)
 _RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?\}")
 
 
@@ -28,7 +26,8 @@ def whole_number(least: int = 1, most: int | None = None) -> Callable[[str], int
             value = int(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-        return _within(value, least, most)
+        _check_within(text, value, least, most)
+        return value
 
     return parse
 
@@ -47,17 +46,17 @@ def finite_number(
             raise argparse.ArgumentTypeError(f"{text} is not finite")
         if above is not None and value <= above:
             raise argparse.ArgumentTypeError(f"{text} is not more than {above:g}")
-        return _within(value, least, most)
+        _check_within(text, value, least, most)
+        return value
 
     return parse
 
 
-def _within(value: _Value, least: float | None, most: float | None) -> _Value:
+def _check_within(text: str, value: float, least: float | None, most: float | None) -> None:
     if least is not None and value < least:
-        raise argparse.ArgumentTypeError(f"{value} is less than {least}")
+        raise argparse.ArgumentTypeError(f"{text} is less than {least}")
     if most is not None and value > most:
-        raise argparse.ArgumentTypeError(f"{value} is more than {most}")
-    return value
+        raise argparse.ArgumentTypeError(f"{text} is more than {most}")
 
 
 seed_number = whole_number(0, SEEDS - 1)

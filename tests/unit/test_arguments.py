@@ -39,7 +39,7 @@ def test_numbers_are_taken_between_their_bounds_only():
         0.0,
         1.0,
     ]
-    assert refusal(finite_number(least=1.0), "0.5") == "0.5 is less than 1.0"
+    assert refusal(finite_number(least=1), "0.5") == "0.5 is less than 1"
     assert refusal(finite_number(above=0), "0") == "0 is not more than 0"
     assert refusal(finite_number(most=1), "1.5") == "1.5 is more than 1"
     assert refusal(finite_number(), "much") == "'much' is not a number"
