@@ -130,6 +130,8 @@ def subjects_job(
 
     Raises ValueError where no subject can be trained. What is wrong with single ones is told, and they are left out.
     """
+    if per_task < 1:
+        raise ValueError(f"--subjects-per-task is {per_task}, but a task trains at least one")
     if config.method != "lora":
         raise ValueError("method=full trains one subject with all ranks: use `controlbooth dreambooth run`")
     problems = list(base_problems(config.model.base, config.model.family))
