@@ -20,6 +20,7 @@ from controlbooth.trainer.config import RunConfig, lanes, sources
 MANIFEST = "manifest.jsonl"
 INDEX_HEADER = struct.Struct("<8sIIQ")
 """Of data/sidecar.py: magic, version, length of a table, bytes of the shard."""
+TAR_END_BYTES = 2 * 512
 INDEX_MAGIC, DIGEST_BYTES = b"CBINDEX\n", 16
 
 
@@ -57,8 +58,15 @@ def check_shards(config: RunConfig, node: Node) -> Iterator[str]:
         manifest = manifest_of(location)
         try:
             rows = _manifest_rows(manifest) if manifest else []
-        except ValueError:
-            continue  # check_data has said which line is wrong
+            shards = [] if manifest else [Path(uri) for uri in find_shards(location) if not is_remote(uri)]
+        except (OSError, ValueError):
+            continue  # check_data has said what is wrong
+        with ThreadPoolExecutor(16) as pool:
+            if cut := [shard for shard, is_cut in zip(shards, pool.map(_is_cut, shards), strict=True) if is_cut]:
+                yield (
+                    f"{key} is {location!r}: {len(cut)} of {len(shards)} shards are cut short ({_some(cut)}): "
+                    "fetch or pack them again"
+                )
         if manifest is None or not all({"bytes", "index_hash", "usable", "conditions"} <= row.keys() for row in rows):
             continue  # what there is to be told is told when the trainer indexes the shards
         if faults := _faults(manifest.parent, rows):
@@ -107,6 +115,27 @@ def _fault(shard: Path, row: dict[str, Any]) -> str | None:
     except FileNotFoundError as error:
         return None if error.filename == str(shard) else f"{index} is missing"  # check_data tells of shards
     return None if digest == row["index_hash"] else f"{index} is damaged, or of another manifest"
+
+
+def _is_cut(shard: Path) -> bool:
+    """Whether a shard that is yet to be indexed, or is shorter than when it was, has no end of a tar: zeros."""
+    stated, size = _stated_bytes(shard.with_name(f"{shard.name}.idx")), shard.stat().st_size
+    if stated is not None and stated <= size:
+        return False
+    with shard.open("rb") as file:
+        file.seek(-min(size, TAR_END_BYTES), os.SEEK_END)
+        return file.read() != bytes(TAR_END_BYTES)
+
+
+def _stated_bytes(index: Path) -> int | None:
+    """How long the shard of an index is; None where the index is missing or not whole."""
+    try:
+        with index.open("rb") as file:
+            header = file.read(INDEX_HEADER.size)
+    except FileNotFoundError:
+        return None
+    is_one = len(header) == INDEX_HEADER.size and header.startswith(INDEX_MAGIC)
+    return INDEX_HEADER.unpack(header)[3] if is_one else None
 
 
 def _some(items: Sequence[Any], most: int = 3) -> str:
@@ -218,11 +247,9 @@ def _column_fault(path: Path) -> str | None:
     index = path.with_name(f"{path.name}.idx")
     if not index.exists():
         return None
-    with index.open("rb") as file:
-        header = file.read(INDEX_HEADER.size)
-    if len(header) < INDEX_HEADER.size or not header.startswith(INDEX_MAGIC):
+    stated, size = _stated_bytes(index), path.stat().st_size
+    if stated is None:
         return f"{index} is not a whole index"
-    stated, size = INDEX_HEADER.unpack(header)[3], path.stat().st_size
     return None if size == stated else f"{path} has {size} bytes, its index says {stated}"
 
 

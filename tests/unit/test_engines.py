@@ -221,7 +221,7 @@ def run(tmp_path) -> Path:
     """A run file without a fault, whose paths lie below /data on pods, and here in a temporary folder."""
     for name in ("train/a.tar", "held/b.tar"):
         (tmp_path / "data" / name).parent.mkdir(parents=True)
-        (tmp_path / "data" / name).touch()
+        (tmp_path / "data" / name).write_bytes(bytes(1024))  # an empty tar
     tree = dict(
         name="first",
         output=str(tmp_path / "data" / "runs"),

@@ -11,12 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from controlbooth.data.sidecar import PART, SAMPLE, make_index, write_index
+from controlbooth.data.sidecar import PART, SAMPLE, index_path, make_index, write_index
 from controlbooth.launch import preflight as checks
 from controlbooth.launch.data_preflight import find_shards
 from controlbooth.launch.preflight import checkpoint_bytes, preflight, safetensors_header
 from controlbooth.launch.torchrun import Node
 from controlbooth.trainer.config import RunConfig, build_config
+
+EMPTY_TAR = bytes(1024)
 
 
 def node(processes: int = 1, gpus: int = 0) -> Node:
@@ -44,7 +46,7 @@ def good(tmp_path) -> dict:
     """A run in which there is nothing to find."""
     for name in ("train/a.tar", "train/b.tar", "held_out/c.tar"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
+        (tmp_path / name).write_bytes(EMPTY_TAR)
     write_safetensors(tmp_path / "base/unet/model.safetensors", {"conv_in.weight": [250], "up_blocks.0.weight": [999]})
     (tmp_path / "base/unet/config.json").write_text('{"cross_attention_dim": 768}')
     return {
@@ -171,7 +173,7 @@ def manifest_of(folder: Path, **changes) -> list[dict]:
     for shard in sorted(folder.glob("*.tar")):
         digest = shard.name.encode().ljust(16)
         shard.with_name(f"{shard.name}.idx").write_bytes(bytes(40) + digest)
-        row = {"uri": shard.name, "bytes": 0, "index_hash": digest.hex(), "usable": 10, "conditions": {"edges": 9}}
+        row = {"uri": shard.name, "bytes": 1024, "index_hash": digest.hex(), "usable": 10, "conditions": {"edges": 9}}
         rows.append(row | changes)
     (folder / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return rows
@@ -184,12 +186,25 @@ def test_shards_and_indexes_that_are_not_as_the_manifest_says_are_named(good, tm
     (train / "a.tar").write_bytes(bytes(512))
     (train / "b.tar.idx").write_bytes(b"")
     problem = only_problem(good)
-    assert f"{train / 'a.tar'} has 512 bytes, its index says 0" in problem
+    assert f"{train / 'a.tar'} has 512 bytes, its index says 1024" in problem
     assert f"2 of 2 shards are not as they were indexed ({train}" in problem and "b.tar.idx is damaged" in problem
     assert f"`controlbooth data index --rebuild {train}`" in problem
-    (train / "a.tar").write_bytes(b"")
+    (train / "a.tar").write_bytes(EMPTY_TAR)
     (train / "b.tar.idx").unlink()
     assert "1 of 2 shards" in (problem := only_problem(good)) and "b.tar.idx is missing" in problem
+
+
+def test_a_shard_without_a_manifest_that_was_cut_short_since_it_was_indexed_is_named(good, tmp_path):
+    shard, none = tmp_path / "train" / "a.tar", (np.zeros(0, SAMPLE), np.zeros((0, 0), PART))
+    write_index(make_index(4096, (), *none), index_path(shard))
+    shard.write_bytes(b"x" * 2000)
+    assert f"1 of 2 shards are cut short ({shard}): fetch or pack them again" in only_problem(good)
+    index_path(shard).unlink()
+    assert "cut short" in only_problem(good)
+    for another in (bytes(2048), b"x" * 4096, b"x" * 5000):  # whole, as long as it was, or longer: to be indexed anew
+        write_index(make_index(4096, (), *none), index_path(shard))
+        shard.write_bytes(another)
+        assert preflight(config(good), node()) == []
 
 
 def test_shards_that_a_folder_holds_beside_its_manifest_are_named(good, tmp_path):

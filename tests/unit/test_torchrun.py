@@ -133,7 +133,7 @@ def test_the_port_is_free_or_the_configured_one_or_an_error(monkeypatch):
 def run_file(tmp_path) -> Path:
     shards = tmp_path / "shards"
     shards.mkdir()
-    (shards / "a.tar").touch()
+    (shards / "a.tar").write_bytes(bytes(1024))  # an empty tar
     unet = tmp_path / "base" / "unet"
     unet.mkdir(parents=True)
     (unet / "config.json").write_text("{}")
