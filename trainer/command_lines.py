@@ -6,6 +6,13 @@ Free of both: `launch.cli` parses here first, so that help comes, and a slip of 
 import argparse
 from pathlib import Path
 
+from controlbooth.data.arguments import (
+    file_to_write,
+    finite_number,
+    folder_to_write,
+    seed_number,
+    whole_number,
+)
 from controlbooth.models.guidance import CONDITIONAL, SCHEDULES
 
 SCHEDULERS = ("ddim", "unipc", "dpm++", "euler")
@@ -37,9 +44,11 @@ examples:
         help=f"(default: uniform); {' and '.join(CONDITIONAL)} act in the conditional branch alone",
     )
     parser.add_argument("--guess", action="store_true", help="logspace, control of the conditional branch alone")
-    parser.add_argument("--start", type=float, default=0.0, help="share of the steps before control acts (default: 0)")
     parser.add_argument(
-        "--end", type=float, default=1.0, help="share of the steps after which it does not (default: 1)"
+        "--start", type=finite_number(0, 1), default=0.0, help="share of the steps before control acts (default: 0)"
+    )
+    parser.add_argument(
+        "--end", type=finite_number(0, 1), default=1.0, help="share of the steps after which it does not (default: 1)"
     )
     parser.add_argument("--condition", action="append", default=[], metavar="KIND=PICTURE", help="one for each control")
     parser.add_argument("--data", metavar="SHARDS", help="take conditions and prompts from these instead")
@@ -48,14 +57,14 @@ examples:
     )
     parser.add_argument("--negative", help="what to guide away from")
     parser.add_argument(
-        "--count", type=int, default=4, help="pictures of each prompt, or samples of --data (default: 4)"
+        "--count", type=whole_number(), default=4, help="pictures of each prompt, or samples of --data (default: 4)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the first picture (default: 0)")
-    parser.add_argument("--steps", type=int, default=25, help="(default: 25)")
-    parser.add_argument("--guidance", type=float, default=5.0, help="1 is without (default: 5)")
+    parser.add_argument("--seed", type=seed_number, default=0, help="of the first picture (default: 0)")
+    parser.add_argument("--steps", type=whole_number(), default=25, help="(default: 25)")
+    parser.add_argument("--guidance", type=finite_number(1), default=5.0, help="1 is without (default: 5)")
     parser.add_argument("--scheduler", choices=SCHEDULERS, default="ddim", help="(default: ddim)")
     parser.add_argument("--base", help="a diffusers folder, a single file or miniature (default: that of the run)")
-    parser.add_argument("-o", "--out", type=Path, default=Path("samples"), help="folder (default: samples)")
+    parser.add_argument("-o", "--out", type=folder_to_write, default=Path("samples"), help="folder (default: samples)")
     return parser
 
 
@@ -76,11 +85,13 @@ def evaluate() -> argparse.ArgumentParser:
     parser.add_argument("--data", metavar="SHARDS", help="held-out shards (default: those of the run)")
     parser.add_argument("--condition", metavar="KIND", help="which condition (default: the one that was trained)")
     parser.add_argument("--base", help="a diffusers folder, a single file or miniature (default: that of the run)")
-    parser.add_argument("--resolution", type=int, help="side in pixels (default: the run's, or the base's)")
-    parser.add_argument("--samples", type=int, help=f"held-out conditions (default: {SAMPLES}, or all of fewer)")
-    parser.add_argument("--step", type=int, help="of the run's checkpoint (default: the latest)")
-    parser.add_argument("--steps", type=int, help="of the sampler (default: the run's validation, or 20)")
-    parser.add_argument("--guidance", type=float, help="(default: the run's validation, or 7.5)")
+    parser.add_argument("--resolution", type=whole_number(8), help="side in pixels (default: the run's, or the base's)")
+    parser.add_argument(
+        "--samples", type=whole_number(), help=f"held-out conditions (default: {SAMPLES}, or all of fewer)"
+    )
+    parser.add_argument("--step", type=whole_number(0), help="of the run's checkpoint (default: the latest)")
+    parser.add_argument("--steps", type=whole_number(), help="of the sampler (default: the run's validation, or 20)")
+    parser.add_argument("--guidance", type=finite_number(1), help="(default: the run's validation, or 7.5)")
     parser.add_argument("--scheduler", choices=SCHEDULERS, default="ddim", help="(default: ddim)")
     parser.add_argument(
         "--network", action="append", default=[], metavar="KIND=FOLDER", help="finds the condition in photographs"
@@ -89,7 +100,7 @@ def evaluate() -> argparse.ArgumentParser:
         "--encoder", action="append", default=[], metavar="clip|dino=FOLDER", help="for KID, CLIP score"
     )
     parser.add_argument("--aesthetic", type=Path, metavar="FILE", help="linear head on CLIP, .safetensors")
-    parser.add_argument("-o", "--out", type=Path, help="folder (default: WHERE/evaluation)")
+    parser.add_argument("-o", "--out", type=folder_to_write, help="folder (default: WHERE/evaluation)")
     return parser
 
 
@@ -105,7 +116,7 @@ def compare() -> argparse.ArgumentParser:
     )
     parser.add_argument("a", type=Path, metavar="A", help="a run that was evaluated, or the folder of an evaluation")
     parser.add_argument("b", type=Path, metavar="B", help="another one")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the differences there too")
+    parser.add_argument("--json", type=file_to_write, metavar="FILE", help="write the differences there too")
     return parser
 
 
@@ -118,7 +129,7 @@ def report() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", type=Path, metavar="RUN")
-    parser.add_argument("-o", "--out", type=Path, metavar="FILE", help="(default: RUN/report.html)")
+    parser.add_argument("-o", "--out", type=file_to_write, metavar="FILE", help="(default: RUN/report.html)")
     return parser
 
 
@@ -134,7 +145,7 @@ def dreambooth_export() -> argparse.ArgumentParser:
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a run of subjects")
     parser.add_argument("subject", metavar="NAME")
-    parser.add_argument("out", type=Path, metavar="OUT.safetensors")
+    parser.add_argument("out", type=file_to_write, metavar="OUT.safetensors")
     parser.add_argument("--format", choices=("diffusers", "kohya"), default="diffusers", help="(default: diffusers)")
     parser.add_argument("--force", action="store_true", help="write over a file that is there")
     return parser
@@ -151,12 +162,12 @@ def dreambooth_identifiers() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("base", help="a diffusers folder, a single .safetensors file, or miniature")
-    parser.add_argument("--count", type=int, default=20, help="how many (default: 20)")
+    parser.add_argument("--count", type=whole_number(), default=20, help="how many (default: 20)")
     parser.add_argument("--draw", action="store_true", help="ask the base too; needs --class-noun")
     parser.add_argument("--class-noun", action="append", default=[], metavar="NOUN", help="may be repeated")
-    parser.add_argument("--images", type=int, default=8, help="drawn of each prompt (default: 8)")
-    parser.add_argument("--steps", type=int, default=20, help="of sampling (default: 20)")
-    parser.add_argument("--guidance", type=float, default=3.0, help="(default: 3)")
+    parser.add_argument("--images", type=whole_number(2), default=8, help="drawn of each prompt (default: 8)")
+    parser.add_argument("--steps", type=whole_number(), default=20, help="of sampling (default: 20)")
+    parser.add_argument("--guidance", type=finite_number(1), default=3.0, help="(default: 3)")
     parser.add_argument("--encoder", action="append", default=[], metavar="dino=FOLDER", help="compares the pictures")
     return parser
 
@@ -179,7 +190,7 @@ def dreambooth_measure() -> argparse.ArgumentParser:
     parser.add_argument("--real", type=Path, metavar="FOLDER", help="measure folders of real pictures, and no run")
     parser.add_argument("--encoder", action="append", default=[], metavar="dino|clip=FOLDER")
     parser.add_argument(
-        "--prompts", type=int, default=25, help="of the 25 of the protocol, evenly chosen (default: 25)"
+        "--prompts", type=whole_number(1, 25), default=25, help="of the 25 of the protocol, evenly chosen (default: 25)"
     )
-    parser.add_argument("--images", type=int, default=4, help="pictures of each prompt (default: 4)")
+    parser.add_argument("--images", type=whole_number(), default=4, help="pictures of each prompt (default: 4)")
     return parser

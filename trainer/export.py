@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from controlbooth.data.arguments import whole_number
 from controlbooth.trainer.config import BUILT_IN, RunConfig, base_path, data_set_name, load_config
 
 EXAMPLES = """\
@@ -65,7 +66,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run: it holds config.yaml and checkpoints/")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; it must not exist, or be empty")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--step", type=int, metavar="N", help="the checkpoint of step N (default: the latest)")
+    which.add_argument(
+        "--step", type=whole_number(0), metavar="N", help="the checkpoint of step N (default: the latest)"
+    )
     which.add_argument("--best", action="store_true", help=f"the checkpoint with the highest {BEST_METRIC}")
     parser.add_argument("--format", choices=("diffusers", "single-file"), default="diffusers")
     parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the written weights")

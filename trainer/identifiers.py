@@ -43,8 +43,6 @@ VOWELS = frozenset("aeiouy")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = command_lines.dreambooth_identifiers().parse_args(arguments)
-    if options.count < 1 or options.images < 2:
-        raise ValueError(f"--count {options.count} must be at least 1, and --images {options.images} at least 2")
     if options.draw and not options.class_noun:
         raise ValueError("--draw compares with pictures of a class: give --class-noun, once or several times")
     where = base_folder(options.base)

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from controlbooth.data.arguments import file_to_write, finite_number, whole_number
 from controlbooth.models.architectures import PUBLISHED
 from controlbooth.trainer.accelerators import ACCELERATORS, STORAGE_GBIT, Layout, accelerator
 from controlbooth.trainer.config import ConfigError, RunConfig, load_config
@@ -37,17 +38,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="a field of the run, set here")
     parser.add_argument("--cluster", type=Path, help="a cluster.yaml with accelerator, nodes, processes_per_node")
     parser.add_argument("--accelerator", metavar="NAME", help=f"{', '.join(ACCELERATORS)}, or cpu (default: h100)")
-    parser.add_argument("--nodes", type=int, help="machines (default: 1)")
-    parser.add_argument("--processes-per-node", type=int, help="ranks on each (default: as many as a node has cards)")
-    parser.add_argument("--price", type=float, help="dollars for an hour of one card (default: the table's)")
-    parser.add_argument("--network-gbit", type=float, help="between nodes, of one card (default: the table's)")
-    parser.add_argument("--storage-gbit", type=float, default=STORAGE_GBIT, help="of all nodes (default: %(default)g)")
+    parser.add_argument("--nodes", type=whole_number(), help="machines (default: 1)")
+    parser.add_argument(
+        "--processes-per-node", type=whole_number(), help="ranks on each (default: as many as a node has cards)"
+    )
+    parser.add_argument("--price", type=finite_number(0), help="dollars for an hour of one card (default: the table's)")
+    parser.add_argument(
+        "--network-gbit", type=finite_number(above=0), help="between nodes, of one card (default: the table's)"
+    )
+    parser.add_argument(
+        "--storage-gbit", type=finite_number(above=0), default=STORAGE_GBIT, help="of all nodes (default: %(default)g)"
+    )
     parser.add_argument(
         "--shapes", choices=PUBLISHED, help="plan with the published shapes of this family, not model.base"
     )
     parser.add_argument("--calibration", type=Path, help="measured rows, or the folder of a run that has ended")
-    parser.add_argument("--simulate", type=Path, metavar="PNG", help="draw the scaling curve up to 1,024 cards")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan as JSON")
+    parser.add_argument(
+        "--simulate", type=file_to_write, metavar="PNG", help="draw the scaling curve up to 1,024 cards"
+    )
+    parser.add_argument("--json", type=file_to_write, metavar="FILE", help="write the plan as JSON")
     options = parser.parse_intermixed_args(arguments)
     config = load_config(options.run, options.overrides)
     layout = layout_of(options, config)

@@ -111,7 +111,6 @@ def test_resolution_weights_are_64_over_the_height_in_the_branch_with_the_prompt
         (["--control", "edges=a", "--control", "edges=b"], "name each kind once"),
         (["--control", "edges={}/edges", "--base", "miniature"], "given for nothing, and the controls are: edges"),
         (["--control", "edges=a", "--schedule", "cubic"], "'cubic' is not known. Use uniform"),
-        (["--base", "miniature", "--count", "0"], "--count is 0"),
         (
             ["--control", "pose={}/edges", "--base", "miniature", "--data", "{}/shards"],
             "conditions there are: depth, edges",

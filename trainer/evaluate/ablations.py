@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from controlbooth.data.arguments import whole_number
 from controlbooth.data.manifest import open_dataset
 from controlbooth.data.sidecar import write_whole
 from controlbooth.models.base import Base
@@ -51,7 +52,7 @@ def prompts_of(captions: Sequence[str]) -> dict[str, list[str]]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m controlbooth.trainer.evaluate.ablations", description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--samples", type=int, default=48)
+    parser.add_argument("--samples", type=whole_number(), default=48)
     options = parser.parse_args(arguments)
     listed = options.folder / "runs.json"
     if not listed.is_file():

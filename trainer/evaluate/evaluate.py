@@ -107,8 +107,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def resolve(options: argparse.Namespace) -> Evaluated:
     """Raises ConfigError for what is missing or cannot be."""
     where: Path = options.where
-    if options.samples is not None and options.samples < 1:
-        raise ConfigError(f"--samples is {options.samples}; at least one picture is needed")
     if (where / "config.yaml").is_file():
         return resolve_run(options, where)
     if not (where / "config.json").is_file():

@@ -174,8 +174,6 @@ def open_controls(folders: Mapping[str, Path], base: Base) -> tuple[Base, dict[s
 
 def make_requests(options: argparse.Namespace, sources: Sequence[Source], base: Base) -> list[Request]:
     """Conditions and prompts of every picture, from shards or from files."""
-    if options.count < 1:
-        raise ConfigError(f"--count is {options.count}; at least one picture is needed")
     if options.data:
         if options.condition:
             raise ConfigError("--condition and --data exclude each other: conditions come from one of them")
