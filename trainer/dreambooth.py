@@ -57,6 +57,7 @@ from controlbooth.trainer.studio import (
     MOST_SKIPPED,
     Training,
     begin_training,
+    divergence,
     draw_prior,
     failures,
     make_batch,
@@ -393,23 +394,23 @@ def step_stack(config: SubjectRunConfig, stack: Stack) -> dict[str, float]:
     rates = torch.tensor([t.task.learning_rate for t in trainings], device=device)
     clips = torch.full((len(trainings),), config.max_grad_norm, device=device)
     _, moved = stack.optimizer.step(rates, [t.step for t in trainings], clips)
-    for training, updated in zip(trainings, moved.tolist(), strict=True):
+    losses = (instance + config.prior.weight * prior).tolist()
+    for training, updated, loss in zip(trainings, moved.tolist(), losses, strict=True):
         training.step += 1
         training.skipped = 0 if updated else training.skipped + 1
+        training.loss = loss
     return {"loss": float(instance.mean()), "prior_loss": float(prior.mean())}
 
 
 def end_training(stack: Stack, training: Training, folder: Path, attempt: Attempt) -> None:
     """Writes a finished subject's LoRA, or why it failed. Raises Superseded where a newer start trains the subject."""
     task, slot = training.task, stack.trainings.index(training)
-    if training.skipped > MOST_SKIPPED:
-        error = (
-            f"{training.skipped} updates in a row had no finite gradient, up to step {training.step}. Lower its "
-            f"learning_rate={task.learning_rate:g}, or look at its pictures"
-        )
+    weights = subject_weights(stack.adapters, slot, task.rank)
+    finite = all(bool(tensor.isfinite().all()) for tensor in weights.values())
+    if (error := divergence(task, training.step, training.skipped, training.loss, finite)) is not None:
         write_status(attempt, folder, task.name, state="failed", step=training.step, error=error)
         return
-    save_lora(attempt, subject_weights(stack.adapters, slot, task.rank), folder / "subjects" / task.name / LORA_FILE)
+    save_lora(attempt, weights, folder / "subjects" / task.name / LORA_FILE)
     write_status(attempt, folder, task.name, state="finished", step=training.step, prompt=task.instance_prompt)
 
 

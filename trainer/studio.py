@@ -1,6 +1,7 @@
 """What is the same however subjects are trained: their pictures, their batches, class pictures, their status."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,25 @@ class Training:
     step: int = 0
     skipped: int = 0
     """Updates in a row that were left out."""
+    loss: float = 0.0
+    """Of the last step, both parts."""
+
+
+def divergence(task: Task, step: int, skipped: int, loss: float, finite_weights: bool) -> str | None:
+    """Why a subject has failed that was trained up to this step; None where it may go on, or has ended well.
+
+    skipped: updates in a row without a finite gradient. A few are survived, but not that the last step ends in one by
+    a loss that is no number: then what would be written is of weights with which the network computes none.
+    """
+    if skipped > MOST_SKIPPED:
+        what = f"{skipped} updates in a row had no finite gradient, up to step {step}"
+    elif not finite_weights:
+        what = f"its weights are no finite numbers after step {step}"
+    elif step >= task.steps and not math.isfinite(loss):
+        what = f"its loss is {loss} at its last step, {step}"
+    else:
+        return None
+    return f"{what}. Lower its learning_rate={task.learning_rate:g}, or look at its pictures"
 
 
 def subject_seed(config: SubjectRunConfig, task: Task) -> int:

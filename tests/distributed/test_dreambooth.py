@@ -176,6 +176,26 @@ def test_a_subject_that_cannot_be_trained_says_why_and_the_others_finish(studio,
     assert "2 subjects finished, 8 failed" in output
 
 
+def test_a_subject_that_ends_without_numbers_has_failed_and_spoils_no_other_of_its_stack(studio, whole):
+    rows = yaml.safe_load((studio / "subjects.yaml").read_text())[:2]
+    spoilers = [dict(name="weights", steps=1, learning_rate=1e39), dict(name="loss", steps=8, learning_rate=1e30)]
+    more = [
+        rows[0] | spoiler | dict(identifier=word) for spoiler, word in zip(spoilers, ["small", "large"], strict=True)
+    ]
+    (studio / "spoilers.yaml").write_text(yaml.safe_dump(rows + more))
+    output = finish(start(studio, run_file(studio, "spoiled"), subjects="spoilers.yaml"), status=1)
+    assert "2 subjects finished, 2 failed" in output
+    told = states(studio, "spoiled")
+    assert {name: one["state"] for name, one in told.items()} == dict.fromkeys(NAMES[:2], "finished") | dict(
+        weights="failed", loss="failed"
+    )
+    assert "its weights are no finite numbers after step 1. Lower its learning_rate=1e+39" in told["weights"]["error"]
+    assert "its loss is nan at its last step, 8. Lower its learning_rate=1e+30" in told["loss"]["error"]
+    written = {path.parent.name for path in (studio / "runs" / "spoiled").rglob("pytorch_lora_weights.safetensors")}
+    assert written == set(NAMES[:2])
+    assert all(difference(weights(studio, "spoiled", name), weights(studio, whole, name)) < 2e-5 for name in NAMES[:2])
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_begun_subject_whose_pictures_are_lost_stops_no_other_and_goes_on_when_they_are_back(
     studio, whole, processes
