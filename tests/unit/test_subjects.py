@@ -77,6 +77,12 @@ def test_csv_jsonl_and_parquet_say_the_same_as_yaml(folder):
         ([row("mug"), {"name": "rex", "images": "rex"}], "rex", "'class_noun' is missing"),
         ([row("mug"), row("rex", steps=-1)], "rex", "'steps' is -1"),
         ([row("mug"), row("rex", images="x" * 300)], "rex", "cannot be read: File name too long"),
+        (
+            [row("mug"), row("rex", instance_prompt="a {foo}")],
+            "rex",
+            "instance_prompt='a {foo}' is no template ({foo} is",
+        ),
+        ([row("mug"), row("rex", class_prompt="a {class_noun.x}")], "rex", "may hold {identifier} and {class_noun}"),
         ([row("mug"), "rex"], "row 2", "no mapping with name, images and class_noun"),
     ],
 )
@@ -108,7 +114,10 @@ def test_ranks_share_the_subjects_evenly_and_without_a_word(folder):
     assert share_of_rank(tasks, 0, 1) == sorted(tasks, key=lambda task: -task.steps)
 
 
-@pytest.mark.parametrize("template", ["a {identifer} dog", "a {} dog", "a {identifier"])
+@pytest.mark.parametrize(
+    "template",
+    ["a {identifer} dog", "a {} dog", "a {identifier", "a {identifier.foo}", "a {class_noun[x]}", "{identifier!x}"],
+)
 def test_a_template_of_other_words_is_refused(folder, template):
     with pytest.raises(ConfigError, match="is no template.*may hold {identifier} and {class_noun}"):
         run_of(folder, instance_prompt=template)
