@@ -1,6 +1,7 @@
 """What is the same however subjects are trained: their pictures, their batches, class pictures, their status."""
 
 import json
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from controlbooth.trainer.prior import (
 )
 from controlbooth.trainer.step import SubjectBatch
 from controlbooth.trainer.subjects import SubjectRunConfig, Task
+
+logger = logging.getLogger(__name__)
 
 MOST_SKIPPED = 10
 """Updates in a row without a finite gradient after which a subject has failed."""
@@ -177,9 +180,14 @@ def draw_prior(config: SubjectRunConfig, base: Base, tasks: Sequence[Task], worl
 
 
 def status_of(folder: Path, name: str) -> dict[str, Any]:
-    """What a subject's status.json says; nothing where there is none."""
+    """What a subject's status.json says; nothing where there is none, or where it is damaged: then the subject counts
+    as not finished, and is trained again to the same weights."""
     path = folder / "subjects" / name / "status.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    try:
+        return dict(json.loads(path.read_text())) if path.exists() else {}
+    except (ValueError, TypeError) as error:
+        logger.warning("%s cannot be read (%s): its subject counts as not finished", path, error)
+        return {}
 
 
 def write_status(attempt: Attempt, folder: Path, name: str, **fields: object) -> None:
