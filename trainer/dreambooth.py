@@ -137,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Superseded as error:
         end_superseded(error, rank)
     except (ValueError, OSError) as error:
-        print(f"rank {rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        print(f"\nrank {rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)  # not behind a bar
         os._exit(2)
     finally:
         leave()

@@ -30,6 +30,7 @@ from controlbooth.trainer import checkpoint as checkpoints
 from controlbooth.trainer import engine as engines
 from controlbooth.trainer.attempt import Attempt, move
 from controlbooth.trainer.config import ConfigError, OptimizerConfig, base_folder
+from controlbooth.trainer.disk import named_when_full
 from controlbooth.trainer.distributed import World, barrier, gather_objects
 from controlbooth.trainer.pictures import SubjectError
 from controlbooth.trainer.step import SubjectBatch, dreambooth_step
@@ -196,21 +197,27 @@ def finish_full(config: SubjectRunConfig, training: FullTraining, folder: Path, 
         latest = checkpoints.complete_checkpoints(run)[-1]
         weights = load_file(latest / WEIGHTS / "weights.safetensors")
         made = attempt.folder / PIPELINE
-        shutil.copytree(base_folder(config.model.base), made, ignore=shutil.ignore_patterns("*.md", ".*"))
-        fresh = load_base(base_folder(config.model.base), config.model.family, torch.float32, torch.device("cpu"))
-        modules = dict(zip(NETWORKS, (fresh.unet, *fresh.text_encoders), strict=False))
-        for part, prefix in NETWORKS.items():
-            own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-            if own:
-                module: Any = modules[part]
-                module.load_state_dict(own)
-                shutil.rmtree(made / part)
-                module.save_pretrained(made / part)
+        with named_when_full(run / PIPELINE):
+            write_pipeline(config, weights, made)
         if (run / PIPELINE).exists():
             checkpoints.delete(run / PIPELINE, attempt)
         move(attempt, made, run / PIPELINE)
         checkpoints.delete(run / "checkpoints", attempt)
     barrier()
+
+
+def write_pipeline(config: SubjectRunConfig, weights: dict[str, Tensor], made: Path) -> None:
+    """The base's folder with these weights, by their names in FullNetwork, in place of its own."""
+    shutil.copytree(base_folder(config.model.base), made, ignore=shutil.ignore_patterns("*.md", ".*"))
+    fresh = load_base(base_folder(config.model.base), config.model.family, torch.float32, torch.device("cpu"))
+    modules = dict(zip(NETWORKS, (fresh.unet, *fresh.text_encoders), strict=False))
+    for part, prefix in NETWORKS.items():
+        own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        if own:
+            module: Any = modules[part]
+            module.load_state_dict(own)
+            shutil.rmtree(made / part)
+            module.save_pretrained(made / part)
 
 
 def base_of_subject(config: SubjectRunConfig, base: Base, pipeline: Path) -> Base:
