@@ -71,7 +71,7 @@ def _answering(uri: str) -> Iterator[None]:
 
     try:
         yield
-    except (MlflowException, RequestException, SQLAlchemyError) as error:
+    except (MlflowException, RequestException, SQLAlchemyError, OSError) as error:  # the last of a local store
         raise RegistryAway(
             f"the MLflow registry at {uri} does not answer as it should ({type(error).__name__}: {str(error):.300}). "
             "Nothing was changed; start it, or correct tracking.uri of the run, and the next tick goes on"

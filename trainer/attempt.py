@@ -166,6 +166,8 @@ def write_file(attempt: Attempt, path: Path, write: Callable[[Path], object]) ->
     try:
         with named_when_full(path):
             write(made)
+            with open(made, "rb") as file:
+                os.fsync(file.fileno())  # or a power cut may leave the name without the bytes
     except Exception as error:  # safetensors has errors of its own for a folder that is gone
         if is_superseded(attempt):
             raise _superseded(attempt) from error
