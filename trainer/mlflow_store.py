@@ -7,10 +7,12 @@ another name beside its place, and takes its name when it is whole.
 
 import contextlib
 import fcntl
+import glob
 import logging
 import os
 import sqlite3
 import time
+import uuid
 from pathlib import Path
 from urllib.parse import quote
 
@@ -50,19 +52,17 @@ def _make(path: Path) -> None:
     """Makes the store, in the place of one that is half made. To be called with the lock."""
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-    made = path.with_name(f".{path.name}.making")
-    for left in (made, _journal(made)):  # by one that was killed
-        left.unlink(missing_ok=True)
+    beginning = f".{path.name}.making-"
+    for left in path.parent.glob(f"{glob.escape(beginning)}*"):  # by one that was killed, with its journal
+        left.unlink()
+    # A new name for each try: SQLAlchemy keeps a connection to the file of one that has failed.
+    made = path.with_name(f"{beginning}{uuid.uuid4().hex}")
     store = SqlAlchemyStore(f"sqlite:///{made}", (path.absolute().parent / "mlartifacts").as_uri())
     store.engine.dispose()
     if path.exists():
         logger.warning("%s was left half made, with nothing in it, and is made anew", path)
-        _journal(path).unlink(missing_ok=True)  # SQLite would apply it to the new one
+        path.with_name(f"{path.name}-journal").unlink(missing_ok=True)  # SQLite would apply it to the new one
     os.replace(made, path)
-
-
-def _journal(path: Path) -> Path:
-    return path.with_name(f"{path.name}-journal")
 
 
 def _is_made(path: Path) -> bool:

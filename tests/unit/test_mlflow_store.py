@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import resource
 import signal
 import sqlite3
 import subprocess
@@ -48,16 +49,33 @@ def half_make(path, age_seconds=3600.0):
 
 
 def test_killed_while_it_is_made_it_is_not_there_and_the_next_start_makes_it(tmp_path):
-    uri, making = f"sqlite:///{tmp_path / 'mlflow.db'}", tmp_path / ".mlflow.db.making"
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     process = start(uri)
-    while not making.exists() or making.stat().st_size == 0:
+    while not any(path.stat().st_size for path in tmp_path.glob(".mlflow.db.making-*")):
         assert process.poll() is None
         time.sleep(0.005)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "mlflow.db").exists()
     make_store(uri)
-    assert run_names(uri) == set() and not making.exists()
+    assert run_names(uri) == set()
+    assert {path.name for path in tmp_path.iterdir()} == {"mlflow.db", ".mlflow.db.lock"}
+
+
+def test_where_the_disk_was_full_the_same_process_makes_it_when_there_is_room(tmp_path):
+    from sqlalchemy.exc import SQLAlchemyError
+
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(SQLAlchemyError):
+            make_store(uri)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not (tmp_path / "mlflow.db").exists()
+    make_store(uri)
+    assert run_names(uri) == set()
 
 
 def test_several_that_make_it_at_once_all_have_their_runs_in_it(tmp_path):
