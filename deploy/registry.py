@@ -18,6 +18,7 @@ from urllib.parse import unquote, urlsplit
 
 from controlbooth.trainer.config import ConfigError
 from controlbooth.trainer.mlflow_run import quiet_environment
+from controlbooth.trainer.mlflow_store import make_store, store_file
 
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous_champion"
 STATE_TAG = "controlbooth.retrain"
@@ -57,6 +58,7 @@ class Registry:
 
         for name in ("mlflow", "alembic"):  # progress of creating tables
             logging.getLogger(name).setLevel(logging.WARNING)
+        make_store(self.uri)
         mlflow.set_tracking_uri(self.uri)  # the registry's SQL store looks up checkpoints there, and not at its own
         return MlflowClient(self.uri)
 
@@ -69,7 +71,7 @@ def _answering(uri: str) -> Iterator[None]:
 
     try:
         yield
-    except (MlflowException, RequestException, SQLAlchemyError) as error:
+    except (MlflowException, RequestException, SQLAlchemyError, OSError) as error:  # the last of a local store
         raise RegistryAway(
             f"the MLflow registry at {uri} does not answer as it should ({type(error).__name__}: {str(error):.300}). "
             "Nothing was changed; start it, or correct tracking.uri of the run, and the next tick goes on"
@@ -110,7 +112,7 @@ def _registered(registry: Registry) -> Any | None:
 
 def aliases(registry: Registry) -> dict[str, Version]:
     """Alias -> version. Raises RegistryAway."""
-    if registry.uri.startswith("sqlite:///") and not Path(registry.uri.removeprefix("sqlite:///")).is_file():
+    if (store := store_file(registry.uri)) is not None and not store.is_file():
         return {}  # looking would make it
     with _answering(registry.uri):
         found = _registered(registry)

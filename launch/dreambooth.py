@@ -1,12 +1,15 @@
 """`controlbooth dreambooth run`: starts the ranks that train a manifest of subjects on this machine."""
 
 import argparse
+import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from controlbooth.launch.local import run, start_of, this_node
-from controlbooth.launch.preflight import base_problems
+from controlbooth.launch.preflight import base_problems, nearest
+from controlbooth.trainer.config import base_folder
 from controlbooth.trainer.subjects import (
     SubjectRunConfig,
     Task,
@@ -20,6 +23,8 @@ from controlbooth.trainer.subjects import (
 )
 
 WORKER = "controlbooth.trainer.dreambooth"
+VAE_FACTOR = 8
+"""Pixels of a side that are one of the latents', with every base."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,25 +54,65 @@ examples:
     options = parser.parse_intermixed_args(arguments)
     config = load_run(options.run, options.overrides)
     node = this_node(options.processes)
-    subjects, faults = load_subjects(options.subjects)
-    tasks, more = settle(subjects, config)
-    if problems := list(base_problems(config.model.base, config.model.family)):
+    if problems := [*folder_problems(config), *run_problems(config)]:
         raise ValueError("; ".join(problems))
-    split, warnings = check_words(tasks, config.model.base)
-    tasks, faults = [task for task in tasks if task.name not in split], faults | more | split
-    if options.dry_run:  # a run opens each subject's pictures when it begins
-        faults |= check_pictures(tasks, config.resolution)
-        tasks = [task for task in tasks if task.name not in faults]
-    for name, message in [*faults.items(), *((name, f"warning: {text}") for name, text in warnings.items())]:
-        print(f"controlbooth dreambooth run: {name}: {message}", file=sys.stderr)
-    if not tasks:
-        raise ValueError(f"{options.subjects} has no subject that can be trained")
+    tasks, faults = checked_subjects(config, options.subjects, "dreambooth run", open_pictures=options.dry_run)
     print(plan(config, tasks, node.processes), flush=True)
     start = start_of(node, str(options.subjects), [str(options.run), *options.overrides], config.name, WORKER)
     if options.dry_run:
         print(f"command    {start}")
         return 2 if faults else 0
     return run(start, stopping="after this step, with the state of all subjects")
+
+
+def run_problems(config: SubjectRunConfig) -> Iterator[str]:
+    """What would stop all subjects, wherever they are trained."""
+    problems = list(base_problems(config.model.base, config.model.family))
+    yield from problems
+    unet, size = base_folder(config.model.base) / "unet" / "config.json", config.resolution
+    if problems or config.prior.weight == 0 or not unet.is_file():  # of a single file the trainer knows it
+        return
+    sample_size = json.loads(unet.read_text()).get("sample_size")
+    if isinstance(sample_size, int) and sample_size * VAE_FACTOR != size:
+        drawn = sample_size * VAE_FACTOR
+        yield (
+            f"resolution is {size}, and the base draws {drawn} x {drawn}: class pictures are drawn at the base's own "
+            f"size. Set resolution to {drawn}, or prior.weight to 0"
+        )
+
+
+def folder_problems(config: SubjectRunConfig) -> Iterator[str]:
+    """Of folders to be written on this machine, or on a disk that it sees."""
+    written = [("output", config.output, config.output / config.name)]
+    if config.prior.weight and config.prior.cache is not None:
+        written.append(("prior.cache", config.prior.cache, config.prior.cache))
+    for field, value, folder in written:
+        existing = nearest(folder)
+        if not existing.is_dir():
+            yield f"{field} is {str(value)!r}, but {existing} is a file. Give another folder"
+        elif not os.access(existing, os.W_OK | os.X_OK):
+            yield f"{field} is {str(value)!r}, but {existing} is not writable. Give another folder"
+
+
+def checked_subjects(
+    config: SubjectRunConfig, manifest: Path, program: str, open_pictures: bool
+) -> tuple[list[Task], dict[str, str]]:
+    """The subjects that can be trained, and what is wrong with the others, by name, which is printed.
+
+    open_pictures: each one, as training does when a subject begins. Raises ValueError where no subject can be trained.
+    """
+    subjects, faults = load_subjects(manifest)
+    tasks, more = settle(subjects, config)
+    split, warnings = check_words(tasks, config.model.base)
+    faults |= more | split
+    if open_pictures:
+        faults |= check_pictures([task for task in tasks if task.name not in faults], config.resolution)
+    for name, message in [*faults.items(), *((name, f"warning: {text}") for name, text in warnings.items())]:
+        print(f"controlbooth {program}: {name}: {message}", file=sys.stderr)
+    tasks = [task for task in tasks if task.name not in faults]
+    if not tasks:
+        raise ValueError(f"{manifest} has no subject that can be trained")
+    return tasks, faults
 
 
 def plan(config: SubjectRunConfig, tasks: Sequence[Task], processes: int) -> str:

@@ -133,7 +133,7 @@ def _check_family(family: str, base: Path) -> Iterator[str]:
 
 def check_output(config: RunConfig, node: Node) -> Iterator[str]:
     folder = run_folder(config)
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    existing = nearest(folder)
     if not existing.is_dir():
         yield f"the run's folder would be {folder}, but {existing} is a file. Change output or name"
         return
@@ -152,6 +152,11 @@ def check_output(config: RunConfig, node: Node) -> Iterator[str]:
             f"{kept} checkpoints of about {gib(checkpoint)} GiB need {gib(needed)} GiB more in {existing}, which has "
             f"{gib(free)} GiB free. Free some, change output, or lower checkpoint.keep or checkpoint.keep_best"
         )
+
+
+def nearest(path: Path) -> Path:
+    """The path itself or the innermost of its parents, whichever exists: what decides whether it can be made."""
+    return next(one for one in (path.absolute(), *path.absolute().parents) if one.exists())
 
 
 def check_free(config: RunConfig, node: Node) -> Iterator[str]:

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from controlbooth.data.arguments import whole_number
-from controlbooth.launch import background, kubernetes, slurm
+from controlbooth.launch import background, dreambooth, kubernetes, slurm
 from controlbooth.launch.cluster import CLUSTER_FILE, Cluster, Engine, dump_cluster, load_cluster
 from controlbooth.launch.cluster_preflight import (
     engine_problems,
@@ -39,12 +39,9 @@ from controlbooth.launch.job import (
     write_record,
     write_text,
 )
-from controlbooth.launch.preflight import base_problems
 from controlbooth.trainer.config import BUILT_IN, ConfigError, RunConfig, dump, load_config, run_folder
 from controlbooth.trainer.subjects import (
     SubjectRunConfig,
-    Task,
-    check_words,
     load_run,
     load_subjects,
     record_texts,
@@ -102,18 +99,19 @@ def main(engine: Engine, arguments: Sequence[str] | None) -> int:
     if options.subjects:
         config = load_run(options.run, options.overrides)
         per_task = options.subjects_per_task or config.subjects_per_batch * cluster.processes_per_node
-        job, files, problems = subjects_job(config, options.subjects, cluster, per_task)
+        job, files, problems, faults = subjects_job(config, options.subjects, cluster, per_task, options.dry_run)
     else:
         if options.subjects_per_task:
             raise ValueError("--subjects-per-task is for a batch of subjects: give its manifest with --subjects")
         job, files, problems = run_job(load_config(options.run, options.overrides), cluster)
+        faults = {}
     problems += busy_problems(job)
     for problem in problems:
         print(f"controlbooth launch {engine}: {problem}", file=sys.stderr)
     if options.dry_run:
         print(rendered(job, files)[1], end="")
     if problems or options.dry_run:
-        return 2 if problems else 0
+        return 2 if problems or faults else 0
     return launch(job, files)
 
 
@@ -124,9 +122,9 @@ def run_job(config: RunConfig, cluster: Cluster) -> tuple[Job, dict[str, str], l
 
 
 def subjects_job(
-    config: SubjectRunConfig, manifest: Path, cluster: Cluster, per_task: int
-) -> tuple[Job, dict[str, str], list[str]]:
-    """-> the job of an array, the files of its folder, and what is wrong with it.
+    config: SubjectRunConfig, manifest: Path, cluster: Cluster, per_task: int, open_pictures: bool
+) -> tuple[Job, dict[str, str], list[str], dict[str, str]]:
+    """-> the job of an array, the files of its folder, what is wrong with it, and with single subjects, by name.
 
     Raises ValueError where no subject can be trained. What is wrong with single ones is told, and they are left out.
     """
@@ -134,13 +132,13 @@ def subjects_job(
         raise ValueError(f"--subjects-per-task is {per_task}, but a task trains at least one")
     if config.method != "lora":
         raise ValueError("method=full trains one subject with all ranks: use `controlbooth dreambooth run`")
-    problems = list(base_problems(config.model.base, config.model.family))
-    if problems:
+    seen_here = () if cluster.engine == "kubernetes" else dreambooth.folder_problems(config)
+    if problems := [*seen_here, *dreambooth.run_problems(config)]:
         raise ValueError("; ".join(problems))
-    tasks = settled_subjects(config, manifest)
+    tasks, faults = dreambooth.checked_subjects(config, manifest, f"launch {cluster.engine}", open_pictures)
     job = place(config.name, config.output / config.name, replace_nodes(cluster))
     job = replace(job, subjects=len(tasks), subjects_per_task=per_task)
-    problems += engine_problems(job.cluster) + folder_problems(job)
+    problems = engine_problems(job.cluster) + folder_problems(job)
     if cluster.engine == "kubernetes":
         named = {f"images of {task.name}": task.images[0].parent.absolute() for task in tasks}
         named |= {"output": job.folder} | ({} if config.model.base == BUILT_IN else {"base": Path(config.model.base)})
@@ -150,19 +148,7 @@ def subjects_job(
         "run.yaml": yaml.safe_dump(tree, sort_keys=False, allow_unicode=True),
         "subjects.jsonl": settled_manifest(tasks),
     }
-    return job, files, problems
-
-
-def settled_subjects(config: SubjectRunConfig, manifest: Path) -> list[Task]:
-    subjects, faults = load_subjects(manifest)
-    tasks, more = settle(subjects, config)
-    split, warnings = check_words(tasks, config.model.base)
-    for name, message in [*(faults | more | split).items(), *((n, f"warning: {text}") for n, text in warnings.items())]:
-        print(f"controlbooth launch: {name}: {message}", file=sys.stderr)
-    tasks = [task for task in tasks if task.name not in split]
-    if not tasks:
-        raise ValueError(f"{manifest} has no subject that can be trained")
-    return tasks
+    return job, files, problems, faults
 
 
 def folder_problems(job: Job) -> list[str]:

@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from controlbooth.trainer.config import ConfigError
+from controlbooth.trainer.disk import named_when_full
 from controlbooth.trainer.distributed import World, from_first_rank
 
 RECORD = "attempt.json"
@@ -157,13 +158,16 @@ def write_text(attempt: Attempt, path: Path, text: str) -> None:
 
 
 def write_file(attempt: Attempt, path: Path, write: Callable[[Path], object]) -> None:
-    """The same of a file that `write` makes where it is told. Raises Superseded.
+    """The same of a file that `write` makes where it is told. Raises Superseded, and OSError on a full disk.
 
     path: on the run's own disk. Ranks write at once where the last two parts of their paths differ.
     """
     made = attempt.folder / f"{path.parent.name}-{path.name}"
     try:
-        write(made)
+        with named_when_full(path):
+            write(made)
+            with open(made, "rb") as file:
+                os.fsync(file.fileno())  # or a power cut may leave the name without the bytes
     except Exception as error:  # safetensors has errors of its own for a folder that is gone
         if is_superseded(attempt):
             raise _superseded(attempt) from error

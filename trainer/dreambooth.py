@@ -17,6 +17,7 @@ the folder of this start of it (attempt.py), so an old start that wakes up puts 
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -57,6 +58,7 @@ from controlbooth.trainer.studio import (
     MOST_SKIPPED,
     Training,
     begin_training,
+    divergence,
     draw_prior,
     failures,
     make_batch,
@@ -135,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Superseded as error:
         end_superseded(error, rank)
     except (ValueError, OSError) as error:
-        print(f"rank {rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        print(f"\nrank {rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)  # not behind a bar
         os._exit(2)
     finally:
         leave()
@@ -237,19 +239,28 @@ def train_stacked(
 def plan_ranks(
     attempt: Attempt, config: SubjectRunConfig, left: Sequence[Task], faults: dict[str, str], world_size: int
 ) -> None:
-    """Writes what each rank begins with, on rank 0, where the last start had another number of ranks or none.
+    """Writes what each rank begins with, on rank 0, where the last start had another number of ranks or none, or where
+    its state is damaged.
 
     Subjects that were in training keep their weights and steps; all that are not finished are dealt out anew.
     """
     states = attempt.run / "state"
     current = states / "CURRENT"
     before = current.read_text().strip() if current.exists() else None
-    if before == f"of-{world_size}":
+    files, damage = state_files(states, before)
+    if before == f"of-{world_size}" and not damage:
         return
     for partial in states.glob("of-*/*.partial"):  # of a version that wrote in place, when it was killed
         partial.unlink()
-    old = [] if before is None else [read_state(path) for path in sorted((states / before).glob("rank-*.safetensors"))]
+    old = [read_state(path) for path in files]
     saved = {name: tensors for state in old for name, tensors in (state.slots | state.waiting).items()}
+    if damage:
+        known = sum(task.name in saved for task in left)
+        said = (
+            f"rank 0: {damage[0]}. Of {len(left)} subjects that are not finished, {known} go on from the newest state "
+            f"that other files hold, and {len(left) - known} begin at step 0. They end with the same weights"
+        )
+        print(said, file=sys.stderr, flush=True)
     for rank in range(world_size):
         mine = share_of_rank(left, rank, world_size)
         begun = [task for task in mine if task.name in saved]
@@ -260,6 +271,32 @@ def plan_ranks(
             waiting |= {name: saved[name] for name in faults if name in saved}
         write_state(attempt, states / f"of-{world_size}" / f"rank-{rank}.safetensors", State(slots, queue, waiting))
     write_text(attempt, current, f"of-{world_size}")
+
+
+def state_files(states: Path, before: str | None) -> tuple[list[Path], list[str]]:
+    """-> the state files to go on from, and what is wrong with those that the last start has left.
+
+    before: of CURRENT, the folder of the last start. Where its files are not all there and whole, every whole file is
+    taken, the newest last: a subject that goes on from an older step, or begins anew, ends with the same weights.
+    """
+    damage = [] if before is None else [f"{states / 'CURRENT'} is {before!r}, and no name of a folder beside it"]
+    if before is not None and (match := re.fullmatch(r"of-([1-9]\d*)", before)):
+        files = [states / before / f"rank-{rank}.safetensors" for rank in range(int(match[1]))]
+        damage = [fault for path in files if (fault := state_fault(path)) is not None]
+        if not damage:
+            return files, []
+    whole = [path for path in states.glob("of-*/rank-*.safetensors") if state_fault(path) is None]
+    return sorted(whole, key=lambda path: path.stat().st_mtime_ns), damage
+
+
+def state_fault(path: Path) -> str | None:
+    """Why a state file cannot be read; None of a whole one. It tells its own length, so what was cut off is seen."""
+    try:
+        with safe_open(path, "pt") as file:
+            json.loads(file.metadata()["names"])
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        return f"{path} cannot be read ({type(error).__name__}: {error})"
+    return None
 
 
 def make_stack(
@@ -393,23 +430,23 @@ def step_stack(config: SubjectRunConfig, stack: Stack) -> dict[str, float]:
     rates = torch.tensor([t.task.learning_rate for t in trainings], device=device)
     clips = torch.full((len(trainings),), config.max_grad_norm, device=device)
     _, moved = stack.optimizer.step(rates, [t.step for t in trainings], clips)
-    for training, updated in zip(trainings, moved.tolist(), strict=True):
+    losses = (instance + config.prior.weight * prior).tolist()
+    for training, updated, loss in zip(trainings, moved.tolist(), losses, strict=True):
         training.step += 1
         training.skipped = 0 if updated else training.skipped + 1
+        training.loss = loss
     return {"loss": float(instance.mean()), "prior_loss": float(prior.mean())}
 
 
 def end_training(stack: Stack, training: Training, folder: Path, attempt: Attempt) -> None:
     """Writes a finished subject's LoRA, or why it failed. Raises Superseded where a newer start trains the subject."""
     task, slot = training.task, stack.trainings.index(training)
-    if training.skipped > MOST_SKIPPED:
-        error = (
-            f"{training.skipped} updates in a row had no finite gradient, up to step {training.step}. Lower its "
-            f"learning_rate={task.learning_rate:g}, or look at its pictures"
-        )
+    weights = subject_weights(stack.adapters, slot, task.rank)
+    finite = all(bool(tensor.isfinite().all()) for tensor in weights.values())
+    if (error := divergence(task, training.step, training.skipped, training.loss, finite)) is not None:
         write_status(attempt, folder, task.name, state="failed", step=training.step, error=error)
         return
-    save_lora(attempt, subject_weights(stack.adapters, slot, task.rank), folder / "subjects" / task.name / LORA_FILE)
+    save_lora(attempt, weights, folder / "subjects" / task.name / LORA_FILE)
     write_status(attempt, folder, task.name, state="finished", step=training.step, prompt=task.instance_prompt)
 
 

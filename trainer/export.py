@@ -14,6 +14,7 @@ import yaml
 
 from controlbooth.data.arguments import whole_number
 from controlbooth.trainer.config import BUILT_IN, RunConfig, base_path, data_set_name, load_config
+from controlbooth.trainer.disk import named_when_full
 
 EXAMPLES = """\
 examples:
@@ -110,7 +111,8 @@ def find_checkpoint(run: Path, step: int | None = None, best: bool = False) -> P
 def export(run: Path, checkpoint: Path, out: Path, format: str, dtype: str, force: bool = False) -> None:
     """Writes OUT whole or not at all: into a hidden folder beside it, which then takes its name.
 
-    Raises FileExistsError where OUT holds something and `force` is not given, ValueError for what cannot be written.
+    Raises FileExistsError where OUT holds something and `force` is not given, ValueError for what cannot be written,
+    OSError on a full disk.
     """
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} is a file. Give a folder that does not exist yet.")
@@ -124,7 +126,8 @@ def export(run: Path, checkpoint: Path, out: Path, format: str, dtype: str, forc
     replaced = out.with_name(f".{out.name}.replaced-{unique}")
     partial.mkdir()
     try:
-        _write(run, checkpoint, partial, format, dtype)
+        with named_when_full(out):
+            _write(run, checkpoint, partial, format, dtype)
         if out.exists():
             out.rename(replaced)
         partial.rename(out)

@@ -9,6 +9,7 @@ from torch import Tensor
 from controlbooth.models.pretrained import load_tokenizers
 from controlbooth.trainer import command_lines
 from controlbooth.trainer.config import ConfigError, base_folder
+from controlbooth.trainer.disk import named_when_full
 from controlbooth.trainer.dreambooth import LORA_FILE
 from controlbooth.trainer.studio import status_of
 from controlbooth.trainer.subjects import read_record
@@ -45,8 +46,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metadata |= {"ss_network_module": "networks.lora", "ss_network_dim": str(task.rank)}
         metadata |= {"ss_network_alpha": str(task.rank)}
     temporary = options.out.with_suffix(".partial")
-    save_file(weights, temporary, metadata=metadata)
-    temporary.replace(options.out)
+    try:
+        with named_when_full(options.out):
+            save_file(weights, temporary, metadata=metadata)
+        temporary.replace(options.out)
+    finally:
+        temporary.unlink(missing_ok=True)
     print(f"{options.out}: {task.name}, {options.format}; prompt it with {task.instance_prompt!r}")
     return 0
 

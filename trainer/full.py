@@ -30,6 +30,7 @@ from controlbooth.trainer import checkpoint as checkpoints
 from controlbooth.trainer import engine as engines
 from controlbooth.trainer.attempt import Attempt, move
 from controlbooth.trainer.config import ConfigError, OptimizerConfig, base_folder
+from controlbooth.trainer.disk import named_when_full
 from controlbooth.trainer.distributed import World, barrier, gather_objects
 from controlbooth.trainer.pictures import SubjectError
 from controlbooth.trainer.step import SubjectBatch, dreambooth_step
@@ -37,6 +38,7 @@ from controlbooth.trainer.studio import (
     MOST_SKIPPED,
     Training,
     begin_training,
+    divergence,
     make_batch,
     write_status,
 )
@@ -153,6 +155,12 @@ def step_full(config: SubjectRunConfig, training: FullTraining, batch: SubjectBa
     return float(instance), float(prior), skipped
 
 
+def has_finite_weights(engine: Any) -> bool:
+    """Of the weights that this rank holds: all of them, or with ZeRO-3 its part."""
+    own = (getattr(parameter, "ds_tensor", parameter) for parameter in engine.module.parameters())
+    return all(bool(tensor.isfinite().all()) for tensor in own)
+
+
 def save_full(
     config: SubjectRunConfig, training: FullTraining, precision: str, folder: Path, attempt: Attempt, world: World
 ) -> None:
@@ -189,21 +197,27 @@ def finish_full(config: SubjectRunConfig, training: FullTraining, folder: Path, 
         latest = checkpoints.complete_checkpoints(run)[-1]
         weights = load_file(latest / WEIGHTS / "weights.safetensors")
         made = attempt.folder / PIPELINE
-        shutil.copytree(base_folder(config.model.base), made, ignore=shutil.ignore_patterns("*.md", ".*"))
-        fresh = load_base(base_folder(config.model.base), config.model.family, torch.float32, torch.device("cpu"))
-        modules = dict(zip(NETWORKS, (fresh.unet, *fresh.text_encoders), strict=False))
-        for part, prefix in NETWORKS.items():
-            own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-            if own:
-                module: Any = modules[part]
-                module.load_state_dict(own)
-                shutil.rmtree(made / part)
-                module.save_pretrained(made / part)
+        with named_when_full(run / PIPELINE):
+            write_pipeline(config, weights, made)
         if (run / PIPELINE).exists():
             checkpoints.delete(run / PIPELINE, attempt)
         move(attempt, made, run / PIPELINE)
         checkpoints.delete(run / "checkpoints", attempt)
     barrier()
+
+
+def write_pipeline(config: SubjectRunConfig, weights: dict[str, Tensor], made: Path) -> None:
+    """The base's folder with these weights, by their names in FullNetwork, in place of its own."""
+    shutil.copytree(base_folder(config.model.base), made, ignore=shutil.ignore_patterns("*.md", ".*"))
+    fresh = load_base(base_folder(config.model.base), config.model.family, torch.float32, torch.device("cpu"))
+    modules = dict(zip(NETWORKS, (fresh.unet, *fresh.text_encoders), strict=False))
+    for part, prefix in NETWORKS.items():
+        own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        if own:
+            module: Any = modules[part]
+            module.load_state_dict(own)
+            shutil.rmtree(made / part)
+            module.save_pretrained(made / part)
 
 
 def base_of_subject(config: SubjectRunConfig, base: Base, pipeline: Path) -> Base:
@@ -243,8 +257,8 @@ def train_fully(
         training = begin_full(config, task, attention, precision, folder, attempt, world)
         status(folder, task.name, state="training", step=training.step, steps=task.steps)
         bar.update(training.step)
-        skipped_in_a_row, stopped = 0, False
-        while training.step < task.steps and skipped_in_a_row <= MOST_SKIPPED and not stopped:
+        skipped_in_a_row, stopped, error = 0, False, None
+        while training.step < task.steps and error is None and not stopped:
             pictures.step = training.step
             batch = batch_of_rank(config, base, pictures, world)
             loss, prior_loss, skipped = step_full(config, training, batch)
@@ -255,16 +269,17 @@ def train_fully(
             due = training.step % config.checkpoint_every_steps == 0 and not skipped_in_a_row
             # A skipped update leaves all as it was, so the last one is saved too, unless the subject fails by it: then
             # it is tried again from where it last moved.
-            last = (stopped or training.step == task.steps) and skipped_in_a_row <= MOST_SKIPPED
+            last = stopped or training.step == task.steps or skipped_in_a_row > MOST_SKIPPED
             if due or last:
-                save_full(config, training, precision, folder, attempt, world)
-                state = "stopped" if stopped else "training"
-                status(folder, task.name, state=state, step=training.step, steps=task.steps)
-        if skipped_in_a_row > MOST_SKIPPED:
-            error = (
-                f"{skipped_in_a_row} updates in a row had no finite gradient, up to step {training.step}. Lower its "
-                f"learning_rate={task.learning_rate:g}, or look at its pictures"
-            )
+                whole_loss = loss + config.prior.weight * prior_loss
+                finite = has_finite_weights(training.engine)
+                own = divergence(task, training.step, skipped_in_a_row, whole_loss, finite)
+                error = next((one for one in gather_objects(own, world) if one is not None), None)
+                if error is None:
+                    save_full(config, training, precision, folder, attempt, world)
+                    state = "stopped" if stopped else "training"
+                    status(folder, task.name, state=state, step=training.step, steps=task.steps)
+        if error is not None:
             status(folder, task.name, state="failed", step=training.step, error=error)
         elif training.step == task.steps:
             finish_full(config, training, folder, attempt, world)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from controlbooth.trainer.mlflow_store import make_store, store_file
 from controlbooth.trainer.spool import Record, State
 
 METRICS_PER_CALL, ENTRIES_PER_CALL = 1000, 100
@@ -50,6 +51,7 @@ class MlflowRun:
         logging.getLogger("mlflow").setLevel(logging.WARNING)
         logging.getLogger("alembic").setLevel(logging.WARNING)
         self._state, self._folder, self._values_changed = state, folder, values_changed
+        make_store(state.uri)
         self._client = MlflowClient(state.uri)
         self._experiment_id = self._find_or_create_experiment()
         self.run_id = state.run_id or self._find_or_create_run(run_name)
@@ -224,9 +226,8 @@ def kind_of(record: Record) -> str:
 
 def _artifact_location(uri: str) -> str | None:
     """Beside a SQLite file, where MLflow would take the working directory; a server decides by itself."""
-    if not uri.startswith("sqlite:///"):
-        return None
-    return (Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlartifacts").as_uri()
+    store = store_file(uri)
+    return None if store is None else (store.absolute().parent / "mlartifacts").as_uri()
 
 
 def quiet_environment() -> None:

@@ -11,6 +11,7 @@ from controlbooth.data.draws import hash64
 from controlbooth.data.sidecar import temporary_path
 from controlbooth.models.base import Base
 from controlbooth.models.sampling import sample
+from controlbooth.trainer.disk import named_when_full
 from controlbooth.trainer.subjects import PriorConfig
 
 DRAWN_AT_ONCE = 8
@@ -55,8 +56,13 @@ def draw_class_images(base: Base, missing: Sequence[tuple[Path, str]], prior: Pr
     )
     for (path, prompt), image in zip(missing, images.numpy(), strict=True):
         path.parent.mkdir(parents=True, exist_ok=True)
-        (path.parent / "prompt.txt").write_text(prompt)  # for people; its name says it already
+        with named_when_full(path.parent / "prompt.txt"):
+            (path.parent / "prompt.txt").write_text(prompt)  # for people; its name says it already
         # tasks of an array that share a class may draw the same picture at once
         temporary = temporary_path(path)
-        Image.fromarray(image).save(temporary, format="PNG")
-        temporary.replace(path)
+        try:
+            with named_when_full(path):
+                Image.fromarray(image).save(temporary, format="PNG")
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)

@@ -1,6 +1,8 @@
 """What is the same however subjects are trained: their pictures, their batches, class pictures, their status."""
 
 import json
+import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,8 @@ from controlbooth.trainer.prior import (
 from controlbooth.trainer.step import SubjectBatch
 from controlbooth.trainer.subjects import SubjectRunConfig, Task
 
+logger = logging.getLogger(__name__)
+
 MOST_SKIPPED = 10
 """Updates in a row without a finite gradient after which a subject has failed."""
 
@@ -53,6 +57,25 @@ class Training:
     step: int = 0
     skipped: int = 0
     """Updates in a row that were left out."""
+    loss: float = 0.0
+    """Of the last step, both parts."""
+
+
+def divergence(task: Task, step: int, skipped: int, loss: float, finite_weights: bool) -> str | None:
+    """Why a subject has failed that was trained up to this step; None where it may go on, or has ended well.
+
+    skipped: updates in a row without a finite gradient. A few are survived, but not that the last step ends in one by
+    a loss that is no number: then what would be written is of weights with which the network computes none.
+    """
+    if skipped > MOST_SKIPPED:
+        what = f"{skipped} updates in a row had no finite gradient, up to step {step}"
+    elif not finite_weights:
+        what = f"its weights are no finite numbers after step {step}"
+    elif step >= task.steps and not math.isfinite(loss):
+        what = f"its loss is {loss} at its last step, {step}"
+    else:
+        return None
+    return f"{what}. Lower its learning_rate={task.learning_rate:g}, or look at its pictures"
 
 
 def subject_seed(config: SubjectRunConfig, task: Task) -> int:
@@ -157,9 +180,14 @@ def draw_prior(config: SubjectRunConfig, base: Base, tasks: Sequence[Task], worl
 
 
 def status_of(folder: Path, name: str) -> dict[str, Any]:
-    """What a subject's status.json says; nothing where there is none."""
+    """What a subject's status.json says; nothing where there is none, or where it is damaged: then the subject counts
+    as not finished, and is trained again to the same weights."""
     path = folder / "subjects" / name / "status.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    try:
+        return dict(json.loads(path.read_text())) if path.exists() else {}
+    except (ValueError, TypeError) as error:
+        logger.warning("%s cannot be read (%s): its subject counts as not finished", path, error)
+        return {}
 
 
 def write_status(attempt: Attempt, folder: Path, name: str, **fields: object) -> None:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from string import Formatter
 from typing import Any, Literal
 
 import yaml
@@ -131,12 +132,7 @@ class SubjectRunConfig(Section):
         if self.engine.precision != "auto":
             raise ValueError(f"engine.precision={self.engine.precision} is set as `precision` in a run of subjects")
         for field, template in (("instance_prompt", self.instance_prompt), ("class_prompt", self.class_prompt)):
-            try:
-                template.format(identifier="x", class_noun="y")
-            except (KeyError, IndexError, ValueError) as error:
-                raise ValueError(
-                    f"{field}={template!r} is no template ({error!r}); it may hold {{identifier}} and {{class_noun}}"
-                ) from error
+            fill(field, template, identifier="x", class_noun="y")
         return self
 
 
@@ -188,6 +184,21 @@ def load_subjects(path: Path) -> tuple[list[Subject], dict[str, str]]:
     return [subject for subject in subjects if subject.name not in twice], faults
 
 
+def fill(field: str, template: str, identifier: str, class_noun: str) -> str:
+    """A prompt with its words in it. Raises ValueError, naming the field, for a template that asks for others."""
+    words = dict(identifier=identifier, class_noun=class_noun)
+    try:
+        asked = [(name, spec, how) for _, name, spec, how in Formatter().parse(template) if name is not None]
+        if others := [name for name, spec, how in asked if name not in words or spec or how]:
+            raise ValueError(f"{{{others[0]}}} is none of its words")
+    except ValueError as error:
+        raise ValueError(
+            f"{field}={template!r} is no template ({error}); it may hold {{identifier}} and {{class_noun}}, and braces "
+            "that are meant as such are doubled"
+        ) from None
+    return template.format(**words)
+
+
 def settle(subjects: Sequence[Subject], config: SubjectRunConfig) -> tuple[list[Task], dict[str, str]]:
     """Subjects with identifiers, prompts and pictures; and what is wrong with each of the others, by name.
 
@@ -218,14 +229,20 @@ def settle(subjects: Sequence[Subject], config: SubjectRunConfig) -> tuple[list[
             faults[subject.name] = f"{subject.images} {there} ({', '.join(IMAGE_SUFFIXES)})"
             continue
         words = dict(identifier=identifier, class_noun=subject.class_noun)
+        try:
+            instance_prompt = fill("instance_prompt", subject.instance_prompt or config.instance_prompt, **words)
+            class_prompt = fill("class_prompt", subject.class_prompt or config.class_prompt, **words)
+        except ValueError as error:
+            faults[subject.name] = str(error)
+            continue
         tasks.append(
             Task(
                 name=subject.name,
                 images=tuple(images),
                 class_noun=subject.class_noun,
                 identifier=identifier,
-                instance_prompt=(subject.instance_prompt or config.instance_prompt).format(**words),
-                class_prompt=(subject.class_prompt or config.class_prompt).format(**words),
+                instance_prompt=instance_prompt,
+                class_prompt=class_prompt,
                 steps=subject.steps or config.steps,
                 learning_rate=subject.learning_rate or config.default_learning_rate,
                 rank=subject.rank or config.adapter.rank,

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import psutil
 
 from controlbooth.trainer.mlflow_run import METRICS_PER_CALL, MlflowRun, Refused, kind_of, quiet_environment
+from controlbooth.trainer.mlflow_store import store_file
 from controlbooth.trainer.spool import STREAMS, Record, Spool
 
 logger = logging.getLogger(__name__)
@@ -51,8 +52,8 @@ class Tracker:
         made_in: the folder of the start that has taken the run (attempt.py). When it is gone, nothing more is sent.
         """
         quiet_environment()
-        if uri.startswith("sqlite:///"):
-            Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        if (store := store_file(uri)) is not None:
+            store.parent.mkdir(parents=True, exist_ok=True)
         self.folder = Path(run_folder).absolute()
         self._spool = Spool(self.folder, uri, experiment, made_in)
         self._run_name = run_name

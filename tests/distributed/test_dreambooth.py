@@ -22,7 +22,7 @@ from controlbooth.models.adapters import ATTENTION, attach_adapters, load_subjec
 from controlbooth.models.pretrained import load_base
 from controlbooth.models.sampling import initial_noise, sample
 from controlbooth.trainer.attempt import Attempt
-from controlbooth.trainer.dreambooth import plan_ranks, read_state
+from controlbooth.trainer.dreambooth import State, plan_ranks, read_state, write_state
 from controlbooth.trainer.export_subject import main as export_main
 from controlbooth.trainer.subjects import load_run, load_subjects, settle
 
@@ -138,6 +138,59 @@ def test_what_a_killed_rank_left_half_written_is_deleted_when_the_number_of_rank
     assert {name for path in state.glob("of-2/*") for name in read_state(path).queue} == set(NAMES)
 
 
+def test_a_state_that_was_cut_off_is_named_and_its_subjects_end_with_bitwise_the_same_weights(studio, whole):
+    path, run = run_file(studio, "cut-off"), studio / "runs" / "cut-off"
+    state = run / "state" / "of-1" / "rank-0.safetensors"
+    process = start(studio, path)
+    while not (state.exists() and begun(run / "state", 1)):
+        assert process.poll() is None
+        time.sleep(0.005)
+    kill(process)
+    state.write_bytes(state.read_bytes()[:1000])
+    next((run / "subjects").glob("*/status.json")).write_text('{"sta')
+    output = finish(start(studio, path))
+    assert f"{state} cannot be read" in output and "Of 6 subjects that are not finished, 0 go on" in output
+    assert all(difference(weights(studio, "cut-off", name), weights(studio, whole, name)) == 0.0 for name in NAMES)
+
+
+@pytest.mark.parametrize(
+    ("damage", "told", "steps"),
+    [
+        (lambda state: None, "", [8, 8, 0, 4, 0, 0]),
+        (lambda state: (state / "CURRENT").write_text(""), "CURRENT is '', and no name", [8, 8, 0, 4, 0, 0]),
+        (lambda state: (state / "CURRENT").write_text("of-9\x00"), "and no name", [8, 8, 0, 4, 0, 0]),
+        (lambda state: (state / "CURRENT").unlink(), "", [8, 8, 0, 4, 0, 0]),
+        (lambda state: (state / "of-2" / "rank-1.safetensors").unlink(), "No such file", [8, 4, 0, 4, 0, 0]),
+        (lambda state: (state / "of-2" / "rank-0.safetensors").write_bytes(b""), "cannot be read", [4, 8, 0, 4, 0, 0]),
+    ],
+)
+def test_what_is_damaged_of_a_state_is_told_and_the_newest_whole_state_of_each_subject_is_taken(
+    studio, tmp_path, capsys, damage, told, steps
+):
+    config = load_run(run_file(studio, "damaged"))
+    tasks, _ = settle(load_subjects(studio / "subjects.yaml")[0], config)
+    attempt = Attempt(tmp_path, 1, "id")
+    attempt.folder.mkdir()
+    state = tmp_path / "state"
+
+    def at(step, *numbers):
+        return {NAMES[number]: {"step": torch.tensor(step)} for number in numbers}
+
+    write_state(attempt, state / "of-1" / "rank-0.safetensors", State(at(4, 0, 1), [], at(4, 3)))
+    write_state(attempt, state / "of-2" / "rank-0.safetensors", State(at(8, 0), [], at(4, 3)))
+    write_state(attempt, state / "of-2" / "rank-1.safetensors", State(at(8, 1), [], {}))
+    for number, one in enumerate(("of-1/rank-0", "of-2/rank-0", "of-2/rank-1")):
+        os.utime(state / f"{one}.safetensors", (number, number))
+    (state / "CURRENT").write_text("of-2")
+    damage(state)
+    plan_ranks(attempt, config, tasks, {}, 1)
+    assert (state / "CURRENT").read_text() == "of-1"
+    assert told in (said := capsys.readouterr().err) and bool(said) == bool(told)
+    saved = begun(state, 1)
+    assert [int(saved[name]["step"]) if name in saved else 0 for name in NAMES] == steps
+    assert not told or "Of 6 subjects that are not finished, 3 go on" in said
+
+
 def test_a_subject_that_cannot_be_trained_says_why_and_the_others_finish(studio, whole):
     rows = yaml.safe_load((studio / "subjects.yaml").read_text())
     bad = studio / "pictures" / "bad"
@@ -174,6 +227,26 @@ def test_a_subject_that_cannot_be_trained_says_why_and_the_others_finish(studio,
             told[name]
         )
     assert "2 subjects finished, 8 failed" in output
+
+
+def test_a_subject_that_ends_without_numbers_has_failed_and_spoils_no_other_of_its_stack(studio, whole):
+    rows = yaml.safe_load((studio / "subjects.yaml").read_text())[:2]
+    spoilers = [dict(name="weights", steps=1, learning_rate=1e39), dict(name="loss", steps=8, learning_rate=1e30)]
+    more = [
+        rows[0] | spoiler | dict(identifier=word) for spoiler, word in zip(spoilers, ["small", "large"], strict=True)
+    ]
+    (studio / "spoilers.yaml").write_text(yaml.safe_dump(rows + more))
+    output = finish(start(studio, run_file(studio, "spoiled"), subjects="spoilers.yaml"), status=1)
+    assert "2 subjects finished, 2 failed" in output
+    told = states(studio, "spoiled")
+    assert {name: one["state"] for name, one in told.items()} == dict.fromkeys(NAMES[:2], "finished") | dict(
+        weights="failed", loss="failed"
+    )
+    assert "its weights are no finite numbers after step 1. Lower its learning_rate=1e+39" in told["weights"]["error"]
+    assert "its loss is nan at its last step, 8. Lower its learning_rate=1e+30" in told["loss"]["error"]
+    written = {path.parent.name for path in (studio / "runs" / "spoiled").rglob("pytorch_lora_weights.safetensors")}
+    assert written == set(NAMES[:2])
+    assert all(difference(weights(studio, "spoiled", name), weights(studio, whole, name)) < 2e-5 for name in NAMES[:2])
 
 
 @pytest.mark.parametrize("processes", [1, 2])

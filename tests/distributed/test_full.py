@@ -100,6 +100,23 @@ def test_a_subject_whose_last_update_is_skipped_ends_with_the_weights_of_the_one
     assert largest(unet(two, "full-skipped"), unet(two, "full-three")) == 0.0
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_subject_that_ends_without_numbers_has_failed_and_the_next_is_trained(two, stage):
+    rows = yaml.safe_load((two / "two.yaml").read_text())
+    spoilers = [dict(learning_rate=1e39), dict(name="loss", identifier="small", learning_rate=1e30)]
+    rows = [*(rows[0] | spoiler for spoiler in spoilers), rows[1]]
+    (two / "spoiled.yaml").write_text(yaml.safe_dump(rows))
+    run = f"full-spoiled-{stage}"
+    changes = dict(steps=3, checkpoint_every_steps=1, prior=dict(weight=0.0), engine=dict(zero_stage=stage))
+    path = run_file(two, run, **SETTINGS | changes)
+    assert "1 subjects finished, 2 failed" in finish(start(two, path, 2, "spoiled.yaml"), status=1)
+    told = states(two, run)
+    assert "weights are no finite numbers after step 1. Lower" in told["subject-0"]["error"]
+    assert "its loss is nan at its last step, 3. Lower" in told["loss"]["error"]
+    assert told["subject-1"]["state"] == "finished" and pipeline_of(two, run, 1).is_dir()
+    assert not pipeline_of(two, run).exists() and not list((pipeline_of(two, run).parent).glob("checkpoints/step-*"))
+
+
 def test_the_text_encoder_learns_where_it_is_asked_to(two, whole):
     path = run_file(two, "full-text", **SETTINGS | dict(train_text_encoder=True, prior=dict(weight=0.0)))
     finish(start(two, path, processes=2, subjects="two.yaml"))

@@ -108,6 +108,25 @@ def test_no_gradient_crosses_subjects():
     assert not all(torch.equal(weights[0][1][name], weights[1][1][name]) for name in weights[0][1])
 
 
+@pytest.mark.parametrize("layers", [ATTENTION, ATTENTION + CONVOLUTIONS])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@torch.no_grad()
+def test_a_subject_whose_weights_are_no_numbers_changes_no_bit_of_the_others(layers, value):
+    x, text = inputs(3)
+    weights = []
+    for spoiled in (False, True):
+        unet = tiny_unet().float()
+        adapters = begin(unet, layers, 3)
+        if spoiled:
+            for adapter in adapters.values():
+                adapter.up[1], adapter.down[1] = value, value
+        with torch.enable_grad():
+            train(unet, adapters, x.float(), text.float())
+        weights.append([subject_weights(adapters, slot, 4) for slot in range(3)])
+    for slot in (0, 2):
+        assert all(torch.equal(weights[0][slot][name], weights[1][slot][name]) for name in weights[0][slot])
+
+
 def test_a_smaller_rank_in_a_larger_stack_learns_as_it_does_in_its_own():
     x, text = inputs(2)
     unet = tiny_unet()

@@ -104,3 +104,9 @@ def test_a_server_that_is_away_is_named_with_what_to_do(tmp_path):
     for ask in (registry.aliases, registry.rollback, lambda one: registry.claim(one, tmp_path)):
         with pytest.raises(RegistryAway, match="registry at http://127.0.0.1:9 does not answer .*Nothing was changed"):
             ask(away)
+
+
+def test_a_local_store_that_cannot_be_made_is_away(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(RegistryAway, match="does not answer as it should .*File exists.*Nothing was changed"):
+        registry.claim(Registry(f"sqlite:///{tmp_path / 'file' / 'mlflow.db'}", "edges"), tmp_path / "state")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import yaml
 
-from controlbooth.launch import dreambooth
+from controlbooth.launch import dreambooth, submit
 from controlbooth.trainer.config import ConfigError
 from controlbooth.trainer.subjects import load_run, load_subjects, settle, share_of_rank
 
@@ -77,6 +77,12 @@ def test_csv_jsonl_and_parquet_say_the_same_as_yaml(folder):
         ([row("mug"), {"name": "rex", "images": "rex"}], "rex", "'class_noun' is missing"),
         ([row("mug"), row("rex", steps=-1)], "rex", "'steps' is -1"),
         ([row("mug"), row("rex", images="x" * 300)], "rex", "cannot be read: File name too long"),
+        (
+            [row("mug"), row("rex", instance_prompt="a {foo}")],
+            "rex",
+            "instance_prompt='a {foo}' is no template ({foo} is",
+        ),
+        ([row("mug"), row("rex", class_prompt="a {class_noun.x}")], "rex", "may hold {identifier} and {class_noun}"),
         ([row("mug"), "rex"], "row 2", "no mapping with name, images and class_noun"),
     ],
 )
@@ -108,7 +114,10 @@ def test_ranks_share_the_subjects_evenly_and_without_a_word(folder):
     assert share_of_rank(tasks, 0, 1) == sorted(tasks, key=lambda task: -task.steps)
 
 
-@pytest.mark.parametrize("template", ["a {identifer} dog", "a {} dog", "a {identifier"])
+@pytest.mark.parametrize(
+    "template",
+    ["a {identifer} dog", "a {} dog", "a {identifier", "a {identifier.foo}", "a {class_noun[x]}", "{identifier!x}"],
+)
 def test_a_template_of_other_words_is_refused(folder, template):
     with pytest.raises(ConfigError, match="is no template.*may hold {identifier} and {class_noun}"):
         run_of(folder, instance_prompt=template)
@@ -153,3 +162,48 @@ def test_a_dry_run_shows_the_plan_and_every_fault(folder, capsys):
     assert "cup: 1 of its 3 pictures are copies" in shown.err and "subjects   1, " in shown.out
     with pytest.raises(ValueError, match="model.base is 'no/model', which does not exist"):
         dreambooth.main([str(path), str(folder / "run.yaml"), "model.base=no/model", "--dry-run"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["output=FILE"], "output is 'FILE', but FILE is a file. Give another folder"),
+        (["output=FILE/below"], "output is 'FILE/below', but FILE is a file"),
+        (["output=FOLDER", "name=run.yaml"], "output is 'FOLDER', but FILE is a file"),
+        (["prior.cache=FILE"], "prior.cache is 'FILE', but FILE is a file"),
+        (["resolution=8"], "resolution is 8, and the base draws 64 x 64: .*Set resolution to 64, or prior.weight to 0"),
+    ],
+)
+@pytest.mark.parametrize("arguments", [[], ["--dry-run"]])
+def test_what_would_stop_every_subject_is_refused_before_anything_starts(folder, changes, message, arguments):
+    path, run = manifest(folder, [row("rex"), row("mug")]), folder / "run.yaml"
+    run_of(folder, output=str(folder / "runs"))
+
+    def placed(text):
+        return text.replace("FILE", str(run)).replace("FOLDER", str(folder))
+
+    overrides = [placed(one) for one in changes]
+    with pytest.raises(ValueError, match=placed(message)):
+        dreambooth.main([str(path), str(run), *overrides, *arguments])
+    with pytest.raises(ValueError, match=placed(message)):
+        submit.local_main([str(run), *overrides, "--subjects", str(path), *arguments])
+    assert not (folder / "runs").exists()
+
+
+def test_without_class_pictures_their_folder_and_their_size_do_not_matter(folder):
+    config = run_of(folder, resolution=8, prior=dict(weight=0.0, cache=str(folder / "run.yaml")))
+    assert list(dreambooth.run_problems(config)) == []
+    assert not [one for one in dreambooth.folder_problems(config) if "prior" in one]
+
+
+def test_a_dry_run_of_a_job_opens_the_pictures_of_all_subjects_too(folder, capsys):
+    (folder / "mug" / "1.png").write_bytes(b"no picture")
+    path = manifest(folder, [row("rex"), row("mug")])
+    run_of(folder, output=str(folder / "runs"))
+    arguments = [str(folder / "run.yaml"), "--subjects", str(path), "--dry-run"]
+    assert submit.local_main(arguments) == 2
+    shown = capsys.readouterr()
+    assert re.search("controlbooth launch local: mug: .*1.png: .*cannot be decoded", shown.err) and shown.out
+    (folder / "mug" / "1.png").unlink()
+    assert submit.local_main(arguments) == 0
+    assert capsys.readouterr().err == "" and not (folder / "runs").exists()
