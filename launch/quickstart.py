@@ -145,7 +145,7 @@ def summary(run: Path, data: Path, export: Path, uri: str, seconds: dict[str, fl
     made = {
         f"{data}/": "WebDataset shards with edges and segmentation, and their indexes",
         f"{run}/checkpoints/": "the run: started again, it goes on from here",
-        f"{max((run / 'samples').glob('step-*.png'))}": "condition | without | with control | target",
+        f"{max((run / 'samples').glob('step-*.png'))}": "condition | without control | with control | with control, no prompt | target",
         f"{run}/report.html": "all of it on one page: curves, figures, pictures over the steps",
         f"{export}/": "a diffusers ControlNet with a model card: ControlNetModel.from_pretrained",
         uri: "curves, figures, pictures, checkpoints",
