@@ -28,6 +28,9 @@ HELD_OUT_SCENES = 64
 HELD_OUT_SEED = 1_000_003
 """data.scenes.HELD_OUT_SEED: scenes that neither this run nor the base model has seen."""
 
+COLUMNS = "condition | without control | with control | with control, no prompt | target"
+"""Of a validation's grid of pictures."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
@@ -145,7 +148,7 @@ def summary(run: Path, data: Path, export: Path, uri: str, seconds: dict[str, fl
     made = {
         f"{data}/": "WebDataset shards with edges and segmentation, and their indexes",
         f"{run}/checkpoints/": "the run: started again, it goes on from here",
-        f"{max((run / 'samples').glob('step-*.png'))}": "condition | without control | with control | with control, no prompt | target",
+        f"{max((run / 'samples').glob('step-*.png'))}": COLUMNS,
         f"{run}/report.html": "all of it on one page: curves, figures, pictures over the steps",
         f"{export}/": "a diffusers ControlNet with a model card: ControlNetModel.from_pretrained",
         uri: "curves, figures, pictures, checkpoints",
