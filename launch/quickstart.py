@@ -28,6 +28,8 @@ HELD_OUT_SCENES = 64
 HELD_OUT_SEED = 1_000_003
 """data.scenes.HELD_OUT_SEED: scenes that neither this run nor the base model has seen."""
 
+OF_NO_WEIGHT = ("tracking.", "checkpoint.", "engine.hang_timeout_seconds")
+"""What settings begin with on which the trained weights do not depend."""
 COLUMNS = "condition | without control | with control | with control, no prompt | target"
 """Of a validation's grid of pictures."""
 
@@ -105,7 +107,7 @@ def refuse_another_model(config: RunConfig) -> None:
     if saved < config.max_steps or not (folder / "config.yaml").is_file():
         return
     before = load_config(folder / "config.yaml").model_copy(update={"output": config.output})  # it is found there
-    if changed := changes(dump(before), dump(config)):
+    if changed := [one for one in changes(dump(before), dump(config)) if not one.startswith(OF_NO_WEIGHT)]:
         raise ConfigError(
             f"{folder} has been trained up to step {saved} with other settings than are asked for: "
             f"{'; '.join(changed)}. Train into another folder with name=NAME, delete {folder}, or leave the change out"

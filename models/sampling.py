@@ -159,12 +159,13 @@ def _hints_kept(network: nn.Module) -> Iterator[None]:
     """Inside, a ControlNet's hint network runs once for a condition: what it makes of it is the same in all steps."""
     hint: Any = getattr(network, "module", network).controlnet_cond_embedding
     forward = hint.forward
-    made: dict[int, tuple[Tensor, Tensor]] = {}  # with the condition, so that no other one gets its id
+    made: dict[tuple, tuple[Tensor, Tensor]] = {}  # with the condition, so that no other one gets its memory
 
     def remembered(conditioning: Tensor) -> Tensor:
-        if id(conditioning) not in made:
-            made[id(conditioning)] = conditioning, forward(conditioning)
-        return made[id(conditioning)][1]
+        place = conditioning.data_ptr(), conditioning.shape  # ZeRO-3's hooks hand on another tensor of the same memory
+        if place not in made:
+            made[place] = conditioning, forward(conditioning)
+        return made[place][1]
 
     hint.forward = remembered  # on the instance, in front of its class's method
     try:

@@ -50,6 +50,10 @@ class CheckpointError(ValueError):
     """A checkpoint that does not belong to this run; the message says what differs and what to do."""
 
 
+class AllDamaged(CheckpointError):
+    """There are checkpoints, and none that can be gone on from."""
+
+
 def folder_of(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:08d}"
 
@@ -96,7 +100,7 @@ def latest_checkpoint(run: Path, world: World, say: Callable[[str], None]) -> Pa
 
     Ranks that looked for themselves would go on from different steps where a node's view of a shared disk is old. They
     compare the checksums of all files, each of its share. say: told on rank 0 of a checkpoint that is passed over.
-    Raises CheckpointError where another rank does not see what rank 0 sees, and where there are damaged ones alone.
+    Raises CheckpointError where another rank does not see what rank 0 sees, and AllDamaged where all are damaged.
     """
     whole: list[Path] = from_first_rank(complete_checkpoints(run))
     damages: list[str] = []
@@ -116,7 +120,7 @@ def latest_checkpoint(run: Path, world: World, say: Callable[[str], None]) -> Pa
         if world.rank == 0:
             say(f"warning: {damages[-1]}; it is passed over")
     if damages:
-        raise CheckpointError(f"{'; '.join(damages)}. There is no other: delete them to begin anew")
+        raise AllDamaged(f"{'; '.join(damages)}. There is no other: delete them to begin anew")
     return None
 
 
@@ -329,13 +333,14 @@ def check_same_run(state: dict[str, Any], now: dict[str, Any], checkpoint: Path)
             )
 
 
-def prune(run: Path, keep: int, keep_best: int, attempt: Attempt, metric: str = "edge_f1") -> None:
+def prune(run: Path, keep: int, keep_best: int, attempt: Attempt, committed: Path, metric: str = "edge_f1") -> None:
     """Deletes all but the `keep` latest checkpoints and the `keep_best` best. Rank 0 calls it after a commit.
 
+    committed: the one of now. Those of later steps do not count: they were damaged, or it would not be the one of now.
     Raises Superseded, and deletes nothing of the newer start's.
     """
-    whole = complete_checkpoints(run)
-    scored = [(read_state(path).get("metrics", {}).get(metric), path) for path in whole]
+    whole = [path for path in complete_checkpoints(run) if path.name <= committed.name]
+    scored = [(_score(path, metric), path) for path in whole]
     best = (
         sorted((pair for pair in scored if pair[0] is not None), key=lambda pair: pair[0])[-keep_best:]
         if keep_best
@@ -345,6 +350,14 @@ def prune(run: Path, keep: int, keep_best: int, attempt: Attempt, metric: str = 
     for path in whole:
         if path not in kept:
             delete(path, attempt)
+
+
+def _score(checkpoint: Path, metric: str) -> float | None:
+    """None of one that was not measured, or whose state.json is damaged: the best is another one then."""
+    try:
+        return read_state(checkpoint).get("metrics", {}).get(metric)
+    except CheckpointError:
+        return None
 
 
 def as_module(trained: Any, weights: dict[str, Tensor]) -> ControlNetModel:

@@ -96,7 +96,10 @@ def begin_full(
     network = FullNetwork(base, config.train_text_encoder, (config.resolution, config.resolution))
     share = config.instance_batch_size // world.world_size
     run = folder / "subjects" / task.name
-    latest = checkpoints.latest_checkpoint(run, world, partial(tqdm.write, file=sys.stderr))
+    try:
+        latest = checkpoints.latest_checkpoint(run, world, partial(tqdm.write, file=sys.stderr))
+    except checkpoints.AllDamaged:  # which it has said; a subject has one checkpoint, and begins anew in little time
+        latest = None
     saved = None if latest is None else checkpoints.read_state(latest)
     settings = optimizer_settings(config, task)
     engine = engines.initialize(
@@ -181,7 +184,8 @@ def save_full(
         write_weights,
     )
     if world.rank == 0:
-        checkpoints.prune(run, keep=1, keep_best=0, attempt=attempt)
+        committed = checkpoints.folder_of(run, training.step)
+        checkpoints.prune(run, keep=1, keep_best=0, attempt=attempt, committed=committed)
     barrier()
 
 
@@ -194,7 +198,7 @@ def finish_full(config: SubjectRunConfig, training: FullTraining, folder: Path, 
     """Writes the pipeline from the last checkpoint, whole or not at all, and deletes that."""
     run = folder / "subjects" / training.task.name
     if world.rank == 0:
-        latest = checkpoints.complete_checkpoints(run)[-1]
+        latest = checkpoints.folder_of(run, training.step)
         weights = load_file(latest / WEIGHTS / "weights.safetensors")
         made = attempt.folder / PIPELINE
         with named_when_full(run / PIPELINE):

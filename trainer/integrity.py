@@ -1,20 +1,36 @@
 """Whether a checkpoint holds the bytes that were written: a disk or a copy can change some and keep the file's size."""
 
 import json
+import struct
 import zipfile
-from collections.abc import Sequence
+import zlib
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 
+UNREADABLE = (
+    zipfile.BadZipFile,
+    NotImplementedError,
+    EOFError,
+    ValueError,
+    RuntimeError,
+    zlib.error,
+    struct.error,
+    OSError,
+)
+"""What `zipfile` raises of an archive whose directory is damaged, as that reads as anything, an encrypted file among
+others; and of a disk that has noticed by itself."""
 THREADS = 4
 """Files read at once. Checksums of 4 GB take a second of one core, so the disk decides."""
 
 
-def folder_digest(folder: Path) -> str:
-    """SHA-256 over the names and bytes of the files, hexadecimal."""
+def folder_digest(folder: Path, names: Collection[str] | None = None) -> str:
+    """SHA-256 over the names and bytes of the folder's files, hexadecimal. names: of those that count; None for all."""
     digest = sha256()
     for path in sorted(folder.iterdir()):
+        if names is not None and path.name not in names:
+            continue
         digest.update(path.name.encode())
         with open(path, "rb") as file:
             while block := file.read(2**20):
@@ -40,11 +56,16 @@ def weights_damage(checkpoint: Path, names: Sequence[str]) -> str | None:
     """As `first_damage`, of state.json and the trained weights."""
     try:
         digest = json.loads((checkpoint / "state.json").read_text()).get("digest")
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return f"state.json: {error}"
     folders = {Path(name).parts[0] for name in names if "/" in name and name.endswith(".safetensors")}
     for folder in sorted(folders) if digest else ():
-        if folder_digest(checkpoint / folder) != digest:
+        saved = {Path(name).name for name in names if Path(name).parent == Path(folder)}  # what lies beside is others'
+        try:
+            found = folder_digest(checkpoint / folder, saved)
+        except OSError as error:  # as of a disk that has noticed by itself
+            return f"{folder}: {error}"
+        if found != digest:
             return f"{folder}: its files are not those that were saved, of digest {digest[:12]}"
     return None
 
@@ -53,6 +74,6 @@ def _archive_fault(path: Path) -> str | None:
     try:
         with zipfile.ZipFile(path) as archive:
             record = archive.testzip()
-    except (zipfile.BadZipFile, NotImplementedError, EOFError) as error:  # a damaged directory reads as anything
+    except UNREADABLE as error:
         return str(error) or type(error).__name__
     return None if record is None else f"the checksum of {record} is another one"

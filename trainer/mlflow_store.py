@@ -32,8 +32,8 @@ def make_store(uri: str) -> None:
     """Makes a local store unless it is there. To be called by whoever is about to open one; a server is left alone.
 
     Of several that do so at once, in any processes of one machine or of a shared disk, one makes it and the others wait
-    for it. A store that was left half made, by an earlier version or by MLflow's own programs, is replaced: it holds
-    nothing. Raises OSError where the folder cannot be written, and what MLflow raises.
+    for it. A store that was left half made, by an earlier version or by MLflow's own programs, holds nothing: it is put
+    aside under another name. Raises OSError where the folder cannot be written, and what MLflow raises.
     """
     path = store_file(uri)
     if path is None or _is_made(path):
@@ -49,7 +49,10 @@ def make_store(uri: str) -> None:
 
 
 def _make(path: Path) -> None:
-    """Makes the store, in the place of one that is half made. To be called with the lock."""
+    """Makes the store, and puts one that is half made aside. To be called with the lock.
+
+    Nothing is overwritten: a store that another program has made there meanwhile, without the lock, stays.
+    """
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     beginning = f".{path.name}.making-"
@@ -59,14 +62,26 @@ def _make(path: Path) -> None:
     made = path.with_name(f"{beginning}{uuid.uuid4().hex}")
     store = SqlAlchemyStore(f"sqlite:///{made}", (path.absolute().parent / "mlartifacts").as_uri())
     store.engine.dispose()
-    if path.exists():
-        logger.warning("%s was left half made, with nothing in it, and is made anew", path)
-        path.with_name(f"{path.name}-journal").unlink(missing_ok=True)  # SQLite would apply it to the new one
-    os.replace(made, path)
+    if path.exists() and not _is_made(path):
+        aside = path.with_name(f"{path.name}.half-made-{uuid.uuid4().hex[:8]}")
+        path.rename(aside)
+        logger.warning("%s was left half made, with nothing in it: it is now %s, and made anew", path, aside.name)
+        journal = path.with_name(f"{path.name}-journal")
+        if journal.exists():  # SQLite would apply it to the new one
+            journal.rename(aside.with_name(f"{aside.name}-journal"))
+    with contextlib.suppress(FileExistsError):
+        os.link(made, path)
+    made.unlink()
+
+
+FILLED_BY_MAKING = {"alembic_version", "workspaces"}
+"""Tables in which a store that is half made can have rows."""
 
 
 def _is_made(path: Path) -> bool:
     """Whether there is a store, and so something in it: MLflow ends the making with a first experiment.
+
+    True of a file in which any other table holds something, as that of another program.
 
     True also of a file that SQLite cannot read: what is wrong with it is for MLflow to say.
     """
@@ -76,7 +91,7 @@ def _is_made(path: Path) -> bool:
         # Open for writing, so that what a killed writer left is rolled back, as at any opening.
         with contextlib.closing(sqlite3.connect(f"file:{quote(str(path))}?mode=rw", uri=True, timeout=20.0)) as store:
             tables = {name for (name,) in store.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-            held = tables & {"experiments", "runs", "registered_models"}
-            return any(store.execute(f"SELECT 1 FROM {name}").fetchone() for name in held)
+            held = {name for name in tables - FILLED_BY_MAKING if not name.startswith("sqlite_")}
+            return any(store.execute(f'SELECT 1 FROM "{name}" LIMIT 1').fetchone() for name in held)
     except sqlite3.DatabaseError:
         return True

@@ -720,7 +720,8 @@ def commit(run: Run) -> None:
         saved = checkpoints.read_state(folder)
         named = {name if name == "loss" else f"validation/{name}": value for name, value in saved["metrics"].items()}
         run.tracker.log_checkpoint(saved["step"], saved["digest"], folder.absolute().as_uri(), named, run.saved_times)
-        checkpoints.prune(run.folder, run.config.checkpoint.keep, run.config.checkpoint.keep_best, run.attempt)
+        keep = run.config.checkpoint
+        checkpoints.prune(run.folder, keep.keep, keep.keep_best, run.attempt, folder)
         write_own_status(run.attempt, state="running", step=saved["step"])
     barrier()
 

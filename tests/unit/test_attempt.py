@@ -117,7 +117,7 @@ def test_a_stale_start_commits_prunes_and_writes_nothing_once_a_newer_one_has_ta
         for forbidden in (
             lambda: checkpoint._commit(half_made, checkpoint.folder_of(tmp_path, 6), old),
             lambda: commit(old, 8),
-            lambda: checkpoint.prune(tmp_path, 1, 0, old),
+            lambda: checkpoint.prune(tmp_path, 1, 0, old, checkpoint.folder_of(tmp_path, 10**6)),
             lambda: write_text(old, tmp_path / "status.json", "{}"),
             lambda: spool.update(run_id="stale"),
             lambda: check_still_ours(old),
@@ -128,7 +128,7 @@ def test_a_stale_start_commits_prunes_and_writes_nothing_once_a_newer_one_has_ta
         assert not spool.is_ours() and tree(tmp_path) == before
         assert [step for step, _, _ in read_metrics(tmp_path)] == [4, 5]
         check_still_ours(new)
-        checkpoint.prune(tmp_path, 1, 0, new)
+        checkpoint.prune(tmp_path, 1, 0, new, checkpoint.folder_of(tmp_path, 10**6))
         assert [path.name for path in checkpoint.complete_checkpoints(tmp_path)] == ["step-00000006"]
 
 

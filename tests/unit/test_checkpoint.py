@@ -2,6 +2,8 @@ import json
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from controlbooth.trainer.attempt import Attempt
@@ -19,7 +21,7 @@ from controlbooth.trainer.checkpoint import (
     read_state,
 )
 from controlbooth.trainer.distributed import World
-from controlbooth.trainer.integrity import folder_digest
+from controlbooth.trainer.integrity import first_damage, folder_digest
 
 
 def write(run, step, metrics=None):
@@ -53,7 +55,7 @@ def test_a_folder_without_its_marker_or_with_a_short_or_missing_file_is_no_check
 def test_pruning_keeps_the_latest_and_the_best(tmp_path):
     for step, score in ((1, 0.2), (2, 0.9), (3, 0.4), (4, 0.5), (5, None)):
         write(tmp_path, step, {} if score is None else {"edge_f1": score})
-    prune(tmp_path, keep=2, keep_best=1, attempt=start(tmp_path))
+    prune(tmp_path, keep=2, keep_best=1, attempt=start(tmp_path), committed=folder_of(tmp_path, 5))
     assert names(tmp_path) == ["step-00000002", "step-00000004", "step-00000005"]
     assert not list(start(tmp_path).folder.iterdir())
 
@@ -61,7 +63,7 @@ def test_pruning_keeps_the_latest_and_the_best(tmp_path):
 def test_pruning_without_keep_best_keeps_only_the_latest(tmp_path):
     for step in (1, 2, 3):
         write(tmp_path, step, {"edge_f1": 1.0 / step})
-    prune(tmp_path, keep=1, keep_best=0, attempt=start(tmp_path))
+    prune(tmp_path, keep=1, keep_best=0, attempt=start(tmp_path), committed=folder_of(tmp_path, 3))
     assert names(tmp_path) == ["step-00000003"]
 
 
@@ -134,6 +136,35 @@ def test_a_damaged_marker_makes_no_whole_checkpoint_and_damaged_facts_are_named(
     (folder / "state.json").write_text("")
     with pytest.raises(CheckpointError, match="state.json is damaged"):
         read_state(folder)
+
+
+def test_what_others_have_put_beside_the_weights_is_no_damage(tmp_path, alone):
+    folder = whole_checkpoint(tmp_path, 1)
+    (folder / "controlnet" / ".DS_Store").write_bytes(b"x")
+    (folder / "controlnet" / ".cache").mkdir()
+    check_weights(folder)
+    assert latest_checkpoint(tmp_path, alone, print) == folder
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(place=st.floats(0.0, 1.0, exclude_max=True), mask=st.integers(1, 255))
+def test_whatever_byte_of_an_archives_directory_has_changed_is_told_or_changes_no_tensor(tmp_path, place, mask):
+    path = tmp_path / "states.pt"
+    torch.save({"moments": torch.arange(100.0)}, path)
+    content = bytearray(path.read_bytes())
+    content[int(place * len(content))] ^= mask
+    path.write_bytes(content)
+    if first_damage(tmp_path, ["another.pt", "states.pt"], share=1, of=2) is None:
+        assert torch.equal(torch.load(path)["moments"], torch.arange(100.0))
+
+
+def test_checkpoints_of_later_steps_do_not_count_at_pruning_nor_do_facts_that_cannot_be_read(tmp_path):
+    for step in (1, 2, 3, 4):
+        write(tmp_path, step, {"edge_f1": step / 10})
+    for step in (2, 4):
+        (folder_of(tmp_path, step) / "state.json").write_bytes(b"?")
+    prune(tmp_path, keep=1, keep_best=1, attempt=start(tmp_path), committed=folder_of(tmp_path, 3))
+    assert names(tmp_path) == ["step-00000003", "step-00000004"]
 
 
 def test_only_split_states_need_to_be_split_anew():

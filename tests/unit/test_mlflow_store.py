@@ -95,8 +95,21 @@ def test_a_store_that_was_left_half_made_is_replaced_and_a_run_is_tracked_there(
         tracker.log(1, {"loss": 0.5})
         tracker.finish("FINISHED")
         assert tracker.close(timeout_seconds=300.0) == 0
-    assert f"{path} was left half made, with nothing in it, and is made anew" in caplog.text
+    assert f"{path} was left half made, with nothing in it: it is now mlflow.db.half-made-" in caplog.text
+    assert list(tmp_path.glob("mlflow.db.half-made-????????"))
     assert run_names(f"sqlite:///{path}") == {"a run"}
+
+
+def test_the_database_of_another_program_is_never_replaced(tmp_path):
+    path = tmp_path / "study.db"
+    with contextlib.closing(sqlite3.connect(path)) as study:
+        study.execute("CREATE TABLE studies (id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT)")
+        study.execute("INSERT INTO studies (name) VALUES ('a study')")
+        study.commit()
+    os.utime(path, (0, 0))
+    make_store(f"sqlite:///{path}")
+    with contextlib.closing(sqlite3.connect(path)) as study:
+        assert study.execute("SELECT name FROM studies").fetchall() == [("a study",)]
 
 
 @pytest.mark.parametrize("table", ["experiments", "registered_models"])

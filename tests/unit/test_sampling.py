@@ -280,3 +280,14 @@ def test_the_hint_network_runs_once_for_each_condition_and_two_conditions_of_one
     assert torch.equal(together, apart)
     assert not torch.equal(together, sample(base, PROMPTS, [Control(controlnet, first)] * 2, **options))
     assert "forward" not in vars(controlnet.controlnet_cond_embedding)
+
+
+def test_the_hint_network_runs_once_too_where_hooks_hand_on_another_tensor_of_the_same_memory(load_tiny):
+    base = load_tiny("sd15")
+    controlnet = trained_controlnet(base).eval()
+    hint = controlnet.controlnet_cond_embedding
+    hint.register_forward_pre_hook(lambda _, given: (given[0].detach(),))  # as ZeRO-3's
+    runs = []
+    hint.conv_in.register_forward_hook(lambda *_: runs.append(1))
+    sample(base, PROMPTS, [Control(controlnet, conditions())], seeds=SEEDS, steps=3, guidance_scale=5.0)
+    assert len(runs) == 1
