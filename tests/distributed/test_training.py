@@ -225,13 +225,13 @@ def test_the_deepspeed_launcher_starts_a_run_too(world_folder):
 
 @pytest.mark.parametrize(("processes", "status", "speaker"), [(1, 2, "rank 0: "), (2, 1, "controlbooth train: rank ")])
 def test_the_last_thing_a_failed_start_says_is_why(world_folder, processes, status, speaker):
-    path = run_file(world_folder, f"refused-{processes}", data={"condition": "depth"})
+    path = run_file(world_folder, f"refused-{processes}", model={"hint_channels": [4, 8]})  # no check before it tells
     command = [sys.executable, "-m", "controlbooth.launch.cli", "train", str(path), "--processes", str(processes)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == status
     last = done.stderr.splitlines()[-1]
-    assert last.startswith(speaker) and "depth" in last and "edges" in last
-    assert processes > 1 or done.stderr.count("depth") == last.count("depth")  # it is said once
+    assert last.startswith(speaker) and "hint_channels (4, 8) halves" in last and "give four widths" in last
+    assert processes > 1 or done.stderr.count("hint_channels") == 1  # it is said once
 
 
 def test_sigterm_leaves_a_checkpoint_and_the_same_command_goes_on_but_no_other_run_takes_the_folder(world_folder):
