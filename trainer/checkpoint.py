@@ -340,12 +340,8 @@ def prune(run: Path, keep: int, keep_best: int, attempt: Attempt, committed: Pat
     Raises Superseded, and deletes nothing of the newer start's.
     """
     whole = [path for path in complete_checkpoints(run) if path.name <= committed.name]
-    scored = [(_score(path, metric), path) for path in whole]
-    best = (
-        sorted((pair for pair in scored if pair[0] is not None), key=lambda pair: pair[0])[-keep_best:]
-        if keep_best
-        else []
-    )
+    scored = [(score, path) for path in whole if (score := _score(path, metric)) is not None]
+    best = sorted(scored, key=lambda pair: pair[0])[-keep_best:] if keep_best else []
     kept = {*whole[-keep:], *(path for _, path in best)}
     for path in whole:
         if path not in kept:

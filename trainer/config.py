@@ -162,7 +162,7 @@ class OptimizerConfig(Section):
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     weight_decay: float = Field(default=1e-2, ge=0.0)
     epsilon: float = Field(default=1e-8, gt=0.0)
-    max_grad_norm: float = Field(default=1.0, gt=0.0, allow_inf_nan=True)
+    max_grad_norm: float = Field(default=1.0, gt=0.0, allow_inf_nan=True)  # .inf does not clip
     """Gradients are scaled down to this norm, taken over all trained parameters and all ranks."""
     max_skipped_steps: int = Field(default=10, ge=0)
     """Steps with a non-finite loss or gradient that are skipped and reported before the run stops."""
@@ -181,7 +181,7 @@ class EngineConfig(Section):
     """Keep optimizer states in CPU memory (stages 1 to 3)."""
     offload_parameters: bool = False
     """Keep parameters in CPU memory (stage 3)."""
-    hang_timeout_seconds: float = Field(default=900.0, gt=0.0, allow_inf_nan=True)
+    hang_timeout_seconds: float = Field(default=900.0, gt=0.0, allow_inf_nan=True)  # .inf waits for ever
     """A step that takes longer is taken for one that hangs: the ranks write their stacks and end. The start, the first
     step, validations and checkpoints may take six times as long, and anything ten times the slowest of its kind. The
     default is more than a store of shards may be away."""
