@@ -229,7 +229,7 @@ def assumption_lines(plan: Plan) -> list[str]:
             f"{100 * BANDWIDTH:.0f} % of its memory's bandwidth, a launch takes "
             f"{1e6 * LAUNCH_SECONDS[card.kind]:.0f} us; --calibration replaces this by what was measured"
         )
-    speed += f"; ZeRO-3's hooks take {1e3 * GATHER_SECONDS:.2f} ms of each trained module, as on a CPU"
+    speed += f"; ZeRO-3's hooks take {1e3 * GATHER_SECONDS[card.kind]:g} ms of each trained module"
     lines = ["assumptions", "  " + speed]
     if plan.measured and (warning := plan.measured.warning()):
         lines.append(f"  warning: {warning}")

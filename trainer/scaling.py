@@ -20,10 +20,10 @@ LAUNCH_SECONDS = {"cuda": 6e-6, "cpu": 12e-6}
 """Of one operation of PyTorch without a graph, by kind of device. On a GPU launches and work run side by side; on a CPU
 they add up, and a core that is busy with other work launches no faster: steps of two micro-batches in
 tests/benchmarks/plan_check.py give 10 to 16 us."""
-GATHER_SECONDS = 9.5e-4
+GATHER_SECONDS = {"cuda": 1e-3, "cpu": 2e-3}
 """Of the hooks with which ZeRO-3 gathers and lets go of a module's weights, in both passes of a micro-batch: Python,
-beside which a CPU computes nothing. 0.9 and 1.05 ms with 191 and 77 modules on two ranks of tests/benchmarks/
-plan_check.py, collectives included. Assumed of a GPU's host as well."""
+beside which a CPU computes nothing. 1.8 to 2.5 ms with 191 and 77 modules on two ranks of tests/benchmarks/
+plan_check.py, with gloo's collectives; half of it is assumed of a GPU's host."""
 NETWORK = 0.7
 """Share of a link's rate that large collectives reach."""
 HOP_SECONDS = 2e-5
@@ -67,7 +67,7 @@ def micro_batch_seconds(
 ) -> float:
     """Forward and backward. factor: of `calibrated_factor`, where something was measured. stage: of ZeRO."""
     work, launches = _work_and_launches(one, card, precision)
-    gathering = one.trained_modules * GATHER_SECONDS if stage == 3 else 0.0
+    gathering = one.trained_modules * GATHER_SECONDS[card.kind] if stage == 3 else 0.0
     if card.kind == "cpu":
         return factor * work + launches + gathering
     return max(factor * max(work, launches), launches + gathering)
