@@ -28,7 +28,8 @@ NO_ROOM_SECONDS = 300.0
 """Entries are pinned for the time of a read, so room appears in milliseconds, or as fetches of others end."""
 _POLL_SECONDS = 0.02
 _ENTRY = re.compile(r"[0-9a-f]{16}\.(tar|part)")
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What a system says of a disk that is full; the last of a file that grows beyond what a user may write."""
 
 
 class CacheError(OSError):
@@ -198,7 +199,7 @@ class Cache:
             os.close(descriptor)
 
     def _explain(self, error: BaseException, shard: RemoteShard) -> None:
-        if isinstance(error, OSError) and error.errno in _FULL:
+        if isinstance(error, OSError) and error.errno in FULL:
             raise CacheError(
                 f"no room for the {shard.bytes} bytes of {shard.uri} in the cache {self.folder}: "
                 f"{os.strerror(error.errno)}. Free some of that disk, or lower data.cache_gib below what it has"

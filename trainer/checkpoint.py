@@ -198,12 +198,12 @@ def begin_save(
                 engine.checkpoint_engine.save(tree, path)
                 _sync(Path(path))
             if world.rank == 0:
-                write_weights(engine, weights, partial / name)
                 if broken := [key for key, tensor in weights.items() if not tensor.isfinite().all()]:
                     raise CheckpointError(
                         f"{broken[0]} and {len(broken) - 1} more weights are not finite: lower "
                         "optimizer.learning_rate. Started again, the run goes on from the checkpoint before"
                     )
+                write_weights(engine, weights, partial / name)
                 digest = {"digest": folder_digest(partial / name)}
                 (partial / "state.json").write_text(json.dumps(state | digest, indent=2))
                 (partial / "config.yaml").write_text(config)

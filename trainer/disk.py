@@ -1,13 +1,11 @@
 """What a full disk is called, whichever library has met it."""
 
 import contextlib
-import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""The last of a file that grows beyond what a user may write."""
+from controlbooth.data.cache import FULL
 
 
 @contextlib.contextmanager

@@ -13,7 +13,6 @@ import torch
 
 UNREADABLE = (
     zipfile.BadZipFile,
-    NotImplementedError,
     EOFError,
     ValueError,
     RuntimeError,
