@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from controlbooth.models.base import Base
 from controlbooth.models.controlnet import predict
 from controlbooth.models.families import TextEncoding
 from controlbooth.models.pretrained import DECODER_FILE, UNET_FOLDER, read_controlnet
+from controlbooth.models.weights import save_weights
 
 DECODER = ("up_blocks", "conv_norm_out", "conv_out")
 """Modules of a U-Net that learn when it is unlocked."""
@@ -79,7 +80,7 @@ def controlled_prediction(
 
 def save_decoder(weights: dict[str, Tensor], folder: Path) -> None:
     """Writes a decoder into a ControlNet's folder. weights: under their names in the U-Net."""
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / DECODER_FILE)
+    save_weights(weights, folder / DECODER_FILE)
 
 
 def load_networks(path: str | os.PathLike[str], base: Base, dtype: torch.dtype = torch.float32) -> tuple[Base, Any]:

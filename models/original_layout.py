@@ -18,12 +18,12 @@ from diffusers.loaders.single_file_utils import (
     convert_ldm_vae_checkpoint,
     convert_open_clip_checkpoint,
 )
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from controlbooth.models.architectures import Architecture
 from controlbooth.models.base import vae_dtype
+from controlbooth.models.weights import save_weights
 
 PREFIX = "control_model."
 
@@ -89,8 +89,8 @@ def _renamed(rest: str, names: Mapping[str, str]) -> str:
 def save(controlnet: ControlNetModel, path: Path) -> None:
     names = key_map(controlnet, controlnet.config["layers_per_block"])
     state = controlnet.state_dict()
-    weights = {PREFIX + names[key]: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
-    save_file(weights, path, metadata={"format": "pt"})
+    weights = {PREFIX + names[key]: tensor.detach().cpu() for key, tensor in state.items()}
+    save_weights(weights, path, metadata={"format": "pt"})
 
 
 def is_original(weights: Mapping[str, Tensor]) -> bool:

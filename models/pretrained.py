@@ -24,6 +24,7 @@ from controlbooth.models.base import Base, check_parts_fit, vae_dtype
 from controlbooth.models.controlnet import build_controlnet, check_fits
 from controlbooth.models.families import Family, check_family, identify
 from controlbooth.models.variants import VariantControlNet
+from controlbooth.models.weights import save_pretrained
 
 MINIATURE = Path(__file__).parent / "miniature"
 """The base that is shipped with controlbooth, a diffusers folder; `load_base("miniature")` reads it."""
@@ -285,7 +286,7 @@ def controlnet_class(folder: Path) -> type[ControlNetModel]:
 
 def save_controlnet(controlnet: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Writes a diffusers folder: config.json and diffusion_pytorch_model.safetensors, in the module's dtype."""
-    _unwrapped(controlnet).save_pretrained(folder, safe_serialization=True)
+    save_pretrained(_unwrapped(controlnet), folder)
 
 
 def save_single_file(controlnet: nn.Module, path: str | os.PathLike[str]) -> None:

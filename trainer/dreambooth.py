@@ -27,7 +27,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -46,6 +45,7 @@ from controlbooth.models.base import Base
 from controlbooth.models.controlnet import denoise
 from controlbooth.models.families import encode_prompts
 from controlbooth.models.pretrained import load_base
+from controlbooth.models.weights import save_weights
 from controlbooth.trainer.attempt import Attempt, Superseded, check_still_ours, only_run, write_file, write_text
 from controlbooth.trainer.config import ConfigError, base_folder
 from controlbooth.trainer.distributed import World, barrier, end_process, gather_objects, join, leave, patient_group
@@ -452,8 +452,8 @@ def end_training(stack: Stack, training: Training, folder: Path, attempt: Attemp
 
 def save_lora(attempt: Attempt, weights: dict[str, Tensor], path: Path) -> None:
     """In the names that diffusers' load_lora_weights reads, whole or not at all. Raises Superseded."""
-    tensors = {f"unet.{name}": tensor.contiguous() for name, tensor in weights.items()}
-    write_file(attempt, path, lambda made: save_file(tensors, made))
+    tensors = {f"unet.{name}": tensor for name, tensor in weights.items()}
+    write_file(attempt, path, lambda made: save_weights(tensors, made))
 
 
 @dataclass
@@ -500,12 +500,12 @@ def restore_slot(stack: Stack, slot: int, saved: dict[str, Tensor]) -> None:
 def write_state(attempt: Attempt, path: Path, state: State) -> None:
     names = {"slots": list(state.slots), "queue": state.queue, "waiting": list(state.waiting)}
     tensors = {
-        f"{name}/{key}": tensor.cpu().contiguous()
+        f"{name}/{key}": tensor.cpu()
         for group in (state.slots, state.waiting)
         for name, saved in group.items()
         for key, tensor in saved.items()
     }
-    write_file(attempt, path, lambda made: save_file(tensors, made, metadata={"names": json.dumps(names)}))
+    write_file(attempt, path, lambda made: save_weights(tensors, made, {"names": json.dumps(names)}))
 
 
 def read_state(path: Path) -> State:

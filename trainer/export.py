@@ -185,6 +185,7 @@ def _write_unet(config: RunConfig, state: dict[str, Any], checkpoint: Path, fold
     """The whole U-Net: locked parts from the base, which must be there and the one that was trained on."""
     from controlbooth.models.decoder import load_networks
     from controlbooth.models.pretrained import UNET_FOLDER, load_base
+    from controlbooth.models.weights import save_pretrained
 
     base = load_base(base_path(config), config.model.family, dtype, "cpu")
     if base.digest != state["base_digest"]:
@@ -193,7 +194,7 @@ def _write_unet(config: RunConfig, state: dict[str, Any], checkpoint: Path, fold
             f"{base.digest[:12]}, and were {state['base_digest'][:12]}. The U-Net is made of both: put that base back"
         )
     unet: Any = load_networks(checkpoint / "controlnet", base)[0].unet
-    unet.save_pretrained(folder / UNET_FOLDER, safe_serialization=True)
+    save_pretrained(unet, folder / UNET_FOLDER)
 
 
 def model_card(exported: Exported) -> str:
@@ -255,9 +256,13 @@ import torch
 from diffusers.utils import load_image
 
 controlnet = {name}.from_pretrained(".", torch_dtype=torch.float32)
-{unet_line}pipeline = {pipeline}.{load}({base_name}, {unet_argument}controlnet=controlnet)
-pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
-condition = load_image("condition.png").resize(({size}, {size}))
+{unet_line}pipeline = {pipeline}.{load}(
+    {base_name}, {unet_argument}controlnet=controlnet, torch_dtype=torch.float32
+)
+# Many bases' scheduler files leave these out, and clip latents by the defaults for pixels then.
+pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False, thresholding=False)
+condition = load_image("condition.png")
+assert condition.size == ({size}, {size}), "make the condition at {size} x {size} pixels: shrinking blurs lines"
 picture = pipeline(
     "a prompt like the captions of the training set",
     image=condition,

@@ -3,10 +3,11 @@
 from collections.abc import Mapping, Sequence
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from controlbooth.models.pretrained import load_tokenizers
+from controlbooth.models.weights import save_weights
 from controlbooth.trainer import command_lines
 from controlbooth.trainer.config import ConfigError, base_folder
 from controlbooth.trainer.disk import named_when_full
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     temporary = options.out.with_suffix(".partial")
     try:
         with named_when_full(options.out):
-            save_file(weights, temporary, metadata=metadata)
+            save_weights(weights, temporary, metadata)
         temporary.replace(options.out)
     finally:
         temporary.unlink(missing_ok=True)

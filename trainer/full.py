@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -26,6 +26,7 @@ from controlbooth.models.base import Base
 from controlbooth.models.controlnet import denoise
 from controlbooth.models.families import TextEncoding, encode_prompts
 from controlbooth.models.pretrained import load_base
+from controlbooth.models.weights import save_pretrained, save_weights
 from controlbooth.trainer import checkpoint as checkpoints
 from controlbooth.trainer import engine as engines
 from controlbooth.trainer.attempt import Attempt, move
@@ -191,7 +192,7 @@ def save_full(
 
 def write_weights(engine: Any, weights: dict[str, Tensor], folder: Path) -> None:
     folder.mkdir()
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "weights.safetensors")
+    save_weights(weights, folder / "weights.safetensors")
 
 
 def finish_full(config: SubjectRunConfig, training: FullTraining, folder: Path, attempt: Attempt, world: World) -> None:
@@ -221,7 +222,7 @@ def write_pipeline(config: SubjectRunConfig, weights: dict[str, Tensor], made: P
             module: Any = modules[part]
             module.load_state_dict(own)
             shutil.rmtree(made / part)
-            module.save_pretrained(made / part)
+            save_pretrained(module, made / part)
 
 
 def base_of_subject(config: SubjectRunConfig, base: Base, pipeline: Path) -> Base:

@@ -29,7 +29,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
@@ -42,6 +41,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from controlbooth.data.scenes import CLASSES, COLOURS, HELD_OUT_SEED, LANDMARK_COLOURS, SIZES, Scene, render, scene
 from controlbooth.models.pretrained import MINIATURE, load_base
 from controlbooth.models.sampling import sample, to_uint8
+from controlbooth.models.weights import save_pretrained, save_weights
 from controlbooth.trainer.distributed import World, barrier, gather_objects, join, sum_tensor
 from controlbooth.trainer.evaluate.control import control_fidelity
 from controlbooth.trainer.evaluate.grids import draw_grid
@@ -251,7 +251,7 @@ def train_judge(work: Path, minutes: float) -> None:
     held_out = [scene(HELD_OUT_SEED, i) for i in range(1024)]
     seen = read(judge, np.stack([render(what).image for what in held_out]))
     print("real held-out scenes:", {k: round(v, 4) for k, v in obedience(seen, held_out).items()})
-    save_file({k: v.half().contiguous() for k, v in judge.state_dict().items()}, work / "judge.safetensors")
+    save_weights({k: v.half() for k, v in judge.state_dict().items()}, work / "judge.safetensors")
 
 
 def train_reader(work: Path, minutes: float) -> None:
@@ -294,7 +294,7 @@ def train_reader(work: Path, minutes: float) -> None:
             print(f"reader step {step} loss {loss.item():.4f}", flush=True)
     print(f"reader: {step} steps of {batch} scenes")
     network.eval()
-    save_file({k: v.half().contiguous() for k, v in network.state_dict().items()}, work / "reader.safetensors")
+    save_weights({k: v.half() for k, v in network.state_dict().items()}, work / "reader.safetensors")
     for name, value in reading_real(load_reader(work / "reader.safetensors")).items():
         print(f"  {name:<32}{value:.3f}")
 
@@ -440,7 +440,7 @@ def train_text(work: Path, minutes: float) -> None:
         if clock.due():
             right = torch.stack([one.argmax(dim=1) == truth[:, i] for i, one in enumerate(logits)]).float().mean()
             print(f"text step {step} loss {loss.item():.4f} right {right.item():.4f}", flush=True)
-    text_encoder.save_pretrained(work / "text_encoder")
+    save_pretrained(text_encoder, work / "text_encoder")
 
 
 def load_vae(work: Path) -> Any:

@@ -68,6 +68,18 @@ def test_torch_distributed_is_used_in_one_module():
     assert users <= {"trainer/distributed.py", "trainer/checkpoint.py"}
 
 
+def test_weights_are_written_in_one_module():
+    """Which gives the files the mode that the umask says; safetensors leaves them readable by their owner alone."""
+    writers = {
+        str(path.relative_to(ROOT))
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if (isinstance(node, ast.Attribute) and node.attr in ("save_file", "serialize_file"))
+        or (isinstance(node, ast.ImportFrom) and any(alias.name == "save_file" for alias in node.names))
+    }
+    assert writers == {"models/weights.py"}
+
+
 def test_a_package_file_is_a_docstring_and_nothing_else():
     for path in FILES:
         if path.name == "__init__.py":

@@ -11,10 +11,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from controlbooth.models.controlnet import build_controlnet
-from controlbooth.models.pretrained import load_controlnet, save_controlnet
+from controlbooth.models.pretrained import load_base, load_controlnet, save_controlnet
+from controlbooth.models.sampling import Control, sample
 from controlbooth.trainer import export as exports
 from controlbooth.trainer.checkpoint import COMPLETE, complete_checkpoints, folder_of
-from controlbooth.trainer.config import ConfigError, build_config, dump
+from controlbooth.trainer.config import ConfigError, build_config, dump, load_config
 from controlbooth.trainer.export import main
 from controlbooth.trainer.integrity import folder_digest
 
@@ -92,10 +93,40 @@ def test_the_usage_snippet_of_the_card_runs(family, make_run, tmp_path, monkeypa
     out = tmp_path / "out"
     main([str(make_run(family)), str(out)])
     code = (out / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    Image.fromarray(np.full((40, 40, 3), 200, np.uint8)).save(out / "condition.png")
+    Image.fromarray(np.full((32, 32, 3), 200, np.uint8)).save(out / "condition.png")
     monkeypatch.chdir(out)
     exec(compile(code, "README.md", "exec"), {})
     assert Image.open(out / "picture.png").size == (32, 32)
+
+
+def test_the_usage_snippet_draws_what_the_run_draws_whatever_the_scheduler_file_leaves_out(
+    make_run, load_tiny, tmp_path, monkeypatch
+):
+    run, out = make_run(), tmp_path / "out"
+    config = load_config(run / "config.yaml")
+    base_folder = tmp_path / "base"  # as Stable Diffusion 1.5's own file is: of another class, without clip_sample
+    shutil.copytree(config.model.base, base_folder)
+    scheduler = base_folder / "scheduler" / "scheduler_config.json"
+    options = json.loads(scheduler.read_text())
+    del options["clip_sample"]
+    scheduler.write_text(json.dumps(options | {"_class_name": "PNDMScheduler", "skip_prk_steps": True}))
+    for file in (run / "config.yaml", *run.glob("checkpoints/*/config.yaml")):
+        file.write_text(dump(load_config(file, [f"model.base={base_folder}", "validation.sampling_steps=8"])))
+    main([str(run), str(out)])
+    condition = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    Image.fromarray(condition).save(out / "condition.png")
+    code = (out / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(out)
+    exec(compile(code, "README.md", "exec"), {})
+
+    base = load_base(base_folder, "sd15", torch.float32, "cpu")
+    control = Control(load_controlnet(out, base.unet).eval(), torch.from_numpy(condition).permute(2, 0, 1)[None] / 255)
+    ours = sample(
+        base, ["a prompt like the captions of the training set"], [control], seeds=[0], steps=8,
+        guidance_scale=config.validation.guidance_scale,
+    )[0].numpy()  # fmt: skip
+    theirs = np.asarray(Image.open(out / "picture.png"))
+    assert np.abs(ours.astype(int) - theirs.astype(int)).max() <= 1
 
 
 def test_the_card_tells_what_the_model_is(make_run, tmp_path):
