@@ -72,10 +72,12 @@ setup(
             "kubernetes-validate>=1.31",
             "moto[server]>=5.1",
             "peft>=0.18",  # diffusers loads LoRA files through it
+            "psycopg[binary]>=3.2,<4",  # the MLflow server of test-tracking, as deploy/Dockerfile has it
             "pyright[nodejs]>=1.1.400",  # with Node.js as a wheel, for machines that have none
             "pytest>=8",
             "pytest-xdist>=3.6",
             "ruff>=0.14",
+            "selenium>=4.40,<5",  # drives a browser that looks at MLflow's pages
             "setuptools>=77",
         ],
     },
