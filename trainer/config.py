@@ -204,6 +204,9 @@ class ValidationConfig(Section):
     sampling_steps: int = Field(default=20, gt=0)
     guidance_scale: float = Field(default=7.5, ge=1.0)
     micro_batch_size: int = Field(default=8, gt=0)
+    prompts: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Prompts of your own: each validation draws them too, under the held-out conditions that are shown, as a picture
+    beside the one of the captions (samples/prompts/). They are not measured."""
     at_start: bool = True
     """Validate before the first step too: the figures without control."""
     stop_after_convergence: int | None = Field(default=None, ge=0)

@@ -95,6 +95,7 @@ from controlbooth.trainer.evaluate.convergence import (
 )
 from controlbooth.trainer.evaluate.extract import Extract, extractor, tells_control
 from controlbooth.trainer.evaluate.held_out import HeldOutSet, load_held_out
+from controlbooth.trainer.evaluate.prompted import draw_prompts
 from controlbooth.trainer.evaluate.validate import validate
 from controlbooth.trainer.failures import (
     FAILED,
@@ -628,6 +629,7 @@ def validate_and_log(run: Run) -> dict[str, float]:
     assert run.held is not None
     run.watchdog.begin("the validation", run.step)
     grid = run.folder / "samples" / f"step-{run.step:08d}.png"
+    prompted = grid.parent / "prompts" / grid.name
     began = time.perf_counter()
     with engines.averaged_weights(run.engine, run.average):
         figures = validate(
@@ -640,9 +642,13 @@ def validate_and_log(run: Run) -> dict[str, float]:
             run.extract,
             run.attempt,
         )
+        if run.config.validation.prompts:
+            draw_prompts(run.base, run.engine.module, run.held, run.config.validation, run.world, prompted, run.attempt)
     if run.tracker is not None:
         run.tracker.log(run.step, {f"validation/{name}": value for name, value in figures.items()})
         run.tracker.log_image(grid, "samples", run.step)
+        if run.config.validation.prompts:
+            run.tracker.log_image(prompted, "prompts", run.step)
     shown = ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
     say(run.world, f"step {run.step}: {shown} ({time.perf_counter() - began:.0f} s)")
     note_convergence(run, validated=True)
