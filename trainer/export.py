@@ -2,19 +2,16 @@
 
 import argparse
 import json
-import re
 import shutil
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from controlbooth.data.arguments import whole_number
-from controlbooth.trainer.config import BUILT_IN, RunConfig, base_path, data_set_name, load_config
+from controlbooth.trainer.config import RunConfig, base_path, load_config
 from controlbooth.trainer.disk import named_when_full
+from controlbooth.trainer.model_card import Exported, model_card
 
 EXAMPLES = """\
 examples:
@@ -23,28 +20,6 @@ examples:
   controlbooth export runs/edges exported/ui --format single-file     one .safetensors for image UIs
 """
 BEST_METRIC = "edge_f1"
-PIPELINES = {"sdxl": "StableDiffusionXLControlNetPipeline"}
-TAGS = {"sdxl": "stable-diffusion-xl"}
-UNPUBLISHED = ("output", "tracking")
-"""Sections of a run's configuration that say where it ran, not what it is, and may hold addresses and passwords."""
-
-
-@dataclass(frozen=True)
-class Exported:
-    """What the model card tells."""
-
-    config: RunConfig
-    state: dict[str, Any]
-    """state.json of the checkpoint."""
-    family: str
-    title: str
-    dtype: str
-    weights: str
-    """The weights file's name in OUT."""
-    grid: bool
-    """Whether samples.png lies beside the card."""
-    unet: bool = False
-    """Whether unet/ lies there too, with a decoder that has learned with the ControlNet."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -177,7 +152,8 @@ def _write(run: Path, checkpoint: Path, folder: Path, format: str, dtype: str) -
     grid = run / "samples" / f"{checkpoint.name}.png"
     if grid.is_file():
         shutil.copyfile(grid, folder / "samples.png")
-    exported = Exported(config, state, family.name, family.title, dtype, weights, grid.is_file(), unlocked)
+    evaluation = _evaluation_of(run, state["digest"])
+    exported = Exported(config, state, family.name, family.title, dtype, weights, grid.is_file(), evaluation, unlocked)
     (folder / "README.md").write_text(model_card(exported))
 
 
@@ -197,130 +173,10 @@ def _write_unet(config: RunConfig, state: dict[str, Any], checkpoint: Path, fold
     save_pretrained(unet, folder / UNET_FOLDER)
 
 
-def model_card(exported: Exported) -> str:
-    """README.md: a YAML header for model hubs, then what this is, how to use it, how it did and how it was made."""
-    config, state = exported.config, exported.state
-    header = dict(
-        library_name="diffusers",
-        pipeline_tag="text-to-image",
-        base_model=_base_name(config),
-        tags=["controlnet", TAGS.get(exported.family, "stable-diffusion"), config.data.condition_name, "controlbooth"],
-    )
-    is_single = exported.weights != "diffusion_pytorch_model.safetensors"
-    parts = [
-        f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
-        f"# {config.name}",
-        f"A ControlNet for {exported.title} (`{_base_name(config)}`) that follows **{config.data.condition_name}** "
-        f"pictures. Trained with controlbooth for {state['step']:,} steps of {config.global_batch_size} samples "
-        f"at {config.data.resolution} pixels.",
-        _unet_note(exported) if exported.unet else "",
-        "![Samples of the validation set](samples.png)" if exported.grid else "",
-        "## Use",
-        _single_file_usage(exported) if is_single else f"In this folder:\n\n```python\n{usage(exported)}```",
-        "## Figures",
-        _metrics_table(state.get("metrics") or {}),
-        "## Origin",
-        _origin_table(exported),
-        "<details><summary>Configuration of the run</summary>\n",
-        f"```yaml\n{_published_config(config)}```\n\n</details>",
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def usage(exported: Exported) -> str:
-    """A script that loads the diffusers folder it lies in and turns condition.png into picture.png."""
-    config = exported.config
-    pipeline = PIPELINES.get(exported.family, "StableDiffusionControlNetPipeline")
-    base = config.model.base
-    if base == BUILT_IN:
-        base_line, base_name = "from controlbooth.models.pretrained import MINIATURE\n", "MINIATURE"
-    else:
-        base_line, base_name = "", json.dumps(base)
-    load = "from_single_file" if base.endswith(".safetensors") else "from_pretrained"
-    size = config.data.resolution
-    model = config.model
-    if model.trainable_copy == "full" and model.hint_network == "released":
-        own_line, name = "", "ControlNetModel"
-        imported = f"ControlNetModel, DDIMScheduler, {pipeline}"
-    else:
-        own_line, name = "from controlbooth.models.variants import VariantControlNet\n", "VariantControlNet"
-        imported = f"DDIMScheduler, {pipeline}"
-    unet_line = unet_argument = ""
-    if exported.unet:
-        imported += ", UNet2DConditionModel"
-        unet_line = 'unet = UNet2DConditionModel.from_pretrained("unet", torch_dtype=torch.float32)\n'
-        unet_argument = "unet=unet, "
-    return f"""\
-import torch
-{base_line}{own_line}from diffusers import {imported}
-from diffusers.utils import load_image
-
-controlnet = {name}.from_pretrained(".", torch_dtype=torch.float32)
-{unet_line}pipeline = {pipeline}.{load}(
-    {base_name}, {unet_argument}controlnet=controlnet, torch_dtype=torch.float32
-)
-# Many bases' scheduler files leave these out, and clip latents by the defaults for pixels then.
-pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False, thresholding=False)
-condition = load_image("condition.png")
-assert condition.size == ({size}, {size}), "make the condition at {size} x {size} pixels: shrinking blurs lines"
-picture = pipeline(
-    "a prompt like the captions of the training set",
-    image=condition,
-    num_inference_steps={config.validation.sampling_steps},
-    guidance_scale={config.validation.guidance_scale},
-    generator=torch.Generator().manual_seed(0),
-).images[0]
-picture.save("picture.png")
-"""
-
-
-def _unet_note(exported: Exported) -> str:
-    config = exported.config
-    return (
-        f"The decoder of the U-Net has learned with it, from step {config.model.unlock_decoder_at:,} on at a learning "
-        f"rate of {config.optimizer.decoder_learning_rate:g}. Use it with the U-Net in `unet/`, not with the base's."
-    )
-
-
-def _single_file_usage(exported: Exported) -> str:
-    return (
-        f"`{exported.weights}` has the key names of the original ControlNet code (`control_model.*`). Put it where "
-        f"your image UI keeps its ControlNets, and use it with a checkpoint of {exported.title}; without a "
-        f"preprocessor if the picture that you give is already of the kind {exported.config.data.condition_name}."
-    )
-
-
-def _metrics_table(metrics: dict[str, Any]) -> str:
-    if not metrics:
-        return "This checkpoint was not validated."
-    rows = [f"| {name} | {value:.4g} |" for name, value in metrics.items()]
-    return "\n".join(["On held-out samples:\n", "| figure | value |", "| --- | --- |", *rows])
-
-
-def _origin_table(exported: Exported) -> str:
-    config, state = exported.config, exported.state
-    decay = config.optimizer.ema_decay
-    rows = {
-        "step": state["step"],
-        "samples seen": f"{state['step'] * config.global_batch_size:,}",
-        "weights": exported.dtype if decay is None else f"{exported.dtype}, moving average with decay {decay}",
-        "digest of the checkpoint's weights": state.get("digest"),
-        "data set": data_set_name(config),
-        "fingerprint of the data set": state.get("dataset_fingerprint"),
-        "digest of the base model": state.get("base_digest"),
-        "prompt dropout": config.data.prompt_dropout,
-        "seed": config.seed,
-    }
-    shown = [f"| {name} | `{value}` |" for name, value in rows.items() if value is not None]
-    return "\n".join(["| | |", "| --- | --- |", *shown])
-
-
-def _published_config(config: RunConfig) -> str:
-    tree = config.model_dump(mode="json")
-    return yaml.safe_dump({key: value for key, value in tree.items() if key not in UNPUBLISHED}, sort_keys=False)
-
-
-def _base_name(config: RunConfig) -> str:
-    """The base as a card names it: a hub's owner/name or the last part of a path, which means nothing elsewhere."""
-    base = config.model.base
-    return base if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists() else Path(base).name
+def _evaluation_of(run: Path, digest: str) -> dict[str, Any] | None:
+    """What `controlbooth evaluate` measured of the weights with this digest; None where it measured others, or none."""
+    path = run / "evaluation" / "evaluation.json"
+    if not path.is_file():
+        return None
+    evaluation = json.loads(path.read_text())
+    return evaluation if evaluation["digest"] == digest else None

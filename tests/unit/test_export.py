@@ -138,8 +138,9 @@ def test_the_card_tells_what_the_model_is(make_run, tmp_path):
     for expected in (
         "A ControlNet for Stable Diffusion 1.x (`sd15`) that follows **edges** pictures",
         "for 300 steps of 8 samples",
-        "| edge_f1 | 0.7 |",
-        "| fixed_noise_loss | 0.1235 |",
+        "| edge f1 | 0.7 |",
+        "| fixed noise loss | 0.1235 |",
+        "`controlbooth evaluate` before the export puts figures with intervals here",
         "| samples seen | `2,400` |",
         "| fingerprint of the data set | `f1` |",
         "| weights | `fp16` |",
@@ -152,6 +153,40 @@ def test_the_card_tells_what_the_model_is(make_run, tmp_path):
     assert {path.name for path in folder.iterdir()} == {
         "README.md", "config.json", "diffusion_pytorch_model.safetensors", "samples.png"
     }  # fmt: skip
+
+
+def test_the_card_shows_the_evaluation_of_these_weights_beside_chance_and_the_real_pictures(make_run, tmp_path):
+    run = make_run()
+
+    def interval(mean: float) -> dict:
+        return dict(mean=mean, low=mean - 0.05, high=mean + 0.05)
+
+    figures = {
+        "without control": {"edge_f1": interval(0.25) | dict(chance=interval(0.24), share=interval(0.01))},
+        "with control": {
+            "edge_f1": interval(0.9) | dict(chance=interval(0.2), share=interval(0.93)),
+            "says_class": {"mean": 0.5},
+        },
+        "real pictures": {"edge_f1": interval(0.95) | dict(chance=interval(0.2), share=interval(1.0))},
+    }
+    sampler = dict(scheduler="ddim", steps=20, guidance=2.0)
+    digest = json.loads((folder_of(run, 300) / "state.json").read_text())["digest"]
+    evaluation = dict(digest=digest, figures=figures, samples=64, resolution=32, sampler=sampler)
+    (run / "evaluation").mkdir()
+    (run / "evaluation" / "evaluation.json").write_text(json.dumps(evaluation))
+    main([str(run), str(tmp_path / "out")])
+    text = (tmp_path / "out" / "README.md").read_text()
+    for expected in (
+        "Of 64 held-out conditions at 32 pixels (ddim, 20 steps, guidance 2)",
+        "| figure | without control | with control | real pictures | chance, with control | share of what is poss",
+        "| edge f1 | 0.250 (0.200 to 0.300) | 0.900 (0.850 to 0.950) | 0.950 (0.900 to 1.000) | 0.200 (0.150 to 0.250) "
+        "| 0.930 (0.880 to 0.980) |",
+        "| class |  | 0.500 |  |  |  |",
+    ):
+        assert expected in text, expected
+
+    main([str(run), str(tmp_path / "other"), "--step", "200"])  # of these weights nothing was measured
+    assert "share of what is possible" not in (tmp_path / "other" / "README.md").read_text()
 
 
 def test_weights_are_written_in_the_dtype_that_is_asked_for(make_run, tmp_path):

@@ -1,0 +1,210 @@
+"""The model card of an export: what it is, how to use it, how well it obeys, and how it was made. Free of torch."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from controlbooth.trainer.config import BUILT_IN, RunConfig, data_set_name
+
+PIPELINES = {"sdxl": "StableDiffusionXLControlNetPipeline"}
+TAGS = {"sdxl": "stable-diffusion-xl"}
+UNPUBLISHED = ("output", "tracking")
+"""Sections of a run's configuration that say where it ran, not what it is, and may hold addresses and passwords."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What the model card tells."""
+
+    config: RunConfig
+    state: dict[str, Any]
+    """state.json of the checkpoint."""
+    family: str
+    title: str
+    dtype: str
+    weights: str
+    """The weights file's name in OUT."""
+    grid: bool
+    """Whether samples.png lies beside the card."""
+    evaluation: Mapping[str, Any] | None = None
+    """evaluation.json of these very weights, where `controlbooth evaluate` has measured them."""
+    unet: bool = False
+    """Whether unet/ lies there too, with a decoder that has learned with the ControlNet."""
+
+
+def model_card(exported: Exported) -> str:
+    """README.md: a YAML header for model hubs, then what this is, how to use it, how it did and how it was made."""
+    config, state = exported.config, exported.state
+    header = dict(
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        base_model=_base_name(config),
+        tags=["controlnet", TAGS.get(exported.family, "stable-diffusion"), config.data.condition_name, "controlbooth"],
+    )
+    is_single = exported.weights != "diffusion_pytorch_model.safetensors"
+    parts = [
+        f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
+        f"# {config.name}",
+        f"A ControlNet for {exported.title} (`{_base_name(config)}`) that follows **{config.data.condition_name}** "
+        f"pictures. Trained with controlbooth for {state['step']:,} steps of {config.global_batch_size} samples "
+        f"at {config.data.resolution} pixels.",
+        _unet_note(exported) if exported.unet else "",
+        "![Samples of the validation set](samples.png)" if exported.grid else "",
+        "## Use",
+        _single_file_usage(exported) if is_single else f"In this folder:\n\n```python\n{usage(exported)}```",
+        "## Figures",
+        _evaluation_table(exported.evaluation)
+        if exported.evaluation
+        else _validation_table(state.get("metrics") or {}),
+        "## Origin",
+        _origin_table(exported),
+        "<details><summary>Configuration of the run</summary>\n",
+        f"```yaml\n{_published_config(config)}```\n\n</details>",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def usage(exported: Exported) -> str:
+    """A script that loads the diffusers folder it lies in and turns condition.png into picture.png."""
+    config = exported.config
+    pipeline = PIPELINES.get(exported.family, "StableDiffusionControlNetPipeline")
+    base = config.model.base
+    if base == BUILT_IN:
+        base_line, base_name = "from controlbooth.models.pretrained import MINIATURE\n", "MINIATURE"
+    else:
+        base_line, base_name = "", json.dumps(base)
+    load = "from_single_file" if base.endswith(".safetensors") else "from_pretrained"
+    size = config.data.resolution
+    model = config.model
+    if model.trainable_copy == "full" and model.hint_network == "released":
+        own_line, name = "", "ControlNetModel"
+        imported = f"ControlNetModel, DDIMScheduler, {pipeline}"
+    else:
+        own_line, name = "from controlbooth.models.variants import VariantControlNet\n", "VariantControlNet"
+        imported = f"DDIMScheduler, {pipeline}"
+    unet_line = unet_argument = ""
+    if exported.unet:
+        imported += ", UNet2DConditionModel"
+        unet_line = 'unet = UNet2DConditionModel.from_pretrained("unet", torch_dtype=torch.float32)\n'
+        unet_argument = "unet=unet, "
+    return f"""\
+import torch
+{base_line}{own_line}from diffusers import {imported}
+from diffusers.utils import load_image
+
+controlnet = {name}.from_pretrained(".", torch_dtype=torch.float32)
+{unet_line}pipeline = {pipeline}.{load}(
+    {base_name}, {unet_argument}controlnet=controlnet, torch_dtype=torch.float32
+)
+# Many bases' scheduler files leave these out, and clip latents by the defaults for pixels then.
+pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False, thresholding=False)
+condition = load_image("condition.png")
+assert condition.size == ({size}, {size}), "make the condition at {size} x {size} pixels: shrinking blurs lines"
+picture = pipeline(
+    "a prompt like the captions of the training set",
+    image=condition,
+    num_inference_steps={config.validation.sampling_steps},
+    guidance_scale={config.validation.guidance_scale},
+    generator=torch.Generator().manual_seed(0),
+).images[0]
+picture.save("picture.png")
+"""
+
+
+def _unet_note(exported: Exported) -> str:
+    config = exported.config
+    return (
+        f"The decoder of the U-Net has learned with it, from step {config.model.unlock_decoder_at:,} on at a learning "
+        f"rate of {config.optimizer.decoder_learning_rate:g}. Use it with the U-Net in `unet/`, not with the base's."
+    )
+
+
+def _single_file_usage(exported: Exported) -> str:
+    return (
+        f"`{exported.weights}` has the key names of the original ControlNet code (`control_model.*`). Put it where "
+        f"your image UI keeps its ControlNets, and use it with a checkpoint of {exported.title}; without a "
+        f"preprocessor if the picture that you give is already of the kind {exported.config.data.condition_name}."
+    )
+
+
+def _evaluation_table(evaluation: Mapping[str, Any]) -> str:
+    """A row for each figure; a column for each kind of pictures, and for chance and the share of what is possible."""
+    ways, sampler = evaluation["figures"], evaluation["sampler"]
+    names = list(dict.fromkeys(name for figures in ways.values() for name in figures))
+    heads = ["figure", *ways]
+    rows = [[_title(name), *(_with_interval(figures.get(name)) for figures in ways.values())] for name in names]
+    controlled = ways["with control"]
+    if any("chance" in figure for figure in controlled.values()):
+        heads += ["chance, with control", "share of what is possible"]
+        for row, name in zip(rows, names, strict=True):
+            figure = controlled.get(name, {})
+            row += [_with_interval(figure.get("chance")), _with_interval(figure.get("share"))]
+    explained = (
+        f"Of {evaluation['samples']} held-out conditions at {evaluation['resolution']} pixels ({sampler['scheduler']}, "
+        f"{sampler['steps']} steps, guidance {sampler['guidance']:g}): means with 95 % bootstrap intervals. Chance is "
+        "the figure of the same pictures under the conditions of other samples; the share of what is possible is "
+        "(with control - chance) / (real pictures - chance)."
+    )
+    return f"{explained}\n\n{_markdown_table(heads, rows)}"
+
+
+def _validation_table(metrics: Mapping[str, float]) -> str:
+    if not metrics:
+        return "This checkpoint was not validated."
+    rows = [[_title(name), f"{value:.4g}"] for name, value in metrics.items()]
+    explained = (
+        "Of the few held-out samples of its validation; `controlbooth evaluate` before the export puts figures with "
+        "intervals here."
+    )
+    return f"{explained}\n\n{_markdown_table(['figure', 'value'], rows)}"
+
+
+def _markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows))
+
+
+def _title(name: str) -> str:
+    """A figure's name for people."""
+    return name.removeprefix("says_").replace("_", " ")
+
+
+def _with_interval(figure: Mapping[str, float] | None) -> str:
+    if not figure:
+        return ""
+    if "low" not in figure:
+        return f"{figure['mean']:.3f}"
+    return f"{figure['mean']:.3f} ({figure['low']:.3f} to {figure['high']:.3f})"
+
+
+def _origin_table(exported: Exported) -> str:
+    config, state = exported.config, exported.state
+    decay = config.optimizer.ema_decay
+    rows = {
+        "step": state["step"],
+        "samples seen": f"{state['step'] * config.global_batch_size:,}",
+        "weights": exported.dtype if decay is None else f"{exported.dtype}, moving average with decay {decay}",
+        "digest of the checkpoint's weights": state.get("digest"),
+        "data set": data_set_name(config),
+        "fingerprint of the data set": state.get("dataset_fingerprint"),
+        "digest of the base model": state.get("base_digest"),
+        "prompt dropout": config.data.prompt_dropout,
+        "seed": config.seed,
+    }
+    shown = [f"| {name} | `{value}` |" for name, value in rows.items() if value is not None]
+    return "\n".join(["| | |", "| --- | --- |", *shown])
+
+
+def _published_config(config: RunConfig) -> str:
+    tree = config.model_dump(mode="json")
+    return yaml.safe_dump({key: value for key, value in tree.items() if key not in UNPUBLISHED}, sort_keys=False)
+
+
+def _base_name(config: RunConfig) -> str:
+    """The base as a card names it: a hub's owner/name or the last part of a path, which means nothing elsewhere."""
+    base = config.model.base
+    return base if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists() else Path(base).name
