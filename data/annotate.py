@@ -24,7 +24,7 @@ from controlbooth.data import manifest, storage
 from controlbooth.data.arguments import folder_to_write, whole_number
 from controlbooth.data.conditions import CONDITIONS
 from controlbooth.data.decode import BadSample, decode_image, keep_freed_memory, to_rgb
-from controlbooth.data.draws import hash64
+from controlbooth.data.draws import content_hash
 from controlbooth.data.index import ensure_index, split_name, usable_cpus
 from controlbooth.data.networks import NETWORKS, network_folders, open_network
 from controlbooth.data.pool import run_jobs
@@ -217,12 +217,16 @@ def samples_of(shard: Shard) -> Iterator[tuple[str, dict[str, bytes]]]:
 def conditions_of(
     key: str, parts: dict[str, bytes], functions: dict[str, Callable[..., np.ndarray]]
 ) -> dict[str, bytes]:
-    """The new parts of a sample. Raises BadSample where there is no target, or none that can be decoded."""
+    """The new parts of a sample. Raises BadSample where there is no target, or none that can be decoded.
+
+    What is random about them is decided by the target's bytes, as it is in `data pack`.
+    """
     extension = next((one for one in IMAGE_EXTENSIONS if one in parts), None)
     if extension is None:
         raise BadSample(key, "image", "it has no target image")
     image = to_rgb(decode_image(parts[extension], key, extension))
-    return {f"cond.{kind}.png": encode_png(function(image, hash64(key))) for kind, function in functions.items()}
+    bits = content_hash(parts[extension])
+    return {f"cond.{kind}.png": encode_png(function(image, bits)) for kind, function in functions.items()}
 
 
 _functions: dict[str, Callable[..., np.ndarray]]

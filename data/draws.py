@@ -31,6 +31,11 @@ def hash64(*parts: int | str) -> int:
     return int.from_bytes(digest.digest(), "little")
 
 
+def content_hash(data: bytes) -> int:
+    """64-bit blake2b of bytes, in [0, 2**64): what is drawn from a picture itself, whatever its name and its place."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
 def splitmix64(values: np.ndarray) -> np.ndarray:
     """The SplitMix64 output function (Steele, Lea and Flood 2014): a bijection on uint64 that avalanches."""
     z = np.asarray(values).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)

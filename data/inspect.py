@@ -120,8 +120,8 @@ def show_main(argv: Sequence[str] | None = None) -> int:
         )
         for kind in kinds or [None]
     ]
-    more = [{sample.key: sample.conditioning for sample in other} for other in others]
-    shown = [[sample.conditioning, *(one.get(sample.key) for one in more)] for sample in samples]
+    more = [{sample.place: sample.conditioning for sample in other} for other in others]
+    shown = [[sample.conditioning, *(one.get(sample.place) for one in more)] for sample in samples]
     sheet = contact_sheet(samples, [row[: len(kinds)] for row in shown], kinds, arguments.columns)
     arguments.out.write_bytes(encode_png(sheet))
     print(f"{arguments.out}: {len(samples)} samples, conditions {', '.join(kinds) or 'none'}")

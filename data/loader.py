@@ -532,6 +532,8 @@ class HeldOutSample:
     """A sample as it is, for validation: middle crop, no flip, its first caption."""
 
     key: str
+    place: tuple[int, int]
+    """Number of its shard, and its row in the index of that: no two samples have one, while keys may repeat."""
     pixel_values: np.ndarray
     """(3, H, W) uint8"""
     conditioning: np.ndarray | None
@@ -545,7 +547,7 @@ def held_out(
     """The first `count` usable samples in the order of the shards. A bad one is raised, not replaced.
 
     spread: instead, as many at even distances over all of them. What is random about a computed condition is decided
-    by the sample's key.
+    by the bytes of the target, so it is the same wherever the sample lies and whatever it is called.
     """
     compute = computed_function(condition_kind)
     counts = dataset.samples_per_shard(condition_kind)
@@ -563,9 +565,10 @@ def held_out(
                 condition = decode_image(sample.condition, sample.key, sample.condition_extension, background=0)
             pixels, conditioning = prepare(image, condition, condition_kind, (resolution, resolution))
             if compute is not None:
-                conditioning = compute(to_rgb(pixels), sample.key_hash)
+                conditioning = compute(to_rgb(pixels), draws.content_hash(sample.image))
             yield HeldOutSample(
                 key=sample.key,
+                place=(shard, sample.row),
                 pixel_values=write_planes(pixels, np.empty(shape, np.uint8)),
                 conditioning=None if conditioning is None else write_planes(conditioning, np.empty(shape, np.uint8)),
                 caption=read_captions(sample.caption, sample.caption_extension, sample.key)[0],

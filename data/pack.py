@@ -22,7 +22,7 @@ from controlbooth.data import manifest
 from controlbooth.data.arguments import folder_to_write, seed_number, whole_number
 from controlbooth.data.conditions import CONDITIONS
 from controlbooth.data.decode import BadSample, decode_image, keep_freed_memory, same_frame, to_rgb
-from controlbooth.data.draws import hash64
+from controlbooth.data.draws import content_hash
 from controlbooth.data.index import ensure_index, usable_cpus
 from controlbooth.data.pool import WorkerError, run_jobs
 from controlbooth.data.sidecar import index_path, load_index, temporary_path, write_whole
@@ -51,11 +51,13 @@ def encode_parts(sample: SourceSample, computed: Sequence[str]) -> dict[str, byt
     """A source's sample -> {extension: bytes} as stored.
 
     JPEG, PNG and WebP images are kept byte for byte, others become PNG; conditions become PNG. Everything is decoded,
-    so what cannot be is found here and not in training: BadSample.
+    so what cannot be is found here and not in training: BadSample. What is random about a computed condition is decided
+    by the stored image, as names repeat from one table to the next.
     """
     image = decode_image(sample.image, sample.key, "image")
     kind_of_image = _MAGIC.get(sample.image[:3])
     parts = {kind_of_image: sample.image} if kind_of_image else {"png": encode_png(image)}
+    bits = content_hash(next(iter(parts.values())))
     for kind, data in sample.conditions.items():
         condition = decode_image(data, sample.key, f"cond.{kind}", background=0)
         if not same_frame(image.shape, condition.shape):
@@ -64,7 +66,7 @@ def encode_parts(sample: SourceSample, computed: Sequence[str]) -> dict[str, byt
         parts[f"cond.{kind}.png"] = encode_png(condition)
     rgb = to_rgb(image)
     for kind in computed:
-        parts[f"cond.{kind}.png"] = encode_png(CONDITIONS[kind](rgb, hash64(sample.key)))
+        parts[f"cond.{kind}.png"] = encode_png(CONDITIONS[kind](rgb, bits))
     if len(sample.captions) == 1:
         parts["txt"] = sample.captions[0].encode()
     else:

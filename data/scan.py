@@ -8,13 +8,13 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from hashlib import blake2b
 
 import cv2
 import numpy as np
 from tqdm import tqdm
 
 from controlbooth.data.decode import BadSample, decode_image, image_size, keep_freed_memory, same_frame
+from controlbooth.data.draws import content_hash
 from controlbooth.data.hygiene import edge_map, is_blank, perceptual_hash
 from controlbooth.data.manifest import Dataset
 from controlbooth.data.prompts import read_captions
@@ -117,7 +117,7 @@ def _scan_shard(shard: int) -> Scan:
     for at, row in enumerate(rows.tolist()):
         try:
             sample = _work.readers[None].read(shard, at)
-            result.digests[at] = _digest(sample.image)
+            result.digests[at] = content_hash(sample.image)
             for text in read_captions(sample.caption, sample.caption_extension, sample.key):
                 captions.append((at, text_hash(text), len(text), len(text.split())))
             target = decode_image(sample.image, sample.key, sample.image_extension) if _work.decode else None
@@ -180,11 +180,7 @@ def _ordinals(index: ShardIndex, kind: str) -> dict[int, int]:
 
 def text_hash(text: str) -> int:
     """64 bits of blake2b, by which equal captions are told."""
-    return _digest(text.encode("utf-8", "surrogatepass"))
-
-
-def _digest(data: bytes) -> int:
-    return int.from_bytes(blake2b(data, digest_size=8).digest(), "little")
+    return content_hash(text.encode("utf-8", "surrogatepass"))
 
 
 def _empty(n: int, kinds: Sequence[str]) -> Scan:

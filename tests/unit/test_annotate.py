@@ -15,7 +15,7 @@ import webdataset
 from controlbooth.data import manifest, networks, scenes
 from controlbooth.data.annotate import annotate_shard, main, samples_of
 from controlbooth.data.conditions import CONDITIONS
-from controlbooth.data.draws import hash64
+from controlbooth.data.draws import content_hash
 from controlbooth.data.index import ensure_index
 from controlbooth.data.loader import held_out
 from controlbooth.data.pool import WorkerError
@@ -57,7 +57,7 @@ def test_all_parts_are_kept_and_each_condition_is_that_of_its_picture(shards, tm
         assert parts.keys() - before[key].keys() == {"cond.canny_random.png", "cond.gray.png"}
         picture = cv2.imdecode(np.frombuffer(parts["png"], np.uint8), cv2.IMREAD_COLOR_RGB)
         found = cv2.imdecode(np.frombuffer(parts["cond.canny_random.png"], np.uint8), cv2.IMREAD_UNCHANGED)
-        assert np.array_equal(found, CONDITIONS["canny_random"](picture, hash64(key)))
+        assert np.array_equal(found, CONDITIONS["canny_random"](picture, content_hash(parts["png"])))
     dataset = manifest.open_dataset(tmp_path / "out")
     assert dataset.samples_per_shard("canny_random").sum() == SHARDS * PER_SHARD
     assert len(list(held_out(dataset, 3, condition_kind="gray", resolution=32))) == 3

@@ -271,7 +271,7 @@ def test_a_stale_start_draws_no_validation_and_chooses_no_attention_over_those_o
 ):
     base = load_tiny("sd15")
     pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
-    held = HeldOutSet("gray", ["a", "b"], ["a cat", "a dog"], pixels, pixels, None, None)
+    held = HeldOutSet("gray", ["a", "b"], [(0, 0), (0, 1)], ["a cat", "a dog"], pixels, pixels, None, None)
     config = ValidationConfig(samples=2, grid=2, sampling_steps=1, guidance_scale=1.0)
     grid = tmp_path / "samples" / "step-00000003.png"
 

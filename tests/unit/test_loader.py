@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import webdataset
+from repeated import write_repeated
 
 from controlbooth.data import draws, loader, scenes
 from controlbooth.data.conditions import CONDITIONS
@@ -252,6 +253,19 @@ def test_held_out_conditions_are_computed_too(folder):
                 for _ in range(2))  # fmt: skip
     assert all(np.array_equal(a.conditioning, b.conditioning) for a, b in zip(one, two, strict=True))
     assert any(sample.conditioning.any() for sample in one)
+
+
+def test_random_parts_of_held_out_conditions_come_from_the_picture_and_not_from_its_name(tmp_path):
+    dataset = open_dataset(write_repeated(tmp_path / "a", shards=8, per_shard=1, size=48))
+    samples = list(held_out(dataset, 8, condition_kind="computed:canny_random", resolution=48))
+    assert {sample.key for sample in samples} == {"000000000"} and len({sample.place for sample in samples}) == 8
+    by_name = []
+    for sample in samples:
+        picture = np.ascontiguousarray(sample.pixel_values.transpose(1, 2, 0))
+        expected = CONDITIONS["canny_random"](picture, draws.content_hash(encode_png(picture)))
+        assert np.array_equal(sample.conditioning[0], expected)
+        by_name.append(CONDITIONS["canny_random"](picture, draws.hash64(sample.key)))
+    assert any(not np.array_equal(sample.conditioning[0], one) for sample, one in zip(samples, by_name, strict=True))
 
 
 def test_given_positions_are_repeated_and_then_it_ends(folder):

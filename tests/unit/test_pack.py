@@ -215,6 +215,16 @@ def test_tables_are_packed(photos, tmp_path, form):
     assert {"cond.edges.png", "cond.canny.png"} < packed["00000000"].keys()
 
 
+def test_random_parts_of_a_condition_go_with_the_picture_whatever_its_number_in_a_table(photos, tmp_path):
+    kinds = ["--condition", "canny_random", "--condition", "scribble"]
+    found = []
+    for name, order in (("first", (0, 3, 4)), ("second", (4, 3, 0))):
+        table = write(photos / f"{name}.csv", "image,caption\n" + "".join(f"images/p{i}.jpg,x\n" for i in order))
+        assert run(table, "-o", tmp_path / name, *kinds) == 0
+        found.append({parts["jpg"]: parts for parts in contents(tmp_path / name).values()})
+    assert found[0] == found[1]
+
+
 def test_faults_of_a_table_are_named_before_anything_is_written(photos, tmp_path):
     table = write(photos / "t.csv", "image,caption\nimages/p0.jpg,a\nimages/gone.jpg,b\nimages/p1.png,\n")
     with pytest.raises(ValueError, match=r"1 of 3 samples have no image \(empty cell, or no such file\): row 2 .*gone"):

@@ -30,7 +30,10 @@ def evaluation(folder, values, **others):
     facts = dict(data="held", data_fingerprint="f" * 32, base="miniature", base_digest="b" * 64, condition="edges")
     facts |= dict(where=str(folder), resolution=64, networks={}, sampler=dict(steps=10)) | others
     (folder / "evaluation" / "evaluation.json").write_text(json.dumps(facts))
-    rows = [dict(way="with control", row=i, key=f"k{i}", caption="", edge_f1=float(v)) for i, v in enumerate(values)]
+    rows = [
+        dict(way="with control", row=i, key="00000000", place=[i // 2, i % 2], caption="") for i in range(len(values))
+    ]
+    rows = [row | dict(edge_f1=float(value)) for row, value in zip(rows, values, strict=True)]
     (folder / "evaluation" / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -46,6 +49,26 @@ def test_a_gain_that_is_lost_among_samples_is_found_by_pairing_them(tmp_path, ca
     assert main([str(a), str(b), "--json", str(tmp_path / "difference.json")]) == 0
     assert "*" in capsys.readouterr().out
     assert json.loads((tmp_path / "difference.json").read_text())["with control"]["edge_f1"] == found
+
+
+def test_samples_of_one_key_are_paired_by_their_places_in_the_data_set(tmp_path):
+    """All keys of `evaluation` are equal; B has measured every second sample, as one with fewer samples may."""
+    values = np.arange(8) / 10
+    a, b = evaluation(tmp_path / "a", values), evaluation(tmp_path / "b", values + 0.05)
+    rows = (b / "evaluation" / "samples.jsonl").read_text().splitlines(keepends=True)
+    (b / "evaluation" / "samples.jsonl").write_text("".join(rows[::-2]))
+    found = compare(read_evaluation(a), read_evaluation(b))["with control"]["edge_f1"]
+    assert found["samples"] == 4 and found["better"] == 1.0
+    assert found["difference_low"] == pytest.approx(0.05) and found["difference_high"] == pytest.approx(0.05)
+
+
+def test_an_evaluation_that_tells_samples_by_keys_alone_says_what_to_run_again(tmp_path):
+    a = evaluation(tmp_path / "a", [0.5, 0.6])
+    written = a / "evaluation" / "samples.jsonl"
+    rows = [json.loads(line) for line in written.read_text().splitlines()]
+    written.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "place"}) + "\n" for row in rows))
+    with pytest.raises(ConfigError, match=f"keys that may repeat. Measure it by `controlbooth evaluate {a}` again"):
+        read_evaluation(a)
 
 
 def test_the_columns_of_a_comparison_stand_under_each_other_however_long_the_names(tmp_path):

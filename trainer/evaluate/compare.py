@@ -27,18 +27,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def read_evaluation(where: Path) -> tuple[dict[str, Any], dict[tuple[str, str], dict[str, Any]]]:
-    """-> what was measured, and the figures of each picture by way and key. Raises ConfigError where there is none."""
+Figures = dict[tuple[str, tuple[int, int]], dict[str, Any]]
+"""(way, place of the sample in its data set) -> what was measured of a picture."""
+
+
+def read_evaluation(where: Path) -> tuple[dict[str, Any], Figures]:
+    """-> what was measured, and the figures of each picture. Raises ConfigError where there is none.
+
+    Samples are told by their places, as keys repeat: evaluations are compared on one data set alone.
+    """
     folder = where if (where / "evaluation.json").is_file() else where / "evaluation"
     if not (folder / "evaluation.json").is_file():
         raise ConfigError(f"{where} holds no evaluation: run `controlbooth evaluate {where}` first")
     rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
-    return json.loads((folder / "evaluation.json").read_text()), {(row["way"], row["key"]): row for row in rows}
+    if any("place" not in row for row in rows):
+        raise ConfigError(
+            f"{folder} was measured by an older version, which told samples by keys that may repeat. Measure it by "
+            f"`controlbooth evaluate {where}` again. One in a retraining's evaluations/ is measured by the next tick "
+            "when it is deleted"
+        )
+    figures = {(row["way"], tuple(row["place"])): row for row in rows}
+    return json.loads((folder / "evaluation.json").read_text()), figures
 
 
 def compare(
-    a: tuple[dict[str, Any], dict[tuple[str, str], dict[str, Any]]],
-    b: tuple[dict[str, Any], dict[tuple[str, str], dict[str, Any]]],
+    a: tuple[dict[str, Any], Figures],
+    b: tuple[dict[str, Any], Figures],
     level: float = LEVEL,
 ) -> dict[str, dict[str, dict[str, float]]]:
     """way -> figure -> mean of A and of B, mean of B - A with its interval, and the share of samples where B is better.
@@ -63,13 +77,13 @@ def compare(
     for way in dict.fromkeys(way for way, _ in a[1]):
         if way in (WITHOUT, DISCS, REAL):  # the same in both
             continue
-        shared = [key for one, key in a[1] if one == way and (way, key) in b[1]]
+        shared = [place for one, place in a[1] if one == way and (way, place) in b[1]]
         if not shared:
             raise ConfigError("the two evaluations have no sample in common: were they made of other shards?")
         figures = [name for name, value in a[1][way, shared[0]].items() if isinstance(value, float)]
         result[way] = {}
         for name in (name for name in figures if name in b[1][way, shared[0]]):
-            ours, theirs = (np.array([one[1][way, key][name] for key in shared]) for one in (a, b))
+            ours, theirs = (np.array([one[1][way, place][name] for place in shared]) for one in (a, b))
             better = theirs < ours if name in LOWER_IS_BETTER else theirs > ours
             result[way][name] = dict(
                 a=float(ours.mean()),

@@ -228,7 +228,7 @@ def evaluate(target: Evaluated, options: argparse.Namespace, world: World) -> in
     images[REAL] = held.targets[mine]
     seen = judged(images, mine, world) if scenes and side == JUDGED_SIDE else {}
     samples = [row for part in gather_objects(sample_rows(images, held, mine, extract), world) for row in part]
-    samples.sort(key=lambda row: (list(images).index(row["way"]), held.keys.index(row["key"])))
+    samples.sort(key=lambda row: (list(images).index(row["way"]), row["row"]))
     sets = measure_sets(measures, {name: images[name] for name in (*ways, REAL)}, held, mine, world)
     everything = gather_objects(drawn, world)
     if world.rank == 0:
@@ -398,19 +398,20 @@ def read_png(path: Path) -> np.ndarray:
 def sample_rows(
     images: dict[str, np.ndarray], held: HeldOutSet, mine: Sequence[int], extract: Any
 ) -> list[dict[str, Any]]:
-    """One row a way and picture of this rank: key, caption, figures."""
+    """One row a way and picture of this rank: what it is of, and figures."""
     rows = []
     for way, pictures in images.items():
         figures = fidelity(pictures, held, mine, extract)
         for place, row in enumerate(mine):
             own = {name: round(float(values[place]), 6) for name, values in figures.items()}
-            rows.append(dict(way=way, row=row, key=held.keys[row], caption=held.captions[row], **own))
+            named = dict(key=held.keys[row], place=held.places[row], caption=held.captions[row])
+            rows.append(dict(way=way, row=row, **named, **own))
     return rows
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Mean of each figure, and the ends of its confidence interval."""
-    names = [name for name in rows[0] if name not in ("way", "row", "key", "caption")]
+    names = [name for name in rows[0] if name not in ("way", "row", "key", "place", "caption")]
     return {name: mean_and_interval(np.array([row[name] for row in rows])) for name in names}
 
 

@@ -22,6 +22,9 @@ class HeldOutSet:
     kind: str
     """Of the conditions, wherever they come from."""
     keys: list[str]
+    """For people: several samples may have one."""
+    places: list[tuple[int, int]]
+    """Number of the shard, and the row in the index of that: no two samples have one, and equal data sets the same."""
     captions: list[str]
     targets: np.ndarray
     """(N, H, W, 3) uint8."""
@@ -51,13 +54,14 @@ def load_held_out(dataset: Dataset, count: int, condition_kind: str, resolution:
         if not found:
             return None
         others = list(held_out(dataset, count, condition_kind=found[0], resolution=resolution))
-        if [other.key for other in others] != [sample.key for sample in samples]:
+        if [other.place for other in others] != [sample.place for sample in samples]:
             return None  # not every sample has that kind: no figure rather than one of other pictures
         return np.stack([other.conditioning[0] for other in others])  # type: ignore[index]
 
     held = HeldOutSet(
         kind=kind,
         keys=[sample.key for sample in samples],
+        places=[sample.place for sample in samples],
         captions=[sample.caption for sample in samples],
         targets=np.stack([sample.pixel_values.transpose(1, 2, 0) for sample in samples]),
         conditions=np.stack([sample.conditioning.transpose(1, 2, 0) for sample in samples]),  # type: ignore[union-attr]

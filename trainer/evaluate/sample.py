@@ -199,8 +199,8 @@ def requests_of_shards(options: argparse.Namespace, sources: Sequence[Source], b
         samples = list(held_out(dataset, options.count, condition_kind=kind, resolution=side))
         if not requests:
             requests = [Request(one.caption, {}, options.seed + number) for number, one in enumerate(samples)]
-            keys = [one.key for one in samples]
-        if [one.key for one in samples] != keys:
+            places = [one.place for one in samples]
+        if [one.place for one in samples] != places:
             raise ConfigError(f"not every sample of {options.data} has all conditions; pack or annotate it anew")
         if kind is not None:
             requests = [
