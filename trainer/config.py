@@ -17,7 +17,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from controlbooth.data.arguments import SEEDS
 from controlbooth.data.kinds import COMPUTED, computed_kind, tells_sides
 from controlbooth.trainer.file_kinds import RUN, kind_of, mistaken_for
+from controlbooth.trainer.mlflow_address import refuse_secrets, without_secrets
 
+RESOLVED = "config.yaml"
+"""What a run's folder and its checkpoints hold: the resolved tree, as the run wrote it."""
 BUILT_IN = "miniature"
 """As model.base: the base model that is shipped with controlbooth."""
 
@@ -215,10 +218,19 @@ class ValidationConfig(Section):
 
 class TrackingConfig(Section):
     uri: str | None = None
-    """An MLflow server or store, e.g. http://host:5000. Default: SQLite in the folder that holds the runs."""
+    """An MLflow server or store, e.g. http://host:5000. Default: SQLite in the folder that holds the runs. Users and
+    passwords are refused here; MLflow takes them from MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or a token
+    from MLFLOW_TRACKING_TOKEN, in the environment of whatever starts."""
     experiment: str = "controlbooth"
     system_metrics_seconds: float = Field(default=10.0, gt=0.0)
     """How often memory and processor load are logged."""
+
+    @field_validator("uri")
+    @classmethod
+    def _has_no_secret(cls, value: str | None) -> str | None:
+        if value is not None:
+            refuse_secrets(value)
+        return value
 
 
 class RunConfig(Section):
@@ -346,9 +358,18 @@ def read_tree(path: str | os.PathLike[str], overrides: Sequence[str] = (), kind:
     if not isinstance(tree, dict):
         raise ConfigError(f"run file {path} holds {type(tree).__name__}, but a run is a mapping of keys to values")
     refuse_other_kind(tree, path, kind)
+    if path.name == RESOLVED:
+        _forget_secrets(tree)
     for override in overrides:
         _override(tree, override)
     return tree
+
+
+def _forget_secrets(tree: dict[str, Any]) -> None:
+    """Of what a run begun before wrote down. Its file cannot be mended: a checkpoint knows the sizes of its files."""
+    tracking = tree.get("tracking")
+    if isinstance(tracking, dict) and isinstance(tracking.get("uri"), str):
+        tracking["uri"] = without_secrets(tracking["uri"])
 
 
 def refuse_other_kind(tree: Any, path: Path, kind: str) -> None:
@@ -409,7 +430,9 @@ def _explain(error: Any, model: type[BaseModel]) -> str:
     if error["type"] == "missing":
         return f"'{where}' is missing; set it in the file, or give {where}=VALUE on the command line"
     message = error["msg"].removeprefix("Value error, ")
-    return f"'{where}' is {error['input']!r}: {message}" if where else message
+    given = error["input"]
+    given = without_secrets(given) if isinstance(given, str) else given
+    return f"'{where}' is {given!r}: {message}" if where else message
 
 
 def _dotted(location: tuple[Any, ...]) -> str:
@@ -499,7 +522,7 @@ def changes(before: str, now: str) -> list[str]:
 
 def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     if not isinstance(tree, dict):
-        yield prefix, tree
+        yield prefix, without_secrets(tree) if isinstance(tree, str) else tree
         return
     for key, value in tree.items():
         yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))

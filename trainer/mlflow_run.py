@@ -3,6 +3,7 @@
 MLflow is imported on connecting, which takes seconds, and for a new SQLite store some more to create its tables.
 """
 
+import json
 import logging
 import os
 import re
@@ -14,12 +15,17 @@ from typing import Any, TypeVar
 from controlbooth.trainer.mlflow_store import make_store, store_file
 from controlbooth.trainer.spool import Record, State
 
+TRAIN, EVALUATION = "train/", "evaluation/"
+"""What names of metrics begin with in MLflow, whose pages make a group of each beginning: TRAIN is put before a name
+of metrics.jsonl without one; EVALUATION is of what is measured afterwards, at any step, in any order, and again."""
 METRICS_PER_CALL, ENTRIES_PER_CALL = 1000, 100
 """MLflow's limits for log_batch: of metrics, and of params or tags."""
 KEY_TAG = "controlbooth.key"
-EVALUATION = "evaluation/"
-"""Before the names of metrics that are measured afterwards: at any step, in any order, and again."""
+DATASET_DIGEST_LENGTH = 36
+"""MLflow's limit for the digest of a data set."""
 MLFLOW_MODEL_IS_EXTERNAL = "mlflow.model.isExternal"
+MLFLOW_LOGGED_ARTIFACTS = "mlflow.loggedArtifacts"
+MLFLOW_DATASET_CONTEXT = "mlflow.data.context"
 QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
@@ -29,6 +35,8 @@ QUIET = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
 }
+OTHER_KINDS = ("params", "tags", "inputs", "status", "artifact", "table", "image", "checkpoint")
+"""Of records: each has the key of its kind, and is sent by itself by the method of that name."""
 Item = TypeVar("Item")
 
 
@@ -53,7 +61,7 @@ class MlflowRun:
         self._state, self._folder, self._values_changed = state, folder, values_changed
         make_store(state.uri)
         self._client = MlflowClient(state.uri)
-        self._experiment_id = self._find_or_create_experiment()
+        self.experiment_id = self._find_or_create_experiment()
         self.run_id = state.run_id or self._find_or_create_run(run_name)
         self._sent_steps: dict[str, int] = {}
 
@@ -106,11 +114,11 @@ class MlflowRun:
     def _find_or_create_run(self, name: str) -> str:
         """By our key: the answer to an earlier attempt to create it may have been lost."""
         key = self._state.key
-        found = self._client.search_runs([self._experiment_id], f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
+        found = self._client.search_runs([self.experiment_id], f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
         if found:
             return found[0].info.run_id
         start_time = round(self._state.created * 1000)
-        run = self._client.create_run(self._experiment_id, start_time, tags={KEY_TAG: key}, run_name=name)
+        run = self._client.create_run(self.experiment_id, start_time, tags={KEY_TAG: key}, run_name=name)
         return run.info.run_id
 
     def _metrics(self, record: Record) -> Iterator[Any]:
@@ -124,8 +132,8 @@ class MlflowRun:
                 yield Metric(f"system/{name}", float(value), time, step)
         else:
             for name, value in record["metrics"].items():
-                if record["step"] > self._sent_steps.get(name, -1):
-                    yield Metric(name, float(value), time, record["step"])
+                if record["step"] > self._sent_steps.get(metric_name(name), -1):
+                    yield Metric(metric_name(name), float(value), time, record["step"])
 
     def _send_params(self, record: Record) -> None:
         from mlflow.entities import Param
@@ -145,20 +153,47 @@ class MlflowRun:
         else:
             self._client.set_terminated(self.run_id, record["status"], round(record["time"] * 1000))
 
+    def _send_inputs(self, record: Record) -> None:
+        """Data sets. One that the run has already is not added again."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        inputs = []
+        for one in record["inputs"]:
+            facts = {"fingerprint": one["fingerprint"], "num_rows": one["samples"]}
+            dataset = Dataset(
+                name=one["name"],
+                digest=one["fingerprint"][:DATASET_DIGEST_LENGTH],
+                source_type=one["source_type"],
+                source=json.dumps({"uri": one["source"]}),
+                profile=json.dumps(facts),
+            )
+            inputs.append(DatasetInput(dataset, [InputTag(MLFLOW_DATASET_CONTEXT, one["context"])]))
+        self._client.log_inputs(self.run_id, inputs)
+
     def _send_artifact(self, record: Record) -> None:
         self._client.log_artifact(self.run_id, str(self._folder / record["artifact"]))
 
+    def _send_table(self, record: Record) -> None:
+        """A file as MlflowClient.log_table writes it, which needs pandas for that and adds rows when it is repeated."""
+        path = self._folder / record["table"]
+        self._client.log_artifact(self.run_id, str(path))
+        logged = json.loads(self._client.get_run(self.run_id).data.tags.get(MLFLOW_LOGGED_ARTIFACTS, "[]"))
+        if (entry := {"path": path.name, "type": "table"}) not in logged:
+            self._client.set_tag(self.run_id, MLFLOW_LOGGED_ARTIFACTS, json.dumps([*logged, entry]))
+
     def _send_image(self, record: Record) -> None:
+        """A picture of the series, and NAME.png at the top of the artifacts, which is the newest one."""
         from PIL import Image
 
         image, time = record["image"], round(record["time"] * 1000)
         there = f"images/{image['name'].replace('/', '~')}+step+{record['step']}+timestamp+"
         if self._values_changed:
             there += f"{time}+"
-        if any(file.path.startswith(there) for file in self._client.list_artifacts(self.run_id, "images")):
-            return  # sent before; MLflow would add a copy under a random name
+        listed = self._client.list_artifacts(self.run_id, "images")
         with Image.open(self._folder / image["path"]) as picture:
-            self._client.log_image(self.run_id, picture, key=image["name"], step=record["step"], timestamp=time)
+            if not any(file.path.startswith(there) for file in listed):  # else MLflow adds a copy under a random name
+                self._client.log_image(self.run_id, picture, key=image["name"], step=record["step"], timestamp=time)
+            self._client.log_image(self.run_id, picture, f"{image['name']}.png")
 
     def _send_checkpoint(self, record: Record) -> None:
         """A LoggedModel, whose bytes stay where they are, with its metrics, as an output of the run."""
@@ -168,9 +203,9 @@ class MlflowRun:
         model_id, there = self._find_model(checkpoint["digest"], step)
         model_id = model_id or self._create_model(checkpoint, step)
         metrics = [
-            Metric(name, float(value), round(time * 1000), step, model_id=model_id)
+            Metric(metric_name(name), float(value), round(time * 1000), step, model_id=model_id)
             for name, (value, time) in checkpoint["metrics"].items()
-            if name not in there
+            if metric_name(name) not in there
         ]
         for some in _batched(metrics, METRICS_PER_CALL):
             self._client.log_batch(self.run_id, metrics=some)
@@ -181,7 +216,7 @@ class MlflowRun:
     def _find_model(self, digest: str, step: int) -> tuple[str | None, set[str]]:
         """The id and the metrics of this checkpoint's LoggedModel, if there is one."""
         found = self._client.search_logged_models(
-            [self._experiment_id],
+            [self.experiment_id],
             f"source_run_id = '{self.run_id}' AND tags.digest = '{digest}' AND tags.step = '{step}'",
         )
         for model in found:
@@ -195,7 +230,7 @@ class MlflowRun:
         from mlflow.models import Model
 
         model = self._client.create_logged_model(
-            self._experiment_id,
+            self.experiment_id,
             name=re.sub(r"[^A-Za-z0-9_-]", "-", f"{self._folder.name}-step-{step}"),
             source_run_id=self.run_id,
             tags={
@@ -217,11 +252,16 @@ class MlflowRun:
         return self._client.finalize_logged_model(model.model_id, "READY").model_id
 
 
+def metric_name(name: str) -> str:
+    """What a metric of metrics.jsonl is called in MLflow."""
+    return name if "/" in name else f"{TRAIN}{name}"
+
+
 def kind_of(record: Record) -> str:
     """Neighbouring records of the kind `points` may be sent together."""
     if record.keys() & {"metrics", "system"}:
         return "points"
-    return next(kind for kind in ("params", "tags", "status", "artifact", "image", "checkpoint") if kind in record)
+    return next(kind for kind in OTHER_KINDS if kind in record)
 
 
 def _artifact_location(uri: str) -> str | None:

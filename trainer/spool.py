@@ -4,7 +4,9 @@ metrics.jsonl has one JSON record a line, `time` in seconds since 1970:
 
     {"step": 40, "time": ..., "metrics": {"loss": 0.1}}     of a step; what is not finite is "NaN" or "Infinity"
     {"time": ..., "system": {"cpu_percent": 93.0}}          of the machine
-    {"time": ..., "params" | "tags" | "status" | "artifact" | "image" | "checkpoint": ...}
+    {"time": ..., "params" | "tags" | "inputs" | "status" | "artifact" | "table" | "image" | "checkpoint": ...}
+
+Names of metrics are ours, "loss" of training and "validation/edge_f1"; mlflow_run.py says what MLflow calls them.
 
 A line is written with one system call, so a killed process leaves at most one torn line, the last, which is dropped.
 tracking.json beside it is replaced by rename. It is always behind what was sent, never ahead: lines may be sent twice,
@@ -25,6 +27,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from controlbooth.trainer.mlflow_address import without_secrets
+
 logger = logging.getLogger(__name__)
 
 LINES = "metrics.jsonl"
@@ -36,7 +40,7 @@ Record = dict[str, Any]
 
 
 def stream_of(record: Record) -> str:
-    return "artifacts" if record.keys() & {"artifact", "image", "checkpoint"} else "metrics"
+    return "artifacts" if record.keys() & {"artifact", "table", "image", "checkpoint"} else "metrics"
 
 
 @dataclass(frozen=True)
@@ -44,15 +48,19 @@ class State:
     """What has been sent where."""
 
     uri: str
+    """Without secrets: those are in the environment of whoever sends."""
     experiment: str
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
     """Ours; a tag of the MLflow run, so that a run whose creation was never answered is found again."""
     created: float = field(default_factory=time.time)
     """Seconds since 1970."""
+    experiment_id: str | None = None
     run_id: str | None = None
     """MLflow's."""
     params: dict[str, str] = field(default_factory=dict)
     """The latest value of each."""
+    description: dict[str, str] = field(default_factory=dict)
+    """The parts of the run's description, in their order, as Markdown."""
     acknowledged: dict[str, int] = field(default_factory=lambda: dict.fromkeys(STREAMS, 0))
     """stream -> bytes of metrics.jsonl that the server has."""
 
@@ -82,8 +90,9 @@ class Spool:
             os.fsync(self._file.fileno())
             os.replace(made_in / LINES, self.path)
         state = _read_state(self._state_path) or State(uri, experiment)
+        state = replace(state, uri=without_secrets(state.uri))  # which runs begun before may have written
         if (state.uri, state.experiment) != (uri, experiment):
-            state = State(uri, experiment, created=state.created, params=state.params)
+            state = State(uri, experiment, created=state.created, params=state.params, description=state.description)
         self.state = state
         self.update()
 

@@ -3,21 +3,24 @@
 Used on rank 0 only; nothing in here talks to other ranks.
 """
 
+import json
 import logging
 import os
 import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import psutil
 
+from controlbooth.trainer.mlflow_address import how_to_open, refuse_secrets, without_secrets
 from controlbooth.trainer.mlflow_run import METRICS_PER_CALL, MlflowRun, Refused, kind_of, quiet_environment
 from controlbooth.trainer.mlflow_store import store_file
-from controlbooth.trainer.spool import STREAMS, Record, Spool
+from controlbooth.trainer.spool import STREAMS, Record, Spool, State
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +29,30 @@ FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 1.0, 60.0
 PARAM_LENGTH = 500
 GIB = 2**30
 
+DESCRIPTION = "mlflow.note.content"
+"""The tag of a run that its page shows as Markdown."""
+
 Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+
+@dataclass(frozen=True)
+class Input:
+    """A data set that a run reads."""
+
+    name: str
+    fingerprint: str
+    """Hexadecimal."""
+    source: str
+    """Where it lies: a path or a URI."""
+    samples: int
+    context: str
+    """What it is for: `training`, or `held-out`."""
+
+    @property
+    def source_type(self) -> str:
+        """`local`, or what its URI begins with, such as `s3`."""
+        scheme, separator, _ = self.source.partition("://")
+        return scheme if separator else "local"
 
 
 class Tracker:
@@ -46,17 +72,21 @@ class Tracker:
         tags: Mapping[str, str],
         system_metrics_seconds: float,
         made_in: Path | None = None,
+        tell: Callable[[str], None] | None = None,
     ):
         """params: may be nested; changed ones of a resumed run become tags, since MLflow refuses to change a param.
 
         made_in: the folder of the start that has taken the run (attempt.py). When it is gone, nothing more is sent.
+        tell: is called once, from a thread, with how to open the run, when MLflow has it.
+        Raises ValueError for a URI with a password in it, before anything is written.
         """
+        refuse_secrets(uri)
         quiet_environment()
         if (store := store_file(uri)) is not None:
             store.parent.mkdir(parents=True, exist_ok=True)
         self.folder = Path(run_folder).absolute()
         self._spool = Spool(self.folder, uri, experiment, made_in)
-        self._run_name = run_name
+        self._run_name, self._tell = run_name, tell
         self._run: MlflowRun | None = None
         self._generation = -1  # of the lines that it was told about
         self._logged: dict[str, tuple[int, float]] = {}  # metric -> step and time of its last record
@@ -86,6 +116,31 @@ class Tracker:
     def log_artifact(self, path: str | os.PathLike[str]) -> None:
         """A file, under its base name. It must stay until it is sent."""
         self._spool.append({"artifact": self._stored(path)})
+
+    def log_table(self, path: str | os.PathLike[str]) -> None:
+        """A file of `table_json`, under its base name, to be shown as a table. It must stay until it is sent."""
+        self._spool.append({"table": self._stored(path)})
+
+    def log_inputs(self, inputs: Sequence[Input]) -> None:
+        """Data sets that the run reads. Those that it has already are not added again."""
+        self._spool.append(
+            {
+                "inputs": [
+                    asdict(one) | {"source": without_secrets(one.source), "source_type": one.source_type}
+                    for one in inputs
+                ]
+            }
+        )
+
+    def describe(self, **parts: str) -> None:
+        """Sets parts of the run's description, Markdown, which follow each other in the order of their first mention.
+
+        They are kept from start to start; an empty one goes.
+        """
+        described = {name: text for name, text in (self._spool.state.description | parts).items() if text}
+        if described != self._spool.state.description:
+            self.set_tags({DESCRIPTION: "\n\n".join(described.values())})
+            self._spool.update(description=described)  # afterwards: killed between the two, it is said again
 
     def times(self, step: int) -> dict[str, float]:
         """When the metrics of this step were logged, as long as no later step has been."""
@@ -118,6 +173,10 @@ class Tracker:
     def finish(self, status: Status) -> None:
         """How the run ended. To be followed by `close`."""
         self._spool.append({"status": status})
+
+    def how_to_open(self, mlflow: str = "mlflow") -> str | None:
+        """For a reader, what opens the run's page; None as long as MLflow has not got the run."""
+        return saved_page(self._spool.state, mlflow)
 
     def close(self, timeout_seconds: float) -> int:
         """Tries to send what is left, and returns how many lines remain for the next start. Logs nothing after it."""
@@ -204,7 +263,9 @@ class Tracker:
         """The connection, which knows what the server has of the steps that are repeated after a cut."""
         if self._run is None:
             self._run = MlflowRun(self._spool.state, self._run_name, self.folder, self._values_changed)
-            self._spool.update(run_id=self._run.run_id)
+            self._spool.update(run_id=self._run.run_id, experiment_id=self._run.experiment_id)
+            if self._tell is not None:
+                self._tell(str(self.how_to_open()))
         if self._generation != generation:
             self._run.skip_sent_steps()
             self._generation = generation
@@ -219,6 +280,18 @@ class Tracker:
         psutil.cpu_percent()  # the first call only starts the measurement
         while not self._closing.wait(seconds) and self._spool.is_ours():
             self._spool.append({"system": system_metrics(self.folder)})
+
+
+def saved_page(state: State, mlflow: str = "mlflow") -> str | None:
+    """What opens the page of the run that a state is of; None as long as MLflow has not got the run."""
+    if state.run_id is None or state.experiment_id is None:
+        return None
+    return how_to_open(state.uri, state.experiment_id, state.run_id, mlflow)
+
+
+def table_json(columns: Sequence[str], rows: Sequence[Sequence[str | float | None]]) -> str:
+    """A table as MLflow's pages show one: the text of a .json file for `log_table`."""
+    return json.dumps({"columns": list(columns), "data": [list(row) for row in rows]}, allow_nan=False)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -317,6 +317,8 @@ def mlflow(folder: Path, away: float = 60.0) -> None:
 def report_points(run: Path, uri: str, killed: int, back: int) -> None:
     from mlflow import MlflowClient
 
+    from controlbooth.trainer.mlflow_run import metric_name
+
     client, seconds = MlflowClient(uri), trainings.logged(run, "step_seconds")
     run_id = json.loads((run / "tracking.json").read_text())["run_id"]
     lost, twice = 0, 0
@@ -325,7 +327,7 @@ def report_points(run: Path, uri: str, killed: int, back: int) -> None:
     for name in names:
         there, token = [], None
         while True:
-            page = client.get_metric_history(run_id, name)
+            page = client.get_metric_history(run_id, metric_name(name))
             there += [(point.step, point.value) for point in page]
             token = getattr(page, "token", None)
             if not token:

@@ -46,7 +46,7 @@ def test_a_server_killed_in_mid_run_holds_nothing_up_and_has_every_point_in_the_
         from mlflow import MlflowClient
 
         run_id = json.loads((run / "tracking.json").read_text())["run_id"]
-        points = MlflowClient(uri).get_metric_history(run_id, "loss")
+        points = MlflowClient(uri).get_metric_history(run_id, "train/loss")
         assert sorted((point.step, point.value) for point in points) == [(n, 1.0 / n) for n in range(1, 601)]
         assert MlflowClient(uri).get_run(run_id).info.status == "FINISHED"
     finally:

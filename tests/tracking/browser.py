@@ -24,6 +24,12 @@ FLAGS = (
     "--disable-sync",
     "--hide-scrollbars",
 )
+SETTINGS = {
+    "mlflow.workflowType_v1": '"machine_learning"',
+    "mlflow.assistant.fab.autoOpenedOnFirstLoad_v1": "true",
+    "mlflow.assistant.panelOpen_v1": "false",
+}
+"""What MLflow 3.17 keeps in a browser."""
 QUIET_SECONDS = 1.0
 """A page whose text has not changed for so long has arrived."""
 
@@ -93,6 +99,13 @@ def settle(driver: Any, *words: str, seconds: float = 60.0) -> str:
         if (now := text(driver)) != before or not loaded:
             before, since = now, time.monotonic()
     return before
+
+
+def furnish(driver: Any, server: str) -> None:
+    """Sets MLflow's pages up as a reader has them after a while: in the mode for training, without the assistant."""
+    open_page(driver, server)
+    for name, value in SETTINGS.items():
+        driver.execute_script("localStorage.setItem(arguments[0], arguments[1])", name, value)
 
 
 def click(driver: Any, label: str, seconds: float = 30.0) -> None:

@@ -25,7 +25,7 @@ from controlbooth.trainer import tracking
 from controlbooth.trainer.config import build_config, dump
 from controlbooth.trainer.mlflow_run import EVALUATION
 from controlbooth.trainer.spool import Spool, read_metrics
-from controlbooth.trainer.tracking import Tracker, flatten, system_metrics
+from controlbooth.trainer.tracking import Input, Tracker, flatten, system_metrics, table_json
 
 NEVER = 3600.0
 
@@ -197,14 +197,102 @@ def test_everything_that_is_logged_arrives_once(tmp_path, uri):
     client, run = client_and_run(uri)
     assert run.info.status == "FINISHED" and run.info.run_name == "a run" and run.data.tags["commit"] == "abc"
     assert len(run.data.params) == 251 and len(run.data.params["model.base"]) == 500
-    assert history(uri, "loss") == [(step, 1 / step) for step in range(1, 1201)]
-    assert history(uri, "f1") == [(1200, 0.5)]
-    assert {file.path for file in client.list_artifacts(run.info.run_id)} == {"images", "run.yaml"}
+    assert history(uri, "train/loss") == [(step, 1 / step) for step in range(1, 1201)]
+    assert history(uri, "train/f1") == [(1200, 0.5)]
+    assert {file.path for file in client.list_artifacts(run.info.run_id)} == {"images", "run.yaml", "validation"}
     assert len(client.list_artifacts(run.info.run_id, "images")) == 2  # the picture and its thumbnail
-    (model,) = client.search_logged_models([run.info.experiment_id], "metrics.f1 > 0.4")
+    (model,) = client.search_logged_models([run.info.experiment_id], "metrics.`train/f1` > 0.4")
     assert (model.tags["uri"], model.tags["step"], str(model.status)) == ("file:///run/checkpoint", "1200", "READY")
     assert [(output.model_id, output.step) for output in run.outputs.model_outputs] == [(model.model_id, 1200)]
     assert run.info.artifact_uri.startswith((tmp_path / "mlartifacts").as_uri())
+
+
+def test_metrics_are_grouped_in_mlflow_and_keep_their_names_in_the_file(tmp_path, uri):
+    tracker = start(tmp_path / "run", uri)
+    tracker.log(1, {"loss": 0.5, "validation/edge_f1": 0.4})
+    tracker.log_checkpoint(1, "digest", "file:///there", {"loss": 0.5, "validation/edge_f1": 0.4}, tracker.times(1))
+    tracker._spool.append({"system": {"cpu_percent": 50.0}})
+    assert tracker.close(60) == 0
+    client, run = client_and_run(uri)
+    assert set(run.data.metrics) == {"train/loss", "validation/edge_f1", "system/cpu_percent"}
+    (model,) = client.search_logged_models([run.info.experiment_id])
+    assert {metric.key for metric in model.metrics} == {"train/loss", "validation/edge_f1"}
+    assert history(uri, "train/loss") == [(1, 0.5)]  # the model's point is the run's
+    assert [metrics for _, _, metrics in read_metrics(tmp_path / "run")] == [{"loss": 0.5, "validation/edge_f1": 0.4}]
+
+
+def test_the_newest_picture_of_a_series_has_a_name_that_stays(tmp_path, uri):
+    from PIL import Image
+
+    folder = tmp_path / "run"
+    tracker = start(folder, uri)
+    for step, shade in ((10, 1), (20, 2)):
+        Image.new("L", (8, 8), shade).save(folder / f"{step}.png")
+        tracker.log_image(folder / f"{step}.png", "samples", step)
+    assert tracker.close(60) == 0
+    client, run = client_and_run(uri)
+    with Image.open(client.download_artifacts(run.info.run_id, "samples.png", str(tmp_path))) as picture:
+        assert picture.getpixel((0, 0)) == 2
+    assert len(client.list_artifacts(run.info.run_id, "images")) == 4  # the series: pictures and their thumbnails
+
+
+def test_a_table_is_one_that_mlflow_itself_reads_and_shows(tmp_path, uri):
+    folder = tmp_path / "run"
+    tracker = start(folder, uri)
+    for value in (0.5, 0.75):  # an evaluation again replaces the rows, where log_table would add some
+        (folder / "figures.json").write_text(table_json(["figure", "mean"], [["edge F1", value], ["IoU", None]]))
+        tracker.log_table(folder / "figures.json")
+        wait_for(lambda: tracker._spool.unsent() == 0)
+    assert tracker.close(60) == 0
+    client, run = client_and_run(uri)
+    assert json.loads(run.data.tags["mlflow.loggedArtifacts"]) == [{"path": "figures.json", "type": "table"}]
+    file = client.download_artifacts(run.info.run_id, "figures.json", str(tmp_path))
+    table = client._read_from_file(file)  # as load_table does, which takes its store from a global
+    assert list(table["figure"]) == ["edge F1", "IoU"] and list(table["mean"])[0] == 0.75
+
+
+def test_data_sets_are_inputs_of_the_run_once_however_often_it_is_started(tmp_path, uri):
+    inputs = [
+        Input("photos", "0123456789abcdef" * 4, "/data/photos", 8192, "training"),
+        Input("held-out", "fedcba9876543210" * 2, "s3://bucket/held-out", 64, "held-out"),
+    ]
+    for _ in range(2):
+        tracker = start(tmp_path / "run", uri)
+        tracker.log_inputs(inputs)
+        assert tracker.close(60) == 0
+    _, run = client_and_run(uri)
+    found = {one.dataset.name: one for one in run.inputs.dataset_inputs}
+    assert len(run.inputs.dataset_inputs) == 2
+    assert json.loads(found["photos"].dataset.profile) == {"fingerprint": "0123456789abcdef" * 4, "num_rows": 8192}
+    assert json.loads(found["held-out"].dataset.source) == {"uri": "s3://bucket/held-out"}
+    assert [one.dataset.source_type for one in (found["photos"], found["held-out"])] == ["local", "s3"]
+    assert {tag.key: tag.value for tag in found["held-out"].tags} == {"mlflow.data.context": "held-out"}
+
+
+def test_the_description_grows_by_parts_and_survives_a_restart(tmp_path, uri):
+    tracker = start(tmp_path / "run", uri)
+    tracker.describe(what="A run.", verdict="Not yet.")
+    assert tracker.close(60) == 0
+    tracker = start(tmp_path / "run", uri)
+    tracker.describe(what="A run.", verdict="Control is there.")
+    tracker.describe(evaluation="Measured.")
+    lines = len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    tracker.describe(what="A run.")  # nothing new
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == lines
+    assert tracker.close(60) == 0
+    _, run = client_and_run(uri)
+    assert run.data.tags["mlflow.note.content"] == "A run.\n\nControl is there.\n\nMeasured."
+
+
+def test_who_starts_a_run_is_told_once_how_to_open_its_page(tmp_path, uri):
+    told = []
+    tracker = Tracker(tmp_path / "run", uri, "tests", "a run", {}, {}, NEVER, tell=told.append)
+    for step in range(3):
+        tracker.log(step, {"loss": 1.0})
+    assert tracker.close(60) == 0
+    _, run = client_and_run(uri)
+    page = f"/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
+    assert told == [f"mlflow ui --backend-store-uri {uri}   then http://127.0.0.1:5000{page}"]
 
 
 def test_sending_everything_again_changes_nothing(tmp_path, uri):
@@ -213,6 +301,9 @@ def test_sending_everything_again_changes_nothing(tmp_path, uri):
     folder = tmp_path / "run"
     tracker = start(folder, uri)
     Image.new("RGB", (8, 8)).save(folder / "grid.png")
+    (folder / "table.json").write_text(table_json(["a"], [[1.0]]))
+    tracker.log_table(folder / "table.json")
+    tracker.log_inputs([Input("photos", "abc", "/data", 3, "training")])
     tracker.log(1, {"loss": 1.0})
     tracker.log_image(folder / "grid.png", "grid", 1)
     times = tracker.times(1)
@@ -226,10 +317,11 @@ def test_sending_everything_again_changes_nothing(tmp_path, uri):
     assert start(folder, uri).close(60) == 0
 
     client, run = client_and_run(uri)
-    assert history(uri, "loss") == [(1, 1.0), (2, 0.5)]
+    assert history(uri, "train/loss") == [(1, 1.0), (2, 0.5)]
     assert len(client.list_artifacts(run.info.run_id, "images")) == 2
     assert len(client.search_logged_models([run.info.experiment_id])) == 1
     assert len(run.outputs.model_outputs) == 1
+    assert len(run.inputs.dataset_inputs) == 1 and len(json.loads(run.data.tags["mlflow.loggedArtifacts"])) == 1
 
 
 def test_a_resumed_run_goes_on_in_the_same_mlflow_run_with_each_step_once(tmp_path, uri):
@@ -243,8 +335,8 @@ def test_a_resumed_run_goes_on_in_the_same_mlflow_run_with_each_step_once(tmp_pa
         tracker.log(step, {"loss": float(step), "seconds": 0.2})
     tracker.finish("FINISHED")
     assert tracker.close(60) == 0
-    assert history(uri, "loss") == [(step, float(step)) for step in range(1, 11)]
-    assert [step for step, _ in history(uri, "seconds")] == list(range(1, 11))
+    assert history(uri, "train/loss") == [(step, float(step)) for step in range(1, 11)]
+    assert [step for step, _ in history(uri, "train/seconds")] == list(range(1, 11))
     assert [step for step, _, _ in read_metrics(tmp_path / "run")] == list(range(1, 11))
 
 
@@ -260,7 +352,7 @@ def test_changed_params_become_tags_and_repeated_steps_are_then_sent_again(tmp_p
     _, run = client_and_run(uri)
     assert run.data.params == {"optimizer.learning_rate": "1e-05", "seed": "1"}
     assert run.data.tags["changed.optimizer.learning_rate"] == "2e-05"
-    assert history(uri, "loss") == [(1, 1.0), (2, 2.0), (2, 20.0)]
+    assert history(uri, "train/loss") == [(1, 1.0), (2, 2.0), (2, 20.0)]
 
 
 def test_evaluations_arrive_in_any_order_of_steps_and_again_and_none_twice(tmp_path, uri):
@@ -316,7 +408,7 @@ def test_one_refused_record_does_not_hold_up_the_others_and_stays_in_the_file(tm
     tracker.log(3, {"loss": 3.0})
     tracker.log_artifact(tmp_path / "gone.png")
     assert tracker.close(60) == 0
-    assert history(uri, "loss") == [(1, 1.0), (3, 3.0)]
+    assert history(uri, "train/loss") == [(1, 1.0), (3, 3.0)]
     assert "MLflow refuses {'time'" in caplog.text and "gone.png" in caplog.text
     assert "a name with *" in (tmp_path / "run" / "metrics.jsonl").read_text()
 
@@ -333,7 +425,7 @@ def test_a_deleted_run_loses_nothing_and_takes_all_when_it_is_restored(tmp_path,
     assert "MLflow does not take metrics" in caplog.text
     client.restore_run(run.info.run_id)
     assert start(tmp_path / "run", uri).close(60) == 0
-    assert history(uri, "loss") == [(1, 1.0), (2, 2.0)]
+    assert history(uri, "train/loss") == [(1, 1.0), (2, 2.0)]
 
 
 def test_artifacts_that_cannot_be_stored_do_not_hold_back_metrics(tmp_path, uri):
@@ -344,7 +436,7 @@ def test_artifacts_that_cannot_be_stored_do_not_hold_back_metrics(tmp_path, uri)
     tracker.log_artifact(folder / "run.yaml")
     tracker.log(1, {"loss": 1.0})
     assert tracker.close(3) == 1
-    assert history(uri, "loss") == [(1, 1.0)]
+    assert history(uri, "train/loss") == [(1, 1.0)]
     (tmp_path / "mlartifacts").unlink()
     assert start(folder, uri).close(60) == 0
     client, run = client_and_run(uri)
@@ -359,7 +451,7 @@ def test_another_store_gets_the_run_from_its_first_line(tmp_path, uri, empty_sto
     other.mkdir()
     shutil.copy(empty_store, other / "mlflow.db")
     assert start(tmp_path / "run", f"sqlite:///{other / 'mlflow.db'}", {"seed": 5}).close(60) == 0
-    assert history(f"sqlite:///{other / 'mlflow.db'}", "loss") == [(1, 1.0)]
+    assert history(f"sqlite:///{other / 'mlflow.db'}", "train/loss") == [(1, 1.0)]
     assert client_and_run(f"sqlite:///{other / 'mlflow.db'}")[1].data.params == {"seed": "5"}
 
 
@@ -485,7 +577,7 @@ def test_a_server_that_is_away_at_the_start_gets_everything_when_it_comes(tmp_pa
     tracker.finish("FINISHED")
     assert tracker.close(60) == 0
     server.stop()
-    assert history(uri, "loss") == [(step, float(step)) for step in range(1, 101)]
+    assert history(uri, "train/loss") == [(step, float(step)) for step in range(1, 101)]
     assert client_and_run(uri)[1].info.status == "FINISHED"
 
 
@@ -510,7 +602,7 @@ def test_a_server_that_dies_and_comes_back_misses_nothing_and_has_nothing_twice(
         wait_for(lambda: tracker._spool.unsent() == 0)
     assert tracker.close(60) == 0
     server.stop()
-    assert [step for step, _ in history(uri, "loss")] == list(range(1, 53))
+    assert [step for step, _ in history(uri, "train/loss")] == list(range(1, 53))
 
 
 def test_a_server_that_hangs_or_never_comes_delays_close_no_longer_than_it_was_told(tmp_path, uri, caplog):
@@ -531,7 +623,7 @@ def test_a_server_that_hangs_or_never_comes_delays_close_no_longer_than_it_was_t
     server.fault = ""
     assert start(tmp_path / "run", server.uri).close(60) == 0
     server.stop()
-    assert len(history(uri, "loss")) == 100
+    assert len(history(uri, "train/loss")) == 100
 
 
 # The rest

@@ -17,7 +17,7 @@ from PIL import Image
 from controlbooth.data.sidecar import write_whole
 from controlbooth.trainer import command_lines
 from controlbooth.trainer.checkpoint import complete_checkpoints, read_state
-from controlbooth.trainer.config import ConfigError, data_set_name, load_config
+from controlbooth.trainer.config import ConfigError, data_set_name, dump, load_config
 from controlbooth.trainer.evaluate.convergence import FIGURES, Convergence, describe, find_convergence, validation_curve
 from controlbooth.trainer.evaluate.strips import STRIPS, read_strips
 from controlbooth.trainer.spool import read_metrics
@@ -260,7 +260,7 @@ def configuration(run: Path) -> str:
             f"{state['world_size']} ranks",
         }
     rows = "".join(f"<tr><th>{name}<td>{html.escape(str(value))}" for name, value in facts.items())
-    text = html.escape((run / "config.yaml").read_text())
+    text = html.escape(dump(config))
     return (
         f"<h2>Configuration</h2><table>{rows}</table><details><summary>all of it</summary><pre>{text}</pre></details>"
     )

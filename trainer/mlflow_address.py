@@ -1,0 +1,82 @@
+"""Addresses of MLflow: that none has a password in it, and where a reader opens a run.
+
+A password in a URI would end up wherever the URI does: in config.yaml of the run and of its checkpoints, in job
+scripts, in MLflow's own params, on consoles. So it is refused there, and comes to MLflow's client by the environment.
+"""
+
+import re
+import shlex
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+
+from controlbooth.trainer.mlflow_store import store_file
+
+SECRET = re.compile(r"(password|passwd|passphrase|pwd|token|secret)$", re.IGNORECASE)
+"""How names of a URI's parameters end whose values are secrets."""
+HOST = re.compile(r"(\[[^\]]*\]|[^:]*)(:\d*)?")
+"""Of a URI, with its port; an address of IPv6 is in brackets."""
+UI = "http://127.0.0.1:5000"
+"""Where `mlflow ui` shows a store unless it is told otherwise."""
+FOR_SERVERS = "give them to MLflow in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+FOR_DATABASES = "give the password to the database's client, for PostgreSQL in PGPASSWORD or ~/.pgpass"
+
+
+def without_secrets(text: str) -> str:
+    """A URI without the user and password of a server, the password of a database, and secret parameters.
+
+    What has none, or is no URI, comes back as it is.
+    """
+    scheme, separator, rest = text.partition("://")
+    if not separator or scheme.partition("+")[0] in ("sqlite", "file"):
+        return text
+    place, slash, path = rest.partition("/")
+    if "@" in rest and "@" not in place and not HOST.fullmatch(place):
+        place, slash, path = rest, "", ""  # a password with a slash in it: what looks like a port is none
+    user, _, host = place.rpartition("@")
+    if scheme in ("http", "https") or user.startswith(":"):
+        user = ""
+    user = user.partition(":")[0]
+    return _without_secret_parameters(f"{scheme}://{user}{'@' if user else ''}{host}{slash}{path}")
+
+
+def _without_secret_parameters(uri: str) -> str:
+    try:
+        parts = urlsplit(uri)
+    except ValueError:  # an address that no client can read either
+        return uri
+    given = parse_qsl(parts.query, keep_blank_values=True)
+    kept = [(name, value) for name, value in given if not SECRET.search(name)]
+    return uri if kept == given else urlunsplit(parts._replace(query=urlencode(kept)))
+
+
+def refuse_secrets(uri: str) -> None:
+    """Raises ValueError, which does not show it, for a URI with a password in it."""
+    clean = without_secrets(uri)
+    if clean != uri:
+        remedy = FOR_SERVERS if clean.startswith("http") else FOR_DATABASES
+        raise ValueError(
+            f"there is a user or a password in it, which would be kept in the run's files and shown. Write {clean} "
+            f"wherever it stands, also in files of runs begun before, and {remedy}"
+        )
+
+
+def run_page(experiment_id: str, run_id: str) -> str:
+    """The path of a run's page on any server."""
+    return f"/#/experiments/{experiment_id}/runs/{run_id}"
+
+
+def how_to_open(uri: str, experiment_id: str, run_id: str, mlflow: str = "mlflow") -> str:
+    """For a reader: the address of the run's page; of a local store the command before it that serves that page.
+
+    mlflow: how the program is called from here.
+    """
+    page = run_page(experiment_id, run_id)
+    if uri.startswith(("http://", "https://")):
+        return uri.rstrip("/") + page
+    return f"{how_to_serve(uri, mlflow)}   then {UI}{page}"
+
+
+def how_to_serve(uri: str, mlflow: str = "mlflow") -> str:
+    """The command that shows a local store or a database to a browser."""
+    store = store_file(uri)
+    location = uri if store is None else f"sqlite:///{store.absolute()}"
+    return f"{mlflow} ui --backend-store-uri {shlex.quote(location)}"
