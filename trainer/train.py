@@ -96,7 +96,7 @@ from controlbooth.trainer.evaluate.convergence import (
 from controlbooth.trainer.evaluate.extract import Extract, extractor, tells_control
 from controlbooth.trainer.evaluate.held_out import HeldOutSet, load_held_out
 from controlbooth.trainer.evaluate.prompted import draw_prompts
-from controlbooth.trainer.evaluate.validate import validate
+from controlbooth.trainer.evaluate.validate import told, validate
 from controlbooth.trainer.failures import (
     FAILED,
     STATUS,
@@ -649,8 +649,7 @@ def validate_and_log(run: Run) -> dict[str, float]:
         run.tracker.log_image(grid, "samples", run.step)
         if run.config.validation.prompts:
             run.tracker.log_image(prompted, "prompts", run.step)
-    shown = ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
-    say(run.world, f"step {run.step}: {shown} ({time.perf_counter() - began:.0f} s)")
+    say(run.world, f"step {run.step}: {told(figures)} ({time.perf_counter() - began:.0f} s)")
     note_convergence(run, validated=True)
     return figures
 

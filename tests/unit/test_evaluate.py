@@ -65,13 +65,22 @@ def test_a_controlnet_without_its_run_is_measured_by_every_figure_of_its_kind(st
     shown = capsys.readouterr().out
     assert "10 held-out conditions" in shown and "edge f1" in shown and "KID" not in shown
     assert f"\nFID: needs {LEAST_FOR_FID:,} pictures and there are 10" in shown
-    assert len(rows) == 5 * 10 and len({row["key"] for row in rows}) == 10
+    assert len(rows) == 6 * 10 and len({row["key"] for row in rows}) == 10
     figures = result["figures"]
     assert set(figures["with control"]) >= {"edge_f1", "mask_iou", "depth_delta", "depth_rmse", "says_object_class"}
     real = figures["real pictures"]
     assert real["edge_f1"]["mean"] > 0.9 and real["depth_delta"]["mean"] > 0.9
     assert real["depth_delta"]["mean"] > figures["without control"]["depth_delta"]["mean"]
     assert all(one["low"] <= one["mean"] <= one["high"] for one in real.values() if "low" in one)
+    for name in ("edge_f1", "mask_iou", "depth_delta", "depth_rmse"):
+        assert real[name]["share"] == dict(mean=1.0, low=1.0, high=1.0)
+        for own in figures.values():  # picture by picture, as the figure itself
+            assert own[name]["chance"]["low"] <= own[name]["chance"]["mean"] <= own[name]["chance"]["high"]
+            assert own[name]["share"]["low"] <= own[name]["share"]["mean"] <= own[name]["share"]["high"] <= 1.0
+        own = [row["chance"][name] for row in rows if row["way"] == "random noise"]
+        assert np.mean(own) == pytest.approx(figures["random noise"][name]["chance"]["mean"])
+        assert abs(figures["random noise"][name]["share"]["mean"]) < 0.1
+    assert "chance" not in real["says_background"] and "share" not in real["says_background"]
     for name in ("says_background", "says_object_class", "says_object_size"):  # picture by picture, as in a comparison
         read = [row[name] for row in rows if row["way"] == "with control"]
         assert np.mean(read) == pytest.approx(figures["with control"][name]["mean"])
@@ -131,8 +140,8 @@ def test_control_by_the_edges_of_the_shipped_run_on_photographs_is_measured_agai
     assert held.kind == kind and held.edges is not None
     assert np.array_equal(held.edges, held.conditions[..., 0])
     extract = extractor(held, {}, "cpu")
-    own = fidelity(held.targets, held, range(4), extract)["edge_f1"].mean()
-    others = fidelity(held.targets[::-1], held, range(4), extract)["edge_f1"].mean()
+    own = fidelity(held.targets, held, range(4), extract).values["edge_f1"].mean()
+    others = fidelity(held.targets[::-1], held, range(4), extract).values["edge_f1"].mean()
     assert own > 0.75 and others < 0.4
 
 
@@ -153,9 +162,9 @@ def test_masks_are_measured_of_scenes_and_not_of_photographs_with_a_coloured_seg
     pack([str(photos), "-o", str(tmp_path / "shards")])
     for kind in ("segmentation", "computed:gray"):
         held = load_held_out(open_dataset(tmp_path / "shards"), 4, kind, 64)
-        assert "mask_iou" not in fidelity(held.targets, held, range(4), extractor(held, {}, "cpu"))
+        assert "mask_iou" not in fidelity(held.targets, held, range(4), extractor(held, {}, "cpu")).values
     held = load_held_out(open_dataset(studio / "shards"), 4, "depth", 64)
-    assert fidelity(held.targets, held, range(4), None)["mask_iou"].mean() > 0.9
+    assert fidelity(held.targets, held, range(4), None).values["mask_iou"].mean() > 0.9
 
 
 @pytest.mark.parametrize(
@@ -170,7 +179,7 @@ def test_masks_are_measured_of_scenes_and_not_of_photographs_with_a_coloured_seg
 def test_control_is_told_by_the_figure_of_the_trained_kind(kind, own, studio, tmp_path):
     stored = kind in ("edges", "depth", "segmentation")
     held = load_held_out(open_dataset(studio / "shards"), 4, kind if stored else f"computed:{kind}", 64)
-    figures = fidelity(held.targets, held, range(4), extractor(held, {}, "cpu"))
+    figures = fidelity(held.targets, held, range(4), extractor(held, {}, "cpu")).values
     assert figures.keys() >= {"edge_f1", "mask_iou", own}
     values = {f"validation/{name}": float(values.mean()) for name, values in figures.items()}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(dict(time=0.0, step=3, metrics=values)) + "\n")

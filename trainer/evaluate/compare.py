@@ -10,11 +10,11 @@ import numpy as np
 from controlbooth.data.sidecar import write_whole
 from controlbooth.trainer import command_lines
 from controlbooth.trainer.config import ConfigError
-from controlbooth.trainer.evaluate.evaluate import DISCS, REAL, WITHOUT, title
+from controlbooth.trainer.evaluate.evaluate import DISCS, NOISE, REAL, WITHOUT, title
 from controlbooth.trainer.evaluate.kinds import LOWER_IS_BETTER
 from controlbooth.trainer.evaluate.statistics import LEVEL, mean_and_interval
 
-SAME = ("data_fingerprint", "condition", "resolution", "base_digest", "sampler", "networks")
+SAME = ("data_fingerprint", "condition", "resolution", "base_digest", "sampler", "networks", "metrics_version")
 """What two evaluations must have in common for their pictures to be paired: contents, wherever they lie."""
 
 
@@ -75,7 +75,7 @@ def compare(
             )
     result: dict[str, dict[str, dict[str, float]]] = {}
     for way in dict.fromkeys(way for way, _ in a[1]):
-        if way in (WITHOUT, DISCS, REAL):  # the same in both
+        if way in (WITHOUT, DISCS, NOISE, REAL):  # the same in both
             continue
         shared = [place for one, place in a[1] if one == way and (way, place) in b[1]]
         if not shared:

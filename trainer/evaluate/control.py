@@ -85,9 +85,19 @@ def control_fidelity(
     """
     figures = {}
     if edges is not None:
-        figures["edge_f1"] = np.array([edge_f1(edge_map(i), e > 0) for i, e in zip(images, edges, strict=True)])
+        found = [edge_agreement(edge_map(i), e)["edge_f1"] for i, e in zip(images, edges, strict=True)]
+        figures["edge_f1"] = np.array(found)
     if segmentation is not None:
-        figures["mask_iou"] = np.array(
-            [mask_iou(object_mask(i), s > 0) for i, s in zip(images, segmentation, strict=True)]
-        )
+        found = [mask_agreement(object_mask(i), s)["mask_iou"] for i, s in zip(images, segmentation, strict=True)]
+        figures["mask_iou"] = np.array(found)
     return figures
+
+
+def edge_agreement(found: np.ndarray, given: np.ndarray) -> dict[str, float]:
+    """found: (H, W) bool, as `edge_map` finds edges. given: (H, W) uint8, nonzero on edges."""
+    return {"edge_f1": edge_f1(found, given > 0)}
+
+
+def mask_agreement(found: np.ndarray, given: np.ndarray) -> dict[str, float]:
+    """found: (H, W) bool, as `object_mask` finds objects. given: (H, W) uint8, nonzero on objects."""
+    return {"mask_iou": mask_iou(found, given > 0)}

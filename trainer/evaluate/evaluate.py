@@ -42,6 +42,7 @@ from controlbooth.trainer.checkpoint import check_weights, complete_checkpoints,
 from controlbooth.trainer.command_lines import SAMPLES
 from controlbooth.trainer.config import ConfigError, RunConfig, base_folder, load_config
 from controlbooth.trainer.distributed import World, barrier, gather_objects, join, leave
+from controlbooth.trainer.evaluate.chance import METRICS_VERSION
 from controlbooth.trainer.evaluate.convergence import (
     FIGURES,
     Convergence,
@@ -56,14 +57,15 @@ from controlbooth.trainer.evaluate.extract import extractor, fidelity, what_is_m
 from controlbooth.trainer.evaluate.grids import draw_grid
 from controlbooth.trainer.evaluate.held_out import AT_ONCE, EDGE_KINDS, HeldOutSet, load_held_out, scenes_of
 from controlbooth.trainer.evaluate.judge import load_judge, obedience_by_picture, read
+from controlbooth.trainer.evaluate.kinds import LOWER_IS_BETTER
 from controlbooth.trainer.evaluate.report import read_json, write_report
-from controlbooth.trainer.evaluate.statistics import mean_and_interval
+from controlbooth.trainer.evaluate.statistics import mean_and_interval, share_of_possible
 from controlbooth.trainer.failures import STATUS
 from controlbooth.trainer.mlflow_run import EVALUATION
 from controlbooth.trainer.train import IN_MLFLOW, open_tracker, quiet_libraries
 
 WITHOUT, WITH, NO_PROMPT = "without control", "with control", "with control, no prompt"
-DISCS, REAL = "discs at the true places", "real pictures"
+DISCS, NOISE, REAL = "discs at the true places", "random noise", "real pictures"
 SHOWN = 8
 JUDGED_SIDE = 64
 """Pixels of the pictures that the judge reads."""
@@ -225,6 +227,7 @@ def evaluate(target: Evaluated, options: argparse.Namespace, world: World) -> in
     if scenes:
         drawn_discs = [render(discs(scenes[row], side), side).image for row in mine]
         images[DISCS] = np.stack(drawn_discs) if drawn_discs else images[WITH]  # a rank without rows
+    images[NOISE] = noise_pictures(mine, held.picture_size)
     images[REAL] = held.targets[mine]
     seen = judged(images, mine, world) if scenes and side == JUDGED_SIDE else {}
     samples = [row for part in gather_objects(sample_rows(images, held, mine, extract), world) for row in part]
@@ -234,9 +237,10 @@ def evaluate(target: Evaluated, options: argparse.Namespace, world: World) -> in
     if world.rank == 0:
         for way, own in seen.items():
             add_obedience([row for row in samples if row["way"] == way], own, scenes)
-        figures = {way: summary([row for row in samples if row["way"] == way]) for way in images}
+        of_way = {way: [row for row in samples if row["way"] == way] for way in images}
+        figures = {way: summary(rows, of_way[REAL]) for way, rows in of_way.items()}
         measured_by = {kind: str(Path(folder).resolve()) for kind, folder in networks.items() if kind == held.kind}
-        facts = dict(base_digest=base.digest, resolution=side, networks=measured_by)
+        facts = dict(base_digest=base.digest, resolution=side, networks=measured_by, metrics_version=METRICS_VERSION)
         write(out, target, dataset, facts, figures, sets, measures, samples, seconds, sum(everything), world)
         shown = min(SHOWN, len(held.keys))
         columns = {"condition": held.conditions[:shown]}
@@ -315,6 +319,12 @@ def publish(target: Evaluated, result: dict[str, Any]) -> None:
         tracker.log_artifact(target.where / "evaluation" / "evaluation.json")
         tracker.finish(IN_MLFLOW.get(read_json(target.where / STATUS).get("state", ""), "KILLED"))
         tracker.close(timeout_seconds=60.0)
+
+
+def noise_pictures(rows: Sequence[int], size: tuple[int, int]) -> np.ndarray:
+    """(N, H, W, 3) uint8, every level independent and uniform; a row has the same picture on any rank."""
+    pictures = [np.random.default_rng(row).integers(0, 256, (*size, 3), dtype=np.uint8) for row in rows]
+    return np.stack(pictures) if pictures else np.zeros((0, *size, 3), np.uint8)
 
 
 def rows_of(world: World, count: int) -> list[int]:
@@ -403,16 +413,33 @@ def sample_rows(
     for way, pictures in images.items():
         figures = fidelity(pictures, held, mine, extract)
         for place, row in enumerate(mine):
-            own = {name: round(float(values[place]), 6) for name, values in figures.items()}
+            own, chance = ({name: round(float(values[place]), 6) for name, values in part.items()} for part in figures)
             named = dict(key=held.keys[row], place=held.places[row], caption=held.captions[row])
-            rows.append(dict(way=way, row=row, **named, **own))
+            rows.append(dict(way=way, row=row, **named, **own, chance=chance))
     return rows
 
 
-def summary(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Mean of each figure, and the ends of its confidence interval."""
-    names = [name for name in rows[0] if name not in ("way", "row", "key", "place", "caption")]
-    return {name: mean_and_interval(np.array([row[name] for row in rows])) for name in names}
+def summary(rows: Sequence[dict[str, Any]], real: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Mean of each figure with its confidence interval; chance and share, each likewise, where they can be told.
+
+    rows, real: of the same held-out samples in the same order, as in samples.jsonl. chance is what the same pictures
+    score under the conditions of other samples, and share the share of what is possible (`share_of_possible`), which
+    is left out where real pictures are not certainly better than chance.
+    """
+    names = [name for name, value in rows[0].items() if isinstance(value, float)]
+    result: dict[str, dict[str, Any]] = {}
+    for name in names:
+        values = np.array([row[name] for row in rows])
+        result[name] = dict(mean_and_interval(values))
+        if name not in rows[0]["chance"]:
+            continue
+        chances = np.array([row["chance"][name] for row in rows])
+        reals = np.array([row[name] for row in real])
+        result[name]["chance"] = mean_and_interval(chances)
+        share = share_of_possible(values, chances, reals, lower_is_better=name in LOWER_IS_BETTER)
+        if np.isfinite(share["mean"]):
+            result[name]["share"] = share
+    return result
 
 
 def judged(images: dict[str, np.ndarray], mine: Sequence[int], world: World) -> dict[str, np.ndarray]:

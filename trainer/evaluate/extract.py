@@ -1,13 +1,16 @@
-"""What finds a condition of some kind in a generated picture."""
+"""What finds a condition of some kind in a generated picture, and how well it agrees with what was given."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
 from controlbooth.data.conditions import CONDITIONS
 from controlbooth.data.networks import NETWORKS, open_network
 from controlbooth.trainer.evaluate import reader
-from controlbooth.trainer.evaluate.control import control_fidelity
+from controlbooth.trainer.evaluate.chance import strangers
+from controlbooth.trainer.evaluate.control import edge_agreement, edge_map, mask_agreement, object_mask
 from controlbooth.trainer.evaluate.convergence import FIGURES
 from controlbooth.trainer.evaluate.held_out import HeldOutSet, scenes_of
 from controlbooth.trainer.evaluate.kinds import AGREEMENT
@@ -35,32 +38,68 @@ def extractor(held: HeldOutSet, networks: Mapping[str, str], device: str) -> Ext
     return None
 
 
-def fidelity(
-    images: np.ndarray, held: HeldOutSet, rows: Sequence[int], extract: Extract | None
-) -> dict[str, np.ndarray]:
-    """Every figure of pictures that were made by these rows of the set: name -> (N,) float64.
+class Fidelity(NamedTuple):
+    """Every figure of N pictures, by name."""
+
+    values: dict[str, np.ndarray]
+    """(N,) float64: each picture against the condition that it was made under."""
+    chances: dict[str, np.ndarray]
+    """(N,) float64: each picture against the conditions of its strangers, in the mean. Empty where the set holds one
+    sample: of that there is no chance."""
+
+
+class Comparison(NamedTuple):
+    """What is found in a picture, and what it is compared with."""
+
+    find: Extract
+    given: np.ndarray
+    """(N, ...) uint8, of all samples of the set."""
+    agree: Callable[[np.ndarray, np.ndarray], dict[str, float]]
+    """What was found, and what was given -> figures by name."""
+
+
+def comparisons(held: HeldOutSet, extract: Extract | None) -> list[Comparison]:
+    """All that can be told of pictures made under these conditions: edges, masks, and the trained kind's own."""
+    found = []
+    if held.edges is not None:
+        found.append(Comparison(edge_map, held.edges, edge_agreement))
+    if held.segmentation is not None:
+        found.append(Comparison(object_mask, held.segmentation, mask_agreement))
+    if extract is not None:
+        found.append(Comparison(extract, held.conditions, partial(agreement, held.kind)))
+    return found
+
+
+def agreement(kind: str, found: np.ndarray, given: np.ndarray) -> dict[str, float]:
+    """By the kind's own figures. found: (H, W) or (H, W, 3) uint8; given: (H, W, 3) uint8, of equal channels where the
+    kind has one."""
+    return AGREEMENT[kind](found, given if found.ndim == 3 else given[..., 0])
+
+
+def fidelity(images: np.ndarray, held: HeldOutSet, rows: Sequence[int], extract: Extract | None) -> Fidelity:
+    """Every figure of pictures that were made by these rows of the set, and what each of them scores by chance.
 
     images: (N, H, W, 3) uint8. extract: finds the trained kind of condition; without it there is no figure of its own
-    beside those of edges and masks.
+    beside those of edges and masks. Chance is told by all samples of the set, whichever rows are asked for, so that
+    ranks that share the pictures find the same.
     """
-    rows = list(rows)
-    figures = control_fidelity(
-        images,
-        None if held.edges is None else held.edges[rows],
-        None if held.segmentation is None else held.segmentation[rows],
-    )
-    if extract is None or not rows:
-        return figures
-    own = []
-    for image, given in zip(images, held.conditions[rows], strict=True):
-        found = extract(np.ascontiguousarray(image))
-        own.append(AGREEMENT[held.kind](found, given if found.ndim == 3 else given[..., 0]))
-    return figures | {name: np.array([row[name] for row in own]) for name in own[0]}
+    others = strangers(len(held.keys))
+    values: dict[str, list[float]] = {}
+    chances: dict[str, list[float]] = {}
+    for find, given, agree in comparisons(held, extract):
+        for image, row in zip(images, rows, strict=True):
+            seen = find(np.ascontiguousarray(image))
+            for name, value in agree(seen, given[row]).items():
+                values.setdefault(name, []).append(value)
+            by_chance = [agree(seen, given[other]) for other in others[row]]
+            for name in by_chance[0] if by_chance else ():
+                chances.setdefault(name, []).append(float(np.mean([one[name] for one in by_chance])))
+    return Fidelity(*({name: np.array(one) for name, one in part.items()} for part in (values, chances)))
 
 
 def tells_control(held: HeldOutSet, extract: Extract | None) -> bool:
     """Whether these pictures have a figure by which sudden convergence is told."""
-    return any(name in FIGURES for name in fidelity(held.targets[:1], held, [0], extract))
+    return any(name in FIGURES for name in fidelity(held.targets[:1], held, [0], extract).values)
 
 
 def what_is_missing(kind: str) -> str:

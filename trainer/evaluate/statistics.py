@@ -4,6 +4,8 @@ import numpy as np
 
 RESAMPLES = 10_000
 LEVEL = 0.95
+NOTHING_TOLD = dict(mean=np.nan, low=np.nan, high=np.nan)
+"""The share of what is possible where real pictures are not certainly better than chance."""
 
 
 def mean_and_interval(values: np.ndarray, level: float = LEVEL) -> dict[str, float]:
@@ -11,16 +13,89 @@ def mean_and_interval(values: np.ndarray, level: float = LEVEL) -> dict[str, flo
 
     Equal values give equal intervals: resamples are drawn from a fixed seed. One value has no spread to be told.
     """
-    means = resampled_means(values)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(resampled_means(values), tails(level))
     return dict(mean=float(values.mean()), low=float(low), high=float(high))
 
 
+def share_of_possible(
+    values: np.ndarray, chances: np.ndarray, reals: np.ndarray, level: float = LEVEL, lower_is_better: bool = False
+) -> dict[str, float]:
+    """(mean value - mean chance) / (mean of real pictures - mean chance), with a paired bootstrap interval.
+
+    values, chances, reals: (N,) float each, row i of the same held-out sample: what its generated picture scores under
+    its own condition, what it scores under those of other samples, and what its real picture scores under its own.
+    Returns mean, low and high: 0 is chance and 1 is as good as real pictures; worse than chance is negative. Rows are
+    resampled together, so what makes a sample hard for all three is no spread of the share.
+
+    Real pictures must be better than chance, certainly so at that level, or else the figure can tell nothing on these
+    samples, whatever the pictures are: then all three are NaN (compare `tells`), and callers leave the share out and
+    say so. In the few resamples where real pictures are no better, the share may be anything, and each end of the
+    interval counts them against itself.
+    """
+    sign = -1.0 if lower_is_better else 1.0
+    gained, possible = sign * (values - chances), sign * (reals - chances)
+    if not tells(chances, reals, level, lower_is_better):
+        return dict(NOTHING_TOLD)
+    means = resampled_means(np.stack([gained, possible], axis=1))
+    return dict(mean=float(gained.mean() / possible.mean())) | ends_of_ratio(means[:, 0], means[:, 1], level)
+
+
+def share_difference(
+    a: tuple[np.ndarray, np.ndarray],
+    b: tuple[np.ndarray, np.ndarray],
+    reals: np.ndarray,
+    level: float = LEVEL,
+    lower_is_better: bool = False,
+) -> dict[str, float]:
+    """The share of what is possible that B has more than A, with its paired bootstrap interval: mean, low and high.
+
+    a, b: (values, chances) of the pictures of each, (N,) float each; reals as in `share_of_possible`, and as there all
+    three are NaN where real pictures are not certainly better than the chance of A or of B.
+    """
+    if not all(tells(chances, reals, level, lower_is_better) for _, chances in (a, b)):
+        return dict(NOTHING_TOLD)
+    columns = [one - chances for values, chances in (a, b) for one in (values, reals)]
+    gained_a, possible_a, gained_b, possible_b = np.stack(columns)
+    means = resampled_means(np.stack([gained_b, possible_b, gained_a, possible_a], axis=1))
+    sign = -1.0 if lower_is_better else 1.0
+    known = (sign * means[:, 1] > 0) & (sign * means[:, 3] > 0)
+    ratio = np.divide(means[:, 0], means[:, 1], where=known, out=np.zeros(len(means)))
+    ratio -= np.divide(means[:, 2], means[:, 3], where=known, out=np.zeros(len(means)))
+    mean = gained_b.mean() / possible_b.mean() - gained_a.mean() / possible_a.mean()
+    return dict(mean=float(mean)) | ends(ratio, known, level)
+
+
+def tells(chances: np.ndarray, reals: np.ndarray, level: float = LEVEL, lower_is_better: bool = False) -> bool:
+    """Whether the figure can tell anything on these samples: real pictures are better than chance, and the whole
+    paired bootstrap interval of their difference says so. chances, reals: (N,) float."""
+    difference = mean_and_interval((chances - reals) if lower_is_better else (reals - chances), level)
+    return difference["low"] > 0.0
+
+
+def ends_of_ratio(gained: np.ndarray, possible: np.ndarray, level: float) -> dict[str, float]:
+    """low and high of gained / possible over resamples, (R,) each; where nothing is possible it may be anything."""
+    known = possible > 0
+    return ends(np.divide(gained, possible, where=known, out=np.zeros(len(gained))), known, level)
+
+
+def ends(values: np.ndarray, known: np.ndarray, level: float) -> dict[str, float]:
+    """low and high of (R,) values; those that are not known count against each end."""
+    below, above = tails(level)
+    low = np.quantile(np.where(known, values, -np.inf), below, method="lower")
+    high = np.quantile(np.where(known, values, np.inf), above, method="higher")
+    return dict(low=float(low), high=float(high))
+
+
+def tails(level: float) -> tuple[float, float]:
+    """The two quantiles between which that share of all values lies."""
+    return (1 - level) / 2, (1 + level) / 2
+
+
 def resampled_means(values: np.ndarray, seed: int = 0) -> np.ndarray:
-    """(N,) -> (RESAMPLES,) means of N values drawn with replacement."""
+    """(N,) or (N, C) -> (RESAMPLES,) or (RESAMPLES, C) means of N rows drawn with replacement, each row as a whole."""
     draw = np.random.default_rng(seed)
     count = len(values)
-    at_once = max(1, 2**22 // count)
+    at_once = max(1, 2**22 // values.size)
     parts = [
         values[draw.integers(0, count, (min(at_once, RESAMPLES - first), count))].mean(axis=1)
         for first in range(0, RESAMPLES, at_once)

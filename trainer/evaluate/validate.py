@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -21,9 +21,14 @@ from controlbooth.trainer.distributed import World, gather_objects
 from controlbooth.trainer.evaluate.extract import Extract, fidelity
 from controlbooth.trainer.evaluate.grids import draw_grid
 from controlbooth.trainer.evaluate.held_out import HeldOutSet
+from controlbooth.trainer.evaluate.kinds import LOWER_IS_BETTER
+from controlbooth.trainer.evaluate.statistics import share_of_possible
 from controlbooth.trainer.evaluate.strips import CAPTIONS, STRIPS, write_strip
 from controlbooth.trainer.losses import squared_error
 from controlbooth.trainer.step import DeviceBatch, prediction_and_target
+
+BESIDE = ("_chance", "_real", "_share", "_share_low", "_share_high")
+"""Ends of the names of what stands beside a figure of control."""
 
 
 def generate(
@@ -95,6 +100,47 @@ def fixed_noise_loss(base: Base, controlnet: nn.Module, held: HeldOutSet, size: 
     return float(np.mean([everyone[row] for row in range(count)]))
 
 
+def fidelity_figures(
+    controlled: np.ndarray, unprompted: np.ndarray, held: HeldOutSet, extract: Extract | None
+) -> dict[str, float]:
+    """Means over the set, of pictures made with the captions and without any prompt, (N, H, W, 3) uint8 each.
+
+    For each figure NAME: NAME with captions, NAME_chance of the same pictures under the conditions of other samples,
+    NAME_real of the real pictures, and NAME_share, _share_low and _share_high: the share of what is possible with its
+    bootstrap interval, as `statistics.share_of_possible` has it. NAME_empty_prompt and NAME_empty_prompt_share are of
+    the pictures without a prompt. Chance and shares are left out where there is one sample, and shares where real
+    pictures are not certainly better than chance.
+    """
+    rows = range(len(held.keys))
+    own, bare, real = (fidelity(images, held, rows, extract) for images in (controlled, unprompted, held.targets))
+    figures = {}
+    for name, values in own.values.items():
+        figures |= {name: values.mean(), f"{name}_real": real.values[name].mean()}
+        figures[f"{name}_empty_prompt"] = bare.values[name].mean()
+        if name not in own.chances:
+            continue
+        figures[f"{name}_chance"] = own.chances[name].mean()
+        for suffix, one in (("", own), ("_empty_prompt", bare)):
+            share = share_of_possible(
+                one.values[name], one.chances[name], real.values[name], lower_is_better=name in LOWER_IS_BETTER
+            )
+            told = {"": share["mean"], "_low": share["low"], "_high": share["high"]}
+            figures |= {f"{name}{suffix}_share{end}": value for end, value in told.items() if not (suffix and end)}
+    return {name: float(value) for name, value in figures.items() if np.isfinite(value)}
+
+
+def told(figures: Mapping[str, float]) -> str:
+    """What `validate` returns, in one line for people: chance and share behind the figure that they belong to."""
+    shown = []
+    for name, value in figures.items():
+        if any(name.removesuffix(suffix) in figures for suffix in BESIDE if name.endswith(suffix)):
+            continue
+        beside = [f"chance {figures[f'{name}_chance']:.3f}"] if f"{name}_chance" in figures else []
+        beside += [f"{figures[f'{name}_share']:.0%} of what is possible"] if f"{name}_share" in figures else []
+        shown.append(f"{name} {value:.3f}" + (f" ({', '.join(beside)})" if beside else ""))
+    return ", ".join(shown)
+
+
 def validate(
     base: Base,
     controlnet: nn.Module,
@@ -131,9 +177,7 @@ def validate(
     controlled = generate(base, controlnet, held, config, world)
     unprompted = generate(base, controlnet, held, config, world, [""] * len(held.keys))
     figures = {"fixed_noise_loss": fixed_noise_loss(base, controlnet, held, config.micro_batch_size, world)}
-    for suffix, images in (("", controlled), ("_empty_prompt", unprompted)):
-        for name, values in fidelity(images, held, range(len(images)), extract).items():
-            figures[f"{name}{suffix}"] = float(values.mean())
+    figures |= fidelity_figures(controlled, unprompted, held, extract)
     if world.rank == 0:
         plain = np.load(without_control)
         shown = slice(0, config.grid)
