@@ -21,6 +21,7 @@ from controlbooth.trainer.config import (
     sources,
     tracking_uri,
 )
+from controlbooth.trainer.mlflow_address import how_to_open_saved, how_to_serve
 
 CONFIG = Path(__file__).parent / "configs" / "quickstart.yaml"
 TRAINING_SCENES = 8192
@@ -173,7 +174,7 @@ def summary(run: Path, data: Path, export: Path, uri: str, seconds: dict[str, fl
         "  " + ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items()),
         "",
         "== next",
-        f"  {beside_python('mlflow')} ui --backend-store-uri {uri}",
+        *(f"  {way}" for way in how_to_open_saved(run, beside_python("mlflow")) or [how_to_serve(uri)]),
         "  your own pictures:",
         f"    {us} data pack PHOTOS/ -o shards/ --condition canny --caption 'a photo of a {{folder}}'",
         f"    {us} data show shards/ -o sheet.png",

@@ -4,12 +4,16 @@ A password in a URI would end up wherever the URI does: in config.yaml of the ru
 scripts, in MLflow's own params, on consoles. So it is refused there, and comes to MLflow's client by the environment.
 """
 
+import json
 import re
 import shlex
+from pathlib import Path
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 from controlbooth.trainer.mlflow_store import store_file
 
+STATE = "tracking.json"
+"""In a run's folder: what of it has been sent where."""
 SECRET = re.compile(r"(password|passwd|passphrase|pwd|token|secret)$", re.IGNORECASE)
 """How names of a URI's parameters end whose values are secrets."""
 HOST = re.compile(r"(\[[^\]]*\]|[^:]*)(:\d*)?")
@@ -64,15 +68,24 @@ def run_page(experiment_id: str, run_id: str) -> str:
     return f"/#/experiments/{experiment_id}/runs/{run_id}"
 
 
-def how_to_open(uri: str, experiment_id: str, run_id: str, mlflow: str = "mlflow") -> str:
-    """For a reader: the address of the run's page; of a local store the command before it that serves that page.
+def how_to_open(uri: str, experiment_id: str, run_id: str, mlflow: str = "mlflow") -> list[str]:
+    """For a reader: the address of the run's page; of a local store, before it, the command that serves that page.
 
     mlflow: how the program is called from here.
     """
     page = run_page(experiment_id, run_id)
     if uri.startswith(("http://", "https://")):
-        return uri.rstrip("/") + page
-    return f"{how_to_serve(uri, mlflow)}   then {UI}{page}"
+        return [uri.rstrip("/") + page]
+    return [how_to_serve(uri, mlflow), UI + page]
+
+
+def how_to_open_saved(run_folder: Path, mlflow: str = "mlflow") -> list[str]:
+    """As `how_to_open`, of the run in a folder; empty as long as MLflow has not got it, or nothing was tracked."""
+    path = run_folder / STATE
+    state = json.loads(path.read_text()) if path.is_file() else {}
+    if not state.get("run_id") or not state.get("experiment_id"):  # which runs begun before have not written
+        return []
+    return how_to_open(without_secrets(state["uri"]), state["experiment_id"], state["run_id"], mlflow)
 
 
 def how_to_serve(uri: str, mlflow: str = "mlflow") -> str:

@@ -58,7 +58,7 @@ def model_card(exported: Exported) -> str:
         "## Use",
         _single_file_usage(exported) if is_single else f"In this folder:\n\n```python\n{usage(exported)}```",
         "## Figures",
-        _evaluation_table(exported.evaluation)
+        evaluation_table(exported.evaluation)
         if exported.evaluation
         else _validation_table(state.get("metrics") or {}),
         "## Origin",
@@ -132,7 +132,7 @@ def _single_file_usage(exported: Exported) -> str:
     )
 
 
-def _evaluation_table(evaluation: Mapping[str, Any]) -> str:
+def evaluation_table(evaluation: Mapping[str, Any]) -> str:
     """A row for each figure; a column for each kind of pictures, and for chance and the share of what is possible."""
     ways, sampler = evaluation["figures"], evaluation["sampler"]
     names = list(dict.fromkeys(name for figures in ways.values() for name in figures))
@@ -150,7 +150,7 @@ def _evaluation_table(evaluation: Mapping[str, Any]) -> str:
         "the figure of the same pictures under the conditions of other samples; the share of what is possible is "
         "(with control - chance) / (real pictures - chance)."
     )
-    return f"{explained}\n\n{_markdown_table(heads, rows)}"
+    return f"{explained}\n\n{markdown_table(heads, rows)}"
 
 
 def _validation_table(metrics: Mapping[str, float]) -> str:
@@ -161,10 +161,10 @@ def _validation_table(metrics: Mapping[str, float]) -> str:
         "Of the few held-out samples of its validation; `controlbooth evaluate` before the export puts figures with "
         "intervals here."
     )
-    return f"{explained}\n\n{_markdown_table(['figure', 'value'], rows)}"
+    return f"{explained}\n\n{markdown_table(['figure', 'value'], rows)}"
 
 
-def _markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows))
 
 

@@ -27,12 +27,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from controlbooth.trainer.mlflow_address import without_secrets
+from controlbooth.trainer.mlflow_address import STATE, without_secrets
 
 logger = logging.getLogger(__name__)
 
 LINES = "metrics.jsonl"
-STATE = "tracking.json"
 STREAMS = ("metrics", "artifacts")
 """Acknowledged apart, so that an artifact store that fails does not hold the metrics back."""
 

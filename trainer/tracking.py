@@ -17,10 +17,10 @@ from typing import Any, Literal
 
 import psutil
 
-from controlbooth.trainer.mlflow_address import how_to_open, refuse_secrets, without_secrets
+from controlbooth.trainer.mlflow_address import how_to_open_saved, refuse_secrets, without_secrets
 from controlbooth.trainer.mlflow_run import METRICS_PER_CALL, MlflowRun, Refused, kind_of, quiet_environment
 from controlbooth.trainer.mlflow_store import store_file
-from controlbooth.trainer.spool import STREAMS, Record, Spool, State
+from controlbooth.trainer.spool import STREAMS, Record, Spool
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class Tracker:
         tags: Mapping[str, str],
         system_metrics_seconds: float,
         made_in: Path | None = None,
-        tell: Callable[[str], None] | None = None,
+        tell: Callable[[Sequence[str]], None] | None = None,
     ):
         """params: may be nested; changed ones of a resumed run become tags, since MLflow refuses to change a param.
 
@@ -174,9 +174,9 @@ class Tracker:
         """How the run ended. To be followed by `close`."""
         self._spool.append({"status": status})
 
-    def how_to_open(self, mlflow: str = "mlflow") -> str | None:
-        """For a reader, what opens the run's page; None as long as MLflow has not got the run."""
-        return saved_page(self._spool.state, mlflow)
+    def how_to_open(self) -> list[str]:
+        """For a reader, as mlflow_address.how_to_open; empty as long as MLflow has not got the run."""
+        return how_to_open_saved(self.folder)
 
     def close(self, timeout_seconds: float) -> int:
         """Tries to send what is left, and returns how many lines remain for the next start. Logs nothing after it."""
@@ -265,7 +265,7 @@ class Tracker:
             self._run = MlflowRun(self._spool.state, self._run_name, self.folder, self._values_changed)
             self._spool.update(run_id=self._run.run_id, experiment_id=self._run.experiment_id)
             if self._tell is not None:
-                self._tell(str(self.how_to_open()))
+                self._tell(self.how_to_open())
         if self._generation != generation:
             self._run.skip_sent_steps()
             self._generation = generation
@@ -280,13 +280,6 @@ class Tracker:
         psutil.cpu_percent()  # the first call only starts the measurement
         while not self._closing.wait(seconds) and self._spool.is_ours():
             self._spool.append({"system": system_metrics(self.folder)})
-
-
-def saved_page(state: State, mlflow: str = "mlflow") -> str | None:
-    """What opens the page of the run that a state is of; None as long as MLflow has not got the run."""
-    if state.run_id is None or state.experiment_id is None:
-        return None
-    return how_to_open(state.uri, state.experiment_id, state.run_id, mlflow)
 
 
 def table_json(columns: Sequence[str], rows: Sequence[Sequence[str | float | None]]) -> str:

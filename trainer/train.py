@@ -5,14 +5,12 @@ there is one, and loops: step, log, validate, save, stop. Started again after wh
 """
 
 import argparse
-import contextlib
 import json
 import logging
 import math
 import os
 import resource
 import signal
-import subprocess
 import sys
 import time
 import warnings
@@ -104,6 +102,7 @@ from controlbooth.trainer.failures import (
     end_superseded,
     failure_noted,
 )
+from controlbooth.trainer.run_page import describe_control, describe_training, inputs, training_tags
 from controlbooth.trainer.spool import read_metrics
 from controlbooth.trainer.step import controlnet_step
 from controlbooth.trainer.stragglers import Pace, slowest
@@ -672,6 +671,8 @@ def note_convergence(run: Run, validated: bool) -> None:
         elif not found and run.step > USUAL_STEPS and not run.warned:
             say(run.world, "warning: " + describe(found, list(curve)))
             run.warned = True
+        if curve and run.tracker is not None:
+            run.tracker.describe(control=describe_control(describe(found, list(curve))))
     run.convergence = from_first_rank(found)
 
 
@@ -750,20 +751,49 @@ def report_skipped(run: Run, batch: StepBatch, losses: list[float], norm: float,
 
 
 def make_tracker(run: Run, parameters: int) -> Tracker:
-    tags = {
-        "git_commit": git_commit(),
-        "dataset_fingerprint": run.dataset.fingerprint,
-        "base_digest": run.base.digest,
-        "attention": run.attention,
-        "precision": run.precision,
-        "world_size": str(run.world.world_size),
-        "controlnet_parameters": str(parameters),
-    }
-    return open_tracker(run.folder, run.config, tags, run.attempt)
+    config, world = run.config, run.world
+    held_out = open_dataset(config.data.held_out) if config.data.held_out else None
+    device = device_name(world.device)
+    tags = training_tags(
+        config,
+        run.base.family.name,
+        {
+            "dataset_fingerprint": run.dataset.fingerprint,
+            "base_digest": run.base.digest,
+            "attention": run.attention,
+            "precision": run.precision,
+            "world_size": world.world_size,
+            "zero_stage": config.engine.zero_stage,
+            "device": device,
+            "controlnet_parameters": parameters,
+        },
+    )
+    tracker = open_tracker(run.folder, config, tags, run.attempt, partial(tell_page, world))
+    tracker.log_inputs(inputs(config, run.dataset, held_out))
+    machine = (
+        f"{world.world_size} rank{'s' * (world.world_size > 1)} on {device}, {run.precision}, "
+        f"ZeRO-{config.engine.zero_stage}, attention {run.attention}; {parameters:,} parameters"
+    )
+    title = run.base.family.title
+    tracker.describe(what=describe_training(config, run.folder, title, run.dataset, held_out, machine))
+    return tracker
 
 
-def open_tracker(folder: Path, config: RunConfig, tags: dict[str, str], attempt: Attempt | None = None) -> Tracker:
-    """attempt: the start that has taken the run; without one, what is logged goes beside what a training may log."""
+def tell_page(world: World, ways: Sequence[str]) -> None:
+    say(world, f"MLflow: {', then '.join(ways)}")
+
+
+def open_tracker(
+    folder: Path,
+    config: RunConfig,
+    tags: dict[str, str],
+    attempt: Attempt | None = None,
+    tell: Callable[[Sequence[str]], None] | None = None,
+) -> Tracker:
+    """attempt: the start that has taken the run; without one, what is logged goes beside what a training may log.
+
+    tell: as Tracker has it.
+    """
     return Tracker(
         folder,
         tracking_uri(config),
@@ -773,15 +803,8 @@ def open_tracker(folder: Path, config: RunConfig, tags: dict[str, str], attempt:
         tags=tags,
         system_metrics_seconds=config.tracking.system_metrics_seconds,
         made_in=attempt.folder if attempt else None,
+        tell=tell,
     )
-
-
-def git_commit() -> str:
-    """Of the code that runs, or `unknown` for an installed copy."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    return "unknown"
 
 
 class StopRequest:

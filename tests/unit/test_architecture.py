@@ -16,6 +16,7 @@ MAY_IMPORT = {  # folder -> what it may import besides itself
         "controlbooth.data.arguments",
         "controlbooth.trainer.config",
         "controlbooth.trainer.file_kinds",
+        "controlbooth.trainer.mlflow_address",
         "controlbooth.trainer.subjects",
     ),
     "deploy": ("controlbooth.launch", "controlbooth.models", "controlbooth.trainer"),

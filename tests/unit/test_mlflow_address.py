@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from controlbooth.trainer.config import ConfigError, build_config, changes, dump, load_config
-from controlbooth.trainer.mlflow_address import how_to_open, without_secrets
+from controlbooth.trainer.mlflow_address import how_to_open, how_to_open_saved, without_secrets
 from controlbooth.trainer.spool import Spool
 from controlbooth.trainer.tracking import Tracker
 
@@ -107,9 +107,14 @@ def test_a_users_name_and_password_reach_the_server_from_the_environment(tmp_pat
 
 def test_a_server_has_the_runs_page_and_a_store_the_command_that_serves_it(tmp_path, monkeypatch):
     page = "/#/experiments/3/runs/abc"
-    assert how_to_open("http://host:5000/", "3", "abc") == f"http://host:5000{page}"
+    assert how_to_open("http://host:5000/", "3", "abc") == [f"http://host:5000{page}"]
     monkeypatch.chdir(tmp_path)
-    told = how_to_open("sqlite:///my runs/mlflow.db", "3", "abc", ".venv/bin/mlflow")
-    command, address = told.split("   then ")
+    command, address = how_to_open("sqlite:///my runs/mlflow.db", "3", "abc", ".venv/bin/mlflow")
     assert command == f".venv/bin/mlflow ui --backend-store-uri 'sqlite:///{tmp_path}/my runs/mlflow.db'"
     assert address == f"http://127.0.0.1:5000{page}"
+    assert how_to_open_saved(tmp_path) == []
+    spool = Spool(tmp_path, "http://host:5000", "tests")
+    assert how_to_open_saved(tmp_path) == []
+    spool.update(experiment_id="3", run_id="abc")
+    assert how_to_open_saved(tmp_path) == [f"http://host:5000{page}"]
+    spool.close()

@@ -292,7 +292,7 @@ def test_who_starts_a_run_is_told_once_how_to_open_its_page(tmp_path, uri):
     assert tracker.close(60) == 0
     _, run = client_and_run(uri)
     page = f"/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
-    assert told == [f"mlflow ui --backend-store-uri {uri}   then http://127.0.0.1:5000{page}"]
+    assert told == [[f"mlflow ui --backend-store-uri {uri}", f"http://127.0.0.1:5000{page}"]]
 
 
 def test_sending_everything_again_changes_nothing(tmp_path, uri):
@@ -371,7 +371,7 @@ def test_evaluations_arrive_in_any_order_of_steps_and_again_and_none_twice(tmp_p
 def test_an_evaluation_is_published_on_a_disk_without_locks_and_not_beside_a_training(
     tmp_path, uri, monkeypatch, capsys
 ):
-    from controlbooth.trainer.evaluate.evaluate import Evaluated, publish  # torch, which the others do without
+    from controlbooth.trainer.evaluate.publish import TABLE, publish  # torch, which the others do without
 
     run = tmp_path / "runs" / "edges"
     (run / "evaluation").mkdir(parents=True)
@@ -382,23 +382,37 @@ def test_an_evaluation_is_published_on_a_disk_without_locks_and_not_beside_a_tra
     )  # fmt: skip
     config = build_config(tree)
     (run / "config.yaml").write_text(dump(config))
-    target = Evaluated(run, run, "", 9, "miniature", "auto", "s", "edges", 64, 4, 2, 1.0, "ddim", config)
+    one = dict(mean=0.5, low=0.4, high=0.6)
+    controlled = dict(edge_f1=one | dict(chance=dict(mean=0.1), share=dict(mean=0.8)), says_color=dict(mean=0.7))
     result = dict(
-        figures={"with control": {"edge_f1": dict(mean=0.5)}}, step=9, samples=4, sets={}, encoders={},
-        sampler=dict(scheduler="ddim", steps=2, guidance=1.0),
+        figures={"without control": {"edge_f1": one}, "with control": controlled}, step=9, samples=4, resolution=64,
+        sets={"FID": dict(values={"with control": 12.0})}, sampler=dict(scheduler="ddim", steps=2, guidance=1.0),
     )  # fmt: skip
     (run / "evaluation" / "evaluation.json").write_text(json.dumps(result))
     with (run / ".lock").open("w") as training:
         fcntl.flock(training, fcntl.LOCK_EX)
-        publish(target, result)
+        publish(run, config, result)
     assert "is training" in capsys.readouterr().out and not (run / "tracking.json").exists()
 
     def flock(file, operation):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    publish(target, result)
-    assert history(uri, f"{EVALUATION}with-control/edge_f1") == [(9, 0.5)]
+    publish(run, config, result)
+    _, logged = client_and_run(uri)
+    assert logged.data.metrics == {  # and no chart of a single point for each of the others
+        "evaluation/edge_f1": 0.5, "evaluation/edge_f1_chance": 0.1, "evaluation/edge_f1_share": 0.8,
+    }  # fmt: skip
+    assert json.loads(logged.data.tags["mlflow.loggedArtifacts"]) == [{"path": TABLE, "type": "table"}]
+    table = json.loads((run / "evaluation" / TABLE).read_text())
+    assert table["data"][:2] == [
+        ["edge_f1", "without control", 0.5, 0.4, 0.6, None, None],
+        ["edge_f1", "with control", 0.5, 0.4, 0.6, 0.1, 0.8],
+    ]
+    assert table["data"][-1][:3] == ["FID", "with control", 12.0]
+    assert "### Evaluation at step 9" in logged.data.tags["mlflow.note.content"]
+    page = f"/#/experiments/{logged.info.experiment_id}/runs/{logged.info.run_id}"
+    assert page in capsys.readouterr().out
 
 
 def test_one_refused_record_does_not_hold_up_the_others_and_stays_in_the_file(tmp_path, uri, caplog):

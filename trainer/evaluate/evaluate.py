@@ -37,7 +37,6 @@ from controlbooth.models.decoder import load_networks
 from controlbooth.models.pretrained import UNET_FOLDER, load_base
 from controlbooth.models.sampling import Control, sample
 from controlbooth.trainer import command_lines
-from controlbooth.trainer.attempt import take_lock
 from controlbooth.trainer.checkpoint import check_weights, complete_checkpoints, read_state
 from controlbooth.trainer.command_lines import SAMPLES
 from controlbooth.trainer.config import ConfigError, RunConfig, base_folder, load_config
@@ -58,11 +57,10 @@ from controlbooth.trainer.evaluate.grids import draw_grid
 from controlbooth.trainer.evaluate.held_out import AT_ONCE, EDGE_KINDS, HeldOutSet, load_held_out, scenes_of
 from controlbooth.trainer.evaluate.judge import load_judge, obedience_by_picture, read
 from controlbooth.trainer.evaluate.kinds import LOWER_IS_BETTER
-from controlbooth.trainer.evaluate.report import read_json, write_report
+from controlbooth.trainer.evaluate.publish import publish
+from controlbooth.trainer.evaluate.report import write_report
 from controlbooth.trainer.evaluate.statistics import mean_and_interval, share_of_possible
-from controlbooth.trainer.failures import STATUS
-from controlbooth.trainer.mlflow_run import EVALUATION
-from controlbooth.trainer.train import IN_MLFLOW, open_tracker, quiet_libraries
+from controlbooth.trainer.train import quiet_libraries
 
 WITHOUT, WITH, NO_PROMPT = "without control", "with control", "with control, no prompt"
 DISCS, NOISE, REAL = "discs at the true places", "random noise", "real pictures"
@@ -252,7 +250,9 @@ def evaluate(target: Evaluated, options: argparse.Namespace, world: World) -> in
         print(table(result))
         print(f"pictures: {out / 'evaluation.png'}")
         if target.config is not None and out == target.where / "evaluation":
-            publish(target, result)
+            write_report(target.where, target.where / "report.html")
+            print(f"report: {target.where / 'report.html'}")
+            publish(target.where, target.config, result)
     barrier()
     return 0
 
@@ -297,28 +297,6 @@ def write_ends(out: Path, samples: Sequence[dict[str, Any]], held: HeldOutSet, d
                 dict(pictures=list(pictures), figure=figure, value=row[figure], key=row["key"], caption=row["caption"])
             )
     write_whole(out / "ends.json", json.dumps(chosen, indent=2).encode())
-
-
-def publish(target: Evaluated, result: dict[str, Any]) -> None:
-    """The run's report, and with the figures in MLflow; a run that is still training keeps MLflow to itself."""
-    assert target.config is not None
-    write_report(target.where, target.where / "report.html")
-    print(f"report: {target.where / 'report.html'}")
-    with open(target.where / ".lock", "w") as lock:
-        if not take_lock(lock):
-            print(f"{target.where} is training, so MLflow gets these figures when it is evaluated after that")
-            return
-        tracker = open_tracker(target.where, target.config, {})
-        figures = {
-            f"{EVALUATION}{slug(way)}/{name}": one["mean"]
-            for way, own in result["figures"].items()
-            for name, one in own.items()
-        }
-        tracker.log(result["step"], figures)
-        tracker.log_artifact(target.where / "report.html")
-        tracker.log_artifact(target.where / "evaluation" / "evaluation.json")
-        tracker.finish(IN_MLFLOW.get(read_json(target.where / STATUS).get("state", ""), "KILLED"))
-        tracker.close(timeout_seconds=60.0)
 
 
 def noise_pictures(rows: Sequence[int], size: tuple[int, int]) -> np.ndarray:

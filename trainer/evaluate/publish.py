@@ -1,0 +1,92 @@
+"""An evaluation in MLflow: one table, a few figures as metrics, its grid, and a part of the run's description."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from controlbooth.data.sidecar import write_whole
+from controlbooth.trainer.attempt import take_lock
+from controlbooth.trainer.config import RunConfig
+from controlbooth.trainer.evaluate.convergence import FIGURES
+from controlbooth.trainer.failures import STATUS
+from controlbooth.trainer.mlflow_run import EVALUATION
+from controlbooth.trainer.model_card import evaluation_table
+from controlbooth.trainer.tracking import table_json
+from controlbooth.trainer.train import IN_MLFLOW, open_tracker
+
+WITH = "with control"
+TABLE = "evaluation-table.json"
+"""Of the artifacts in MLflow, and in the folder of the evaluation."""
+
+
+def publish(run: Path, config: RunConfig, result: Mapping[str, Any]) -> None:
+    """Logs the evaluation that lies in RUN/evaluation, with the report; a training run keeps MLflow to itself.
+
+    result: what evaluation.json holds. Prints how to open the run's page.
+    """
+    folder = run / "evaluation"
+    with open(run / ".lock", "w") as lock:
+        if not take_lock(lock):
+            print(f"{run} is training, so MLflow gets these figures when it is evaluated after that")
+            return
+        write_whole(folder / TABLE, table(result).encode())
+        tracker = open_tracker(run, config, {})
+        tracker.log(result["step"], headline(result))
+        tracker.log_table(folder / TABLE)
+        for file in (run / "report.html", folder / "evaluation.json", folder / "evaluation.png"):
+            if file.exists():
+                tracker.log_artifact(file)
+        tracker.describe(evaluation=described(result))
+        status = run / STATUS
+        state = json.loads(status.read_text()).get("state", "") if status.is_file() else ""
+        tracker.finish(IN_MLFLOW.get(state, "KILLED"))
+        tracker.close(timeout_seconds=60.0)
+        if ways := tracker.how_to_open():
+            print(f"MLflow: {', then '.join(ways)}")
+
+
+def headline(result: Mapping[str, Any]) -> dict[str, float]:
+    """The figures by which control is told, of the pictures with control, with chance and share where they are known.
+
+    All others are in the table: a chart of a single point shows nothing.
+    """
+    figures = {}
+    for name, one in result["figures"][WITH].items():
+        if name in FIGURES:
+            figures[f"{EVALUATION}{name}"] = one["mean"]
+            for beside in ("chance", "share"):
+                if (value := mean(one.get(beside))) is not None:
+                    figures[f"{EVALUATION}{name}_{beside}"] = value
+    return figures
+
+
+def mean(figure: Any) -> float | None:
+    """Of a figure with an interval, or without one; None where there is none."""
+    return figure.get("mean") if isinstance(figure, Mapping) else figure
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """A row for each figure and kind of pictures, with its interval, chance and share: JSON for Tracker.log_table."""
+    ways = result["figures"]
+    names = dict.fromkeys(name for own in ways.values() for name in own)
+    rows: list[list[str | float | None]] = []
+    for name in names:
+        for way, own in ways.items():
+            if one := own.get(name):
+                rest = [rounded(mean(one.get(column))) for column in ("mean", "low", "high", "chance", "share")]
+                rows.append([name, way, *rest])
+    for name, one in result["sets"].items():
+        rows += [[name, way, rounded(value), None, None, None, None] for way, value in one["values"].items()]
+    return table_json(["figure", "pictures", "mean", "low", "high", "chance", "share of what is possible"], rows)
+
+
+def rounded(value: float | None) -> float | None:
+    """To what a table shows; JSON has neither NaN nor infinity."""
+    return None if value is None or not math.isfinite(value) else round(value, 4)
+
+
+def described(result: Mapping[str, Any]) -> str:
+    """Markdown for the run's description."""
+    return f"### Evaluation at step {result['step']:,}\n\n{evaluation_table(result)}"
