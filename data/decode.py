@@ -10,8 +10,9 @@ import cv2
 import numpy as np
 import simplejpeg
 
-CATEGORICAL_KINDS = ("segmentation", "instances")
-"""Conditions whose values are labels: they are resized to the nearest pixel, as a mean of two labels is a third one."""
+from controlbooth.data.kinds import Values, named_values
+from controlbooth.data.resize import resize, values_of
+
 NORMAL_KINDS = ("normals", "normal", "normalbae")
 """Conditions whose red is the x of a direction, which a mirror turns round: ours, and others' names for them."""
 _MIRRORED_RED = np.arange(255, -1, -1, dtype=np.uint8)
@@ -94,16 +95,17 @@ def prepare(
     shape: tuple[int, int],
     crop: tuple[int, int] | None = None,
     flip: bool = False,
+    values: Values | None = None,
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Resizes until `shape` is just covered and cuts it out, the same for target and condition.
 
     image: (H, W) or (H, W, 3) uint8; condition likewise, of any size with the same aspect ratio. shape: (height, width)
     in pixels. crop: top and left of what is cut out, within `crop_slack`; None takes the middle. flip mirrors left to
-    right. Returns both as (height, width) or (height, width, 3) uint8. Raises ValueError when the two do not show the
-    same frame.
+    right. values: see `prepare_condition`. Returns both as (height, width) or (height, width, 3) uint8. Raises
+    ValueError when the two do not show the same frame.
     """
     size = (image.shape[0], image.shape[1])
-    prepared = None if condition is None else prepare_condition(condition, size, kind, shape, crop, flip)
+    prepared = None if condition is None else prepare_condition(condition, size, kind, shape, crop, flip, values)
     return prepare_target(image, shape, crop, flip), prepared
 
 
@@ -111,7 +113,7 @@ def prepare_target(
     image: np.ndarray, shape: tuple[int, int], crop: tuple[int, int] | None = None, flip: bool = False
 ) -> np.ndarray:
     """What `prepare` makes of a target."""
-    return _fit(image, (image.shape[0], image.shape[1]), False, shape, crop, flip)
+    return _fit(image, (image.shape[0], image.shape[1]), "levels", shape, crop, flip)
 
 
 def prepare_condition(
@@ -121,9 +123,12 @@ def prepare_condition(
     shape: tuple[int, int],
     crop: tuple[int, int] | None = None,
     flip: bool = False,
+    values: Values | None = None,
 ) -> np.ndarray:
     """What `prepare` makes of a condition. size: (height, width) of the target, which is not needed itself.
 
+    values: what they are in all conditions of this kind, which decides how they are resized; None tells it by the
+    kind's name, or else by this picture alone.
     Mirrored normals keep to their rule: red, their x, becomes 255 - red, except in black pixels, which have no normal.
     """
     if not same_frame(size, condition.shape):
@@ -131,7 +136,8 @@ def prepare_condition(
         raise ValueError(f"target and condition have different aspect ratios ({sizes})")
     if flip and kind in NORMAL_KINDS:
         condition = _turned_normals(condition)
-    return _fit(condition, size, kind in CATEGORICAL_KINDS, shape, crop, flip)
+    values = values or named_values(kind) or values_of(condition)
+    return _fit(condition, size, values, shape, crop, flip)
 
 
 def _turned_normals(normals: np.ndarray) -> np.ndarray:
@@ -148,14 +154,14 @@ def _turned_normals(normals: np.ndarray) -> np.ndarray:
 def _fit(
     pixels: np.ndarray,
     size: tuple[int, int],
-    nearest: bool,
+    values: Values,
     shape: tuple[int, int],
     crop: tuple[int, int] | None,
     flip: bool,
 ) -> np.ndarray:
     height, width = scaled_size(*size, shape)
     top, left = crop if crop is not None else ((height - shape[0]) // 2, (width - shape[1]) // 2)
-    part = _resize(pixels, height, width, nearest)[top : top + shape[0], left : left + shape[1]]
+    part = resize(pixels, height, width, values)[top : top + shape[0], left : left + shape[1]]
     return cv2.flip(part, 1) if flip else part
 
 
@@ -185,14 +191,6 @@ def same_frame(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
     """Whether one image can be a scaled copy of the other, its sides rounded to a pixel or two."""
     (height, width), (other_height, other_width) = shape[:2], other[:2]
     return abs(height * other_width - width * other_height) <= 2 * max(height, width, other_height, other_width)
-
-
-def _resize(pixels: np.ndarray, height: int, width: int, nearest: bool) -> np.ndarray:
-    if pixels.shape[:2] == (height, width):
-        return pixels
-    smaller = height < pixels.shape[0]
-    method = cv2.INTER_NEAREST_EXACT if nearest else cv2.INTER_AREA if smaller else cv2.INTER_CUBIC
-    return cv2.resize(pixels, (width, height), interpolation=method)
 
 
 def image_size(data: bytes) -> tuple[int, int]:

@@ -1,4 +1,7 @@
-"""Names of conditions. Imports nothing, so that a configuration can be checked at once."""
+"""Names of conditions. Imports nothing heavy, so that a configuration can be checked at once."""
+
+import re
+from typing import Literal
 
 COMPUTED = "computed:"
 """Before the kind of a condition that no shard holds: it is made of the target at each presentation."""
@@ -6,6 +9,24 @@ COMPUTABLE = ("canny", "canny_random", "soft_edges", "scribble", "lineart", "lin
 """Kinds that `data.conditions` makes of a picture without a network."""
 SIDED = ("pose", "keypoint", "skeleton")
 """Words in the names of kinds that tell left from right by colour: OpenPose's limbs, the landmarks of our scenes."""
+
+Values = Literal["binary", "labels", "levels"]
+"""What the values of a kind of condition are, which decides how it is resized: see `data.resize`."""
+_NAMED_VALUES: dict[Values, tuple[str, ...]] = {
+    "binary": ("canny", "scribble", "mlsd"),
+    "labels": ("seg", "segmentation", "segmentations", "semantic", "semantics", "panoptic", "instance", "instances")
+    + ("label", "labels", "parsing", "ade20k", "cityscapes", "stuff", "keypoint", "keypoints", "pose", "openpose")
+    + ("dwpose", "skeleton"),
+    "levels": ("depth", "midas", "normal", "normals", "normalbae", "hed", "pidinet", "soft", "softedge", "blur", "gray")
+    + ("grey", "tile", "image"),
+}
+"""Words in the names of kinds whose values are known, whatever single pictures look like."""
+
+
+def named_values(kind: str | None) -> Values | None:
+    """What the values of a kind are by its name ("ade20k_seg", "computed:canny"); None where the name does not tell."""
+    words = re.split(r"[^a-z0-9]+", (kind or "").lower())
+    return next((values for values, known in _NAMED_VALUES.items() if any(word in known for word in words)), None)
 
 
 def tells_sides(kind: str) -> bool:

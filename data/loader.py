@@ -24,6 +24,7 @@ from controlbooth.data import draws
 from controlbooth.data.buffers import Buffers
 from controlbooth.data.cache import Cache
 from controlbooth.data.columns import ColumnReader, Columns, EncodedBatch
+from controlbooth.data.condition_values import ConditionValues
 from controlbooth.data.conditions import computed_function
 from controlbooth.data.decode import (
     BadSample,
@@ -223,6 +224,7 @@ class Loader:
         self._reader = ShardReader(
             dataset, condition_kind, files if columns is None else files // 3, cache, buckets, columns is None
         )
+        self._values = ConditionValues(dataset, condition_kind, self._reader.closing)
         self._prefetcher = None
         if cache is not None and positions is None:
             self._cache_share = cache.limit_bytes // ranks_per_node
@@ -397,7 +399,8 @@ class Loader:
         flip = bool(step.flips[at])
         try:
             if condition is not None:
-                conditioning = prepare_condition(condition, size, self.condition_kind, step.shape, crop, flip)
+                values = self._values.get()
+                conditioning = prepare_condition(condition, size, self.condition_kind, step.shape, crop, flip, values)
         except ValueError as error:
             raise BadSample(sample.key, sample.condition_extension, str(error)) from error
         row = _Row(
@@ -554,6 +557,7 @@ def held_out(
     if count > counts.sum():
         raise ValueError(f"{dataset.location} has {counts.sum()} usable samples, {count} are asked for; ask for fewer")
     reader = ShardReader(dataset, condition_kind, most_open=1)
+    values = ConditionValues(dataset, condition_kind)
     shape = (3, resolution, resolution)
     try:
         for number in np.arange(count) * int(counts.sum()) // count if spread else range(count):
@@ -563,7 +567,9 @@ def held_out(
             condition = None
             if sample.condition is not None:
                 condition = decode_image(sample.condition, sample.key, sample.condition_extension, background=0)
-            pixels, conditioning = prepare(image, condition, condition_kind, (resolution, resolution))
+            pixels, conditioning = prepare(
+                image, condition, condition_kind, (resolution, resolution), values=values.get()
+            )
             if compute is not None:
                 conditioning = compute(to_rgb(pixels), draws.content_hash(sample.image))
             yield HeldOutSample(

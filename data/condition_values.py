@@ -1,0 +1,62 @@
+"""What the values of a data set's conditions are, so that all of them are resized alike: see `data.resize`.
+
+The name of a kind decides where it is a known one. Elsewhere 32 pictures do, at even distances over the data set, the
+same ones for every rank and every start: a kind is "binary" or "labels" only if none of them speaks against it.
+"""
+
+from collections.abc import Iterable, Iterator
+from threading import Event, Lock
+
+import numpy as np
+
+from controlbooth.data.decode import BadSample, decode_image
+from controlbooth.data.kinds import Values, named_values, stored_kind
+from controlbooth.data.manifest import Dataset
+from controlbooth.data.resize import values_of
+from controlbooth.data.shards import ShardReader
+
+LOOKED_AT = 32
+
+
+class ConditionValues:
+    """What the values of one kind are in a data set, found when it is first asked for; of use to many threads."""
+
+    def __init__(self, dataset: Dataset, kind: str | None, closing: Event | None = None):
+        """closing: once set, reads that wait for a store to come back are given up."""
+        self._dataset, self._kind, self._closing = dataset, kind, closing
+        self._lock = Lock()
+        self._found = named_values(kind) if stored_kind(kind) is not None else "levels"
+
+    def get(self) -> Values:
+        """Raises OSError where shards cannot be read; samples that are bad are passed over."""
+        with self._lock:
+            if self._found is None:
+                self._found = common_values(map(values_of, self._some_pictures()))
+            return self._found
+
+    def _some_pictures(self) -> Iterator[np.ndarray]:
+        counts = self._dataset.samples_per_shard(self._kind)
+        ends, total = np.cumsum(counts), int(counts.sum())
+        reader = ShardReader(self._dataset, self._kind, most_open=1, pictures=False)
+        reader.closing = self._closing or reader.closing
+        try:
+            for number in np.unique(np.arange(LOOKED_AT) * total // LOOKED_AT).tolist() if total else ():
+                shard = int(np.searchsorted(ends, number, side="right"))
+                try:
+                    sample = reader.read(shard, number - int(ends[shard] - counts[shard]))
+                    assert sample.condition is not None
+                    yield decode_image(sample.condition, sample.key, sample.condition_extension, background=0)
+                except BadSample:
+                    continue
+        finally:
+            reader.close()
+
+
+def common_values(found: Iterable[Values]) -> Values:
+    """What all pictures of a kind are taken for, by what each is by itself.
+
+    A picture of a label map may show two classes only, so "binary" does not speak against "labels"; "levels" speaks
+    against both. Without any picture: "levels".
+    """
+    seen = set(found)
+    return "levels" if "levels" in seen or not seen else "labels" if "labels" in seen else "binary"
