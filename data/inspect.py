@@ -99,7 +99,7 @@ def show_main(argv: Sequence[str] | None = None) -> int:
         help="kind to show, also computed:KIND; may be repeated (default: all that the shards hold)",
     )
     parser.add_argument(
-        "--count", type=whole_number(), default=16, help="samples, evenly over all shards (default: 16)"
+        "--count", type=whole_number(), default=16, help="samples, from all folders and captions (default: 16)"
     )
     parser.add_argument("--columns", type=whole_number(), default=4, help="samples side by side (default: 4)")
     parser.add_argument("--resolution", type=whole_number(), default=192, help="side of each picture (default: 192)")
@@ -115,7 +115,6 @@ def show_main(argv: Sequence[str] | None = None) -> int:
                 min(arguments.count, int(dataset.samples_per_shard(kind).sum())),
                 condition_kind=kind,
                 resolution=arguments.resolution,
-                spread=True,
             )
         )
         for kind in kinds or [None]

@@ -41,6 +41,7 @@ from controlbooth.data.mixture import History, Place
 from controlbooth.data.plan import plan_order
 from controlbooth.data.prefetch import Prefetcher, upcoming_shards
 from controlbooth.data.prompts import prompt, read_captions
+from controlbooth.data.selection import choose
 from controlbooth.data.shards import SampleBytes, ShardReader
 from controlbooth.data.storage import RemoteShard
 
@@ -544,25 +545,20 @@ class HeldOutSample:
     caption: str
 
 
-def held_out(
-    dataset: Dataset, count: int, *, condition_kind: str | None, resolution: int, spread: bool = False
-) -> Iterator[HeldOutSample]:
-    """The first `count` usable samples in the order of the shards. A bad one is raised, not replaced.
+def held_out(dataset: Dataset, count: int, *, condition_kind: str | None, resolution: int) -> Iterator[HeldOutSample]:
+    """The `count` samples that stand for the data set, see `data.selection`. A bad one is raised, not replaced.
 
-    spread: instead, as many at even distances over all of them. What is random about a computed condition is decided
-    by the bytes of the target, so it is the same wherever the sample lies and whatever it is called.
+    What is random about a computed condition is decided by the bytes of the target, so it is the same wherever the
+    sample lies and whatever it is called.
     """
     compute = computed_function(condition_kind)
-    counts = dataset.samples_per_shard(condition_kind)
-    if count > counts.sum():
-        raise ValueError(f"{dataset.location} has {counts.sum()} usable samples, {count} are asked for; ask for fewer")
+    places = choose(dataset, count, condition_kind)
     reader = ShardReader(dataset, condition_kind, most_open=1)
     values = ConditionValues(dataset, condition_kind)
     shape = (3, resolution, resolution)
     try:
-        for number in np.arange(count) * int(counts.sum()) // count if spread else range(count):
-            shard = int(np.searchsorted(np.cumsum(counts), number, side="right"))
-            sample = reader.read(shard, int(number - counts[:shard].sum()))
+        for shard, ordinal in places:
+            sample = reader.read(shard, ordinal)
             image = decode_image(sample.image, sample.key, sample.image_extension)
             condition = None
             if sample.condition is not None:

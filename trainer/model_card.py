@@ -58,9 +58,7 @@ def model_card(exported: Exported) -> str:
         "## Use",
         _single_file_usage(exported) if is_single else f"In this folder:\n\n```python\n{usage(exported)}```",
         "## Figures",
-        evaluation_table(exported.evaluation)
-        if exported.evaluation
-        else _validation_table(state.get("metrics") or {}),
+        evaluation_table(exported.evaluation) if exported.evaluation else _validation_table(state.get("metrics") or {}),
         "## Origin",
         _origin_table(exported),
         "<details><summary>Configuration of the run</summary>\n",

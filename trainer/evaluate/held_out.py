@@ -17,7 +17,7 @@ MASK_KINDS = ("segmentation",)
 
 @dataclass(frozen=True)
 class HeldOutSet:
-    """The first samples of the held-out shards, whole on every rank; N of them."""
+    """The samples that stand for the held-out shards (`data.selection`), whole on every rank; N of them."""
 
     kind: str
     """Of the conditions, wherever they come from."""

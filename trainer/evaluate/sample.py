@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from controlbooth.data.decode import decode_image, prepare_target, to_rgb
+from controlbooth.data.decode import decode_image, prepare_condition, to_rgb
 from controlbooth.data.loader import held_out
 from controlbooth.data.manifest import open_dataset
 from controlbooth.models.base import Base
@@ -182,7 +182,7 @@ def make_requests(options: argparse.Namespace, sources: Sequence[Source], base: 
     if {*given} != {source.kind for source in sources}:
         wanted = ", ".join(source.kind for source in sources) or "none"
         raise ConfigError(f"--condition is given for {', '.join(given) or 'nothing'}, and the controls are: {wanted}")
-    conditions = {kind: read_condition(Path(path), base) for kind, path in given.items()}
+    conditions = {kind: read_condition(Path(path), kind, base) for kind, path in given.items()}
     sizes = {picture.shape[:2] for picture in conditions.values()}
     if len(sizes) > 1:
         raise ConfigError(f"the conditions have different shapes once they fit the base: {sorted(sizes)}")
@@ -217,13 +217,14 @@ def requests_of_shards(options: argparse.Namespace, sources: Sequence[Source], b
     return [replace(row, prompt="") for row in requests] if options.guess and not options.prompt else requests
 
 
-def read_condition(path: Path, base: Base) -> np.ndarray:
-    """(H, W, 3) uint8: its short side as the base's pictures, its long one cut to a multiple of 8."""
-    picture = to_rgb(decode_image(path.read_bytes(), path.stem, path.suffix.lstrip("."), background=0))
+def read_condition(path: Path, kind: str, base: Base) -> np.ndarray:
+    """(H, W, 3) uint8: its short side as the base's pictures, its long one cut to a multiple of 8. Lines and labels
+    are told by the kind's name, or by this picture."""
+    picture = decode_image(path.read_bytes(), path.stem, path.suffix.lstrip("."), background=0)
     short, (height, width) = min(base.picture_size), picture.shape[:2]
     factor = short / min(height, width)
     shape = tuple(max(short, int(side * factor) // 8 * 8) for side in (height, width))
-    return prepare_target(picture, (shape[0], shape[1]))
+    return to_rgb(prepare_condition(picture, (height, width), kind, (shape[0], shape[1])))
 
 
 def to_conditioning(pictures: Sequence[np.ndarray]) -> torch.Tensor:
