@@ -1,14 +1,19 @@
 """What obeying nothing scores, and the share of what is possible."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from controlbooth.data.conditions import CONDITIONS
 from controlbooth.data.scenes import HELD_OUT_SEED, render, scene
 from controlbooth.trainer.evaluate.chance import STRANGERS, strangers
+from controlbooth.trainer.evaluate.evaluate import noise_pictures
 from controlbooth.trainer.evaluate.extract import fidelity
 from controlbooth.trainer.evaluate.held_out import HeldOutSet
+from controlbooth.trainer.evaluate.kinds import AGREEMENT
 from controlbooth.trainer.evaluate.statistics import mean_and_interval, share_difference, share_of_possible
 from controlbooth.trainer.evaluate.validate import fidelity_figures, told
 
@@ -50,6 +55,24 @@ def test_chance_does_not_depend_on_how_ranks_share_the_pictures():
             for name in ("edge_f1", "mask_iou"):
                 assert np.array_equal(part.values[name], whole.values[name][rows])
                 assert np.array_equal(part.chances[name], whole.chances[name][rows])
+
+
+@pytest.mark.parametrize("kind", ["edges", "canny", "lines", "lineart", "scribble"])
+def test_noise_scores_at_chance_and_real_pictures_far_above_it(kind):
+    held = scenes_held_out(16)
+    extract = CONDITIONS.get(kind) if kind in AGREEMENT else None
+    if kind != "edges":
+        drawn = np.stack([CONDITIONS[kind](target) for target in held.targets])
+        held = replace(held, kind=kind, conditions=np.repeat(drawn[..., None], 3, axis=3))
+        held = replace(held, edges=drawn) if kind == "canny" else held
+    name = "line_f1" if extract else "edge_f1"
+    real, noise = (
+        fidelity(pictures, held, range(16), extract) for pictures in (held.targets, noise_pictures(range(16), (64, 64)))
+    )
+    assert abs(noise.values[name].mean() - noise.chances[name].mean()) < 0.03
+    assert noise.values[name].mean() < 0.1
+    assert real.chances[name].mean() < real.values[name].mean() / 3
+    assert real.values[name].mean() > (0.7 if kind == "canny" else 0.95)
 
 
 def test_of_a_single_sample_there_is_no_chance_and_so_no_share():

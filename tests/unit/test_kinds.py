@@ -11,10 +11,18 @@ from controlbooth.trainer.evaluate.kinds import (
     normals_angle,
     points_of,
     pose_agreement,
+    prepared,
     segmentation_miou,
 )
 
 SCENES = [render(scene(5, number)) for number in range(6)]
+
+
+def test_a_condition_that_asks_for_nothing_is_not_obeyed_by_doing_nothing():
+    for kind in AGREEMENT:
+        nothing = np.zeros((32, 32, 3) if kind in ("normals", "keypoints", "pose") else (32, 32), np.uint8)
+        for name, value in AGREEMENT[kind](prepared(kind, nothing), prepared(kind, nothing)).items():
+            assert name in LOWER_IS_BETTER or value == 0.0
 
 
 @pytest.mark.parametrize("kind", ["segmentation", "depth", "normals", "keypoints"])
@@ -32,7 +40,12 @@ def test_mean_iou_is_over_classes_and_not_over_pixels():
     given = np.zeros((10, 10), np.uint8)
     given[:, 9] = 3  # a tenth of the picture
     found = np.zeros((10, 10), np.uint8)
-    assert segmentation_miou(found, given) == pytest.approx((0.9 + 0.0) / 2)
+    assert segmentation_miou(found, given) == 0.0  # the background's .9 is what chance gives
+    found[:5, 9] = 3
+    background, by_chance = 90 / 95, 0.95 * 0.9 / (0.95 + 0.9 - 0.95 * 0.9)
+    small, its_chance = 5 / 10, 0.05 * 0.1 / (0.05 + 0.1 - 0.05 * 0.1)
+    expected = (background - by_chance) / (1 - by_chance), (small - its_chance) / (1 - its_chance)
+    assert segmentation_miou(found, given) == pytest.approx(np.mean(expected))
     coloured = np.zeros((10, 10, 3), np.uint8)
     coloured[:, 9] = (0, 128, 0)
     assert segmentation_miou(coloured, coloured) == 1.0
@@ -44,6 +57,12 @@ def test_depth_is_compared_up_to_scale_and_shift(scale, shift):
     found = np.clip(given * scale + shift, 0, 255)
     error, share = depth_agreement(found.astype(np.uint8), given.astype(np.uint8))
     assert error < 0.01 and share == 1.0
+
+
+def test_depth_the_wrong_way_round_is_no_better_than_a_plane():
+    given = np.linspace(60, 240, 64).reshape(8, 8).astype(np.uint8)
+    plane = depth_agreement(np.full((8, 8), 7, np.uint8), given)
+    assert depth_agreement(255 - given, given) == plane == (pytest.approx(given.std() / 255), 0.0)
 
 
 def test_an_estimate_without_any_relation_has_the_error_of_a_constant():
@@ -76,4 +95,4 @@ def test_a_key_point_counts_by_its_own_kind_and_its_distance():
     far = draw_landmarks([point + np.array([0.0, 5.0]) for point in truth], 64)
     assert pose_agreement(near, given)[0] == 1.0 and pose_agreement(far, given)[0] == 0.0
     assert pose_agreement(np.zeros_like(given), given) == (0.0, 0.0)
-    assert pose_agreement(np.zeros_like(given), np.zeros_like(given)) == (1.0, 1.0)
+    assert pose_agreement(np.zeros_like(given), np.zeros_like(given)) == (0.0, 0.0)  # which asks for nothing

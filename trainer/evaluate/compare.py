@@ -10,7 +10,8 @@ import numpy as np
 from controlbooth.data.sidecar import write_whole
 from controlbooth.trainer import command_lines
 from controlbooth.trainer.config import ConfigError
-from controlbooth.trainer.evaluate.evaluate import DISCS, NOISE, REAL, WITHOUT, title
+from controlbooth.trainer.evaluate.evaluate import DISCS, NOISE, REAL, WITHOUT
+from controlbooth.trainer.evaluate.figures import title
 from controlbooth.trainer.evaluate.kinds import LOWER_IS_BETTER
 from controlbooth.trainer.evaluate.statistics import LEVEL, mean_and_interval
 

@@ -44,15 +44,14 @@ from controlbooth.trainer.distributed import World, barrier, gather_objects, joi
 from controlbooth.trainer.evaluate.chance import METRICS_VERSION
 from controlbooth.trainer.evaluate.convergence import (
     FIGURES,
-    Convergence,
     as_tree,
-    describe,
     find_convergence,
     validation_curve,
 )
 from controlbooth.trainer.evaluate.distribution import Measures, measure_sets, open_measures
 from controlbooth.trainer.evaluate.encoders import encoder_folders
 from controlbooth.trainer.evaluate.extract import extractor, fidelity, what_is_missing
+from controlbooth.trainer.evaluate.figures import table
 from controlbooth.trainer.evaluate.grids import draw_grid
 from controlbooth.trainer.evaluate.held_out import AT_ONCE, EDGE_KINDS, HeldOutSet, load_held_out, scenes_of
 from controlbooth.trainer.evaluate.judge import load_judge, obedience_by_picture, read
@@ -511,49 +510,6 @@ def write(
         ("evaluation.json", json.dumps(result, indent=2)),
     ):
         write_whole(out / name, text.encode())
-
-
-def table(result: dict[str, Any]) -> str:
-    """For people."""
-    names = list(dict.fromkeys(name for own in result["figures"].values() for name in own))
-    width = max(map(len, result["figures"])) + 2
-    heads = [title(name) for name in names]
-    step = "" if result["step"] is None else f", step {result['step']}"
-    sampler = result["sampler"]
-    lines = [
-        f"{result['samples']} held-out conditions{step}; {sampler['scheduler']}, {sampler['steps']} steps, guidance "
-        f"{sampler['guidance']:g}; means with 95 % intervals",
-        " " * width + "".join(f"{head:>20}" for head in heads),
-    ]
-    for way, own in result["figures"].items():
-        cells = [cell(own[name]) if name in own else "-" for name in names]
-        lines.append(way.ljust(width) + "".join(f"{one:>20}" for one in cells))
-    for name, one in result["sets"].items():
-        values = ", ".join(f"{way} {value:.4f}" for way, value in one["values"].items())
-        note = one.get("note", "")
-        lines.append(f"{name}: " + (f"{values} ({note})" if values and note else values or note))
-    if result["curve"]:
-        found = result["convergence"]
-        lines.append("over the steps: " + ", ".join(f"{step}: {value:.2f}" for step, value in result["curve"].items()))
-        lines.append(describe(Convergence(**found) if found else None, list(map(int, result["curve"]))))
-    speed = result["speed"]
-    if speed["drawn"]:
-        rate = (
-            f"{speed['drawn']} pictures in {speed['seconds']:.1f} s, {speed['drawn'] / speed['seconds']:.1f} a second"
-        )
-        lines.append(f"{rate}, on {speed['ranks']} rank{'s' * (speed['ranks'] > 1)}")
-    return "\n".join(lines)
-
-
-def title(name: str) -> str:
-    """A figure's name for people."""
-    return name.removeprefix("says_").replace("_", " ")
-
-
-def cell(figure: dict[str, float]) -> str:
-    if "low" not in figure:
-        return f"{figure['mean']:.3f}"
-    return f"{figure['mean']:.3f} ({figure['low']:.2f}-{figure['high']:.2f})"
 
 
 if __name__ == "__main__":

@@ -8,12 +8,13 @@ import numpy as np
 
 from controlbooth.data.conditions import CONDITIONS
 from controlbooth.data.networks import NETWORKS, open_network
+from controlbooth.data.sources import SEGMENTATION_STEP
 from controlbooth.trainer.evaluate import reader
 from controlbooth.trainer.evaluate.chance import strangers
-from controlbooth.trainer.evaluate.control import edge_agreement, edge_map, mask_agreement, object_mask
+from controlbooth.trainer.evaluate.control import edge_f1, edge_map, line_map, mask_iou, object_mask
 from controlbooth.trainer.evaluate.convergence import FIGURES
 from controlbooth.trainer.evaluate.held_out import HeldOutSet, scenes_of
-from controlbooth.trainer.evaluate.kinds import AGREEMENT
+from controlbooth.trainer.evaluate.kinds import AGREEMENT, prepared
 
 Extract = Callable[[np.ndarray], np.ndarray]
 """(H, W, 3) uint8 -> a condition picture of the given kind, (H, W) or (H, W, 3) uint8."""
@@ -34,7 +35,9 @@ def extractor(held: HeldOutSet, networks: Mapping[str, str], device: str) -> Ext
         return CONDITIONS[kind]
     if kind in reader.KINDS and held.targets.shape[1:3] == (reader.SIDE, reader.SIDE) and scenes_of(held):
         network = reader.load_reader()
-        return lambda image: reader.read(network, kind, image[None])[0]
+        # Shards hold the classes of scenes so many levels apart that they can be told by eye.
+        step = SEGMENTATION_STEP if kind == "segmentation" else 1
+        return lambda image: reader.read(network, kind, image[None])[0] * np.uint8(step)
     return None
 
 
@@ -51,9 +54,12 @@ class Fidelity(NamedTuple):
 class Comparison(NamedTuple):
     """What is found in a picture, and what it is compared with."""
 
-    find: Extract
+    find: Callable[[np.ndarray], np.ndarray]
+    """(H, W, 3) uint8 -> what `agree` takes."""
     given: np.ndarray
     """(N, ...) uint8, of all samples of the set."""
+    prepare: Callable[[np.ndarray], np.ndarray]
+    """One of them -> what `agree` takes."""
     agree: Callable[[np.ndarray, np.ndarray], dict[str, float]]
     """What was found, and what was given -> figures by name."""
 
@@ -62,18 +68,19 @@ def comparisons(held: HeldOutSet, extract: Extract | None) -> list[Comparison]:
     """All that can be told of pictures made under these conditions: edges, masks, and the trained kind's own."""
     found = []
     if held.edges is not None:
-        found.append(Comparison(edge_map, held.edges, edge_agreement))
+        found.append(Comparison(edge_map, held.edges, line_map, lambda own, given: {"edge_f1": edge_f1(own, given)}))
     if held.segmentation is not None:
-        found.append(Comparison(object_mask, held.segmentation, mask_agreement))
+        masks = held.segmentation > 0
+        found.append(Comparison(object_mask, masks, np.asarray, lambda own, given: {"mask_iou": mask_iou(own, given)}))
     if extract is not None:
-        found.append(Comparison(extract, held.conditions, partial(agreement, held.kind)))
+        kind, agree = held.kind, AGREEMENT[held.kind]
+
+        def compare(own: np.ndarray, given: np.ndarray) -> dict[str, float]:
+            return agree(own, given if own.ndim == given.ndim else given[..., 0])
+
+        prepare = partial(prepared, kind)
+        found.append(Comparison(lambda image: prepare(extract(image)), held.conditions, prepare, compare))
     return found
-
-
-def agreement(kind: str, found: np.ndarray, given: np.ndarray) -> dict[str, float]:
-    """By the kind's own figures. found: (H, W) or (H, W, 3) uint8; given: (H, W, 3) uint8, of equal channels where the
-    kind has one."""
-    return AGREEMENT[kind](found, given if found.ndim == 3 else given[..., 0])
 
 
 def fidelity(images: np.ndarray, held: HeldOutSet, rows: Sequence[int], extract: Extract | None) -> Fidelity:
@@ -86,12 +93,13 @@ def fidelity(images: np.ndarray, held: HeldOutSet, rows: Sequence[int], extract:
     others = strangers(len(held.keys))
     values: dict[str, list[float]] = {}
     chances: dict[str, list[float]] = {}
-    for find, given, agree in comparisons(held, extract):
+    for find, given, prepare, agree in comparisons(held, extract):
+        asked = {row: prepare(given[row]) for row in {*rows, *others[list(rows)].ravel().tolist()}}
         for image, row in zip(images, rows, strict=True):
             seen = find(np.ascontiguousarray(image))
-            for name, value in agree(seen, given[row]).items():
+            for name, value in agree(seen, asked[row]).items():
                 values.setdefault(name, []).append(value)
-            by_chance = [agree(seen, given[other]) for other in others[row]]
+            by_chance = [agree(seen, asked[other]) for other in others[row].tolist()]
             for name in by_chance[0] if by_chance else ():
                 chances.setdefault(name, []).append(float(np.mean([one[name] for one in by_chance])))
     return Fidelity(*({name: np.array(one) for name, one in part.items()} for part in (values, chances)))

@@ -11,7 +11,7 @@ import numpy as np
 
 from controlbooth.data.networks import rainbow
 from controlbooth.data.scenes import LANDMARK_COLOURS
-from controlbooth.trainer.evaluate.control import edge_f1
+from controlbooth.trainer.evaluate.control import above_chance, edge_f1, line_map
 
 POINT_COLOURS = (*LANDMARK_COLOURS, *(rainbow(place) for place in range(18)))
 """Of the dots that stand for key points: those of scenes, and OpenPose's."""
@@ -20,33 +20,48 @@ NEAR = 0.05
 FALLOFF = 0.1
 """OKS: the distance, as a share of the square root of the points' bounding box, at which a point counts exp(-1/2)."""
 LOWER_IS_BETTER = ("depth_rmse", "normals_angle", "soft_rmse")
+LINE_KINDS = ("lines", "lineart", "scribble")
+"""Compared as lines one pixel wide, however thick they are drawn."""
 
 
 def segmentation_miou(found: np.ndarray, given: np.ndarray) -> float:
-    """Mean, over the classes in `given`, of the intersection over union, in [0, 1].
+    """Mean, over the classes in `given`, of the intersection over union above chance, in [0, 1].
 
-    (H, W) labels or (H, W, 3) colours, uint8; both of the same kind.
+    (H, W) labels or (H, W, 3) colours, uint8; both of the same kind. Two maps that know nothing of each other, one with
+    a share a of its pixels in a class and the other with a share b, have an IoU of a b / (a + b - a b) in the mean:
+    of a large background that is nearly 1, so it is taken off each class by `above_chance`. A picture of one class
+    alone has nothing to be placed, and scores 0.
     """
     found, given = _labels(found), _labels(given)
-    overlaps = [
-        np.logical_and(found == label, given == label).sum() / np.logical_or(found == label, given == label).sum()
-        for label in np.unique(given)
-    ]
-    return float(np.mean(overlaps))
+    adjusted = []
+    for label in np.unique(given):
+        ours, truth = found == label, given == label
+        iou = np.logical_and(ours, truth).sum() / np.logical_or(ours, truth).sum()
+        a, b = ours.mean(), truth.mean()
+        adjusted.append(above_chance(float(iou), float(a * b / (a + b - a * b))))
+    return float(np.mean(adjusted))
 
 
 def depth_agreement(found: np.ndarray, given: np.ndarray) -> tuple[float, float]:
-    """(scale-invariant RMSE, share of pixels with a ratio below 1.25) of inverse depths, (H, W) uint8 each.
+    """(scale-invariant RMSE, share of pixels with a ratio below 1.25, above chance) of inverse depths, (H, W) uint8.
 
     Depth from one picture is known up to a scale and a shift, so `found` is first brought to `given` by least squares
-    (arXiv 1907.01341, section 5). The error is in units of 255; the ratio is the delta of arXiv 1406.2283.
+    (arXiv 1907.01341, section 5), and near stays near: where a negative scale would be best it is 0. The error is in
+    units of 255. The ratio is the delta of arXiv 1406.2283. Many pixels have it below 1.25 when all depths are the
+    mean, so what one plane without any shape has is taken off by `above_chance`.
     """
     ours, truth = (_gray(one).astype(np.float64).ravel() for one in (found, given))
-    design = np.column_stack([ours, np.ones_like(ours)])
-    aligned = design @ np.linalg.lstsq(design, truth, rcond=None)[0]
+    ours = ours - ours.mean()
+    spread = ours @ ours
+    aligned = truth.mean() + (max(0.0, ours @ truth / spread) if spread else 0.0) * ours
     error = float(np.sqrt(np.mean((aligned - truth) ** 2)) / 255.0)
-    high, low = np.maximum(aligned, truth), np.minimum(aligned, truth)
-    return error, float(np.mean(high < 1.25 * np.maximum(low, 1.0)))
+    plane = np.full_like(truth, truth.mean())
+    return error, above_chance(_share_within(aligned, truth), _share_within(plane, truth))
+
+
+def _share_within(ours: np.ndarray, truth: np.ndarray, ratio: float = 1.25) -> float:
+    high, low = np.maximum(ours, truth), np.minimum(ours, truth)
+    return float(np.mean(high < ratio * np.maximum(low, 1.0)))
 
 
 def normals_angle(found: np.ndarray, given: np.ndarray) -> float:
@@ -71,7 +86,7 @@ def points_of(picture: np.ndarray) -> dict[int, np.ndarray]:
 
 
 def pose_agreement(found: np.ndarray, given: np.ndarray) -> tuple[float, float]:
-    """(PCK, OKS), both in [0, 1], of drawn poses, (H, W, 3) uint8 each; 1 where none is given and none is found.
+    """(PCK, OKS), both in [0, 1], of drawn poses, (H, W, 3) uint8 each; 0 where none is given, which asks for nothing.
 
     PCK: share of the given points that have a found one of their kind within NEAR of the shorter side. OKS: mean of
     exp(-d^2 / (2 s^2 k^2)) with d the distance to the nearest found one, s^2 the area of the box around all given
@@ -79,7 +94,7 @@ def pose_agreement(found: np.ndarray, given: np.ndarray) -> tuple[float, float]:
     """
     ours, truth = points_of(found), points_of(given)
     if not truth:
-        return float(not ours), float(not ours)
+        return 0.0, 0.0
     everything = np.concatenate(list(truth.values()))
     width, height = np.maximum(np.ptp(everything, axis=0), 1.0)
     near = NEAR * min(given.shape[:2])
@@ -99,7 +114,8 @@ def soft_rmse(found: np.ndarray, given: np.ndarray) -> float:
 
 
 def _lines(found: np.ndarray, given: np.ndarray) -> dict[str, float]:
-    return {"line_f1": edge_f1(_gray(found) > 127, _gray(given) > 127)}
+    """found, given: (H, W) bool, as `control.line_map` makes them."""
+    return {"line_f1": edge_f1(found, given)}
 
 
 def _depth(found: np.ndarray, given: np.ndarray) -> dict[str, float]:
@@ -129,7 +145,13 @@ AGREEMENT: dict[str, Callable[[np.ndarray, np.ndarray], dict[str, float]]] = {
     "gray": _soft,
     "blur": _soft,
 }
-"""Kind of condition -> figures by name, of one picture; both are condition pictures of the same format."""
+"""Kind of condition -> figures by name, of one picture; both are condition pictures of the same format, as `prepared`
+returns them."""
+
+
+def prepared(kind: str, picture: np.ndarray) -> np.ndarray:
+    """What of a condition picture is compared: the middle of its lines, or all of it."""
+    return line_map(_gray(picture)) if kind in LINE_KINDS else picture
 
 
 def _gray(picture: np.ndarray) -> np.ndarray:

@@ -62,14 +62,15 @@ def share_difference(
     ratio = np.divide(means[:, 0], means[:, 1], where=known, out=np.zeros(len(means)))
     ratio -= np.divide(means[:, 2], means[:, 3], where=known, out=np.zeros(len(means)))
     mean = gained_b.mean() / possible_b.mean() - gained_a.mean() / possible_a.mean()
-    return dict(mean=float(mean)) | ends(ratio, known, level)
+    interval = ends(ratio, known, level)
+    return dict(mean=float(mean)) | interval if np.isfinite([*interval.values()]).all() else dict(NOTHING_TOLD)
 
 
 def tells(chances: np.ndarray, reals: np.ndarray, level: float = LEVEL, lower_is_better: bool = False) -> bool:
     """Whether the figure can tell anything on these samples: real pictures are better than chance, and the whole
     paired bootstrap interval of their difference says so. chances, reals: (N,) float."""
-    difference = mean_and_interval((chances - reals) if lower_is_better else (reals - chances), level)
-    return difference["low"] > 0.0
+    means = resampled_means((chances - reals) if lower_is_better else (reals - chances))
+    return bool(np.quantile(means, tails(level)[0], method="lower") > 0.0)
 
 
 def ends_of_ratio(gained: np.ndarray, possible: np.ndarray, level: float) -> dict[str, float]:
