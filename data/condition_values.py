@@ -31,25 +31,31 @@ class ConditionValues:
         """Raises OSError where shards cannot be read; samples that are bad are passed over."""
         with self._lock:
             if self._found is None:
-                self._found = common_values(map(values_of, self._some_pictures()))
+                self._found = common_values(
+                    map(values_of, some_conditions(self._dataset, self._kind, LOOKED_AT, self._closing))
+                )
             return self._found
 
-    def _some_pictures(self) -> Iterator[np.ndarray]:
-        counts = self._dataset.samples_per_shard(self._kind)
-        ends, total = np.cumsum(counts), int(counts.sum())
-        reader = ShardReader(self._dataset, self._kind, most_open=1, pictures=False)
-        reader.closing = self._closing or reader.closing
-        try:
-            for number in np.unique(np.arange(LOOKED_AT) * total // LOOKED_AT).tolist() if total else ():
-                shard = int(np.searchsorted(ends, number, side="right"))
-                try:
-                    sample = reader.read(shard, number - int(ends[shard] - counts[shard]))
-                    assert sample.condition is not None
-                    yield decode_image(sample.condition, sample.key, sample.condition_extension, background=0)
-                except BadSample:
-                    continue
-        finally:
-            reader.close()
+
+def some_conditions(
+    dataset: Dataset, kind: str | None, count: int, closing: Event | None = None
+) -> Iterator[np.ndarray]:
+    """Decoded conditions of a kind that shards hold, `count` at even distances, or all; bad samples are passed over."""
+    counts = dataset.samples_per_shard(kind)
+    ends, total = np.cumsum(counts), int(counts.sum())
+    reader = ShardReader(dataset, kind, most_open=1, pictures=False)
+    reader.closing = closing or reader.closing
+    try:
+        for number in np.unique(np.arange(count) * total // count).tolist() if total else ():
+            shard = int(np.searchsorted(ends, number, side="right"))
+            try:
+                sample = reader.read(shard, number - int(ends[shard] - counts[shard]))
+                assert sample.condition is not None
+                yield decode_image(sample.condition, sample.key, sample.condition_extension, background=0)
+            except BadSample:
+                continue
+    finally:
+        reader.close()
 
 
 def common_values(found: Iterable[Values]) -> Values:

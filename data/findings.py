@@ -16,6 +16,7 @@ MEANINGS = {
     "frame": "condition and target have different aspect ratios; training would replace it",
     "unpaired": "the condition's edges agree with the target's no better than those of another picture's condition",
     "pairing": "the conditions of a kind do not agree with their targets at all",
+    "shrunk lines": "lines that were packed larger than they are read run into each other",
     "blank condition": "the condition shows nothing",
     "blank image": "the target has one colour",
     "small": "the target has fewer pixels than asked for",

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from controlbooth.data.arguments import file_to_write, whole_number
+from controlbooth.data.condition_sizes import shrunk_lines
 from controlbooth.data.decode import BadSample
 from controlbooth.data.findings import MEANINGS, Finding, find
 from controlbooth.data.index import usable_cpus
@@ -22,6 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     kinds = sorted({kind for row in dataset.rows for kind in row.conditions})
     scanned = scan(dataset, kinds, arguments.decode, arguments.workers)
     findings = find(dataset, scanned, arguments.min_side)
+    if arguments.resolution is not None:
+        told = [(kind, shrunk_lines(dataset, kind, arguments.resolution)) for kind in kinds]
+        findings += [Finding("shrunk lines", (), str(lines), kind) for kind, lines in told if lines is not None]
     samples = len(scanned.digests)
     looked_at = "captions, bytes and headers" if not arguments.decode else "captions, bytes and pixels"
     print(f"{dataset.location}: {samples} usable samples in {len(dataset.rows)} shards; looked at {looked_at}")
@@ -68,13 +72,16 @@ def _parser() -> argparse.ArgumentParser:
         description="Look for samples that spoil a training: copies, conditions of other pictures, broken, blank and "
         "small pictures, empty captions. Status 1 when there are any.",
         epilog="examples:\n  controlbooth data lint shards/train\n"
-        "  controlbooth data lint shards/train --decode --min-side 512 --report report.html",
+        "  controlbooth data lint shards/train --decode --min-side 512 --resolution 512 --report report.html",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("shards", help="a manifest, a folder, a tar, a glob or a {000..009} range")
     parser.add_argument("--decode", action="store_true", help="decode all pictures and look at them too")
     parser.add_argument(
         "--min-side", type=whole_number(), default=64, help="shorter sides than this are small (default: 64)"
+    )
+    parser.add_argument(
+        "--resolution", type=whole_number(), help="data.resolution of the run: tells of lines that do not survive it"
     )
     parser.add_argument("--report", type=file_to_write, help="write an HTML page with pictures of what was found")
     parser.add_argument("--workers", type=whole_number(), default=usable_cpus(), help="processes (default: the CPUs)")

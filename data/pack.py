@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from controlbooth.data import manifest
 from controlbooth.data.arguments import folder_to_write, seed_number, whole_number
+from controlbooth.data.condition_sizes import where_exact
 from controlbooth.data.conditions import CONDITIONS
 from controlbooth.data.decode import BadSample, decode_image, keep_freed_memory, same_frame, to_rgb
 from controlbooth.data.draws import content_hash
@@ -247,6 +248,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     samples = sum(row.samples for row in dataset.rows)
     left_out = f", {len(bad)} left out" if bad else ""
     print(f"{arguments.out}: {samples} samples in {len(dataset.rows)} shards{left_out} ({dataset.fingerprint})")
+    for kind in sorted({kind for row in dataset.rows for kind in row.conditions}):
+        if (told := where_exact(dataset, kind)) is not None:
+            print(told)
     return 0
 
 

@@ -114,6 +114,7 @@ def open_folder(root: Path, kinds: Sequence[str], caption_template: str | None) 
     stored = sorted(path.name for path in condition_root.iterdir() if path.is_dir()) if condition_root.is_dir() else []
     kinds = tuple(kinds) or tuple(stored)
     computed = computed_kinds(kinds, stored, f"there is no folder {condition_root}/")
+    _refuse_listed_conditions(root, image_root, condition_root)
     images = _images_by_name(image_root, skip=condition_root)
     if not images:
         raise ValueError(f"no images ({', '.join(IMAGE_SUFFIXES)}) below {image_root}")
@@ -150,8 +151,7 @@ def _folder_captions(
     """{image name: caption, or None where a .txt has it}."""
     if template is not None:
         return {name: _fill_template(template, path) for name, path in images.items()}
-    places = [folder / name for folder in dict.fromkeys((root, image_root)) for name in CAPTION_TABLES]
-    tables = [path for path in places if path.exists()]
+    tables = _caption_tables(root, image_root)
     if len(tables) > 1:
         raise ValueError(f"{', '.join(map(str, tables))} all hold captions: keep one of them")
     listed = _caption_table(tables[0]) if tables else {}
@@ -166,6 +166,35 @@ def _folder_captions(
     return captions
 
 
+def _caption_tables(root: Path, image_root: Path) -> list[Path]:
+    places = [folder / name for folder in dict.fromkeys((root, image_root)) for name in CAPTION_TABLES]
+    return [path for path in places if path.exists()]
+
+
+def _refuse_listed_conditions(root: Path, image_root: Path, condition_root: Path) -> None:
+    """Raises ValueError where a table of captions names more pictures than its targets: conditions, as in the image
+    folders of `datasets`, which would be left out without a word."""
+    for table in _caption_tables(root, image_root):
+        rows = text_rows(str(table))
+        image, caption = _table_columns(rows)
+        for column, value in (rows[0] if rows else {}).items():
+            named = table.parent / value if isinstance(value, str) and value else None
+            if (
+                image in (None, column)
+                or named is None
+                or named.suffix.lower() not in IMAGE_SUFFIXES
+                or not named.is_file()
+            ):
+                continue
+            if not named.is_relative_to(condition_root):
+                raise ValueError(
+                    f"{table} names a second picture of each sample in its column {column!r}, which would be left out. "
+                    f"Pack the table, as a condition of the kind that it is: controlbooth data pack '{table}' "
+                    f"--image-column {image} --caption-column {caption or 'COLUMN'} --condition KIND={column} "
+                    "(without the last to leave it out)"
+                )
+
+
 def _fill_template(template: str, path: Path) -> str:
     try:
         return template.format(folder=path.parent.name.replace("_", " "), name=path.stem.replace("_", " "))
@@ -176,12 +205,18 @@ def _fill_template(template: str, path: Path) -> str:
 def _caption_table(path: Path) -> dict[str, str]:
     """{file name: caption} from columns image or file_name, and caption or text."""
     rows = text_rows(str(path))
-    columns = rows[0].keys() if rows else []
-    image = next((name for name in ("image", "file_name") if name in columns), None)
-    caption = next((name for name in ("caption", "text") if name in columns), None)
+    image, caption = _table_columns(rows)
     if image is None or caption is None:
-        raise ValueError(f"{path} has columns {', '.join(columns)}; it needs image and caption (or file_name and text)")
+        columns = ", ".join(rows[0] if rows else ())
+        raise ValueError(f"{path} has columns {columns}; it needs image and caption (or file_name and text)")
     return {row[image]: row[caption] for row in rows if row.get(image) and row.get(caption)}
+
+
+def _table_columns(rows: Sequence[Mapping[str, Any]]) -> tuple[str | None, str | None]:
+    """The names of the columns of images and of captions."""
+    columns = rows[0].keys() if rows else ()
+    image = next((name for name in ("image", "file_name") if name in columns), None)
+    return image, next((name for name in ("caption", "text") if name in columns), None)
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from controlbooth.trainer.config import (
     gradient_accumulation_steps,
     load_config,
     run_folder,
+    sources,
     tracking_uri,
 )
 
@@ -71,6 +72,7 @@ def train(run_file: str, overrides: Sequence[str] = (), processes: int | None = 
     print(plan(config, node), flush=True)
     start = start_of(node, run_file, overrides, config.name)
     if dry_run:
+        warn_of_shrunk_lines(config)
         print(f"command    {start}")
         return 0
     began, killed = time.time(), out_of_memory_kills()
@@ -84,6 +86,18 @@ def train(run_file: str, overrides: Sequence[str] = (), processes: int | None = 
         ):
             print(f"controlbooth train: {reason}", file=sys.stderr)
     return status
+
+
+def warn_of_shrunk_lines(config: RunConfig) -> None:
+    """What the start says of lines that were packed much larger than they are read; of shards that are indexed."""
+    from controlbooth.data.condition_sizes import warnings  # imports numpy and OpenCV: not for every start
+
+    data, shards = config.data, [source.shards for source in sources(config)]
+    try:
+        for warning in warnings(shards, data.condition, data.resolution):
+            print(f"controlbooth train: warning: {warning}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"controlbooth train: conditions were not looked at: {error}", file=sys.stderr)
 
 
 def is_finished(folder: Path, since: float) -> bool:

@@ -31,6 +31,7 @@ from tqdm import tqdm
 from controlbooth.data.buckets import Buckets
 from controlbooth.data.cache import Cache
 from controlbooth.data.columns import Columns, open_columns
+from controlbooth.data.condition_sizes import shrunk_lines
 from controlbooth.data.loader import Loader, StepBatch
 from controlbooth.data.manifest import Dataset, join_datasets, open_dataset, same_place
 from controlbooth.data.plan import continued_history, order_state, plan_order, resume_position, source_weights
@@ -480,6 +481,8 @@ def open_data(config: RunConfig, world: World) -> tuple[Dataset, HeldOutSet | No
                 open_dataset(location, index_missing=True)
     barrier()
     dataset = join_datasets([open_dataset(location) for location in locations])
+    if world.rank == 0 and (lines := shrunk_lines(dataset, config.data.condition, config.data.resolution)):
+        say(world, f"warning: {lines}")
     if not config.data.held_out:
         return dataset, None
     held_out = open_dataset(config.data.held_out)

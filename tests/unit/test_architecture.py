@@ -14,6 +14,7 @@ MAY_IMPORT = {  # folder -> what it may import besides itself
     "trainer": ("controlbooth.data", "controlbooth.models"),
     "launch": (
         "controlbooth.data.arguments",
+        "controlbooth.data.condition_sizes",
         "controlbooth.trainer.config",
         "controlbooth.trainer.file_kinds",
         "controlbooth.trainer.mlflow_address",

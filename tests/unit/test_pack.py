@@ -2,6 +2,7 @@ import csv
 import errno
 import json
 import os
+import shlex
 import shutil
 from pathlib import Path
 
@@ -455,3 +456,16 @@ def test_black_and_white_pictures_are_stored_with_one_bit_a_pixel_and_come_back_
     assert np.array_equal(decode_image(data, "k", kind), pixels)
     by_webdataset = webdataset.autodecode.imagehandler("rgb8")("x.png", data)
     assert np.array_equal(by_webdataset, cv2.merge([pixels] * 3) if pixels.ndim == 2 else pixels)
+
+
+def test_a_table_that_names_conditions_too_is_refused_with_the_command_that_packs_them(tmp_path, capsys):
+    for place in ("images", "conditioning_images"):
+        (tmp_path / place).mkdir()
+        cv2.imwrite(str(tmp_path / place / "0.png"), np.full((8, 8, 3), 90, np.uint8))
+    row = {"file_name": "images/0.png", "conditioning_image": "conditioning_images/0.png", "text": "gray"}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match="names a second picture .* 'conditioning_image'") as refused:
+        main([str(tmp_path), "-o", str(tmp_path / "shards")])
+    command = str(refused.value).split("controlbooth data pack ")[1].split(" (without")[0].replace("KIND", "outline")
+    assert main([*shlex.split(command), "-o", str(tmp_path / "shards")]) == 0
+    assert open_dataset(tmp_path / "shards").rows[0].conditions == {"outline": 1}
