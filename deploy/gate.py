@@ -7,7 +7,8 @@ from controlbooth.deploy.policy import Gate
 from controlbooth.trainer.config import ConfigError
 
 Figure = Mapping[str, float]
-"""Of one metric: a (the champion's mean), b (the challenger's), difference_mean, _low and _high of b - a, samples."""
+"""Of one metric: a (the champion's mean), b (the challenger's), difference_mean, _low and _high of b - a, samples; of a
+figure of control also chance_a and chance_b, what the pictures of each score under the conditions of other samples."""
 
 
 @dataclass(frozen=True)
@@ -40,5 +41,7 @@ def judge(gate: Gate, differences: Mapping[str, Figure], lower_is_better: tuple[
             f"{metric} {one['a']:.3f} -> {one['b']:.3f}, {one['difference_mean']:+.3f} "
             f"({one['difference_low']:+.3f} to {one['difference_high']:+.3f})"
         )
+        if "chance_b" in one:
+            text += f", chance {one['chance_a']:.3f} -> {one['chance_b']:.3f}"
         (held if holds else broken).append(f"{text}, {'clears' if holds else 'misses'} {what} of {needed:+g}")
     return Verdict(not broken, "; ".join(broken + held))

@@ -12,6 +12,7 @@ import numpy as np
 from controlbooth.deploy.lease import Holding
 from controlbooth.deploy.rounds import CLI
 from controlbooth.trainer.config import ConfigError
+from controlbooth.trainer.evaluate.chance import METRICS_VERSION
 
 KEPT = ("samples.jsonl", "evaluation.png", "evaluation.json")
 """Of an evaluation. The last one is written last, and says that the others are there."""
@@ -34,7 +35,9 @@ def measure(folder: Path, run: Path, step: int, digest: str, asked: Question, ho
 
     digest: of the checkpoint's weights. Raises ConfigError where it cannot be measured, and LeaseLost.
     """
+    # One that was measured by other definitions has another name, and is not taken for this one.
     key = f"{digest[:12]}-{asked.fingerprint[:12]}-{asked.samples}-{asked.sampling_steps}-{asked.guidance_scale:g}"
+    key += f"-metrics{METRICS_VERSION}"
     where, drawing = folder / "evaluations" / key, folder / "evaluations" / "drawing"
     if (where / KEPT[-1]).is_file():
         return where
@@ -71,28 +74,48 @@ def differences(champion: Path | None, challenger: Path, level: float) -> dict[s
     champion: None compares with the base alone, drawn from the same noise without control.
     """
     from controlbooth.trainer.evaluate.compare import compare, read_evaluation  # torch, for this rare moment
-    from controlbooth.trainer.evaluate.evaluate import WITH, WITHOUT
+    from controlbooth.trainer.evaluate.evaluate import REAL, WITH, WITHOUT
 
     tree, rows = read_evaluation(challenger)
-    ours = {key: row for key, row in rows.items() if key[0] == WITH}
+    ours = {key: row for key, row in rows.items() if key[0] in (WITH, REAL)}
     if champion is None:
-        theirs = tree, {(WITH, key): row for (way, key), row in rows.items() if way == WITHOUT}
+        drawn = {(WITH, key): row for (way, key), row in rows.items() if way == WITHOUT}
+        theirs = tree, drawn | {key: row for key, row in rows.items() if key[0] == REAL}
     else:
         theirs = read_evaluation(champion)
-        theirs = theirs[0], {key: row for key, row in theirs[1].items() if key[0] == WITH}
+        theirs = theirs[0], {key: row for key, row in theirs[1].items() if key[0] in (WITH, REAL)}
     return compare(theirs, (tree, ours), level)[WITH]
 
 
 def values(evaluation: Path, metric: str) -> np.ndarray:
-    """(N,) float64: a figure of each picture with control. Raises ConfigError where it was not measured."""
-    from controlbooth.trainer.evaluate.compare import read_evaluation
-    from controlbooth.trainer.evaluate.evaluate import WITH
+    """(N,) float64: a figure of each picture with control, or what each adds to the share of what is possible.
 
-    rows: list[Mapping[str, Any]] = [row for (way, _), row in read_evaluation(evaluation)[1].items() if way == WITH]
-    if metric not in rows[0]:
-        known = ", ".join(name for name, value in rows[0].items() if isinstance(value, float))
-        raise ConfigError(f"drift asks for {metric!r}, which was not measured; there are: {known}. Correct the policy")
-    return np.array([row[metric] for row in rows])
+    metric: such as edge_f1, or edge_f1_share. Raises ConfigError where it was not measured, or a share cannot be told.
+    """
+    from controlbooth.trainer.evaluate.compare import read_evaluation
+    from controlbooth.trainer.evaluate.evaluate import REAL, WITH
+    from controlbooth.trainer.evaluate.statistics import per_picture, tells
+
+    figures = read_evaluation(evaluation)[1]
+    rows: list[Mapping[str, Any]] = [row for (way, _), row in figures.items() if way == WITH]
+    reals: list[Mapping[str, Any]] = [figures[REAL, place] for way, place in figures if way == WITH]
+    known = [name for name, value in rows[0].items() if isinstance(value, float)]
+    if metric in known:
+        return np.array([row[metric] for row in rows])
+    name = metric.removesuffix("_share")
+    if name == metric or name not in rows[0]["chance"]:
+        known += [f"{name}_share" for name in rows[0]["chance"]]
+        raise ConfigError(
+            f"drift asks for {metric!r}, which was not measured; there are: {', '.join(known)}. Correct the policy"
+        )
+    chances = np.array([row["chance"][name] for row in rows])
+    best = np.array([row[name] for row in reals])
+    if not tells(chances, best, lower_is_better=name in lower_is_better()):
+        raise ConfigError(
+            f"drift asks for {metric!r}, and in {evaluation} real pictures are not certainly better than chance by "
+            f"{name}: measure more samples, or another figure"
+        )
+    return per_picture(np.array([row[name] for row in rows]), chances, best)
 
 
 def lower_is_better() -> tuple[str, ...]:

@@ -76,7 +76,8 @@ class Drift(Section):
     data: str
     """Labelled shards of what comes in now. They are looked at again whenever they have changed."""
     metric: str
-    """A figure of `controlbooth evaluate`, with control, such as edge_f1."""
+    """A figure of `controlbooth evaluate`, with control, such as edge_f1; or edge_f1_share, as in the gate, which falls
+    no more than control does where fresh conditions are denser or sparser."""
     margin: float = Field(ge=0.0)
     """The champion is worse here than on the frozen set by at least this, and certainly so at the gate's confidence."""
     samples: int = Field(default=64, gt=1)
@@ -112,14 +113,18 @@ class Evaluation(Section):
 
 class Gate(Section):
     metric: str
-    """A figure of `controlbooth evaluate`, with control, such as edge_f1."""
+    """A figure of `controlbooth evaluate`, with control, such as edge_f1. NAME_share is the share of what is possible
+    by a figure of control, such as edge_f1_share: (value - chance) / (real pictures - chance), where chance is what the
+    same pictures score under the conditions of other samples. A margin of 0.05 asks for 5 % more of it, whatever the
+    figure; without a champion it is the share that the challenger has more than the base alone, which has about 0."""
     margin: float = 0.0
     """The challenger's gain must certainly be at least this: the lower end of the interval of the paired differences.
     A negative margin takes a challenger that is certainly not much worse."""
     confidence: float = Field(default=0.95, gt=0.5, lt=1.0)
     """Of the bootstrap intervals."""
     no_regression: dict[str, float] = {}
-    """Other figures, and how much of each may be lost: a larger loss must be ruled out by the interval's lower end."""
+    """Other figures or shares, and how much of each may be lost: a larger loss must be ruled out by the interval's
+    lower end."""
 
     @field_validator("no_regression")
     @classmethod

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from controlbooth.data.conditions import CONDITIONS
 from controlbooth.data.scenes import HELD_OUT_SEED, render, scene
+from controlbooth.trainer.evaluate.ablations import describe_table, means
 from controlbooth.trainer.evaluate.chance import STRANGERS, strangers
 from controlbooth.trainer.evaluate.evaluate import noise_pictures
 from controlbooth.trainer.evaluate.extract import fidelity
@@ -94,6 +95,21 @@ def test_a_validation_has_chance_and_share_with_its_interval_beside_each_figure(
     shown = told(figures | {"fixed_noise_loss": 0.25})
     assert shown.startswith(f"edge_f1 {figures['edge_f1']:.3f} (chance {figures['edge_f1_chance']:.3f}, 100% of what")
     assert shown.endswith("fixed_noise_loss 0.250") and "share" not in shown and "real" not in shown
+
+
+def test_an_ablation_shows_chance_and_share_in_blocks_of_their_own():
+    held = scenes_held_out(8)
+    real = fidelity(held.targets, held, range(8), None)
+    rows = [
+        dict(variant=variant, seed=None, prompt="none") | means(images, held, None, real)
+        for variant, images in (("noise", noise_pictures(range(8), (64, 64))), ("real pictures", held.targets))
+    ]
+    assert rows[1]["edge_f1_share"] == rows[1]["mask_iou_share"] == 1.0
+    assert rows[0]["edge_f1"] == pytest.approx(rows[0]["edge_f1_chance"], abs=0.03)
+    shown = describe_table(rows).splitlines()
+    assert [line.split("  ")[0] for line in shown[::3]] == [
+        f"{name}{end}" for name in ("edge f1", "mask iou") for end in ("", " chance", " share")
+    ]
 
 
 def test_a_share_is_0_at_chance_1_for_real_pictures_and_negative_below_chance():

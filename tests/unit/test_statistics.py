@@ -24,8 +24,8 @@ def test_the_interval_is_the_same_each_time_and_shrinks_with_more_samples():
     assert many["high"] - many["low"] < (few["high"] - few["low"]) / 2
 
 
-def evaluation(folder, values, **others):
-    """The files of an evaluation with one figure."""
+def evaluation(folder, values, chances=None, **others):
+    """The files of an evaluation with one figure; real pictures, if chances are given, all have .9 of it."""
     (folder / "evaluation").mkdir(parents=True)
     facts = dict(data="held", data_fingerprint="f" * 32, base="miniature", base_digest="b" * 64, condition="edges")
     facts |= dict(where=str(folder), resolution=64, networks={}, sampler=dict(steps=10), metrics_version=2) | others
@@ -33,7 +33,9 @@ def evaluation(folder, values, **others):
     rows = [
         dict(way="with control", row=i, key="00000000", place=[i // 2, i % 2], caption="") for i in range(len(values))
     ]
-    rows = [row | dict(edge_f1=float(value)) for row, value in zip(rows, values, strict=True)]
+    told = [{} for _ in rows] if chances is None else [dict(edge_f1=float(chance)) for chance in chances]
+    reals = [] if chances is None else [row | dict(way="real pictures", edge_f1=0.9, chance={}) for row in rows]
+    rows = [row | dict(edge_f1=float(v), chance=own) for row, v, own in zip(rows, values, told, strict=True)] + reals
     (folder / "evaluation" / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -71,13 +73,38 @@ def test_an_evaluation_that_tells_samples_by_keys_alone_says_what_to_run_again(t
         read_evaluation(a)
 
 
+def test_what_is_gained_of_what_is_possible_stands_beside_what_is_gained(tmp_path):
+    draw = np.random.default_rng(1)
+    hard = draw.uniform(0, 0.1, 40)
+    a = evaluation(tmp_path / "a", 0.2 + hard, chances=0.1 + hard)
+    b = evaluation(tmp_path / "b", 0.6 + hard, chances=0.3 + hard)  # denser pictures, which gain by chance too
+    found = compare(read_evaluation(a), read_evaluation(b))["with control"]
+    assert found["edge_f1"]["difference_mean"] == pytest.approx(0.4)
+    assert found["edge_f1"]["chance_a"] == pytest.approx(0.1 + hard.mean())
+    assert found["edge_f1"]["chance_b"] == pytest.approx(0.3 + hard.mean())
+    share = found["edge_f1_share"]
+    assert share["a"] == pytest.approx(0.1 / (0.8 - hard.mean()))
+    assert share["b"] == pytest.approx(0.3 / (0.6 - hard.mean()))
+    assert share["difference_mean"] == pytest.approx(share["b"] - share["a"])
+    assert share["difference_low"] < share["difference_mean"] < share["difference_high"] < share["b"]
+    shown = table({"with control": found}, tmp_path, tmp_path).splitlines()
+    assert shown[3].startswith("with control, edge f1 ") and shown[4].startswith("with control, edge f1 share ")
+    assert f"{0.1 + hard.mean():.3f}" in shown[3] and shown[-1].startswith("chance: the same pictures under")
+
+
+def test_a_share_that_cannot_be_told_is_not_compared(tmp_path):
+    at_chance = np.random.default_rng(1).uniform(0.8, 1.0, 12)  # real pictures are no better
+    a, b = (evaluation(tmp_path / name, at_chance, chances=at_chance) for name in "ab")
+    assert compare(read_evaluation(a), read_evaluation(b))["with control"].keys() == {"edge_f1"}
+
+
 def test_the_columns_of_a_comparison_stand_under_each_other_however_long_the_names(tmp_path):
     one = dict(a=0.1, b=0.2, difference_mean=0.1, difference_low=0.05, difference_high=0.15, better=1.0)
     figures = {"edge_f1": one, "says_object_colour": one}
     _, _, head, short, long, *_ = table({"with control, no prompt": figures}, tmp_path, tmp_path).splitlines()
     assert short.startswith("with control, no prompt, edge f1 ")
     assert long.startswith("with control, no prompt, object colour  ")
-    assert short[-54:] == long[-54:] and head.index("B - A") + len("B - A") == short.index("+0.100") + len("+0.100")
+    assert short[-70:] == long[-70:] and head.index("B - A") + len("B - A") == short.index("+0.100") + len("+0.100")
 
 
 @pytest.mark.parametrize(

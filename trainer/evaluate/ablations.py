@@ -6,6 +6,7 @@ FOLDER/ablations.json holds every figure, and FOLDER/ablations.png the pictures 
 """
 
 import argparse
+import hashlib
 import json
 import os
 import sys
@@ -28,10 +29,12 @@ from controlbooth.models.pretrained import load_base
 from controlbooth.trainer.checkpoint import complete_checkpoints, read_state
 from controlbooth.trainer.config import ConfigError, RunConfig, base_path, load_config
 from controlbooth.trainer.distributed import World
-from controlbooth.trainer.evaluate.control import control_fidelity
 from controlbooth.trainer.evaluate.convergence import describe, find_convergence, validation_curve
+from controlbooth.trainer.evaluate.extract import Extract, Fidelity, extractor, fidelity
 from controlbooth.trainer.evaluate.grids import draw_grid
 from controlbooth.trainer.evaluate.held_out import HeldOutSet, load_held_out
+from controlbooth.trainer.evaluate.kinds import LOWER_IS_BETTER
+from controlbooth.trainer.evaluate.statistics import share_of_possible
 from controlbooth.trainer.evaluate.validate import generate
 
 SHOWN = 2
@@ -70,14 +73,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plain = {name: generate(base, None, held, config.validation, world, texts) for name, texts in prompts.items()}
     table: list[dict[str, Any]] = []
     shown: dict[str, dict[str, np.ndarray]] = {"the base alone": plain}
+    extract = extractor(held, {}, str(device))
+    real = fidelity(held.targets, held, range(len(held.keys)), extract)
     for name, images in plain.items():
-        table.append(dict(variant="the base alone", seed=None, prompt=name) | means(images, held))
+        table.append(dict(variant="the base alone", seed=None, prompt=name) | means(images, held, extract, real))
     for variant, seed, run in tqdm(runs, unit="run", desc="drawing"):
-        pictures, rows = measure_run(run, variant, seed, base, held, prompts, world)
+        pictures = draw_run(run, base, held, prompts, world)
         shown.setdefault(variant, pictures)
-        table += rows
+        for name, images in pictures.items():
+            table.append(dict(variant=variant, seed=seed, prompt=name) | means(images, held, extract, real))
     for name in prompts:
-        table.append(dict(variant="real pictures", seed=None, prompt=name) | means(held.targets, held))
+        row = dict(variant="real pictures", seed=None, prompt=name)
+        table.append(row | means(held.targets, held, extract, real))
     convergence = {
         f"{variant}, seed {seed}": dict(curve=validation_curve(run), told=told(run)) for variant, seed, run in runs
     }
@@ -91,41 +98,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def measure_run(
-    run: Path,
-    variant: str,
-    seed: int,
-    base: Base,
-    held: HeldOutSet,
-    prompts: dict[str, list[str]],
-    world: World,
-) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
-    """Pictures by kind of prompt, and their figures; kept in the run's folder until it has another checkpoint."""
+def draw_run(
+    run: Path, base: Base, held: HeldOutSet, prompts: dict[str, list[str]], world: World
+) -> dict[str, np.ndarray]:
+    """Pictures by kind of prompt; kept in the run's folder until it has another checkpoint, or others are held out."""
     whole = complete_checkpoints(run)
     if not whole:
         raise ConfigError(f"{run} holds no whole checkpoint: `controlbooth ablate` goes on where it was")
     checkpoint = whole[-1]
     config: RunConfig = load_config(checkpoint / "config.yaml")
-    kept = run / f".ablation-{read_state(checkpoint)['digest'][:12]}-{len(held.keys)}.npz"
+    asked = hashlib.sha256(held.conditions.tobytes() + repr(prompts).encode()).hexdigest()
+    kept = run / f".ablation-{read_state(checkpoint)['digest'][:12]}-{asked[:12]}.npz"
     if kept.is_file():
         with np.load(kept) as file:
-            pictures = {name: file[name] for name in prompts}
-    else:
-        base, controlnet = load_networks(checkpoint / "controlnet", base)
-        controlnet.requires_grad_(False).eval().to(world.device)
-        pictures = {
-            name: generate(base, controlnet, held, config.validation, world, texts) for name, texts in prompts.items()
-        }
-        temporary = kept.with_suffix(".partial.npz")
-        np.savez(temporary, **pictures)  # type: ignore[arg-type]
-        temporary.replace(kept)
-    rows = [dict(variant=variant, seed=seed, prompt=name) | means(images, held) for name, images in pictures.items()]
-    return pictures, rows
+            return {name: file[name] for name in prompts}
+    base, controlnet = load_networks(checkpoint / "controlnet", base)
+    controlnet.requires_grad_(False).eval().to(world.device)
+    pictures = {
+        name: generate(base, controlnet, held, config.validation, world, texts) for name, texts in prompts.items()
+    }
+    temporary = kept.with_suffix(".partial.npz")
+    np.savez(temporary, **pictures)  # type: ignore[arg-type]
+    temporary.replace(kept)
+    return pictures
 
 
-def means(images: np.ndarray, held: HeldOutSet) -> dict[str, float]:
-    figures = control_fidelity(images, held.edges, held.segmentation)
-    return {name: float(values.mean()) for name, values in figures.items()}
+def means(images: np.ndarray, held: HeldOutSet, extract: Extract | None, real: Fidelity) -> dict[str, float]:
+    """Each figure, NAME_chance of it and NAME_share, the share of what is possible; the last is left out where real
+    pictures are not certainly better than chance, and both where one condition is held out."""
+    own = fidelity(images, held, range(len(held.keys)), extract)
+    figures = {}
+    for name, values in own.values.items():
+        figures[name] = float(values.mean())
+        if name in own.chances:
+            chances = own.chances[name]
+            share = share_of_possible(values, chances, real.values[name], lower_is_better=name in LOWER_IS_BETTER)
+            figures |= {f"{name}_chance": float(chances.mean()), f"{name}_share": share["mean"]}
+    return {name: value for name, value in figures.items() if np.isfinite(value)}
 
 
 def told(run: Path) -> str:
@@ -149,14 +158,15 @@ def describe_table(table: Sequence[dict[str, Any]]) -> str:
     prompts = list(dict.fromkeys(row["prompt"] for row in table))
     width = max(map(len, variants)) + 2
     lines = []
-    for figure in [name for name in table[0] if name not in ("variant", "seed", "prompt")]:
+    for figure in dict.fromkeys(name for row in table for name in row if name not in ("variant", "seed", "prompt")):
         lines.append(f"{figure.replace('_', ' '):<{width}}" + "".join(f"{name:>18}" for name in prompts))
         for variant in variants:
             cells = []
             for name in prompts:
-                values = [row[figure] for row in table if row["variant"] == variant and row["prompt"] == name]
+                own = [row for row in table if row["variant"] == variant and row["prompt"] == name]
+                values = [row[figure] for row in own if figure in row]
                 spread = f" +- {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
-                cells.append(f"{np.mean(values):.3f}{spread}")
+                cells.append(f"{np.mean(values):.3f}{spread}" if values else "-")
             seeds = len([row for row in table if row["variant"] == variant]) // len(prompts)
             lines.append(
                 variant.ljust(width) + "".join(f"{cell:>18}" for cell in cells) + f"   {seeds} seeds" * (seeds > 1)

@@ -1,7 +1,7 @@
 """`controlbooth compare A B`: what B gains over A, sample by sample."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from controlbooth.trainer.config import ConfigError
 from controlbooth.trainer.evaluate.evaluate import DISCS, NOISE, REAL, WITHOUT
 from controlbooth.trainer.evaluate.figures import title
 from controlbooth.trainer.evaluate.kinds import LOWER_IS_BETTER
-from controlbooth.trainer.evaluate.statistics import LEVEL, mean_and_interval
+from controlbooth.trainer.evaluate.statistics import LEVEL, mean_and_interval, per_picture, share_difference
 
 SAME = ("data_fingerprint", "condition", "resolution", "base_digest", "sampler", "networks", "metrics_version")
 """What two evaluations must have in common for their pictures to be paired: contents, wherever they lie."""
@@ -81,19 +81,45 @@ def compare(
         shared = [place for one, place in a[1] if one == way and (way, place) in b[1]]
         if not shared:
             raise ConfigError("the two evaluations have no sample in common: were they made of other shards?")
-        figures = [name for name, value in a[1][way, shared[0]].items() if isinstance(value, float)]
-        result[way] = {}
-        for name in (name for name in figures if name in b[1][way, shared[0]]):
-            ours, theirs = (np.array([one[1][way, place][name] for place in shared]) for one in (a, b))
-            better = theirs < ours if name in LOWER_IS_BETTER else theirs > ours
-            result[way][name] = dict(
-                a=float(ours.mean()),
-                b=float(theirs.mean()),
-                samples=len(shared),
-                better=float(better.mean()),
-                **{f"difference_{key}": value for key, value in mean_and_interval(theirs - ours, level).items()},
-            )
+        result[way] = compare_way(a[1], b[1], way, shared, level)
     return result
+
+
+def compare_way(
+    a: Figures, b: Figures, way: str, shared: Sequence[tuple[int, int]], level: float
+) -> dict[str, dict[str, float]]:
+    """What B gains over A in the samples of one way that both have.
+
+    A figure NAME of control has chance_a and chance_b too, and beside it stands NAME_share, the share of what is
+    possible (`statistics.share_of_possible`), where real pictures are certainly better than chance.
+    """
+    result: dict[str, dict[str, float]] = {}
+    first, other = a[way, shared[0]], b[way, shared[0]]
+    for name in [name for name, value in first.items() if isinstance(value, float) and name in other]:
+        lower = name in LOWER_IS_BETTER
+        ours, theirs = (np.array([one[way, place][name] for place in shared]) for one in (a, b))
+        result[name] = differences(ours, theirs, lower) | named(mean_and_interval(theirs - ours, level))
+        if name not in first["chance"]:
+            continue
+        chances = [np.array([one[way, place]["chance"][name] for place in shared]) for one in (a, b)]
+        result[name] |= dict(chance_a=float(chances[0].mean()), chance_b=float(chances[1].mean()))
+        reals = np.array([a[REAL, place][name] for place in shared])
+        more = share_difference((ours, chances[0]), (theirs, chances[1]), reals, level, lower)
+        if not np.isfinite(more["mean"]):
+            continue
+        shares = (per_picture(*one, reals) for one in ((ours, chances[0]), (theirs, chances[1])))
+        result[f"{name}_share"] = differences(*shares, lower_is_better=False) | named(more)
+    return result
+
+
+def differences(ours: np.ndarray, theirs: np.ndarray, lower_is_better: bool) -> dict[str, float]:
+    """(N,) each, of A and of B: their means, and the share of samples where B is better."""
+    better = theirs < ours if lower_is_better else theirs > ours
+    return dict(a=float(ours.mean()), b=float(theirs.mean()), samples=len(ours), better=float(better.mean()))
+
+
+def named(interval: Mapping[str, float]) -> dict[str, float]:
+    return {f"difference_{key}": value for key, value in interval.items()}
 
 
 def told(facts: dict[str, Any], name: str) -> str:
@@ -105,12 +131,20 @@ def told(facts: dict[str, Any], name: str) -> str:
 def table(differences: dict[str, dict[str, dict[str, float]]], a: Path, b: Path) -> str:
     rows = [(f"{way}, {title(name)}", one) for way, figures in differences.items() for name, one in figures.items()]
     width = max((len(label) for label, _ in rows), default=0)
-    lines = [f"A {a}", f"B {b}", f"{'':<{width}}{'A':>8}{'B':>8}{'B - A':>9}   95 % interval     B better"]
+    heads = f"{'A':>8}{'chance':>8}{'B':>8}{'chance':>8}{'B - A':>9}   95 % interval     B better"
+    lines = [f"A {a}", f"B {b}", f"{'':<{width}}{heads}"]
     for label, one in rows:
         low, high = one["difference_low"], one["difference_high"]
         mark = " *" if low > 0 or high < 0 else "  "
+        chance_a, chance_b = (f"{one[end]:.3f}" if end in one else "" for end in ("chance_a", "chance_b"))
         lines.append(
-            f"{label:<{width}}{one['a']:>8.3f}{one['b']:>8.3f}{one['difference_mean']:>+9.3f}"
+            f"{label:<{width}}{one['a']:>8.3f}{chance_a:>8}{one['b']:>8.3f}{chance_b:>8}{one['difference_mean']:>+9.3f}"
             f"   {low:+.3f} to {high:+.3f}{mark}{one['better']:>9.0%}"
         )
-    return "\n".join([*lines, "* the interval excludes 0"])
+    lines.append("* the interval excludes 0")
+    if any("chance_a" in one for _, one in rows):
+        lines.append(
+            "chance: the same pictures under the conditions of other samples; share: (value - chance) / (real pictures "
+            "- chance)"
+        )
+    return "\n".join(lines)

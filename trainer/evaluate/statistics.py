@@ -66,6 +66,14 @@ def share_difference(
     return dict(mean=float(mean)) | interval if np.isfinite([*interval.values()]).all() else dict(NOTHING_TOLD)
 
 
+def per_picture(values: np.ndarray, chances: np.ndarray, reals: np.ndarray) -> np.ndarray:
+    """(N,) each -> (N,): what each picture adds to the share of what is possible, which is their mean.
+
+    What is possible is taken of all pictures together, as that of a single one may be next to nothing.
+    """
+    return (values - chances) / float((reals - chances).mean())
+
+
 def tells(chances: np.ndarray, reals: np.ndarray, level: float = LEVEL, lower_is_better: bool = False) -> bool:
     """Whether the figure can tell anything on these samples: real pictures are better than chance, and the whole
     paired bootstrap interval of their difference says so. chances, reals: (N,) float."""
