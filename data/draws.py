@@ -1,9 +1,10 @@
 """Everything random about a sample, as pure functions of (seed, purpose, position).
 
 A position p counts samples over the whole run, so a draw needs no state, does not change with the world size, and is
-new in every epoch. Seeds are mixed by a hash and never added to a counter: with `seed + epoch`, epoch 1 of one run
-would equal epoch 0 of its neighbour. Only integer arithmetic decides anything but the noise, so the draws are the same
-on every machine and numpy version; golden vectors in the tests pin them.
+new in every epoch. No two samples of a step have one, so their draws are independent whatever the samples are called:
+names repeat in most data sets, and are part of no draw. Seeds are mixed by a hash and never added to a counter: with
+`seed + epoch`, epoch 1 of one run would equal epoch 0 of its neighbour. Only integer arithmetic decides anything but
+the noise, so the draws are the same on every machine and numpy version; golden vectors in the tests pin them.
 """
 
 import hashlib
@@ -57,23 +58,17 @@ def permutation(key: int, count: int) -> np.ndarray:
     return np.argsort(random_bits(key, np.arange(count, dtype=np.uint64)))
 
 
-def prompt_dropped(seed: int, epochs: np.ndarray, key_hashes: np.ndarray, rate: float) -> np.ndarray:
-    """Which prompts are replaced by the empty one: H(seed, "prompt_dropout", epoch, key) < rate * 2**64.
+def prompt_dropped(seed: int, positions: np.ndarray, rate: float) -> np.ndarray:
+    """Which prompts are replaced by the empty one: H(seed, "prompt_dropout", position) < rate * 2**64.
 
-    epochs: (B,) integers. key_hashes: (B,) uint64. rate: in [0, 1]; 0 drops none and 1 drops all, exactly.
-    Returns (B,) bool. Drawn anew in each epoch, and tied to the sample's key rather than to its place in the order.
+    positions: (B,) int64. rate: in [0, 1]; 0 drops none and 1 drops all, exactly. Returns (B,) bool.
     """
     if not 0.0 <= rate <= 1.0:
         raise ValueError(f"the prompt dropout rate is {rate}, but it is a probability: use a number from 0 to 1")
-    epochs, key_hashes = np.asarray(epochs), np.asarray(key_hashes, dtype=np.uint64)
     threshold = int(rate * 2.0**64)
     if threshold > _MASK:
-        return np.ones(epochs.shape, bool)
-    dropped = np.zeros(epochs.shape, bool)
-    for epoch in np.unique(epochs).tolist():
-        rows = epochs == epoch
-        dropped[rows] = random_bits(hash64(seed, "prompt_dropout", epoch), key_hashes[rows]) < np.uint64(threshold)
-    return dropped
+        return np.ones(np.shape(positions), bool)
+    return random_bits(hash64(seed, "prompt_dropout"), positions) < np.uint64(threshold)
 
 
 def flips(seed: int, positions: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Where one sample lies, and every step of a run that sees it: its prompt, flip, crop and timestep there.
 
-All of it is arithmetic on positions, so steps that are still to come are told as surely as those that were.
+A key may be of several samples, in other shards: all of them are told, or the one that SHARD:KEY names. All of it is
+arithmetic on positions, so steps that are still to come are told as surely as those that were.
 """
 
 import argparse
@@ -17,14 +18,16 @@ from controlbooth.data import draws
 from controlbooth.data.arguments import finite_number, seed_number, whole_number
 from controlbooth.data.buckets import Buckets
 from controlbooth.data.decode import BadSample, crop_slack
-from controlbooth.data.manifest import Dataset, join_datasets, open_dataset
+from controlbooth.data.manifest import Dataset, join_datasets, open_dataset, shard_names
 from controlbooth.data.mixture import History, Mixture
-from controlbooth.data.plan import plan_order, source_weights
+from controlbooth.data.plan import check_version, plan_order, source_weights
 from controlbooth.data.prompts import read_captions
 from controlbooth.data.quarantine import read_ledgers, read_run, source_trees
 from controlbooth.data.shards import ShardReader
 from controlbooth.data.sidecar import FLAG_NAMES, ShardIndex, index_path, load_index
 
+MOST_TOLD = 10
+"""Samples of one key; of more only the places are listed."""
 TRAIN_TIMESTEPS = 1000
 """Of every base model that there is a family for."""
 
@@ -53,8 +56,9 @@ class RunNumbers:
 
 @dataclass(frozen=True)
 class Found:
-    """A sample with the key that was asked for."""
+    """A sample that was asked for."""
 
+    key: str
     shard: int
     row: int
     ordinal: int | None
@@ -107,7 +111,11 @@ def numbers_of_run(folder: Path, steps: int | None = None) -> RunNumbers:
 def _history_of_run(folder: Path) -> History | None:
     """From the newest checkpoint, which records every change; None before there is one."""
     states = sorted(folder.glob("checkpoints/step-*/state.json"))
-    return json.loads(states[-1].read_text())["order"]["weights"] if states else None
+    if not states:
+        return None
+    order = json.loads(states[-1].read_text())["order"]
+    check_version(order, str(states[-1].parent))
+    return order["weights"]
 
 
 def open_sources(numbers: RunNumbers) -> Dataset:
@@ -135,42 +143,50 @@ def order_of_run(dataset: Dataset, numbers: RunNumbers) -> tuple[Mixture, Bucket
     )
 
 
-def find_key(dataset: Dataset, key: str, condition: str | None, buckets: Buckets) -> list[Found]:
-    """All samples of this key; more than one where keys are not unique. Reads every index."""
+def find_samples(dataset: Dataset, name: str, condition: str | None, buckets: Buckets) -> list[Found]:
+    """All samples that KEY or SHARD:KEY names, in the order of the shards. Reads the indexes of the shards in question.
+
+    SHARD is the name of a shard's file, or as much of its path before that as tells it from others.
+    """
     ends = np.cumsum([len(source.rows) for source in dataset.sources])
-    wanted, found = draws.hash64(key), []
-    for shard, path in enumerate(tqdm(dataset.paths, unit="shard", desc="search", disable=len(dataset.paths) < 1000)):
-        index = load_index(index_path(path))
-        for row in np.flatnonzero(index.samples["key_hash"] == np.uint64(wanted)).tolist():
+    shards, key = _shards_and_key(dataset, name)
+    wanted, found = np.uint64(draws.hash64(key)), []
+    for shard in tqdm(shards, unit="shard", desc="search", disable=len(shards) < 1000):
+        index = load_index(index_path(dataset.paths[shard]))
+        rows = np.flatnonzero(index.samples["key_hash"] == wanted).tolist()
+        if rows:
             source = int(np.searchsorted(ends, shard, side="right")) if len(ends) else 0
-            found.append(
-                _found(
-                    index, shard, row, index.usable(condition), buckets.bucket_of(source, index.aspect_bins(condition))
-                )
-            )
+            numbers = buckets.bucket_of(source, index.aspect_bins(condition))
+            found += [_found(key, index, shard, row, index.usable(condition), numbers) for row in rows]
     return found
 
 
-def _found(index: ShardIndex, shard: int, row: int, usable: np.ndarray, numbers: np.ndarray) -> Found:
+def _shards_and_key(dataset: Dataset, name: str) -> tuple[Sequence[int], str]:
+    """The shards to look in: those that the text before a colon names, or all where it names none and is of the key."""
+    paths = [f"/{path}" for path in dataset.paths]
+    for colon in (at for at, character in enumerate(name) if character == ":"):
+        if shards := [shard for shard, path in enumerate(paths) if path.endswith(f"/{name[:colon].lstrip('/')}")]:
+            return shards, name[colon + 1 :]
+    return range(len(paths)), name
+
+
+def _found(key: str, index: ShardIndex, shard: int, row: int, usable: np.ndarray, numbers: np.ndarray) -> Found:
     """usable: rows that the run uses. numbers: the bucket of each of them."""
     record = index.samples[row]
     size = (int(record["width"]), int(record["height"]))
-    place = Found(shard, row, None, int(record["offset"]), size, int(record["flags"]), 0)
+    place = Found(key, shard, row, None, int(record["offset"]), size, int(record["flags"]), 0)
     if row not in usable:
         return place
     bucket = int(numbers[usable == row][0])
     return replace(place, bucket=bucket, ordinal=int(np.flatnonzero(usable[numbers == bucket] == row)[0]))
 
 
-def presentations(
-    order: Mixture, numbers: RunNumbers, found: Found, key: str, captions: int
-) -> Iterator[Presentation | int]:
+def presentations(order: Mixture, numbers: RunNumbers, found: Found, captions: int) -> Iterator[Presentation | int]:
     """Each time that a run of these numbers sees the sample, in order; the number of an epoch that leaves it out.
 
     found must have an ordinal. captions: how many the sample has.
     """
     assert found.ordinal is not None
-    key_hashes = np.array([draws.hash64(key)], np.uint64)
     positions = numbers.steps * numbers.global_batch_size
     for epoch in range(order.epochs_begun(positions, found.shard, found.bucket)):
         position = order.position_of(epoch, found.shard, found.ordinal, found.bucket)
@@ -187,9 +203,7 @@ def presentations(
                 position=position,
                 step=position // numbers.global_batch_size,
                 epoch=epoch,
-                dropped=bool(
-                    draws.prompt_dropped(numbers.seed, np.array([epoch]), key_hashes, numbers.prompt_dropout)[0]
-                ),
+                dropped=bool(draws.prompt_dropped(numbers.seed, at, numbers.prompt_dropout)[0]),
                 flipped=numbers.random_flip and bool(draws.flips(numbers.seed, at)[0]),
                 crop=crop,
                 timestep=int(draws.timesteps(numbers.seed, at, TRAIN_TIMESTEPS)[0]),
@@ -211,21 +225,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     numbers = run_numbers(arguments, arguments.steps)
     dataset = open_sources(numbers)
     order, buckets = order_of_run(dataset, numbers)
-    found = find_key(dataset, arguments.key, numbers.condition, buckets)
+    found = find_samples(dataset, arguments.sample, numbers.condition, buckets)
     if not found:
-        print(f"no sample of {dataset.location} has the key {arguments.key!r}")
+        print(f"no sample of {dataset.location} has the key {arguments.sample!r}")
         return 1
+    if len(found) > 1:
+        print(f"{len(found)} samples have the key {found[0].key!r}; {_name(dataset, found[0])} names the first alone")
+    if len(found) > MOST_TOLD:
+        for one in found:
+            print(f"  {_name(dataset, one)}, byte {one.byte}")
+        return 0
     done = steps_done(arguments.run) if arguments.run else None
     reader = ShardReader(dataset, numbers.condition, buckets=buckets)
     try:
         for one in found:
-            captions = _print_sample(dataset, reader, one, arguments.key)
+            captions = _print_sample(dataset, reader, one)
             if one.ordinal is not None:
-                _print_presentations(order, numbers, one, arguments.key, captions, done)
+                _print_presentations(order, numbers, one, captions, done)
+            if arguments.run:
+                _print_substitutions(arguments.run, dataset, one)
     finally:
         reader.close()
-    if arguments.run:
-        _print_substitutions(arguments.run, arguments.key)
     return 0
 
 
@@ -253,9 +273,14 @@ def run_numbers(arguments: argparse.Namespace, steps: int | None) -> RunNumbers:
     )
 
 
-def _print_sample(dataset: Dataset, reader: ShardReader, found: Found, key: str) -> int:
+def _name(dataset: Dataset, found: Found) -> str:
+    """SHARD:KEY, by which a sample can be asked for."""
+    return f"{shard_names(dataset)[found.shard]}:{found.key}"
+
+
+def _print_sample(dataset: Dataset, reader: ShardReader, found: Found) -> int:
     """Prints where it lies and what it is; -> how many captions it has, at least 1."""
-    print(f"{key}: {dataset.paths[found.shard]}, sample {found.row}, byte {found.byte}")
+    print(f"{found.key}: {dataset.paths[found.shard]}, sample {found.row}, byte {found.byte}")
     if found.ordinal is None:
         faults = [name for flag, name in FLAG_NAMES.items() if found.flags & flag] or ["it lacks the condition"]
         print(f"  not trained on: {', '.join(faults)}")
@@ -273,12 +298,10 @@ def _print_sample(dataset: Dataset, reader: ShardReader, found: Found, key: str)
     return len(captions)
 
 
-def _print_presentations(
-    order: Mixture, numbers: RunNumbers, found: Found, key: str, captions: int, done: int | None
-) -> None:
+def _print_presentations(order: Mixture, numbers: RunNumbers, found: Found, captions: int, done: int | None) -> None:
     left_out = []
     print(f"  {'step':>10} {'epoch':>6} {'position':>12}  {'prompt':9}  {'flip':4}  {'crop':>9}  {'timestep':>8}")
-    for item in presentations(order, numbers, found, key, captions):
+    for item in presentations(order, numbers, found, captions):
         if isinstance(item, int):
             left_out.append(item)
             continue
@@ -293,13 +316,16 @@ def _print_presentations(
         print(f"  left out of epochs {', '.join(map(str, left_out))}, whose samples do not fill a row of lanes")
 
 
-def _print_substitutions(run: Path, key: str) -> None:
+def _print_substitutions(run: Path, dataset: Dataset, found: Found) -> None:
+    """What the run's ledgers say of the sample, told by its shard and byte: theirs are of this data set."""
+    place = (str(dataset.paths[found.shard]), found.byte)
     for entry in read_ledgers(run):
-        if entry["key"] == key:
-            stand_in = entry["substitute"] or "nothing, with weight 0"
+        if (entry["shard"], entry["byte"]) == place:
+            stand_in = f"{entry['substitute_shard']}:{entry['substitute']}"
+            stand_in = stand_in if entry["substitute"] is not None else "nothing, with weight 0"
             print(f"  position {entry['position']}: it was bad ({entry['error']}), and replaced by {stand_in}")
-        elif entry["substitute"] == key:
-            print(f"  position {entry['position']}: it stood in for {entry['key']}")
+        elif (entry["substitute_shard"], entry["substitute_byte"]) == place:
+            print(f"  position {entry['position']}: it stood in for {entry['shard']}:{entry['key']}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -307,10 +333,13 @@ def _parser() -> argparse.ArgumentParser:
         prog="controlbooth data explain",
         description="Say where a sample lies and at which steps a run has seen it or will.",
         epilog="examples:\n  controlbooth data explain 000123 --run runs/photos\n"
+        "  controlbooth data explain shards-000007.tar:000123 --run runs/photos\n"
         "  controlbooth data explain 000123 --shards shards/train --global-batch-size 256 --steps 10000",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("key")
+    parser.add_argument(
+        "sample", metavar="KEY|SHARD:KEY", help="a key alone names all samples that have it, in whatever shard"
+    )
     parser.add_argument("--steps", type=whole_number(), help="look so many steps ahead (default: max_steps of the run)")
     parser.add_argument("--shards", help="without a run: a manifest, a folder, a tar, a glob or a {000..009} range")
     add_run_numbers(parser)

@@ -21,7 +21,6 @@ MEANINGS = {
     "blank image": "the target has one colour",
     "small": "the target has fewer pixels than asked for",
     "empty caption": "the caption is empty: every presentation trains the empty prompt",
-    "duplicate key": "several samples have the same key, so their prompts are dropped together",
     "exact copy": "several samples have the same target, byte for byte",
     "near copy": "several samples have nearly the same target",
 }
@@ -85,8 +84,6 @@ def _pairing(scanned: Scan) -> Iterator[Finding]:
 
 
 def _copies(scanned: Scan) -> Iterator[Finding]:
-    for group in equal_groups(scanned.key_hashes):
-        yield Finding("duplicate key", tuple(group.tolist()), f"{len(group)} samples have this key")
     readable = np.flatnonzero(scanned.digests)
     for group in equal_groups(scanned.digests[readable]):
         samples = tuple(readable[group].tolist())

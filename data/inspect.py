@@ -12,7 +12,7 @@ from controlbooth.data.arguments import file_to_write, finite_number, whole_numb
 from controlbooth.data.draws import prompt_dropped
 from controlbooth.data.explain import add_run_numbers, open_sources, order_of_run, run_numbers
 from controlbooth.data.loader import HeldOutSample, held_out
-from controlbooth.data.manifest import Dataset, open_dataset
+from controlbooth.data.manifest import Dataset, open_dataset, shard_names
 from controlbooth.data.plan import plan_order
 from controlbooth.data.shards import ShardReader
 from controlbooth.data.sources import encode_png
@@ -197,15 +197,14 @@ def order_main(argv: Sequence[str] | None = None) -> int:
     dataset = open_sources(numbers)
     order, buckets = order_of_run(dataset, numbers)
     slots = order.rank_slots(arguments.step, numbers.global_batch_size, arguments.rank, arguments.world_size)
-    reader = ShardReader(dataset, numbers.condition, buckets=buckets)
+    reader, names = ShardReader(dataset, numbers.condition, buckets=buckets), shard_names(dataset)
     print(f"{'position':>10} {'epoch':>5}  {'shard':30} {'ordinal':>7}  {'prompt':7}  key")
     try:
         for position in slots.tolist():
             place = order.locate(position)
             sample = reader.read(place.shard, place.ordinal, place.bucket)
-            hashes, epochs = np.array([sample.key_hash], np.uint64), np.array([place.epoch])
-            dropped = prompt_dropped(numbers.seed, epochs, hashes, numbers.prompt_dropout)[0]
-            name = dataset.paths[place.shard].name
+            dropped = prompt_dropped(numbers.seed, np.array([position]), numbers.prompt_dropout)[0]
+            name = names[place.shard]
             prompt = "dropped" if dropped else "kept"
             print(f"{position:10d} {place.epoch:5d}  {name:30} {place.ordinal:7d}  {prompt:7}  {sample.key}")
     finally:

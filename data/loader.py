@@ -57,7 +57,10 @@ class MicroBatch:
     positions: np.ndarray
     """(B,) int64"""
     keys: list[str]
-    """Of the samples used, which are the substitutes where there are any."""
+    """Of the samples used, which are the substitutes where there are any. Several samples may have one key."""
+    places: np.ndarray
+    """(B, 2) int64: the number of each one's shard, and its row in the index of that; -1 where no sample could be read.
+    No two samples of a data set have one place."""
     pixel_values: np.ndarray | None
     """(B, 3, H, W) uint8; None with columns, which stand for them."""
     conditioning: np.ndarray | None
@@ -117,8 +120,8 @@ class _Row:
     """What is known of one sample besides its pixels, which are in the step's arrays."""
 
     key: str
-    key_hash: int
-    epoch: int
+    place: tuple[int, int]
+    """See `MicroBatch`."""
     captions: list[str]
     weight: float
     faults: list[dict]
@@ -362,7 +365,7 @@ class Loader:
         """Runs in a thread: the sample of one row into the step's arrays, or what stands in for it."""
         position = int(step.positions[at])
         step.noise[at] = draws.noise(self.seed, step.positions[at : at + 1], step.noise.shape[1:])[0]
-        original = place = self.order.locate(position)
+        place = self.order.locate(position)
         faults: list[dict] = []
         for attempt in range(SUBSTITUTE_ATTEMPTS + 1):
             if attempt:
@@ -376,14 +379,17 @@ class Loader:
             except OSError as error:
                 error.add_note(f"while reading {self.dataset.paths[place.shard]} for position {position}")
                 raise
-            for fault in faults:
-                fault["substitute"] = row.key
+            if faults:
+                byte, _ = self._reader.noted(place.shard, place.ordinal, place.bucket)
+                stand_in = dict(substitute=row.key, substitute_shard=str(self.dataset.paths[place.shard]))
+                for fault in faults:
+                    fault |= stand_in | {"substitute_byte": byte}
             row.faults = faults
             return row
         for pictures in (step.pixel_values, step.conditioning):
             if pictures is not None:
                 pictures[at] = 0
-        return _Row(faults[0]["key"], 0, original.epoch, [""], 0.0, faults)
+        return _Row(faults[0]["key"], (-1, -1), [""], 0.0, faults)
 
     def _decode(self, step: _Step, at: int, sample: SampleBytes, place: Place) -> _Row:
         began = time.perf_counter()
@@ -406,8 +412,7 @@ class Loader:
             raise BadSample(sample.key, sample.condition_extension, str(error)) from error
         row = _Row(
             key=sample.key,
-            key_hash=sample.key_hash,
-            epoch=place.epoch,
+            place=(place.shard, sample.row),
             captions=read_captions(sample.caption, sample.caption_extension, sample.key),
             weight=1.0,
             faults=[],
@@ -447,23 +452,26 @@ class Loader:
 
     def _prompt_draws(self, positions: np.ndarray, rows: list[_Row]) -> tuple[np.ndarray, np.ndarray]:
         """Whether the prompt of each row is dropped, and which of its captions it is otherwise."""
-        epochs = np.array([row.epoch for row in rows])
-        key_hashes = np.array([row.key_hash for row in rows], np.uint64)
         counts = np.array([len(row.captions) for row in rows])
-        dropped = draws.prompt_dropped(self.seed, epochs, key_hashes, self.prompt_dropout)
+        dropped = draws.prompt_dropped(self.seed, positions, self.prompt_dropout)
         return dropped, draws.caption_choice(self.seed, positions, counts)
 
     def _fault(self, position: int, place: Place, attempt: int, bad: BadSample) -> dict:
+        """A line of the ledger. Shard and byte tell a sample; its key, which may repeat, is for people."""
+        byte, contents = self._reader.noted(place.shard, place.ordinal, place.bucket)
         return {
             "position": position,
             "attempt": attempt,
             "shard": str(self.dataset.paths[place.shard]),
-            "byte": self._reader.byte(place.shard, place.ordinal, place.bucket),
+            "byte": byte,
+            "contents": contents,
             "ordinal": place.ordinal,
             "key": bad.key,
             "part": bad.part,
             "error": bad.reason,
             "substitute": None,
+            "substitute_shard": None,
+            "substitute_byte": None,
         }
 
     def _account(self, rows: list[_Row]) -> None:
@@ -498,6 +506,7 @@ class Loader:
                 MicroBatch(
                     positions=step.positions[part],
                     keys=[row.key for row in rows[part]],
+                    places=np.array([row.place for row in rows[part]], np.int64),
                     pixel_values=None if step.pixel_values is None else step.pixel_values[part],
                     conditioning=None if step.conditioning is None else step.conditioning[part],
                     columns=self._encoded(step, rows, part),

@@ -10,6 +10,7 @@ import glob
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -117,6 +118,13 @@ def shard_of(row: ShardRow) -> Shard:
 def same_place(shard: Shard) -> str:
     """A text that is equal for two names of one shard."""
     return str(shard.resolve()) if isinstance(shard, Path) else shard.uri
+
+
+def shard_names(dataset: Dataset) -> list[str]:
+    """What to call each shard before people: its file's name, or where others have that too, where it lies."""
+    names = [storage.base_name(str(shard)) for shard in dataset.paths]
+    common = {name for name, count in Counter(names).items() if count > 1}
+    return [str(path) if name in common else name for name, path in zip(names, dataset.paths, strict=True)]
 
 
 def describe_shard(shard: Shard) -> ShardRow:

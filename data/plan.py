@@ -11,7 +11,8 @@ from controlbooth.data.kinds import stored_kind
 from controlbooth.data.manifest import Dataset
 from controlbooth.data.mixture import History, Mixture
 
-STATE_VERSION = 2
+STATE_VERSION = 3
+"""Of a saved order and of the draws that go with it: from 3 on prompts are dropped by position and not by key."""
 
 
 def source_weights(
@@ -114,11 +115,22 @@ def continued_history(state: Mapping[str, Any] | None, weights: Sequence[int]) -
     return [entry for entry in history if entry[0] < state["position"]] + [(state["position"], weights)]
 
 
+def check_version(state: Mapping[str, Any], checkpoint: str) -> None:
+    """Raises ValueError for a saved order of a version that drew otherwise. checkpoint: the folder that has it."""
+    if state.get("version") != STATE_VERSION:
+        raise ValueError(
+            f"the data order of {checkpoint} has version {state.get('version')}, and this controlbooth draws by "
+            f"version {STATE_VERSION}: up to 2, prompts were dropped by the names of samples, and those of one name "
+            "together. Go on with the controlbooth that wrote it, or start a run of another name from its "
+            f"weights: model.controlnet={checkpoint}/controlnet"
+        )
+
+
 def resume_position(state: Mapping[str, Any], order: Mixture, dataset_fingerprint: str) -> int:
     """The position at which a saved order goes on; refused where the order now is another one."""
+    check_version(state, "CHECKPOINT")
     now = order_state(order, dataset_fingerprint, 0)
     remedies = {
-        "version": "resume with the version of controlbooth that wrote it",
         "dataset_fingerprint": "point the run at the data set it began with, or start a new run from these weights",
         "seed": "set the seed back",
         "lanes": "set global_batch_size back, or data.lanes where the run has it",

@@ -1,14 +1,15 @@
 """Taking bad samples out of the next run: the ledgers of a run become flags in the indexes of its shards.
 
 A run that meets a bad sample replaces it and notes it in `bad-samples-<rank>.jsonl`. Quarantine flags what was noted,
-so that the next run has it not in its order at all. The flags are part of the index digests: the data set's
-fingerprint changes, and what has begun on the old one cannot go on until they are taken back.
+so that the next run has it not in its order at all. A sample is told by where it begins in its shard and by its
+contents, so neither equal keys nor shards that were moved since confuse it. The flags are part of the index digests:
+the data set's fingerprint changes, and what has begun on the old one cannot go on until they are taken back.
 """
 
 import argparse
 import fcntl
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from controlbooth.data.manifest import (
     write_manifest,
 )
 from controlbooth.data.sidecar import QUARANTINED, ShardIndex, index_path, load_index, make_index, write_index
-from controlbooth.data.storage import Shard
+from controlbooth.data.storage import Shard, base_name
 
 LEDGER = "bad-samples-*.jsonl"
 _NAMED_BY_PLACE = "header"
@@ -36,6 +37,8 @@ _NAMED_BY_PLACE = "header"
 
 
 _FIELDS = ("position", "attempt", "shard", "byte", "key", "part", "error")
+_SINCE_CONTENTS = ("contents", "substitute_shard", "substitute_byte")
+"""Fields that ledgers of earlier versions lack; they are read as None there."""
 
 
 def read_ledgers(run: Path) -> list[dict]:
@@ -58,7 +61,7 @@ def read_ledgers(run: Path) -> list[dict]:
                 raise ValueError(
                     f"{path}, line {number} is no ledger entry, as it has no {', '.join(missing)}. Remove it"
                 )
-            events.setdefault((entry["position"], entry["attempt"]), entry)
+            events.setdefault((entry["position"], entry["attempt"]), dict.fromkeys(_SINCE_CONTENTS) | entry)
     return [events[event] for event in sorted(events)]
 
 
@@ -88,29 +91,49 @@ class Change:
 def plan_changes(entries: Sequence[dict], paths: Sequence[Shard], undo: bool = False) -> list[Change]:
     """The shards that the entries name, with the rows to flag (undo: to clear). Reads indexes, changes nothing.
 
-    Raises ValueError for an entry whose shard is not among `paths`.
+    A shard that is not where it was is looked for by its file's name and the contents of the noted samples. Raises
+    ValueError for an entry whose shard is not found so either.
     """
     by_shard: dict[str, dict[int, dict]] = {}
     for entry in entries:
         by_shard.setdefault(entry["shard"], {})[entry["byte"]] = entry
     known = {str(path): path for path in paths}
-    if foreign := sorted(by_shard.keys() - known.keys()):
+    moved: dict[str, list[Shard]] = {}
+    for path in paths:
+        moved.setdefault(base_name(str(path)), []).append(path)
+    noted: dict[str, dict[int, dict]] = {}
+    foreign = []
+    for name, own in sorted(by_shard.items()):
+        there = [name] if name in known else [str(path) for path in _moved(moved.get(base_name(name), []), own)]
+        foreign += [] if there else [name]
+        for place in there:
+            noted.setdefault(place, {}).update(own)
+    if foreign:
         raise ValueError(
             f"{len(foreign)} shards of the ledger are not in this data set, as {foreign[0]}: "
             f"name the data set that the run was trained on with --shards"
         )
-    changes = []
-    for name in tqdm(sorted(by_shard), unit="shard", desc="quarantine", disable=len(by_shard) < 50):
-        index = load_index(index_path(known[name]))
-        rows, unmatched = [], []
-        for byte, entry in sorted(by_shard[name].items()):
-            row = _row(index, byte, entry)
-            if row is None:
-                unmatched.append(entry)
-            elif bool(index.samples["flags"][row] & QUARANTINED) == undo:
-                rows.append(row)
-        changes.append(Change(known[name], index, np.array(rows, np.int64), unmatched))
-    return changes
+    names = tqdm(sorted(noted), unit="shard", desc="quarantine", disable=len(noted) < 50)
+    return [_change(known[name], noted[name], undo) for name in names]
+
+
+def _moved(paths: Sequence[Shard], noted: Mapping[int, dict]) -> list[Shard]:
+    """Those of the shards that hold a noted sample: what lies elsewhere now, or was copied."""
+    entries = {byte: entry for byte, entry in noted.items() if entry["contents"] is not None}
+    indexes = [(path, load_index(index_path(path))) for path in paths if entries]
+    return [path for path, index in indexes if any(_row(index, *item) is not None for item in entries.items())]
+
+
+def _change(path: Shard, noted: Mapping[int, dict], undo: bool) -> Change:
+    index = load_index(index_path(path))
+    rows, unmatched = [], []
+    for byte, entry in sorted(noted.items()):
+        row = _row(index, byte, entry)
+        if row is None:
+            unmatched.append(entry)
+        elif bool(index.samples["flags"][row] & QUARANTINED) == undo:
+            rows.append(row)
+    return Change(path, index, np.array(rows, np.int64), unmatched)
 
 
 def apply_changes(changes: Sequence[Change]) -> None:
@@ -124,10 +147,15 @@ def apply_changes(changes: Sequence[Change]) -> None:
 
 
 def _row(index: ShardIndex, byte: int, entry: dict) -> int | None:
-    """The row of the sample that begins at this byte, if it is still the one that was noted."""
+    """The row of the sample that begins at this byte, if it is still the one that was noted.
+
+    Ledgers of earlier versions say its key alone, by which one that was written anew under it is not told.
+    """
     row = int(np.searchsorted(index.samples["offset"], byte))
     if row == len(index.samples) or int(index.samples["offset"][row]) != byte:
         return None
+    if entry["contents"] is not None:
+        return row if index.contents(row) == entry["contents"] else None
     same = entry["part"] == _NAMED_BY_PLACE or int(index.samples["key_hash"][row]) == hash64(entry["key"])
     return row if same else None
 

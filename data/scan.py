@@ -31,8 +31,6 @@ class Scan:
 
     digests: np.ndarray
     """(n,) uint64, blake2b of the target image's bytes; 0 where they could not be read."""
-    key_hashes: np.ndarray
-    """(n,) uint64"""
     sizes: np.ndarray
     """(n, 2) int64, width and height of the target as its header states them."""
     hashes: np.ndarray
@@ -108,7 +106,6 @@ def _scan_shard(shard: int) -> Scan:
     n = len(rows)
     kinds = [kind for kind in _work.readers if kind is not None]
     result = _empty(n, kinds)
-    result.key_hashes[:] = index.samples["key_hash"][rows]
     result.sizes[:] = np.stack([index.samples["width"][rows], index.samples["height"][rows]], axis=1)
     ordinals = {kind: _ordinals(index, kind) for kind in kinds}
     recent: deque[np.ndarray] = deque(maxlen=STRANGERS)
@@ -187,7 +184,6 @@ def _empty(n: int, kinds: Sequence[str]) -> Scan:
     none = np.empty(0, np.int64)
     return Scan(
         digests=np.zeros(n, np.uint64),
-        key_hashes=np.zeros(n, np.uint64),
         sizes=np.zeros((n, 2), np.int64),
         hashes=np.zeros((n, 4), np.uint64),
         caption_hashes=none.astype(np.uint64),
@@ -206,7 +202,7 @@ def _join(scans: Sequence[Scan], kinds: Sequence[str]) -> Scan:
         return np.concatenate([getattr(one, name) for one in scans])
 
     return Scan(
-        **{name: joined(name) for name in ("digests", "key_hashes", "sizes", "hashes")},
+        **{name: joined(name) for name in ("digests", "sizes", "hashes")},
         **{name: joined(name) for name in ("caption_hashes", "caption_characters", "caption_words")},
         caption_owners=np.concatenate([one.caption_owners + start for one, start in zip(scans, starts, strict=False)]),
         scores={kind: np.concatenate([one.scores[kind] for one in scans]) for kind in kinds},

@@ -144,10 +144,12 @@ class ShardReader:
             cache_hit=hit,
         )
 
-    def byte(self, shard: int, ordinal: int, bucket: int = 0) -> int:
-        """Where this sample begins in its shard: its name in ledgers, as it holds for every condition kind."""
+    def noted(self, shard: int, ordinal: int, bucket: int = 0) -> tuple[int, str]:
+        """What ledgers tell a sample by, as it holds for every condition kind: where it begins in its shard, and its
+        `contents`, which go with it where the shard is moved."""
         with self._pinned(shard) as opened:
-            return int(opened.index.samples[int(opened.rows[bucket][ordinal])]["offset"])
+            row = int(opened.rows[bucket][ordinal])
+            return int(opened.index.samples[row]["offset"]), opened.index.contents(row)
 
     def close(self) -> None:
         """Closes all files; no other thread may be reading any more."""

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from controlbooth.data.buckets import aspect_bins
+from controlbooth.data.draws import hash64
 from controlbooth.data.kinds import stored_kind
 from controlbooth.data.storage import RemoteShard, Shard
 
@@ -94,6 +95,15 @@ class ShardIndex:
         if kind is not None:
             good = good & (self.parts["offset"][:, self.columns("condition", kind)] > 0).any(axis=1)
         return np.flatnonzero(good)
+
+    def contents(self, row: int) -> str:
+        """16 hex digits over a sample's key and the name, size and CRC of each of its parts, where its key may repeat.
+
+        Equal for copies of the sample in any shard, whatever its flags; another one where a part has changed.
+        """
+        parts = zip(self.extensions, self.parts[row], strict=True)
+        there = [(name, int(part["size"]), int(part["crc"])) for name, part in parts if part["offset"]]
+        return f"{hash64(int(self.samples['key_hash'][row]), *(fact for part in there for fact in part)):016x}"
 
     def aspect_bins(self, kind: str | None = None) -> np.ndarray:
         """(n,) int64, the aspect-ratio bin of each of the usable samples."""

@@ -100,7 +100,7 @@ class Triggers(Section):
 class Evaluation(Section):
     data: str
     """The frozen set: shards that are never trained on, and that stay as they are. A round is refused where any of its
-    pictures or keys are in the training data."""
+    pictures are in the training data; equal keys of other pictures are no matter."""
     fingerprint: str | None = None
     """Of these shards, as `controlbooth data info` prints it. Default: what the first tick finds."""
     samples: int = Field(default=64, gt=1)

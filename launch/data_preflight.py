@@ -47,6 +47,34 @@ def check_data(config: RunConfig, node: Node) -> Iterator[str]:
             f"{len(common)} shards are both in data.shards and in data.held_out (first: {min(common)}), so validation "
             "would measure what was trained on. Name other shards in data.held_out"
         )
+    elif config.data.held_out:
+        yield from _copies_held_out(config)
+
+
+def _copies_held_out(config: RunConfig) -> Iterator[str]:
+    """Shards of the held-out set that are copies of trained ones, as their indexes say where they have any."""
+    try:
+        trained = {digest: shard for source in sources(config) for digest, shard in _digests(source.shards).items()}
+        held = _digests(config.data.held_out or "")
+    except (OSError, ValueError):
+        return  # check_data has said what is wrong
+    if copies := sorted(held.keys() & trained.keys(), key=held.__getitem__):
+        yield (
+            f"{len(copies)} shards of data.held_out hold the same samples as ones of data.shards (first: "
+            f"{held[copies[0]]} and {trained[copies[0]]}), so validation would measure what was trained on. Name other "
+            "shards in data.held_out"
+        )
+
+
+def _digests(location: str) -> dict[str, str]:
+    """Digest of its index -> the shard, for all of a location whose manifest or index tells it."""
+    manifest = manifest_of(location)
+    if manifest is not None:
+        return {row["index_hash"]: row["uri"] for row in _manifest_rows(manifest) if "index_hash" in row}
+    shards = [Path(name) for name in find_shards(location)]
+    with ThreadPoolExecutor(16) as pool:
+        digests = pool.map(lambda shard: _stated_digest(shard.with_name(f"{shard.name}.idx")), shards)
+        return {digest: str(shard) for digest, shard in zip(digests, shards, strict=True) if digest}
 
 
 def check_shards(config: RunConfig, node: Node) -> Iterator[str]:
@@ -109,12 +137,22 @@ def _fault(shard: Path, row: dict[str, Any]) -> str | None:
     try:
         if shard.stat().st_size != row["bytes"]:
             return f"{shard} has {shard.stat().st_size} bytes, its index says {row['bytes']}"
-        with index.open("rb") as file:
-            file.seek(-min(DIGEST_BYTES, index.stat().st_size), os.SEEK_END)
-            digest = file.read().hex()
+        digest = _stated_digest(index, missing_ok=False)
     except FileNotFoundError as error:
         return None if error.filename == str(shard) else f"{index} is missing"  # check_data tells of shards
     return None if digest == row["index_hash"] else f"{index} is damaged, or of another manifest"
+
+
+def _stated_digest(index: Path, missing_ok: bool = True) -> str:
+    """What an index says of its contents, at its end; "" where there is no index."""
+    try:
+        with index.open("rb") as file:
+            file.seek(-min(DIGEST_BYTES, index.stat().st_size), os.SEEK_END)
+            return file.read().hex()
+    except FileNotFoundError:
+        if missing_ok:
+            return ""
+        raise
 
 
 def _is_cut(shard: Path) -> bool:

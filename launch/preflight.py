@@ -37,6 +37,8 @@ COPIED_ORIGINAL = tuple(
 DECODER = ("up_blocks.", "conv_norm_out.", "conv_out.")
 """Those that learn too when the decoder is unlocked."""
 DECODER_ORIGINAL = tuple(f"model.diffusion_model.{part}." for part in ("output_blocks", "out"))
+ORDER_VERSION = 3
+"""Of saved data orders that this version goes on from; data/plan.py."""
 CUDA_ATTENTION = ("cudnn", "efficient")
 """Of PyTorch's kernels, those that a CPU has not; models/attention.py."""
 TRAINING_BYTES = 4 + 4 + 4 + 4
@@ -185,7 +187,36 @@ def holder(folder: Path) -> str:
     return f": process {facts['process']} on {facts['host']}, since {since}"
 
 
-CHECKS = (check_free, check_ranks, check_data, check_shards, check_cache, check_columns, check_base, check_output)
+def check_resume(config: RunConfig, node: Node) -> Iterator[str]:
+    """Whether the run would go on from a checkpoint of a version that drew its samples otherwise."""
+    states = sorted(run_folder(config).glob("checkpoints/step-*/state.json"))
+    if not states:
+        return
+    try:
+        state = json.loads(states[-1].read_text())
+        step, version = state["step"], state["order"]["version"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # the trainer says what is wrong with a checkpoint, and goes back to the one before
+    if step < config.max_steps and version != ORDER_VERSION:
+        yield (
+            f"{run_folder(config)} would go on from step {step} of another version of controlbooth: its data order has "
+            f"version {version}, here it is {ORDER_VERSION}, and up to 2 prompts were dropped by the names of samples. "
+            "Go on with that version, or take another name and begin with the weights: "
+            f"model.controlnet={states[-1].parent}/controlnet"
+        )
+
+
+CHECKS = (
+    check_free,
+    check_resume,
+    check_ranks,
+    check_data,
+    check_shards,
+    check_cache,
+    check_columns,
+    check_base,
+    check_output,
+)
 
 
 def base_weights(base: Path) -> list[Path]:

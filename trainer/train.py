@@ -34,7 +34,14 @@ from controlbooth.data.columns import Columns, open_columns
 from controlbooth.data.condition_sizes import shrunk_lines
 from controlbooth.data.loader import Loader, StepBatch
 from controlbooth.data.manifest import Dataset, join_datasets, open_dataset, same_place
-from controlbooth.data.plan import continued_history, order_state, plan_order, resume_position, source_weights
+from controlbooth.data.plan import (
+    check_version,
+    continued_history,
+    order_state,
+    plan_order,
+    resume_position,
+    source_weights,
+)
 from controlbooth.models.attention import (
     AttentionChoice,
     AttentionShape,
@@ -338,6 +345,8 @@ def build(config: RunConfig, world: World, attempt: Attempt, watchdog: Watchdog,
     """Everything that the run names, checked, on this rank's device, and at the latest checkpoint if there is one."""
     folder = attempt.run
     saved = checkpoints.read_state(latest) if latest else None
+    if saved and latest:
+        check_version(saved["order"], str(latest))
     request = config.engine.precision
     if saved and request == "auto":
         request = saved["precision"]  # a resume goes on in what the run was started with
@@ -486,11 +495,21 @@ def open_data(config: RunConfig, world: World) -> tuple[Dataset, HeldOutSet | No
     if not config.data.held_out:
         return dataset, None
     held_out = open_dataset(config.data.held_out)
-    shared = set(map(same_place, dataset.paths)) & set(map(same_place, held_out.paths))
-    if shared:
-        raise ConfigError(f"data.held_out and the training data share {min(shared)}: hold other shards out")
+    check_held_out(dataset, held_out)
     held = load_held_out(held_out, config.validation.samples, config.data.condition, config.data.resolution)
     return dataset, held
+
+
+def check_held_out(dataset: Dataset, held_out: Dataset) -> None:
+    """Raises ConfigError where a shard is in both sets, or a copy of it is, under whatever name."""
+    if shared := set(map(same_place, dataset.paths)) & set(map(same_place, held_out.paths)):
+        raise ConfigError(f"data.held_out and the training data share {min(shared)}: hold other shards out")
+    trained = {row.index_hash: row.uri for row in dataset.rows}
+    if copies := [row for row in held_out.rows if row.index_hash in trained]:
+        raise ConfigError(
+            f"{copies[0].uri} of data.held_out holds the same samples as {trained[copies[0].index_hash]}, which is "
+            "trained on: hold other shards out"
+        )
 
 
 def check_told(config: RunConfig, held: HeldOutSet | None, extract: Extract | None) -> None:
@@ -738,12 +757,13 @@ def commit(run: Run) -> None:
 def report_skipped(run: Run, batch: StepBatch, losses: list[float], norm: float, in_a_row: int) -> None:
     """Says which samples made a step without finite gradients; raises TrainingStopped when that goes on."""
     suspects = [
-        key
+        f"{run.dataset.paths[shard]}:{key}"  # as `data explain` takes it: keys may repeat
         for loss, micro in zip(losses, batch.micro_batches, strict=True)
         if not math.isfinite(loss)
-        for key in micro.keys
+        for key, (shard, row) in zip(micro.keys, micro.places.tolist(), strict=True)
+        if row >= 0
     ]
-    everyone = [key for keys in gather_objects(suspects, run.world) for key in keys]
+    everyone = [name for names in gather_objects(suspects, run.world) for name in names]
     where = f"the loss of {', '.join(everyone[:8])} is not finite" if everyone else "all losses are finite"
     say(run.world, f"step {run.step} skipped: gradient norm {norm}; {where} ({in_a_row} in a row)")
     if in_a_row > run.config.optimizer.max_skipped_steps:

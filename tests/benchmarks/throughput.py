@@ -203,6 +203,7 @@ def make_batch(case: Case, base: Base) -> MicroBatch:
     return MicroBatch(
         positions=positions,
         keys=[str(position) for position in positions],
+        places=np.stack([positions * 0, positions], axis=1),
         pixel_values=None if case.cached else pictures[0],
         conditioning=pictures[1],
         columns=columns,

@@ -6,6 +6,7 @@ import webdataset
 
 from controlbooth.data import scenes
 from controlbooth.data.index import ensure_index
+from controlbooth.data.sidecar import index_path
 from controlbooth.data.sources import encode_png
 
 
@@ -24,5 +25,6 @@ def write_repeated(folder: Path, shards: int = 4, per_shard: int = 6, size: int 
                 conditions = {f"cond.{kind}.png": encode_png(getattr(drawn, kind)) for kind in ("edges", "depth")}
                 text = f"shard {shard}, {what.caption}".encode()
                 writer.write({"__key__": f"{number:09d}", "png": encode_png(drawn.image), "txt": text, **conditions})
+        index_path(path).unlink(missing_ok=True)  # of shards that were written here before
         ensure_index(path)
     return folder

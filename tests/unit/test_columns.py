@@ -5,6 +5,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import webdataset
+from repeated import write_repeated
 
 from controlbooth.data import columns as cols
 from controlbooth.data import draws
@@ -25,7 +26,7 @@ from controlbooth.data.columns import (
 from controlbooth.data.decode import BadSample
 from controlbooth.data.draws import hash64
 from controlbooth.data.loader import Loader
-from controlbooth.data.manifest import open_dataset
+from controlbooth.data.manifest import Dataset, join_datasets, open_dataset
 from controlbooth.data.pack import pack
 from controlbooth.data.sidecar import index_path, load_index
 from controlbooth.data.sources import open_scenes
@@ -90,7 +91,7 @@ def batches(shards, columns=None, **changes):
         condition_kind="edges", resolution=SIZE, prompt_dropout=0.5, random_flip=False, random_crop=False,
         num_train_timesteps=1000, latent_shape=(4, 2, 2), threads=2, prefetch_steps=1, columns=columns,
     )  # fmt: skip
-    return Loader(open_dataset(shards), **(arguments | changes))
+    return Loader(shards if isinstance(shards, Dataset) else open_dataset(shards), **(arguments | changes))
 
 
 def take(shards, steps, columns=None, **changes):
@@ -120,6 +121,26 @@ def test_each_sample_gets_its_own_columns_and_only_kept_prompts_have_text(shards
         else:
             assert batch.columns.hidden_states is None and batch.columns.pooled is None
     assert 0 < kept < 48  # some prompts were dropped and some were not
+
+
+def test_samples_of_one_key_get_their_own_columns_and_equal_shards_of_two_sources_the_same(tmp_path):
+    """Names of samples repeat in every shard, and names of shards from source to source."""
+    for name, seed in (("a", 1), ("b", 2)):
+        write_repeated(tmp_path / name, shards=3, size=SIZE, seed=seed)
+    dataset = join_datasets([open_dataset(tmp_path / name) for name in "aba"])
+    columns = plan_columns(tmp_path / "c", dataset, Buckets(((SIZE, SIZE),), ({}, {}, {})), identities())
+    (tmp_path / "c").mkdir()
+    for kind in cols.KINDS:
+        assert columns.paths[kind][:3] == columns.paths[kind][6:] and len(set(columns.paths[kind])) == 6
+        for shard in range(6):
+            index = load_index(index_path(dataset.paths[shard]))
+            with written_column(columns.paths[kind][shard], index, {}) as add:
+                for row in range(6):
+                    add(row, f"{row:09d}", arrays_of(kind, identities(), row, shard))
+    found, _ = take(dataset, 9, columns)
+    for batch in found:
+        for i, (shard, row) in enumerate(batch.places.tolist()):
+            assert np.array_equal(batch.columns.mean[i], values("latents", row, shard % 6)[0])
 
 
 def test_all_but_the_pictures_is_as_it_is_without_columns(shards, tmp_path):

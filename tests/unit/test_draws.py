@@ -57,9 +57,7 @@ def test_every_draw_is_pinned():
     assert draws.crops(0, POSITIONS, slack).tolist() == [[7, 83], [1, 72], [7, 16], [5, 59], [7, 85]]
     assert draws.caption_choice(0, POSITIONS, np.array([1, 2, 3, 4, 5])).tolist() == [0, 1, 0, 0, 4]
     assert draws.timesteps(0, POSITIONS, 1000).tolist() == [625, 424, 971, 209, 326]
-    hashes = np.array([draws.hash64(key) for key in "abcdefgh"], np.uint64)
-    dropped = draws.prompt_dropped(0, np.zeros(8, int), hashes, 0.5)
-    assert dropped.tolist() == [True, True, False, True, True, True, True, False]
+    assert draws.prompt_dropped(0, POSITIONS, 0.5).tolist() == [True, False, False, True, True]
     noise = draws.noise(0, POSITIONS, (4, 2, 2))
     first = np.array([0.6681903, -0.2814019, 0.8694102, 1.32407, -1.6178088])
     assert np.abs(noise[:, 0, 0, 0] - first).max() < 1e-6
@@ -107,46 +105,69 @@ def test_purposes_do_not_share_their_bits():
     assert abs(agreement - 0.5) < 0.025
 
 
-HASHES = draws.splitmix64(np.arange(20_000))
+MANY = np.arange(20_000)
 
 
 @pytest.mark.parametrize("rate", [0.01, 0.1, 0.5, 0.9])
 def test_dropout_rate_is_within_the_binomial_bound(rate):
-    for epoch in range(3):
-        dropped = draws.prompt_dropped(11, np.full(len(HASHES), epoch), HASHES, rate).sum()
-        bound = 4.5 * (len(HASHES) * rate * (1 - rate)) ** 0.5
-        assert abs(dropped - rate * len(HASHES)) < bound
+    for run in range(3):
+        dropped = draws.prompt_dropped(11, MANY + run * len(MANY), rate).sum()
+        bound = 4.5 * (len(MANY) * rate * (1 - rate)) ** 0.5
+        assert abs(dropped - rate * len(MANY)) < bound
 
 
 def test_dropout_rates_zero_and_one_are_exact():
-    epochs = np.arange(len(HASHES)) % 5
-    extreme = np.concatenate([HASHES[:-2], np.array([0, 2**64 - 1], np.uint64)])
-    assert not draws.prompt_dropped(0, epochs, extreme, 0.0).any()
-    assert draws.prompt_dropped(0, epochs, extreme, 1.0).all()
+    extreme = np.concatenate([MANY, [2**62]])
+    assert not draws.prompt_dropped(0, extreme, 0.0).any()
+    assert draws.prompt_dropped(0, extreme, 1.0).all()
 
 
-def test_dropout_is_new_in_each_epoch_and_each_seed():
-    def dropped(seed, epoch):
-        return draws.prompt_dropped(seed, np.full(len(HASHES), epoch), HASHES, 0.5)
-
-    patterns = [dropped(0, 0), dropped(0, 1), dropped(1, 0), dropped(1, 1)]
+def test_dropout_is_new_at_each_position_and_with_each_seed():
+    patterns = [draws.prompt_dropped(seed, MANY + first, 0.5) for seed in (0, 1) for first in (0, len(MANY))]
     for i, one in enumerate(patterns):
         for other in patterns[:i]:
-            assert abs((one == other).mean() - 0.5) < 0.02  # also seed 0, epoch 1 against seed 1, epoch 0
+            assert abs((one == other).mean() - 0.5) < 0.02
 
 
-def test_dropout_of_mixed_epochs_equals_that_of_each():
-    epochs = np.arange(len(HASHES)) % 3
-    mixed = draws.prompt_dropped(5, epochs, HASHES, 0.3)
-    for epoch in range(3):
-        alone = draws.prompt_dropped(5, np.full(len(HASHES), epoch), HASHES, 0.3)
-        assert np.array_equal(mixed[epochs == epoch], alone[epochs == epoch])
+def draws_of_steps(seed, batch, steps):
+    """name -> (steps, batch) draws of all purposes, each with mean 0 and variance 1."""
+    positions = np.arange(batch * steps)
+    crops = draws.crops(seed, positions, np.full((len(positions), 2), 1000))
+    found = {
+        "dropout": 2.0 * draws.prompt_dropped(seed, positions, 0.5) - 1,
+        "flip": 2.0 * draws.flips(seed, positions) - 1,
+        "timestep": (draws.timesteps(seed, positions, 1000) - 499.5) / 1000 * 12**0.5,
+        "row": (crops[:, 0] - 500) / 1001 * 12**0.5,
+        "column": (crops[:, 1] - 500) / 1001 * 12**0.5,
+        "caption": (draws.caption_choice(seed, positions, np.full(len(positions), 5)) - 2) / 2**0.5,
+        "condition": (draws.conditions(seed, positions) / 2.0**64 - 0.5) * 12**0.5,
+    }
+    return {name: values.reshape(steps, batch) for name, values in found.items()}
+
+
+@given(st.integers(0, 2**62), st.sampled_from([2, 16, 32, 256]))
+@settings(max_examples=25, deadline=None)
+def test_samples_of_a_step_draw_independently_of_each_other(seed, batch):
+    """The sum over a step has the variance of independent draws: equal ones would have `batch` times that."""
+    steps = 400
+    for name, values in draws_of_steps(seed, batch, steps).items():
+        spread = (values.sum(axis=1) ** 2).mean() / batch
+        assert abs(spread - 1) < 6 * (2 / steps) ** 0.5, name
+
+
+@given(st.integers(0, 2**62))
+@settings(max_examples=25, deadline=None)
+def test_what_is_drawn_for_one_purpose_tells_nothing_about_another(seed):
+    found = [values.ravel() for values in draws_of_steps(seed, 32, 200).values()]
+    for i, one in enumerate(found):
+        for other in found[:i]:
+            assert abs((one * other).mean()) < 6 / len(one) ** 0.5
 
 
 @pytest.mark.parametrize("rate", [-0.1, 1.5, float("nan")])
 def test_a_rate_that_is_no_probability_is_refused(rate):
     with pytest.raises(ValueError, match="use a number from 0 to 1"):
-        draws.prompt_dropped(0, np.zeros(1, int), np.zeros(1, np.uint64), rate)
+        draws.prompt_dropped(0, POSITIONS, rate)
 
 
 def test_no_timesteps_are_refused():

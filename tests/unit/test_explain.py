@@ -4,12 +4,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import yaml
+from repeated import write_repeated
 
 from controlbooth.data.bench import main as bench_main
 from controlbooth.data.bench import measure
 from controlbooth.data.draws import crops, hash64
 from controlbooth.data.explain import (
-    find_key,
+    find_samples,
     main,
     numbers_of_run,
     open_sources,
@@ -67,8 +68,8 @@ def explained(run, key):
     numbers = numbers_of_run(run)
     dataset = open_sources(numbers)
     order, buckets = order_of_run(dataset, numbers)
-    [found] = find_key(dataset, key, "edges", buckets)
-    return list(presentations(order, numbers, found, key, 1))
+    [found] = find_samples(dataset, key, "edges", buckets)
+    return list(presentations(order, numbers, found, 1))
 
 
 def test_every_presentation_that_the_loader_gives_is_foretold(run):
@@ -95,9 +96,9 @@ def test_flips_and_crops_are_those_of_the_position(run):
     numbers = numbers_of_run(run)
     dataset = open_sources(numbers)
     order, buckets = order_of_run(dataset, numbers)
-    [found] = find_key(dataset, key_of(0), "edges", buckets)
+    [found] = find_samples(dataset, key_of(0), "edges", buckets)
     wide = replace(found, size=(48, 24))
-    [first, *_] = presentations(order, numbers, wide, key_of(0), 1)
+    [first, *_] = presentations(order, numbers, wide, 1)
     assert first.crop == tuple(crops(3, np.array([first.position]), np.array([[0, 16]]))[0].tolist())
 
 
@@ -105,8 +106,11 @@ def test_the_command_tells_what_was_seen_and_what_is_to_come(run, capsys):
     with open(run / "metrics.jsonl", "w") as file:
         file.write(json.dumps({"time": 0.5, "step": 10, "metrics": {"loss": 1.0}}) + "\n")
         file.write(json.dumps({"time": 0.6, "system": {}}) + "\n" + '{"time":0.7,"step":11,"met')
-    entry = dict(attempt=0, shard="s", byte=0, part="png", error="CRC", substitute=key_of(7))
-    (run / "bad-samples-0.jsonl").write_text(json.dumps(dict(position=40, key=key_of(1), **entry)) + "\n")
+    first = run / "shards" / "shards-000000.tar"
+    bad, other = (int(load_index(index_path(first)).samples["offset"][row]) for row in (1, 7))
+    entry = dict(position=40, attempt=0, shard=str(first), byte=bad, key=key_of(1), part="png", error="CRC")
+    entry |= dict(substitute=key_of(7), substitute_shard=str(first), substitute_byte=other)
+    (run / "bad-samples-0.jsonl").write_text(json.dumps(entry) + "\n")
     assert steps_done(run) == 10
     assert main([key_of(7), "--run", str(run)]) == 0
     text = capsys.readouterr().out
@@ -114,14 +118,64 @@ def test_the_command_tells_what_was_seen_and_what_is_to_come(run, capsys):
     assert [(int(row[2]), row[-1] == "seen") for row in rows] == [
         (position, position < 80) for position, _, _ in seen_by_the_loader(run)[key_of(7)]
     ]
-    assert f"position 40: it stood in for {key_of(1)}" in text and "24 x 24 pixels" in text
+    assert f"position 40: it stood in for {first}:{key_of(1)}" in text and "24 x 24 pixels" in text
     assert main([key_of(1), "--run", str(run), "--steps", "1"]) == 0
-    assert f"position 40: it was bad (CRC), and replaced by {key_of(7)}" in capsys.readouterr().out
+    assert f"position 40: it was bad (CRC), and replaced by {first}:{key_of(7)}" in capsys.readouterr().out
 
 
 def test_a_sample_that_is_not_trained_on_says_why(run, capsys):
     assert main([key_of(24), "--run", str(run)]) == 0
     assert "not trained on: no caption, quarantined" in capsys.readouterr().out
+
+
+@pytest.fixture
+def repeated(tmp_path):
+    """A run on two sources of three shards each, with the same names of shards and of samples."""
+    sources = [str(write_repeated(tmp_path / name, shards=3, seed=seed)) for name, seed in (("a", 1), ("b", 2))]
+    data = dict(shards=None, condition="edges", lanes=None, shards_per_block=2, prompt_dropout=0.5)
+    data |= dict(random_flip=True, random_crop=False, resolution=16, max_aspect_ratio=1.0, aspect_step=64)
+    data |= dict(sources=[dict(shards=shards, weight=None, repeat=1) for shards in sources])
+    tree = dict(seed=3, global_batch_size=4, max_steps=18, data=data)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    return tmp_path
+
+
+def test_each_sample_of_a_key_is_told_and_shard_and_key_name_one(repeated, capsys):
+    key = f"{2:09d}"
+    assert main([key, "--run", str(repeated)]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith(f"6 samples have the key '{key}'")
+    paths = [str(repeated / name / f"{shard:05d}.tar") for name in "ab" for shard in range(3)]
+    assert [line.partition(", ")[0] for line in told.splitlines() if line.startswith(key)] == [
+        f"{key}: {path}" for path in paths
+    ]
+    prompts = {tuple(part.splitlines()[1:]) for part in told.split(f"{key}: ")[1:]}
+    assert len(prompts) == 6  # each at its own positions, with its own draws
+    assert main([f"b/00001.tar:{key}", "--run", str(repeated)]) == 0
+    one = capsys.readouterr().out
+    assert one.startswith(f"{key}: {paths[4]}, ") and one in told
+    assert main([f"{paths[4]}:{key}", "--run", str(repeated)]) == 0 and capsys.readouterr().out == one
+    assert main([f"00001.tar:{key}", "--run", str(repeated)]) == 0
+    assert capsys.readouterr().out.startswith("2 samples have the key")
+    assert main([f"00001.tar:{9:09d}", "--run", str(repeated)]) == 1
+
+
+def test_of_very_many_samples_of_a_key_the_places_are_listed(tmp_path, capsys):
+    write_repeated(tmp_path / "many", shards=12, per_shard=2)
+    given = ["--shards", str(tmp_path / "many"), "--global-batch-size", "4", "--steps", "6"]
+    assert main([f"{1:09d}", *given]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 13 and lines[1].startswith("  00000.tar:000000001, byte ")
+    assert main([lines[5].split(",")[0].strip(), *given]) == 0
+    assert "00004.tar, sample 1" in capsys.readouterr().out
+
+
+def test_what_an_older_version_drew_is_not_told_wrongly(run):
+    saved = run / "checkpoints" / "step-00000004"
+    saved.mkdir(parents=True)
+    (saved / "state.json").write_text(json.dumps({"order": {"version": 2, "weights": [[0, [59]]]}}))
+    with pytest.raises(ValueError, match=f"the data order of {saved} has version 2, and this controlbooth draws by"):
+        main([key_of(3), "--run", str(run)])
 
 
 def test_without_a_run_the_numbers_are_given(run, capsys):

@@ -3,8 +3,10 @@
 import shutil
 
 import pytest
+from repeated import write_repeated
 
-from controlbooth.data import manifest, pack
+from controlbooth.data import manifest, pack, scenes
+from controlbooth.data.sources import encode_png
 from controlbooth.trainer import growth
 from controlbooth.trainer.config import ConfigError
 
@@ -91,8 +93,29 @@ def test_a_copy_under_another_name_is_found_by_its_pictures(packed, tmp_path):
         growth.check_apart(growth.current(str(packed / "a")), growth.current(f"{tmp_path / 'held'}/*.tar"))
 
 
-def test_pictures_that_were_encoded_anew_are_found_by_their_keys(packed, tmp_path):
-    scenes = ["--scenes", "4", "--seed", "0", "--start", "20", "--size", "24", "--condition", "edges", "--workers", "1"]
-    assert pack.main([*scenes, "-o", str(tmp_path / "larger")]) == 0
-    with pytest.raises(ConfigError, match="4 samples of .* have the same key.*other names before they are packed"):
-        growth.check_apart(growth.current(str(packed / "a")), growth.current(str(tmp_path / "larger")))
+def pack_some_scenes(out, seed, start, size):
+    scenes = ["--scenes", "4", "--seed", str(seed), "--start", str(start), "--size", str(size)]
+    assert pack.main([*scenes, "--condition", "edges", "--workers", "1", "-o", str(out)]) == 0
+    return growth.current(str(out))
+
+
+def test_pictures_that_were_encoded_anew_under_their_keys_and_captions_are_found_by_how_they_look(tmp_path):
+    small, large = (pack_some_scenes(tmp_path / str(size), 0, 20, size) for size in (32, 48))
+    with pytest.raises(ConfigError, match="4 of its samples have the key and the caption of .* show the same, encoded"):
+        growth.check_apart(small, large)
+
+
+def test_sets_whose_names_are_all_equal_are_apart_where_their_pictures_differ(tmp_path):
+    """Also where all captions are equal, as with `data pack --caption`."""
+    training, held = (write_repeated(tmp_path / str(seed), seed=seed) for seed in (1, 2))
+    growth.check_apart(growth.current(f"{training}/*.tar"), growth.current(f"{held}/*.tar"))
+    sets = []
+    for name, seed in (("training", 1), ("held", 2)):
+        rows = []
+        for i in range(6):
+            (tmp_path / f"{seed}-{i}.png").write_bytes(encode_png(scenes.render(scenes.scene(seed, i), 32).image))
+            rows.append(f"{seed}-{i}.png,a photo\n")
+        (tmp_path / f"{name}.csv").write_text("image,caption\n" + "".join(rows))
+        assert pack.main([str(tmp_path / f"{name}.csv"), "-o", str(tmp_path / name), "--workers", "1"]) == 0
+        sets.append(growth.current(str(tmp_path / name)))
+    growth.check_apart(*sets)

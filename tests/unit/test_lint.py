@@ -92,8 +92,6 @@ def spoil(samples, what):
         spoiled["k007"] = own | {"txt": b" \n"}
     elif what == "flagged":
         spoiled["k007"] = {extension: data for extension, data in own.items() if extension != "txt"}
-    elif what == "duplicate key":
-        spoiled = {("k007#2" if key == "k050" else key): sample for key, sample in spoiled.items()}
     return spoiled
 
 
@@ -110,7 +108,6 @@ def spoil(samples, what):
         ("broken", True, "s0.tar:k007: png: the image cannot be decoded"),
         ("empty caption", False, "s0.tar:k007: its caption is empty"),
         ("flagged", False, "s0.tar: 1 samples: no caption (the first at byte "),
-        ("duplicate key", False, "s0.tar:k007, s1.tar:k007: 2 samples have this key"),
     ],
 )
 def test_each_fault_is_found_and_named(tmp_path, clean_samples, capsys, what, decoded, where):
@@ -120,6 +117,18 @@ def test_each_fault_is_found_and_named(tmp_path, clean_samples, capsys, what, de
     assert set(found) == {what}
     status, found = lint(capsys, folder)
     assert (status, set(found)) == ((0, set()) if decoded else (1, {what}))
+
+
+def test_equal_keys_in_different_shards_are_no_fault(tmp_path, clean_samples, capsys):
+    samples = {("k007#2" if key == "k050" else key): sample for key, sample in clean_samples.items()}
+    assert lint(capsys, write(tmp_path, samples), "--decode") == (0, {})
+
+
+def test_samples_in_shards_of_one_name_are_told_by_where_these_lie(tmp_path, clean_samples, capsys):
+    for name in "ab":
+        write(tmp_path / name, clean_samples)
+    _, found = lint(capsys, f"{tmp_path}/*/s0.tar")
+    assert f"{tmp_path}/a/s0.tar:k000, {tmp_path}/b/s0.tar:k000: 2 samples have this target" in found["exact copy"]
 
 
 def test_bytes_that_changed_since_indexing_are_found_without_decoding(tmp_path, clean_samples, capsys):
@@ -144,7 +153,7 @@ def test_conditions_that_all_belong_to_other_pictures_are_one_finding(tmp_path, 
 def test_processes_find_what_one_does(tmp_path, clean_samples):
     dataset = open_dataset(write(tmp_path, spoil(clean_samples, "broken")))
     one, two = (scan(dataset, ["edges"], decode=True, workers=workers) for workers in (1, 2))
-    for name in ("digests", "key_hashes", "sizes", "hashes", "caption_hashes", "caption_owners", "caption_words"):
+    for name in ("digests", "sizes", "hashes", "caption_hashes", "caption_owners", "caption_words"):
         assert np.array_equal(getattr(one, name), getattr(two, name)), name
     assert np.allclose(one.scores["edges"], two.scores["edges"], atol=1e-5, equal_nan=True)
     assert one.faults == two.faults and len(one.faults) == 1

@@ -1,5 +1,7 @@
+import itertools
 import json
 import os
+import shutil
 import threading
 import time
 from dataclasses import fields, replace
@@ -16,7 +18,7 @@ from controlbooth.data.conditions import CONDITIONS
 from controlbooth.data.index import ensure_index
 from controlbooth.data.inspect import info_main
 from controlbooth.data.loader import Loader, held_out
-from controlbooth.data.manifest import join_datasets, open_dataset
+from controlbooth.data.manifest import Dataset, join_datasets, open_dataset
 from controlbooth.data.plan import plan_order
 from controlbooth.data.shards import ShardReader
 from controlbooth.data.sidecar import index_path, load_index
@@ -68,7 +70,7 @@ def make(folder, **changes):
         condition_kind="edges", resolution=16, prompt_dropout=0.5, random_flip=True, random_crop=True,
         num_train_timesteps=1000, latent_shape=(4, 2, 2), threads=3, prefetch_steps=2,
     )  # fmt: skip
-    return Loader(open_dataset(folder), **(arguments | changes))
+    return Loader(folder if isinstance(folder, Dataset) else open_dataset(folder), **(arguments | changes))
 
 
 def take(folder, steps, **changes):
@@ -177,17 +179,77 @@ def test_shapes_and_types_are_as_stated(folder):
     assert batch.weights.tolist() == [1.0, 1.0] and batch.weights.dtype == np.float32
 
 
-def test_draws_are_those_of_the_position_and_the_key(folder):
-    counts = open_dataset(folder).samples_per_shard()
+def test_draws_are_those_of_the_position(folder):
     for step in take(folder, 14):
         for position, row in step.items():
             at = np.array([position])
             assert row["timesteps"] == draws.timesteps(1, at, 1000)[0]
             assert np.array_equal(row["noise"], draws.noise(1, at, (4, 2, 2))[0])
-            epoch = np.array([position // (counts.sum() // G * G)])
-            key_hash = np.array([draws.hash64(row["keys"])], np.uint64)
-            assert row["dropped"] == draws.prompt_dropped(1, epoch, key_hash, 0.5)[0]
+            assert row["dropped"] == draws.prompt_dropped(1, at, 0.5)[0]
             assert (row["captions"] == "") == row["dropped"]
+
+
+def test_the_names_of_shards_and_samples_change_nothing_but_themselves(folder, tmp_path, scene_parts):
+    """The same samples under equal names in each shard, in shards of other names: all but the names is as it was."""
+    for shard in range(SHARDS):
+        path = tmp_path / f"part-{(7 * shard + 3) % 10}-{shard}.tar"
+        with webdataset.TarWriter(str(path), encoder=False, mtime=0) as writer:
+            for number in range(PER_SHARD):
+                writer.write({"__key__": f"{number:09d}", **scene_parts[shard * PER_SHARD + number]})
+        ensure_index(path)
+    by_shard = join_datasets([open_dataset(path) for path in sorted(tmp_path.glob("*.tar"), key=lambda p: p.stem[-1])])
+    renamed = replace(by_shard, sources=())
+    with make(folder) as named, make(renamed) as numbered:
+        for _ in range(14):
+            one, other = by_position(next(named)), by_position(next(numbered))
+            for position in one:
+                assert int(other[position]["keys"]) == int(one[position]["keys"][1:]) % PER_SHARD
+                one[position]["keys"] = other[position]["keys"]
+            assert_equal(one, other)
+
+
+def test_a_data_set_that_was_moved_and_indexed_anew_gives_the_same_batches(tmp_path):
+    """Two sources with equal names of shards and samples."""
+
+    def batches():
+        return take(join_datasets([open_dataset(tmp_path / name) for name in names]), 12)
+
+    names = ["a", "b"]
+    for name, seed in (("a", 1), ("b", 2)):
+        write_repeated(tmp_path / name, seed=seed)
+    before = batches()
+    for name in names:
+        shutil.move(tmp_path / name, tmp_path / "elsewhere" / f"{name}-moved")
+        for path in (tmp_path / "elsewhere" / f"{name}-moved").glob("*.idx"):
+            path.unlink()
+    names = [f"elsewhere/{name}-moved" for name in names]
+    for name in names:
+        for path in (tmp_path / name).glob("*.tar"):
+            ensure_index(path)
+    for one, other in zip(before, batches(), strict=True):
+        assert_equal(one, other)
+
+
+def test_each_place_comes_once_an_epoch_where_all_keys_are_equal(tmp_path):
+    steps = take(write_repeated(tmp_path / "a", shards=24, per_shard=1), 6)  # two epochs of all 24 samples
+    for epoch in (steps[:3], steps[3:]):
+        rows = [row for step in epoch for row in step.values()]
+        assert {row["keys"] for row in rows} == {"000000000"} and len({tuple(row["places"]) for row in rows}) == 24
+
+
+def test_a_source_with_the_same_names_leaves_the_draws_of_a_step_independent(tmp_path):
+    """By the sum over each step, whose spread would be that of pairs if samples of one name drew together."""
+    sets = [open_dataset(write_repeated(tmp_path / name, seed=seed)) for name, seed in (("a", 1), ("b", 2))]
+    for dataset in (sets[0], join_datasets(sets)):
+        with make(dataset, prompt_dropout=0.5, condition_kind=None) as batches:
+            steps = [by_position(next(batches)).values() for _ in range(150)]
+        dropped = np.array([[2.0 * row["dropped"] - 1 for row in step] for step in steps])
+        late = np.array([[2.0 * (row["timesteps"] >= 500) - 1 for row in step] for step in steps])
+        for drawn in (dropped, late):
+            assert abs((drawn.sum(axis=1) ** 2).mean() / G - 1) < 5 * (2 / len(steps)) ** 0.5
+        same = [(one["dropped"], other["dropped"]) for step in steps for one, other in itertools.combinations(step, 2)
+                if one["keys"] == other["keys"]]  # fmt: skip
+        assert len(same) > 300 and 0.35 < np.mean([one == other for one, other in same]) < 0.65
 
 
 def test_captions_are_chosen_anew_and_dropping_is_exact_at_its_ends(folder):
@@ -311,7 +373,12 @@ def test_a_bad_sample_is_replaced_and_no_other_one_moves(folder, own_folder):
     assert lines == ledger and "CRC" in lines[0]["error"] and lines[0]["part"] == "cond.edges.png"
     assert lines[0]["shard"].endswith(".tar") and {"position", "ordinal", "attempt"} <= lines[0].keys()
     index = load_index(index_path(Path(lines[0]["shard"])))
-    assert index.samples["key_hash"][index.samples["offset"] == lines[0]["byte"]] == [draws.hash64(lines[0]["key"])]
+    [row] = np.flatnonzero(index.samples["offset"] == lines[0]["byte"]).tolist()
+    assert index.samples["key_hash"][row] == draws.hash64(lines[0]["key"])
+    assert index.contents(row) == lines[0]["contents"]
+    other = load_index(index_path(Path(lines[0]["substitute_shard"])))
+    [row] = np.flatnonzero(other.samples["offset"] == lines[0]["substitute_byte"]).tolist()
+    assert other.samples["key_hash"][row] == draws.hash64(lines[0]["substitute"])
 
 
 def test_substitutes_are_the_same_on_every_world_size_and_rerun(own_folder):

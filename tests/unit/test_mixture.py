@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from controlbooth.data.mixture import Mixture, Place, counts_before, split, turn_of
@@ -70,6 +70,7 @@ weightings = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5), st.integer
 
 
 @given(weightings, st.sampled_from([(4, 4), (8, 4), (4, 8), (12, 4)]), st.integers(0, 2**32))
+@settings(deadline=None)
 def test_every_sample_is_found_at_the_positions_that_read_it_also_where_weights_change(weights, sizes, seed):
     lanes, batch = sizes
     history = [(batch * 13 * number, weight) for number, weight in enumerate(weights)]
@@ -193,6 +194,12 @@ def test_a_changed_order_is_refused(changed, fingerprint, message):
     state = order_state(make([[[10, 20]]], [(0, [30])], seed=1), "abc", 120)
     with pytest.raises(ValueError, match=message):
         resume_position(state, make([[[10, 20]]], [(0, [30])], **changed), fingerprint)
+
+
+def test_an_order_whose_prompts_were_dropped_by_names_is_refused_with_what_to_do():
+    state = order_state(make([[[10, 20]]], [(0, [30])], seed=1), "abc", 120) | {"version": 2}
+    with pytest.raises(ValueError, match="version 2, .* by version 3: .* by the names.*model.controlnet=CHECKPOINT"):
+        resume_position(state, make([[[10, 20]]], [(0, [30])], seed=1), "abc")
 
 
 def test_other_shapes_are_refused():

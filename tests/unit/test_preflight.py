@@ -10,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from repeated import write_repeated
 
+from controlbooth.data.plan import STATE_VERSION
 from controlbooth.data.sidecar import PART, SAMPLE, index_path, make_index, write_index
 from controlbooth.launch import preflight as checks
 from controlbooth.launch.data_preflight import find_shards
@@ -243,6 +245,34 @@ def test_held_out_shards_must_not_be_trained_on_not_even_by_another_name(good, t
     (tmp_path / "held_out/link.tar").symlink_to(tmp_path / "train/b.tar")
     problem = only_problem(good)
     assert "1 shards are both in data.shards and in data.held_out" in problem and "b.tar" in problem
+
+
+def test_copies_of_trained_shards_under_other_names_are_not_held_out(good, tmp_path):
+    """Equal names of shards and of samples are no matter."""
+    training, held = (write_repeated(tmp_path / name, shards=2, seed=seed) for name, seed in (("a", 1), ("b", 2)))
+    good |= dict(global_batch_size=2)
+    found = config(good, data__shards=str(training), data__held_out=str(held))
+    assert preflight(found, node()) == []
+    for suffix in (".tar", ".tar.idx"):
+        shutil.copy(training / f"00001{suffix}", held / f"copy{suffix}")
+    problem = only_problem(good)
+    assert "1 shards of data.held_out hold the same samples as ones of data.shards" in problem
+    assert "copy.tar and " in problem and "00001.tar" in problem
+
+
+def test_a_run_of_a_version_that_drew_otherwise_is_told_how_to_go_on(good, tmp_path):
+    saved = tmp_path / "runs" / "first" / "checkpoints" / "step-00000004"
+    saved.mkdir(parents=True)
+
+    def begun(version, step=4):
+        (saved / "state.json").write_text(json.dumps({"step": step, "order": {"version": version}}))
+        return preflight(config(good), node())
+
+    assert checks.ORDER_VERSION == STATE_VERSION and begun(STATE_VERSION) == []
+    (problem,) = begun(2)
+    assert "order has version 2, here it is 3, and up to 2 prompts were dropped by the names" in problem
+    assert problem.endswith(f"model.controlnet={saved}/controlnet")
+    assert begun(2, step=10) == []  # it is finished
 
 
 def test_a_run_without_held_out_shards_is_allowed(good):

@@ -3,6 +3,7 @@ import json
 
 import pytest
 import yaml
+from repeated import write_repeated
 
 from controlbooth.data.draws import hash64
 from controlbooth.data.loader import Loader
@@ -49,6 +50,15 @@ def order_of(dataset):
     return plan_order(
         dataset, "edges", seed=0, lanes=G, shards_per_block=2, global_batch_size=G, resolution=16
     )[0]  # fmt: skip
+
+
+def damage_first_picture(path):
+    """Of a shard, in a byte that its index does not know of."""
+    index = load_index(index_path(path))
+    data = bytearray(path.read_bytes())
+    part = index.parts[0][index.extensions.index("png")]
+    data[int(index.samples["offset"][0]) + int(part["offset"]) + 30] ^= 1
+    path.write_bytes(data)
 
 
 @pytest.fixture
@@ -144,6 +154,40 @@ def test_entries_of_shards_that_were_written_anew_are_left_alone_and_counted(sha
     assert open_dataset(shards).samples_per_shard().sum() == 56
     index = load_index(index_path(shards / "shards-000000.tar"))
     assert index.samples["key_hash"][index.samples["flags"] > 0].tolist() == [hash64(entry["key"])]
+
+
+def test_another_sample_that_was_written_to_the_place_under_the_same_key_is_left_alone(tmp_path, capsys):
+    """As a table that is packed anew: its shards, keys and first bytes are those of before."""
+    folder = write_repeated(tmp_path / "shards", shards=4)
+    damage_first_picture(folder / "00002.tar")
+    train(folder, tmp_path / "run", 3)
+    assert len(read_ledgers(tmp_path / "run")) == 1
+    write_repeated(folder, shards=4, seed=6)
+    assert main([str(tmp_path / "run")]) == 0
+    assert "1 entries match no sample any more" in capsys.readouterr().out
+    assert open_dataset(folder).samples_per_shard().sum() == 24
+
+
+def test_of_equal_keys_and_names_of_shards_only_the_bad_sample_is_flagged_also_where_it_was_moved(tmp_path):
+    folder = write_repeated(tmp_path / "a", shards=4)
+    damage_first_picture(folder / "00002.tar")
+    train(folder, tmp_path / "run", 3)
+    other = write_repeated(tmp_path / "b", shards=4, seed=6)
+    folder.rename(tmp_path / "elsewhere")
+    assert main([str(tmp_path / "run"), "--shards", f"{tmp_path}/[be]*/*.tar"]) == 0
+    assert open_dataset(tmp_path / "elsewhere").samples_per_shard().tolist() == [6, 6, 5, 6]
+    assert open_dataset(other).samples_per_shard().sum() == 24
+    assert not load_index(index_path(tmp_path / "elsewhere" / "00002.tar")).usable().tolist().count(0)
+
+
+def test_a_ledger_of_an_earlier_version_is_read_by_its_keys(shards, run):
+    ledger = run / "bad-samples-0.jsonl"
+    since = ("contents", "substitute_shard", "substitute_byte")
+    entries = [json.loads(line) for line in ledger.read_text().splitlines()]
+    lines = [json.dumps({name: value for name, value in one.items() if name not in since}) for one in entries]
+    ledger.write_text("\n".join(lines) + "\n")
+    assert main([str(run)]) == 0
+    assert open_dataset(shards).samples_per_shard().sum() == 56
 
 
 def test_a_sample_whose_header_is_damaged_is_flagged_by_its_place(shards, tmp_path):
