@@ -3,8 +3,8 @@
     .venv/bin/python tests/benchmarks/independence.py
 
 Packs and indexes five data sets whose names repeat, or do not, and runs the real loader over STEPS steps of BATCH:
-how many prompts of each step are dropped, by the loader and by the rule of versions up to 0.1.0's order 2, which drew
-from (epoch, key) and is computed here for comparison. Then every draw is held against chance over many more steps: how
+how many prompts of each step are dropped, by the loader and by the rule of data orders of version 2, which drew from
+(epoch, key) and is computed here for comparison. Then every draw is held against chance over many more steps: how
 alike the samples of a step draw, and how much one draw tells of another. Exits with 1 where something of today's rule
 lies outside of the range that independent draws stay in 999 times of 1000. Half a minute on 2 cores.
 """
