@@ -28,6 +28,7 @@ from controlbooth.data.index import ensure_index, usable_cpus
 from controlbooth.data.pool import WorkerError, run_jobs
 from controlbooth.data.sidecar import index_path, load_index, temporary_path, write_whole
 from controlbooth.data.sources import SCENE_KINDS, Source, SourceSample, encode_png, open_folder, open_scenes
+from controlbooth.data.split import HELD_OUT, NOTES, TRAIN, held_out_count, split
 from controlbooth.data.tables import is_rows, open_rows
 
 JOURNAL = "pack.jsonl"
@@ -230,28 +231,57 @@ def _is_done(job: Job, noted: dict | None, skip_bad: bool) -> bool:
 def main(argv: Sequence[str] | None = None) -> int:
     """`controlbooth data pack`: 0 when all is packed, 1 when samples are bad, which are listed on stderr."""
     arguments = _parser().parse_args(argv)
-    source = _open_source(arguments)
+    parts = _parts(arguments, _open_source(arguments))
     if arguments.dry_run:
-        _print_plan(source, arguments.out, arguments.samples_per_shard)
+        for out, part in parts.items():
+            _print_plan(part, out, arguments.samples_per_shard)
         return 0
-    bad = pack(source, arguments.out, arguments.samples_per_shard, arguments.workers, arguments.skip_bad)
-    for line in bad[:50]:
+    bad = {
+        out: pack(part, out, arguments.samples_per_shard, arguments.workers, arguments.skip_bad)
+        for out, part in parts.items()
+    }
+    lines = [line for own in bad.values() for line in own]
+    for line in lines[:50]:
         print(line, file=sys.stderr)
-    if bad and not arguments.skip_bad:
+    if lines and not arguments.skip_bad:
         print(
-            f"{len(bad)} samples cannot be packed{' (50 shown)' if len(bad) > 50 else ''}. Replace or remove them and "
-            f"run the same command again, or add --skip-bad to leave them out; finished shards are kept.",
+            f"{len(lines)} samples cannot be packed{' (50 shown)' if len(lines) > 50 else ''}. Replace or remove them "
+            f"and run the same command again, or add --skip-bad to leave them out; finished shards are kept.",
             file=sys.stderr,
         )
         return 1
-    dataset = manifest.open_dataset(arguments.out)
-    samples = sum(row.samples for row in dataset.rows)
-    left_out = f", {len(bad)} left out" if bad else ""
-    print(f"{arguments.out}: {samples} samples in {len(dataset.rows)} shards{left_out} ({dataset.fingerprint})")
+    for out, own in bad.items():
+        dataset = manifest.open_dataset(out)
+        samples = sum(row.samples for row in dataset.rows)
+        left_out = f", {len(own)} left out" if own else ""
+        print(f"{out}: {samples} samples in {len(dataset.rows)} shards{left_out} ({dataset.fingerprint})")
     for kind in sorted({kind for row in dataset.rows for kind in row.conditions}):
         if (told := where_exact(dataset, kind)) is not None:
             print(told)
     return 0
+
+
+def _parts(arguments: argparse.Namespace, source: Source) -> dict[Path, Source]:
+    """What goes into which folder."""
+    out = arguments.out
+    if arguments.held_out is None:
+        return {out: source}
+    held_out_count(arguments.held_out, source.count)
+    if (out / JOURNAL).exists() or any(out.glob("*.tar")):
+        raise ValueError(
+            f"{out} holds shards itself, and --held-out writes {out / TRAIN} and {out / HELD_OUT}: choose another "
+            "folder"
+        )
+    notes = None if arguments.dry_run else out / NOTES
+    train, held_out = split(source, arguments.held_out, notes, arguments.workers)
+    wanted = held_out_count(arguments.held_out, source.count)
+    short = f" ({wanted} were asked for: near copies stay together)" if held_out.count < wanted else ""
+    print(f"{source.count} samples: {train.count} to train on, {held_out.count} held out{short}")
+    if not held_out.count:
+        raise ValueError(
+            f"no sample can be held out: all groups of near copies have more than {wanted} samples. Raise --held-out"
+        )
+    return {out / HELD_OUT: held_out, out / TRAIN: train}
 
 
 def _open_source(arguments: argparse.Namespace) -> Source:
@@ -300,6 +330,7 @@ examples:
   controlbooth data pack photos/ -o shards/ --condition canny
   controlbooth data pack pets/ -o shards/ --caption "a photo of a {{folder}}"
   controlbooth data pack fill50k.parquet -o shards/ --condition fill=conditioning_image --caption-column text
+  controlbooth data pack photos/ -o shards/ --held-out 5%     writes shards/train and shards/held-out
   controlbooth data pack --scenes 20000 --seed 0 --condition edges --condition depth -o shards/""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -311,6 +342,12 @@ examples:
     parser.add_argument("--caption", help="caption of all images of a folder, with {folder} and {name}")
     parser.add_argument("--image-column", default="image", help="of a table (default: image)")
     parser.add_argument("--caption-column", default="caption", help="of a table (default: caption)")
+    parser.add_argument(
+        "--held-out",
+        metavar="SHARE",
+        help="a share such as 5%%, or a number of samples, to hold out: OUT/train and OUT/held-out, near copies on one "
+        "side, from all folders and captions",
+    )
     parser.add_argument("--scenes", type=whole_number(), metavar="COUNT", help="draw so many scenes")
     parser.add_argument("--seed", type=seed_number, default=0, help="of the scenes (default: 0)")
     parser.add_argument("--start", type=whole_number(0), default=0, help="number of the first scene (default: 0)")

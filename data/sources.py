@@ -58,6 +58,10 @@ class Source(Protocol):
 
     def read(self, start: int, stop: int) -> Iterator[SourceSample]: ...
 
+    def read_rows(self, rows: Sequence[int]) -> Iterator[SourceSample]:
+        """Any of them, by ascending number."""
+        ...
+
 
 @dataclass(frozen=True)
 class FolderItem:
@@ -94,7 +98,10 @@ class FolderSource:
         return stable_hash(parts)
 
     def read(self, start: int, stop: int) -> Iterator[SourceSample]:
-        for item in self.items[start:stop]:
+        return self.read_rows(range(start, stop))
+
+    def read_rows(self, rows: Sequence[int]) -> Iterator[SourceSample]:
+        for item in map(self.items.__getitem__, rows):
             conditions = {kind: Path(path).read_bytes() for kind, path in item.conditions}
             yield SourceSample(item.key, item.image, Path(item.image).read_bytes(), conditions, [_caption(item)])
 
@@ -237,7 +244,10 @@ class SceneSource:
         return stable_hash([self.describe(), start, stop])
 
     def read(self, start: int, stop: int) -> Iterator[SourceSample]:
-        for index in range(self.start + start, self.start + stop):
+        return self.read_rows(range(start, stop))
+
+    def read_rows(self, rows: Sequence[int]) -> Iterator[SourceSample]:
+        for index in (self.start + row for row in rows):
             what = scenes.scene(self.seed, index)
             drawn = scenes.render(what, self.size)
             conditions = {kind: encode_png(getattr(drawn, kind)) for kind in self.kinds if kind != "segmentation"}

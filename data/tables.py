@@ -7,7 +7,8 @@ import functools
 import glob
 import json
 import re
-from collections.abc import Iterator, Mapping
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,13 +64,19 @@ class RowSource:
         return identities
 
     def read(self, start: int, stop: int) -> Iterator[SourceSample]:
+        return self.read_rows(range(start, stop))
+
+    def read_rows(self, rows: Sequence[int]) -> Iterator[SourceSample]:
         before = 0
-        for path, rows in self.files:
-            low, high = max(start - before, 0), min(stop - before, rows)
-            columns = [self.image_column, self.caption_column, *(column for _, column in self.condition_columns)]
-            for i, row in enumerate(_rows(path, columns, low, high) if low < high else (), low):
-                yield self._sample(row, before + i, path, i)
-            before += rows
+        columns = [self.image_column, self.caption_column, *(column for _, column in self.condition_columns)]
+        for path, count in self.files:
+            own = rows[bisect_left(rows, before) : bisect_left(rows, before + count)]
+            wanted = {row - before for row in own}
+            low, high = (own[0] - before, own[-1] + 1 - before) if own else (0, 0)
+            for i, row in enumerate(_rows(path, columns, low, high) if own else (), low):
+                if i in wanted:
+                    yield self._sample(row, before + i, path, i)
+            before += count
 
     def _sample(self, row: Mapping[str, Any], number: int, path: str, i: int) -> SourceSample:
         origin = f"{path}, row {i + 1}"

@@ -176,9 +176,9 @@ def summary(run: Path, data: Path, export: Path, uri: str, seconds: dict[str, fl
         "== next",
         *(f"  {way}" for way in how_to_open_saved(run, beside_python("mlflow")) or [how_to_serve(uri)]),
         "  your own pictures:",
-        f"    {us} data pack PHOTOS/ -o shards/ --condition canny --caption 'a photo of a {{folder}}'",
-        f"    {us} data show shards/ -o sheet.png",
-        f"    {us} train launch/configs/photos.yaml data.shards=shards/ data.held_out=null",
+        f"    {us} data pack PHOTOS/ -o shards --held-out 5% --caption 'a photo of a {{folder}}'",
+        f"    {us} data show shards/train --condition computed:canny --resolution 64 -o sheet.png",
+        f"    {us} train launch/configs/photos.yaml data.shards=shards/train data.held_out=shards/held-out",
         "  full size: launch/configs/sd15-edges.yaml",
     ]
     return "\n".join(lines)
