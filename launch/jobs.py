@@ -20,6 +20,7 @@ from controlbooth.launch.job import Job, JobState, job_logs, task_rows
 from controlbooth.launch.outcome import failure_reasons
 from controlbooth.launch.submit import AT_WORK, at_work, check_ended, last_submission, launch, replace_nodes, states
 from controlbooth.trainer.config import RunConfig, dump, load_config
+from controlbooth.trainer.evaluate.verdict import describe, read_verdict
 
 NOTE = "== "
 """How lines of a job's script begin in its log."""
@@ -75,6 +76,7 @@ def run_lines(job: Job, asked: Sequence[JobState]) -> tuple[list[str], bool]:
     going = any(one.state in AT_WORK for one in asked)
     lines = [f"run         {job.name}: {state}" + (f" at step {step}" if (step := last_step(job.here)) else "")]
     lines += [f"checkpoint  {checkpoints[-1]}"] if checkpoints else []
+    lines += [f"control     {describe(verdict)}"] if (verdict := read_verdict(job.here)) else []
     lines += [f"error       {status['error']}"] if state == "failed" else []
     if state not in ("finished", "failed") and not going:
         lines.append(f"            nothing is at work on it now; `controlbooth launch resume {job.here}` goes on")

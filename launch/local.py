@@ -36,6 +36,8 @@ from controlbooth.trainer.config import (
     sources,
     tracking_uri,
 )
+from controlbooth.trainer.continuing import describe_start
+from controlbooth.trainer.evaluate.verdict import cannot_announce
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -212,7 +214,7 @@ def plan(config: RunConfig, node: Node) -> str:
     held_out = f"held out: {config.data.held_out}" if config.data.held_out else "nothing is held out or validated"
     return "\n".join(
         [
-            f"run        {config.name} in {run_folder(config)}, which is resumed if it holds a checkpoint",
+            *label("run", describe_start(config)),
             f"model      ControlNet for '{config.data.condition}' on {config.model.base}",
             f"data       {data_set_name(config)}; {held_out}",
             f"ranks      {world_size(node)} ({devices}), ZeRO stage {config.engine.zero_stage}",
@@ -220,8 +222,14 @@ def plan(config: RunConfig, node: Node) -> str:
             f"x {accumulation} accumulation steps",
             f"steps      {config.max_steps}, {config.max_steps * config.global_batch_size} samples",
             f"tracking   {tracking_uri(config)}",
+            *label("warning", [why] if (why := cannot_announce(config)) else []),
         ]
     )
+
+
+def label(name: str, lines: Sequence[str]) -> list[str]:
+    """Lines of a plan, the first of them with its name."""
+    return [f"{name if number == 0 else '':<11}{line}" for number, line in enumerate(lines)]
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from controlbooth.trainer.config import (
     gradient_accumulation_steps,
     run_folder,
 )
+from controlbooth.trainer.evaluate.verdict import cannot_announce
 
 COPIED = ("conv_in.", "time_embedding.", "add_embedding.", "down_blocks.", "mid_block.")
 """Parts of a diffusers U-Net of which a ControlNet has a copy."""
@@ -161,6 +162,12 @@ def nearest(path: Path) -> Path:
     return next(one for one in (path.absolute(), *path.absolute().parents) if one.exists())
 
 
+def check_early_stop(config: RunConfig, node: Node) -> Iterator[str]:
+    patience = config.validation.stop_after_convergence
+    if patience is not None and (why := cannot_announce(config)):
+        yield f"validation.stop_after_convergence={patience} would never end the run: {why}"
+
+
 def check_free(config: RunConfig, node: Node) -> Iterator[str]:
     yield from free_problems(run_folder(config))
 
@@ -216,6 +223,7 @@ CHECKS = (
     check_columns,
     check_base,
     check_output,
+    check_early_stop,
 )
 
 

@@ -11,16 +11,8 @@ from pathlib import Path
 
 from controlbooth.launch import orphans
 from controlbooth.launch.local import gpu_count, train
-from controlbooth.trainer.config import (
-    ConfigError,
-    RunConfig,
-    changes,
-    dump,
-    load_config,
-    run_folder,
-    sources,
-    tracking_uri,
-)
+from controlbooth.trainer.config import ConfigError, RunConfig, load_config, run_folder, sources, tracking_uri
+from controlbooth.trainer.continuing import found_before, is_finished
 from controlbooth.trainer.mlflow_address import how_to_open_saved, how_to_serve
 
 CONFIG = Path(__file__).parent / "configs" / "quickstart.yaml"
@@ -103,20 +95,14 @@ def refuse_another_model(config: RunConfig) -> None:
 
     Nothing would be trained then, and the old model measured and exported as if it were the one asked for.
     """
-    folder = run_folder(config)
-    saved = max((step_of(path.parent) for path in folder.glob("checkpoints/step-*/COMPLETE")), default=0)
-    if saved < config.max_steps or not (folder / "config.yaml").is_file():
+    folder, before = run_folder(config), found_before(config)
+    if before is None or not is_finished(before, config):
         return
-    before = load_config(folder / "config.yaml").model_copy(update={"output": config.output})  # it is found there
-    if changed := [one for one in changes(dump(before), dump(config)) if not one.startswith(OF_NO_WEIGHT)]:
+    if changed := [one for one in before.changed if not one.startswith(OF_NO_WEIGHT)]:
         raise ConfigError(
-            f"{folder} has been trained up to step {saved} with other settings than are asked for: "
+            f"{folder} has been trained up to step {before.step} with other settings than are asked for: "
             f"{'; '.join(changed)}. Train into another folder with name=NAME, delete {folder}, or leave the change out"
         )
-
-
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))
 
 
 def heading(text: str) -> None:
@@ -161,9 +147,7 @@ def summary(run: Path, data: Path, export: Path, uri: str, seconds: dict[str, fl
         "",
         f"== control fidelity on {evaluation['samples']} held-out scenes",
         *(f"  {name:<28}{iou:>10}{f1:>10}" for name, iou, f1 in rows),
-        f"  control snapped into place by step {evaluation['convergence']['step']}"
-        if evaluation["convergence"]
-        else "  control did not snap into place: train longer (max_steps=...)",
+        f"  {evaluation['told']}",
         "",
         "== what was made",
         *(f"  {place.ljust(width)}  {what}" for place, what in made.items()),

@@ -123,13 +123,21 @@ def compare() -> argparse.ArgumentParser:
 def report() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="controlbooth report",
-        description="Writes one HTML page about a run: configuration, curves, when control snapped into place, "
-        "fidelity, pictures over the steps, best and worst samples. What `controlbooth evaluate` measured is in it.",
-        epilog="example:\n  controlbooth report runs/quickstart && xdg-open runs/quickstart/report.html",
+        description="Writes one HTML page about a run: whether it obeys and since when, its curves between chance and "
+        "the real pictures, fidelity, pictures over the steps, best and worst samples. What `controlbooth evaluate` "
+        "measured is in it. Several runs stand side by side, on the same axes.",
+        epilog="examples:\n  controlbooth report runs/quickstart && xdg-open runs/quickstart/report.html\n"
+        "  controlbooth report runs/without runs/with -o side-by-side.html",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", type=Path, metavar="RUN")
-    parser.add_argument("-o", "--out", type=file_to_write, metavar="FILE", help="(default: RUN/report.html)")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    parser.add_argument(
+        "-o",
+        "--out",
+        type=file_to_write,
+        metavar="FILE",
+        help="(default: RUN/report.html; of several, RUN/report-OTHERS.html in the first one's folder)",
+    )
     return parser
 
 

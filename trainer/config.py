@@ -213,7 +213,7 @@ class ValidationConfig(Section):
     at_start: bool = True
     """Validate before the first step too: the figures without control."""
     stop_after_convergence: int | None = Field(default=None, ge=0)
-    """End the run so many steps after control has snapped into place. Default: go on to max_steps."""
+    """End the run so many steps after the one for which control is announced. Default: go on to max_steps."""
 
 
 class TrackingConfig(Section):

@@ -79,6 +79,7 @@ from controlbooth.trainer.config import (
     sources,
     tracking_uri,
 )
+from controlbooth.trainer.continuing import compared_with, describe_finished, is_finished
 from controlbooth.trainer.distributed import (
     DistError,
     World,
@@ -92,17 +93,20 @@ from controlbooth.trainer.distributed import (
     leave,
 )
 from controlbooth.trainer.encoding import column_identities, computed_here
-from controlbooth.trainer.evaluate.convergence import (
-    USUAL_STEPS,
-    Convergence,
-    describe,
-    find_convergence,
-    validation_curve,
-)
 from controlbooth.trainer.evaluate.extract import Extract, extractor, tells_control
 from controlbooth.trainer.evaluate.held_out import HeldOutSet, load_held_out
 from controlbooth.trainer.evaluate.prompted import draw_prompts
 from controlbooth.trainer.evaluate.validate import told, validate
+from controlbooth.trainer.evaluate.verdict import (
+    CONTROL,
+    USUAL_STEPS,
+    Verdict,
+    as_tree,
+    cannot_announce,
+    describe,
+    judge_run,
+    read_verdict,
+)
 from controlbooth.trainer.failures import (
     FAILED,
     STATUS,
@@ -153,8 +157,8 @@ class Run:
     """The checkpoint that is being written while training goes on; on every rank or on none."""
     saved_times: dict[str, float] = field(default_factory=dict)
     """When the metrics of the step that is being saved were logged, by name; on rank 0."""
-    convergence: Convergence | None = None
-    """As of the last validation, on every rank."""
+    verdict: Verdict | None = None
+    """On its control, as of the last validation, on every rank; None without held-out samples."""
     warned: bool = False
 
 
@@ -191,11 +195,10 @@ def train(config: RunConfig, world: World, stop: "StopRequest") -> int:
         watching(attempt, world, config.engine.hang_timeout_seconds) as watchdog,
     ):
         latest = checkpoints.latest_checkpoint(folder, world, partial(say, world))
-        if latest is not None and (saved := checkpoints.read_state(latest)["step"]) >= config.max_steps:
+        if latest is not None and is_finished(before := compared_with(latest, config), config):
             if world.rank == 0:
                 send_what_is_left(attempt, config)
-            more = f"max_steps={config.max_steps}" + (f" above {saved}" if saved > config.max_steps else "")
-            say(world, f"{folder} is finished at step {saved}. Raise {more} to go on, or change the name")
+            say(world, describe_finished(before, config))
             return 0
         run = build(config, world, attempt, watchdog, latest)
         if world.rank == 0:
@@ -203,9 +206,9 @@ def train(config: RunConfig, world: World, stop: "StopRequest") -> int:
             write_own_status(attempt, state="running", step=run.step)
         state = "failed"
         try:
-            if run.held and run.step:
-                note_convergence(run, validated=False)
-            elif run.held and config.validation.at_start:
+            if run.held:
+                note_verdict(run, validated=False)
+            if run.held and not run.step and config.validation.at_start:
                 validate_and_log(run)
             loop(run, stop)
             done = run.step >= config.max_steps or converged_long_ago(run)
@@ -354,7 +357,8 @@ def build(config: RunConfig, world: World, attempt: Attempt, watchdog: Watchdog,
     base = load_base(base_path(config), config.model.family, engines.DTYPES[precision], world.device)
     dataset, held = open_data(config, world)
     extract = extractor(held, {}, str(world.device)) if held else None
-    check_told(config, held, extract)
+    if held is not None:
+        check_told(config, held, extract, world)
     columns = open_run_columns(config, world, base, dataset)
 
     chosen = choose_once(config.model.attention, world, precision, attempt, lambda: unet_attention_shapes(config, base))
@@ -512,10 +516,14 @@ def check_held_out(dataset: Dataset, held_out: Dataset) -> None:
         )
 
 
-def check_told(config: RunConfig, held: HeldOutSet | None, extract: Extract | None) -> None:
-    """Raises ConfigError for a run that is to end by its convergence, where no figure of its validations tells that."""
+def check_told(config: RunConfig, held: HeldOutSet, extract: Extract | None, world: World) -> None:
+    """Says where control can never be announced. Raises ConfigError where the run is to end by that."""
     patience = config.validation.stop_after_convergence
-    if patience is not None and held is not None and not tells_control(held, extract):
+    if why := cannot_announce(config):
+        if patience is not None:
+            raise ConfigError(f"validation.stop_after_convergence={patience} would never end the run: {why}")
+        say(world, f"warning: {why}")
+    elif patience is not None and not tells_control(held, extract):
         raise ConfigError(
             f"validation.stop_after_convergence={patience} would never end the run: no figure tells control of "
             f"{held.kind} in pictures of {config.data.held_out}. Leave it out, or put edges there too, which are "
@@ -671,37 +679,48 @@ def validate_and_log(run: Run) -> dict[str, float]:
         if run.config.validation.prompts:
             run.tracker.log_image(prompted, "prompts", run.step)
     say(run.world, f"step {run.step}: {told(figures)} ({time.perf_counter() - began:.0f} s)")
-    note_convergence(run, validated=True)
+    note_verdict(run, validated=True)
     return figures
 
 
-def note_convergence(run: Run, validated: bool) -> None:
-    """Looks at the validations up to now, on rank 0's disk; says and tags what is new. Called by every rank.
+def note_verdict(run: Run, validated: bool) -> None:
+    """Judges the validations up to now, on rank 0's disk; writes, says and tags what is new. Called by every rank.
 
-    validated: this step was just validated, so that it gets a point in the curves of MLflow.
+    validated: this step was just validated, so that it gets a point in the curves of MLflow. Without, it is a start,
+    whose validations may have been cut back to its checkpoint's step, and the verdict with them.
     """
-    found, before = None, run.convergence
+    assert run.held is not None
+    verdict = None
     if run.world.rank == 0:
-        curve = validation_curve(run.folder)
-        found = find_convergence(curve)
-        if found and validated and run.tracker is not None:
-            run.tracker.log(run.step, {"convergence/step": found.step, "convergence/confidence": found.confidence})
-        if (found and found.step) != (before and before.step):
-            say(run.world, describe(found, list(curve)))
-            if run.tracker is not None:
-                run.tracker.set_tags({"converged_at_step": str(found.step) if found else "not yet"})
-        elif not found and run.step > USUAL_STEPS and not run.warned:
-            say(run.world, "warning: " + describe(found, list(curve)))
+        before = run.verdict if validated else read_verdict(run.folder)
+        verdict = judge_run(run.folder, len(run.held.keys))
+        write_text(run.attempt, run.folder / CONTROL, json.dumps(as_tree(verdict), indent=1))
+        if validated and verdict.announced and run.tracker is not None:
+            run.tracker.log(run.step, {"convergence/step": verdict.announced.step})
+        changed = verdict.events != (before.events if before else ())
+        if changed or (verdict.events and not validated):
+            tell_verdict(run, verdict, "" if validated or not changed else f"as of step {run.step}: ")
+        elif not verdict.events and run.step > USUAL_STEPS and not run.warned:
+            say(run.world, "warning: " + describe(verdict))
             run.warned = True
-        if curve and run.tracker is not None:
-            run.tracker.describe(control=describe_control(describe(found, list(curve))))
-    run.convergence = from_first_rank(found)
+        if verdict.figure and run.tracker is not None:
+            run.tracker.describe(control=describe_control(describe(verdict)))
+    run.verdict = from_first_rank(verdict)
+
+
+def tell_verdict(run: Run, verdict: Verdict, since: str) -> None:
+    """Says it, and tags it in MLflow. since: what is said before it."""
+    say(run.world, since + describe(verdict))
+    if run.tracker is not None:
+        step = str(verdict.announced.step) if verdict.announced else "withdrawn" if verdict.events else "not yet"
+        run.tracker.set_tags({"converged_at_step": step})
 
 
 def converged_long_ago(run: Run) -> bool:
     """Whether the run was asked to end now, because control came long enough ago."""
     patience = run.config.validation.stop_after_convergence
-    return patience is not None and run.convergence is not None and run.step >= run.convergence.step + patience
+    announced = run.verdict.announced if run.verdict else None
+    return patience is not None and announced is not None and run.step >= announced.step + patience
 
 
 def save(run: Run, figures: dict[str, float]) -> None:

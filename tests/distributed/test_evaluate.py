@@ -1,5 +1,6 @@
 """A finished run, measured on one rank and on two, reported, and stopped early."""
 
+import html
 import json
 import os
 import subprocess
@@ -61,7 +62,7 @@ def test_a_run_has_a_page_with_its_curves_pictures_and_figures(trained):
     shown = torchrun(1, "controlbooth.trainer.evaluate.evaluate", trained, "--samples", "8")
     assert "report.html" in shown
     page = (trained / "report.html").read_text()
-    for text in ("Convergence", "Over the steps", "step 4", "Best samples", "Worst samples", "with control", "<svg"):
+    for text in ("Does it obey?", "Pictures over the steps", "step 4", "Best samples", "Worst samples", "<svg"):
         assert text in page
     assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
         "http://creativecommons.org", ""
@@ -72,14 +73,17 @@ def test_a_run_has_a_page_with_its_curves_pictures_and_figures(trained):
 
 
 def test_a_run_ends_so_many_steps_after_convergence_and_stays_ended(world_folder):
-    # a figure that is past any jump from the first validation on cannot be had in a test: the rule is given its curve
+    # a ControlNet that learns to obey within five steps cannot be had in a test: the rule is given its curve
     path = write_run(
-        world_folder, "early", max_steps=50, validation=dict(every_steps=1, samples=2, grid=1, sampling_steps=1,
+        world_folder, "early", max_steps=50, validation=dict(every_steps=1, samples=8, grid=1, sampling_steps=1,
         guidance_scale=1.0, stop_after_convergence=2),
     )  # fmt: skip
     code = (
-        "import sys; from controlbooth.trainer import train; real = train.validation_curve\n"
-        "train.validation_curve = lambda folder: {s: .1 if s < 3 else .8 for s in real(folder)}\n"
+        "import sys; from controlbooth.trainer import train; from controlbooth.trainer.evaluate import verdict\n"
+        "real, name = verdict.read_metrics, 'validation/edge_f1'\n"
+        "def shares(step): return {f'{name}_{end}': 0. if step < 3 else .8 for end in "
+        "('chance', 'share', 'share_low', 'share_high')}\n"
+        "verdict.read_metrics = lambda run: ((s, t, m | shares(s) if name in m else m) for s, t, m in real(run))\n"
         "from controlbooth.trainer.distributed import end_process; end_process(train.main(sys.argv[1:]))"
     )
     (world_folder / "early.py").write_text(code)
@@ -95,11 +99,16 @@ def test_a_run_ends_so_many_steps_after_convergence_and_stays_ended(world_folder
         run = world_folder / "runs" / "early"
         status = json.loads((run / "status.json").read_text())
         assert (status["state"], status["step"]) == ("finished", 5)
-    assert "control snapped into place between step 2 and 3" in done.stderr
+    assert "control is there: it came between step 2 and 3" in done.stderr
+    verdict = json.loads((run / "control.json").read_text())
+    assert [(one["step"], one["told_at"]) for one in verdict["events"]] == [(3, 4)]
     steps = [step for step, _, metrics in read_metrics(run) if metrics.get("convergence/step") == 3.0]
     assert steps == [4, 5]
-    torchrun(1, "controlbooth.trainer.evaluate.evaluate", run, "--samples", "4")
+    shown = torchrun(1, "controlbooth.trainer.evaluate.evaluate", run, "--samples", "8")
+    assert verdict["told"] in shown and verdict["told"][1:] in html.unescape((run / "report.html").read_text())
+    assert json.loads((run / "evaluation" / "evaluation.json").read_text())["control"] == verdict
     client = MlflowClient(f"sqlite:///{world_folder / 'runs' / 'mlflow.db'}")
     (experiment,) = (one for one in client.search_experiments() if one.name == "controlbooth")
     (logged,) = client.search_runs([experiment.experiment_id], "attributes.run_name = 'early'")
+    assert logged.data.tags["converged_at_step"] == "3" and logged.data.metrics["convergence/step"] == 3
     assert logged.info.status == "FINISHED" and "evaluation/edge_f1" in logged.data.metrics

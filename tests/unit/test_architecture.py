@@ -16,6 +16,8 @@ MAY_IMPORT = {  # folder -> what it may import besides itself
         "controlbooth.data.arguments",
         "controlbooth.data.condition_sizes",
         "controlbooth.trainer.config",
+        "controlbooth.trainer.continuing",
+        "controlbooth.trainer.evaluate.verdict",
         "controlbooth.trainer.file_kinds",
         "controlbooth.trainer.mlflow_address",
         "controlbooth.trainer.subjects",

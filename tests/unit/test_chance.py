@@ -79,19 +79,21 @@ def test_noise_scores_at_chance_and_real_pictures_far_above_it(kind):
 def test_of_a_single_sample_there_is_no_chance_and_so_no_share():
     held = scenes_held_out(1)
     assert fidelity(held.targets, held, [0], None).chances == {}
-    figures = fidelity_figures(held.targets, held.targets, held, None)
-    assert figures.keys() == {f"{n}{end}" for n in ("edge_f1", "mask_iou") for end in ("", "_real", "_empty_prompt")}
+    figures = fidelity_figures(held.targets, held.targets, held.targets, held, None)
+    ends = ("", "_real", "_empty_prompt", "_without_control")
+    assert figures.keys() == {f"{name}{end}" for name in ("edge_f1", "mask_iou") for end in ends}
 
 
 def test_a_validation_has_chance_and_share_with_its_interval_beside_each_figure():
     held = scenes_held_out(8)
     strange = held.targets[strangers(8)[:, 0]]
-    figures = fidelity_figures(held.targets, strange, held, None)
+    figures = fidelity_figures(held.targets, strange, strange, held, None)
     for name in ("edge_f1", "mask_iou"):
         assert figures[name] == figures[f"{name}_real"] > figures[f"{name}_chance"]
         assert figures[f"{name}_share"] == figures[f"{name}_share_low"] == figures[f"{name}_share_high"] == 1.0
-        assert figures[f"{name}_empty_prompt"] < figures[name]
-        assert figures[f"{name}_empty_prompt_share"] < 0.05
+        for way in ("empty_prompt", "without_control"):
+            assert figures[f"{name}_{way}"] < figures[name]
+            assert figures[f"{name}_{way}_share"] < 0.05
     shown = told(figures | {"fixed_noise_loss": 0.25})
     assert shown.startswith(f"edge_f1 {figures['edge_f1']:.3f} (chance {figures['edge_f1_chance']:.3f}, 100% of what")
     assert shown.endswith("fixed_noise_loss 0.250") and "share" not in shown and "real" not in shown

@@ -19,13 +19,13 @@ from controlbooth.models.pretrained import load_base, save_controlnet
 from controlbooth.trainer.attempt import only_run
 from controlbooth.trainer.config import ConfigError, ValidationConfig, build_config, load_config
 from controlbooth.trainer.distributed import World, join, leave
-from controlbooth.trainer.evaluate.convergence import validation_curve
 from controlbooth.trainer.evaluate.distribution import LEAST_FOR_FID, fid, kid, open_measures
 from controlbooth.trainer.evaluate.evaluate import main, rows_of
 from controlbooth.trainer.evaluate.extract import extractor, fidelity
 from controlbooth.trainer.evaluate.held_out import AT_ONCE, load_held_out
 from controlbooth.trainer.evaluate.report import main as report_main
 from controlbooth.trainer.evaluate.validate import generate
+from controlbooth.trainer.evaluate.verdict import judge_run
 from controlbooth.trainer.train import build
 from controlbooth.trainer.watchdog import watching
 
@@ -121,10 +121,10 @@ def test_pictures_that_are_there_are_not_drawn_again_and_missing_ones_are(studio
     assert other["speed"]["drawn"] == 20  # without a prompt there is no guidance, so those are the same
 
 
-def photographs(folder: Path) -> Path:
-    """Four pictures whose names and captions are not those of scenes."""
+def photographs(folder: Path, count: int = 4) -> Path:
+    """Pictures whose names and captions are not those of scenes."""
     (folder / "images").mkdir(parents=True)
-    for number in range(4):
+    for number in range(count):
         picture = scenes.render(scenes.scene(5, number), 64).image[..., ::-1]
         cv2.imwrite(str(folder / "images" / f"{number}.png"), picture)
         (folder / "images" / f"{number}.txt").write_text("a picture")
@@ -183,26 +183,26 @@ def test_control_is_told_by_the_figure_of_the_trained_kind(kind, own, studio, tm
     assert figures.keys() >= {"edge_f1", "mask_iou", own}
     values = {f"validation/{name}": float(values.mean()) for name, values in figures.items()}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(dict(time=0.0, step=3, metrics=values)) + "\n")
-    assert validation_curve(tmp_path) == {3: values[f"validation/{own}"]}
+    assert judge_run(tmp_path, 4).figure == own
 
 
 @pytest.mark.parametrize("kind", ["blur", "lines"])
 def test_a_run_that_nothing_tells_control_of_cannot_be_asked_to_end_by_it(kind, tmp_path, base_folder):
-    pack([str(photographs(tmp_path / "photos")), "-o", str(tmp_path / "train")])
+    pack([str(photographs(tmp_path / "photos", 8)), "-o", str(tmp_path / "train")])
     assert annotate([str(tmp_path / "train"), "-o", str(tmp_path / "edges"), "--condition", "canny"]) == 0
 
     def begin(held_out):
         tree = dict(
-            name="a-run", output=str(tmp_path), max_steps=3, global_batch_size=1, micro_batch_size=1,
+            name="a-run", output=str(tmp_path), max_steps=8, global_batch_size=1, micro_batch_size=1,
             model=dict(base=str(base_folder("sd15")), controlnet="/nowhere", attention="math"),
             data=dict(shards=str(tmp_path / "train"), held_out=held_out, condition=f"computed:{kind}", resolution=64),
-            validation=dict(samples=2, grid=1, stop_after_convergence=2),
+            validation=dict(samples=8, every_steps=1, grid=1, stop_after_convergence=2),
         )  # fmt: skip
         world = join()
         with only_run(tmp_path / "a-run", world) as attempt, watching(attempt, world, 900.0) as watchdog:
             build(build_config(tree), world, attempt, watchdog, None)
 
-    pack([str(photographs(tmp_path / "other")), "-o", str(tmp_path / "held")])
+    pack([str(photographs(tmp_path / "other", 8)), "-o", str(tmp_path / "held")])
     message = "stop_after_convergence=2 would never end the run: no figure tells control of blur .*Leave it out, or put"
     with pytest.raises((ValueError, OSError), match=message if kind == "blur" else "/nowhere"):
         begin(str(tmp_path / "held"))

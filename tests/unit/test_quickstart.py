@@ -30,7 +30,7 @@ def leave(step: int, *overrides: str) -> None:
     checkpoint = run_folder(config) / "checkpoints" / f"step-{step:08d}"
     checkpoint.mkdir(parents=True)
     (checkpoint / "COMPLETE").touch()
-    (run_folder(config) / "config.yaml").write_text(dump(config))
+    (checkpoint / "config.yaml").write_text(dump(config))
 
 
 @pytest.mark.parametrize("overrides", [[], ["max_steps=100", "engine.zero_stage=3", "name=a.b"]])

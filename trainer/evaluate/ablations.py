@@ -29,13 +29,13 @@ from controlbooth.models.pretrained import load_base
 from controlbooth.trainer.checkpoint import complete_checkpoints, read_state
 from controlbooth.trainer.config import ConfigError, RunConfig, base_path, load_config
 from controlbooth.trainer.distributed import World
-from controlbooth.trainer.evaluate.convergence import describe, find_convergence, validation_curve
 from controlbooth.trainer.evaluate.extract import Extract, Fidelity, extractor, fidelity
 from controlbooth.trainer.evaluate.grids import draw_grid
 from controlbooth.trainer.evaluate.held_out import HeldOutSet, load_held_out
 from controlbooth.trainer.evaluate.kinds import LOWER_IS_BETTER
 from controlbooth.trainer.evaluate.statistics import share_of_possible
 from controlbooth.trainer.evaluate.validate import generate
+from controlbooth.trainer.evaluate.verdict import describe_run
 
 SHOWN = 2
 """Held-out conditions in the picture."""
@@ -85,15 +85,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in prompts:
         row = dict(variant="real pictures", seed=None, prompt=name)
         table.append(row | means(held.targets, held, extract, real))
-    convergence = {
-        f"{variant}, seed {seed}": dict(curve=validation_curve(run), told=told(run)) for variant, seed, run in runs
-    }
-    tree = dict(samples=options.samples, figures=table, convergence=convergence)
+    control = {f"{variant}, seed {seed}": describe_run(run) for variant, seed, run in runs}
+    tree = dict(samples=options.samples, figures=table, control=control)
     write_whole(options.folder / "ablations.json", json.dumps(tree, indent=2).encode())
     draw(options.folder / "ablations.png", shown, held, prompts)
     print(describe_table(table))
-    for name, one in convergence.items():
-        print(f"{name}: {one['told']}")
+    for name, told in control.items():
+        print(f"{name}: {told}")
     print(f"pictures: {options.folder / 'ablations.png'}")
     return 0
 
@@ -135,11 +133,6 @@ def means(images: np.ndarray, held: HeldOutSet, extract: Extract | None, real: F
             share = share_of_possible(values, chances, real.values[name], lower_is_better=name in LOWER_IS_BETTER)
             figures |= {f"{name}_chance": float(chances.mean()), f"{name}_share": share["mean"]}
     return {name: value for name, value in figures.items() if np.isfinite(value)}
-
-
-def told(run: Path) -> str:
-    curve = validation_curve(run)
-    return describe(find_convergence(curve), list(curve))
 
 
 def draw(path: Path, shown: dict[str, dict[str, np.ndarray]], held: HeldOutSet, prompts: dict[str, list[str]]) -> None:

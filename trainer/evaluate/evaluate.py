@@ -42,12 +42,6 @@ from controlbooth.trainer.command_lines import SAMPLES
 from controlbooth.trainer.config import ConfigError, RunConfig, base_folder, load_config
 from controlbooth.trainer.distributed import World, barrier, gather_objects, join, leave
 from controlbooth.trainer.evaluate.chance import METRICS_VERSION
-from controlbooth.trainer.evaluate.convergence import (
-    FIGURES,
-    as_tree,
-    find_convergence,
-    validation_curve,
-)
 from controlbooth.trainer.evaluate.distribution import Measures, measure_sets, open_measures
 from controlbooth.trainer.evaluate.encoders import encoder_folders
 from controlbooth.trainer.evaluate.extract import extractor, fidelity, what_is_missing
@@ -59,6 +53,7 @@ from controlbooth.trainer.evaluate.kinds import LOWER_IS_BETTER
 from controlbooth.trainer.evaluate.publish import publish
 from controlbooth.trainer.evaluate.report import write_report
 from controlbooth.trainer.evaluate.statistics import mean_and_interval, share_of_possible
+from controlbooth.trainer.evaluate.verdict import FIGURES, as_tree, describe_run, read_verdict
 from controlbooth.trainer.train import quiet_libraries
 
 WITHOUT, WITH, NO_PROMPT = "without control", "with control", "with control, no prompt"
@@ -249,7 +244,7 @@ def evaluate(target: Evaluated, options: argparse.Namespace, world: World) -> in
         print(table(result))
         print(f"pictures: {out / 'evaluation.png'}")
         if target.config is not None and out == target.where / "evaluation":
-            write_report(target.where, target.where / "report.html")
+            write_report([target.where], target.where / "report.html")
             print(f"report: {target.where / 'report.html'}")
             publish(target.where, target.config, result)
     barrier()
@@ -486,7 +481,7 @@ def write(
     world: World,
 ) -> None:
     """evaluation.json and samples.jsonl, each whole or not at all. facts: more of what it was measured with."""
-    curve = validation_curve(target.where) if target.config else {}
+    verdict = read_verdict(target.where) if target.config else None
     result = dict(
         where=str(target.where),
         step=target.step,
@@ -501,8 +496,8 @@ def write(
         figures=figures,
         sets=sets,
         encoders=measures.what,
-        curve=curve,
-        convergence=as_tree(find_convergence(curve)),
+        control=verdict and as_tree(verdict),
+        told=describe_run(target.where) if target.config else None,
         speed=dict(ranks=world.world_size, seconds=seconds, drawn=drawn),
     )
     for name, text in (

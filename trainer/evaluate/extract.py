@@ -12,9 +12,9 @@ from controlbooth.data.sources import SEGMENTATION_STEP
 from controlbooth.trainer.evaluate import reader
 from controlbooth.trainer.evaluate.chance import strangers
 from controlbooth.trainer.evaluate.control import edge_f1, edge_map, line_map, mask_iou, object_mask
-from controlbooth.trainer.evaluate.convergence import FIGURES
 from controlbooth.trainer.evaluate.held_out import HeldOutSet, scenes_of
 from controlbooth.trainer.evaluate.kinds import AGREEMENT, prepared
+from controlbooth.trainer.evaluate.verdict import FIGURES
 
 Extract = Callable[[np.ndarray], np.ndarray]
 """(H, W, 3) uint8 -> a condition picture of the given kind, (H, W) or (H, W, 3) uint8."""
@@ -106,7 +106,7 @@ def fidelity(images: np.ndarray, held: HeldOutSet, rows: Sequence[int], extract:
 
 
 def tells_control(held: HeldOutSet, extract: Extract | None) -> bool:
-    """Whether these pictures have a figure by which sudden convergence is told."""
+    """Whether these pictures have a figure by which control is told."""
     return any(name in FIGURES for name in fidelity(held.targets[:1], held, [0], extract).values)
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from controlbooth.trainer.evaluate.convergence import Convergence, describe
 from controlbooth.trainer.evaluate.kinds import LOWER_IS_BETTER
 
 OF_ALL_KINDS = ("edge_f1", "mask_iou")
@@ -64,10 +63,8 @@ def remarks(result: Mapping[str, Any]) -> list[str]:
         values = ", ".join(f"{way} {value:.4f}" for way, value in one["values"].items())
         note = one.get("note", "")
         lines.append(f"{name}: " + (f"{values} ({note})" if values and note else values or note))
-    if result["curve"]:
-        found = result["convergence"]
-        lines.append("over the steps: " + ", ".join(f"{step}: {value:.2f}" for step, value in result["curve"].items()))
-        lines.append(describe(Convergence(**found) if found else None, list(map(int, result["curve"]))))
+    if result.get("told"):  # of a run
+        lines.append(f"over the steps: {result['told']}")
     speed = result["speed"]
     if speed["drawn"]:
         rate = (

@@ -9,7 +9,7 @@ from typing import Any
 from controlbooth.data.sidecar import write_whole
 from controlbooth.trainer.attempt import take_lock
 from controlbooth.trainer.config import RunConfig
-from controlbooth.trainer.evaluate.convergence import FIGURES
+from controlbooth.trainer.evaluate.verdict import FIGURES
 from controlbooth.trainer.failures import STATUS
 from controlbooth.trainer.mlflow_run import EVALUATION
 from controlbooth.trainer.model_card import evaluation_table

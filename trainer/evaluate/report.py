@@ -1,13 +1,12 @@
-"""`controlbooth report RUN`: one page that shows what a run was, how it went and what it can do.
+"""`controlbooth report RUN ...`: one page that shows what a run was, how it went and whether it obeys.
 
-The page needs no other file and no network: pictures and curves are inside it.
+Several runs stand side by side, on the same axes. The page needs no other file and no network: pictures and curves are
+inside it.
 """
 
-import base64
 import html
-import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,63 +17,74 @@ from controlbooth.data.sidecar import write_whole
 from controlbooth.trainer import command_lines
 from controlbooth.trainer.checkpoint import complete_checkpoints, read_state
 from controlbooth.trainer.config import ConfigError, data_set_name, dump, load_config
-from controlbooth.trainer.evaluate.convergence import FIGURES, Convergence, describe, find_convergence, validation_curve
+from controlbooth.trainer.evaluate.curves import (
+    Figure,
+    limits,
+    plot_figure,
+    plot_loss,
+    plot_shares,
+    plot_standing,
+    read_figures,
+    share_at,
+)
+from controlbooth.trainer.evaluate.page import figures_table, page, picture, prose, side_by_side
 from controlbooth.trainer.evaluate.strips import STRIPS, read_strips
+from controlbooth.trainer.evaluate.verdict import (
+    FIGURES,
+    Verdict,
+    bound_beyond,
+    describe_run,
+    in_words,
+    read_verdict,
+    title,
+)
 from controlbooth.trainer.spool import read_metrics
 
-SHOWN = 6
-"""Pictures from the best and from the worst end."""
 MOST_STEPS = 10
-TILE = 112
-
-_STYLE = """
-:root { color-scheme: light; --ink: #1d2530; --soft: #5b6675; --line: #e3e7ec; --mark: #0f766e }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 0; color: var(--ink); background: #f6f7f9 }
-main { max-width: 74rem; margin: 2rem auto; padding: 0 1.2rem }
-header h1 { margin: 0; font-size: 1.7rem } header p { color: var(--soft); margin: .2rem 0 1.4rem }
-section { background: #fff; border: 1px solid var(--line); border-radius: 10px; padding: 1.1rem 1.3rem }
-section { margin: 0 0 1.1rem; overflow-x: auto }
-h2 { font-size: 1.1rem; margin: 0 0 .6rem }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { padding: .3rem .9rem .3rem 0; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top }
-th { color: var(--soft); font-weight: 600 } td.figure, th.figure { text-align: right } small { color: var(--soft) }
-.told { border-left: 4px solid var(--mark); padding: .2rem .8rem; margin: 0 0 .9rem; background: #f0fdfa }
-.curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(26rem, 1fr)); gap: 1rem }
-.curves svg { width: 100%; height: auto }
-.grid { overflow-x: auto } .grid td, .grid th { padding: 2px 3px; border: 0; text-align: center; font-size: 12px }
-.grid img, .ends img { width: 112px; height: 112px; image-rendering: pixelated; border-radius: 4px; display: block }
-.grid img { width: 72px; height: 72px }
-.grid td.caption { text-align: left; width: 8.5rem; min-width: 8.5rem; color: var(--soft); vertical-align: middle }
-.ends { display: flex; flex-wrap: wrap; gap: .9rem } figure { margin: 0 } figure div { display: flex; gap: 3px }
-figcaption { font-size: 12px; max-width: 346px; color: var(--soft) } summary { cursor: pointer }
-pre { font-size: 12.5px; overflow-x: auto }
-"""
+MOST_STEPS_BESIDE = 5
+"""Of the pictures over the steps: of a run alone, and of each of several."""
+WITH, WITHOUT = "with control", "without control"
+"""Rows of an evaluation: the one that is asked about, and what the captions reach alone."""
+NOT_MEASURED = (
+    "<p>Not measured yet: <code>controlbooth evaluate {run}</code> measures control on more samples, beside random "
+    "noise, the base alone and real pictures.</p>"
+)
+READING = (
+    "<p><small>Each cell: the figure with its 95 % interval; what the same pictures score against the conditions of "
+    "other samples (chance); and the share of what is possible, from 0 % at chance to 100 % at the real "
+    "pictures.</small></p>"
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = command_lines.report().parse_args(arguments)
-    path = options.out or options.run / "report.html"
-    write_report(options.run, path)
+    first, *others = options.runs
+    beside = "-".join(["report", *(run.resolve().name for run in others)])
+    path = options.out or first / f"{beside}.html"
+    write_report(options.runs, path)
     print(path)
     return 0
 
 
-def write_report(run: Path, path: Path) -> None:
+def write_report(runs: Sequence[Path], path: Path) -> None:
     """The page, whole or not at all. Raises ConfigError for a folder that is no run."""
-    if not (run / "config.yaml").is_file():
-        raise ConfigError(
-            f"{run} holds no config.yaml, so it is no run: give the folder that `controlbooth train` made"
-        )
-    parts = [heading(run), convergence(run), fidelity(run), over_the_steps(run), ends(run), configuration(run)]
-    body = "".join(f"<section>{part}</section>" for part in parts[1:] if part)
-    page = (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{html.escape(run.name)}</title><style>{_STYLE}</style><main>{parts[0]}{body}</main></html>\n"
-    )
-    write_whole(path, page.encode())
+    for run in runs:
+        if not (run / "config.yaml").is_file():
+            raise ConfigError(
+                f"{run} holds no config.yaml, so it is no run: give the folder that `controlbooth train` made"
+            )
+    parts = [obeys, convergence, fidelity, over_the_steps, ends, configuration]
+    sections = [part(runs) for part in parts]
+    names = [load_config(run / "config.yaml").name for run in runs]
+    made = page(" and ".join(names), heading(runs), [one for one in sections if one], wide=len(runs) > 1)
+    write_whole(path, made.encode())
 
 
-def heading(run: Path) -> str:
+def heading(runs: Sequence[Path]) -> str:
+    return f"<header>{side_by_side([_heading(run) for run in runs])}</header>"
+
+
+def _heading(run: Path) -> str:
     config = load_config(run / "config.yaml")
     speed = read_json(run / "speed.json")
     status = read_json(run / "status.json")
@@ -85,86 +95,94 @@ def heading(run: Path) -> str:
     ]
     if speed:
         facts.append(f"{speed['samples_per_second']:.1f} samples/s, {speed['peak_memory_gib']:.2f} GiB a rank")
-    return f"<header><h1>{html.escape(config.name)}</h1><p>{html.escape(' · '.join(facts))}</p></header>"
+    return f"<h1>{html.escape(config.name)}</h1><p>{html.escape(' · '.join(facts))}</p>"
 
 
-def convergence(run: Path) -> str:
-    """The curves, with the step of sudden convergence marked in them."""
-    rows = list(read_metrics(run))
-    loss = {step: metrics["loss"] for step, _, metrics in rows if "loss" in metrics}
-    curve = validation_curve(run)
-    found = find_convergence(curve)
-    figures = {
-        name: validation_curve(run, name)
-        for name in dict.fromkeys(n for _, _, metrics in rows for n in validated(metrics))
-    }
-    told = html.escape(describe(found, list(curve))) if figures else "nothing was validated"
-    fidelities = {name: one for name, one in figures.items() if name.removesuffix("_empty_prompt") in FIGURES}
-    drawn = [plot("training loss, smoothed", {"loss": smooth(loss)}, None)] if loss else []
-    if fidelities:
-        drawn.append(plot("control fidelity on held-out conditions", fidelities, found))
-    return f'<h2>Convergence</h2><p class="told">{told}</p><div class="curves">{"".join(drawn)}</div>'
+def obeys(runs: Sequence[Path]) -> str:
+    """The verdict, and where the pictures stand between chance and the real ones."""
+    boxes, drawn = zip(*map(_obeys, runs), strict=True)
+    return f"<h2>Does it obey?</h2>{side_by_side(boxes)}{side_by_side(drawn)}"
 
 
-def validated(metrics: Mapping[str, float]) -> list[str]:
-    return [name.removeprefix("validation/") for name in metrics if name.startswith("validation/")]
-
-
-def smooth(curve: Mapping[int, float]) -> dict[int, float]:
-    """A running mean over a 50th of the run."""
-    steps = sorted(curve)
-    width = max(1, len(steps) // 50)
-    values = np.convolve([curve[step] for step in steps], np.ones(width) / width, mode="valid")
-    return dict(zip(steps[width - 1 :], values.tolist(), strict=True))
-
-
-def plot(title: str, curves: Mapping[str, Mapping[int, float]], found: Convergence | None) -> str:
-    """An SVG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 3.4), layout="constrained")
-    axes = figure.subplots()
-    for name, curve in curves.items():
-        steps = sorted(curve)
-        dashed = name.endswith("_empty_prompt")
-        label = name.removesuffix("_empty_prompt").replace("_", " ") + (", no prompt" if dashed else "")
-        mark = None if len(steps) > 60 else "o"
-        axes.plot(
-            steps,
-            [curve[s] for s in steps],
-            "--" if dashed else "-",
-            marker=mark,
-            markersize=3.5,
-            linewidth=1.6,
-            label=label,
+def _obeys(run: Path) -> tuple[str, str]:
+    """(the box with the verdict, the drawing below it)."""
+    verdict, measured = read_verdict(run), read_json(run / "evaluation" / "evaluation.json")
+    kind, largest = headline(verdict)
+    told = f"<p>{prose(describe_run(run))}.</p>"
+    figure, shares = standing(measured, verdict)
+    bound = bound_beyond(shares[WITHOUT]["mean"] if WITHOUT in shares else 0.0)
+    if figure and WITH in shares and measured:
+        share = shares[WITH]
+        agrees = "obeys" if share["low"] > bound else "does not obey"
+        seen = in_words(share["mean"], share["low"], share["high"])
+        told += (
+            f"<p>Evaluated at step {measured['step']} on {measured['samples']} held-out samples: {seen} of what is "
+            f"possible in {html.escape(title(figure))}: it {agrees}.</p>"
         )
-    if found:
-        axes.axvspan(found.after, found.step, color="#0f766e", alpha=0.15, linewidth=0)
-        axes.axvline(found.step, color="#0f766e", linewidth=1.2)
-        axes.annotate(
-            f" step {found.step}", (found.step, 0.02), xycoords=("data", "axes fraction"), color="#0f766e", fontsize=9
-        )
-    axes.set_title(title, fontsize=11, loc="left")
-    axes.set_xlabel("step")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    if len(curves) > 1:
-        axes.legend(frameon=False, fontsize=9)
-    text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
-    return text.getvalue()[text.getvalue().index("<svg") :]
+    drawn = ""
+    if shares:
+        caption = f"{title(figure)}, from chance to the real pictures, with 95 % intervals"
+        drawn = f'<h3>{html.escape(caption)}</h3><div class="standing">{plot_standing(shares, WITH, bound)}</div>'
+    return f'<div class="told {kind}"><b>{largest}</b>{told}</div>', drawn
 
 
-def fidelity(run: Path) -> str:
+def headline(verdict: Verdict | None) -> tuple[str, str]:
+    """(class of the box, what is written in it largest)."""
+    if verdict is None or verdict.last is None:
+        return "unknown", "Not known whether it obeys"
+    if verdict.announced:
+        return "obeys", f"It obeys, from step {verdict.announced.step:,} on"
+    if verdict.events:
+        return "withdrawn", "It obeyed, and does no longer"
+    if verdict.last.low > verdict.last.bound:
+        return "unknown", "It may obey: too few validations say so"
+    return "not", "It does not obey" if np.isfinite(verdict.last.share) else "Not known whether it obeys"
+
+
+def standing(measured: dict[str, Any], verdict: Verdict | None) -> tuple[str, dict[str, dict[str, float]]]:
+    """(figure, share of what is possible by way): of the evaluation, or else of the last validation."""
+    own = measured.get("figures", {})
+    told = [verdict.figure] if verdict and verdict.figure else []
+    for figure in [*told, *FIGURES]:
+        shares = {way: one[figure]["share"] for way, one in own.items() if "share" in one.get(figure, {})}
+        if shares:
+            return figure, shares
+    if verdict and verdict.figure and verdict.last and np.isfinite(verdict.last.share):
+        without = {end: verdict.last.without for end in ("mean", "low", "high")}
+        return verdict.figure, {WITHOUT: without, WITH: share_at(verdict.last)}
+    return "", {}
+
+
+def convergence(runs: Sequence[Path]) -> str:
+    """The curves of the validations, the runs on the same axes; the named step is marked."""
+    figures = [read_figures(run) for run in runs]
+    losses = [{step: m["loss"] for step, _, m in read_metrics(run) if "loss" in m} for run in runs]
+    last = max([step for curve in losses for step in curve] + [1])
+    axes = {name: limits(f for own in figures for f in own if f.name == name) for own in figures for name in names(own)}
+    parts = []
+    for run, own, loss in zip(runs, figures, losses, strict=True):
+        drawn = []
+        shared = [one for one in own if "_share" in one.series]
+        if shared:
+            drawn.append(plot_shares(shared[0], read_verdict(run), last))
+        drawn += [plot_figure(one, last, axes[one.name]) for one in own]
+        drawn += [plot_loss(loss, last)] if loss else []
+        parts.append(f'<div class="curves">{"".join(drawn)}</div>' if drawn else "<p>nothing was logged</p>")
+    return f"<h2>Over the steps</h2>{side_by_side(parts)}"
+
+
+def names(figures: Sequence[Figure]) -> list[str]:
+    return [one.name for one in figures]
+
+
+def fidelity(runs: Sequence[Path]) -> str:
+    return f"<h2>Fidelity</h2>{side_by_side([_fidelity(run) for run in runs])}"
+
+
+def _fidelity(run: Path) -> str:
     result = read_json(run / "evaluation" / "evaluation.json")
     if not result:
-        return f"<h2>Fidelity</h2><p>Not measured yet: <code>controlbooth evaluate {html.escape(str(run))}</code></p>"
-    names = list(dict.fromkeys(name for own in result["figures"].values() for name in own))
-    heads = "".join(f'<th class="figure">{html.escape(n.removeprefix("says_").replace("_", " "))}' for n in names)
-    lines = []
-    for way, own in result["figures"].items():
-        cells = "".join(f'<td class="figure">{interval(own.get(name))}' for name in names)
-        lines.append(f"<tr><td>{html.escape(way)}{cells}")
+        return NOT_MEASURED.format(run=html.escape(str(run)))
     sampler = result["sampler"]
     what = (
         f"{result['samples']} held-out conditions at step {result['step']}; {sampler['scheduler']}, {sampler['steps']} "
@@ -175,52 +193,55 @@ def fidelity(run: Path) -> str:
         f"<td><small>{html.escape(one.get('note') or '')}</small>"
         for name, one in result["sets"].items()
     )
-    encoders = "".join(f"<br>{html.escape(title)}: {html.escape(text)}" for title, text in result["encoders"].items())
+    encoders = "<br>".join(f"{html.escape(name)}: {html.escape(text)}" for name, text in result["encoders"].items())
+    beside = any("chance" in figure for own in result["figures"].values() for figure in own.values())
+    old = "<p>Measured before chance was: evaluate again to have it beside each figure.</p>"
+    beside_them = f"<h3>Sets of pictures</h3><table>{sets}</table><p><small>{encoders}</small></p>" if sets else ""
     return (
-        f"<h2>Fidelity</h2><p><small>{html.escape(what)}</small></p><table><tr><th>{heads}{''.join(lines)}</table>"
-        f"<h2 style='margin-top:1.2rem'>Sets of pictures</h2><table>{sets}</table><p><small>{encoders[4:]}</small></p>"
+        f"<p><small>{html.escape(what)}</small></p>{figures_table(result['figures'], WITH)}{READING if beside else old}"
+        f"{beside_them}"
     )
 
 
-def interval(figure: Mapping[str, float] | None) -> str:
-    if figure is None:
-        return "–"
-    if "low" not in figure:
-        return f"{figure['mean']:.3f}"
-    return f"{figure['mean']:.3f}<br><small>{figure['low']:.3f} – {figure['high']:.3f}</small>"
-
-
-def over_the_steps(run: Path) -> str:
+def over_the_steps(runs: Sequence[Path]) -> str:
     """One row a held-out condition, one column a validation."""
-    strips = read_strips(run / STRIPS)
+    most = MOST_STEPS if len(runs) == 1 else MOST_STEPS_BESIDE
+    parts = [_over_the_steps(run, most) for run in runs]
+    return f"<h2>Pictures over the steps</h2>{side_by_side(parts)}" if any(parts) else ""
+
+
+def _over_the_steps(run: Path, most: int) -> str:
+    strips, verdict = read_strips(run / STRIPS), read_verdict(run)
     if strips is None or not strips.steps:
         return ""
-    found = find_convergence(validation_curve(run))
-    steps = shown_steps(sorted(strips.steps), found)
-    columns = {
-        "condition": strips.conditions,
-        "target": strips.targets,
-        **{f"step {s}": strips.steps[s] for s in steps},
-    }
-    head = "".join(f"<th>{name}" for name in columns)
+    announced = verdict.announced if verdict else None
+    around = [announced.step, *([] if announced.after is None else [announced.after])] if announced else []
+    columns = {"condition": strips.conditions, "target": strips.targets}
+    columns |= {f"step {step}": strips.steps[step] for step in shown_steps(sorted(strips.steps), around, most)}
+    mark = f"step {announced.step}" if announced else None
+    head = "".join(f'<th class="mark">{name}' if name == mark else f"<th>{name}" for name in columns)
     rows = "".join(
         f'<tr><td class="caption">{html.escape(caption)}'
         + "".join(f"<td>{picture(images[row])}" for images in columns.values())
         for row, caption in enumerate(strips.captions)
     )
-    return f'<h2>Over the steps</h2><div class="grid"><table><tr><th>{head}{rows}</table></div>'
+    return f'<div class="grid"><table><tr><th>{head}{rows}</table></div>'
 
 
-def shown_steps(steps: Sequence[int], found: Convergence | None) -> list[int]:
-    """At most MOST_STEPS of the validated steps, evenly spread, with those between which control snapped into place."""
-    around = {found.after, found.step} & set(steps) if found else set()
-    count = min(len(steps), MOST_STEPS) - len(around)
-    others = [step for step in steps if step not in around]
-    spread = [others[i] for i in np.linspace(0, len(others) - 1, min(count, len(others))).round().astype(int)]
-    return sorted({*around, *spread})
+def shown_steps(steps: Sequence[int], around: Sequence[int], most: int) -> list[int]:
+    """At most so many of the validated steps, evenly spread, with those between which control came."""
+    chosen = set(around) & set(steps)
+    others = [step for step in steps if step not in chosen]
+    count = min(len(others), most - len(chosen))
+    return sorted({*chosen, *(others[i] for i in np.linspace(0, len(others) - 1, count).round().astype(int))})
 
 
-def ends(run: Path) -> str:
+def ends(runs: Sequence[Path]) -> str:
+    parts = [_ends(run) for run in runs]
+    return side_by_side(parts) if any(parts) else ""
+
+
+def _ends(run: Path) -> str:
     """Best and worst pictures of the evaluation."""
     folder = run / "evaluation"
     if not (folder / "ends.json").is_file():
@@ -237,16 +258,11 @@ def ends(run: Path) -> str:
     return "<p><small>condition, with control, target</small></p>" + "<br>".join(parts)
 
 
-def picture(image: np.ndarray) -> str:
-    """An <img> with the picture inside, at most twice as wide as it is shown."""
-    made = Image.fromarray(image)
-    made.thumbnail((2 * TILE, 2 * TILE))
-    data = io.BytesIO()
-    made.save(data, format="PNG")
-    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}">'
+def configuration(runs: Sequence[Path]) -> str:
+    return f"<h2>Configuration</h2>{side_by_side([_configuration(run) for run in runs])}"
 
 
-def configuration(run: Path) -> str:
+def _configuration(run: Path) -> str:
     config = load_config(run / "config.yaml")
     whole = complete_checkpoints(run)
     facts = {"data": data_set_name(config), "held out": config.data.held_out or "nothing"}
@@ -261,9 +277,7 @@ def configuration(run: Path) -> str:
         }
     rows = "".join(f"<tr><th>{name}<td>{html.escape(str(value))}" for name, value in facts.items())
     text = html.escape(dump(config))
-    return (
-        f"<h2>Configuration</h2><table>{rows}</table><details><summary>all of it</summary><pre>{text}</pre></details>"
-    )
+    return f"<table>{rows}</table><details><summary>all of it</summary><pre>{text}</pre></details>"
 
 
 def read_json(path: Path) -> dict[str, Any]:

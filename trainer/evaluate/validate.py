@@ -17,13 +17,14 @@ from controlbooth.models.decoder import networks_of
 from controlbooth.models.sampling import Control, sample
 from controlbooth.trainer.attempt import Attempt, write_file, write_text
 from controlbooth.trainer.config import ValidationConfig
-from controlbooth.trainer.distributed import World, gather_objects
+from controlbooth.trainer.distributed import World, from_first_rank, gather_objects
 from controlbooth.trainer.evaluate.extract import Extract, fidelity
 from controlbooth.trainer.evaluate.grids import draw_grid
 from controlbooth.trainer.evaluate.held_out import HeldOutSet
 from controlbooth.trainer.evaluate.kinds import LOWER_IS_BETTER
 from controlbooth.trainer.evaluate.statistics import share_of_possible
 from controlbooth.trainer.evaluate.strips import CAPTIONS, STRIPS, write_strip
+from controlbooth.trainer.evaluate.verdict import WITHOUT_CONTROL
 from controlbooth.trainer.losses import squared_error
 from controlbooth.trainer.step import DeviceBatch, prediction_and_target
 
@@ -101,26 +102,30 @@ def fixed_noise_loss(base: Base, controlnet: nn.Module, held: HeldOutSet, size: 
 
 
 def fidelity_figures(
-    controlled: np.ndarray, unprompted: np.ndarray, held: HeldOutSet, extract: Extract | None
+    controlled: np.ndarray, unprompted: np.ndarray, plain: np.ndarray, held: HeldOutSet, extract: Extract | None
 ) -> dict[str, float]:
-    """Means over the set, of pictures made with the captions and without any prompt, (N, H, W, 3) uint8 each.
+    """Means over the set, of pictures made with control, with control and no prompt, and without control, (N, H, W, 3)
+    uint8 each.
 
     For each figure NAME: NAME with captions, NAME_chance of the same pictures under the conditions of other samples,
     NAME_real of the real pictures, and NAME_share, _share_low and _share_high: the share of what is possible with its
     bootstrap interval, as `statistics.share_of_possible` has it. NAME_empty_prompt and NAME_empty_prompt_share are of
-    the pictures without a prompt. Chance and shares are left out where there is one sample, and shares where real
+    the pictures without a prompt; NAME_without_control and its share are what the captions alone reach, which tell of
+    what is in the conditions too. Chance and shares are left out where there is one sample, and shares where real
     pictures are not certainly better than chance.
     """
     rows = range(len(held.keys))
-    own, bare, real = (fidelity(images, held, rows, extract) for images in (controlled, unprompted, held.targets))
+    pictures = (controlled, unprompted, plain, held.targets)
+    own, bare, alone, real = (fidelity(images, held, rows, extract) for images in pictures)
+    others = {"_empty_prompt": bare, WITHOUT_CONTROL: alone}
     figures = {}
     for name, values in own.values.items():
         figures |= {name: values.mean(), f"{name}_real": real.values[name].mean()}
-        figures[f"{name}_empty_prompt"] = bare.values[name].mean()
+        figures |= {f"{name}{suffix}": one.values[name].mean() for suffix, one in others.items()}
         if name not in own.chances:
             continue
         figures[f"{name}_chance"] = own.chances[name].mean()
-        for suffix, one in (("", own), ("_empty_prompt", bare)):
+        for suffix, one in ({"": own} | others).items():
             share = share_of_possible(
                 one.values[name], one.chances[name], real.values[name], lower_is_better=name in LOWER_IS_BETTER
             )
@@ -130,10 +135,15 @@ def fidelity_figures(
 
 
 def told(figures: Mapping[str, float]) -> str:
-    """What `validate` returns, in one line for people: chance and share behind the figure that they belong to."""
+    """What `validate` returns, in one line for people: chance and share behind the figure that they belong to.
+
+    What the base does without control, which is the same at every validation, is left out.
+    """
     shown = []
     for name, value in figures.items():
-        if any(name.removesuffix(suffix) in figures for suffix in BESIDE if name.endswith(suffix)):
+        if WITHOUT_CONTROL in name or any(
+            name.removesuffix(suffix) in figures for suffix in BESIDE if name.endswith(suffix)
+        ):
             continue
         beside = [f"chance {figures[f'{name}_chance']:.3f}"] if f"{name}_chance" in figures else []
         beside += [f"{figures[f'{name}_share']:.0%} of what is possible"] if f"{name}_share" in figures else []
@@ -177,9 +187,9 @@ def validate(
     controlled = generate(base, controlnet, held, config, world)
     unprompted = generate(base, controlnet, held, config, world, [""] * len(held.keys))
     figures = {"fixed_noise_loss": fixed_noise_loss(base, controlnet, held, config.micro_batch_size, world)}
-    figures |= fidelity_figures(controlled, unprompted, held, extract)
+    plain = from_first_rank(np.load(without_control) if world.rank == 0 else None)
+    figures |= fidelity_figures(controlled, unprompted, plain, held, extract)
     if world.rank == 0:
-        plain = np.load(without_control)
         shown = slice(0, config.grid)
         columns = {
             "condition": held.conditions[shown],
