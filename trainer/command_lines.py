@@ -72,8 +72,10 @@ def evaluate() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="controlbooth evaluate",
         description="Samples held-out conditions without control, with control, and with control and no prompt, finds "
-        "the condition again in each picture, and prints how well it matches. WHERE is a run's folder, whose latest "
-        "checkpoint and held-out shards are taken, or a folder with any ControlNet in the format of diffusers.",
+        "the condition again in each picture, and prints how well it matches, how well by chance (against the "
+        "conditions of other samples), and the share of what is possible; random noise and real pictures bound it. "
+        "WHERE is a run's folder, whose latest checkpoint and held-out shards are taken, or a folder with any "
+        "ControlNet in the format of diffusers.",
         epilog="""examples:
   controlbooth evaluate runs/quickstart --samples 64
   controlbooth evaluate /models/sd-controlnet-canny --data shards/held-out --condition canny --base /models/sd15
