@@ -2,6 +2,7 @@
 # make dreambooth-demo   train eight subjects that the built-in base has never seen, and measure them
 # make test         all tests                         make check    ruff and pyright
 # make test-cluster   a run on a real Slurm of two nodes, disturbed; needs root and Debian's slurm-wlm, munge, iproute2
+# make test-tracking  MLflow on PostgreSQL as deploy/compose.yaml has it, killed and back; needs Debian's postgresql
 # make bench        the benchmarks that need no run   make clean    delete what tools made; .venv and runs stay
 # make setup        only install; runs once
 #
@@ -16,7 +17,7 @@ JOBS ?= 2
 BIN := .venv/bin
 READY := .venv/ready-$(DEVICE)
 
-.PHONY: quickstart dreambooth-demo test test-cluster check bench clean setup
+.PHONY: quickstart dreambooth-demo test test-cluster test-tracking check bench clean setup
 .DELETE_ON_ERROR:
 
 quickstart: setup
@@ -30,6 +31,9 @@ test: setup
 
 test-cluster: setup
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -rs -m cluster tests/cluster
+
+test-tracking: setup
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -rs -m tracking tests/tracking
 
 # pyright finds controlbooth.* in the folder above the checkout; a link makes it so whatever the checkout is called.
 check: setup

@@ -58,8 +58,8 @@ def refuse_secrets(uri: str) -> None:
     if clean != uri:
         remedy = FOR_SERVERS if clean.startswith("http") else FOR_DATABASES
         raise ValueError(
-            f"there is a user or a password in it, which would be kept in the run's files and shown. Write {clean} "
-            f"wherever it stands, also in files of runs begun before, and {remedy}"
+            f"a user or a password was given in it, not shown here, which would be kept in the run's files. "
+            f"Write {clean}, and {remedy}"
         )
 
 

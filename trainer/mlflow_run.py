@@ -25,6 +25,7 @@ DATASET_DIGEST_LENGTH = 36
 """MLflow's limit for the digest of a data set."""
 MLFLOW_MODEL_IS_EXTERNAL = "mlflow.model.isExternal"
 MLFLOW_LOGGED_ARTIFACTS = "mlflow.loggedArtifacts"
+MLFLOW_LOGGED_IMAGES = "mlflow.loggedImages"
 MLFLOW_DATASET_CONTEXT = "mlflow.data.context"
 QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -183,16 +184,21 @@ class MlflowRun:
 
     def _send_image(self, record: Record) -> None:
         """A picture of the series, and NAME.png at the top of the artifacts, which is the newest one."""
+        from mlflow.tracking.multimedia import compress_image_size
         from PIL import Image
 
         image, time = record["image"], round(record["time"] * 1000)
         there = f"images/{image['name'].replace('/', '~')}+step+{record['step']}+timestamp+"
         if self._values_changed:
             there += f"{time}+"
-        listed = self._client.list_artifacts(self.run_id, "images")
+        listed = [file.path for file in self._client.list_artifacts(self.run_id, "images")]
+        sent = [path.removesuffix(".png") for path in listed if path.startswith(there) and path.endswith(".png")]
         with Image.open(self._folder / image["path"]) as picture:
-            if not any(file.path.startswith(there) for file in listed):  # else MLflow adds a copy under a random name
+            if not sent:  # else MLflow adds a copy under a random name
                 self._client.log_image(self.run_id, picture, key=image["name"], step=record["step"], timestamp=time)
+            elif (thumbnail := f"{sent[0]}+compressed.webp") not in listed:  # the server went away between the two
+                self._client.log_image(self.run_id, compress_image_size(picture), thumbnail)
+                self._client.set_tag(self.run_id, MLFLOW_LOGGED_IMAGES, "True")
             self._client.log_image(self.run_id, picture, f"{image['name']}.png")
 
     def _send_checkpoint(self, record: Record) -> None:

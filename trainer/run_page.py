@@ -83,8 +83,11 @@ def usable(dataset: Dataset, config: RunConfig) -> int:
 
 def describe_training(
     config: RunConfig, folder: Path, base_title: str, dataset: Dataset, held_out: Dataset | None, machine: str
-) -> str:
-    """Markdown: what is trained, on what, how, and where it lies. machine: ranks, device and precision, as text."""
+) -> dict[str, str]:
+    """Parts of the description for Tracker.describe: what is trained, and on what, how, and where it lies.
+
+    machine: ranks, device and precision, as text.
+    """
     size, rate = config.data.resolution, config.optimizer
     rows = {
         "base": f"`{config.model.base}`, {base_title}",
@@ -98,7 +101,8 @@ def describe_training(
     if held_out:
         rows["pictures"] = "`samples.png` among the artifacts is the newest grid; the others are under Model metrics"
     cells = [[f"**{name}**", text.replace("|", "&#124;")] for name, text in rows.items()]
-    return f"**ControlNet for `{config.data.condition}`**\n\n{markdown_table(['', ''], cells)}"
+    what = f"ControlNet for **{config.data.condition}** on **{base_path(config).name}**, trained with controlbooth."
+    return {"what": what, "details": markdown_table(["", ""], cells)}
 
 
 def describe_control(verdict: str) -> str:

@@ -31,6 +31,8 @@ GIB = 2**30
 
 DESCRIPTION = "mlflow.note.content"
 """The tag of a run that its page shows as Markdown."""
+PARTS = ("what", "control", "evaluation", "details", "figures")
+"""Of a run's description. The page shows five lines until it is asked for more, so what was found comes first."""
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -133,11 +135,13 @@ class Tracker:
         )
 
     def describe(self, **parts: str) -> None:
-        """Sets parts of the run's description, Markdown, which follow each other in the order of their first mention.
+        """Sets parts of the run's description, as Markdown; they stand in the order of PARTS, and others after them.
 
         They are kept from start to start; an empty one goes.
         """
-        described = {name: text for name, text in (self._spool.state.description | parts).items() if text}
+        given = self._spool.state.description | parts
+        ordered = [*(name for name in PARTS if name in given), *(name for name in given if name not in PARTS)]
+        described = {name: given[name] for name in ordered if given[name]}
         if described != self._spool.state.description:
             self.set_tags({DESCRIPTION: "\n\n".join(described.values())})
             self._spool.update(description=described)  # afterwards: killed between the two, it is said again

@@ -817,7 +817,7 @@ def make_tracker(run: Run, parameters: int) -> Tracker:
         f"ZeRO-{config.engine.zero_stage}, attention {run.attention}; {parameters:,} parameters"
     )
     title = run.base.family.title
-    tracker.describe(what=describe_training(config, run.folder, title, run.dataset, held_out, machine))
+    tracker.describe(**describe_training(config, run.folder, title, run.dataset, held_out, machine))
     return tracker
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from browser import browser, furnish, open_page, screenshot
+from browser import browser, click, furnish, open_page, screenshot, settle, text
 
 SHOWN = (".png", ".html", ".json")
 """Artifacts at the top of the run that get a picture of their own."""
@@ -24,12 +24,17 @@ def main() -> int:
     parser.add_argument("run_url")
     parser.add_argument("out", type=Path)
     parser.add_argument("--size", default="1600x1000", help="of the window in pixels")
+    parser.add_argument("--height", type=int, default=3600, help="of the window in which all curves are shown")
     options = parser.parse_args()
     width, height = map(int, options.size.split("x"))
     with browser(width, height) as driver:
         furnish(driver, options.run_url.partition("/#/")[0])
         for name, url, words in pages(options.run_url):
+            driver.set_window_size(width, options.height if name == "metrics" else height)
             open_page(driver, url, *words)
+            if name == "overview" and "Show more" in text(driver):
+                click(driver, "Show more")  # of the description
+                settle(driver)
             print(screenshot(driver, options.out / f"{name}.png"), url, flush=True)
     return 0
 
@@ -51,7 +56,7 @@ def pages(run_url: str) -> Iterator[tuple[str, str, list[str]]]:
     yield "system", f"{run_url}/system-metrics", [name]
     for file in client.list_artifacts(run_id):
         if file.path.endswith(SHOWN):
-            yield f"artifact-{Path(file.path).stem}", f"{run_url}/artifacts/{file.path}", [file.path]
+            yield f"artifact-{file.path.replace('.', '-')}", f"{run_url}/artifacts/{file.path}", [file.path]
     yield "models", f"{server}/#/experiments/{experiment}/models", []
     for model in models_of(run)[-1:]:
         yield "model", f"{server}/#/experiments/{experiment}/models/{model}", []

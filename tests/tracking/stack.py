@@ -59,7 +59,6 @@ class Stack:
         self._processes: dict[str, subprocess.Popen] = {}
         self.seconds: dict[str, float] = {}
         """What the first start of each took."""
-        self._make_database()
 
     @property
     def uri(self) -> str:
@@ -71,14 +70,25 @@ class Stack:
         return self._password
 
     def __enter__(self) -> "Stack":
-        self.start_database()
-        self.start_server()
+        try:
+            self._make_database()
+            self.start_database()
+            self.start_server()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
         for name in list(self._processes):
             self.kill(name)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def described(self) -> str:
+        """What runs, and what its first start took."""
+        version = subprocess.run([f"{programs()}/postgres", "--version"], capture_output=True, text=True, check=True)
+        starts = ", ".join(f"{name} started in {seconds:.1f} s" for name, seconds in self.seconds.items())
+        return f"{version.stdout.strip()} in place of {COMPOSE['postgres']['image']}; {starts}"
 
     def start_database(self) -> None:
         """Returns when the health check of compose.yaml says that it is there."""

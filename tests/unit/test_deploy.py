@@ -1,6 +1,7 @@
 """What deploy/ holds for engines that are not here: read as strictly as that can be done without them.
 
-No image was built of the Dockerfile, and no service started of the compose file. The manifests are in test_rendering.
+No image was built of the Dockerfile; tests/tracking starts the services of the compose file without images. The
+manifests are in test_rendering.
 """
 
 import re

@@ -34,7 +34,7 @@ TREE = dict(
 )
 def test_secrets_are_taken_out_and_refused_without_being_shown(uri, clean, tmp_path):
     assert without_secrets(uri) == clean and without_secrets(clean) == clean
-    with pytest.raises(ConfigError, match="there is a user or a password in it") as refused:
+    with pytest.raises(ConfigError, match="a user or a password was given in it") as refused:
         build_config(TREE | dict(tracking=dict(uri=uri)))
     assert SECRET not in str(refused.value) and clean in str(refused.value)
     with pytest.raises(ValueError) as refused:

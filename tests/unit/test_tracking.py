@@ -236,6 +236,24 @@ def test_the_newest_picture_of_a_series_has_a_name_that_stays(tmp_path, uri):
     assert len(client.list_artifacts(run.info.run_id, "images")) == 4  # the series: pictures and their thumbnails
 
 
+def test_a_thumbnail_that_was_cut_off_is_sent_by_the_next_try(tmp_path, uri):
+    from PIL import Image
+
+    folder = tmp_path / "run"
+    tracker = start(folder, uri)
+    Image.new("RGB", (8, 8)).save(folder / "grid.png")
+    tracker.log_image(folder / "grid.png", "samples", 1)
+    assert tracker.close(60) == 0
+    client, run = client_and_run(uri)
+    before = {file.path for file in client.list_artifacts(run.info.run_id, "images")}
+    (thumbnail,) = (tmp_path / "mlartifacts").rglob("*.webp")
+    thumbnail.unlink()
+    state = json.loads((folder / "tracking.json").read_text())
+    (folder / "tracking.json").write_text(json.dumps(state | {"acknowledged": {"metrics": 0, "artifacts": 0}}))
+    assert start(folder, uri).close(60) == 0
+    assert {file.path for file in client.list_artifacts(run.info.run_id, "images")} == before and len(before) == 2
+
+
 def test_a_table_is_one_that_mlflow_itself_reads_and_shows(tmp_path, uri):
     folder = tmp_path / "run"
     tracker = start(folder, uri)
@@ -271,17 +289,17 @@ def test_data_sets_are_inputs_of_the_run_once_however_often_it_is_started(tmp_pa
 
 def test_the_description_grows_by_parts_and_survives_a_restart(tmp_path, uri):
     tracker = start(tmp_path / "run", uri)
-    tracker.describe(what="A run.", verdict="Not yet.")
+    tracker.describe(what="A run.", details="Of steps.", control="Not yet.")
     assert tracker.close(60) == 0
     tracker = start(tmp_path / "run", uri)
-    tracker.describe(what="A run.", verdict="Control is there.")
+    tracker.describe(what="A run.", control="Control is there.")
     tracker.describe(evaluation="Measured.")
     lines = len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     tracker.describe(what="A run.")  # nothing new
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == lines
     assert tracker.close(60) == 0
     _, run = client_and_run(uri)
-    assert run.data.tags["mlflow.note.content"] == "A run.\n\nControl is there.\n\nMeasured."
+    assert run.data.tags["mlflow.note.content"] == "A run.\n\nControl is there.\n\nMeasured.\n\nOf steps."
 
 
 def test_who_starts_a_run_is_told_once_how_to_open_its_page(tmp_path, uri):
@@ -406,11 +424,12 @@ def test_an_evaluation_is_published_on_a_disk_without_locks_and_not_beside_a_tra
     assert json.loads(logged.data.tags["mlflow.loggedArtifacts"]) == [{"path": TABLE, "type": "table"}]
     table = json.loads((run / "evaluation" / TABLE).read_text())
     assert table["data"][:2] == [
-        ["edge_f1", "without control", 0.5, 0.4, 0.6, None, None],
-        ["edge_f1", "with control", 0.5, 0.4, 0.6, 0.1, 0.8],
+        ["edge_f1", "without control", 0.5, "", "", 0.4, 0.6],
+        ["edge_f1", "with control", 0.5, 0.1, 0.8, 0.4, 0.6],
     ]
     assert table["data"][-1][:3] == ["FID", "with control", 12.0]
-    assert "### Evaluation at step 9" in logged.data.tags["mlflow.note.content"]
+    said = "edge f1 0.500, chance 0.100: 80% of what is possible."
+    assert said in logged.data.tags["mlflow.note.content"].splitlines()[0]  # which the page shows without being asked
     page = f"/#/experiments/{logged.info.experiment_id}/runs/{logged.info.run_id}"
     assert page in capsys.readouterr().out
 

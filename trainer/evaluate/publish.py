@@ -17,6 +17,8 @@ from controlbooth.trainer.tracking import table_json
 from controlbooth.trainer.train import IN_MLFLOW, open_tracker
 
 WITH = "with control"
+COLUMNS = ("mean", "chance", "share", "low", "high")
+"""Of the table, beside the figure and the kind of pictures; share is that of what is possible."""
 TABLE = "evaluation-table.json"
 """Of the artifacts in MLflow, and in the folder of the evaluation."""
 
@@ -38,7 +40,7 @@ def publish(run: Path, config: RunConfig, result: Mapping[str, Any]) -> None:
         for file in (run / "report.html", folder / "evaluation.json", folder / "evaluation.png"):
             if file.exists():
                 tracker.log_artifact(file)
-        tracker.describe(evaluation=described(result))
+        tracker.describe(evaluation=described(result), figures=evaluation_table(result))
         status = run / STATUS
         state = json.loads(status.read_text()).get("state", "") if status.is_file() else ""
         tracker.finish(IN_MLFLOW.get(state, "KILLED"))
@@ -48,18 +50,17 @@ def publish(run: Path, config: RunConfig, result: Mapping[str, Any]) -> None:
 
 
 def headline(result: Mapping[str, Any]) -> dict[str, float]:
-    """The figures by which control is told, of the pictures with control, with chance and share where they are known.
+    """The figures by which control is told, of the pictures with control; of the first also chance and share.
 
     All others are in the table: a chart of a single point shows nothing.
     """
-    figures = {}
-    for name, one in result["figures"][WITH].items():
-        if name in FIGURES:
-            figures[f"{EVALUATION}{name}"] = one["mean"]
-            for beside in ("chance", "share"):
-                if (value := mean(one.get(beside))) is not None:
-                    figures[f"{EVALUATION}{name}_{beside}"] = value
-    return figures
+    controlled = result["figures"][WITH]
+    told = [name for name in FIGURES if name in controlled]
+    figures = {name: controlled[name]["mean"] for name in told}
+    for name in told[:1]:
+        beside = {f"{name}_{what}": mean(controlled[name].get(what)) for what in ("chance", "share")}
+        figures |= {name: value for name, value in beside.items() if value is not None}
+    return {f"{EVALUATION}{name}": value for name, value in figures.items()}
 
 
 def mean(figure: Any) -> float | None:
@@ -71,22 +72,31 @@ def table(result: Mapping[str, Any]) -> str:
     """A row for each figure and kind of pictures, with its interval, chance and share: JSON for Tracker.log_table."""
     ways = result["figures"]
     names = dict.fromkeys(name for own in ways.values() for name in own)
-    rows: list[list[str | float | None]] = []
+    rows: list[list[str | float]] = []
     for name in names:
         for way, own in ways.items():
             if one := own.get(name):
-                rest = [rounded(mean(one.get(column))) for column in ("mean", "low", "high", "chance", "share")]
-                rows.append([name, way, *rest])
+                rows.append([name, way, *(cell(mean(one.get(column))) for column in COLUMNS)])
     for name, one in result["sets"].items():
-        rows += [[name, way, rounded(value), None, None, None, None] for way, value in one["values"].items()]
-    return table_json(["figure", "pictures", "mean", "low", "high", "chance", "share of what is possible"], rows)
+        rows += [[name, way, cell(value), *[""] * (len(COLUMNS) - 1)] for way, value in one["values"].items()]
+    return table_json(["figure", "pictures", *COLUMNS], rows)
 
 
-def rounded(value: float | None) -> float | None:
-    """To what a table shows; JSON has neither NaN nor infinity."""
-    return None if value is None or not math.isfinite(value) else round(value, 4)
+def cell(value: float | None) -> str | float:
+    """To what a table shows, where nothing is shown of what is not known; JSON has neither NaN nor infinity."""
+    return "" if value is None or not math.isfinite(value) else round(value, 4)
 
 
 def described(result: Mapping[str, Any]) -> str:
-    """Markdown for the run's description."""
-    return f"### Evaluation at step {result['step']:,}\n\n{evaluation_table(result)}"
+    """A sentence of Markdown for the run's description: the first figure by which control is told."""
+    controlled = result["figures"][WITH]
+    name = next((name for name in FIGURES if name in controlled), None)
+    if name is None:
+        return f"**Evaluation** of step {result['step']:,} on {result['samples']} held-out samples."
+    chance, share = (mean(controlled[name].get(what)) for what in ("chance", "share"))
+    beside = "" if chance is None else f", chance {chance:.3f}"
+    beside += "" if share is None else f": {share:.0%} of what is possible"
+    return (
+        f"**Evaluation** of step {result['step']:,} on {result['samples']} held-out samples: {name.replace('_', ' ')} "
+        f"{controlled[name]['mean']:.3f}{beside}."
+    )
