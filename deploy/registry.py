@@ -150,11 +150,11 @@ def register(registry: Registry, run_id: str, digest: str, tags: Mapping[str, st
                 return None
             logged = found[0]
             facts = {name: logged.tags[name] for name in ("digest", "step", "uri")}
-            number = int(
-                client.create_model_version(
-                    model, f"models:/{logged.model_id}", run_id=run_id, tags={**tags, **facts}
-                ).version
-            )
+            source = f"models:/{logged.model_id}"
+            made = client.create_model_version(
+                model, source, run_id=run_id, tags={**tags, **facts}, model_id=logged.model_id
+            )  # a server refuses the one without the other; a local store does not look
+            number = int(made.version)
         client.set_registered_model_alias(model, CHALLENGER, str(number))
         return _version(registry, number)
 

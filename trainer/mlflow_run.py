@@ -23,6 +23,8 @@ METRICS_PER_CALL, ENTRIES_PER_CALL = 1000, 100
 KEY_TAG = "controlbooth.key"
 DATASET_DIGEST_LENGTH = 36
 """MLflow's limit for the digest of a data set."""
+DESCRIPTION = "mlflow.note.content"
+"""The tag of a run or a model that its page shows as Markdown."""
 MLFLOW_MODEL_IS_EXTERNAL = "mlflow.model.isExternal"
 MLFLOW_LOGGED_ARTIFACTS = "mlflow.loggedArtifacts"
 MLFLOW_LOGGED_IMAGES = "mlflow.loggedImages"
@@ -244,6 +246,7 @@ class MlflowRun:
                 "step": str(step),
                 "uri": checkpoint["uri"],
                 MLFLOW_MODEL_IS_EXTERNAL: "true",
+                DESCRIPTION: f"The checkpoint of step {step:,}, whose weights stay in `{checkpoint['uri']}`.",
             },
         )
         with tempfile.TemporaryDirectory() as folder:  # the registry wants a description among the model's artifacts

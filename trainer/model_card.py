@@ -148,7 +148,7 @@ def evaluation_table(evaluation: Mapping[str, Any]) -> str:
         "the figure of the same pictures under the conditions of other samples; the share of what is possible is "
         "(with control - chance) / (real pictures - chance)."
     )
-    return f"{explained}\n\n{markdown_table(heads, rows)}"
+    return f"{explained}\n\n{_markdown_table(heads, rows)}"
 
 
 def _validation_table(metrics: Mapping[str, float]) -> str:
@@ -159,10 +159,10 @@ def _validation_table(metrics: Mapping[str, float]) -> str:
         "Of the few held-out samples of its validation; `controlbooth evaluate` before the export puts figures with "
         "intervals here."
     )
-    return f"{explained}\n\n{markdown_table(['figure', 'value'], rows)}"
+    return f"{explained}\n\n{_markdown_table(['figure', 'value'], rows)}"
 
 
-def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows))
 
 

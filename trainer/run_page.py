@@ -14,7 +14,6 @@ from typing import Any
 
 from controlbooth.data.manifest import Dataset
 from controlbooth.trainer.config import RunConfig, base_path, data_set_name
-from controlbooth.trainer.model_card import markdown_table
 from controlbooth.trainer.tracking import Input
 
 NAMED_PARTS = 2
@@ -100,9 +99,9 @@ def describe_training(
     }
     if held_out:
         rows["pictures"] = "`samples.png` among the artifacts is the newest grid; the others are under Model metrics"
-    cells = [[f"**{name}**", text.replace("|", "&#124;")] for name, text in rows.items()]
+    details = "\n".join(f"- **{name}**: {text}" for name, text in rows.items())
     what = f"ControlNet for **{config.data.condition}** on **{base_path(config).name}**, trained with controlbooth."
-    return {"what": what, "details": markdown_table(["", ""], cells)}
+    return {"what": what, "details": details}
 
 
 def describe_control(verdict: str) -> str:

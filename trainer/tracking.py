@@ -18,7 +18,14 @@ from typing import Any, Literal
 import psutil
 
 from controlbooth.trainer.mlflow_address import how_to_open_saved, refuse_secrets, without_secrets
-from controlbooth.trainer.mlflow_run import METRICS_PER_CALL, MlflowRun, Refused, kind_of, quiet_environment
+from controlbooth.trainer.mlflow_run import (
+    DESCRIPTION,
+    METRICS_PER_CALL,
+    MlflowRun,
+    Refused,
+    kind_of,
+    quiet_environment,
+)
 from controlbooth.trainer.mlflow_store import store_file
 from controlbooth.trainer.spool import STREAMS, Record, Spool
 
@@ -29,8 +36,6 @@ FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 1.0, 60.0
 PARAM_LENGTH = 500
 GIB = 2**30
 
-DESCRIPTION = "mlflow.note.content"
-"""The tag of a run that its page shows as Markdown."""
 PARTS = ("what", "control", "evaluation", "details", "figures")
 """Of a run's description. The page shows five lines until it is asked for more, so what was found comes first."""
 
