@@ -17,7 +17,7 @@ from controlbooth.data.draws import hash64, random_bits
 from controlbooth.data.manifest import Dataset
 from controlbooth.data.prompts import read_captions
 from controlbooth.data.shards import ShardReader
-from controlbooth.data.sidecar import ShardIndex, index_path, load_index
+from controlbooth.data.sidecar import index_path, load_index
 
 BLOCK = 512
 """Samples that take turns by folder and caption. Where 20 folders are of one size, 512 random samples have all of them
@@ -71,22 +71,15 @@ def _by_content(dataset: Dataset, kind: str | None) -> np.ndarray:
         index = load_index(index_path(path))
         rows = index.usable(kind)
         columns = [np.full(len(rows), number), np.arange(len(rows))]
-        columns += [index.samples["key_hash"][rows], *(_content(index, rows, role) for role in ("caption", "image"))]
+        columns += [
+            index.samples["key_hash"][rows],
+            *(index.part_contents(role, rows) for role in ("caption", "image")),
+        ]
         shards.append([column.astype(np.uint64) for column in columns])
     at_shard, ordinal, *content = (np.concatenate(column) for column in zip(*shards, strict=True))
     key = hash64("which samples stand for a data set")
     order = np.lexsort([random_bits(key, column) for column in content])  # the last column decides first
     return np.stack([at_shard, ordinal], axis=1)[order].astype(np.int64)
-
-
-def _content(index: ShardIndex, rows: np.ndarray, role: str) -> np.ndarray:
-    """(n,) uint64: CRC and size of the part that is read in this role."""
-    content = np.zeros(len(rows), np.uint64)
-    for column in reversed(index.columns(role)):
-        part = index.parts[rows, column]
-        has = part["offset"] > 0
-        content[has] = part["crc"][has].astype(np.uint64) | part["size"][has].astype(np.uint64) << np.uint64(32)
-    return content
 
 
 def _folder_and_caption(reader: ShardReader, shard: int, ordinal: int) -> tuple[str, str]:

@@ -96,6 +96,15 @@ class ShardIndex:
             good = good & (self.parts["offset"][:, self.columns("condition", kind)] > 0).any(axis=1)
         return np.flatnonzero(good)
 
+    def part_contents(self, role: str, rows: np.ndarray) -> np.ndarray:
+        """(n,) uint64: size and CRC of the part that each of these rows has in a role, see `columns`; 0 without one."""
+        found = np.zeros(len(rows), np.uint64)
+        for column in reversed(self.columns(role)):  # the first one that is there is taken
+            part = self.parts[rows, column]
+            value = part["size"].astype(np.uint64) << np.uint64(32) | part["crc"].astype(np.uint64)
+            found = np.where(part["offset"] > 0, value, found)
+        return found
+
     def contents(self, row: int) -> str:
         """16 hex digits over a sample's key and the name, size and CRC of each of its parts, where its key may repeat.
 

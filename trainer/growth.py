@@ -184,14 +184,4 @@ class _Identities:
 def _identities(index: ShardIndex) -> _Identities:
     rows = index.usable()
     keys = splitmix64(index.samples["key_hash"][rows])
-    return _Identities(_parts(index, rows, "image"), splitmix64(keys ^ _parts(index, rows, "caption")))
-
-
-def _parts(index: ShardIndex, rows: np.ndarray, role: str) -> np.ndarray:
-    """(n,) uint64: size and CRC of the part that each of these rows has in a role."""
-    found = np.zeros(len(rows), np.uint64)
-    for column in reversed(index.columns(role)):  # the first one that is there is taken
-        part = index.parts[rows, column]
-        value = (part["size"].astype(np.uint64) << np.uint64(32)) | part["crc"].astype(np.uint64)
-        found = np.where(part["offset"] > 0, value, found)
-    return found
+    return _Identities(index.part_contents("image", rows), splitmix64(keys ^ index.part_contents("caption", rows)))
