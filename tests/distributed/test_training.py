@@ -258,6 +258,13 @@ def test_sigterm_leaves_a_checkpoint_and_the_same_command_goes_on_but_no_other_r
     assert (run / "config.yaml").read_bytes() == kept
     assert json.loads((run / "status.json").read_text()) == status
 
+    saved = (checkpoint / "state.json").read_text()
+    order = json.loads(saved)["order"] | {"version": 2}  # of a version that dropped prompts by the samples' names
+    (checkpoint / "state.json").write_text(json.dumps(json.loads(saved) | {"order": order}))
+    output, _ = start(run_file(world_folder, "stopped", max_steps=400), 1).communicate(timeout=300)
+    assert "by the names of samples" in output and f"model.controlnet={checkpoint}/controlnet" in output
+    (checkpoint / "state.json").write_text(saved)
+
     run_file(world_folder, "stopped", max_steps=status["step"] + 2)
     assert f"at step {status['step']}" in finish(start(path, 2))
     assert json.loads((run / "status.json").read_text())["state"] == "finished"

@@ -32,6 +32,7 @@ def draw_prompts(
     shown = replace(
         held,
         keys=held.keys[: config.grid],
+        places=held.places[: config.grid],
         captions=held.captions[: config.grid],
         targets=held.targets[: config.grid],
         conditions=held.conditions[: config.grid],
