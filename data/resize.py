@@ -70,7 +70,8 @@ def resize_binary(ink: np.ndarray, height: int, width: int) -> np.ndarray:
 
     ink: (H, W) uint8, 0 or 1 -> (height, width) uint8, 0 or 1. What is wider than a pixel of the result, and than two
     of `ink`, is a region: a pixel of the result is set where half of it is covered. Strokes are drawn through the
-    pixels that hold at least half of a straight passage, which never breaks a straight line, and thinned to one pixel.
+    pixels that hold at least half of a straight passage, which never breaks a straight line, and thinned to one pixel;
+    where lines are so dense that all pixels hold some, through those that hold no less than the pixels around them.
     Marks shorter than half a pixel of the result are dropped.
     """
     scale = math.sqrt(ink.shape[0] * ink.shape[1] / (height * width))
@@ -88,7 +89,7 @@ def resize_binary(ink: np.ndarray, height: int, width: int) -> np.ndarray:
     if cv2.countNonZero(strokes):
         # They begin inside of the region that they leave, so that no gap opens where its border moves.
         strokes = cv2.bitwise_and(ink, cv2.dilate(strokes, np.ones((2 * side + 1, 2 * side + 1), np.uint8)))
-        result |= thin(_passages(strokes, height, width))
+        result |= thin(_passages(strokes, height, width, cv2.dilate(result, np.ones((5, 5), np.uint8))))
     return result
 
 
@@ -131,10 +132,12 @@ def _removable_tables() -> list[np.ndarray]:
 _REMOVABLE = _removable_tables()
 
 
-def _passages(ink: np.ndarray, height: int, width: int) -> np.ndarray:
+def _passages(ink: np.ndarray, height: int, width: int, beside: np.ndarray | None = None) -> np.ndarray:
     """(H, W) -> (height, width) uint8, 1 where a pixel holds at least half as much ink as a line straight through it.
 
-    Each pixel of `ink` is counted in the one that its centre lies in.
+    Each pixel of `ink` is counted in the one that its centre lies in. Those that hold less than the mean of the nine
+    around them are left out, as dense lines would be one region: a line by itself has a third of a passage in that
+    mean, and loses none. beside: (height, width) uint8, 1 where none is left out for that.
     """
     larger = max(height, ink.shape[0]), max(width, ink.shape[1])
     if larger != ink.shape:  # each pixel of the result is to have one of its own at least
@@ -146,7 +149,12 @@ def _passages(ink: np.ndarray, height: int, width: int) -> np.ndarray:
     sums = cv2.integral(ink)[np.ix_(*edges)]
     counts = sums[1:, 1:] - sums[:-1, 1:] - sums[1:, :-1] + sums[:-1, :-1]
     through = min(larger[0] // height, larger[1] // width)  # the pixels of the shortest line from side to side
-    return (counts >= max(1.0, through / 2)).astype(np.uint8)
+    held = counts if beside is None else np.minimum(counts, through)  # regions hold more, and are no dense lines
+    around = cv2.boxFilter(held.astype(np.float32), -1, (3, 3), normalize=False, borderType=cv2.BORDER_CONSTANT)
+    dense = 9 * held < around
+    if beside is not None:
+        dense &= beside == 0
+    return ((counts >= max(1.0, through / 2)) & ~dense).astype(np.uint8)
 
 
 def _resize_two_colours(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
