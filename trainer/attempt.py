@@ -81,7 +81,7 @@ def only_run(run: Path, world: World) -> Iterator[Attempt]:
     lock, answer = None, None
     if world.rank == 0:
         run.mkdir(parents=True, exist_ok=True)
-        lock = open(run / ".lock", "w")
+        lock = open_lock(run / ".lock")
         try:
             answer = _claim(run, take_lock(lock), lock)
         except (ConfigError, Superseded) as error:  # to be raised on every rank, not only here
@@ -187,7 +187,7 @@ def read_record(run: Path) -> dict[str, Any]:
         return record | {"number": int(record["number"])}
     except FileNotFoundError:
         return {}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:  # the last one of a number such as 1e400
         raise ConfigError(f"{path} cannot be read ({error!r}). Delete it if no other training is in {run}") from error
 
 
@@ -253,6 +253,17 @@ def _names(folder: Path) -> list[str]:
         return os.listdir(folder)
     except FileNotFoundError:
         return []
+
+
+def open_lock(path: Path) -> Any:
+    """A file to lock, made if it is not there; what it holds stays. Raises ConfigError for a symbolic link, which
+    could lead to anybody's file."""
+    try:
+        return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), "r+")
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise ConfigError(f"{path} is a symbolic link, and a lock must be a file of its own: delete it") from None
 
 
 def take_lock(lock: Any) -> bool:

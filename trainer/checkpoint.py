@@ -5,11 +5,13 @@
                                              them
                               config.yaml    the resolved configuration that the step was trained with
                               state.json     step, position in the data, fingerprint, figures, digest of the weights
-                              COMPLETE       names and sizes of all files; written last, before the folder gets its name
+                              COMPLETE       sizes and digests of all files; written last, before the folder gets its
+                                             name
 
 A checkpoint is made in the folder of this start of the run (attempt.py) and moved to its place after every rank has
 finished, so a name that is seen is a whole checkpoint, and a start that a newer one has replaced cannot put one there.
-A copy that lost a file is recognised by COMPLETE and passed over.
+A copy that lost a file, or of which a byte has changed, is recognised by COMPLETE and passed over (integrity.py).
+Reading one runs no code: what is no tensor and no plain value in PyTorch's files is refused.
 
 Training stands still only while the states are copied, in `begin_save`. Threads write the copies, and `finish_save`,
 at the boundary of a later step, makes the checkpoint of them: no thread takes part in a collective.
@@ -20,6 +22,8 @@ import copy
 import io
 import json
 import os
+import pickle
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -39,11 +43,25 @@ from controlbooth.models.pretrained import save_controlnet
 from controlbooth.trainer.attempt import Attempt, move
 from controlbooth.trainer.distributed import World, barrier, from_first_rank, gather_objects
 from controlbooth.trainer.engine import Average, full_state
-from controlbooth.trainer.integrity import first_damage, folder_digest, weights_damage
+from controlbooth.trainer.integrity import (
+    COMPLETE,
+    CONFIG,
+    NO_MARKER,
+    STATE,
+    files_damage,
+    first_damage,
+    folder_digest,
+    read_marker,
+    records_damage,
+    sizes_of,
+    step_of,
+    weights_damage,
+    write_marker,
+)
 
-COMPLETE = "COMPLETE"
 _TAG = "deepspeed"
 _UNIVERSAL = "universal"
+_TENSORS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
 class CheckpointError(ValueError):
@@ -58,40 +76,47 @@ def folder_of(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:08d}"
 
 
+def checkpoint_folders(run: Path) -> list[Path]:
+    """Folders with the names that checkpoints get, whole or not, oldest first. A copy that a person has made beside
+    them under another name is no checkpoint: it is neither read nor deleted."""
+    found = [path for path in (run / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)]
+    return sorted((path for path in found if path.name == folder_of(run, step_of(path)).name), key=step_of)
+
+
 def complete_checkpoints(run: Path) -> list[Path]:
     """Whole checkpoints of a run, oldest first."""
-    return [path for path in sorted((run / "checkpoints").glob("step-*")) if is_complete(path)]
+    return [path for path in checkpoint_folders(run) if is_complete(path)]
 
 
 def is_complete(checkpoint: Path) -> bool:
     """Whether every file that was committed is there in its size. What is generated later may come besides."""
-    sizes = _committed(checkpoint)
-    return bool(sizes) and all(
-        (checkpoint / name).is_file() and (checkpoint / name).stat().st_size == size for name, size in sizes.items()
-    )
+    return _what_is_missing(checkpoint) is None
 
 
-def _committed(checkpoint: Path) -> dict[str, int]:
-    """Sizes by name of the files that were committed; nothing where COMPLETE is missing, or damaged itself."""
-    try:
-        sizes = json.loads((checkpoint / COMPLETE).read_text())
-    except (OSError, ValueError):
-        return {}
-    return sizes if isinstance(sizes, dict) else {}
+def _what_is_missing(checkpoint: Path) -> str | None:
+    """Of the files that were committed; None where they are all there in their sizes."""
+    marker = read_marker(checkpoint)
+    if marker is None:
+        return NO_MARKER
+    for name, size in marker.sizes.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, and had {size}"
+    return None
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """What was saved beside the weights. Raises CheckpointError where the file is damaged."""
-    path = checkpoint / "state.json"
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{path} is damaged ({error}): delete {checkpoint} to use an older one") from error
+    """What was saved beside the weights. Raises CheckpointError where that, or config.yaml, is damaged."""
+    if damage := records_damage(checkpoint):
+        raise CheckpointError(f"{checkpoint} is damaged, in {damage}. Delete it to use an older one")
+    return json.loads((checkpoint / STATE).read_text())
 
 
 def check_weights(checkpoint: Path) -> None:
     """Raises CheckpointError where the trained weights are not the ones that were saved."""
-    if damage := weights_damage(checkpoint, list(_committed(checkpoint))):
+    if damage := weights_damage(checkpoint):
         raise CheckpointError(f"{checkpoint} is damaged, in {damage}. Delete it to use an older one")
 
 
@@ -102,9 +127,19 @@ def latest_checkpoint(run: Path, world: World, say: Callable[[str], None]) -> Pa
     compare the checksums of all files, each of its share. say: told on rank 0 of a checkpoint that is passed over.
     Raises CheckpointError where another rank does not see what rank 0 sees, and AllDamaged where all are damaged.
     """
-    whole: list[Path] = from_first_rank(complete_checkpoints(run))
+    folders = [(path, _what_is_missing(path)) for path in checkpoint_folders(run)]
+    there: list[tuple[Path, str | None]] = from_first_rank(folders)
     damages: list[str] = []
-    for checkpoint in reversed(whole):
+
+    def pass_over(checkpoint: Path, damage: str) -> None:
+        damages.append(f"{checkpoint} is damaged, in {damage}")
+        if world.rank == 0:
+            say(f"warning: {damages[-1]}; it is passed over")
+
+    for checkpoint, missing in reversed(there):
+        if missing is not None:
+            pass_over(checkpoint, missing)
+            continue
         seen = gather_objects(is_complete(checkpoint), world)
         if not all(seen):
             others = [rank for rank, complete in enumerate(seen) if not complete]
@@ -112,13 +147,11 @@ def latest_checkpoint(run: Path, world: World, say: Callable[[str], None]) -> Pa
                 f"{checkpoint} is whole on rank 0 and not on ranks {others}. "
                 "Every node must see the same `output`: put it on a shared disk"
             )
-        own = first_damage(checkpoint, list(_committed(checkpoint)), world.rank, world.world_size)
+        own = first_damage(checkpoint, world.rank, world.world_size)
         found = next(filter(None, gather_objects(own, world)), None)
         if found is None:
             return checkpoint
-        damages.append(f"{checkpoint} is damaged, in {found}")
-        if world.rank == 0:
-            say(f"warning: {damages[-1]}; it is passed over")
+        pass_over(checkpoint, found)
     if damages:
         raise AllDamaged(f"{'; '.join(damages)}. There is no other: delete them to begin anew")
     return None
@@ -205,8 +238,8 @@ def begin_save(
                     )
                 write_weights(engine, weights, partial / name)
                 digest = {"digest": folder_digest(partial / name)}
-                (partial / "state.json").write_text(json.dumps(state | digest, indent=2))
-                (partial / "config.yaml").write_text(config)
+                (partial / STATE).write_text(json.dumps(state | digest, indent=2))
+                (partial / CONFIG).write_text(config)
                 for path in (partial / name).iterdir():
                     _sync(path)
         except Exception as error:  # of whatever kind: finish_save raises it on the ranks' main threads
@@ -236,7 +269,7 @@ def finish_save(save: Save, world: World) -> Path:
     for rank, error in enumerate(errors):
         if error:
             raise CheckpointError(f"rank {rank} could not write its part of {save.final}: {error}")
-    seen = gather_objects(sorted(_sizes(save.partial / _TAG)), world)
+    seen = gather_objects(sorted(sizes_of(save.partial / _TAG)), world)
     missing = sorted({name for names in seen for name in names} - set(seen[0]))
     if missing:
         where = save.partial / _TAG
@@ -291,10 +324,12 @@ def load_checkpoint(
     state, tag = read_state(checkpoint), _TAG
     if needs_universal(state, world.world_size):
         tag = _UNIVERSAL
-        if world.rank == 0 and not (checkpoint / _UNIVERSAL / COMPLETE).exists():
-            _make_universal(checkpoint, attempt)
-        barrier()
-    with _quiet():
+        # A marker of an older version is empty, and vouches for nothing: what it is of is made again too.
+        if any(gather_objects(files_damage(checkpoint / _UNIVERSAL, world.rank, world.world_size), world)):
+            if world.rank == 0:
+                _make_universal(checkpoint, attempt)
+            barrier()
+    with _quiet(), tensors_only(checkpoint):
         path, _ = engine.load_checkpoint(str(checkpoint), tag=tag, load_lr_scheduler_states=False)
     if path is None:
         raise CheckpointError(
@@ -322,7 +357,7 @@ def check_same_run(state: dict[str, Any], now: dict[str, Any], checkpoint: Path)
         "condition": "data.condition",
     }
     pairs = [(field, state[key], now[key]) for key, field in fields.items()]
-    saved = yaml.safe_load((checkpoint / "config.yaml").read_text())["model"]
+    saved = yaml.safe_load((checkpoint / CONFIG).read_text())["model"]
     pairs += [(f"model.{name}", saved[name], value) for name, value in now["model"].items() if name in saved]
     for field, before, asked in pairs:
         if before != asked:
@@ -364,11 +399,6 @@ def as_module(trained: Any, weights: dict[str, Tensor]) -> ControlNetModel:
     return module
 
 
-def _sizes(folder: Path) -> dict[str, int]:
-    """Bytes of every file below the folder, by relative name."""
-    return {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
 def delete(folder: Path, attempt: Attempt) -> None:
     """A checkpoint, or another folder of the run. Moved away first: half a deletion must not look like a checkpoint.
 
@@ -380,13 +410,10 @@ def delete(folder: Path, attempt: Attempt) -> None:
 
 
 def _commit(partial: Path, final: Path, attempt: Attempt) -> None:
-    sizes = _sizes(partial)
-    for name in sizes:
+    for name in sizes_of(partial):
         _sync(partial / name)
-    with open(partial / COMPLETE, "w") as file:
-        json.dump(sizes, file)
-        file.flush()
-        os.fsync(file.fileno())
+    write_marker(partial)
+    _sync(partial / COMPLETE)
     final.parent.mkdir(parents=True, exist_ok=True)
     if final.exists():  # the same step again: the one that is there has lost a file, or it would have been gone on from
         delete(final, attempt)
@@ -442,10 +469,45 @@ def _make_universal(checkpoint: Path, attempt: Attempt) -> None:
         inject_missing_state=True,
     )
     print(f"the world's size changed: splitting {checkpoint / _TAG} by parameter", file=sys.stderr, flush=True)
-    with _quiet():
+    with _quiet(), tensors_only(checkpoint):
         ds_to_universal.main(arguments)
-    (target / COMPLETE).touch()
+    write_marker(target)
     move(attempt, target, checkpoint / _UNIVERSAL)
+
+
+@contextlib.contextmanager
+def tensors_only(checkpoint: Path) -> Iterator[None]:
+    """Inside, torch.load makes tensors, plain values and DeepSpeed's own records, whatever its callers ask for.
+
+    DeepSpeed reads its files as pickles without limits, and a pickle can call anything. PyTorch's own switch overrides
+    that; it is a variable of the environment, which is set for no longer than this. Raises CheckpointError for a file
+    that holds anything else.
+    """
+    before = os.environ.get(_TENSORS_ONLY)
+    os.environ[_TENSORS_ONLY] = "1"
+    try:
+        with torch.serialization.safe_globals(_deepspeed_records()):
+            yield
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"a file of {checkpoint} holds more than tensors and plain values, and could run code when it is read: it "
+            f"is refused ({str(error).splitlines()[0]}). Delete {checkpoint} to use an older one"
+        ) from error
+    finally:
+        if before is None:
+            del os.environ[_TENSORS_ONLY]
+        else:
+            os.environ[_TENSORS_ONLY] = before
+
+
+def _deepspeed_records() -> list[Any]:
+    """Classes that DeepSpeed's states are made of besides tensors: values and their names, without any behaviour when
+    they are read."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
 
 
 @contextlib.contextmanager

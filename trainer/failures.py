@@ -11,6 +11,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -96,8 +97,16 @@ def note_failure(attempt: Attempt, rank: int, error: Exception) -> None:
         text = json.dumps(fields | {"time": time.time()})
         write_text(attempt, attempt.run / f"failed-{rank}.json", text)
         status = attempt.run / STATUS
-        if rank == 0 and (not status.exists() or json.loads(status.read_text())["state"] == "running"):
+        if rank == 0 and _state_of(status) in (None, "running"):
             write_text(attempt, status, text)  # a restart that was refused has not changed a run that had ended
+
+
+def _state_of(status: Path) -> str | None:
+    """None where there is no status, or one that says nothing."""
+    try:
+        return str(json.loads(status.read_text())["state"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def end_superseded(error: Superseded, rank: int) -> NoReturn:

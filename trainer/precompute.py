@@ -52,7 +52,7 @@ from controlbooth.data.sidecar import ShardIndex, index_path, load_index, write_
 from controlbooth.models.base import Base
 from controlbooth.models.pretrained import load_base
 from controlbooth.trainer import engine as engines
-from controlbooth.trainer.attempt import take_lock
+from controlbooth.trainer.attempt import open_lock, take_lock
 from controlbooth.trainer.config import ConfigError, RunConfig, base_path, load_config
 from controlbooth.trainer.distributed import (
     DistError,
@@ -170,7 +170,7 @@ def only_writer(folder: Path, world: World, dry_run: bool) -> Iterator[None]:
     lock, free = None, True
     if world.rank == 0 and not dry_run:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / LOCK, "w")
+        lock = open_lock(folder / LOCK)
         free = take_lock(lock)
     try:
         if not from_first_rank(free):

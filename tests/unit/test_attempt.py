@@ -181,10 +181,21 @@ def test_a_start_that_was_killed_leaves_nothing_that_stands_in_the_way(tmp_path)
         assert attempt.number == 6 and not dead.folder.exists() and list(attempt.folder.iterdir()) == []
 
 
-def test_a_record_that_cannot_be_read_names_the_way_out(tmp_path):
-    (tmp_path / RECORD).write_text("{")
+@pytest.mark.parametrize("content", ["{", "[]", '{"number": 1e400}', '{"number": null}', ""])
+def test_a_record_that_cannot_be_read_names_the_way_out(tmp_path, content):
+    (tmp_path / RECORD).write_text(content)
     with pytest.raises(ConfigError, match="Delete it if no other training is in"), only_run(tmp_path, ALONE):
         pass
+
+
+def test_a_lock_that_is_a_link_is_refused_and_what_it_leads_to_keeps_its_contents(tmp_path):
+    precious = tmp_path / "precious.txt"
+    precious.write_text("a file of somebody else")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").symlink_to(precious)
+    with pytest.raises(ConfigError, match=".lock is a symbolic link"), only_run(tmp_path / "run", ALONE):
+        pass
+    assert precious.read_text() == "a file of somebody else"
 
 
 @settings(max_examples=8, deadline=None)

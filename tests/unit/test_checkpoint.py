@@ -1,4 +1,7 @@
 import json
+import os
+import pickle
+import shutil
 
 import pytest
 import torch
@@ -8,7 +11,6 @@ from safetensors.torch import save_file
 
 from controlbooth.trainer.attempt import Attempt
 from controlbooth.trainer.checkpoint import (
-    COMPLETE,
     CheckpointError,
     check_same_run,
     check_weights,
@@ -19,17 +21,26 @@ from controlbooth.trainer.checkpoint import (
     needs_universal,
     prune,
     read_state,
+    tensors_only,
 )
 from controlbooth.trainer.distributed import World
-from controlbooth.trainer.integrity import first_damage, folder_digest
+from controlbooth.trainer.integrity import (
+    COMPLETE,
+    files_damage,
+    folder_digest,
+    records_damage,
+    sizes_of,
+    write_marker,
+)
 
 
 def write(run, step, metrics=None):
     folder = folder_of(run, step)
     folder.mkdir(parents=True)
     (folder / "state.json").write_text(json.dumps({"step": step, "metrics": metrics or {}}))
+    (folder / "config.yaml").write_text("name: run\n")
     (folder / "weights").write_bytes(b"12345678")
-    (folder / COMPLETE).write_text(json.dumps({"weights": 8}))
+    write_marker(folder)
     return folder
 
 
@@ -93,11 +104,18 @@ def whole_checkpoint(run, step):
     folder = folder_of(run, step)
     for name in ("deepspeed", "controlnet"):
         (folder / name).mkdir(parents=True)
+    (folder / "config.yaml").write_text("name: run\nmodel:\n  base: miniature\n")
     torch.save({"moments": torch.zeros(1000)}, folder / "deepspeed" / "states.pt")
     save_file({"weight": torch.zeros(1000)}, folder / "controlnet" / "weights.safetensors")
     (folder / "state.json").write_text(json.dumps({"step": step, "digest": folder_digest(folder / "controlnet")}))
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    (folder / COMPLETE).write_text(json.dumps({str(path.relative_to(folder)): path.stat().st_size for path in files}))
+    write_marker(folder)
+    return folder
+
+
+def as_before_digests(folder):
+    """With the marker that older versions wrote: sizes alone."""
+    (folder / COMPLETE).unlink()
+    (folder / COMPLETE).write_text(json.dumps(sizes_of(folder)))
     return folder
 
 
@@ -107,16 +125,15 @@ def change_a_byte(path):
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("name", ["deepspeed/states.pt", "controlnet/weights.safetensors", "state.json"])
+@pytest.mark.parametrize(
+    "name", ["deepspeed/states.pt", "controlnet/weights.safetensors", "state.json", "config.yaml", "COMPLETE"]
+)
 def test_a_checkpoint_of_which_a_byte_has_changed_is_passed_over_with_a_warning(tmp_path, alone, name):
     older, newer = whole_checkpoint(tmp_path, 1), whole_checkpoint(tmp_path, 2)
     told = []
     assert latest_checkpoint(tmp_path, alone, told.append) == newer and not told
-    if name == "state.json":
-        (newer / name).write_bytes(b"?" * (newer / name).stat().st_size)
-    else:
-        change_a_byte(newer / name)
-    assert is_complete(newer)
+    change_a_byte(newer / name)
+    assert is_complete(newer) == (name != "COMPLETE")
     assert latest_checkpoint(tmp_path, alone, told.append) == older
     assert len(told) == 1 and f"{newer} is damaged, in {name.split('/')[0]}" in told[0]
     if not name.endswith(".pt"):
@@ -129,13 +146,76 @@ def test_a_checkpoint_of_which_a_byte_has_changed_is_passed_over_with_a_warning(
 
 
 @pytest.mark.parametrize("content", ["", "5", "{"])
-def test_a_damaged_marker_makes_no_whole_checkpoint_and_damaged_facts_are_named(tmp_path, alone, content):
+def test_a_run_whose_only_checkpoint_has_a_damaged_marker_does_not_begin_anew_without_a_word(tmp_path, alone, content):
     folder = whole_checkpoint(tmp_path, 1)
     (folder / COMPLETE).write_text(content)
-    assert names(tmp_path) == [] and latest_checkpoint(tmp_path, alone, print) is None
-    (folder / "state.json").write_text("")
-    with pytest.raises(CheckpointError, match="state.json is damaged"):
+    assert names(tmp_path) == []
+    with pytest.raises(CheckpointError, match="COMPLETE: .* There is no other: delete them to begin anew"):
+        latest_checkpoint(tmp_path, alone, print)
+    with pytest.raises(CheckpointError, match="is damaged, in COMPLETE"):
         read_state(folder)
+
+
+def test_every_flipped_bit_of_the_small_files_of_a_checkpoint_is_told(tmp_path):
+    """Whatever it makes of them: another step, another setting, another file that is not looked at any more."""
+    folder = whole_checkpoint(tmp_path, 2)
+    for name in ("state.json", "config.yaml", COMPLETE):
+        content = (folder / name).read_bytes()
+        for bit in range(8 * len(content)):
+            flipped = bytearray(content)
+            flipped[bit // 8] ^= 1 << bit % 8
+            (folder / name).write_bytes(flipped)
+            assert records_damage(folder) is not None, (name, bit)
+        (folder / name).write_bytes(content)
+    assert records_damage(folder) is None
+
+
+def test_states_that_were_swapped_for_those_of_another_step_are_told(tmp_path, alone):
+    older, newer = whole_checkpoint(tmp_path, 1), whole_checkpoint(tmp_path, 2)
+    torch.save({"moments": torch.ones(1000)}, newer / "deepspeed" / "states.pt")
+    write_marker(newer)
+    assert latest_checkpoint(tmp_path, alone, print) == newer
+    (newer / "deepspeed" / "states.pt").write_bytes((older / "deepspeed" / "states.pt").read_bytes())
+    assert latest_checkpoint(tmp_path, alone, print) == older
+
+
+def test_checkpoints_of_before_digests_are_gone_on_from_and_what_can_be_told_of_them_is(tmp_path, alone):
+    older, newer = (as_before_digests(whole_checkpoint(tmp_path, step)) for step in (1, 2))
+    assert latest_checkpoint(tmp_path, alone, print) == newer
+    (newer / "state.json").write_text((newer / "state.json").read_text().replace('"step": 2', '"step": 3'))
+    told = []
+    assert latest_checkpoint(tmp_path, alone, told.append) == older and "state.json: its step is 3" in told[0]
+    (older / "config.yaml").write_text((older / "config.yaml").read_text().replace("model:", "model;"))
+    with pytest.raises(CheckpointError, match="in config.yaml: "):
+        latest_checkpoint(tmp_path, alone, print)
+
+
+@pytest.mark.parametrize("name", ["step-00000002-backup", "step-2", "step-00000002.old", "step-best"])
+def test_a_copy_that_somebody_made_beside_the_checkpoints_is_neither_read_nor_deleted(tmp_path, alone, name):
+    whole_checkpoint(tmp_path, 1)
+    shutil.copytree(whole_checkpoint(tmp_path, 2), tmp_path / "checkpoints" / name)
+    whole_checkpoint(tmp_path, 3)
+    assert names(tmp_path) == ["step-00000001", "step-00000002", "step-00000003"]
+    prune(tmp_path, keep=1, keep_best=0, attempt=start(tmp_path), committed=folder_of(tmp_path, 3))
+    assert names(tmp_path) == ["step-00000003"] and (tmp_path / "checkpoints" / name / COMPLETE).is_file()
+
+
+class MakesAFile:
+    """Unpickled, it opens a file for writing, as it could call anything."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_a_pickle_in_a_checkpoint_runs_nothing_whatever_its_reader_asks_for(tmp_path):
+    torch.save({"module": MakesAFile(tmp_path / "made")}, tmp_path / "states.pt")
+    with pytest.raises(CheckpointError, match="could run code when it is read: it is refused"):
+        with tensors_only(tmp_path):
+            torch.load(tmp_path / "states.pt", weights_only=False)  # as DeepSpeed does
+    assert not (tmp_path / "made").exists() and "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
 
 
 def test_what_others_have_put_beside_the_weights_is_no_damage(tmp_path, alone):
@@ -151,14 +231,17 @@ def test_what_others_have_put_beside_the_weights_is_no_damage(tmp_path, alone):
 def test_no_changed_byte_of_an_archive_that_is_not_told_changes_a_tensor_unseen(tmp_path, place, mask):
     path = tmp_path / "states.pt"
     torch.save({"moments": torch.arange(100.0)}, path)
+    torch.save({}, tmp_path / "another.pt")
+    (tmp_path / COMPLETE).unlink(missing_ok=True)
+    write_marker(tmp_path)
     content = bytearray(path.read_bytes())
     content[int(place * len(content))] ^= mask
     path.write_bytes(content)
-    if first_damage(tmp_path, ["another.pt", "states.pt"], share=1, of=2) is None:
+    if files_damage(tmp_path, share=1, of=2) is None:
         try:
             loaded = torch.load(path)["moments"]
-        except (RuntimeError, ValueError, LookupError):  # a record that PyTorch no longer finds, or cannot read
-            return
+        except (RuntimeError, ValueError, LookupError, pickle.UnpicklingError):
+            return  # a record that PyTorch no longer finds, or cannot read
         assert torch.equal(loaded, torch.arange(100.0))
 
 
@@ -166,7 +249,8 @@ def test_checkpoints_of_later_steps_do_not_count_at_pruning_nor_do_facts_that_ca
     for step in (1, 2, 3, 4):
         write(tmp_path, step, {"edge_f1": step / 10})
     for step in (2, 4):
-        (folder_of(tmp_path, step) / "state.json").write_bytes(b"?")
+        path = folder_of(tmp_path, step) / "state.json"
+        path.write_bytes(b"?" * path.stat().st_size)
     prune(tmp_path, keep=1, keep_best=1, attempt=start(tmp_path), committed=folder_of(tmp_path, 3))
     assert names(tmp_path) == ["step-00000003", "step-00000004"]
 

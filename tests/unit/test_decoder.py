@@ -181,7 +181,7 @@ def test_the_card_says_that_the_u_net_belongs_to_it_and_its_snippet_runs(make_ru
     assert export_main([str(run), str(out), "--dtype", "fp16"]) == 0
     text = (out / "README.md").read_text()
     assert "has learned with it, from step 200 on at a learning rate of 2e-06. Use it with the U-Net in `unet/`" in text
-    Image.fromarray(np.full((40, 40, 3), 200, np.uint8)).save(out / "condition.png")
+    Image.fromarray(np.full((32, 32, 3), 200, np.uint8)).save(out / "condition.png")
     monkeypatch.chdir(out)
     exec(compile(text.split("```python\n")[1].split("```")[0], "README.md", "exec"), {})
     assert Image.open(out / "picture.png").size == (SIZE, SIZE)

@@ -1,3 +1,4 @@
+import json
 import resource
 import subprocess
 import sys
@@ -6,8 +7,9 @@ import pytest
 import torch
 import yaml
 
+from controlbooth.trainer.attempt import Attempt
 from controlbooth.trainer.config import build_config
-from controlbooth.trainer.failures import explain, remedies
+from controlbooth.trainer.failures import explain, note_failure, remedies
 
 TREE = dict(
     name="run",
@@ -31,6 +33,24 @@ def test_out_of_memory_names_the_rank_its_machine_and_what_to_lower():
         assert message.startswith("rank 3 on ") and where in message and "\n" not in message
         for field in ("micro_batch_size=4", "model.gradient_checkpointing=true", "engine.zero_stage=2"):
             assert field in message
+
+
+@pytest.mark.parametrize("damaged", ["{}", "[]", "{", "null", '{"state": "running"}'])
+def test_a_failure_is_noted_over_a_status_that_says_nothing(tmp_path, damaged):
+    (tmp_path / "status.json").write_text(damaged)
+    attempt = Attempt(tmp_path, 1, "id")
+    attempt.folder.mkdir()
+    note_failure(attempt, 0, ValueError("another seed"))
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert status["state"] == "failed" and status["error"] == "ValueError: another seed"
+
+
+def test_a_restart_that_was_refused_does_not_change_the_status_of_a_run_that_had_ended(tmp_path):
+    (tmp_path / "status.json").write_text('{"state": "finished"}')
+    attempt = Attempt(tmp_path, 1, "id")
+    attempt.folder.mkdir()
+    note_failure(attempt, 0, ValueError("another seed"))
+    assert (tmp_path / "status.json").read_text() == '{"state": "finished"}'
 
 
 def test_only_what_is_left_to_lower_is_named():

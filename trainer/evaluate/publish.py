@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from controlbooth.data.sidecar import write_whole
-from controlbooth.trainer.attempt import take_lock
+from controlbooth.trainer.attempt import open_lock, take_lock
 from controlbooth.trainer.config import RunConfig
 from controlbooth.trainer.evaluate.verdict import FIGURES
 from controlbooth.trainer.failures import STATUS
@@ -29,7 +29,7 @@ def publish(run: Path, config: RunConfig, result: Mapping[str, Any]) -> None:
     result: what evaluation.json holds. Prints how to open the run's page.
     """
     folder = run / "evaluation"
-    with open(run / ".lock", "w") as lock:
+    with open_lock(run / ".lock") as lock:
         if not take_lock(lock):
             print(f"{run} is training, so MLflow gets these figures when it is evaluated after that")
             return
