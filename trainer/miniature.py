@@ -46,7 +46,7 @@ from controlbooth.trainer.distributed import World, barrier, gather_objects, joi
 from controlbooth.trainer.evaluate.control import control_fidelity
 from controlbooth.trainer.evaluate.grids import draw_grid
 from controlbooth.trainer.evaluate.judge import ATTRIBUTES, NONE, Judge, facts, load_judge, obedience, read, split
-from controlbooth.trainer.evaluate.kinds import AGREEMENT, NEAR
+from controlbooth.trainer.evaluate.kinds import NEAR, agreement
 from controlbooth.trainer.evaluate.reader import KINDS, Reader, Reading, load_reader
 from controlbooth.trainer.evaluate.reader import read as read_condition
 
@@ -318,7 +318,7 @@ def reading_real(reader: Reader, count: int = 256) -> dict[str, float]:
     figures: dict[str, list[float]] = {}
     for kind in KINDS:
         for found, one in zip(read_condition(reader, kind, images), drawn, strict=True):
-            for name, value in AGREEMENT[kind](found, getattr(one, kind)).items():
+            for name, value in agreement(kind, found, getattr(one, kind)).items():
                 figures.setdefault(name, []).append(value)
     return {name: float(np.mean(values)) for name, values in figures.items()}
 

@@ -24,7 +24,7 @@ from controlbooth.trainer.evaluate.evaluate import discs, noise_pictures
 from controlbooth.trainer.evaluate.extract import extractor, fidelity
 from controlbooth.trainer.evaluate.figures import OF_ALL_KINDS
 from controlbooth.trainer.evaluate.held_out import EDGE_KINDS, HeldOutSet, load_held_out, scenes_of
-from controlbooth.trainer.evaluate.kinds import AGREEMENT, LOWER_IS_BETTER
+from controlbooth.trainer.evaluate.kinds import LOWER_IS_BETTER, agreement
 
 STORED = ("edges", "segmentation", "depth", "normals", "keypoints")
 SIDE = 64
@@ -83,7 +83,7 @@ def measure(held: HeldOutSet, shown_already: bool) -> dict[str, dict[str, float]
 def trivial(held: HeldOutSet, name: str) -> float:
     """The error of the mean of each condition picture, everywhere."""
     plain = [np.broadcast_to(one.mean(axis=(0, 1)).round().astype(np.uint8), one.shape) for one in held.conditions]
-    return float(np.mean([AGREEMENT[held.kind](a, b)[name] for a, b in zip(plain, held.conditions, strict=True)]))
+    return float(np.mean([agreement(held.kind, a, b)[name] for a, b in zip(plain, held.conditions, strict=True)]))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from controlbooth.trainer.checkpoint import complete_checkpoints
 from controlbooth.trainer.evaluate.control import control_fidelity
 from controlbooth.trainer.evaluate.grids import draw_grid
 from controlbooth.trainer.evaluate.held_out import AT_ONCE, load_held_out
-from controlbooth.trainer.evaluate.kinds import AGREEMENT
+from controlbooth.trainer.evaluate.kinds import agreement
 from controlbooth.trainer.evaluate.reader import load_reader, read
 from controlbooth.trainer.evaluate.statistics import mean_and_interval
 
@@ -84,7 +84,7 @@ def measure(folder: Path, samples: int, out: Path) -> None:
     reader = load_reader()
 
     def figures(pictures: np.ndarray) -> dict[str, np.ndarray]:
-        found = [AGREEMENT["depth"](*pair) for pair in zip(read(reader, "depth", pictures), depth, strict=True)]
+        found = [agreement("depth", *pair) for pair in zip(read(reader, "depth", pictures), depth, strict=True)]
         own = {name: np.array([one[name] for one in found]) for name in found[0]}
         return control_fidelity(pictures, edges.edges, edges.segmentation) | own
 

@@ -7,13 +7,20 @@ from controlbooth.data.scenes import LANDMARK_COLOURS, draw_landmarks, render, s
 from controlbooth.trainer.evaluate.kinds import (
     AGREEMENT,
     LOWER_IS_BETTER,
+    agreement,
     depth_agreement,
     normals_angle,
     points_of,
-    pose_agreement,
-    prepared,
-    segmentation_miou,
 )
+
+
+def miou(found, given):
+    return agreement("segmentation", found, given)["segmentation_miou"]
+
+
+def poses(found, given):
+    return tuple(agreement("keypoints", found, given).values())
+
 
 SCENES = [render(scene(5, number)) for number in range(6)]
 
@@ -21,15 +28,15 @@ SCENES = [render(scene(5, number)) for number in range(6)]
 def test_a_condition_that_asks_for_nothing_is_not_obeyed_by_doing_nothing():
     for kind in AGREEMENT:
         nothing = np.zeros((32, 32, 3) if kind in ("normals", "keypoints", "pose") else (32, 32), np.uint8)
-        for name, value in AGREEMENT[kind](prepared(kind, nothing), prepared(kind, nothing)).items():
+        for name, value in agreement(kind, nothing, nothing).items():
             assert name in LOWER_IS_BETTER or value == 0.0
 
 
 @pytest.mark.parametrize("kind", ["segmentation", "depth", "normals", "keypoints"])
 def test_a_condition_agrees_with_itself_more_than_with_that_of_another_scene(kind):
     for one, other in zip(SCENES, SCENES[1:], strict=False):
-        same = AGREEMENT[kind](getattr(one, kind), getattr(one, kind))
-        different = AGREEMENT[kind](getattr(other, kind), getattr(one, kind))
+        same = agreement(kind, getattr(one, kind), getattr(one, kind))
+        different = agreement(kind, getattr(other, kind), getattr(one, kind))
         for name, value in same.items():
             best = 0.0 if name in LOWER_IS_BETTER else 1.0
             assert value == pytest.approx(best, abs=1e-3)
@@ -40,15 +47,16 @@ def test_mean_iou_is_over_classes_and_not_over_pixels():
     given = np.zeros((10, 10), np.uint8)
     given[:, 9] = 3  # a tenth of the picture
     found = np.zeros((10, 10), np.uint8)
-    assert segmentation_miou(found, given) == 0.0  # the background's .9 is what chance gives
+    assert miou(found, given) == 0.0  # the background's .9 is what chance gives
     found[:5, 9] = 3
     background, by_chance = 90 / 95, 0.95 * 0.9 / (0.95 + 0.9 - 0.95 * 0.9)
     small, its_chance = 5 / 10, 0.05 * 0.1 / (0.05 + 0.1 - 0.05 * 0.1)
     expected = (background - by_chance) / (1 - by_chance), (small - its_chance) / (1 - its_chance)
-    assert segmentation_miou(found, given) == pytest.approx(np.mean(expected))
+    assert miou(found, given) == pytest.approx(np.mean(expected))
     coloured = np.zeros((10, 10, 3), np.uint8)
     coloured[:, 9] = (0, 128, 0)
-    assert segmentation_miou(coloured, coloured) == 1.0
+    assert miou(coloured, coloured) == 1.0
+    assert miou(given, np.repeat(given[..., None], 3, axis=2)) == 1.0  # levels, and the grays that they are drawn as
 
 
 @given(st.floats(0.3, 2.0), st.floats(-20.0, 20.0))
@@ -89,10 +97,10 @@ def test_a_key_point_counts_by_its_own_kind_and_its_distance():
     truth = [np.array([[10.0 + 10 * number, 30.0]]) for number in range(5)]
     given = draw_landmarks(truth, 64)
     swapped = draw_landmarks([truth[1], truth[0], *truth[2:]], 64)
-    share, similarity = pose_agreement(swapped, given)
+    share, similarity = poses(swapped, given)
     assert share == pytest.approx(0.6) and similarity < 0.7
     near = draw_landmarks([point + np.array([2.0, 0.0]) for point in truth], 64)
     far = draw_landmarks([point + np.array([0.0, 5.0]) for point in truth], 64)
-    assert pose_agreement(near, given)[0] == 1.0 and pose_agreement(far, given)[0] == 0.0
-    assert pose_agreement(np.zeros_like(given), given) == (0.0, 0.0)
-    assert pose_agreement(np.zeros_like(given), np.zeros_like(given)) == (0.0, 0.0)  # which asks for nothing
+    assert poses(near, given)[0] == 1.0 and poses(far, given)[0] == 0.0
+    assert poses(np.zeros_like(given), given) == (0.0, 0.0)
+    assert poses(np.zeros_like(given), np.zeros_like(given)) == (0.0, 0.0)  # which asks for nothing

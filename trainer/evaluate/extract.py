@@ -1,8 +1,7 @@
 """What finds a condition of some kind in a generated picture, and how well it agrees with what was given."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,7 +12,7 @@ from controlbooth.trainer.evaluate import reader
 from controlbooth.trainer.evaluate.chance import strangers
 from controlbooth.trainer.evaluate.control import edge_f1, edge_map, line_map, mask_iou, object_mask
 from controlbooth.trainer.evaluate.held_out import HeldOutSet, scenes_of
-from controlbooth.trainer.evaluate.kinds import AGREEMENT, prepared
+from controlbooth.trainer.evaluate.kinds import AGREEMENT
 from controlbooth.trainer.evaluate.verdict import FIGURES
 
 Extract = Callable[[np.ndarray], np.ndarray]
@@ -54,13 +53,13 @@ class Fidelity(NamedTuple):
 class Comparison(NamedTuple):
     """What is found in a picture, and what it is compared with."""
 
-    find: Callable[[np.ndarray], np.ndarray]
+    find: Callable[[np.ndarray], Any]
     """(H, W, 3) uint8 -> what `agree` takes."""
     given: np.ndarray
     """(N, ...) uint8, of all samples of the set."""
-    prepare: Callable[[np.ndarray], np.ndarray]
+    prepare: Callable[[np.ndarray], Any]
     """One of them -> what `agree` takes."""
-    agree: Callable[[np.ndarray, np.ndarray], dict[str, float]]
+    agree: Callable[[Any, Any], dict[str, float]]
     """What was found, and what was given -> figures by name."""
 
 
@@ -73,13 +72,8 @@ def comparisons(held: HeldOutSet, extract: Extract | None) -> list[Comparison]:
         masks = held.segmentation > 0
         found.append(Comparison(object_mask, masks, np.asarray, lambda own, given: {"mask_iou": mask_iou(own, given)}))
     if extract is not None:
-        kind, agree = held.kind, AGREEMENT[held.kind]
-
-        def compare(own: np.ndarray, given: np.ndarray) -> dict[str, float]:
-            return agree(own, given if own.ndim == given.ndim else given[..., 0])
-
-        prepare = partial(prepared, kind)
-        found.append(Comparison(lambda image: prepare(extract(image)), held.conditions, prepare, compare))
+        prepare, agree = AGREEMENT[held.kind]
+        found.append(Comparison(lambda image: prepare(extract(image)), held.conditions, prepare, agree))
     return found
 
 

@@ -5,6 +5,7 @@ in `extract.py`. Edges and masks of scenes, which every run measures, are in `co
 """
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -20,25 +21,49 @@ NEAR = 0.05
 FALLOFF = 0.1
 """OKS: the distance, as a share of the square root of the points' bounding box, at which a point counts exp(-1/2)."""
 LOWER_IS_BETTER = ("depth_rmse", "normals_angle", "soft_rmse")
-LINE_KINDS = ("lines", "lineart", "scribble")
-"""Compared as lines one pixel wide, however thick they are drawn."""
 
 
-def segmentation_miou(found: np.ndarray, given: np.ndarray) -> float:
+class Labels(NamedTuple):
+    """The classes of a label map."""
+
+    names: np.ndarray
+    """(K,) int64: the level of each class, or its colour as red, green and blue in 24 bits; levels are grays."""
+    numbers: np.ndarray
+    """(H * W,) int64: which of them each pixel has."""
+
+
+class Pose(NamedTuple):
+    """The dots of a drawn pose."""
+
+    points: dict[int, np.ndarray]
+    """As `points_of` returns them."""
+    side: int
+    """Of the picture, the shorter one, in pixels."""
+
+
+def labels_of(picture: np.ndarray) -> Labels:
+    """picture: (H, W) labels or (H, W, 3) colours, uint8."""
+    weights = np.array([1 << 16, 1 << 8, 1])
+    codes = picture.astype(np.int64) * weights.sum() if picture.ndim == 2 else picture.astype(np.int64) @ weights
+    return Labels(*np.unique(codes.ravel(), return_inverse=True))
+
+
+def segmentation_miou(found: Labels, given: Labels) -> float:
     """Mean, over the classes in `given`, of the intersection over union above chance, in [0, 1].
 
-    (H, W) labels or (H, W, 3) colours, uint8; both of the same kind. Two maps that know nothing of each other, one with
-    a share a of its pixels in a class and the other with a share b, have an IoU of a b / (a + b - a b) in the mean:
-    of a large background that is nearly 1, so it is taken off each class by `above_chance`. A picture of one class
-    alone has nothing to be placed, and scores 0.
+    Both are of pictures of one size and kind. Two maps that know nothing of each other, one with a share a of its
+    pixels in a class and the other with a share b, have an IoU of a b / (a + b - a b) in the mean: of a large
+    background that is nearly 1, so it is taken off each class by `above_chance`. A picture of one class alone has
+    nothing to be placed, and scores 0.
     """
-    found, given = _labels(found), _labels(given)
+    pixels, ours, truths = len(given.numbers), len(found.names), len(given.names)
+    both = np.bincount(given.numbers * ours + found.numbers, minlength=truths * ours).reshape(truths, ours) / pixels
     adjusted = []
-    for label in np.unique(given):
-        ours, truth = found == label, given == label
-        iou = np.logical_and(ours, truth).sum() / np.logical_or(ours, truth).sum()
-        a, b = ours.mean(), truth.mean()
-        adjusted.append(above_chance(float(iou), float(a * b / (a + b - a * b))))
+    for number, label in enumerate(given.names):
+        same = np.flatnonzero(found.names == label)
+        overlap, a = (float(both[number, same].sum()), float(both[:, same].sum()))
+        b = float(both[number].sum())
+        adjusted.append(above_chance(overlap / (a + b - overlap), a * b / (a + b - a * b)))
     return float(np.mean(adjusted))
 
 
@@ -50,7 +75,7 @@ def depth_agreement(found: np.ndarray, given: np.ndarray) -> tuple[float, float]
     units of 255. The ratio is the delta of arXiv 1406.2283. Many pixels have it below 1.25 when all depths are the
     mean, so what one plane without any shape has is taken off by `above_chance`.
     """
-    ours, truth = (_gray(one).astype(np.float64).ravel() for one in (found, given))
+    ours, truth = (one.astype(np.float64).ravel() for one in (found, given))
     ours = ours - ours.mean()
     spread = ours @ ours
     aligned = truth.mean() + (max(0.0, ours @ truth / spread) if spread else 0.0) * ours
@@ -85,19 +110,24 @@ def points_of(picture: np.ndarray) -> dict[int, np.ndarray]:
     return points
 
 
-def pose_agreement(found: np.ndarray, given: np.ndarray) -> tuple[float, float]:
-    """(PCK, OKS), both in [0, 1], of drawn poses, (H, W, 3) uint8 each; 0 where none is given, which asks for nothing.
+def pose_of(picture: np.ndarray) -> Pose:
+    """picture: (H, W, 3) uint8."""
+    return Pose(points_of(picture), min(picture.shape[:2]))
+
+
+def pose_agreement(found: Pose, given: Pose) -> tuple[float, float]:
+    """(PCK, OKS), both in [0, 1], of drawn poses; 0 where none is given, which asks for nothing.
 
     PCK: share of the given points that have a found one of their kind within NEAR of the shorter side. OKS: mean of
     exp(-d^2 / (2 s^2 k^2)) with d the distance to the nearest found one, s^2 the area of the box around all given
     points and k = FALLOFF for every kind (COCO's k are for people only).
     """
-    ours, truth = points_of(found), points_of(given)
+    ours, truth = found.points, given.points
     if not truth:
         return 0.0, 0.0
     everything = np.concatenate(list(truth.values()))
     width, height = np.maximum(np.ptp(everything, axis=0), 1.0)
-    near = NEAR * min(given.shape[:2])
+    near = NEAR * given.side
     distances = [
         float(np.linalg.norm(ours[kind] - point, axis=1).min()) if kind in ours else np.inf
         for kind, points in truth.items()
@@ -113,9 +143,19 @@ def soft_rmse(found: np.ndarray, given: np.ndarray) -> float:
     return float(np.sqrt(np.mean(difference**2)) / 255.0)
 
 
-def _lines(found: np.ndarray, given: np.ndarray) -> dict[str, float]:
-    """found, given: (H, W) bool, as `control.line_map` makes them."""
-    return {"line_f1": edge_f1(found, given)}
+class Comparing(NamedTuple):
+    """How condition pictures of a kind are compared."""
+
+    prepare: Callable[[np.ndarray], Any]
+    """A condition picture -> what of it is compared: done once, however many pictures it is compared with."""
+    agree: Callable[[Any, Any], dict[str, float]]
+    """What was found and what was given, both prepared -> figures by name."""
+
+
+def agreement(kind: str, found: np.ndarray, given: np.ndarray) -> dict[str, float]:
+    """Figures by name of two condition pictures of one kind and size: (H, W) or (H, W, 3) uint8."""
+    prepare, agree = AGREEMENT[kind]
+    return agree(prepare(found), prepare(given))
 
 
 def _depth(found: np.ndarray, given: np.ndarray) -> dict[str, float]:
@@ -123,42 +163,30 @@ def _depth(found: np.ndarray, given: np.ndarray) -> dict[str, float]:
     return {"depth_delta": share, "depth_rmse": error}
 
 
-def _pose(found: np.ndarray, given: np.ndarray) -> dict[str, float]:
+def _pose(found: Pose, given: Pose) -> dict[str, float]:
     share, similarity = pose_agreement(found, given)
     return {"pose_pck": share, "pose_oks": similarity}
 
 
-def _soft(found: np.ndarray, given: np.ndarray) -> dict[str, float]:
-    return {"soft_rmse": soft_rmse(found, given)}
-
-
-AGREEMENT: dict[str, Callable[[np.ndarray, np.ndarray], dict[str, float]]] = {
-    "segmentation": lambda found, given: {"segmentation_miou": segmentation_miou(found, given)},
-    "depth": _depth,
-    "normals": lambda found, given: {"normals_angle": normals_angle(found, given)},
-    "keypoints": _pose,
-    "pose": _pose,
-    "lines": _lines,
-    "lineart": _lines,
-    "scribble": _lines,
-    "soft_edges": _soft,
-    "gray": _soft,
-    "blur": _soft,
-}
-"""Kind of condition -> figures by name, of one picture; both are condition pictures of the same format, as `prepared`
-returns them."""
-
-
-def prepared(kind: str, picture: np.ndarray) -> np.ndarray:
-    """What of a condition picture is compared: the middle of its lines, or all of it."""
-    return line_map(_gray(picture)) if kind in LINE_KINDS else picture
-
-
 def _gray(picture: np.ndarray) -> np.ndarray:
+    """One channel, (H, W): of a picture with three, which are equal in kinds that have one."""
     return picture if picture.ndim == 2 else picture[..., 0]
 
 
-def _labels(picture: np.ndarray) -> np.ndarray:
-    if picture.ndim == 2:
-        return picture.astype(np.int64)
-    return picture.astype(np.int64) @ np.array([1 << 16, 1 << 8, 1])
+_LINES = Comparing(lambda drawn: line_map(_gray(drawn)), lambda found, given: {"line_f1": edge_f1(found, given)})
+_POSES = Comparing(pose_of, _pose)
+_LEVELS = Comparing(_gray, lambda found, given: {"soft_rmse": soft_rmse(found, given)})
+AGREEMENT: dict[str, Comparing] = {
+    "segmentation": Comparing(labels_of, lambda found, given: {"segmentation_miou": segmentation_miou(found, given)}),
+    "depth": Comparing(_gray, _depth),
+    "normals": Comparing(np.asarray, lambda found, given: {"normals_angle": normals_angle(found, given)}),
+    "keypoints": _POSES,
+    "pose": _POSES,
+    "lines": _LINES,
+    "lineart": _LINES,
+    "scribble": _LINES,
+    "soft_edges": _LEVELS,
+    "gray": _LEVELS,
+    "blur": Comparing(np.asarray, _LEVELS.agree),
+}
+"""Kind of condition -> how a picture is told to obey it. Lines are compared one pixel wide, however thick they are."""
