@@ -43,6 +43,7 @@ check: setup
 
 bench: setup
 	$(BIN)/python tests/benchmarks/exactness.py
+	$(BIN)/python tests/benchmarks/independence.py
 	$(BIN)/torchrun --standalone --nproc-per-node 2 tests/benchmarks/sd15_step.py
 	$(BIN)/python tests/benchmarks/controlnet_step.py $(PEER)
 	$(BIN)/python tests/benchmarks/subjects.py $(PEER)

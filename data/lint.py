@@ -4,16 +4,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-import numpy as np
-
 from controlbooth.data.arguments import file_to_write, whole_number
 from controlbooth.data.condition_sizes import shrunk_lines
-from controlbooth.data.decode import BadSample
 from controlbooth.data.findings import MEANINGS, Finding, find
 from controlbooth.data.index import usable_cpus
-from controlbooth.data.manifest import Dataset, open_dataset, shard_names
+from controlbooth.data.manifest import Dataset, open_dataset
 from controlbooth.data.report import write_report
-from controlbooth.data.scan import places, read_sample, scan
+from controlbooth.data.scan import sample_names, scan
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,27 +40,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _print_findings(dataset: Dataset, findings: Sequence[Finding], most: int = 5) -> None:
     if not findings:
         print("nothing was found")
-    starts, shards = places(dataset), shard_names(dataset)
+    name = sample_names(dataset)
     for kind, meaning in MEANINGS.items():
         own = [finding for finding in findings if finding.kind == kind]
         if not own:
             continue
         print(f"\n{kind}: {len(own)}  ({meaning})")
         for finding in own[:most]:
-            names = ", ".join(_name(dataset, starts, shards, number) for number in finding.samples[:3])
+            names = ", ".join(name(number) for number in finding.samples[:3])
             more = f" and {len(finding.samples) - 3} more" if len(finding.samples) > 3 else ""
             print(f"  {names}{more}: {finding.message}" if names else f"  {finding.message}")
         if len(own) > most:
             print(f"  ... and {len(own) - most} more")
-
-
-def _name(dataset: Dataset, starts: np.ndarray, shards: Sequence[str], number: int) -> str:
-    """Shard and key, or shard and place where the key cannot be read."""
-    shard = int(np.searchsorted(starts, number, side="right")) - 1
-    try:
-        return f"{shards[shard]}:{read_sample(dataset, number).key}"
-    except BadSample as bad:
-        return f"{shards[shard]}:{bad.key}"
 
 
 def _parser() -> argparse.ArgumentParser:

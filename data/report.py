@@ -2,7 +2,7 @@
 
 import base64
 import html
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import cv2
@@ -14,7 +14,7 @@ from controlbooth.data.decode import BadSample, decode_image, to_rgb
 from controlbooth.data.findings import MEANINGS, Finding
 from controlbooth.data.manifest import Dataset
 from controlbooth.data.prompts import read_captions
-from controlbooth.data.scan import read_sample
+from controlbooth.data.scan import read_sample, sample_names
 from controlbooth.data.sidecar import write_whole
 
 THUMBNAIL = 160
@@ -41,8 +41,9 @@ def write_report(path: Path, dataset: Dataset, findings: Sequence[Finding]) -> N
     by_kind = {kind: [finding for finding in findings if finding.kind == kind] for kind in MEANINGS}
     by_kind = {kind: own for kind, own in by_kind.items() if own}
     shown = [finding for own in by_kind.values() for finding in own[:MOST_SHOWN]]
+    name = sample_names(dataset)
     figures = {
-        finding: _figure(dataset, finding) for finding in tqdm(shown, unit="finding", desc="report", leave=False)
+        finding: _figure(dataset, name, finding) for finding in tqdm(shown, unit="finding", desc="report", leave=False)
     }
     usable = sum(row.usable for row in dataset.rows)
     body = [
@@ -65,19 +66,19 @@ def _anchor(kind: str) -> str:
     return kind.replace(" ", "-")
 
 
-def _figure(dataset: Dataset, finding: Finding) -> str:
+def _figure(dataset: Dataset, name: Callable[[int], str], finding: Finding) -> str:
     shown = finding.samples[:MOST_OF_GROUP]
-    samples = "".join(_sample(dataset, number, finding.condition) for number in shown)
+    samples = "".join(_sample(dataset, name(number), number, finding.condition) for number in shown)
     more = f" ({len(finding.samples) - len(shown)} more are not shown)" if len(finding.samples) > len(shown) else ""
     return f"<figure><div>{samples}</div><figcaption>{html.escape(finding.message)}{more}</figcaption></figure>"
 
 
-def _sample(dataset: Dataset, number: int, kind: str | None) -> str:
-    """Target, condition where the finding is about one, key and caption; what cannot be decoded is a red field."""
+def _sample(dataset: Dataset, name: str, number: int, kind: str | None) -> str:
+    """Target, condition where the finding is about one, name and caption; what cannot be decoded is a red field."""
     try:
         sample = read_sample(dataset, number, kind)
-    except BadSample as bad:
-        return f'<div class="sample"><div class="missing"></div><small>{html.escape(bad.key)}</small></div>'
+    except BadSample:
+        return f'<div class="sample"><div class="missing"></div><small>{html.escape(name)}</small></div>'
     pictures = _thumbnail(sample.image, 255)
     if sample.condition is not None:
         pictures += _thumbnail(sample.condition, 0)
@@ -85,7 +86,7 @@ def _sample(dataset: Dataset, number: int, kind: str | None) -> str:
         caption = read_captions(sample.caption, sample.caption_extension, sample.key)[0]
     except BadSample as bad:
         caption = bad.reason
-    text = f"<b>{html.escape(sample.key)}</b> {html.escape(caption)}"
+    text = f"<b>{html.escape(name)}</b> {html.escape(caption)}"
     return f'<div class="sample"><span>{pictures}</span><small>{text}</small></div>'
 
 

@@ -5,7 +5,7 @@ What is kept is about 60 bytes a sample and 20 a caption; keys and pictures are 
 
 import multiprocessing
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 
@@ -16,7 +16,7 @@ from tqdm import tqdm
 from controlbooth.data.decode import BadSample, decode_image, image_size, keep_freed_memory, same_frame
 from controlbooth.data.draws import content_hash
 from controlbooth.data.hygiene import edge_map, is_blank, perceptual_hash
-from controlbooth.data.manifest import Dataset
+from controlbooth.data.manifest import Dataset, shard_names
 from controlbooth.data.prompts import read_captions
 from controlbooth.data.shards import SampleBytes, ShardReader
 from controlbooth.data.sidecar import ShardIndex, index_path, load_index
@@ -213,6 +213,23 @@ def _join(scans: Sequence[Scan], kinds: Sequence[str]) -> Scan:
             for at, finding, detail, kind in one.faults
         ],
     )
+
+
+def sample_names(dataset: Dataset) -> Callable[[int], str]:
+    """Number of a sample in a scan -> SHARD:KEY, by which it can be asked for, as keys may repeat from shard to shard.
+
+    A place in the shard stands for a key that cannot be read.
+    """
+    starts, shards = places(dataset), shard_names(dataset)
+
+    def name(number: int) -> str:
+        try:
+            key = read_sample(dataset, number).key
+        except BadSample as bad:
+            key = bad.key
+        return f"{shards[int(np.searchsorted(starts, number, side='right')) - 1]}:{key}"
+
+    return name
 
 
 def read_sample(dataset: Dataset, number: int, kind: str | None = None) -> SampleBytes:

@@ -183,7 +183,7 @@ def test_the_report_is_one_file_with_the_pictures_in_it(tmp_path, clean_samples)
     assert not re.search(r'(src|href)="(?!data:|#)', text) and "<script" not in text
     decoded = cv2.imdecode(np.frombuffer(base64.b64decode(pictures[0]), np.uint8), cv2.IMREAD_COLOR)
     assert decoded.shape == (160, 160, 3)
-    assert "<b>k040</b> scene 40 of many" in text and "&lt;script&gt;" in text
+    assert "<b>s1.tar:k040</b> scene 40 of many" in text and "&lt;script&gt;" in text
     assert open_dataset(folder).fingerprint in text
 
 
