@@ -143,7 +143,7 @@ def simulate(folder: Path, runs: int) -> list[dict[str, Any]]:
                     found = shares(values[which, chosen], chances[which, chosen], reals[chosen])
                     alone = shares(values[:1, chosen], chances[:1, chosen], reals[chosen])[0, 0]
                     found = np.broadcast_to(found, (SIMULATED_VALIDATIONS, 3)).tolist()
-                    seen = [Validation(step, *one, without=alone) for step, one in enumerate(found)]
+                    seen = [Validation(step, one[0], *one, alone, alone) for step, one in enumerate(found)]
                     highest = max(highest, max(one.low - one.bound for one in seen))
                     wrong[sort] += bool(judge(seen, samples))
             mean = float((values[0] - chances[0]).mean() / (reals - chances[0]).mean())

@@ -86,7 +86,7 @@ def plot_shares(figure: Figure, verdict: Verdict | None, last: int) -> str:
     without = verdict.last.without if verdict and verdict.last else 0.0
     bound = bound_beyond(without)
     axes.axhline(bound, color=BOUND, linewidth=1)
-    marks = [(1.0, "real pictures", REAL), (bound, "the whole interval must lie above", BOUND), (0.0, "chance", CHANCE)]
+    marks = [(1.0, "real pictures", REAL), (bound, "to be surpassed with certainty", BOUND), (0.0, "chance", CHANCE)]
     if without > 0:
         axes.axhline(without, color=CHANCE, linestyle=":", linewidth=1.2)
         marks.append((without, "without control", CHANCE))

@@ -33,6 +33,7 @@ from controlbooth.trainer.evaluate.verdict import (
     FIGURES,
     Verdict,
     bound_beyond,
+    certain_low,
     describe_run,
     in_words,
     read_verdict,
@@ -134,7 +135,7 @@ def headline(verdict: Verdict | None) -> tuple[str, str]:
         return "obeys", f"It obeys, from step {verdict.announced.step:,} on"
     if verdict.events:
         return "withdrawn", "It obeyed, and does no longer"
-    if verdict.last.low > verdict.last.bound:
+    if certain_low(verdict.last, verdict.samples) > verdict.last.bound:
         return "unknown", "It may obey: too few validations say so"
     return "not", "It does not obey" if np.isfinite(verdict.last.share) else "Not known whether it obeys"
 
