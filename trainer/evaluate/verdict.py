@@ -15,6 +15,10 @@ and the jump lies behind. The step that is named is where the curve jumps. Valid
 by those up to it alone, so whatever comes later cannot move a step that was named. Where later ones contradict it, the
 verdict is withdrawn, and says so, with both steps.
 
+How often it is wrong (tests/benchmarks/verdicts.py --simulate 400): of 7,200 runs without control of 32 validations, by
+edges, depth and segmentation, each with 8, 16 and 64 samples and with pictures that change or stay, it announced none;
+with the low end of the 95 % interval in place of CERTAINTY it announced up to 5 % of those by segmentation with 8.
+
 This module needs no numpy and no torch, so that commands which start trainings can ask it what a run can tell.
 """
 
@@ -50,6 +54,8 @@ LEAST_SAMPLES = 8
 LEAST_RISE = 0.15
 """In shares of what is possible: a smaller rise from one validation to the next is no jump."""
 ABBREVIATED = {"f1": "F1", "iou": "IoU", "miou": "mIoU", "pck": "PCK", "oks": "OKS", "rmse": "RMSE"}
+TRIED_ON = "a rule that announced 0 of 7,200 simulated runs without control"
+"""For people, as the confidence of an announcement; the first lines of this file say which runs."""
 USUAL_STEPS = 10_000
 """By which the paper's ControlNets had converged, and a run without it is worth a look."""
 
@@ -310,7 +316,7 @@ def describe(verdict: Verdict) -> str:
             f"correction: control {how}, and not at step {before[-2].step} as announced before, which was withdrawn at "
             f"step {before[-1].told_at}: {seen}"
         )
-    return f"control is there: it {how}: {seen}"
+    return f"control is there: it {how}: {seen}, by {TRIED_ON}"
 
 
 def _describe_none(verdict: Verdict, figure: str) -> str:
