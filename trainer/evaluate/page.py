@@ -40,6 +40,7 @@ tr.with td { background: #f0fdfa } tr.with td:first-child { font-weight: 600 }
 .grid img, .ends img { width: 112px; height: 112px; image-rendering: pixelated; border-radius: 4px; display: block }
 .grid img { width: 72px; height: 72px } .grid th.mark { color: var(--mark) }
 .grid td.caption { text-align: left; width: 8.5rem; min-width: 8.5rem; color: var(--soft); vertical-align: middle }
+main.beside .grid img { width: 56px; height: 56px } main.beside .grid td.caption { width: 6rem; min-width: 6rem }
 .ends { display: flex; flex-wrap: wrap; gap: .9rem } figure { margin: 0 } figure div { display: flex; gap: 3px }
 figcaption { font-size: 12px; max-width: 346px; color: var(--soft) } summary { cursor: pointer }
 pre { font-size: 12.5px; overflow-x: auto }

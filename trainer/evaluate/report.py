@@ -42,7 +42,7 @@ from controlbooth.trainer.evaluate.verdict import (
 from controlbooth.trainer.spool import read_metrics
 
 MOST_STEPS = 10
-MOST_STEPS_BESIDE = 5
+MOST_STEPS_BESIDE = 4
 """Of the pictures over the steps: of a run alone, and of each of several."""
 WITH, WITHOUT = "with control", "without control"
 """Rows of an evaluation: the one that is asked about, and what the captions reach alone."""
