@@ -20,19 +20,7 @@ def world_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def studio(world_folder) -> Path:
     """A manifest of six subjects with three pictures each, beside the tiny base."""
-    import cv2
-    import yaml
-    from studios import NAMES
+    import studios
 
-    from controlbooth.data import scenes
-
-    rows = []
-    for number, name in enumerate(NAMES):
-        folder = world_folder / "pictures" / name
-        folder.mkdir(parents=True)
-        for shot in range(3):
-            picture = scenes.render(scenes.scene(70 + number, shot), 64).image
-            cv2.imwrite(str(folder / f"{shot}.png"), picture[..., ::-1])
-        rows.append(dict(name=name, images=f"pictures/{name}", class_noun="star"))
-    (world_folder / "subjects.yaml").write_text(yaml.safe_dump(rows))
+    studios.write_subjects(world_folder)
     return world_folder

@@ -15,6 +15,23 @@ WORKER = ("-m", "controlbooth.trainer.dreambooth")
 NAMES = [f"subject-{number}" for number in range(6)]
 
 
+def write_subjects(folder):
+    """subjects.yaml: six subjects with three pictures each, in pictures/."""
+    import cv2
+
+    from controlbooth.data import scenes
+
+    rows = []
+    for number, name in enumerate(NAMES):
+        pictures = folder / "pictures" / name
+        pictures.mkdir(parents=True)
+        for shot in range(3):
+            picture = scenes.render(scenes.scene(70 + number, shot), 64).image
+            cv2.imwrite(str(pictures / f"{shot}.png"), picture[..., ::-1])
+        rows.append(dict(name=name, images=f"pictures/{name}", class_noun="star"))
+    (folder / "subjects.yaml").write_text(yaml.safe_dump(rows))
+
+
 def run_file(studio, name, **changes):
     tree = dict(
         name=name, output=str(studio / "runs"), model=dict(base=str(studio / "base"), attention="math"),

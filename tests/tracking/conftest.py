@@ -1,3 +1,4 @@
+import os
 import sys
 from pathlib import Path
 
@@ -5,6 +6,28 @@ import pytest
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), *(str(HERE.parent / folder) for folder in ("unit", "distributed"))]  # stores.py, tiny.py
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> Path:
+    """A folder with base/, train/ and held/, and subjects.yaml; runs go to runs/."""
+    import studios
+    import tiny
+
+    folder = tmp_path_factory.mktemp("world")
+    tiny.write_base(folder / "base")
+    tiny.write_shards(folder)
+    studios.write_subjects(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def client(stack):
+    """Of the server, for whoever looks at what has arrived; it may still be busy."""
+    from mlflow import MlflowClient
+
+    os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = "120"
+    return MlflowClient(stack.uri)
 
 
 TOLD: list[str] = []

@@ -116,6 +116,7 @@ class Stack:
         """SIGKILL to all processes of a service at once, as when its machine fails."""
         process = self._processes.pop(name)
         if process.poll() is None:
+            process.send_signal(signal.SIGSTOP)  # so that it has no further child after they are listed
             everybody = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
             for one in everybody:
                 if one.is_running():
