@@ -1,8 +1,10 @@
 """Measured steps, and what they say about a planned one.
 
 A row is one JSON object: family, resolution, micro_batch_size, precision, attention, gradient_checkpointing, cached,
-samples_per_second (of one rank), step_seconds, peak_memory_gib, device, device_kind (cuda or cpu).
+samples_per_second (of one rank), peak_memory_gib, device, device_kind (cuda or cpu); and, unless it is of one rank
+under ZeRO-2 that accumulates nothing, ranks, zero_stage and accumulation_steps.
 tests/benchmarks/throughput.py writes such rows, one a line; of a run's folder, speed.json and config.yaml make one.
+measured.yaml holds those that we have measured, for GPUs.
 """
 
 import json
@@ -11,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from controlbooth.models.families import FAMILIES, identify
 from controlbooth.trainer.accelerators import ACCELERATORS, Accelerator, is_card
 from controlbooth.trainer.config import ConfigError, RunConfig, base_path, gradient_accumulation_steps, load_config
@@ -18,45 +22,82 @@ from controlbooth.trainer.footprint import WITHOUT_SCORES
 
 COMPARED = ("family", "precision", "cached", "gradient_checkpointing", "resolution", "scores", "micro_batch_size")
 """In the order of how much they matter; `scores`: whether attention keeps a matrix of tokens by tokens."""
+SHIPPED = Path(__file__).with_name("measured.yaml")
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One row, and what is planned by it."""
+    """Rows, and what is planned by them."""
 
-    row: Mapping[str, Any]
+    rows: Sequence[Mapping[str, Any]]
+    """Alike in all but the micro-batch, in its order."""
     planned: Mapping[str, Any]
     """The same fields of the planned run."""
     card: Accelerator
+    """What is planned for."""
+
+    @property
+    def device(self) -> str | None:
+        return self.rows[0].get("device")
+
+    @property
+    def measured_card(self) -> Accelerator:
+        """What was measured; the planned card where it is none of the table."""
+        named = (one for one in ACCELERATORS.values() if self.device and is_card(one, self.device))
+        return next(named, self.card)
 
     @property
     def differs(self) -> tuple[str, ...]:
         """Which of COMPARED are other than in the planned run."""
-        measured, planned = _facts(self.row), _facts(self.planned)
-        return tuple(name for name in COMPARED if measured[name] != planned[name])
+        rows, planned = [_facts(row) for row in self.rows], _facts(self.planned)
+        return tuple(name for name in COMPARED if all(row[name] != planned[name] for row in rows))
 
     def describe(self) -> str:
-        row = self.row
-        device = f" on {row['device']}" if "device" in row else ""
-        where = f" in {row['folder']}" if "folder" in row else ""
-        what = f"{row['samples_per_second']:.1f} samples/s of one rank{device}{where}"
+        first = self.rows[0]
+        rates = _listed([f"{row['samples_per_second']:.1f}" for row in self.rows])
+        what = f"{rates} samples/s of one rank"
+        if len(self.rows) > 1:
+            what += f" at micro-batch {_listed([str(row['micro_batch_size']) for row in self.rows])}"
+        what += "".join(
+            f" {word} {first[name]}"
+            for word, name in (("on", "device"), ("in", "folder"), ("of", "measured_on"))
+            if name in first
+        )
         if not self.differs:
             return f"{what}, measured for this very step"
-        measured, planned = _facts(row), _facts(self.planned)
-        others = (f"{_in_words(name, measured)} (planned: {_in_words(name, planned)})" for name in self.differs)
+        measured, planned = _facts(first), _facts(self.planned)
+        others = (
+            f"{self._measured_in_words(name, measured)} (planned: {_in_words(name, planned)})" for name in self.differs
+        )
         return f"{what}, measured with {', '.join(others)}"
+
+    def _measured_in_words(self, name: str, facts: Mapping[str, Any]) -> str:
+        if name == "micro_batch_size" and len(self.rows) > 1:
+            return "these micro-batches"
+        return _in_words(name, facts)
 
     def warning(self) -> str | None:
         """Where it was measured on another card than the planned one, or nobody knows on which."""
-        device = self.row.get("device")
-        if _kind(self.row) is None:
+        device = self.device
+        if _kind(self.rows[0]) is None:
             return (
                 "the measured run does not say what it ran on, since an older version trained it: its times hold for "
                 f"{self.card.name} only if it ran on one"
             )
-        if device is None or is_card(self.card, device) or (self.card.kind == "cpu" and "device_kind" not in self.row):
+        same = self.card.kind == "cpu" and "device_kind" not in self.rows[0]
+        if device is None or is_card(self.card, device) or same:
             return None
-        return f"the speed was measured on {device}, which is no {self.card.title}: expect other times on that"
+        told = f"the speed was measured on {device}, which is no {self.card.title}: "
+        if self.measured_card is self.card:
+            return told + "expect other times on that"
+        return told + (
+            "what is said of it is an assumption, scaled by peak and memory bandwidth of both cards, with an equally "
+            "fast host; --calibration replaces it by a short run there"
+        )
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def _in_words(name: str, facts: Mapping[str, Any]) -> str:
@@ -75,13 +116,17 @@ def _in_words(name: str, facts: Mapping[str, Any]) -> str:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSON-lines file, a JSON list, or a finished run's folder. Raises ConfigError for anything else."""
+    """Rows of a JSON-lines file, a list in JSON or YAML, or a finished run's folder. Raises ConfigError for anything
+    else."""
     if path.is_dir():
         return [_run_row(path)]
     try:
         text = path.read_text()
-        whole = json.loads(text) if text.lstrip().startswith("[") else [json.loads(x) for x in text.splitlines() if x]
-    except (OSError, ValueError) as error:
+        lines = [] if path.suffix == ".yaml" or text.lstrip().startswith("[") else text.splitlines()
+        whole = [json.loads(line) for line in lines if line] or yaml.safe_load(text)
+        if not isinstance(whole, list) or not all(isinstance(row, dict) for row in whole):
+            raise ValueError("it holds no list of rows")
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(
             f"calibration {path} is not readable ({error}): give a run's folder with speed.json, or rows that "
             "tests/benchmarks/throughput.py has written"
@@ -104,7 +149,9 @@ def _run_row(folder: Path) -> dict[str, Any]:
     ranks = speed["world_size"]
     return planned_facts(config, speed["precision"], config.micro_batch_size) | {
         "samples_per_second": speed["samples_per_second"] / ranks,
-        "step_seconds": speed["step_seconds"] / gradient_accumulation_steps(config, ranks),
+        "ranks": ranks,
+        "zero_stage": config.engine.zero_stage,
+        "accumulation_steps": gradient_accumulation_steps(config, ranks),
         "peak_memory_gib": speed["peak_memory_gib"],
         "attention": speed["attention"],
         "folder": str(folder),
@@ -168,8 +215,8 @@ def _facts(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def nearest(rows: Sequence[Mapping[str, Any]], planned: Mapping[str, Any], card: Accelerator) -> Measured:
-    """The row that has most in common with what is planned; of equals the one with the nearest micro-batch, and the
-    fastest of those."""
+    """The rows that have most in common with what is planned: all micro-batches of the nearest one's step, of equals
+    the fastest."""
     wanted = _facts(planned)
 
     def distance(row: Mapping[str, Any]) -> tuple:
@@ -178,7 +225,17 @@ def nearest(rows: Sequence[Mapping[str, Any]], planned: Mapping[str, Any], card:
         tuned = row.get("settings", "default") != "default"  # settings of PyTorch that the trainer does not make
         return tuned, *apart[:-1], abs(row["micro_batch_size"] - wanted["micro_batch_size"]), -row["samples_per_second"]
 
-    return Measured(min(rows, key=distance), planned, card)
+    first = min(rows, key=distance)
+    alike = sorted((row for row in rows if _step_of(row) == _step_of(first)), key=lambda row: row["samples_per_second"])
+    fastest = {row["micro_batch_size"]: row for row in alike}
+    return Measured([fastest[size] for size in sorted(fastest)], planned, card)
+
+
+def _step_of(row: Mapping[str, Any]) -> list[Any]:
+    """All that decides on its time but the micro-batch."""
+    facts = {"settings": "default", "device": None, "ranks": 1, "zero_stage": 2, "accumulation_steps": 1} | _facts(row)
+    names = (*COMPARED[:-1], "settings", "device", "ranks", "zero_stage", "accumulation_steps")
+    return [facts[name] for name in names]
 
 
 def config_of_row(config: RunConfig, row: Mapping[str, Any]) -> tuple[RunConfig, str | None]:

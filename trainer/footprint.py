@@ -1,7 +1,9 @@
 """What one micro-batch of a run takes: bytes by category and floating-point operations, found without doing the work.
 
 The run's own modules and its own step run on fake tensors, which have shapes and dtypes and no memory. A dispatch mode
-sees every tensor that an operation makes and follows its storage until Python lets go of it, as it would on a device.
+sees every operation: it counts what does work, and follows the storage of every tensor that is made until Python lets
+go of it, as it would on a device. PyTorch's own FlopCounterMode is not used beside it: the modules that it tracks keep
+what gradient checkpointing recomputes alive. Its formulas are.
 Only what the engine adds (gradient buckets, masters, optimizer states) is arithmetic, in `rank_memory`.
 """
 
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.flop_counter import flop_registry
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from controlbooth.models.architectures import PUBLISHED
@@ -35,6 +37,29 @@ from controlbooth.trainer.step import DeviceBatch, controlnet_loss
 
 WITHOUT_SCORES = ("auto", "xformers", "efficient", "flash")
 """Attention kernels that keep no matrix of tokens by tokens; `auto` takes one of them where such a matrix is large."""
+
+aten = torch.ops.aten
+FLASH, FLASH_BACKWARD = (
+    (aten._scaled_dot_product_flash_attention, aten._scaled_dot_product_flash_attention_for_cpu),
+    (aten._scaled_dot_product_flash_attention_backward, aten._scaled_dot_product_flash_attention_for_cpu_backward),
+)
+
+
+def attention_backward_flops(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    """Twice those of the forward pass, as of every product. PyTorch's formula has a fifth product more, of the scores
+    that these kernels compute again: how they save memory, and no work that is asked for."""
+    return 2 * flop_registry[FLASH[0]](query, key, value, out_val=gradient)
+
+
+PRODUCTS: dict[Any, Any] = (
+    dict(flop_registry)
+    | dict.fromkeys(FLASH, flop_registry[FLASH[0]])
+    | dict.fromkeys(FLASH_BACKWARD, attention_backward_flops)
+)
+"""Matrix products, convolutions and attention -> the formula of their floating-point operations. Of the attention that
+a CPU takes, on which a step is planned, PyTorch has none."""
+ALLOCATIONS = (aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided)
+"""Memory that nothing is written to."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +85,7 @@ class Footprint:
     """Read and written by operations other than products: normalisation, activations, copies. These take their time by
     the memory's bandwidth."""
     operations: int
-    """Operations other than views that are called, forward and backward: each costs a launch."""
+    """Operations that run a kernel, forward and backward, encoders included: each costs the host its launch."""
     batch_bytes: int
     """What the loader hands over and the device holds of one micro-batch."""
     column_bytes: int
@@ -89,12 +114,27 @@ def scaled(one: Footprint, micro_batch_size: int) -> Footprint:
     )
 
 
+def runs_a_kernel(func: Any, arguments: Iterable[Tensor], results: Iterable[Tensor]) -> bool:
+    """Whether an operation reads or writes elements: it makes new ones, or changes what it was given.
+
+    Questions (device, size, stride), views, `detach`, `lift` and allocations do not; `_unsafe_view` is a view that is
+    not called one, so results are told from arguments by their memory.
+    """
+    if func._overloadpacket in ALLOCATIONS or func.is_view or torch.Tag.inplace_view in func.tags:
+        return False
+    if func._schema.is_mutable:
+        return True
+    given = {tensor.untyped_storage()._cdata for tensor in arguments}
+    return any(tensor.untyped_storage()._cdata not in given for tensor in results)
+
+
 class LiveStorages(TorchDispatchMode):
-    """Follows the storages of all tensors made inside, each from its making until its last tensor is gone."""
+    """Follows the storages of all tensors made inside, each from its making until its last tensor is gone, and counts
+    the operations between: all of them, what products multiply and add, and the bytes that the others move."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.live, self.gradients, self.traffic, self.operations = 0, 0, 0, 0
+        self.live, self.gradients, self.traffic, self.operations, self.flops = 0, 0, 0, 0, 0
         self.moments: list[tuple[int, int]] = []
         self._known: dict[int, Any] = {}
 
@@ -114,10 +154,13 @@ class LiveStorages(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
         results = [value for value in tree_iter(made) if isinstance(value, Tensor)]
-        self.operations += not func.is_view
-        if func._overloadpacket not in flop_registry and not func.is_view:
-            inputs = [value for value in tree_iter((args, kwargs)) if isinstance(value, Tensor)]
-            self.traffic += sum(tensor.numel() * tensor.element_size() for tensor in (*inputs, *results))
+        inputs = [value for value in tree_iter((args, kwargs)) if isinstance(value, Tensor)]
+        if runs_a_kernel(func, inputs, results):
+            self.operations += 1
+            if formula := PRODUCTS.get(func._overloadpacket):
+                self.flops += formula(*args, **(kwargs or {}), out_val=made)
+            else:
+                self.traffic += sum(tensor.numel() * tensor.element_size() for tensor in (*inputs, *results))
         for tensor in results:
             self._follow(tensor)
         return made
@@ -255,7 +298,7 @@ def footprint(
 def _measured(config: RunConfig, base: Base, controlnet: Any, micro_batch_size: int) -> Footprint:
     trained = list(controlnet.parameters())
     frozen = [t for module in (base.vae, base.unet, *base.text_encoders) for t in tensors_of(module)]
-    live, counter, encoders = LiveStorages(), FlopCounterMode(display=False), FlopCounterMode(display=False)
+    live, encoders = LiveStorages(), LiveStorages()
     live.ignore([*frozen, *tensors_of(controlnet)])
     handles = [p.register_post_accumulate_grad_hook(lambda p: live.is_gradient(p.grad)) for p in trained]
     batch = fake_batch(config, base, micro_batch_size)
@@ -263,9 +306,9 @@ def _measured(config: RunConfig, base: Base, controlnet: Any, micro_batch_size: 
         with encoders, torch.no_grad():
             encode_posterior(base, batch.pixel_values)
             encode_kept(base, batch.captions)
-    with counter, live:
+    with live:
         batch = fake_batch(config, base, micro_batch_size)
-        size, live.traffic = live.live, 0
+        size, live.traffic, live.operations = live.live, 0, 0
         controlnet_loss(base, controlnet, batch, config.optimizer.min_snr_gamma).backward()
     for handle in handles:
         handle.remove()
@@ -278,8 +321,8 @@ def _measured(config: RunConfig, base: Base, controlnet: Any, micro_batch_size: 
         largest_parameter=max(parameter.numel() for parameter in trained),
         trained_modules=modules_with_weights(controlnet),
         profile=worst_moments(live.moments),
-        encoder_flops=encoders.get_total_flops(),
-        training_flops=counter.get_total_flops() - encoders.get_total_flops(),
+        encoder_flops=encoders.flops,
+        training_flops=live.flops - encoders.flops,
         traffic_bytes=live.traffic,
         operations=live.operations,
         batch_bytes=size,

@@ -1,5 +1,6 @@
 """A plan as text, as a tree for other programs, and as a curve."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -9,16 +10,8 @@ from controlbooth.trainer.accelerators import PRICES_OF, Layout
 from controlbooth.trainer.config import ConfigError
 from controlbooth.trainer.planning import ALIKE, WRITE_BYTES, Choice, Plan, days_and_price, memory_of
 from controlbooth.trainer.rank_memory import CATEGORIES, FRAGMENTATION, HIDDEN_BYTES, RUNTIME_BYTES
-from controlbooth.trainer.scaling import (
-    BANDWIDTH,
-    DECODED_PER_CORE,
-    GATHER_SECONDS,
-    LAUNCH_SECONDS,
-    LIMIT,
-    NETWORK,
-    PRODUCTS,
-    first_limits,
-)
+from controlbooth.trainer.scaling import COUNTERS, DECODED_PER_CORE, GLOO_HOP_SECONDS, LIMIT, NETWORK, first_limits
+from controlbooth.trainer.speed import BANDWIDTH, GATHER_SECONDS, PRODUCTS
 
 GIB = 2**30
 
@@ -44,15 +37,18 @@ def as_tree(plan: Plan) -> dict[str, Any]:
         "processes_per_node": plan.layout.processes_per_node,
         "trained_parameters": plan.one.trained_parameters,
         "flops_per_sample": plan.one.flops / plan.one.micro_batch_size,
-        "factor": plan.factor,
+        "operations_per_micro_batch": plan.one.operations,
+        "speed": asdict(plan.speed),
         "calibration": plan.measured and plan.measured.describe(),
         "calibration_warning": plan.measured and plan.measured.warning(),
         "asked": choice(plan.asked),
         "recommended": choice(plan.recommended),
         "choices": [choice(one) for one in plan.choices],
-        "sample_bytes": plan.sample_bytes,
+        "sample_bytes": plan.data.sample_bytes,
         "checkpoint_bytes": plan.checkpoint_bytes,
-        "curve": [{"cards": p.ranks, "samples_per_second": p.limited_samples_per_second} for p in plan.curve],
+        "curve": [
+            {"cards": p.ranks, "samples_per_second": p.limited_samples_per_second, "limit": p.limit} for p in plan.curve
+        ],
     }
 
 
@@ -85,7 +81,8 @@ def _heading(plan: Plan) -> str:
     ]
     work = (
         f"ControlNet {one.trained_parameters:,} parameters; a sample takes {one.flops / size / 1e12:.3f} TFLOP "
-        f"(encoders {one.encoder_flops / size / 1e12:.3f}) and moves {one.traffic_bytes / size / 1e9:.1f} GB in memory"
+        f"(encoders {one.encoder_flops / size / 1e12:.3f}) and moves {one.traffic_bytes / size / 1e9:.1f} GB in "
+        f"memory; a micro-batch takes {one.operations:,} operations"
     )
     return ", ".join(parts) + "\n" + work
 
@@ -151,12 +148,18 @@ def recommendation_lines(plan: Plan) -> list[str]:
     overrides = f"engine.zero_stage={best.zero_stage} micro_batch_size={best.micro_batch_size}"
     if best.offload_optimizer or plan.config.engine.offload_optimizer:
         overrides += f" engine.offload_optimizer={str(best.offload_optimizer).lower()}"
-    return [
-        *lines,
+    lines += [
         f"recommended   {_worth(plan, best)}",
         f"              {overrides}",
         f"              {_why(plan, best)}",
     ]
+    largest = max(row["micro_batch_size"] for row in plan.measured.rows) if plan.measured else math.inf
+    if best.micro_batch_size > largest:
+        lines.append(
+            f"              micro-batch {best.micro_batch_size} is larger than any that was measured, {largest}: its "
+            "speed is extrapolated"
+        )
+    return lines
 
 
 def _why(plan: Plan, best: Choice) -> str:
@@ -183,28 +186,28 @@ def _worth(plan: Plan, choice: Choice) -> str:
 
 def storage_lines(plan: Plan) -> list[str]:
     step = (plan.recommended or plan.asked).step
-    size = plan.checkpoint_bytes
-    a_second = step.samples_per_second * plan.sample_bytes
+    size, data = plan.checkpoint_bytes, plan.data
+    a_second = step.samples_per_second * data.sample_bytes
     cores = step.samples_per_second / plan.layout.ranks * (plan.config.data.resolution / 512) ** 2 / DECODED_PER_CORE
     where = "counted in the shards" if plan.data_is_measured else "assumed"
     decoding = "" if plan.config.data.columns else f"; decoding keeps {cores:.2f} cores of each rank busy"
-    network, data = first_limits(plan.curve, plan.storage_bandwidth)
+    network, storage = first_limits(plan.curve, data.storage_bandwidth)
     return [
         f"checkpoint    {size / GIB:.2f} GiB, {size / WRITE_BYTES:.0f} s at {WRITE_BYTES / 1e9:g} GB/s, every "
         f"{plan.config.checkpoint.every_steps} steps",
-        f"data          {plan.sample_bytes / 1e3:.0f} kB a sample ({where}), {a_second / 1e6:.0f} MB/s from storage"
+        f"data          {data.sample_bytes / 1e3:.0f} kB a sample ({where}), {a_second / 1e6:.0f} MB/s from storage"
         + decoding,
         f"limits        communication takes over {100 * LIMIT:.0f} % of a step "
         + (f"from {network} cards on" if network else "at no number up to 1,024 cards")
-        + f"; storage of {plan.storage_bandwidth * 8 / 1e9:g} Gbit/s limits "
-        + (f"from {data} cards on" if data else "at no number up to 1,024 cards"),
+        + f"; storage of {data.storage_bandwidth * 8 / 1e9:g} Gbit/s limits "
+        + (f"from {storage} cards on" if storage else "at no number up to 1,024 cards"),
     ]
 
 
 def curve_lines(plan: Plan) -> list[str]:
     lines = [
         f"{'cards':>6}{'batch':>8}{'micro':>7}{'samples/s':>12}{'efficiency':>12}{'comm.':>8}{'data MB/s':>11}"
-        f"{'$ / M samples':>15}"
+        f"{'$ / M samples':>15}  limited by"
     ]
     first = plan.curve[0]
     for point in plan.curve:
@@ -214,28 +217,31 @@ def curve_lines(plan: Plan) -> list[str]:
         lines.append(
             f"{point.ranks:>6}{point.step.global_batch_size:>8}{point.step.micro_batch_size:>7}{rate:>12.1f}"
             f"{100 * efficiency:>11.1f}%{100 * point.step.communication_share:>7.1f}%"
-            f"{point.data_bytes_per_second / 1e6:>11.0f}{price:>15.2f}"
+            f"{point.data_bytes_per_second / 1e6:>11.0f}{price:>15.2f}  {point.limit}"
         )
     return lines
 
 
 def assumption_lines(plan: Plan) -> list[str]:
-    card = plan.layout.accelerator
+    card, speed = plan.layout.accelerator, plan.speed
     if plan.measured:
-        speed = f"speed: computed times are multiplied by {plan.factor:.2f}: {plan.measured.describe()}"
+        told = f"by {plan.measured.describe()}"
     else:
-        speed = (
-            f"speed: not measured. Products reach {100 * PRODUCTS:.0f} % of {card.name}'s peak and other operations "
-            f"{100 * BANDWIDTH:.0f} % of its memory's bandwidth, a launch takes "
-            f"{1e6 * LAUNCH_SECONDS[card.kind]:.0f} us; --calibration replaces this by what was measured"
-        )
-    speed += f"; ZeRO-3's hooks take {1e3 * GATHER_SECONDS[card.kind]:g} ms of each trained module"
-    lines = ["assumptions", "  " + speed]
+        told = "not measured, but assumed; --calibration replaces this by what was measured"
+    lines = [
+        "assumptions",
+        f"  speed: {told}",
+        f"  the device takes {speed.device:.2f} times as long as products at {100 * PRODUCTS:.0f} % of its peak and "
+        f"other operations at {100 * BANDWIDTH:.0f} % of its memory's bandwidth would",
+        f"  its host takes {1e6 * speed.launch_seconds:.0f} us for each operation, beside which the device waits, and "
+        f"under ZeRO-3 {1e3 * GATHER_SECONDS[card.kind]:g} ms for each trained module",
+    ]
     if plan.measured and (warning := plan.measured.warning()):
         lines.append(f"  warning: {warning}")
     lines.append(
         f"  network: {card.node_bandwidth / 1e9:g} GB/s in a node, {card.network_bandwidth * 8 / 1e9:g} Gbit/s a card "
-        f"between nodes, of which {100 * NETWORK:.0f} % is reached; not overlapped with the backward pass"
+        f"between nodes, of which {100 * NETWORK:.0f} % is reached; not overlapped with the backward pass; {COUNTERS} "
+        f"collectives a step of counters through gloo, {1e6 * GLOO_HOP_SECONDS:g} us for each of 2 (ranks - 1) hops"
     )
     if card.price:
         lines.append(

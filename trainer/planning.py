@@ -1,17 +1,32 @@
 """What a run will take: the footprint of its step, for every ZeRO stage and micro-batch on given cards."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from controlbooth.data.manifest import join_datasets, open_dataset
 from controlbooth.trainer.accelerators import STORAGE_GBIT, Accelerator, Layout
-from controlbooth.trainer.calibration import Measured, config_of_row, nearest, planned_facts, rows_for
-from controlbooth.trainer.config import EngineConfig, RunConfig, sources
+from controlbooth.trainer.calibration import SHIPPED, Measured, config_of_row, nearest, planned_facts, rows_for
+from controlbooth.trainer.config import EngineConfig, RunConfig, build_config, sources
 from controlbooth.trainer.engine import cpu_multiplies_bf16
 from controlbooth.trainer.footprint import Footprint, footprint, scaled
 from controlbooth.trainer.rank_memory import RankMemory, needed, rank_memory
-from controlbooth.trainer.scaling import Point, Step, calibrated_factor, scaling_curve, step_time
+from controlbooth.trainer.scaling import (
+    COUNTERS,
+    DECODED_PER_CORE,
+    Data,
+    Point,
+    Step,
+    communication_seconds,
+    gloo_seconds,
+    optimizer_seconds,
+    scaling_curve,
+    step_time,
+)
+from controlbooth.trainer.speed import UNMEASURED, Speed, fitted_speed
 
 MICRO_BATCHES = tuple(2**power for power in range(8))
 STORED_BYTES_PER_PIXEL = 0.35
@@ -57,12 +72,11 @@ class Plan:
     asked: Choice
     """The run as it is written."""
     recommended: Choice | None
-    factor: float
-    """Measured seconds over computed ones; 1 without a calibration."""
+    speed: Speed
     measured: Measured | None
-    sample_bytes: float
+    """What it was fitted to; None where nothing is known."""
+    data: Data
     data_is_measured: bool
-    storage_bandwidth: float
     curve: list[Point]
     checkpoint_bytes: int
 
@@ -86,12 +100,12 @@ def make_plan(
 
     Raises ConfigError for a base or a calibration that cannot be planned with.
     """
-    precision = planned_precision(config, layout.accelerator)
+    card = layout.accelerator
+    precision = planned_precision(config, card)
     asked_size = min(config.micro_batch_size, config.global_batch_size // layout.ranks)
-    measured, factor = None, 1.0
-    if calibration:
-        rows = rows_for(layout.accelerator, calibration)
-        measured = nearest(rows, planned_facts(config, precision, asked_size, shapes), layout.accelerator)
+    facts = planned_facts(config, precision, asked_size, shapes)
+    measured = nearest(rows_for(card, calibration), facts, card) if calibration else None
+    known = nearest(rows_for(card, SHIPPED), facts, card) if card.kind == "cuda" else None
     say(f"a step of {asked_size} samples on fake tensors")
     attention = config.model.attention
     one = footprint(config, precision, asked_size, attention, shapes)
@@ -99,20 +113,20 @@ def make_plan(
     for name, changed, kernel in alternatives(config):
         say(f"the same with {name}")
         variants[name] = footprint(changed, precision, asked_size, kernel, shapes)
+    speed = UNMEASURED[card.kind]
+    if known:
+        say("the measured steps that are known of GPUs")
+        speed = measured_speed(known_footprint(known), known, speed)
     if measured:
         say(f"the measured step of {calibration}")
-        factor = measured_factor(config, measured, layout.accelerator)
-    sample_bytes, known = sample_size(config, one)
-    choices = all_choices(config, one, layout, precision, factor)
-    asked = one_choice(config, one, config.engine, layout, precision, factor)
-    fitting = [choice for choice in choices if choice.fits]
+        speed = measured_speed(footprint_of_row(config, measured.rows[0]), measured, speed)
+    data, counted = data_of(config, one, storage_bandwidth)
+    choices = all_choices(config, one, layout, precision, speed)
+    asked = one_choice(config, one, config.engine, layout, precision, speed)
     recommended = fastest(choices)
     engine = config.engine if recommended is None else engine_of(config, recommended)
-    sizes = {c.micro_batch_size for c in fitting if (c.zero_stage, c.offload_optimizer) == key_of(engine)} or {1}
-    at = {size: scaled(one, size) for size in sizes}
-    curve = scaling_curve(
-        at, layout, engine, precision, config.global_batch_size, sample_bytes, storage_bandwidth, factor
-    )
+    at = fitting(config, one, engine, layout, precision)
+    curve = scaling_curve(at, layout, engine, precision, config.global_batch_size, data, speed)
     return Plan(
         config=config,
         precision=precision,
@@ -123,11 +137,10 @@ def make_plan(
         choices=choices,
         asked=asked,
         recommended=recommended,
-        factor=factor,
-        measured=measured,
-        sample_bytes=sample_bytes,
-        data_is_measured=known,
-        storage_bandwidth=storage_bandwidth,
+        speed=speed,
+        measured=measured or known,
+        data=data,
+        data_is_measured=counted,
         curve=curve,
         checkpoint_bytes=checkpoint_bytes(one, precision, config.optimizer.ema_decay is not None),
     )
@@ -144,16 +157,12 @@ def alternatives(config: RunConfig) -> list[tuple[str, RunConfig, str]]:
     ]
 
 
-def key_of(engine: EngineConfig) -> tuple[int, bool]:
-    return engine.zero_stage, engine.offload_optimizer
-
-
 def engine_of(config: RunConfig, choice: Choice) -> EngineConfig:
     update = {"zero_stage": choice.zero_stage, "offload_optimizer": choice.offload_optimizer}
     return config.engine.model_copy(update=update | {"offload_parameters": False})
 
 
-def all_choices(config: RunConfig, one: Footprint, layout: Layout, precision: str, factor: float) -> list[Choice]:
+def all_choices(config: RunConfig, one: Footprint, layout: Layout, precision: str, speed: Speed) -> list[Choice]:
     """ZeRO 0 to 3, with and without offload, at every micro-batch of a power of two that the global batch allows."""
     samples = config.global_batch_size // layout.ranks
     sizes = [size for size in MICRO_BATCHES if samples % size == 0]
@@ -169,7 +178,7 @@ def all_choices(config: RunConfig, one: Footprint, layout: Layout, precision: st
             ),
             layout,
             precision,
-            factor,
+            speed,
         )
         for stage, offload in engines
         for size in sizes
@@ -185,11 +194,11 @@ def fastest(choices: Sequence[Choice]) -> Choice | None:
 
 
 def one_choice(
-    config: RunConfig, one: Footprint, engine: EngineConfig, layout: Layout, precision: str, factor: float
+    config: RunConfig, one: Footprint, engine: EngineConfig, layout: Layout, precision: str, speed: Speed
 ) -> Choice:
     memory = memory_of(config, one, engine, layout, precision)
     bytes_needed = needed(memory, layout.accelerator.kind)
-    step = step_time(one, layout, engine, precision, config.global_batch_size, factor)
+    step = step_time(one, layout, engine, precision, config.global_batch_size, speed)
     fits = bytes_needed <= layout.accelerator.memory_bytes
     return Choice(engine.zero_stage, engine.offload_optimizer, one.micro_batch_size, memory, bytes_needed, fits, step)
 
@@ -213,12 +222,73 @@ def loader_bytes(config: RunConfig, one: Footprint, ranks: int) -> int:
     return round(per_sample * config.global_batch_size / ranks * (config.data.prefetch_steps + 1))
 
 
-def measured_factor(config: RunConfig, measured: Measured, card: Accelerator) -> float:
-    """What computed seconds are multiplied by, so that those of the measured micro-batch come out."""
-    row = measured.row
+def fitting(
+    config: RunConfig, one: Footprint, engine: EngineConfig, layout: Layout, precision: str
+) -> dict[int, Footprint]:
+    """Micro-batches that divide the global batch and fit, 1 where none does."""
+    sizes = (size for size in MICRO_BATCHES if config.global_batch_size % size == 0)
+    at = {size: scaled(one, size) for size in sizes}
+    card = layout.accelerator
+    fits = {
+        size: footprint
+        for size, footprint in at.items()
+        if needed(memory_of(config, footprint, engine, layout, precision), card.kind) <= card.memory_bytes
+    }
+    return fits or {1: at[1]}
+
+
+def measured_speed(one: Footprint, measured: Measured, otherwise: Speed) -> Speed:
+    """Fitted to measured steps. one: of one of them. otherwise: as `unmeasured` of `fitted_speed`."""
+    card = measured.measured_card
+    at = [(row, scaled(one, row["micro_batch_size"])) for row in measured.rows]
+    steps = [(footprint, measured_seconds(footprint, row, card)) for row, footprint in at]
+    return fitted_speed(steps, card, measured.rows[0]["precision"], otherwise)
+
+
+def footprint_of_row(config: RunConfig, row: Mapping[str, Any]) -> Footprint:
+    """Of a measured step. config: a run with its base."""
     same, shapes = config_of_row(config, row)
-    one = footprint(same, row["precision"], row["micro_batch_size"], row.get("attention", "auto"), shapes)
-    return calibrated_factor(one, card, row["precision"], row["micro_batch_size"] / row["samples_per_second"])
+    return footprint(same, row["precision"], row["micro_batch_size"], row.get("attention", "auto"), shapes)
+
+
+def known_footprint(known: Measured) -> Footprint:
+    """Of a step that tests/benchmarks/throughput.py has measured with published shapes; once in a process."""
+    return _published_footprint(tuple(sorted(known.rows[0].items())))
+
+
+@cache
+def _published_footprint(items: tuple[tuple[str, Any], ...]) -> Footprint:
+    row = dict(items)
+    size = row["micro_batch_size"]
+    config = build_config(
+        dict(
+            name="measured",
+            max_steps=1,
+            global_batch_size=size,
+            micro_batch_size=size,
+            model=dict(base="published", family=row["family"]),
+            data=dict(shards="none", condition="edges"),
+        )
+    )
+    return footprint_of_row(config, row)
+
+
+def measured_seconds(one: Footprint, row: Mapping[str, Any], card: Accelerator) -> float:
+    """Forward and backward of one micro-batch of a measured step: what is left of it without communication and
+    optimizer as they are planned, at least half."""
+    ranks, times = row.get("ranks", 1), row.get("accumulation_steps", 1)
+    engine, layout = EngineConfig(zero_stage=row.get("zero_stage", 2)), Layout(card, 1, ranks)
+    whole = times * row["micro_batch_size"] / row["samples_per_second"]
+    other = communication_seconds(one, layout, engine, row["precision"], times) + COUNTERS * gloo_seconds(ranks)
+    other += optimizer_seconds(one, layout, engine, row["precision"])
+    return max(whole - other, whole / 2) / times
+
+
+def data_of(config: RunConfig, one: Footprint, storage_bandwidth: float) -> tuple[Data, bool]:
+    """What a run reads, and whether its size was counted in shards that are here."""
+    size, counted = sample_size(config, one)
+    decoded = config.data.threads * DECODED_PER_CORE * (512 / config.data.resolution) ** 2
+    return Data(size, storage_bandwidth, math.inf if config.data.columns else decoded), counted
 
 
 def sample_size(config: RunConfig, one: Footprint) -> tuple[float, bool]:

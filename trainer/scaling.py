@@ -1,33 +1,28 @@
-"""How long a step takes on many cards, pure arithmetic: products, memory traffic, communication, data.
+"""How long a step takes on many cards, pure arithmetic: micro-batches, communication, counters, the optimizer, data.
 
-A micro-batch takes the time of its products at PRODUCTS of the card's peak, and of its other operations at BANDWIDTH of
-its memory's; or, where that is less, the time in which Python launches them, and under ZeRO-3 gathers weights. All are
-assumptions, close to what mosaicml/diffusion publishes for Stable Diffusion 2 on A100 (tests/benchmarks/plan_table.py
-compares); a measured run replaces them by a factor, but for ZeRO-3's. Communication is not overlapped with the backward
-pass, as engine.deepspeed_config says.
+A micro-batch takes what `speed` says of it. Communication is not overlapped with the backward pass, as
+engine.deepspeed_config says; ranks add up their counters through gloo after it, on the host.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from controlbooth.trainer.accelerators import Accelerator, Layout
+from controlbooth.trainer.accelerators import Layout
 from controlbooth.trainer.config import EngineConfig
 from controlbooth.trainer.footprint import Footprint
 from controlbooth.trainer.rank_memory import BUCKET_ELEMENTS
+from controlbooth.trainer.speed import BANDWIDTH, Speed, device_seconds, host_seconds
 
-PRODUCTS, BANDWIDTH = 0.6, 0.8
-LAUNCH_SECONDS = {"cuda": 6e-6, "cpu": 12e-6}
-"""Of one operation of PyTorch without a graph, by kind of device. On a GPU launches and work run side by side; on a CPU
-they add up, and a core that is busy with other work launches no faster: steps of two micro-batches in
-tests/benchmarks/plan_check.py give 10 to 16 us."""
-GATHER_SECONDS = {"cuda": 1e-3, "cpu": 2e-3}
-"""Of the hooks with which ZeRO-3 gathers and lets go of a module's weights, in both passes of a micro-batch: Python,
-beside which a CPU computes nothing. 1.8 to 2.5 ms with 191 and 77 modules on two ranks of tests/benchmarks/
-plan_check.py, with gloo's collectives; half of it is assumed of a GPU's host."""
 NETWORK = 0.7
 """Share of a link's rate that large collectives reach."""
 HOP_SECONDS = 2e-5
-"""Latency of a collective, for each doubling of the ranks."""
+"""Latency of a collective between GPUs, for each doubling of the ranks. An assumption."""
+GLOO_HOP_SECONDS = 4e-5
+"""Latency of a message of gloo, which sends 2 (N - 1) in turn around a ring of N ranks: of every collective between
+CPUs. An estimate; two collectives of two ranks on loopback took 0.34 ms."""
+COUNTERS = 2
+"""Collectives of the CPU in every step, whatever the device: the trainer's sums and maxima of losses and times."""
 HOST_BANDWIDTH = 25e9
 """Bytes a second between host and card, PCIe 4.0 x16: what offloaded states travel over."""
 HOST_ADAM = 2e9
@@ -45,13 +40,23 @@ class Step:
     global_batch_size: int
     micro_batch_size: int
     accumulation_steps: int
-    compute_seconds: float
+    device_seconds: float
+    host_seconds: float
+    """Launches, and under ZeRO-3 the gathering of weights."""
     communication_seconds: float
+    """Of gradients and weights."""
+    counting_seconds: float
+    """Of the trainer's counters."""
     optimizer_seconds: float
 
     @property
+    def compute_seconds(self) -> float:
+        """Forward and backward of all its micro-batches."""
+        return self.device_seconds + self.host_seconds
+
+    @property
     def seconds(self) -> float:
-        return self.compute_seconds + self.communication_seconds + self.optimizer_seconds
+        return self.compute_seconds + self.communication_seconds + self.counting_seconds + self.optimizer_seconds
 
     @property
     def samples_per_second(self) -> float:
@@ -59,37 +64,7 @@ class Step:
 
     @property
     def communication_share(self) -> float:
-        return self.communication_seconds / self.seconds
-
-
-def micro_batch_seconds(
-    one: Footprint, card: Accelerator, precision: str, factor: float = 1.0, stage: int = 0
-) -> float:
-    """Forward and backward. factor: of `calibrated_factor`, where something was measured. stage: of ZeRO."""
-    work, launches = _work_and_launches(one, card, precision)
-    gathering = one.trained_modules * GATHER_SECONDS[card.kind] if stage == 3 else 0.0
-    if card.kind == "cpu":
-        return factor * work + launches + gathering
-    return max(factor * max(work, launches), launches + gathering)
-
-
-def calibrated_factor(one: Footprint, card: Accelerator, precision: str, measured_seconds: float) -> float:
-    """With it, `micro_batch_seconds` are those that were measured.
-
-    Of a CPU at least half of them count as work: where launches take less than they are assumed to, a larger
-    micro-batch would be free otherwise.
-    """
-    work, launches = _work_and_launches(one, card, precision)
-    if card.kind == "cpu":
-        return max(measured_seconds - launches, measured_seconds / 2) / work
-    return measured_seconds / max(work, launches)
-
-
-def _work_and_launches(one: Footprint, card: Accelerator, precision: str) -> tuple[float, float]:
-    """Seconds of each."""
-    peak = card.single_flops if precision == "fp32" else card.half_flops
-    work = one.flops / (PRODUCTS * peak) + one.traffic_bytes / (BANDWIDTH * card.memory_bandwidth)
-    return work, one.operations * LAUNCH_SECONDS[card.kind]
+        return (self.communication_seconds + self.counting_seconds) / self.seconds
 
 
 def step_time(
@@ -98,7 +73,7 @@ def step_time(
     engine: EngineConfig,
     precision: str,
     global_batch_size: int,
-    factor: float = 1.0,
+    speed: Speed,
 ) -> Step:
     """One optimizer step of global_batch_size samples, which micro_batch_size * ranks divides. Raises ValueError."""
     samples = one.micro_batch_size * layout.ranks
@@ -109,10 +84,17 @@ def step_time(
         global_batch_size,
         one.micro_batch_size,
         accumulation,
-        accumulation * micro_batch_seconds(one, layout.accelerator, precision, factor, engine.zero_stage),
+        accumulation * device_seconds(one, layout.accelerator, precision, speed),
+        accumulation * host_seconds(one, layout.accelerator, speed, engine.zero_stage),
         communication_seconds(one, layout, engine, precision, accumulation),
+        COUNTERS * gloo_seconds(layout.ranks),
         optimizer_seconds(one, layout, engine, precision),
     )
+
+
+def gloo_seconds(ranks: int) -> float:
+    """Latency of one collective of CPUs: a reduction around a ring, and its result around again."""
+    return 2 * (ranks - 1) * GLOO_HOP_SECONDS
 
 
 def communication_bytes(one: Footprint, stage: int, precision: str, ranks: int, accumulation: int) -> float:
@@ -138,7 +120,8 @@ def communication_seconds(one: Footprint, layout: Layout, engine: EngineConfig, 
         slowest = min(slowest, layout.processes_per_node * card.network_bandwidth)
     sent = communication_bytes(one, engine.zero_stage, precision, layout.ranks, steps)
     collectives = (2 + one.trained_parameters // BUCKET_ELEMENTS) * (steps if engine.zero_stage >= 2 else 1)
-    return sent / (NETWORK * slowest) + collectives * HOP_SECONDS * math.log2(layout.ranks)
+    latency = gloo_seconds(layout.ranks) if card.kind == "cpu" else HOP_SECONDS * math.log2(layout.ranks)
+    return sent / (NETWORK * slowest) + collectives * latency
 
 
 def optimizer_seconds(one: Footprint, layout: Layout, engine: EngineConfig, precision: str) -> float:
@@ -148,6 +131,22 @@ def optimizer_seconds(one: Footprint, layout: Layout, engine: EngineConfig, prec
         rate = HOST_ADAM / layout.processes_per_node
         return share / rate + share * (4 + (4 if precision == "fp32" else 2)) / HOST_BANDWIDTH
     return share * 28 / (BANDWIDTH * layout.accelerator.memory_bandwidth)
+
+
+@dataclass(frozen=True)
+class Data:
+    """What samples a run can be given in a second."""
+
+    sample_bytes: float
+    """That come from storage."""
+    storage_bandwidth: float
+    """Bytes a second, of all nodes together."""
+    decoded_samples: float
+    """Samples a second that the loader's threads of one rank decode; infinite where nothing is decoded."""
+
+    @property
+    def stored_samples(self) -> float:
+        return self.storage_bandwidth / self.sample_bytes
 
 
 def with_nodes(layout: Layout, ranks: int) -> Layout:
@@ -164,18 +163,19 @@ class Point:
     step: Step
     data_bytes_per_second: float
     limited_samples_per_second: float
-    """What storage leaves of it."""
+    """What storage and decoding leave of it."""
+    limit: str
+    """What keeps it from as many times the samples that one card at its best computes: see `limit_of`."""
 
 
 def scaling_curve(
-    at: "dict[int, Footprint]",
+    at: Mapping[int, Footprint],
     layout: Layout,
     engine: EngineConfig,
     precision: str,
     global_batch_size: int,
-    sample_bytes: float,
-    storage_bandwidth: float,
-    factor: float = 1.0,
+    data: Data,
+    speed: Speed,
 ) -> list[Point]:
     """1, 2, 4, ... cards. at: micro-batch -> footprint, those that fit.
 
@@ -183,14 +183,40 @@ def scaling_curve(
     every card takes one micro-batch of the smallest size and the global batch grows.
     """
     points = []
+    alone = with_nodes(layout, 1)
+    best = min(
+        (step_time(one, alone, engine, precision, size, speed).compute_seconds / size for size, one in at.items())
+    )
     for ranks in (2**power for power in range(11)):
         whole = global_batch_size if global_batch_size % ranks == 0 else min(at) * ranks
         size = max((one for one in at if whole % (one * ranks) == 0), default=min(at))
         whole = whole if whole % (size * ranks) == 0 else size * ranks
-        step = step_time(at[size], with_nodes(layout, ranks), engine, precision, whole, factor)
-        wanted = step.samples_per_second * sample_bytes
-        points.append(Point(ranks, step, wanted, step.samples_per_second * min(1.0, storage_bandwidth / wanted)))
+        step = step_time(at[size], with_nodes(layout, ranks), engine, precision, whole, speed)
+        rate = min(step.samples_per_second, data.stored_samples, ranks * data.decoded_samples)
+        limit = limit_of(step, ranks, best, data)
+        points.append(Point(ranks, step, step.samples_per_second * data.sample_bytes, rate, limit))
     return points
+
+
+def limit_of(step: Step, ranks: int, best_seconds: float, data: Data) -> str:
+    """What costs most of the time that a step takes beyond that of its samples at best_seconds a sample and card.
+
+    Of a step that loses less than LIMIT: whichever of the card and its host takes more of it.
+    """
+    storage = step.global_batch_size / data.stored_samples
+    decoding = step.global_batch_size / ranks / data.decoded_samples
+    lost = {
+        "the global batch": step.compute_seconds - step.global_batch_size / ranks * best_seconds,
+        "the network": step.communication_seconds,
+        "counters (gloo)": step.counting_seconds,
+        "the optimizer": step.optimizer_seconds,
+        "storage": storage - step.seconds if storage >= decoding else 0.0,
+        "decoding": decoding - step.seconds if decoding > storage else 0.0,
+    }
+    largest = max(lost, key=lambda name: lost[name])
+    if sum(seconds for seconds in lost.values() if seconds > 0) > LIMIT * max(step.seconds, storage, decoding):
+        return largest
+    return "the card" if step.device_seconds >= step.host_seconds else "the host"
 
 
 def first_limits(points: list[Point], storage_bandwidth: float) -> tuple[int | None, int | None]:

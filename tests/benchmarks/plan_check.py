@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,13 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from controlbooth.data import pack
-from controlbooth.trainer.accelerators import Layout, this_processor
+from controlbooth.trainer.accelerators import Accelerator, Layout, this_processor
 from controlbooth.trainer.config import RunConfig, build_config
 from controlbooth.trainer.footprint import footprint
 from controlbooth.trainer.miniature import CAPTION_TOKENS, SCHEDULER, build_tokenizer
 from controlbooth.trainer.planning import one_choice
 from controlbooth.trainer.rank_memory import RUNTIME_BYTES
-from controlbooth.trainer.scaling import calibrated_factor
+from controlbooth.trainer.speed import UNMEASURED, Speed, fitted_speed
 
 RANKS, STEPS = 2, 8
 GIB = 2**30
@@ -44,10 +44,12 @@ class Case:
     zero_stage: int
     micro_batch_size: int
     precision: str = "fp32"
+    checkpointing: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.base}-zero{self.zero_stage}-batch{self.micro_batch_size}-{self.precision}"
+        name = f"{self.base}-zero{self.zero_stage}-batch{self.micro_batch_size}-{self.precision}"
+        return name + "-checkpointing" * self.checkpointing
 
 
 CASES = (
@@ -57,6 +59,11 @@ CASES = (
     Case("35M", 2, 2, "bf16"),
     *(Case("miniature", stage, 32) for stage in range(4)),
     Case("miniature", 2, 8),
+    *(Case("35M", stage, 8, checkpointing=True) for stage in (0, 2, 3)),
+    Case("35M", 2, 16, checkpointing=True),
+    Case("35M", 2, 8, "bf16", checkpointing=True),
+    Case("miniature", 0, 32, checkpointing=True),
+    Case("miniature", 2, 64, checkpointing=True),
 )
 
 
@@ -115,6 +122,7 @@ def run_of(case: Case, folder: Path) -> RunConfig:
                 base=str(folder / "base") if large else "miniature",
                 hint_channels=[16, 32, 96, 256] if large else [16, 32, 64, 96],
                 attention="flash",
+                gradient_checkpointing=case.checkpointing,
             ),
             data=dict(
                 shards=str(folder / f"shards-{128 if large else 64}"),
@@ -175,7 +183,9 @@ def main() -> None:
         f"{'configuration':<30}{'memory GiB':>12}{'measured':>10}{'error':>8}"
         f"{'samples/s':>11}{'measured':>10}{'error':>8}"
     )
-    rows, factors, cards = [], {}, {}
+    rows: list[dict[str, Any]] = []
+    speeds: dict[str, Speed] = {}
+    cards: dict[str, Accelerator] = {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_base(folder / "base")
@@ -192,12 +202,13 @@ def main() -> None:
             layout = Layout(cards[case.precision], 1, RANKS)
             measured = train(config, folder)
             like = f"{case.base} {case.precision}"
-            planned = one_choice(config, one, config.engine, layout, case.precision, factors.get(like, 1.0))
-            if like not in factors:
+            speed = speeds.get(like, UNMEASURED["cpu"])
+            planned = one_choice(config, one, config.engine, layout, case.precision, speed)
+            if like not in speeds:
                 seconds = planned.step.global_batch_size / measured["samples_per_second"]
-                computing = seconds - planned.step.communication_seconds - planned.step.optimizer_seconds
-                factors[like] = calibrated_factor(one, layout.accelerator, case.precision, computing)
-                planned = one_choice(config, one, config.engine, layout, case.precision, factors[like])
+                computing = seconds - planned.step.seconds + planned.step.compute_seconds
+                speeds[like] = fitted_speed([(one, computing)], layout.accelerator, case.precision, speed)
+                planned = one_choice(config, one, config.engine, layout, case.precision, speeds[like])
             row = {
                 "name": case.name,
                 "predicted_gib": planned.memory.peak / GIB,
@@ -210,7 +221,9 @@ def main() -> None:
             rows.append(row)
             print(line(row), flush=True)
             if options.json:
-                options.json.write_text(json.dumps({"factors": factors, "rows": rows}, indent=1))
+                options.json.write_text(
+                    json.dumps({"speeds": {name: asdict(one) for name, one in speeds.items()}, "rows": rows}, indent=1)
+                )
     errors = [abs(row["predicted_gib"] / row["measured_gib"] - 1) for row in rows]
     print(f"memory: largest error {100 * max(errors):.1f} %, mean {100 * sum(errors) / len(errors):.1f} %")
 

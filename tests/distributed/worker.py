@@ -29,7 +29,7 @@ from controlbooth.trainer.attempt import Attempt
 from controlbooth.trainer.config import EngineConfig, OptimizerConfig, build_config
 from controlbooth.trainer.distributed import World, barrier, end_process, gather_objects, join, leave
 from controlbooth.trainer.footprint import Footprint, LiveStorages
-from controlbooth.trainer.rank_memory import BUCKET_ELEMENTS, RUNTIME_BYTES, rank_memory
+from controlbooth.trainer.rank_memory import BUCKET_ELEMENTS, rank_memory
 from controlbooth.trainer.spool import read_metrics
 from controlbooth.trainer.step import controlnet_step
 from controlbooth.trainer.studio import draw_prior
@@ -377,7 +377,8 @@ def peaks_of_engine(stage: int, precision: str, world: World) -> tuple[int, int]
         batch_bytes=0,
         column_bytes=0,
     )
-    planned = rank_memory(one, config, precision, world.world_size, "cpu").peak - RUNTIME_BYTES["cpu"]
+    memory = rank_memory(one, config, precision, world.world_size, "cpu")
+    planned = memory.peak - memory.device["runtime"]
     # DeepSpeed allocates its bucket whole, and a CPU gives memory to what is written of it
     bucket = BUCKET_ELEMENTS * (4 if stage == 3 else bytes_each)
 

@@ -11,12 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import flop_registry
 
 from controlbooth.trainer import planning
 from controlbooth.trainer.accelerators import ACCELERATORS, Layout, accelerator, is_card
-from controlbooth.trainer.calibration import nearest, planned_facts, read_rows, rows_for
+from controlbooth.trainer.calibration import SHIPPED, nearest, planned_facts, read_rows, rows_for
 from controlbooth.trainer.config import ConfigError, EngineConfig, build_config
 from controlbooth.trainer.footprint import (
+    PRODUCTS,
     Footprint,
     LiveStorages,
     footprint,
@@ -26,20 +29,27 @@ from controlbooth.trainer.footprint import (
     worst_moments,
 )
 from controlbooth.trainer.plan import main
-from controlbooth.trainer.plan_text import assumption_lines, memory_lines, recommendation_lines, saving_lines
-from controlbooth.trainer.rank_memory import BUCKET_ELEMENTS, RUNTIME_BYTES, rank_memory
+from controlbooth.trainer.plan_text import (
+    assumption_lines,
+    curve_lines,
+    memory_lines,
+    recommendation_lines,
+    saving_lines,
+)
+from controlbooth.trainer.rank_memory import BUCKET_ELEMENTS, RUNTIME_BYTES, ZERO_BYTES, rank_memory
 from controlbooth.trainer.scaling import (
-    GATHER_SECONDS,
+    COUNTERS,
+    GLOO_HOP_SECONDS,
     HOP_SECONDS,
     NETWORK,
-    calibrated_factor,
+    Data,
     communication_bytes,
     communication_seconds,
     first_limits,
-    micro_batch_seconds,
     scaling_curve,
     step_time,
 )
+from controlbooth.trainer.speed import GATHER_SECONDS, Speed, fitted_speed, micro_batch_seconds
 
 H100 = ACCELERATORS["h100"]
 ONE = Footprint(
@@ -57,6 +67,7 @@ ONE = Footprint(
     column_bytes=0,
 )
 """A step in fp32 of round numbers."""
+SPEED = Speed(device=1.0, launch_seconds=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -153,17 +164,74 @@ def test_a_base_that_is_not_here_and_of_no_family_says_how_to_plan_it(bases):
 
 
 def test_operations_of_a_convolution_and_a_linear_layer_are_those_of_the_formula():
-    from torch.utils.flop_counter import FlopCounterMode
-
     net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.Flatten(), nn.Linear(8 * 36, 5, bias=False))
-    counter = FlopCounterMode(display=False)
     with FakeTensorMode(allow_non_fake_inputs=True):
         without_memory(net)
-        with counter:
+        with LiveStorages() as live:
             net(torch.zeros(2, 3, 6, 6)).sum().backward()
     convolution, linear = 2 * 2 * 36 * 8 * 3 * 9, 2 * 2 * 8 * 36 * 5
     # forward; backward by the weights; and by the inputs, which the picture does not need
-    assert counter.get_total_flops() == 2 * convolution + 3 * linear
+    assert live.flops == 2 * convolution + 3 * linear
+
+
+def test_only_what_runs_a_kernel_is_an_operation():
+    net = nn.Sequential(nn.Linear(4, 5), nn.SiLU())
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        without_memory(net)
+        inputs = torch.zeros(2, 4)
+        with LiveStorages() as live:
+            net(inputs).sum().backward()  # a product, SiLU, a sum; 1; and backwards SiLU, a product, the bias's sum
+    assert live.operations == 7
+    outputs, all_in_fp32 = 2 * 5, 4
+    silu, total, one, silu_backward, bias = 2 * outputs, outputs + 1, 2, 3 * outputs, outputs + 5
+    assert live.traffic == all_in_fp32 * (silu + total + one + silu_backward + bias)
+
+
+def test_questions_views_and_allocations_are_no_operations():
+    with FakeTensorMode():
+        one = torch.zeros(4, 6)
+        with LiveStorages() as live:
+            _ = one.device, one.size(), one.stride(), one.is_contiguous(), one.numel()
+            one.view(24).t().detach().unsqueeze(0).expand(3, 24)
+            torch.ops.aten._unsafe_view(one, [24])
+            torch.empty(5), torch.empty_like(one), one.new_empty(3)
+            one.squeeze_()
+            assert (live.operations, live.traffic, live.flops) == (0, 0, 0)
+            one.add_(1)
+            one.clone()
+    assert live.operations == 2 and live.traffic == (2 + 2) * one.nbytes
+
+
+def test_products_are_counted_as_pytorchs_counter_does_and_attention_besides():
+    query, key = (torch.zeros(2, 4, tokens, 8, requires_grad=True) for tokens in (16, 12))
+    forward = 2 * 2 * (2 * 4 * 16 * 12 * 8)  # two products of batch, heads, queries, keys and width
+    with LiveStorages() as live:
+        attended = torch.nn.functional.scaled_dot_product_attention(query, key, key)
+        assert live.flops == forward
+        attended.sum().backward()
+    assert live.flops == 3 * forward
+    assert flop_registry.keys() < PRODUCTS.keys()
+
+
+def test_what_is_computed_again_under_checkpointing_is_held_for_one_block_only():
+    def peak(checkpointing):
+        blocks = [nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.SiLU()) for _ in range(4))) for _ in range(8)]
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            for block in blocks:
+                without_memory(block)
+            inputs = torch.zeros(512, 64, requires_grad=True)
+            with LiveStorages() as live:
+                live.ignore([inputs, *(p for block in blocks for p in block.parameters())])
+                hidden = inputs
+                for block in blocks:
+                    hidden = checkpoint(block, hidden, use_reentrant=False) if checkpointing else block(hidden)
+                hidden.sum().backward()
+        return max(held for held, _ in live.moments) / inputs.nbytes, live.flops
+
+    (plain, once), (recomputed, again) = peak(False), peak(True)
+    assert plain > 8 * 2 * 4  # each layer keeps its input, and what SiLU needs
+    assert recomputed < 8 + 2 * 4 + 4  # the blocks' inputs, and one block
+    assert again == pytest.approx(once * 4 / 3)
 
 
 def test_storages_are_followed_from_their_making_to_their_end():
@@ -194,7 +262,8 @@ def test_each_stage_splits_what_it_says_over_the_ranks():
         device = parts(stage, 4)
         assert device["trained weights"] == weights and device["optimizer"] == optimizer
         assert device["frozen weights"] == 1000
-    assert parts(2, 4)["runtime"] == RUNTIME_BYTES["cpu"]
+    assert parts(0, 4)["runtime"] == RUNTIME_BYTES["cpu"]
+    assert parts(2, 4)["runtime"] == RUNTIME_BYTES["cpu"] + ZERO_BYTES["cpu"]
 
 
 def test_masters_exist_beside_half_precision_weights_only():
@@ -204,11 +273,21 @@ def test_masters_exist_beside_half_precision_weights_only():
 
 
 def test_the_peak_is_the_worst_of_three_moments():
-    many = rank_memory(ONE, EngineConfig(zero_stage=0), "fp32", 1, "cpu")
+    many = rank_memory(ONE, EngineConfig(zero_stage=0), "fp32", 1, "cuda")
     assert many.moment == "reduction"  # weights 3200, Adam 6400, gradients 3200 and their flat copy 3200
-    assert many.peak == RUNTIME_BYTES["cpu"] + 1000 + 3200 + 6400 + 3200 + 3200
+    assert many.peak == 1000 + 3200 + 6400 + 3200 + 3200
     heavy = replace(ONE, profile=((50_000, 0), (0, 3200)))
-    assert rank_memory(heavy, EngineConfig(zero_stage=0), "fp32", 1, "cpu").moment == "backward"
+    assert rank_memory(heavy, EngineConfig(zero_stage=0), "fp32", 1, "cuda").moment == "backward"
+
+
+def test_a_cpu_keeps_the_memory_of_activations_beside_flat_gradients_and_a_card_does_not():
+    heavy = replace(ONE, profile=((50_000, 0), (0, 3200)))
+    cpu, card = (rank_memory(heavy, EngineConfig(zero_stage=2), "fp32", 4, kind) for kind in ("cpu", "cuda"))
+    assert cpu.moment == "reduction" and cpu.device["activations"] == 50_000
+    assert cpu.device["communication"] == 2 * 3200
+    assert card.device["activations"] in (50_000, 0)
+    alone = rank_memory(heavy, EngineConfig(zero_stage=0), "fp32", 4, "cpu")  # single gradients fit into what is free
+    assert alone.device["activations"] + alone.device["gradients"] == 50_000
 
 
 def test_a_bucket_is_allocated_whole_on_a_card_and_touched_in_part_on_a_cpu():
@@ -249,30 +328,52 @@ def test_more_of_anything_never_takes_less_memory_and_more_ranks_never_more(
         assert peak(parameters, activations, 2 * ranks) <= here + 4 * 2 * ranks
 
 
-def test_a_calibration_returns_what_was_measured_and_leaves_work_to_a_larger_micro_batch():
-    cpu = replace(H100, kind="cpu")
-    for card in (H100, cpu):
-        factor = calibrated_factor(ONE, card, "bf16", 1.0)
-        assert micro_batch_seconds(ONE, card, "bf16", factor) == pytest.approx(1.0)
-    many = replace(ONE, operations=10**6)  # 12 s of launches are assumed
-    work = micro_batch_seconds(replace(ONE, operations=0), cpu, "bf16")
-    assert calibrated_factor(many, cpu, "bf16", 3.0) * work == pytest.approx(1.5)
+def test_one_measured_micro_batch_makes_host_and_device_slower_alike():
+    for card in (H100, replace(H100, kind="cpu")):
+        speed = fitted_speed([(ONE, 1.0)], card, "bf16", SPEED)
+        assert micro_batch_seconds(ONE, card, "bf16", speed) == pytest.approx(1.0)
+        assert speed.device / SPEED.device == pytest.approx(speed.launch_seconds / SPEED.launch_seconds)
 
 
-def test_under_zero_3_a_host_gathers_the_weights_of_each_module_which_a_gpu_may_have_to_wait_for():
+@settings(max_examples=50, deadline=None)
+@given(device=st.floats(1.0, 20.0), launch=st.floats(1e-6, 1e-3), sizes=st.sets(st.integers(1, 64), min_size=2))
+def test_measured_micro_batches_of_several_sizes_tell_host_from_device(device, launch, sizes):
+    true = Speed(device, launch)
+    steps = [(scaled(ONE, size), micro_batch_seconds(scaled(ONE, size), H100, "bf16", true)) for size in sizes]
+    found = fitted_speed(steps, H100, "bf16", SPEED)
+    seconds = [micro_batch_seconds(one, H100, "bf16", found) for one, _ in steps]
+    assert seconds == pytest.approx([measured for _, measured in steps], rel=1e-6)
+
+
+def test_no_device_is_fitted_to_be_faster_than_computed_and_no_host_to_take_less_than_nothing():
+    one, eight = scaled(ONE, 1), scaled(ONE, 8)
+    flat = fitted_speed([(one, 1.0), (eight, 1.0)], H100, "bf16", SPEED)
+    assert flat.device == 1.0 and micro_batch_seconds(one, H100, "bf16", flat) == pytest.approx(1.0, rel=1e-3)
+    steep = fitted_speed([(one, 1.0), (eight, 100.0)], H100, "bf16", SPEED)
+    assert steep.launch_seconds == 0.0 and steep.device > 1.0
+
+
+def test_under_zero_3_a_host_gathers_the_weights_of_each_module():
     few = replace(ONE, trained_modules=20)
+    for card in (H100, replace(H100, kind="cpu")):
+        plain = micro_batch_seconds(few, card, "bf16", SPEED)
+        gathering = 20 * GATHER_SECONDS[card.kind]
+        assert micro_batch_seconds(few, card, "bf16", SPEED, stage=3) == pytest.approx(plain + gathering)
+        assert micro_batch_seconds(few, card, "bf16", SPEED, stage=2) == plain
+        step = step_time(few, Layout(card, 1, 1), EngineConfig(zero_stage=3), "bf16", 4, SPEED)
+        assert step.compute_seconds == pytest.approx(2 * (plain + gathering))
+
+
+def test_ranks_count_through_gloo_around_a_ring_and_cpus_reduce_through_it():
+    engine = EngineConfig(zero_stage=0)
+    alone, many = (step_time(ONE, Layout(H100, nodes, 8), engine, "bf16", 2 * 8 * nodes, SPEED) for nodes in (1, 128))
+    assert alone.counting_seconds == pytest.approx(COUNTERS * 2 * 7 * GLOO_HOP_SECONDS)
+    assert many.counting_seconds == pytest.approx(COUNTERS * 2 * 1023 * GLOO_HOP_SECONDS)
+    assert step_time(ONE, Layout(H100, 1, 1), engine, "bf16", 2, SPEED).counting_seconds == 0.0
     cpu = replace(H100, kind="cpu")
-    plain = micro_batch_seconds(few, cpu, "bf16")
-    assert micro_batch_seconds(few, cpu, "bf16", stage=3) == pytest.approx(plain + 20 * GATHER_SECONDS["cpu"])
-    assert micro_batch_seconds(few, cpu, "bf16", stage=2) == plain
-    busy = 100.0 * micro_batch_seconds(few, H100, "bf16")
-    assert micro_batch_seconds(few, H100, "bf16", 100.0, stage=3) == pytest.approx(
-        max(busy, 20 * GATHER_SECONDS["cuda"] + 6e-4)
-    )
-    engine = EngineConfig(zero_stage=3)
-    assert step_time(few, Layout(cpu, 1, 1), engine, "bf16", 4).compute_seconds == pytest.approx(
-        2 * (plain + 20 * GATHER_SECONDS["cpu"])
-    )
+    sent = communication_bytes(ONE, 0, "fp32", 4, 1) / (NETWORK * cpu.node_bandwidth)
+    latency = 2 * 2 * 3 * GLOO_HOP_SECONDS
+    assert communication_seconds(ONE, Layout(cpu, 1, 4), engine, "fp32", 1) == pytest.approx(sent + latency)
 
 
 def test_a_ring_sends_twice_what_is_left_when_a_rank_has_its_own():
@@ -291,28 +392,55 @@ def test_one_rank_does_not_communicate_and_nodes_share_their_ports():
 
 
 def test_a_step_has_as_many_passes_as_the_global_batch_asks_for():
-    step = step_time(ONE, Layout(H100, 1, 4), EngineConfig(), "bf16", 64)
+    layout = Layout(H100, 1, 4)
+    step = step_time(ONE, layout, EngineConfig(), "bf16", 64, SPEED)
     assert step.accumulation_steps == 8
-    once = step_time(ONE, Layout(H100, 1, 4), EngineConfig(), "bf16", 8)
+    once = step_time(ONE, layout, EngineConfig(), "bf16", 8, SPEED)
     assert step.compute_seconds == pytest.approx(8 * once.compute_seconds)
-    assert step_time(ONE, Layout(H100, 1, 4), EngineConfig(), "bf16", 64, factor=2.0).compute_seconds == pytest.approx(
-        2 * step.compute_seconds
-    )
+    slower = step_time(ONE, layout, EngineConfig(), "bf16", 64, Speed(2.0, SPEED.launch_seconds))
+    assert slower.device_seconds == pytest.approx(2 * step.device_seconds)
+    assert slower.host_seconds == step.host_seconds
     with pytest.raises(ValueError, match="63 samples are not a multiple of 2 \\* 4"):
-        step_time(ONE, Layout(H100, 1, 4), EngineConfig(), "bf16", 63)
+        step_time(ONE, layout, EngineConfig(), "bf16", 63, SPEED)
 
 
 @settings(max_examples=30, deadline=None)
-@given(storage=st.floats(1e3, 1e12), factor=st.floats(0.5, 20.0), whole=st.sampled_from([64, 2048]))
-def test_more_cards_are_never_more_efficient_and_never_beyond_what_storage_gives(storage, factor, whole):
+@given(
+    storage=st.floats(1e3, 1e12),
+    decoded=st.floats(1.0, 1e6),
+    factor=st.floats(0.5, 20.0),
+    whole=st.sampled_from([64, 2048]),
+)
+def test_more_cards_are_never_more_efficient_and_never_beyond_what_storage_gives(storage, decoded, factor, whole):
     at = {size: scaled(ONE, size) for size in (1, 2, 4)}
-    curve = scaling_curve(at, Layout(H100, 1, 8), EngineConfig(), "bf16", whole, 1e5, storage, factor)
+    data, speed = Data(1e5, storage, decoded), Speed(factor, factor * 1e-6)
+    curve = scaling_curve(at, Layout(H100, 1, 8), EngineConfig(), "bf16", whole, data, speed)
     assert [point.ranks for point in curve] == [2**power for power in range(11)]
     assert all(point.limited_samples_per_second * 1e5 <= storage * 1.001 for point in curve)
     per_card = [point.limited_samples_per_second / point.ranks for point in curve]
     assert all(later <= earlier * 1.001 for earlier, later in zip(per_card, per_card[1:], strict=False))
     _, data = first_limits(curve, storage)
     assert data is None or next(p for p in curve if p.ranks == data).data_bytes_per_second > storage
+
+
+def limits(whole=1024, largest=8, storage=1e12, decoded=1e9, device=1.0, one=ONE, **card):
+    """What limits 1, 2, 4, ... cards of a micro-batch that takes the host 0.1 s and, at device=1, the card nothing."""
+    at = {size: scaled(one, size) for size in (1, 2, 4, 8) if size <= largest}
+    layout, data = Layout(replace(H100, **card), 1, 8), Data(1e5, storage, decoded)
+    curve = scaling_curve(at, layout, EngineConfig(zero_stage=0), "bf16", whole, data, Speed(device, 1e-3))
+    return {point.ranks: point.limit for point in curve}
+
+
+def test_the_curve_says_what_limits_each_number_of_cards():
+    small = limits(whole=16, largest=4)
+    assert small[1] == small[4] == "the host"
+    assert small[8] == small[16] == small[32] == "the global batch"
+    assert limits(device=1e5)[1] == "the card"
+    assert limits(storage=1e6)[1] == "storage" and limits(decoded=1.0)[1] == "decoding"
+    assert limits(storage=1e8)[1] == "the host" and limits(storage=1e8)[32] == "storage"
+    big = replace(ONE, trained_parameters=10**7, profile=((5000, 0), (0, 4 * 10**7)))
+    assert limits(one=big)[8] == "the host" and limits(one=big, network_bandwidth=1e6)[16] == "the network"
+    assert limits(whole=2**20)[1024] == "the host" and limits(whole=2**13)[1024] == "counters (gloo)"
 
 
 def test_days_and_price_are_steps_times_seconds_times_cards(bases):
@@ -348,7 +476,7 @@ def test_both_tables_show_the_same_activations_of_the_run_as_written(bases):
     plan = planning.make_plan(run(bases), Layout(H100, 1, 2))
     gib = 2**30
     heavy = replace(ONE, profile=((50 * gib, 0), (30 * gib, 3 * gib), (0, 3 * gib)), trained_parameters=2**30)
-    asked = planning.one_choice(plan.config, heavy, EngineConfig(zero_stage=0), plan.layout, "fp32", 1.0)
+    asked = planning.one_choice(plan.config, heavy, EngineConfig(zero_stage=0), plan.layout, "fp32", SPEED)
     config = plan.config.model_copy(update={"engine": EngineConfig(zero_stage=0)})
     plan = replace(plan, config=config, one=heavy, variants={}, asked=asked, precision="fp32")
     heads, first = (line.split() for line in memory_lines([plan.asked], plan)[:2])
@@ -394,7 +522,7 @@ def test_the_verb_refuses_without_importing_what_plans(tmp_path):
 def test_a_measured_step_scales_the_planned_one(bases, tmp_path):
     config = run(bases)
     plain = planning.make_plan(config, Layout(H100, 1, 1))
-    row = planned_facts(config, "fp32", 2) | {"samples_per_second": plain.asked.step.samples_per_second / 3}
+    row = planned_facts(config, "fp32", 2) | {"samples_per_second": 2 / plain.asked.step.seconds * 64 / 2 / 3}
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps(row) + "\n" + json.dumps(row | {"error": "out of memory", "samples_per_second": None}))
     plan = planning.make_plan(config, Layout(H100, 1, 1), calibration=rows)
@@ -411,11 +539,91 @@ def test_the_nearest_measured_step_is_taken_and_says_how_it_differs():
     ]
     planned = dict(family="sd15", resolution=1024, micro_batch_size=4, precision="bf16")
     found = nearest(rows, planned, H100)
-    assert found.row["samples_per_second"] == 3.0
+    assert [row["samples_per_second"] for row in found.rows] == [3.0, 2.0]  # the other micro-batch tells the host
     assert found.differs == ("resolution", "micro_batch_size")
-    assert found.describe().endswith("measured with 512 px (planned: 1024 px), micro-batch 8 (planned: micro-batch 4)")
+    assert found.describe() == (
+        "3.0 and 2.0 samples/s of one rank at micro-batch 8 and 32, measured with 512 px (planned: 1024 px), these "
+        "micro-batches (planned: micro-batch 4)"
+    )
+    alone = nearest(rows[2:], planned, H100).describe()
+    assert alone.endswith("measured with 512 px (planned: 1024 px), micro-batch 8 (planned: micro-batch 4)")
     scores = nearest([planned | {"attention": "math", "samples_per_second": 1.0}], planned, H100).describe()
     assert "attention math, which keeps its scores (planned: attention auto, which keeps no scores)" in scores
+
+
+@pytest.fixture(scope="module")
+def sd15():
+    """A run and its plan on one H200: Stable Diffusion 1.5's shapes, 512 px, encoders in the step. Seconds."""
+    config = build_config(
+        dict(
+            name="sd15",
+            max_steps=1000,
+            global_batch_size=64,
+            micro_batch_size=8,
+            model=dict(base="published", family="sd15"),
+            data=dict(shards="none", condition="edges", resolution=512),
+        )
+    )
+    return planning.make_plan(config, Layout(ACCELERATORS["h200"], 1, 1))
+
+
+def test_the_step_of_sd15_counts_what_was_counted_by_hand(sd15):
+    one = sd15.one
+    assert one.training_flops / 8e12 == pytest.approx(2.265, rel=0.002)  # forward 1.087, backward 1.179
+    vae_attention = 4 * 4096**2 * 512 / 1e12
+    assert one.encoder_flops / 8e12 == pytest.approx(1.095 + vae_attention, rel=0.002)
+    encoders = 289  # of 2,349 operations
+    assert 2000 < one.operations - encoders < 2260
+    assert 8e9 < one.traffic_bytes / 8 < 9e9
+    again = sd15.variants["gradient checkpointing"]
+    assert 1.2 < again.training_flops / one.training_flops < 1.35
+    assert again.activation_bytes < 0.4 * one.activation_bytes
+
+
+def test_each_measured_step_of_the_h200_is_predicted_from_the_others(sd15):
+    measured = sd15.measured
+    assert [row["micro_batch_size"] for row in measured.rows] == [1, 8, 32]
+    one = planning.known_footprint(measured)
+    for row in measured.rows:
+        others = replace(measured, rows=[other for other in measured.rows if other is not row])
+        speed = planning.measured_speed(one, others, SPEED)
+        at = scaled(one, row["micro_batch_size"])
+        step = step_time(at, sd15.layout, EngineConfig(), "bf16", at.micro_batch_size, speed)
+        assert step.samples_per_second == pytest.approx(row["samples_per_second"], rel=0.25)
+
+
+def test_activations_grow_as_the_h200_has_measured(sd15):
+    eight, many = (scaled(sd15.one, size).activation_bytes / 2**30 for size in (8, 32))
+    assert many - eight == pytest.approx(35.28 - 13.91, rel=0.01)
+
+
+def test_what_is_recommended_is_as_fast_as_anything_that_was_measured(sd15):
+    best = sd15.recommended
+    assert best.micro_batch_size >= 32 and best.step.samples_per_second > 0.95 * 47.9
+    said = "\n".join(recommendation_lines(sd15))
+    assert "micro-batch 64 is larger than any that was measured, 32: its speed is extrapolated" in said
+
+
+def test_a_gpu_is_planned_by_what_was_measured_and_another_card_is_called_an_assumption(sd15, bases):
+    said = "\n".join(assumption_lines(sd15))
+    assert "2.9, 20.9 and 47.9 samples/s of one rank at micro-batch 1, 8 and 32 on NVIDIA H200" in said
+    assert "warning" not in said
+    other = planning.make_plan(run(bases), Layout(H100, 1, 1))
+    said = "\n".join(assumption_lines(other))
+    assert "on NVIDIA H200" in said and "which is no NVIDIA H100 SXM 80 GB" in said and "an assumption, scaled" in said
+    assert other.speed == sd15.speed  # of a card of its own peak and bandwidth, with an equally fast host
+
+
+def test_the_curve_of_a_small_global_batch_is_limited_by_it(sd15):
+    assert sd15.curve[0].limit == "the card" and {point.limit for point in sd15.curve[1:]} == {"the global batch"}
+    lines = curve_lines(sd15)
+    assert lines[0].endswith("limited by") and lines[2].endswith("the global batch")
+
+
+def test_shipped_rows_are_of_known_cards_and_complete():
+    rows = read_rows(SHIPPED)
+    assert all(any(is_card(card, row["device"]) for card in ACCELERATORS.values()) for row in rows)
+    assert all(row.keys() >= {"peak_memory_gib", "measured_on", "device_kind"} for row in rows)
 
 
 def finished_run(folder, config, **speed):
@@ -549,7 +757,7 @@ def test_the_verb_prints_the_plan_and_writes_it(bases, tmp_path, capsys):
     arguments = [str(run_file), "global_batch_size=128", "--cluster", str(cluster)]
     assert main([*arguments, "--json", str(tmp_path / "p.json"), "--simulate", str(tmp_path / "curve.png")]) == 0
     printed = capsys.readouterr().out
-    assert "2 x 4 a100-80" in printed and "recommended" in printed and "speed: not measured" in printed
+    assert "2 x 4 a100-80" in printed and "recommended" in printed and "no NVIDIA A100 SXM 80 GB" in printed
     tree = json.loads((tmp_path / "p.json").read_text())
     assert tree["nodes"] == 2 and tree["asked"]["memory"]["frozen weights"] > 0
     assert tree["curve"][-1]["cards"] == 1024
