@@ -18,9 +18,11 @@ from controlbooth.trainer.config import ConfigError, RunConfig, load_config
 HELP = """\
 Nothing is trained and no weights are read: the run's modules run on tensors without memory, which are followed.
 Where model.base is no folder here, the published shapes of model.family stand for it; --shapes says of which family.
+GPUs are planned by the steps that we have measured, which the plan names; --calibration gives your own.
 
 Examples:
-  controlbooth plan launch/configs/sd15-edges.yaml
+  controlbooth plan launch/configs/sd15-edges.yaml --accelerator h200 --processes-per-node 1
+  controlbooth plan launch/configs/quickstart.yaml --accelerator cpu     this machine, which is timed for half a second
   controlbooth plan run.yaml --accelerator a100-80 --nodes 8 --processes-per-node 8 engine.zero_stage=1
   controlbooth plan run.yaml --shapes sdxl data.resolution=1024 --simulate curve.png
   controlbooth plan run.yaml --calibration rows.jsonl      rows of tests/benchmarks/throughput.py, or a run's folder
@@ -52,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--shapes", choices=PUBLISHED, help="plan with the published shapes of this family, not model.base"
     )
-    parser.add_argument("--calibration", type=Path, help="measured rows, or the folder of a run that has ended")
+    parser.add_argument("--calibration", type=Path, help="your own measured rows, or a run's folder")
     parser.add_argument(
         "--simulate", type=file_to_write, metavar="PNG", help="draw the scaling curve up to 1,024 cards"
     )

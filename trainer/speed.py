@@ -35,8 +35,8 @@ class Speed:
 
 UNMEASURED = {"cuda": Speed(1.0, 6e-6), "cpu": Speed(1.0, 7e-5)}
 """By kind of device, where nothing was measured. Of a GPU: a program without any waste, with which others' published
-figures are compared. Of a CPU: forward and backward of Stable Diffusion 1.5's structure with widths that compute next to
-nothing took 25 us an operation, and 67 to 78 under DeepSpeed's engine in bf16."""
+figures are compared. Of a CPU: forward and backward of Stable Diffusion 1.5's structure with widths that compute next
+to nothing took 25 us an operation, and 67 to 78 under DeepSpeed's engine in bf16."""
 
 
 def host_seconds(one: Footprint, card: Accelerator, speed: Speed, stage: int = 0) -> float:
