@@ -9,7 +9,7 @@ import difflib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Protocol, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -503,7 +503,17 @@ def base_folder(name: str) -> Path:
     return Path(__file__).parents[1] / "models" / BUILT_IN if name == BUILT_IN else Path(name)
 
 
-def tracking_uri(config: RunConfig) -> str:
+class Tracked(Protocol):
+    """A run of whatever kind, as MLflow keeps it."""
+
+    @property
+    def output(self) -> Path: ...
+
+    @property
+    def tracking(self) -> TrackingConfig: ...
+
+
+def tracking_uri(config: Tracked) -> str:
     """Where MLflow keeps this run: the configured server, or mlflow.db beside the runs."""
     return config.tracking.uri or f"sqlite:///{(config.output / 'mlflow.db').absolute()}"
 

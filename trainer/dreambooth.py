@@ -10,6 +10,7 @@ the folder of this start of it (attempt.py), so an old start that wakes up puts 
 
     RUN/subjects/NAME/pytorch_lora_weights.safetensors      what diffusers' load_lora_weights reads
                       status.json                           waiting, training, finished or failed, and why
+                      metrics.jsonl                         losses and figures of each step (subject_tracking.py)
     RUN/state/of-2/rank-0.safetensors                       the subjects in training, the queue, the optimizer
     RUN/rows/8-16/state/...                                 the same of one task of an array
 """
@@ -19,8 +20,10 @@ import json
 import os
 import re
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -46,6 +49,7 @@ from controlbooth.models.controlnet import denoise
 from controlbooth.models.families import encode_prompts
 from controlbooth.models.pretrained import load_base
 from controlbooth.models.weights import save_weights
+from controlbooth.trainer.accelerators import device_name
 from controlbooth.trainer.attempt import Attempt, Superseded, check_still_ours, only_run, write_file, write_text
 from controlbooth.trainer.config import ConfigError, base_folder
 from controlbooth.trainer.distributed import World, barrier, end_process, gather_objects, join, leave, patient_group
@@ -53,6 +57,7 @@ from controlbooth.trainer.engine import DTYPES, resolve_precision
 from controlbooth.trainer.failures import end_superseded, note_failure
 from controlbooth.trainer.full import train_fully
 from controlbooth.trainer.pictures import SubjectError
+from controlbooth.trainer.run_page import source_tags
 from controlbooth.trainer.step import dreambooth_step
 from controlbooth.trainer.studio import (
     MOST_SKIPPED,
@@ -66,6 +71,7 @@ from controlbooth.trainer.studio import (
     unfinished,
     write_status,
 )
+from controlbooth.trainer.subject_tracking import SubjectTracking, Untracked
 from controlbooth.trainer.subjects import (
     SubjectRunConfig,
     Task,
@@ -77,7 +83,7 @@ from controlbooth.trainer.subjects import (
     settle,
     share_of_rank,
 )
-from controlbooth.trainer.train import StopRequest, choose_once, quiet_libraries
+from controlbooth.trainer.train import StopRequest, choose_once, peak_memory_gib, quiet_libraries, tell_page
 
 LAYERS = {"attention": ATTENTION, "attention+convolutions": ATTENTION + CONVOLUTIONS}
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -95,6 +101,7 @@ class Stack:
     waiting: dict[str, dict[str, Tensor]]
     """Of subjects that have begun already: in the queue, under another number of ranks, or failed and to be tried
     again."""
+    tracking: Untracked
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -199,12 +206,18 @@ def train_subjects(
         for name, fault in faults.items():
             write_status(attempt, folder, name, state="failed", error=fault)
     barrier()
-    draw_prior(config, base, tasks, world)
-    if config.method == "full":
-        waiting = unfinished(folder, tasks)
-        stopped = train_fully(config, base, waiting, attention, precision, folder, attempt, world, stop)
-    else:
-        stopped = train_stacked(config, base, tasks, faults, folder, attempt, world, stop)
+    tags = run_tags(config, base, attention.name, precision, world)
+    tracking = Untracked()  # of ranks that train a subject together the first logs
+    if config.method == "lora" or world.rank == 0:
+        tracking = SubjectTracking(config, folder, attempt, world, tags, partial(tell_page, world))
+    with tracking.open(faults if world.rank == 0 else {}) as closing:
+        draw_prior(config, base, tasks, world)
+        if config.method == "full":
+            waiting = unfinished(folder, tasks)
+            stopped = train_fully(config, base, waiting, attention, precision, folder, attempt, world, stop, tracking)
+        else:
+            stopped = train_stacked(config, base, tasks, faults, folder, attempt, world, stop, tracking)
+        closing.stopped = stopped
     failed = failures(folder, tasks) | faults
     if world.rank == 0:
         finished = len(tasks) - len(unfinished(folder, tasks))
@@ -213,6 +226,22 @@ def train_subjects(
         for name, error in failed.items():
             print(f"  {name}: {error}")
     return 1 if failed else 0
+
+
+def run_tags(config: SubjectRunConfig, base: Base, attention: str, precision: str, world: World) -> dict[str, str]:
+    """Of the job in MLflow, to filter by."""
+    return {
+        "task": "dreambooth",
+        "method": config.method,
+        "base": base_folder(config.model.base).name,
+        "family": base.family.name,
+        "base_digest": base.digest,
+        "attention": attention,
+        "precision": precision,
+        "world_size": str(world.world_size),
+        "device": device_name(world.device),
+        **source_tags("controlbooth.trainer.dreambooth"),
+    }
 
 
 def train_stacked(
@@ -224,6 +253,7 @@ def train_stacked(
     attempt: Attempt,
     world: World,
     stop: StopRequest,
+    tracking: Untracked,
 ) -> bool:
     """Adapters of several subjects at once on each rank; -> whether it was stopped."""
     left = unfinished(folder, tasks)
@@ -231,7 +261,7 @@ def train_stacked(
         plan_ranks(attempt, config, left, faults, world.world_size)
     barrier()
     at_the_end = patient_group()
-    stack = make_stack(config, base, tasks, faults, left, folder, attempt, world)
+    stack = make_stack(config, base, tasks, faults, left, folder, attempt, world, tracking)
     run_stack(config, stack, folder, attempt, world, stop)
     return any(gather_objects(bool(stack.trainings or stack.queue), world, at_the_end))
 
@@ -308,6 +338,7 @@ def make_stack(
     folder: Path,
     attempt: Attempt,
     world: World,
+    tracking: Untracked,
 ) -> Stack:
     """This rank's subjects as its state file says. left: those that are not finished.
 
@@ -326,7 +357,7 @@ def make_stack(
     new = [task for task in left if task.name not in known]  # or it had failed, and is tried again
     trainings, waiting, slots = [], dict(state.waiting), []
     for name, saved in state.slots.items():
-        training = try_to_begin(config, base, by_name[name], folder, attempt) if name in by_name else None
+        training = try_to_begin(config, base, by_name[name], folder, attempt, tracking) if name in by_name else None
         if training is None:
             waiting[name] = saved
         else:
@@ -336,19 +367,24 @@ def make_stack(
     adapters = attach_adapters(base.unet, LAYERS[config.adapter.layers], len(trainings), rank)
     optimizer = StackedAdamW(adapters, weight_decay=config.weight_decay)
     queue += share_of_rank(new, world.rank, world.world_size)
-    stack = Stack(base, adapters, optimizer, trainings, queue, waiting)
+    stack = Stack(base, adapters, optimizer, trainings, queue, waiting, tracking)
     for slot, saved in enumerate(slots):
         restore_slot(stack, slot, saved)
+        tracking.begin(trainings[slot].task, trainings[slot].step)
+    tracking.queue(queue)
     note_saved(stack, "training", folder, attempt)
     return stack
 
 
-def try_to_begin(config: SubjectRunConfig, base: Base, task: Task, folder: Path, attempt: Attempt) -> Training | None:
+def try_to_begin(
+    config: SubjectRunConfig, base: Base, task: Task, folder: Path, attempt: Attempt, tracking: Untracked
+) -> Training | None:
     """A subject to be put into a slot; None where it cannot begin, and its status says why."""
     try:
         return begin_training(config, base, task)
     except SubjectError as error:
         write_status(attempt, folder, task.name, state="failed", error=str(error))
+        tracking.end(task, "failed", str(error))
         return None
 
 
@@ -359,13 +395,16 @@ def run_stack(
     path = state_path(attempt.run, world)
     left = sum(task.steps for task in stack.queue) + sum(t.task.steps - t.step for t in stack.trainings)
     bar = tqdm(total=left, unit="step", desc="subjects", disable=world.rank > 0, dynamic_ncols=True)
-    since_saved = 0
+    since_saved, ended_at = 0, time.perf_counter()
     while True:
         fill_slots(config, stack, folder, attempt)
         if not stack.trainings:
             break
+        began = time.perf_counter()
         metrics = step_stack(config, stack)
         check_still_ours(attempt)
+        stalled, ended_at = began - ended_at, time.perf_counter()
+        log_stack(config, stack, ended_at - began, stalled, metrics, world)
         bar.update(len(stack.trainings))
         bar.set_postfix(
             training=len(stack.trainings), waiting=len(stack.queue), loss=f"{metrics['loss']:.4f}", refresh=False
@@ -383,8 +422,36 @@ def run_stack(
             note_saved(stack, "stopped" if stop.requested else "training", folder, attempt)
             since_saved = 0
         if stop.requested:
+            for training in stack.trainings:
+                stack.tracking.end(training.task, "stopped")
             break
     bar.close()
+
+
+def log_stack(
+    config: SubjectRunConfig, stack: Stack, seconds: float, stalled: float, metrics: dict[str, float], world: World
+) -> None:
+    """What the last step was worth to each subject, and what it cost.
+
+    stalled: seconds between the step before and this one, in which subjects begin, end, are drawn and are saved.
+    """
+    for training in stack.trainings:
+        losses = {"train/instance_loss": training.instance_loss}
+        if training.prior is not None:
+            losses["train/prior_loss"] = training.prior_loss
+        stack.tracking.log(training.task.name, training.step, losses)
+    pictures = len(stack.trainings) * config.instance_batch_size * (2 if config.prior.weight else 1)
+    stack.tracking.log_step(
+        {
+            "train/instance_loss": metrics["loss"],
+            "train/prior_loss": metrics["prior_loss"],
+            "train/samples_per_second": pictures / (seconds + stalled),
+            "train/step_seconds": seconds + stalled,
+            "train/stall_percent": 100.0 * stalled / (seconds + stalled),
+            "train/peak_memory_gib": peak_memory_gib(world),
+            "train/subjects_in_training": float(len(stack.trainings)),
+        }
+    )
 
 
 def note_saved(stack: Stack, state: str, folder: Path, attempt: Attempt) -> None:
@@ -398,7 +465,7 @@ def fill_slots(config: SubjectRunConfig, stack: Stack, folder: Path, attempt: At
     """Begins subjects of the queue while there is room. One that cannot begin has failed, and takes none."""
     while stack.queue and len(stack.trainings) < config.subjects_per_batch:
         task = stack.queue.pop(0)
-        training = try_to_begin(config, stack.base, task, folder, attempt)
+        training = try_to_begin(config, stack.base, task, folder, attempt, stack.tracking)
         if training is None:
             continue
         slot = len(stack.trainings)
@@ -408,6 +475,7 @@ def fill_slots(config: SubjectRunConfig, stack: Stack, folder: Path, attempt: At
             restore_slot(stack, slot, stack.waiting.pop(task.name))
         else:
             reset_subject(stack.adapters, slot, task.rank, seed=subject_seed(config, task))
+        stack.tracking.begin(task, training.step)
         write_status(attempt, folder, task.name, state="training", step=training.step, steps=task.steps)
 
 
@@ -430,12 +498,14 @@ def step_stack(config: SubjectRunConfig, stack: Stack) -> dict[str, float]:
     rates = torch.tensor([t.task.learning_rate for t in trainings], device=device)
     clips = torch.full((len(trainings),), config.max_grad_norm, device=device)
     _, moved = stack.optimizer.step(rates, [t.step for t in trainings], clips)
-    losses = (instance + config.prior.weight * prior).tolist()
-    for training, updated, loss in zip(trainings, moved.tolist(), losses, strict=True):
+    losses = torch.stack([instance, prior]).tolist()  # one wait for the device
+    for training, updated, own, drawn in zip(trainings, moved.tolist(), *losses, strict=True):
         training.step += 1
         training.skipped = 0 if updated else training.skipped + 1
-        training.loss = loss
-    return {"loss": float(instance.mean()), "prior_loss": float(prior.mean())}
+        training.instance_loss, training.prior_loss = own, drawn
+        training.loss = own + config.prior.weight * drawn
+    mean, prior_mean = (sum(values) / len(values) for values in losses)
+    return {"loss": mean, "prior_loss": prior_mean}
 
 
 def end_training(stack: Stack, training: Training, folder: Path, attempt: Attempt) -> None:
@@ -445,9 +515,11 @@ def end_training(stack: Stack, training: Training, folder: Path, attempt: Attemp
     finite = all(bool(tensor.isfinite().all()) for tensor in weights.values())
     if (error := divergence(task, training.step, training.skipped, training.loss, finite)) is not None:
         write_status(attempt, folder, task.name, state="failed", step=training.step, error=error)
+        stack.tracking.end(task, "failed", error)
         return
     save_lora(attempt, weights, folder / "subjects" / task.name / LORA_FILE)
     write_status(attempt, folder, task.name, state="finished", step=training.step, prompt=task.instance_prompt)
+    stack.tracking.end(task, "finished")
 
 
 def save_lora(attempt: Attempt, weights: dict[str, Tensor], path: Path) -> None:

@@ -9,6 +9,7 @@ step holds is drawn from (the subject's seed, the step), as with adapters, and d
 
 import shutil
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,7 +33,7 @@ from controlbooth.trainer import engine as engines
 from controlbooth.trainer.attempt import Attempt, move
 from controlbooth.trainer.config import ConfigError, OptimizerConfig, base_folder
 from controlbooth.trainer.disk import named_when_full
-from controlbooth.trainer.distributed import World, barrier, gather_objects
+from controlbooth.trainer.distributed import World, all_sum, barrier, gather_objects
 from controlbooth.trainer.pictures import SubjectError
 from controlbooth.trainer.step import SubjectBatch, dreambooth_step
 from controlbooth.trainer.studio import (
@@ -43,8 +44,9 @@ from controlbooth.trainer.studio import (
     make_batch,
     write_status,
 )
+from controlbooth.trainer.subject_tracking import Untracked
 from controlbooth.trainer.subjects import SubjectRunConfig, Task
-from controlbooth.trainer.train import StopRequest
+from controlbooth.trainer.train import StopRequest, peak_memory_gib
 
 PIPELINE = "pipeline"
 WEIGHTS = "network"
@@ -241,6 +243,7 @@ def train_fully(
     attempt: Attempt,
     world: World,
     stop: StopRequest,
+    tracking: Untracked,
 ) -> bool:
     """Trains these subjects, one after another; -> whether it was stopped.
 
@@ -248,6 +251,8 @@ def train_fully(
     """
     bar = tqdm(total=sum(task.steps for task in tasks), unit="step", desc="subjects", disable=world.rank > 0)
     status = partial(write_status, attempt) if world.rank == 0 else _no_status
+    tracking.queue(tasks)
+    ranks = world.world_size
     for task in tasks:
         pictures, error = None, None
         try:
@@ -257,20 +262,27 @@ def train_fully(
         errors = [one for one in gather_objects(error, world) if one is not None]  # a node's disk may fail it alone
         if pictures is None or errors:
             status(folder, task.name, state="failed", error=errors[0])
+            tracking.end(task, "failed", errors[0])
             bar.update(task.steps)
             continue
         training = begin_full(config, task, attention, precision, folder, attempt, world)
         status(folder, task.name, state="training", step=training.step, steps=task.steps)
+        tracking.begin(task, training.step)
         bar.update(training.step)
         skipped_in_a_row, stopped, error = 0, False, None
+        ended_at = time.perf_counter()
         while training.step < task.steps and error is None and not stopped:
             pictures.step = training.step
+            began = time.perf_counter()
             batch = batch_of_rank(config, base, pictures, world)
-            loss, prior_loss, skipped = step_full(config, training, batch)
+            own_loss, own_prior_loss, skipped = step_full(config, training, batch)
+            loss, prior_loss, stops = all_sum([own_loss / ranks, own_prior_loss / ranks, float(stop.requested)])
             skipped_in_a_row = skipped_in_a_row + 1 if skipped else 0
+            stalled, ended_at = began - ended_at, time.perf_counter()
+            log_full(config, training, loss, prior_loss, ended_at - began, stalled, world, tracking)
             bar.update()
             bar.set_postfix(subject=task.name, loss=f"{loss:.4f}", prior=f"{prior_loss:.4f}", refresh=False)
-            stopped = any(gather_objects(stop.requested, world))
+            stopped = stops > 0
             due = training.step % config.checkpoint_every_steps == 0 and not skipped_in_a_row
             # A skipped update leaves all as it was, so the last one is saved too, unless the subject fails by it: then
             # it is tried again from where it last moved.
@@ -286,9 +298,13 @@ def train_fully(
                     status(folder, task.name, state=state, step=training.step, steps=task.steps)
         if error is not None:
             status(folder, task.name, state="failed", step=training.step, error=error)
+            tracking.end(task, "failed", error)
         elif training.step == task.steps:
             finish_full(config, training, folder, attempt, world)
             status(folder, task.name, state="finished", step=training.step, prompt=task.instance_prompt)
+            tracking.end(task, "finished")
+        else:
+            tracking.end(task, "stopped")
         engines.release(training.engine)
         del training  # before the next subject's: two would not fit where one does
         engines.reclaim(world.device)
@@ -296,6 +312,32 @@ def train_fully(
             break
     bar.close()
     return stop_everywhere(stop, world)
+
+
+def log_full(
+    config: SubjectRunConfig,
+    training: FullTraining,
+    loss: float,
+    prior_loss: float,
+    seconds: float,
+    stalled: float,
+    world: World,
+    tracking: Untracked,
+) -> None:
+    """What the last step was worth, and what it cost. stalled: seconds between the step before and this one."""
+    losses = {"train/instance_loss": loss} | ({"train/prior_loss": prior_loss} if config.prior.weight else {})
+    tracking.log(training.task.name, training.step, losses)
+    pictures = config.instance_batch_size * (2 if config.prior.weight else 1)
+    tracking.log_step(
+        losses
+        | {
+            "train/samples_per_second": pictures / (seconds + stalled),
+            "train/step_seconds": seconds + stalled,
+            "train/stall_percent": 100.0 * stalled / (seconds + stalled),
+            "train/peak_memory_gib": peak_memory_gib(world),
+            "train/subjects_in_training": 1.0,
+        }
+    )
 
 
 def batch_of_rank(config: SubjectRunConfig, base: Base, pictures: Training, world: World) -> SubjectBatch:

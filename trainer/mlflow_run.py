@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from controlbooth.trainer.mlflow_store import make_store, store_file
-from controlbooth.trainer.spool import Record, State
+from controlbooth.trainer.spool import Record, State, publish
 
 TRAIN, EVALUATION = "train/", "evaluation/"
 """What names of metrics begin with in MLflow, whose pages make a group of each beginning: TRAIN is put before a name
@@ -25,6 +25,7 @@ DATASET_DIGEST_LENGTH = 36
 """MLflow's limit for the digest of a data set."""
 DESCRIPTION = "mlflow.note.content"
 """The tag of a run or a model that its page shows as Markdown."""
+PARENT_TAG = "mlflow.parentRunId"
 MLFLOW_MODEL_IS_EXTERNAL = "mlflow.model.isExternal"
 MLFLOW_LOGGED_ARTIFACTS = "mlflow.loggedArtifacts"
 MLFLOW_LOGGED_IMAGES = "mlflow.loggedImages"
@@ -50,11 +51,21 @@ class Refused(Exception):
 class MlflowRun:
     """A connection to one run. Any method may raise whatever the server, a proxy or the client library raises."""
 
-    def __init__(self, state: State, run_name: str, folder: Path, values_changed: bool):
+    def __init__(
+        self,
+        state: State,
+        run_name: str,
+        folder: Path,
+        values_changed: bool,
+        parent_id: str | None = None,
+        shared: Path | None = None,
+    ):
         """Connects, and finds or creates the run.
 
         folder: of the run; relative paths of artifacts and images start there.
         values_changed: steps that are repeated may have other values than before, and are sent again.
+        parent_id: of the MLflow run that this one is shown below. shared: a folder in which all processes that log to
+        this run agree on its id.
         """
         from mlflow import MlflowClient
 
@@ -65,7 +76,7 @@ class MlflowRun:
         make_store(state.uri)
         self._client = MlflowClient(state.uri)
         self.experiment_id = self._find_or_create_experiment()
-        self.run_id = state.run_id or self._find_or_create_run(run_name)
+        self.run_id = state.run_id or self._find_or_create_run(run_name, parent_id, shared)
         self._sent_steps: dict[str, int] = {}
 
     def skip_sent_steps(self) -> None:
@@ -103,10 +114,17 @@ class MlflowRun:
         return self._client.get_run(self.run_id).info.lifecycle_stage == "active"
 
     def _find_or_create_experiment(self) -> str:
+        from mlflow.exceptions import MlflowException
+
         name = self._state.experiment
         experiment = self._client.get_experiment_by_name(name)
         if experiment is None:
-            return self._client.create_experiment(name, artifact_location=_artifact_location(self._state.uri))
+            try:
+                return self._client.create_experiment(name, artifact_location=_artifact_location(self._state.uri))
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+            return self._find_or_create_experiment()  # another process has created it meanwhile
         if experiment.lifecycle_stage != "active":
             raise RuntimeError(
                 f"the MLflow experiment {name!r} is deleted. Restore it with `mlflow experiments restore "
@@ -114,15 +132,22 @@ class MlflowRun:
             )
         return experiment.experiment_id
 
-    def _find_or_create_run(self, name: str) -> str:
+    def _find_or_create_run(self, name: str, parent_id: str | None, shared: Path | None) -> str:
         """By our key: the answer to an earlier attempt to create it may have been lost."""
         key = self._state.key
         found = self._client.search_runs([self.experiment_id], f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
         if found:
-            return found[0].info.run_id
-        start_time = round(self._state.created * 1000)
-        run = self._client.create_run(self.experiment_id, start_time, tags={KEY_TAG: key}, run_name=name)
-        return run.info.run_id
+            run_id = found[0].info.run_id
+        else:
+            tags = {KEY_TAG: key} | ({PARENT_TAG: parent_id} if parent_id else {})
+            start_time = round(self._state.created * 1000)
+            run_id = self._client.create_run(self.experiment_id, start_time, tags=tags, run_name=name).info.run_id
+        if shared is None:
+            return run_id
+        agreed = publish(shared / f".mlflow-run-{key}", run_id)
+        if agreed != run_id:  # another process has created it at the same time
+            self._client.delete_run(run_id)
+        return agreed
 
     def _metrics(self, record: Record) -> Iterator[Any]:
         """A record of a step or of the machine -> mlflow.entities.Metric, without those that the server has."""
@@ -132,7 +157,7 @@ class MlflowRun:
         if "system" in record:
             step = max(0, int(record["time"] - self._state.created))  # seconds of the run, through all its starts
             for name, value in record["system"].items():
-                yield Metric(f"system/{name}", float(value), time, step)
+                yield Metric(f"{record.get('group', 'system')}/{name}", float(value), time, step)
         else:
             for name, value in record["metrics"].items():
                 if record["step"] > self._sent_steps.get(metric_name(name), -1):
@@ -151,8 +176,8 @@ class MlflowRun:
             self._client.log_batch(self.run_id, tags=[RunTag(name, value) for name, value in some])
 
     def _send_status(self, record: Record) -> None:
-        if record["status"] == "RUNNING":
-            self._client.update_run(self.run_id, "RUNNING")
+        if record["status"] in ("RUNNING", "SCHEDULED"):
+            self._client.update_run(self.run_id, record["status"])
         else:
             self._client.set_terminated(self.run_id, record["status"], round(record["time"] * 1000))
 

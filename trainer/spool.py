@@ -3,7 +3,7 @@
 metrics.jsonl has one JSON record a line, `time` in seconds since 1970:
 
     {"step": 40, "time": ..., "metrics": {"loss": 0.1}}     of a step; what is not finite is "NaN" or "Infinity"
-    {"time": ..., "system": {"cpu_percent": 93.0}}          of the machine
+    {"time": ..., "system": {"cpu_percent": 93.0}}          of a moment: the machine, or what else `group` says
     {"time": ..., "params" | "tags" | "inputs" | "status" | "artifact" | "table" | "image" | "checkpoint": ...}
 
 Names of metrics are ours, "loss" of training and "validation/edge_f1"; mlflow_run.py says what MLflow calls them.
@@ -67,13 +67,15 @@ class State:
 class Spool:
     """metrics.jsonl and tracking.json of one run folder, open for one writer. Any thread may call its methods."""
 
-    def __init__(self, folder: Path, uri: str, experiment: str, made_in: Path | None = None):
+    def __init__(
+        self, folder: Path, uri: str, experiment: str, made_in: Path | None = None, shared: State | None = None
+    ):
         """Opens or starts them. Another server or experiment than before gets everything from the first line.
 
-        made_in: the folder of the start that has taken the run (attempt.py), in which new versions of the files are
-        made. metrics.jsonl is then a fresh copy, so that an older start that still has the old one open writes into
-        nothing; and this one can replace neither file when its own folder is gone.
-        Raises ValueError for a tracking.json that cannot be read.
+        shared: of `shared_state`, where several writers log to one MLflow run. made_in: the folder of the start that
+        has taken the run (attempt.py), in which new versions of the files are made. metrics.jsonl is then a fresh copy,
+        so that an older start that still has the old one open writes into nothing; and this one can replace neither
+        file when its own folder is gone. Raises ValueError for a tracking.json that cannot be read.
         """
         folder.mkdir(parents=True, exist_ok=True)
         self.path, self._state_path = folder / LINES, folder / STATE
@@ -88,10 +90,9 @@ class Spool:
             self._file = (made_in / LINES).open("ab", buffering=0)
             os.fsync(self._file.fileno())
             os.replace(made_in / LINES, self.path)
-        state = _read_state(self._state_path) or State(uri, experiment)
-        state = replace(state, uri=without_secrets(state.uri))  # which runs begun before may have written
-        if (state.uri, state.experiment) != (uri, experiment):
-            state = State(uri, experiment, created=state.created, params=state.params, description=state.description)
+        state = _moved(_read_state(self._state_path) or shared or State(uri, experiment), uri, experiment)
+        if shared is not None and state.key != shared.key:  # begun before, as a run of its own
+            state = replace(shared, params=state.params)
         self.state = state
         self.update()
 
@@ -177,6 +178,43 @@ class Spool:
     def close(self) -> None:
         with self._lock:
             self._file.close()
+
+
+def shared_state(folder: Path, uri: str, experiment: str) -> State:
+    """The identity of the MLflow run of a run folder to which several processes log: drawn by the first, read by all.
+
+    tracking.json of the folder holds it. Raises ValueError where that cannot be read.
+    """
+    path = folder / STATE
+    if not path.exists():
+        publish(path, json.dumps(asdict(State(uri, experiment)), indent=1))
+    state = _read_state(path)
+    assert state is not None
+    own = dict(params={}, description={}, acknowledged=dict.fromkeys(STREAMS, 0))
+    return replace(_moved(state, uri, experiment), **own)
+
+
+def publish(path: Path, text: str) -> str:
+    """Writes a file that is not there yet, whole or not at all; -> what it holds, which another may have written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
+    temporary.write_text(text)
+    try:
+        os.link(temporary, path)  # unlike a rename it fails where the name is taken
+    except FileExistsError:
+        return path.read_text()
+    finally:
+        temporary.unlink()
+    return text
+
+
+def _moved(state: State, uri: str, experiment: str) -> State:
+    """The state at another server or experiment, where nothing of the run is yet; all who ask get the same key."""
+    state = replace(state, uri=without_secrets(state.uri))  # which runs begun before may have written
+    if (state.uri, state.experiment) == (uri, experiment):
+        return state
+    key = uuid.uuid5(uuid.UUID(state.key), f"{uri} {experiment}").hex
+    return State(uri, experiment, key=key, created=state.created, params=state.params, description=state.description)
 
 
 def read_metrics(run_folder: str | os.PathLike[str]) -> Iterator[tuple[int, float, dict[str, float]]]:

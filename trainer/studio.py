@@ -59,6 +59,8 @@ class Training:
     """Updates in a row that were left out."""
     loss: float = 0.0
     """Of the last step, both parts."""
+    instance_loss: float = 0.0
+    prior_loss: float = 0.0
 
 
 def divergence(task: Task, step: int, skipped: int, loss: float, finite_weights: bool) -> str | None:

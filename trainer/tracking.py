@@ -27,7 +27,7 @@ from controlbooth.trainer.mlflow_run import (
     quiet_environment,
 )
 from controlbooth.trainer.mlflow_store import store_file
-from controlbooth.trainer.spool import STREAMS, Record, Spool
+from controlbooth.trainer.spool import STREAMS, Record, Spool, shared_state
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ GIB = 2**30
 PARTS = ("what", "control", "evaluation", "details", "figures")
 """Of a run's description. The page shows five lines until it is asked for more, so what was found comes first."""
 
-Status = Literal["FINISHED", "FAILED", "KILLED"]
+Status = Literal["SCHEDULED", "RUNNING", "FINISHED", "FAILED", "KILLED"]
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,18 @@ class Tracker:
         system_metrics_seconds: float,
         made_in: Path | None = None,
         tell: Callable[[Sequence[str]], None] | None = None,
+        status: Status | None = "RUNNING",
+        parent: "Tracker | None" = None,
+        shared: Path | None = None,
+        threads: bool = True,
     ):
         """params: may be nested; changed ones of a resumed run become tags, since MLflow refuses to change a param.
 
         made_in: the folder of the start that has taken the run (attempt.py). When it is gone, nothing more is sent.
         tell: is called once, from a thread, with how to open the run, when MLflow has it.
+        parent: whose run in MLflow is that of this one's parent. shared: the folder of a run that several processes log
+        to, each through a run_folder of its own. status: None leaves it as it is. threads: send by itself, and log the
+        machine; else `send_pending`.
         Raises ValueError for a URI with a password in it, before anything is written.
         """
         refuse_secrets(uri)
@@ -92,12 +99,16 @@ class Tracker:
         if (store := store_file(uri)) is not None:
             store.parent.mkdir(parents=True, exist_ok=True)
         self.folder = Path(run_folder).absolute()
-        self._spool = Spool(self.folder, uri, experiment, made_in)
+        identity = None if shared is None else shared_state(shared, uri, experiment)
+        self._spool = Spool(self.folder, uri, experiment, made_in, identity)
         self._run_name, self._tell = run_name, tell
+        self._parent, self._shared = parent, shared
         self._run: MlflowRun | None = None
         self._generation = -1  # of the lines that it was told about
         self._logged: dict[str, tuple[int, float]] = {}  # metric -> step and time of its last record
-        self._spool.append({"status": "RUNNING"})
+        self._retry_at, self._pause = dict.fromkeys(STREAMS, 0.0), dict.fromkeys(STREAMS, 0.0)
+        if status is not None:
+            self._spool.append({"status": status})
         self._values_changed = self._log_params(flatten(params))
         self.set_tags(tags)
         self._closing = threading.Event()
@@ -106,8 +117,9 @@ class Tracker:
             target=self._sample, args=(system_metrics_seconds,), name="system metrics", daemon=True
         )
         self._sender = threading.Thread(target=self._send, name="tracking", daemon=True)
-        self._sampler.start()
-        self._sender.start()
+        self._threads = [self._sampler, self._sender] if threads else []
+        for thread in self._threads:
+            thread.start()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """One value per name and step. Raises OSError when the disk is full."""
@@ -179,9 +191,17 @@ class Tracker:
         """
         self._spool.cut_back(step)
 
+    def set_status(self, status: Status) -> None:
+        """How the run is now."""
+        self._spool.append({"status": status})
+
     def finish(self, status: Status) -> None:
         """How the run ended. To be followed by `close`."""
-        self._spool.append({"status": status})
+        self.set_status(status)
+
+    def log_timed(self, group: str, metrics: Mapping[str, float]) -> None:
+        """Figures of a moment, and of no step, as GROUP/NAME."""
+        self._spool.append({"system": dict(metrics), "group": group})
 
     def how_to_open(self) -> list[str]:
         """For a reader, as mlflow_address.how_to_open; empty as long as MLflow has not got the run."""
@@ -191,8 +211,8 @@ class Tracker:
         """Tries to send what is left, and returns how many lines remain for the next start. Logs nothing after it."""
         self._deadline = time.monotonic() + timeout_seconds
         self._closing.set()
-        self._sampler.join()
-        self._sender.join(timeout_seconds)
+        for thread in self._threads:
+            thread.join(None if thread is self._sampler else timeout_seconds)
         unsent = self._spool.unsent()
         self._spool.close()
         if unsent:
@@ -221,31 +241,50 @@ class Tracker:
         return str(absolute.relative_to(self.folder) if absolute.is_relative_to(self.folder) else absolute)
 
     def _send(self) -> None:
-        """The sending thread: each stream at its own pace, until closed and empty, or closed and out of time."""
-        retry_at, pause = dict.fromkeys(STREAMS, 0.0), dict.fromkeys(STREAMS, 0.0)
+        """The sending thread: until closed and empty, or closed and out of time."""
         while self._spool.is_ours():
-            for stream in STREAMS:
-                if time.monotonic() < retry_at[stream] and not self._closing.is_set():
-                    continue
-                try:
-                    while self._send_some(stream):
-                        pass
-                except Exception as error:  # of the server, a proxy or a library: the lines are kept, and sent later
-                    if not self._spool.is_ours():
-                        return
-                    self._report(stream, error, again=pause[stream] > 0)
-                    pause[stream] = min(max(FIRST_RETRY_SECONDS, 2 * pause[stream]), LAST_RETRY_SECONDS)
-                    retry_at[stream] = time.monotonic() + pause[stream]
-                else:
-                    if pause[stream]:
-                        logger.warning("MLflow takes %s again", stream)
-                    pause[stream] = 0.0
+            taken = self.send_pending(at_once=self._closing.is_set())
             if not self._closing.is_set():
                 self._closing.wait(SEND_EVERY_SECONDS)
-            elif time.monotonic() > self._deadline or not any(pause.values()):
+            elif time.monotonic() > self._deadline or taken:
                 return
             else:
                 time.sleep(min(FIRST_RETRY_SECONDS, max(0.0, self._deadline - time.monotonic())))
+
+    def send_pending(self, at_once: bool) -> bool:
+        """Sends what is there, each stream at its own pace; -> whether the server has taken all of it.
+
+        at_once: without waiting for the pause to end that follows a failure.
+        """
+        for stream in STREAMS:
+            if time.monotonic() < self._retry_at[stream] and not at_once:
+                continue
+            try:
+                while self._send_some(stream):
+                    pass
+            except Exception as error:  # of the server, a proxy or a library: the lines are kept, and sent later
+                if not self._spool.is_ours():
+                    return False
+                self._report(stream, error, again=self._pause[stream] > 0)
+                self._pause[stream] = min(max(FIRST_RETRY_SECONDS, 2 * self._pause[stream]), LAST_RETRY_SECONDS)
+                self._retry_at[stream] = time.monotonic() + self._pause[stream]
+            else:
+                if self._pause[stream]:
+                    logger.warning("MLflow takes %s again", stream)
+                self._pause[stream] = 0.0
+        return not any(self._pause.values())
+
+    def connect(self) -> str:
+        """-> the id of the run in MLflow, which is found or created. Raises whatever the server or a proxy raises."""
+        return self._connect(self._generation).run_id
+
+    def is_ours(self) -> bool:
+        """Whether no newer start has taken the run."""
+        return self._spool.is_ours()
+
+    def is_sent(self) -> bool:
+        """Whether MLflow has all that was logged."""
+        return not self._spool.unsent()
 
     def _send_some(self, stream: str) -> bool:
         """Sends the next records that go together, and returns whether there were any."""
@@ -271,7 +310,10 @@ class Tracker:
     def _connect(self, generation: int) -> MlflowRun:
         """The connection, which knows what the server has of the steps that are repeated after a cut."""
         if self._run is None:
-            self._run = MlflowRun(self._spool.state, self._run_name, self.folder, self._values_changed)
+            parent_id = None if self._parent is None else self._parent.connect()
+            self._run = MlflowRun(
+                self._spool.state, self._run_name, self.folder, self._values_changed, parent_id, self._shared
+            )
             self._spool.update(run_id=self._run.run_id, experiment_id=self._run.experiment_id)
             if self._tell is not None:
                 self._tell(self.how_to_open())
@@ -288,7 +330,7 @@ class Tracker:
     def _sample(self, seconds: float) -> None:
         psutil.cpu_percent()  # the first call only starts the measurement
         while not self._closing.wait(seconds) and self._spool.is_ours():
-            self._spool.append({"system": system_metrics(self.folder)})
+            self.log_timed("system", system_metrics(self.folder))
 
 
 def table_json(columns: Sequence[str], rows: Sequence[Sequence[str | float | None]]) -> str:

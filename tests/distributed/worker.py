@@ -33,6 +33,7 @@ from controlbooth.trainer.rank_memory import BUCKET_ELEMENTS, rank_memory
 from controlbooth.trainer.spool import read_metrics
 from controlbooth.trainer.step import controlnet_step
 from controlbooth.trainer.studio import draw_prior
+from controlbooth.trainer.subject_tracking import Untracked
 from controlbooth.trainer.subjects import load_run, load_subjects, settle
 
 
@@ -427,7 +428,7 @@ def subjects_in_turn(folder: Path, world: World, *names: str) -> dict:
             try:
                 full.train_fully(
                     config, base, tasks[:3], AttentionChoice("math", "the same for all"), "fp32", run, attempt, world,
-                    Never(),
+                    Never(), Untracked(),
                 )  # fmt: skip
             finally:
                 full.begin_full = begin

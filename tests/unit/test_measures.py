@@ -515,9 +515,9 @@ def test_mlflow_has_a_run_with_a_child_for_each_subject(measured):
         assert runs[name].data.tags["mlflow.parentRunId"] == runs["pets"].info.run_id
         assert runs[name].info.status == "FINISHED"
         key = next(iter(result["subjects"][name]))
-        assert runs[name].data.metrics[f"measure/{key}"] == pytest.approx(result["subjects"][name][key])
+        assert runs[name].data.metrics[f"evaluation/{key}"] == pytest.approx(result["subjects"][name][key])
         assert [file.path for file in client.list_artifacts(runs[name].info.run_id)] == ["samples.png"]
-    assert runs["pets"].data.metrics[f"measure/{key}"] == pytest.approx(result["mean"][key])
+    assert runs["pets"].data.metrics[f"evaluation/{key}"] == pytest.approx(result["mean"][key])
 
 
 def test_two_ranks_share_the_subjects_and_print_the_same_figures(measured):

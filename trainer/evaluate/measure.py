@@ -31,7 +31,7 @@ from controlbooth.models.pretrained import load_base
 from controlbooth.models.sampling import sample
 from controlbooth.trainer import command_lines
 from controlbooth.trainer.attempt import only_run
-from controlbooth.trainer.config import ConfigError, base_folder
+from controlbooth.trainer.config import ConfigError, base_folder, tracking_uri
 from controlbooth.trainer.distributed import World, gather_objects, join, leave, patient_group
 from controlbooth.trainer.dreambooth import LAYERS, LORA_FILE
 from controlbooth.trainer.engine import DTYPES, resolve_precision
@@ -47,11 +47,13 @@ from controlbooth.trainer.evaluate.subjects import (
     similarity,
 )
 from controlbooth.trainer.full import NETWORKS, PIPELINE, base_of_subject
+from controlbooth.trainer.mlflow_run import EVALUATION
 from controlbooth.trainer.pictures import SubjectError, read_picture
 from controlbooth.trainer.prior import DRAWN_AT_ONCE
 from controlbooth.trainer.studio import status_of
+from controlbooth.trainer.subject_tracking import count_states, last_step, subject_params, subject_tags
 from controlbooth.trainer.subjects import PriorConfig, SubjectRunConfig, Task, find_images, read_record
-from controlbooth.trainer.tracking import Tracker
+from controlbooth.trainer.tracking import Status, Tracker
 from controlbooth.trainer.train import quiet_libraries
 
 RUN_FILE = "measures.json"
@@ -413,31 +415,39 @@ def table(result: dict[str, Any], encoders: Encoders) -> str:
 
 
 def log_to_mlflow(run: Path, config: SubjectRunConfig, result: dict[str, Any]) -> None:
-    """The run with the means, and in it a run for each subject."""
-    uri = config.tracking.uri or f"sqlite:///{(config.output / 'mlflow.db').absolute()}"
+    """To the run of the job, the means, and to that of each subject, its own: those that the training logged to.
 
-    def log(folder: Path, name: str, tags: dict[str, str], figures: dict[str, float], file: Path, params: Any) -> int:
-        step = int(status_of(run, name).get("step", 0)) if folder != run else 0
-        tracker = Tracker(
-            folder, uri, config.tracking.experiment, name, params, tags, config.tracking.system_metrics_seconds
-        )
-        tracker.log(step, {f"measure/{key}": value for key, value in figures.items()})
+    What does not reach MLflow stays in the files, as its warning says, and is sent with the next measures.
+    """
+    settings = (tracking_uri(config), config.tracking.experiment)
+    measured = {"measure": {"protocol": result["protocol"], "encoders": result["encoders"]}}
+    left = count_states(run)["left"]
+
+    def log(tracker: Tracker, step: int, figures: dict[str, float], file: Path) -> None:
+        tracker.log(step, {f"{EVALUATION}{key}": value for key, value in figures.items()})
         tracker.log_artifact(file)
-        tracker.finish("FINISHED")
-        return tracker.close(timeout_seconds=60.0)
 
-    # A repeated step is sent again only where a param has changed, so other figures must change one.
-    digest = hashlib.sha256(json.dumps(result["subjects"], sort_keys=True).encode()).hexdigest()
-    measured = {"protocol": result["protocol"], "encoders": result["encoders"], "figures_digest": digest}
-    if log(
-        run, config.name, {}, result["mean"], run / RUN_FILE, config.model_dump(mode="json") | {"measure": measured}
-    ):
-        return  # its warning says what is kept, and why; without the parent's id there are no children
-    parent = json.loads((run / "tracking.json").read_text())["run_id"]
-    for name, figures in tqdm(result["subjects"].items(), desc="MLflow", unit="subject"):
-        folder = run / "subjects" / name
-        record = {"measure": measured | json.loads((folder / "pictures" / "drawn_by.json").read_text())}
-        log(folder, name, {"mlflow.parentRunId": parent}, figures, folder / "samples.png", record)
+    def opened(folder: Path, name: str, params: dict[str, Any], status: Status | None, **which: Any) -> Tracker:
+        seconds = config.tracking.system_metrics_seconds
+        return Tracker(folder, *settings, name, params, {}, seconds, status=status, threads=False, **which)
+
+    params = config.model_dump(mode="json") | measured
+    parent = opened(run, config.name, params, None if left else "FINISHED", shared=run)
+    log(parent, last_step(run), result["mean"], run / RUN_FILE)
+    answers = parent.send_pending(at_once=True)
+    for task in tqdm(read_record(run)[1], desc="MLflow", unit="subject"):
+        if task.name not in result["subjects"]:
+            continue
+        folder = run / "subjects" / task.name
+        drawn_by = json.loads((folder / "pictures" / "drawn_by.json").read_text())
+        params = subject_params(config, task) | {"measure": measured["measure"] | drawn_by}
+        child = opened(folder, task.name, params, "FINISHED", parent=parent)
+        child.set_tags(subject_tags(task) | {"state": "finished"})
+        log(child, int(status_of(run, task.name).get("step", 0)), result["subjects"][task.name], folder / "samples.png")
+        if answers:
+            child.send_pending(at_once=True)
+        child.close(0.0)
+    parent.close(0.0)
 
 
 if __name__ == "__main__":
