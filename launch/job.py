@@ -179,6 +179,7 @@ def settled_manifest(tasks: Sequence[Task]) -> str:
     for task in tasks:
         images = {str(path.parent.absolute()) for path in task.images}
         row = asdict(task) | {"images": images.pop()}
+        del row["held_out"]  # of the run, which says how many
         row |= {key: row[key].replace("{", "{{").replace("}", "}}") for key in ("instance_prompt", "class_prompt")}
         rows.append(json.dumps(row))
     return "".join(f"{row}\n" for row in rows)

@@ -18,32 +18,52 @@ from controlbooth.launch.cluster import load_cluster
 from controlbooth.launch.cluster_preflight import engine_problems, job_problems
 from controlbooth.launch.job import Job, JobState, job_logs, task_rows
 from controlbooth.launch.outcome import failure_reasons
-from controlbooth.launch.submit import AT_WORK, at_work, check_ended, last_submission, launch, replace_nodes, states
+from controlbooth.launch.progress import at_step, details, folder_lines, read, subjects_lines
+from controlbooth.launch.submit import (
+    AT_WORK,
+    at_work,
+    check_ended,
+    last_record,
+    last_submission,
+    launch,
+    replace_nodes,
+    states,
+)
 from controlbooth.trainer.config import RunConfig, dump, load_config
-from controlbooth.trainer.evaluate.verdict import describe, read_verdict
 
 NOTE = "== "
 """How lines of a job's script begin in its log."""
 OWN_WORDS = re.compile(r"(rank \d+|controlbooth [a-z ]+): ")
-TAIL_BYTES = 2**16
-"""Of metrics.jsonl, in which the last step is looked for."""
 
 
-def _parser(verb: str, description: str) -> argparse.ArgumentParser:
+STATUS_EXAMPLES = """examples:
+  controlbooth launch status runs/first          a ControlNet run: step, speed, time left, losses, its page in MLflow
+  controlbooth launch status runs/dreambooth     subjects: each with its state, step and loss
+  watch -n 10 controlbooth launch status runs/first"""
+
+
+def _parser(verb: str, description: str, whose: str = "that `controlbooth launch` started") -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"controlbooth launch {verb}",
         description=description,
-        epilog=f"example:\n  controlbooth launch {verb} runs/first",
+        epilog=STATUS_EXAMPLES if verb == "status" else f"example:\n  controlbooth launch {verb} runs/first",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folder", type=Path, metavar="RUN_FOLDER", help="of a run that `controlbooth launch` started")
+    parser.add_argument("folder", type=Path, metavar="RUN_FOLDER", help=f"of a run {whose}")
     return parser
 
 
 def status_main(arguments: Sequence[str] | None = None) -> int:
     options = _parser(
-        "status", "Tells how a job and its run, or its subjects, are doing. Ends with status 1 where it has failed."
+        "status",
+        "Tells how a run is doing: of a job, of `controlbooth train`, or of `controlbooth dreambooth run`. Ends with "
+        "status 1 where it, or one of its subjects, has failed.",
+        "of any kind, however it was started",
     ).parse_args(arguments)
+    if last_record(options.folder) is None:
+        lines, failed = folder_lines(options.folder)
+        print("\n".join(lines))
+        return 1 if failed else 0
     job, record = last_submission(options.folder)
     asked = states(record, job.cluster)
     code = record["code"]
@@ -69,14 +89,10 @@ def said(asked: Sequence[JobState]) -> str:
 
 def run_lines(job: Job, asked: Sequence[JobState]) -> tuple[list[str], bool]:
     """What the run itself has written, and whether it has failed."""
-    marker = job.here / "status.json"
-    checkpoints = sorted(path.parent.name for path in job.here.glob("checkpoints/step-*/COMPLETE"))
-    status = json.loads(marker.read_text()) if marker.is_file() else {}
+    status = read(job.here / "status.json")
     state = status.get("state", "not begun")
     going = any(one.state in AT_WORK for one in asked)
-    lines = [f"run         {job.name}: {state}" + (f" at step {step}" if (step := last_step(job.here)) else "")]
-    lines += [f"checkpoint  {checkpoints[-1]}"] if checkpoints else []
-    lines += [f"control     {describe(verdict)}"] if (verdict := read_verdict(job.here)) else []
+    lines = [f"run         {job.name}: {state}{at_step(job.here)}", *details(job.here, status)]
     lines += [f"error       {status['error']}"] if state == "failed" else []
     if state not in ("finished", "failed") and not going:
         lines.append(f"            nothing is at work on it now; `controlbooth launch resume {job.here}` goes on")
@@ -84,39 +100,17 @@ def run_lines(job: Job, asked: Sequence[JobState]) -> tuple[list[str], bool]:
     return lines, ended_badly and not going and state != "finished"
 
 
-def last_step(folder: Path) -> int | None:
-    """The last one in the run's metrics; a line that is being written is passed over."""
-    path = folder / "metrics.jsonl"
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - TAIL_BYTES))
-        lines = file.read().splitlines()
-    for line in reversed(lines):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue  # cut off at either end
-        if "loss" in record.get("metrics", {}):
-            return record["step"]
-    return None
-
-
 def subject_lines(job: Job, asked: Sequence[JobState], submitted: float) -> tuple[list[str], bool]:
-    """Counts of subjects by state, and why those subjects and tasks that have failed did; whether any has.
+    """Counts of subjects by state, a table of them, and why those tasks that have failed did; whether any has.
 
     submitted: when the job was, in seconds since 1970.
     """
-    statuses = {name: subject_status(job.here, name) for name in subject_names(job)}
-    counts = Counter(status.get("state", "waiting") for status in statuses.values())
-    shown = ", ".join(f"{counts[state]} {state}" for state in ("finished", "training", "waiting", "failed"))
-    shown += f", {counts['stopped']} stopped" if counts["stopped"] else ""
-    lines = [f"subjects    {len(statuses)}: {shown}"]
-    lines += [f"            {name}: {status['error']}" for name, status in statuses.items() if "error" in status]
+    statuses = {name: read(job.here / "subjects" / name / "status.json") for name in subject_names(job)}
+    lines, any_failed = subjects_lines(job.here, manifest_rows(job))
     open_ones = {name for name, status in statuses.items() if status.get("state") not in ("finished", "failed")}
     failed = failed_tasks(job, asked, submitted, open_ones)
     lines += [f"            task {task}: {why}" for task, why in failed.items()]
-    return lines, counts["failed"] > 0 or bool(failed)
+    return lines, any_failed or bool(failed)
 
 
 def failed_tasks(job: Job, asked: Sequence[JobState], submitted: float, left: Collection[str]) -> dict[int, str]:
@@ -158,13 +152,12 @@ def log_words(log: Path) -> str | None:
 
 
 def subject_names(job: Job) -> list[str]:
+    return [row["name"] for row in manifest_rows(job)]
+
+
+def manifest_rows(job: Job) -> list[dict[str, Any]]:
     manifest = job.here / "job" / "subjects.jsonl"
-    return [json.loads(line)["name"] for line in manifest.read_text().splitlines()]
-
-
-def subject_status(folder: Path, name: str) -> dict[str, Any]:
-    path = folder / "subjects" / name / "status.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return [json.loads(line) for line in manifest.read_text().splitlines()]
 
 
 def logs_main(arguments: Sequence[str] | None = None) -> int:

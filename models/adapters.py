@@ -101,6 +101,23 @@ def detached_adapters(network: nn.Module, adapters: Mapping[str, StackedAdapter]
         _put(network, adapters)
 
 
+@contextmanager
+def chosen_subjects(adapters: Mapping[str, StackedAdapter], slots: Sequence[int]) -> Iterator[None]:
+    """Inside, the stack holds copies of these slots, in this order, a slot as often as it is named, without gradients.
+
+    With guidance a batch goes through the network once without its prompts and once with them: [0, 1, 0, 1].
+    """
+    whole = {name: (adapter.down, adapter.up) for name, adapter in adapters.items()}
+    for adapter in adapters.values():
+        adapter.down = nn.Parameter(adapter.down.detach()[list(slots)], requires_grad=False)
+        adapter.up = nn.Parameter(adapter.up.detach()[list(slots)], requires_grad=False)
+    try:
+        yield
+    finally:
+        for name, (down, up) in whole.items():
+            adapters[name].down, adapters[name].up = down, up
+
+
 def _put(network: nn.Module, modules: Mapping[str, nn.Module]) -> None:
     for name, module in modules.items():
         parent, _, leaf = name.rpartition(".")

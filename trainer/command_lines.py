@@ -150,13 +150,15 @@ def dreambooth_export() -> argparse.ArgumentParser:
         "kohya's scripts (lora_unet_..., with alphas), which the common image UIs read.",
         epilog="""examples:
   controlbooth dreambooth export runs/pets rex rex.safetensors --format kohya
-  controlbooth dreambooth export runs/pets rex rex.safetensors""",
+  controlbooth dreambooth export runs/pets rex rex.safetensors
+  controlbooth dreambooth export runs/pets rex rex.safetensors --best     of the step that validations found best""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a run of subjects")
     parser.add_argument("subject", metavar="NAME")
     parser.add_argument("out", type=file_to_write, metavar="OUT.safetensors")
     parser.add_argument("--format", choices=("diffusers", "kohya"), default="diffusers", help="(default: diffusers)")
+    parser.add_argument("--best", action="store_true", help="of the step between learnt and copied, and not the last")
     parser.add_argument("--force", action="store_true", help="write over a file that is there")
     return parser
 

@@ -39,6 +39,7 @@ from controlbooth.models.adapters import (
     StackedAdamW,
     StackedAdapter,
     attach_adapters,
+    chosen_subjects,
     keep_slots,
     reset_subject,
     subject_weights,
@@ -72,6 +73,14 @@ from controlbooth.trainer.studio import (
     write_status,
 )
 from controlbooth.trainer.subject_tracking import SubjectTracking, Untracked
+from controlbooth.trainer.subject_validation import (
+    BEST_LORA,
+    Studio,
+    is_due,
+    open_studio,
+    recall,
+    validate_subjects,
+)
 from controlbooth.trainer.subjects import (
     SubjectRunConfig,
     Task,
@@ -102,6 +111,7 @@ class Stack:
     """Of subjects that have begun already: in the queue, under another number of ranks, or failed and to be tried
     again."""
     tracking: Untracked
+    studio: Studio
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -207,17 +217,20 @@ def train_subjects(
             write_status(attempt, folder, name, state="failed", error=fault)
     barrier()
     tags = run_tags(config, base, attention.name, precision, world)
+    writes = config.method == "lora" or world.rank == 0
     tracking = Untracked()  # of ranks that train a subject together the first logs
-    if config.method == "lora" or world.rank == 0:
+    if writes:
         tracking = SubjectTracking(config, folder, attempt, world, tags, partial(tell_page, world))
     with tracking.open(faults if world.rank == 0 else {}) as closing:
+        studio = open_studio(config, folder, attempt, tracking, world.device, writes)
         draw_prior(config, base, tasks, world)
         if config.method == "full":
             waiting = unfinished(folder, tasks)
-            stopped = train_fully(config, base, waiting, attention, precision, folder, attempt, world, stop, tracking)
+            stopped = train_fully(config, base, waiting, attention, precision, folder, attempt, world, stop, studio)
         else:
-            stopped = train_stacked(config, base, tasks, faults, folder, attempt, world, stop, tracking)
+            stopped = train_stacked(config, base, tasks, faults, folder, attempt, world, stop, studio)
         closing.stopped = stopped
+    barrier()  # the first rank takes the attempt's folder away, without which the others send nothing more
     failed = failures(folder, tasks) | faults
     if world.rank == 0:
         finished = len(tasks) - len(unfinished(folder, tasks))
@@ -253,7 +266,7 @@ def train_stacked(
     attempt: Attempt,
     world: World,
     stop: StopRequest,
-    tracking: Untracked,
+    studio: Studio,
 ) -> bool:
     """Adapters of several subjects at once on each rank; -> whether it was stopped."""
     left = unfinished(folder, tasks)
@@ -261,7 +274,7 @@ def train_stacked(
         plan_ranks(attempt, config, left, faults, world.world_size)
     barrier()
     at_the_end = patient_group()
-    stack = make_stack(config, base, tasks, faults, left, folder, attempt, world, tracking)
+    stack = make_stack(config, base, tasks, faults, left, folder, attempt, world, studio)
     run_stack(config, stack, folder, attempt, world, stop)
     return any(gather_objects(bool(stack.trainings or stack.queue), world, at_the_end))
 
@@ -280,8 +293,8 @@ def plan_ranks(
     files, damage = state_files(states, before)
     if before == f"of-{world_size}" and not damage:
         return
-    for partial in states.glob("of-*/*.partial"):  # of a version that wrote in place, when it was killed
-        partial.unlink()
+    for half in states.glob("of-*/*.partial"):  # of a version that wrote in place, when it was killed
+        half.unlink()
     old = [read_state(path) for path in files]
     saved = {name: tensors for state in old for name, tensors in (state.slots | state.waiting).items()}
     if damage:
@@ -338,7 +351,7 @@ def make_stack(
     folder: Path,
     attempt: Attempt,
     world: World,
-    tracking: Untracked,
+    studio: Studio,
 ) -> Stack:
     """This rank's subjects as its state file says. left: those that are not finished.
 
@@ -357,7 +370,9 @@ def make_stack(
     new = [task for task in left if task.name not in known]  # or it had failed, and is tried again
     trainings, waiting, slots = [], dict(state.waiting), []
     for name, saved in state.slots.items():
-        training = try_to_begin(config, base, by_name[name], folder, attempt, tracking) if name in by_name else None
+        training = (
+            try_to_begin(config, base, by_name[name], folder, attempt, studio.tracking) if name in by_name else None
+        )
         if training is None:
             waiting[name] = saved
         else:
@@ -367,11 +382,12 @@ def make_stack(
     adapters = attach_adapters(base.unet, LAYERS[config.adapter.layers], len(trainings), rank)
     optimizer = StackedAdamW(adapters, weight_decay=config.weight_decay)
     queue += share_of_rank(new, world.rank, world.world_size)
-    stack = Stack(base, adapters, optimizer, trainings, queue, waiting, tracking)
+    stack = Stack(base, adapters, optimizer, trainings, queue, waiting, studio.tracking, studio)
     for slot, saved in enumerate(slots):
         restore_slot(stack, slot, saved)
-        tracking.begin(trainings[slot].task, trainings[slot].step)
-    tracking.queue(queue)
+        recall(studio, trainings[slot])
+        studio.tracking.begin(trainings[slot].task, trainings[slot].step)
+    studio.tracking.queue(queue)
     note_saved(stack, "training", folder, attempt)
     return stack
 
@@ -400,6 +416,7 @@ def run_stack(
         fill_slots(config, stack, folder, attempt)
         if not stack.trainings:
             break
+        ended_at += validate_due(config, stack, attempt, stop)
         began = time.perf_counter()
         metrics = step_stack(config, stack)
         check_still_ours(attempt)
@@ -410,6 +427,7 @@ def run_stack(
             training=len(stack.trainings), waiting=len(stack.queue), loss=f"{metrics['loss']:.4f}", refresh=False
         )
         since_saved += 1
+        ended_at += validate_due(config, stack, attempt, stop)
         ended = [t for t in stack.trainings if t.step >= t.task.steps or t.skipped > MOST_SKIPPED]
         for training in ended:
             end_training(stack, training, folder, attempt)
@@ -426,6 +444,33 @@ def run_stack(
                 stack.tracking.end(training.task, "stopped")
             break
     bar.close()
+
+
+def validate_due(config: SubjectRunConfig, stack: Stack, attempt: Attempt, stop: StopRequest) -> float:
+    """Looks at those subjects of the stack of which a validation is due; -> how many seconds it took.
+
+    Asked to stop, it leaves it to the next start, but for subjects that have come to their end.
+    """
+    trainings = stack.trainings
+    due = [slot for slot, training in enumerate(trainings) if is_due(config, training)]
+    due = [slot for slot in due if not stop.requested or trainings[slot].step >= trainings[slot].task.steps]
+    if not due:
+        return 0.0
+    began = time.perf_counter()
+
+    def keep_best(training: Training, own: Path) -> None:
+        weights = subject_weights(stack.adapters, trainings.index(training), training.task.rank)
+        save_lora(attempt, weights, own / BEST_LORA)
+
+    validate_subjects(
+        stack.studio,
+        stack.base,
+        lambda *inputs: denoise(stack.base.unet, *inputs),
+        [trainings[slot] for slot in due],
+        lambda branches: chosen_subjects(stack.adapters, due * branches),
+        keep_best,
+    )
+    return time.perf_counter() - began
 
 
 def log_stack(
@@ -475,6 +520,7 @@ def fill_slots(config: SubjectRunConfig, stack: Stack, folder: Path, attempt: At
             restore_slot(stack, slot, stack.waiting.pop(task.name))
         else:
             reset_subject(stack.adapters, slot, task.rank, seed=subject_seed(config, task))
+        recall(stack.studio, training)
         stack.tracking.begin(task, training.step)
         write_status(attempt, folder, task.name, state="training", step=training.step, steps=task.steps)
 

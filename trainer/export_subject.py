@@ -1,6 +1,7 @@
 """`controlbooth dreambooth export`: a trained subject as one file, by the names that a program reads."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
@@ -13,6 +14,7 @@ from controlbooth.trainer.config import ConfigError, base_folder
 from controlbooth.trainer.disk import named_when_full
 from controlbooth.trainer.dreambooth import LORA_FILE
 from controlbooth.trainer.studio import status_of
+from controlbooth.trainer.subject_validation import BEST_LORA
 from controlbooth.trainer.subjects import read_record
 
 
@@ -24,7 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise ConfigError(
             f"{options.run} has no subject {options.subject!r}; it has {', '.join(t.name for t in tasks)}"
         )
-    if (state := status_of(options.run, task.name).get("state", "waiting")) != "finished":
+    state = status_of(options.run, task.name).get("state", "waiting")
+    if state != "finished" and not options.best:
         raise ConfigError(f"{task.name} is {state}, and has nothing to export before it is finished")
     if config.method == "full":
         raise ConfigError(
@@ -35,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise ConfigError(f"{options.out} must end in .safetensors")
     if options.out.exists() and not options.force:
         raise ConfigError(f"{options.out} is there already; --force writes over it")
-    weights = load_file(options.run / "subjects" / task.name / LORA_FILE)
+    weights = load_file(trained_file(options.run, task.name, options.best))
     metadata = {"format": "pt", "prompt": task.instance_prompt, "base_model": config.model.base}
     if options.format == "kohya":
         if len(load_tokenizers(base_folder(config.model.base))) > 1:
@@ -55,6 +58,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         temporary.unlink(missing_ok=True)
     print(f"{options.out}: {task.name}, {options.format}; prompt it with {task.instance_prompt!r}")
     return 0
+
+
+def trained_file(run: Path, name: str, best: bool) -> Path:
+    """The LoRA of a subject's last step, or of its best. Raises ConfigError where no step was found to be that."""
+    own = run / "subjects" / name
+    if not best:
+        return own / LORA_FILE
+    if not (own / BEST_LORA).is_file():
+        raise ConfigError(
+            f"{name} has no {BEST_LORA}: no step of it was seen to be learnt and not copied yet, or its run had no "
+            "validation.encoders that could tell. Leave --best out for the last step"
+        )
+    return own / BEST_LORA
 
 
 def kohya_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

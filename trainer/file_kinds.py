@@ -10,7 +10,7 @@ RUN, SUBJECTS, ABLATIONS, POLICY, CLUSTER = (
     "a cluster file",
 )
 OWN_KEYS = {
-    RUN: ("max_steps", "global_batch_size", "micro_batch_size", "optimizer", "checkpoint", "validation"),
+    RUN: ("max_steps", "global_batch_size", "micro_batch_size", "optimizer", "checkpoint"),
     SUBJECTS: ("subjects_per_batch", "instance_batch_size", "steps", "instance_prompt", "adapter", "prior"),
     ABLATIONS: ("variants", "seeds"),
     POLICY: ("triggers", "evaluation", "gate"),

@@ -7,6 +7,7 @@ step holds is drawn from (the subject's seed, the step), as with adapters, and d
                       checkpoints/   while it trains
 """
 
+import contextlib
 import shutil
 import sys
 import time
@@ -45,6 +46,7 @@ from controlbooth.trainer.studio import (
     write_status,
 )
 from controlbooth.trainer.subject_tracking import Untracked
+from controlbooth.trainer.subject_validation import BEST_PIPELINE, ROWS, Studio, is_due, recall, validate_subjects
 from controlbooth.trainer.subjects import SubjectRunConfig, Task
 from controlbooth.trainer.train import StopRequest, peak_memory_gib
 
@@ -202,15 +204,19 @@ def finish_full(config: SubjectRunConfig, training: FullTraining, folder: Path, 
     run = folder / "subjects" / training.task.name
     if world.rank == 0:
         latest = checkpoints.folder_of(run, training.step)
-        weights = load_file(latest / WEIGHTS / "weights.safetensors")
-        made = attempt.folder / PIPELINE
-        with named_when_full(run / PIPELINE):
-            write_pipeline(config, weights, made)
-        if (run / PIPELINE).exists():
-            checkpoints.delete(run / PIPELINE, attempt)
-        move(attempt, made, run / PIPELINE)
+        put_pipeline(config, load_file(latest / WEIGHTS / "weights.safetensors"), run / PIPELINE, attempt)
         checkpoints.delete(run / "checkpoints", attempt)
     barrier()
+
+
+def put_pipeline(config: SubjectRunConfig, weights: dict[str, Tensor], folder: Path, attempt: Attempt) -> None:
+    """In place of the one that may be there, whole or not at all."""
+    made = attempt.folder / folder.name
+    with named_when_full(folder):
+        write_pipeline(config, weights, made)
+    if folder.exists():
+        checkpoints.delete(folder, attempt)
+    move(attempt, made, folder)
 
 
 def write_pipeline(config: SubjectRunConfig, weights: dict[str, Tensor], made: Path) -> None:
@@ -243,7 +249,7 @@ def train_fully(
     attempt: Attempt,
     world: World,
     stop: StopRequest,
-    tracking: Untracked,
+    studio: Studio,
 ) -> bool:
     """Trains these subjects, one after another; -> whether it was stopped.
 
@@ -251,6 +257,7 @@ def train_fully(
     """
     bar = tqdm(total=sum(task.steps for task in tasks), unit="step", desc="subjects", disable=world.rank > 0)
     status = partial(write_status, attempt) if world.rank == 0 else _no_status
+    tracking = studio.tracking
     tracking.queue(tasks)
     ranks = world.world_size
     for task in tasks:
@@ -269,6 +276,9 @@ def train_fully(
         status(folder, task.name, state="training", step=training.step, steps=task.steps)
         tracking.begin(task, training.step)
         bar.update(training.step)
+        pictures.step = training.step
+        recall(studio, pictures)
+        validate_full(config, training, pictures, studio, world)
         skipped_in_a_row, stopped, error = 0, False, None
         ended_at = time.perf_counter()
         while training.step < task.steps and error is None and not stopped:
@@ -281,8 +291,11 @@ def train_fully(
             stalled, ended_at = began - ended_at, time.perf_counter()
             log_full(config, training, loss, prior_loss, ended_at - began, stalled, world, tracking)
             bar.update()
+            pictures.step = training.step
             bar.set_postfix(subject=task.name, loss=f"{loss:.4f}", prior=f"{prior_loss:.4f}", refresh=False)
             stopped = stops > 0
+            if not stopped or training.step == task.steps:
+                ended_at += validate_full(config, training, pictures, studio, world)
             due = training.step % config.checkpoint_every_steps == 0 and not skipped_in_a_row
             # A skipped update leaves all as it was, so the last one is saved too, unless the subject fails by it: then
             # it is tried again from where it last moved.
@@ -312,6 +325,29 @@ def train_fully(
             break
     bar.close()
     return stop_everywhere(stop, world)
+
+
+def validate_full(
+    config: SubjectRunConfig, training: FullTraining, pictures: Training, studio: Studio, world: World
+) -> float:
+    """Looks at the subject where a validation is due; -> how many seconds it took. Every rank calls this."""
+    if not is_due(config, pictures):
+        return 0.0
+    began = time.perf_counter()
+    kinds = [pictures.instance, pictures.prior, pictures.held_out]
+    prompts = (training.task.instance_prompt, training.task.class_prompt, training.task.instance_prompt)
+    words = [prompt for prompt, kind in zip(prompts, kinds, strict=True) if kind is not None for _ in range(ROWS)]
+
+    def network(noisy_latents: Tensor, timesteps: Tensor, text: TextEncoding) -> Tensor:
+        return training.engine(noisy_latents, timesteps, words if config.train_text_encoder else text)
+
+    def keep_best(_: Training, own: Path) -> None:
+        weights = engines.full_state(training.engine)
+        if world.rank == 0:
+            put_pipeline(config, weights, own / BEST_PIPELINE, studio.attempt)
+
+    validate_subjects(studio, training.base, network, [pictures], lambda _: contextlib.nullcontext(), keep_best)
+    return time.perf_counter() - began
 
 
 def log_full(

@@ -4,7 +4,7 @@ import json
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,8 @@ class Training:
     task: Task
     instance: Pictures
     prior: Pictures | None
+    held_out: Pictures | None = None
+    """Pictures of the subject that are not trained on."""
     step: int = 0
     skipped: int = 0
     """Updates in a row that were left out."""
@@ -61,6 +63,8 @@ class Training:
     """Of the last step, both parts."""
     instance_loss: float = 0.0
     prior_loss: float = 0.0
+    history: list[dict[str, float]] = field(default_factory=list)
+    """What its validations have found up to this step, each with `step`."""
 
 
 def divergence(task: Task, step: int, skipped: int, loss: float, finite_weights: bool) -> str | None:
@@ -86,13 +90,15 @@ def subject_seed(config: SubjectRunConfig, task: Task) -> int:
 
 def begin_training(config: SubjectRunConfig, base: Base, task: Task) -> Training:
     """Reads and encodes a subject's pictures. Raises SubjectError naming the picture that cannot be used."""
-    instance = read_pictures(task.images, config.resolution)
+    both = read_pictures((*task.images, *task.held_out), config.resolution)
+    instance, kept_back = both[: len(task.images)], both[len(task.images) :]
+    held_out = encode_pictures(config, base, kept_back, task.instance_prompt) if kept_back else None
     prior = None
     if config.prior.weight > 0:
         folder = prior_folder(config, base, task.class_prompt)
         drawn = [read_picture(path, config.resolution) for path in class_images(folder, config.prior.images)]
         prior = encode_pictures(config, base, drawn, task.class_prompt)
-    return Training(task, encode_pictures(config, base, instance, task.instance_prompt), prior)
+    return Training(task, encode_pictures(config, base, instance, task.instance_prompt), prior, held_out)
 
 
 @torch.no_grad()

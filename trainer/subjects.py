@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from string import Formatter
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -28,6 +28,8 @@ from controlbooth.trainer.config import (
 from controlbooth.trainer.file_kinds import SUBJECTS
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+PICTURES = ("images", "held_out")
+"""Fields of a Task that are paths of pictures."""
 
 
 class Subject(Section):
@@ -80,6 +82,53 @@ class PriorConfig(Section):
     """Folder that keeps them for all runs. Default: prior/ beside the runs."""
 
 
+class SubjectEncoders(Section):
+    """What compares drawn pictures with a subject's own, of those that `dreambooth measure` takes. Default: nothing."""
+
+    dino: Path | None = None
+    """A folder of DINO that transformers reads, for subject fidelity and for copying."""
+    clip: Path | None = None
+    """A folder of CLIP that transformers reads, for prompt fidelity (CLIP-T), and CLIP-I."""
+    efficientnet: bool = False
+    """In place of DINO: an ImageNet EfficientNet of the `measure` extra, whose figures have another scale."""
+
+    @property
+    def compare(self) -> bool:
+        return self.dino is not None or self.efficientnet
+
+
+class SubjectValidationConfig(Section):
+    """How subjects are looked at while they train. Nothing here but hold_out changes what is trained."""
+
+    every_steps: int = Field(default=100, gt=0)
+    """Of a subject: at step 0, then every so many, and at its last one. Losses with noise and timesteps that never
+    change are logged then, of its pictures and of its class's, which tell its learning from the drift of its class."""
+    prompts: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Drawn then, with {identifier} and {class_noun} filled in for each subject, such as "a {identifier} {class_noun}
+    on the beach". Default: nothing is drawn."""
+    pictures: int = Field(default=2, gt=0)
+    """Of each prompt."""
+    sampling_steps: int = Field(default=25, gt=0)
+    guidance_scale: float = Field(default=7.5, ge=1.0)
+    hold_out: int = Field(default=0, ge=0)
+    """So many pictures of each subject, the last by name, are not trained on, and give validation/held_out_loss."""
+    encoders: SubjectEncoders = SubjectEncoders()
+    """With dino or efficientnet, each validation says how near what it draws is to the subject's pictures. From that
+    come the step at which a subject is learnt, the one from which it overfits, and best.safetensors between them."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "SubjectValidationConfig":
+        for number, prompt in enumerate(self.prompts):
+            fill(f"prompts.{number}", prompt, identifier="x", class_noun="y")
+        if (self.encoders.compare or self.encoders.clip is not None) and not self.prompts:
+            raise ValueError("encoders compare what is drawn, and there are no prompts to draw: give some")
+        if self.encoders.dino is not None and self.encoders.efficientnet:
+            raise ValueError("encoders.dino and encoders.efficientnet are both given: take one of them")
+        if self.encoders.clip is not None and not self.encoders.compare:
+            raise ValueError("encoders.clip needs dino or efficientnet beside it, by which subjects are compared")
+        return self
+
+
 class SubjectRunConfig(Section):
     """A DreamBooth run."""
 
@@ -117,6 +166,7 @@ class SubjectRunConfig(Section):
     adapter: AdapterConfig = AdapterConfig()
     prior: PriorConfig = PriorConfig()
     checkpoint_every_steps: int = Field(default=200, gt=0)
+    validation: SubjectValidationConfig = SubjectValidationConfig()
     tracking: TrackingConfig = TrackingConfig()
 
     @property
@@ -149,6 +199,8 @@ class Task:
     steps: int
     learning_rate: float
     rank: int
+    held_out: tuple[Path, ...] = ()
+    """Its pictures that are not trained on."""
 
 
 def load_run(path: Path, overrides: Sequence[str] = ()) -> SubjectRunConfig:
@@ -228,6 +280,13 @@ def settle(subjects: Sequence[Subject], config: SubjectRunConfig) -> tuple[list[
             there = "has no pictures" if subject.images.is_dir() else "is no folder"
             faults[subject.name] = f"{subject.images} {there} ({', '.join(IMAGE_SUFFIXES)})"
             continue
+        kept = len(images) - config.validation.hold_out
+        if kept < 1:
+            faults[subject.name] = (
+                f"it has {len(images)} pictures, and validation.hold_out={config.validation.hold_out} leaves none to "
+                "train on. Add some, or hold out fewer"
+            )
+            continue
         words = dict(identifier=identifier, class_noun=subject.class_noun)
         try:
             instance_prompt = fill("instance_prompt", subject.instance_prompt or config.instance_prompt, **words)
@@ -238,7 +297,7 @@ def settle(subjects: Sequence[Subject], config: SubjectRunConfig) -> tuple[list[
         tasks.append(
             Task(
                 name=subject.name,
-                images=tuple(images),
+                images=tuple(images[:kept]),
                 class_noun=subject.class_noun,
                 identifier=identifier,
                 instance_prompt=instance_prompt,
@@ -246,6 +305,7 @@ def settle(subjects: Sequence[Subject], config: SubjectRunConfig) -> tuple[list[
                 steps=subject.steps or config.steps,
                 learning_rate=subject.learning_rate or config.default_learning_rate,
                 rank=subject.rank or config.adapter.rank,
+                held_out=tuple(images[kept:]),
             )
         )
     return tasks, faults
@@ -301,7 +361,7 @@ def check_pictures(tasks: Sequence[Task], resolution: int) -> dict[str, str]:
     faults: dict[str, str] = {}
     for task in tasks:
         try:
-            read_pictures(task.images, resolution)
+            read_pictures((*task.images, *task.held_out), resolution)
         except SubjectError as error:
             faults[task.name] = str(error)
     return faults
@@ -309,7 +369,7 @@ def check_pictures(tasks: Sequence[Task], resolution: int) -> dict[str, str]:
 
 def record_texts(config: SubjectRunConfig, tasks: Sequence[Task]) -> dict[str, str]:
     """What a run trains, for whoever looks at it later: files of its folder, config.yaml and subjects.json."""
-    rows = [asdict(task) | {"images": [str(path.absolute()) for path in task.images]} for task in tasks]
+    rows = [asdict(task) | {name: absolute(getattr(task, name)) for name in PICTURES} for task in tasks]
     tree = config.model_dump(mode="json") | {"output": str(config.output.absolute())}
     return {
         "config.yaml": yaml.safe_dump(tree, sort_keys=False, allow_unicode=True),
@@ -325,8 +385,12 @@ def read_record(folder: Path) -> tuple[SubjectRunConfig, list[Task]]:
             "with `controlbooth dreambooth run`: what is finished is not trained again"
         )
     rows = json.loads((folder / "subjects.json").read_text())
-    tasks = [Task(**row | {"images": tuple(map(Path, row["images"]))}) for row in rows]
+    tasks = [Task(**row | {name: tuple(map(Path, row.get(name, ()))) for name in PICTURES}) for row in rows]
     return load_run(folder / "config.yaml"), tasks
+
+
+def absolute(paths: Sequence[Path]) -> list[str]:
+    return [str(path.absolute()) for path in paths]
 
 
 def find_images(folder: Path) -> list[Path]:

@@ -34,6 +34,7 @@ from controlbooth.trainer.spool import read_metrics
 from controlbooth.trainer.step import controlnet_step
 from controlbooth.trainer.studio import draw_prior
 from controlbooth.trainer.subject_tracking import Untracked
+from controlbooth.trainer.subject_validation import open_studio
 from controlbooth.trainer.subjects import load_run, load_subjects, settle
 
 
@@ -428,7 +429,7 @@ def subjects_in_turn(folder: Path, world: World, *names: str) -> dict:
             try:
                 full.train_fully(
                     config, base, tasks[:3], AttentionChoice("math", "the same for all"), "fp32", run, attempt, world,
-                    Never(), Untracked(),
+                    Never(), open_studio(config, run, attempt, Untracked(), world.device, False),
                 )  # fmt: skip
             finally:
                 full.begin_full = begin

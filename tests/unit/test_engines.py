@@ -204,7 +204,15 @@ def test_status_of_an_array_tells_of_a_task_that_failed_before_its_first_subject
     assert controlbooth(["launch", "status", str(job.here)]) == 1
     assert capsys.readouterr().out.splitlines()[2:] == [
         "subjects    8: 2 finished, 0 training, 4 waiting, 1 failed, 1 stopped",
-        "            s3: no pictures",
+        "            name  state     step  loss",
+        "            s0    finished  0",
+        "            s1    finished  0",
+        "            s2    waiting   0",
+        "            s3    failed    0           no pictures",
+        "            s4    stopped   10",
+        "            s5    waiting   0",
+        "            s6    waiting   0",
+        "            s7    waiting   0",
         "            task 1: rank 0: OSError: no space left",
         "            task 2: rank 0: ConfigError: unknown key 'step'",
     ]
