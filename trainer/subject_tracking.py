@@ -158,6 +158,11 @@ class SubjectTracking(Untracked):
     def end(self, task: Task, state: str, reason: str = "") -> None:
         self._end(task.name, subject_params(self._config, task), subject_tags(task), state, reason)
 
+    def is_sent(self) -> bool:
+        """Whether MLflow has all that was logged up to now."""
+        with self._lock:
+            return not self._queued and all(one.is_sent() for one in (self._parent, *self._children.values()))
+
     def _finish(self, stopped: bool, timeout_seconds: float) -> None:
         counts = count_states(self._folder)
         self._log_counts()
