@@ -124,7 +124,7 @@ def validate_subjects(
         task, found = training.task, figures[training.task.name]
         own: dict[str, float] = {"step": training.step}
         if pictures and studio.subject is not None:
-            compared, own = compare(studio, task, pictures[task.name], own)
+            compared, own = compare(studio, task, of_subject(studio.config, pictures[task.name]), own)
             found |= compared
         training.history = [*training.history, own]
         told = course(training.history)
@@ -239,8 +239,20 @@ def draw_samples(config: SubjectRunConfig, base: Base, tasks: Sequence[Task]) ->
     return {name: np.stack(images) for name, images in drawn.items()}
 
 
+def named_prompts(config: SubjectRunConfig) -> list[str]:
+    """The templates that name the subject; others show what has become of its class, and are not compared with it."""
+    return [prompt for prompt in config.validation.prompts if "{identifier}" in prompt]
+
+
+def of_subject(config: SubjectRunConfig, drawn: np.ndarray) -> np.ndarray:
+    """The pictures of those prompts."""
+    named = ["{identifier}" in prompt for prompt in config.validation.prompts]
+    return drawn[np.repeat(named, config.validation.pictures)]
+
+
 def compare(studio: Studio, task: Task, drawn: np.ndarray, own: dict[str, float]) -> tuple[Figures, dict[str, float]]:
-    """-> figures of drawn pictures by the names of `dreambooth measure`, and `own` with those of `overfitting`."""
+    """Of drawn pictures of a subject -> figures by the names of `dreambooth measure`, and `own` with those of
+    `overfitting`."""
     subject, clip, real = studio.subject, studio.clip, real_rows(studio, task)
     assert subject is not None
     rows, pictures = subject.images(drawn), real["subject"]
@@ -256,7 +268,7 @@ def compare(studio: Studio, task: Task, drawn: np.ndarray, own: dict[str, float]
         assert clip.texts is not None
         described = [
             fill("validation.prompts", prompt, identifier="", class_noun=task.class_noun)
-            for prompt in studio.config.validation.prompts
+            for prompt in named_prompts(studio.config)
             for _ in range(studio.config.validation.pictures)
         ]
         clip_rows = clip.images(drawn)

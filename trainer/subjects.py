@@ -105,7 +105,8 @@ class SubjectValidationConfig(Section):
     change are logged then, of its pictures and of its class's, which tell its learning from the drift of its class."""
     prompts: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Drawn then, with {identifier} and {class_noun} filled in for each subject, such as "a {identifier} {class_noun}
-    on the beach". Default: nothing is drawn."""
+    on the beach". Those without {identifier} show what becomes of the class, and are not compared with the subject.
+    Default: nothing is drawn."""
     pictures: int = Field(default=2, gt=0)
     """Of each prompt."""
     sampling_steps: int = Field(default=25, gt=0)
@@ -120,8 +121,12 @@ class SubjectValidationConfig(Section):
     def _consistent(self) -> "SubjectValidationConfig":
         for number, prompt in enumerate(self.prompts):
             fill(f"prompts.{number}", prompt, identifier="x", class_noun="y")
-        if (self.encoders.compare or self.encoders.clip is not None) and not self.prompts:
-            raise ValueError("encoders compare what is drawn, and there are no prompts to draw: give some")
+        named = [prompt for prompt in self.prompts if "{identifier}" in prompt]
+        if (self.encoders.compare or self.encoders.clip is not None) and not named:
+            raise ValueError(
+                "encoders compare pictures of the subject with its own, and no prompt draws it: give some with "
+                "{identifier} in prompts"
+            )
         if self.encoders.dino is not None and self.encoders.efficientnet:
             raise ValueError("encoders.dino and encoders.efficientnet are both given: take one of them")
         if self.encoders.clip is not None and not self.encoders.compare:

@@ -6,7 +6,7 @@
 Eight unseen subjects on the built-in base, as `controlbooth dreambooth demo` trains them. Cost: one process makes steps
 in turns with and without tracking, each turn so many seconds, and sends to its own SQLite store meanwhile, as a run
 without a server does; what is left to send after a turn is waited for, and counts in neither. Screenshots: a job with
-pictures of two prompts every 50 steps, compared by the EfficientNet of the `measure` extra, on a server, whose pages
+pictures of three prompts every 50 steps, compared by the EfficientNet of the `measure` extra, on a server, whose pages
 Debian's Chromium shows.
 """
 
@@ -41,7 +41,8 @@ from controlbooth.trainer.train import quiet_libraries
 SUBJECTS, PICTURES = 8, 5
 WARM_UP = 5
 """Steps before the first turn."""
-PROMPTS = ["a {identifier} {class_noun} on a red background", "a {identifier} {class_noun} on a blue background"]
+PROMPTS = ["a {identifier} {class_noun} on a red background", "a {identifier} {class_noun} on a blue background",
+           "a {class_noun}"]  # fmt: skip
 
 
 def cost(folder: Path, rounds: int, seconds: float) -> None:
