@@ -39,8 +39,8 @@ def folder_lines(folder: Path) -> tuple[list[str], bool]:
         how = "controlbooth train RUN.yaml"
     else:
         raise ConfigError(
-            f"{folder} holds no {RESOLVED}, status.json or subjects.json, so it is the folder of no run: give RUN, as "
-            "the trainer names it when it ends"
+            f"{folder} holds no {RESOLVED}, status.json or subjects.json, and no job was submitted for it: give the "
+            "folder of a run, as the trainer names it when it ends"
         )
     if is_at_work(folder):
         lines.insert(1, "            it is being trained now")
@@ -65,7 +65,10 @@ def at_step(folder: Path) -> str:
 
 
 def details(folder: Path, status: Record) -> list[str]:
-    """Step, speed, losses, checkpoint, what is known of control and MLflow page of a ControlNet run. status: what its status.json says."""
+    """Step, speed, losses, checkpoint, verdict on control and MLflow page of a ControlNet run.
+
+    status: what its status.json says.
+    """
     records = step_records(folder)
     steps = [record for record in records if "loss" in record["metrics"]]
     lines = []

@@ -53,7 +53,8 @@ def test_a_job_has_one_run_and_each_subject_one_below_it_with_every_step_once(st
 
 
 def test_a_killed_run_logs_no_step_twice_and_its_weights_are_bitwise_those_of_one_that_was_not(studio, whole):
-    path = run_file(studio, "tracked-killed")
+    looks = dict(every_steps=3, prompts=["a {identifier} {class_noun}"], pictures=1, sampling_steps=1, guidance_scale=1)
+    path = run_file(studio, "tracked-killed", validation=looks)
     state = studio / "runs" / "tracked-killed" / "state" / "of-1" / "rank-0.safetensors"
     process, written = start(studio, path), set()
     deadline = time.monotonic() + 200
@@ -66,8 +67,12 @@ def test_a_killed_run_logs_no_step_twice_and_its_weights_are_bitwise_those_of_on
     client, _, children = tracked(studio, "tracked-killed")
     for name in NAMES:
         assert difference(weights(studio, "tracked-killed", name), weights(studio, whole, name)) == 0.0
-        lines = [step for step, _, _ in read_metrics(studio / "runs" / "tracked-killed" / "subjects" / name)]
+        own = studio / "runs" / "tracked-killed" / "subjects" / name
+        lines = [step for step, _, metrics in read_metrics(own) if "train/instance_loss" in metrics]
         assert lines == steps_of(client, children[name], "train/instance_loss") == list(range(1, 13))
+        assert steps_of(client, children[name], "validation/instance_loss") == [0, 3, 6, 9, 12]
+        pictures = client.list_artifacts(children[name].info.run_id, "images")
+        assert len([one for one in pictures if one.path.endswith(".png")]) == 5
 
 
 @pytest.mark.parametrize("how", ["ranks", "tasks"])

@@ -87,7 +87,7 @@ def test_a_run_of_subjects_is_a_table_of_them(tmp_path, capsys):
 
 def test_a_folder_of_no_run_is_refused(tmp_path, capsys):
     assert controlbooth(["launch", "status", str(tmp_path)]) == 2
-    assert "so it is the folder of no run: give RUN" in capsys.readouterr().err
+    assert "and no job was submitted for it: give the folder of a run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
