@@ -26,6 +26,7 @@ from controlbooth.data.sources import encode_png
 from controlbooth.trainer import export
 from controlbooth.trainer.accelerators import accelerator, is_card
 from controlbooth.trainer.evaluate import evaluate
+from controlbooth.trainer.integrity import write_marker
 
 
 @pytest.fixture(scope="module")
@@ -261,9 +262,13 @@ def test_sigterm_leaves_a_checkpoint_and_the_same_command_goes_on_but_no_other_r
     saved = (checkpoint / "state.json").read_text()
     order = json.loads(saved)["order"] | {"version": 2}  # of a version that dropped prompts by the samples' names
     (checkpoint / "state.json").write_text(json.dumps(json.loads(saved) | {"order": order}))
-    output, _ = start(run_file(world_folder, "stopped", max_steps=400), 1).communicate(timeout=300)
-    assert "by the names of samples" in output and f"model.controlnet={checkpoint}/controlnet" in output
+    write_marker(checkpoint)
+    refused = start(run_file(world_folder, "stopped", max_steps=status["step"] + 2), 1)
+    output, _ = refused.communicate(timeout=300)
+    assert refused.returncode != 0 and "by the names of samples" in output
+    assert f"model.controlnet={checkpoint}/controlnet" in output
     (checkpoint / "state.json").write_text(saved)
+    write_marker(checkpoint)
 
     run_file(world_folder, "stopped", max_steps=status["step"] + 2)
     assert f"at step {status['step']}" in finish(start(path, 2))
