@@ -65,8 +65,8 @@ def lines_at(conditions: Sequence[np.ndarray], kind: str, resolution: int) -> Sh
     packed = int(np.median([min(one.shape[:2]) for one in conditions]))
     if packed < MUCH_SMALLER * resolution:
         return None
-    shares = np.mean([_shares(one, resolution) for one in conditions], axis=0)
-    return ShrunkLines(kind, packed, resolution, *shares.tolist()) if shares[2] > LOST else None
+    before, after, lost = np.mean([_shares(one, resolution) for one in conditions], axis=0).tolist()
+    return ShrunkLines(kind, packed, resolution, before, after, lost) if lost > LOST else None
 
 
 def _shares(condition: np.ndarray, resolution: int) -> tuple[float, float, float]:

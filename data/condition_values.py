@@ -25,7 +25,7 @@ class ConditionValues:
         """closing: once set, reads that wait for a store to come back are given up."""
         self._dataset, self._kind, self._closing = dataset, kind, closing
         self._lock = Lock()
-        self._found = named_values(kind) if stored_kind(kind) is not None else "levels"
+        self._found: Values | None = named_values(kind) if stored_kind(kind) is not None else "levels"
 
     def get(self) -> Values:
         """Raises OSError where shards cannot be read; samples that are bad are passed over."""

@@ -84,7 +84,8 @@ def resize_binary(ink: np.ndarray, height: int, width: int) -> np.ndarray:
     regions = cv2.bitwise_and(ink, cv2.dilate(cv2.dilate(cores, square), square))
     smaller = height < ink.shape[0]
     method = cv2.INTER_AREA if smaller else cv2.INTER_LINEAR
-    result = cv2.inRange(cv2.resize(regions * np.uint8(255), (width, height), interpolation=method), 128, 255) & 1
+    covered = cv2.resize(regions * np.uint8(255), (width, height), interpolation=method)
+    result = (covered > 127).astype(np.uint8)
     strokes = cv2.subtract(ink, regions)
     if cv2.countNonZero(strokes):
         # They begin inside of the region that they leave, so that no gap opens where its border moves.

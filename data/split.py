@@ -28,7 +28,7 @@ NOTES = "split.jsonl"
 AT_ONCE = 500
 """Samples that a process looks at before what it found is noted."""
 
-Facts = list[Any]
+Facts = list[Any]  # a list, as in JSON
 """Of a sample: content hash, perceptual hash as four numbers (zeros where there is none), folder, hash of captions."""
 
 
@@ -139,8 +139,11 @@ def choose_rows(facts: Sequence[Facts], wanted: int, sides: Mapping[int, bool]) 
     return out
 
 
-def _in_proportion(numbers: Sequence[int], names: Sequence[tuple[str, int]], bits: np.ndarray) -> list[int]:
-    """The numbers in an order of which every beginning has each folder, and each caption in it, in proportion."""
+def _in_proportion(numbers: Sequence[int], names: Sequence[tuple[Any, Any]], bits: np.ndarray) -> list[int]:
+    """The numbers in an order of which every beginning has each folder, and each caption in it, in proportion.
+
+    names, bits: folder and hash of captions, and random bits, by number.
+    """
     order = sorted(numbers, key=lambda number: bits[number])
     for key in (lambda number: names[number], lambda number: names[number][0]):
         members: dict[Any, list[int]] = {}
