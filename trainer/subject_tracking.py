@@ -14,6 +14,7 @@ it (train/rank-1/step_seconds, train/rows-0-16/step_seconds). One thread of a pr
 import contextlib
 import json
 import math
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -69,6 +70,9 @@ class Untracked:
     def set_tags(self, name: str, tags: Mapping[str, str]) -> None:
         """Of a subject that has begun."""
 
+    def describe(self, name: str, **parts: str) -> None:
+        """Sets parts of the description of a subject that has begun, Markdown."""
+
     def log_step(self, metrics: Mapping[str, float]) -> None:
         """What a step of all subjects together has cost, by the number of the process's steps, repeated ones too."""
 
@@ -109,6 +113,7 @@ class SubjectTracking(Untracked):
         self._parent = self._tracker(
             f"run-{world.rank}", own, config.name, params, tags, "RUNNING", shared=folder, tell=tell
         )
+        self._parent.describe(what=describe_job(config, folder))
         self._step = last_step(own)
         self._closing = threading.Event()
         self._deadline = float("inf")
@@ -150,6 +155,9 @@ class SubjectTracking(Untracked):
 
     def set_tags(self, name: str, tags: Mapping[str, str]) -> None:
         self._children[name].set_tags(tags)
+
+    def describe(self, name: str, **parts: str) -> None:
+        self._children[name].describe(**parts)
 
     def log_step(self, metrics: Mapping[str, float]) -> None:
         self._step += 1
@@ -213,6 +221,8 @@ class SubjectTracking(Untracked):
                 self._children[name] = self._tracker(
                     f"subject-{name}", own, name, params, tags, status, parent=self._parent
                 )
+                if params:
+                    self._children[name].describe(what=describe_subject(params))
             return self._children[name]
 
     def _tracker(
@@ -322,6 +332,25 @@ def subject_params(config: SubjectRunConfig, task: Task) -> dict[str, Any]:
 
 def subject_tags(task: Task) -> dict[str, str]:
     return {"task": "dreambooth subject", "class_noun": task.class_noun, "identifier": task.identifier}
+
+
+def describe_job(config: SubjectRunConfig, folder: Path) -> str:
+    """Markdown, for the page of the job's run."""
+    how = "all layers" if config.method == "full" else f"LoRA of rank {config.adapter.rank} on {config.adapter.layers}"
+    return (
+        f"**DreamBooth subjects** on `{config.model.base}`: {how}, {config.steps} steps unless a subject has its own. "
+        f"Each subject is a child run, with its losses, its pictures and its state. Folder: `{folder.absolute()}` on "
+        f"{socket.gethostname()}"
+    )
+
+
+def describe_subject(params: Mapping[str, Any]) -> str:
+    """Markdown, for the page of a subject's run. params: of `subject_params`."""
+    return (
+        f"**{params['class_noun']}**, drawn by `{params['instance_prompt']}`: {params['pictures']} pictures, "
+        f"{params['steps']} steps at {params['learning_rate']:g}. `samples.png` among the artifacts is the newest grid "
+        "of its validations, where prompts are given; the others are under Model metrics"
+    )
 
 
 def finite(metrics: Mapping[str, float]) -> dict[str, float]:

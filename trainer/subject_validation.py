@@ -152,6 +152,7 @@ def note(studio: Studio, training: Training, found: Figures, told: Course, pictu
         studio.tracking.set_tags(task.name, {name: "none" if at is None else str(at) for name, at in tags.items()})
     if (told.learnt, told.overfits) != (before.learnt, before.overfits):
         tqdm.write(f"{task.name}: {describe(told)} (step {step})", file=sys.stderr)
+        studio.tracking.describe(task.name, course=f"**Course:** {describe(told)}")
 
 
 def describe(told: Course) -> str:
