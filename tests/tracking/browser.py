@@ -57,7 +57,8 @@ def browser(width: int = 1600, height: int = 1000) -> Iterator[Any]:
             options.add_argument(flag)
         driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
         try:
-            driver.set_page_load_timeout(60)
+            driver.set_page_load_timeout(180)  # on a machine that is busy with other things
+            driver.set_script_timeout(180)
             yield driver
         finally:
             driver.quit()
