@@ -13,6 +13,7 @@ it (train/rank-1/step_seconds, train/rows-0-16/step_seconds). One thread of a pr
 
 import contextlib
 import json
+import logging
 import math
 import socket
 import threading
@@ -33,6 +34,10 @@ from controlbooth.trainer.studio import status_of
 from controlbooth.trainer.subjects import SubjectRunConfig, Task
 from controlbooth.trainer.tracking import Status, Tracker, system_metrics
 
+logger = logging.getLogger(__name__)
+
+SUBJECTS_EVERY = 4
+"""Rounds of sending in which the runs of subjects are sent once, as each call has its price; that of the job always."""
 QUEUED_AT_ONCE = 8
 """Subjects whose runs are made in MLflow between two rounds of sending, while they wait for their training."""
 ENDED: dict[str, Status] = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
@@ -108,7 +113,7 @@ class SubjectTracking(Untracked):
         self._children: dict[str, Tracker] = {}
         self._ended: set[str] = set()
         self._queued: list[Task] = []
-        self._changed = True
+        self._changed, self._round = True, 0
         params = config.model_dump(mode="json")
         self._parent = self._tracker(
             f"run-{world.rank}", own, config.name, params, tags, "RUNNING", shared=folder, tell=tell
@@ -268,6 +273,9 @@ class SubjectTracking(Untracked):
         if self._changed and not closing:
             self._log_counts()
         taken = self._parent.send_pending(closing)
+        self._round += 1
+        if self._round % SUBJECTS_EVERY and not closing and not self._queued:
+            return taken
         with self._lock:
             children = dict(self._children)
         for name, child in children.items():
@@ -303,7 +311,12 @@ class SubjectTracking(Untracked):
     def _log_counts(self) -> None:
         """How many subjects of the whole run are finished, failed and left, as their statuses say."""
         self._changed = False
-        counts = {state: float(count) for state, count in count_states(self._folder).items()}
+        try:
+            counts = {state: float(count) for state, count in count_states(self._folder).items()}
+        except (OSError, ValueError) as error:  # of a disk that is away for a moment: it must not end the sending
+            logger.warning("how many subjects are finished cannot be told now: %s", error)
+            self._changed = True
+            return
         self._parent.log_timed("subjects", counts)
 
     def _sample(self, seconds: float) -> None:

@@ -80,6 +80,7 @@ def cost(folder: Path, rounds: int, seconds: float) -> None:
 
             for _ in range(WARM_UP):
                 step_stack(config, stack)
+            turn(True)  # connects, and makes the runs, which each run does once
             ratios, busy = [], []
             for number in range(rounds):
                 order = (True, False) if number % 2 == 0 else (False, True)

@@ -48,7 +48,8 @@ def start(output, number=1, rank=0, rows=None, uri=None):
     folder = output / "pets"
     attempt = Attempt(folder / "rows" / rows if rows else folder, number, "id")
     attempt.folder.mkdir(parents=True, exist_ok=True)
-    (folder / "subjects.json").write_text(json.dumps([dict(name="rex"), dict(name="mug")]))
+    if not (folder / "subjects.json").exists():
+        (folder / "subjects.json").write_text(json.dumps([dict(name="rex"), dict(name="mug")]))
     return SubjectTracking(config, folder, attempt, World(rank, 2, rank, torch.device("cpu")), {"method": "lora"})
 
 
@@ -139,6 +140,20 @@ def test_tasks_of_an_array_that_start_at_once_make_one_run_of_the_job(output):
     assert {run.data.tags["mlflow.parentRunId"] for run in runs.values()} == {job.info.run_id}
     assert job.data.metrics["train/rows-2-3/step_seconds"] == 3.0
     assert not list((output / "pets").glob("metrics.jsonl"))
+
+
+def test_a_list_of_subjects_that_cannot_be_read_for_a_moment_does_not_end_the_sending(output, caplog):
+    tracking = start(output)
+    listed = output / "pets" / "subjects.json"
+    with tracking.open({}):
+        tracking.begin(task("rex"), 0)
+        listed.write_text("")
+        tracking._changed = True
+        wait_for(lambda: "cannot be told now" in caplog.text)
+        listed.write_text(json.dumps([dict(name="rex")]))
+        tracking.log("rex", 1, {"train/instance_loss": 0.5})
+        wait_for(lambda: "rex" in runs_of(output)[1] and runs_of(output)[1]["rex"].data.metrics)
+        tracking.end(task("rex"), "finished")
 
 
 def test_processes_that_create_the_run_of_a_job_at_the_same_moment_agree_on_one(output):
