@@ -73,7 +73,7 @@ def _shares(condition: np.ndarray, resolution: int) -> tuple[float, float, float
     """Of one drawing: lines among all pixels before, and after, and lines that are lost."""
     pixels = condition if condition.ndim == 2 else condition.max(axis=2)
     before = _ink(pixels)
-    height, width = scaled_size(*pixels.shape, (resolution, resolution))
+    height, width = scaled_size(pixels.shape[0], pixels.shape[1], (resolution, resolution))
     after = _ink(resize(pixels, height, width, "binary"))
     scale = float(np.sqrt(before.size / after.size))
     length = int(thin(before).sum())  # edges may have corners that lengthen no line
