@@ -121,11 +121,11 @@ def test_pictures_that_are_there_are_not_drawn_again_and_missing_ones_are(studio
     assert other["speed"]["drawn"] == 20  # without a prompt there is no guidance, so those are the same
 
 
-def photographs(folder: Path, count: int = 4) -> Path:
-    """Pictures whose names and captions are not those of scenes."""
+def photographs(folder: Path, count: int = 4, first: int = 0) -> Path:
+    """Pictures whose names and captions are not those of scenes. first: with another one, they are others."""
     (folder / "images").mkdir(parents=True)
     for number in range(count):
-        picture = scenes.render(scenes.scene(5, number), 64).image[..., ::-1]
+        picture = scenes.render(scenes.scene(5, first + number), 64).image[..., ::-1]
         cv2.imwrite(str(folder / "images" / f"{number}.png"), picture)
         (folder / "images" / f"{number}.txt").write_text("a picture")
     return folder
@@ -202,7 +202,7 @@ def test_a_run_that_nothing_tells_control_of_cannot_be_asked_to_end_by_it(kind, 
         with only_run(tmp_path / "a-run", world) as attempt, watching(attempt, world, 900.0) as watchdog:
             build(build_config(tree), world, attempt, watchdog, None)
 
-    pack([str(photographs(tmp_path / "other", 8)), "-o", str(tmp_path / "held")])
+    pack([str(photographs(tmp_path / "other", 8, first=100)), "-o", str(tmp_path / "held")])
     message = "stop_after_convergence=2 would never end the run: no figure tells control of blur .*Leave it out, or put"
     with pytest.raises((ValueError, OSError), match=message if kind == "blur" else "/nowhere"):
         begin(str(tmp_path / "held"))
