@@ -5,6 +5,7 @@ is kept for them. The optimizer is PyTorch's AdamW, which needs no compiler on t
 """
 
 import gc
+import inspect
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -267,6 +268,7 @@ def optimizer_state(engine: Any) -> list[dict[str, Any]]:
 def release(engine: Any) -> None:
     """Ends an engine and empties it, so that whoever still refers to it holds little; `reclaim` once it is dropped."""
     from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
     held, states = masters(engine), optimizer_state(engine)
     held += [parameter.ds_tensor for parameter in engine.module.parameters() if hasattr(parameter, "ds_tensor")]
@@ -280,6 +282,10 @@ def release(engine: Any) -> None:
     # with its hooks and through them the engine, for as long as the process does.
     stack = parameter_offload.FWD_MODULE_STACK
     stack[:] = [module for module in stack if module is not engine.module]
+    # Nor does it take them out of the cache of a method, which is the class's and has the coordinator of a network in
+    # its keys once that was run twice, as a validation does before the first step.
+    release_method = vars(PartitionedParameterCoordinator)["_PartitionedParameterCoordinator__params_to_release"]
+    inspect.getclosurevars(release_method).nonlocals["func"].cache_clear()
 
 
 def reclaim(device: torch.device) -> None:

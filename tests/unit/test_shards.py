@@ -58,10 +58,12 @@ def test_a_read_gives_the_parts_of_the_usable_sample(folder):
     reader.close()
 
 
-def test_a_sample_is_named_by_the_byte_at_which_it_begins(folder):
+def test_a_sample_is_named_by_the_byte_at_which_it_begins_and_by_what_is_in_it(folder):
     reader = ShardReader(open_dataset(folder), None)
-    offsets = load_index(index_path(folder / "1.tar")).samples["offset"]
-    assert [reader.byte(1, ordinal) for ordinal in range(4)] == offsets[[0, 1, 3, 4]].tolist()
+    index = load_index(index_path(folder / "1.tar"))
+    named = [(int(index.samples["offset"][row]), index.contents(row)) for row in (0, 1, 3, 4)]
+    assert [reader.noted(1, ordinal) for ordinal in range(4)] == named
+    assert len({contents for _, contents in named}) == 4
     reader.close()
 
 
