@@ -176,10 +176,11 @@ class MlflowRun:
             self._client.log_batch(self.run_id, tags=[RunTag(name, value) for name, value in some])
 
     def _send_status(self, record: Record) -> None:
-        if record["status"] in ("RUNNING", "SCHEDULED"):
+        time = round(record["time"] * 1000)
+        if record["status"] not in ("RUNNING", "SCHEDULED"):
+            self._client.set_terminated(self.run_id, record["status"], time)
+        elif (self._client.get_run(self.run_id).info.end_time or 0) < time:  # else another process has ended it since
             self._client.update_run(self.run_id, record["status"])
-        else:
-            self._client.set_terminated(self.run_id, record["status"], round(record["time"] * 1000))
 
     def _send_inputs(self, record: Record) -> None:
         """Data sets. One that the run has already is not added again."""

@@ -214,3 +214,23 @@ def test_what_is_measured_afterwards_goes_to_the_run_that_the_training_logged_to
     child.log(10, {"evaluation/dino": 0.5})
     assert child.send_pending(at_once=True) and child.is_sent()
     assert runs_of(output)[1]["rex"].data.metrics == {"evaluation/dino": 0.5}
+
+
+def test_a_job_that_one_task_has_ended_is_not_set_running_by_what_another_wrote_before(tmp_path):
+    """Tasks send at their own pace, so what was written first may come last."""
+    from mlflow import MlflowClient
+
+    from controlbooth.trainer.mlflow_run import MlflowRun
+    from controlbooth.trainer.spool import shared_state
+
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    run = MlflowRun(shared_state(tmp_path, uri, "tests"), "pets", tmp_path, False, None, tmp_path)
+
+    def status() -> str:
+        return MlflowClient(uri).get_run(run.run_id).info.status
+
+    run.send([{"status": "FINISHED", "time": 20.0}])
+    run.send([{"status": "RUNNING", "time": 10.0}])
+    assert status() == "FINISHED"
+    run.send([{"status": "RUNNING", "time": 30.0}])  # of a later start
+    assert status() == "RUNNING"
