@@ -27,6 +27,7 @@ from controlbooth.trainer.config import (
     gradient_accumulation_steps,
     run_folder,
 )
+from controlbooth.trainer.continuing import checkpoint_folders
 from controlbooth.trainer.evaluate.verdict import cannot_announce
 
 COPIED = ("conv_in.", "time_embedding.", "add_embedding.", "down_blocks.", "mid_block.")
@@ -196,11 +197,11 @@ def holder(folder: Path) -> str:
 
 def check_resume(config: RunConfig, node: Node) -> Iterator[str]:
     """Whether the run would go on from a checkpoint of a version that drew its samples otherwise."""
-    states = sorted(run_folder(config).glob("checkpoints/step-*/state.json"))
-    if not states:
+    checkpoints = checkpoint_folders(run_folder(config))
+    if not checkpoints:
         return
     try:
-        state = json.loads(states[-1].read_text())
+        state = json.loads((checkpoints[-1] / "state.json").read_text())
         step, version = state["step"], state["order"]["version"]
     except (OSError, ValueError, KeyError, TypeError):
         return  # the trainer says what is wrong with a checkpoint, and goes back to the one before
@@ -209,7 +210,7 @@ def check_resume(config: RunConfig, node: Node) -> Iterator[str]:
             f"{run_folder(config)} would go on from step {step} of another version of controlbooth: its data order has "
             f"version {version}, here it is {ORDER_VERSION}, and up to 2 prompts were dropped by the names of samples. "
             "Go on with that version, or take another name and begin with the weights: "
-            f"model.controlnet={states[-1].parent}/controlnet"
+            f"model.controlnet={checkpoints[-1]}/controlnet"
         )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from controlbooth.trainer.config import RESOLVED, ConfigError
+from controlbooth.trainer.continuing import checkpoint_folders
 from controlbooth.trainer.evaluate.verdict import describe, read_verdict
 from controlbooth.trainer.mlflow_address import how_to_open_saved
 
@@ -81,8 +82,8 @@ def details(folder: Path, status: Record) -> list[str]:
         figures = {name.partition("/")[2]: value for name, value in validated[-1]["metrics"].items() if "/" in name}
         told = ", ".join(f"{name} {number(value)}" for name, value in figures.items())
         lines.append(f"validation  of step {validated[-1]['step']}: {told}")
-    checkpoints = sorted(path.parent.name for path in folder.glob("checkpoints/step-*/COMPLETE"))
-    lines += [f"checkpoint  {checkpoints[-1]}"] if checkpoints else []
+    checkpoints = [path for path in checkpoint_folders(folder) if (path / "COMPLETE").is_file()]
+    lines += [f"checkpoint  {checkpoints[-1].name}"] if checkpoints else []
     lines += [f"control     {describe(verdict)}"] if (verdict := read_verdict(folder)) else []
     return lines + mlflow_lines(folder)
 

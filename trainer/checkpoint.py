@@ -23,7 +23,6 @@ import io
 import json
 import os
 import pickle
-import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -41,6 +40,7 @@ from torch import Tensor
 
 from controlbooth.models.pretrained import save_controlnet
 from controlbooth.trainer.attempt import Attempt, move
+from controlbooth.trainer.continuing import checkpoint_folders
 from controlbooth.trainer.distributed import World, barrier, from_first_rank, gather_objects
 from controlbooth.trainer.engine import Average, full_state
 from controlbooth.trainer.integrity import (
@@ -54,7 +54,6 @@ from controlbooth.trainer.integrity import (
     read_marker,
     records_damage,
     sizes_of,
-    step_of,
     weights_damage,
     write_marker,
 )
@@ -74,13 +73,6 @@ class AllDamaged(CheckpointError):
 
 def folder_of(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:08d}"
-
-
-def checkpoint_folders(run: Path) -> list[Path]:
-    """Folders with the names that checkpoints get, whole or not, oldest first. A copy that a person has made beside
-    them under another name is no checkpoint: it is neither read nor deleted."""
-    found = [path for path in (run / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)]
-    return sorted((path for path in found if path.name == folder_of(run, step_of(path)).name), key=step_of)
 
 
 def complete_checkpoints(run: Path) -> list[Path]:

@@ -1,9 +1,11 @@
 """What a start would do with what lies in its run's folder already, seen without torch."""
 
+import contextlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from controlbooth.trainer.config import RunConfig, changes, dump, load_config, run_folder
+from controlbooth.trainer.config import ConfigError, RunConfig, changes, dump, load_config, run_folder
 
 
 @dataclass(frozen=True)
@@ -17,9 +19,13 @@ class Before:
 
 
 def found_before(config: RunConfig) -> Before | None:
-    """None where the run's folder holds no whole checkpoint. Raises ConfigError where its settings cannot be read."""
-    whole = [marker.parent for marker in run_folder(config).glob("checkpoints/step-*/COMPLETE")]
-    return compared_with(max(whole, key=step_of), config) if whole else None
+    """None where the run's folder holds no whole checkpoint. One whose settings cannot be read is damaged, and passed
+    over here as the start passes it over, which names it."""
+    for checkpoint in reversed(checkpoint_folders(run_folder(config))):
+        if (checkpoint / "COMPLETE").is_file():
+            with contextlib.suppress(ConfigError):
+                return compared_with(checkpoint, config)
+    return None
 
 
 def compared_with(checkpoint: Path, config: RunConfig) -> Before:
@@ -28,7 +34,15 @@ def compared_with(checkpoint: Path, config: RunConfig) -> Before:
     return Before(step_of(checkpoint), changes(dump(saved), dump(config)))
 
 
+def checkpoint_folders(run: Path) -> list[Path]:
+    """Folders with the names that checkpoints get, whole or not, oldest first. A copy that a person has made beside
+    them under another name is no checkpoint: it is neither read nor deleted."""
+    found = (run / "checkpoints").glob("step-*")
+    return sorted((path for path in found if re.fullmatch(r"step-(\d{8}|[1-9]\d{8,})", path.name)), key=step_of)
+
+
 def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint's name tells: 400 for step-00000400."""
     return int(checkpoint.name.removeprefix("step-"))
 
 

@@ -21,6 +21,8 @@ from pathlib import Path
 import torch
 import yaml
 
+from controlbooth.trainer.continuing import step_of
+
 COMPLETE = "COMPLETE"
 STATE, CONFIG = "state.json", "config.yaml"
 NO_MARKER = f"{COMPLETE}: it is missing, or not what was written"
@@ -162,11 +164,6 @@ def weights_damage(checkpoint: Path) -> str | None:
         if found != digest:
             return f"{folder}: its files are not those that were saved, of digest {digest[:12]}"
     return None
-
-
-def step_of(checkpoint: Path) -> int:
-    """The step that a checkpoint's name tells: 400 for step-00000400."""
-    return int(checkpoint.name.removeprefix("step-"))
 
 
 def _digest(path: Path) -> str:
