@@ -28,7 +28,9 @@ def tile(grid, row, column):
 def test_each_prompt_is_drawn_under_the_conditions_that_are_shown_with_the_noise_of_their_captions(tmp_path, load_tiny):
     base = load_tiny("sd15")
     pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
-    held = HeldOutSet("gray", ["a", "b", "c"], ["a cat", "a dog", "a cow"], pixels, pixels, None, None)
+    held = HeldOutSet(
+        "gray", ["a", "b", "c"], [(0, 0), (0, 1), (0, 2)], ["a cat", "a dog", "a cow"], pixels, pixels, None, None
+    )
     prompts = ("a cat", "a red house")
     config = ValidationConfig(samples=3, grid=2, sampling_steps=2, guidance_scale=2.0, prompts=prompts)
     controlnet, attempt = build_controlnet(base.unet), Attempt(tmp_path, 1, "id")

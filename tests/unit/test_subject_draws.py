@@ -27,7 +27,7 @@ def training(base, name, step=0):
         Pictures(torch.randn(count, 4, 4, 4, generator=draw), torch.ones(count, 4, 4, 4), text) for count in (3, 5)
     )
     task = Task(name, (Path("same"),), "dog", "sks", "a sks dog", "a dog", 100, 1e-4, 4)
-    return Training(task, instance, prior, step)
+    return Training(task, instance, prior, step=step)
 
 
 def rows(batch):
