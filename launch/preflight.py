@@ -4,8 +4,6 @@ All problems are returned together, each with its value and its remedy. What onl
 tell is checked by the trainer; here is what people get wrong, found before anything starts.
 """
 
-import contextlib
-import fcntl
 import importlib.util
 import json
 import math
@@ -17,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from controlbooth.launch.data_preflight import check_cache, check_columns, check_data, check_shards, gib
+from controlbooth.launch.progress import is_locked
 from controlbooth.launch.torchrun import Node, world_size
 from controlbooth.trainer.config import (
     BUILT_IN,
@@ -175,14 +174,10 @@ def check_free(config: RunConfig, node: Node) -> Iterator[str]:
 
 def free_problems(folder: Path) -> Iterator[str]:
     """Whether another training holds a run's folder. The trainer takes it; here it is only asked."""
-    lock = folder / ".lock"
-    if not lock.exists() or "CONTROLBOOTH_ATTEMPT" in os.environ:  # by which an engine may replace a start of its own
+    if "CONTROLBOOTH_ATTEMPT" in os.environ:  # by which an engine may replace a start of its own
         return
-    with contextlib.suppress(OSError), lock.open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield f"{folder} is in use by another training{holder(folder)}. Wait for it, stop it, or change name"
+    if is_locked(folder / ".lock"):
+        yield f"{folder} is in use by another training{holder(folder)}. Wait for it, stop it, or change name"
 
 
 def holder(folder: Path) -> str:

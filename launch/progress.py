@@ -188,13 +188,13 @@ def is_at_work(folder: Path) -> bool:
 def is_locked(path: Path) -> bool:
     if not path.is_file():
         return False
-    with path.open() as file:
-        try:
+    try:
+        with path.open() as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:  # a disk without locks, which tells nothing
-            return False
+    except BlockingIOError:
+        return True
+    except OSError:  # a disk without locks, which tells nothing
+        return False
     return False
 
 

@@ -94,7 +94,10 @@ def folder_digest(folder: Path, names: Collection[str] | None = None) -> str:
 def first_damage(checkpoint: Path, share: int, of: int) -> str | None:
     """What is wrong in each `of`th of PyTorch's files from number `share` on, beginning with 0, and for share 0 in all
     other files; None where nothing is. The checkpoint is complete."""
-    found = files_damage(checkpoint, share, of)
+    marker = read_marker(checkpoint)
+    if marker is None:
+        return NO_MARKER
+    found = _archives_damage(checkpoint, marker, share, of)
     return weights_damage(checkpoint) if found is None and share == 0 else found
 
 
@@ -103,13 +106,19 @@ def files_damage(folder: Path, share: int, of: int) -> str | None:
     marker = read_marker(folder)
     if marker is None:
         return NO_MARKER
+    found = _archives_damage(folder, marker, share, of)
+    return _other_files_damage(folder, marker) if found is None and share == 0 else found
+
+
+def _archives_damage(folder: Path, marker: Marker, share: int, of: int) -> str | None:
+    """Of PyTorch's files, each `of`th from number `share` on."""
     parts = [name for name in sorted(marker.sizes) if name.endswith(".pt")][share::of]
     with ThreadPoolExecutor(THREADS) as pool:
         faults = pool.map(lambda name: _archive_fault(folder / name, marker.digests.get(name)), parts)
         for name, fault in zip(parts, faults, strict=True):
             if fault:
                 return f"{name}: {fault}"
-    return _other_files_damage(folder, marker) if share == 0 else None
+    return None
 
 
 def _other_files_damage(folder: Path, marker: Marker) -> str | None:
