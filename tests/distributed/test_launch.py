@@ -90,5 +90,6 @@ def test_the_job_folder_says_what_was_run_and_by_which_code(folder):
 
 
 def test_a_folder_without_a_job_is_told(tmp_path, capsys):
-    for verb in ("status", "logs", "cancel", "resume"):
+    for verb in ("logs", "cancel", "resume"):
         assert "has no job/job.json, so no job was submitted for it" in told(capsys, verb, tmp_path)
+    assert "and no job was submitted for it: give the folder of a run" in told(capsys, "status", tmp_path)
