@@ -54,10 +54,14 @@ class Ran:
         return self.status == 2 and not self.traceback
 
 
+def surroundings() -> dict[str, str]:
+    """Returns this process's environment, with the programs of its Python first on the PATH."""
+    return {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
 def run(place: Path, *words: str, **environment: str) -> Ran:
     """Runs a command in the folder `place`: `run(place, "controlbooth", "data", "pack", ...)`."""
-    known = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "NO_COLOR": "1"}
-    known |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **environment}
+    known = surroundings() | {"NO_COLOR": "1", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **environment}
     try:
         done = subprocess.run(
             words, cwd=place, env=known, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -87,7 +91,7 @@ def made(shared: Path, case: Case, base: Path) -> Iterator[Path]:
     try:
         subprocess.run(
             [sys.executable, str(shared / case.folder / case.script), *arguments], cwd=place, check=True,
-            stdout=subprocess.DEVNULL, env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+            stdout=subprocess.DEVNULL, env=surroundings(),
         )  # fmt: skip
         yield place
     finally:
