@@ -1,11 +1,9 @@
 """What tests of subject runs share: their run files, starting and killing them, reading what they wrote."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 
+import forked
 import numpy as np
 import psutil
 import yaml
@@ -45,15 +43,8 @@ def run_file(studio, name, **changes):
 
 
 def start(studio, path, processes=1, subjects="subjects.yaml", rows=None, worker=WORKER, **environment):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return subprocess.Popen(
-        [*command, *worker, str(studio / subjects), str(path)] + (["--rows", rows] if rows else []),
-        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"} | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    words = [*worker, studio / subjects, path, *(["--rows", rows] if rows else [])]
+    return forked.start(processes, words, forked.BEFORE_IMPORTS | environment)
 
 
 def finish(process, status=0):

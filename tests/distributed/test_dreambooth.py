@@ -4,12 +4,11 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import cv2
+import forked
 import numpy as np
 import psutil
 import pytest
@@ -61,10 +60,8 @@ def test_a_rank_that_ends_first_waits_for_one_that_trains_longer_than_a_collecti
 
 
 def test_a_rank_that_has_measured_its_subjects_waits_for_one_that_measures_longer(studio, whole):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", LATE]
-    command += ["evaluate.measure", "draw", str(studio / "runs" / whole), "--prompts", "2", "--images", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    words = [LATE, "evaluate.measure", "draw", studio / "runs" / whole, "--prompts", "2", "--images", "2"]
+    done = forked.run(2, words, **forked.BEFORE_IMPORTS)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "6 subjects, 2 prompts x 2 images" in done.stdout
 

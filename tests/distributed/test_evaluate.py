@@ -2,10 +2,8 @@
 
 import html
 import json
-import os
-import subprocess
-import sys
 
+import forked
 import pytest
 import yaml
 from mlflow import MlflowClient
@@ -28,13 +26,7 @@ def write_run(folder, name, **changes):
 
 
 def torchrun(processes, *command):
-    started = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
-    done = subprocess.run(
-        [*started, *map(str, command)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-        capture_output=True,
-        text=True,
-    )
+    done = forked.run(processes, ["-m", *command], **forked.BEFORE_IMPORTS)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     return done.stdout + done.stderr
 
@@ -87,14 +79,8 @@ def test_a_run_ends_so_many_steps_after_convergence_and_stays_ended(world_folder
         "from controlbooth.trainer.distributed import end_process; end_process(train.main(sys.argv[1:]))"
     )
     (world_folder / "early.py").write_text(code)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     for _ in range(2):
-        done = subprocess.run(
-            [*command, str(world_folder / "early.py"), str(path)],
-            env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-            capture_output=True,
-            text=True,
-        )
+        done = forked.run(2, [world_folder / "early.py", path], **forked.BEFORE_IMPORTS)
         assert done.returncode == 0, done.stderr[-3000:]
         run = world_folder / "runs" / "early"
         status = json.loads((run / "status.json").read_text())

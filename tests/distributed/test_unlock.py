@@ -1,10 +1,8 @@
 """Runs whose decoder begins to learn at their fourth step, on ranks of torchrun."""
 
 import json
-import os
-import subprocess
-import sys
 
+import forked
 import numpy as np
 import pytest
 import tiny
@@ -102,13 +100,7 @@ def test_a_run_is_unlocked_from_the_start_measured_and_refused_with_another_step
     def start(module, *arguments):
         path = world_folder / "from-the-start.yaml"
         path.write_text(yaml.safe_dump(tree))
-        return subprocess.run(
-            [sys.executable, "-m", module, *(arguments or (path,))],
-            env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+        return forked.run(1, ["-m", module, *(arguments or (path,))], **forked.BEFORE_IMPORTS)
 
     first = start("controlbooth.trainer.train")
     assert first.returncode == 0, first.stderr[-3000:]

@@ -1,11 +1,9 @@
 """A base model of random weights and real structure, and shards of scenes, in a folder: what training tests run on."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
@@ -91,14 +89,10 @@ def run_tree(folder: Path, name: str) -> dict:
 def torchrun(processes: int, scenario: str, folder: Path, *arguments: str) -> dict:
     """Runs worker.py's scenario on ranks of torchrun and returns what rank 0 wrote. Raises with the ranks' output."""
     result = folder / f"{scenario}-{processes}.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command += [str(HERE / "worker.py"), scenario, str(folder), str(result), *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    words = [HERE / "worker.py", scenario, folder, result, *arguments]
+    done = forked.run(processes, words, **forked.BEFORE_IMPORTS)
     if done.returncode:
-        raise AssertionError(
-            f"{' '.join(command)} exited with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
-        )
+        raise AssertionError(f"{words} exited with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
     return json.loads(result.read_text())
 
 

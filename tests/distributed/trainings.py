@@ -4,11 +4,11 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
 
+import forked
 import psutil
 import tiny
 import yaml
@@ -24,16 +24,7 @@ def run_file(folder, name, **changes):
 
 
 def start(path, processes, **environment):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"} | environment
-    return subprocess.Popen(
-        [*command, "-m", "controlbooth.trainer.train", str(path)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    return forked.start(processes, ["-m", "controlbooth.trainer.train", path], forked.BEFORE_IMPORTS | environment)
 
 
 def wait_for_step(run, step):
