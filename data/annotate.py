@@ -23,12 +23,21 @@ from tqdm import tqdm
 from controlbooth.data import manifest, storage
 from controlbooth.data.arguments import folder_to_write, whole_number
 from controlbooth.data.conditions import CONDITIONS
-from controlbooth.data.decode import BadSample, decode_image, keep_freed_memory, to_rgb
+from controlbooth.data.decode import (
+    MAX_PIXELS,
+    BadSample,
+    add_max_pixels,
+    decode_image,
+    keep_freed_memory,
+    memory_named,
+    to_rgb,
+)
 from controlbooth.data.draws import content_hash
 from controlbooth.data.index import ensure_index, split_name, usable_cpus
+from controlbooth.data.kinds import IMAGE_EXTENSIONS
 from controlbooth.data.networks import NETWORKS, network_folders, open_network
 from controlbooth.data.pool import run_jobs
-from controlbooth.data.sidecar import IMAGE_EXTENSIONS, temporary_path, write_whole
+from controlbooth.data.sidecar import temporary_path, write_whole
 from controlbooth.data.sources import encode_png
 from controlbooth.data.storage import RemoteShard, Shard
 from controlbooth.data.tar import members
@@ -56,6 +65,7 @@ examples:
     )
     parser.add_argument("shards", help="a folder, a manifest, a glob or a range of shards")
     parser.add_argument("-o", "--out", type=folder_to_write, required=True, help="folder for the new shards")
+    add_max_pixels(parser)
     parser.add_argument("--condition", action="append", required=True, metavar="KIND[=FOLDER]", help="may be repeated")
     parser.add_argument(
         "--workers", type=whole_number(), help="processes (default: one a CPU; with networks on a GPU, one)"
@@ -86,7 +96,7 @@ examples:
         desc="annotate",
         disable=rank > 0,
     ) as bar:
-        for (shard, _), lacking in run_jobs(_work, todo, workers, _start, (conditions, device)):
+        for (shard, _), lacking in run_jobs(_work, todo, workers, _start, (conditions, device, options.max_pixels)):
             passed_over += lacking
             bar.update(counts[str(shard)])
     for line in passed_over[:20]:
@@ -168,7 +178,9 @@ def is_done(path: Path) -> bool:
     return path.exists() and not ensure_index(path)
 
 
-def annotate_shard(shard: Shard, path: Path, functions: dict[str, Callable[..., np.ndarray]]) -> list[str]:
+def annotate_shard(
+    shard: Shard, path: Path, functions: dict[str, Callable[..., np.ndarray]], max_pixels: int = MAX_PIXELS
+) -> list[str]:
     """Writes and indexes one shard; -> the samples whose targets cannot be decoded, which get no condition."""
     from webdataset.writer import TarWriter  # imports torch, which takes seconds: not for --help
 
@@ -179,7 +191,8 @@ def annotate_shard(shard: Shard, path: Path, functions: dict[str, Callable[..., 
             with TarWriter(file, encoder=False, mtime=0) as writer:
                 for key, parts in samples_of(shard):
                     try:
-                        parts |= conditions_of(key, parts, functions)
+                        with memory_named(key, "image"):
+                            parts |= conditions_of(key, parts, functions, max_pixels)
                     except BadSample as error:
                         lacking.append(f"{shard}: {error}")
                     writer.write({"__key__": key, **parts})
@@ -215,7 +228,7 @@ def samples_of(shard: Shard) -> Iterator[tuple[str, dict[str, bytes]]]:
 
 
 def conditions_of(
-    key: str, parts: dict[str, bytes], functions: dict[str, Callable[..., np.ndarray]]
+    key: str, parts: dict[str, bytes], functions: dict[str, Callable[..., np.ndarray]], max_pixels: int = MAX_PIXELS
 ) -> dict[str, bytes]:
     """The new parts of a sample. Raises BadSample where there is no target, or none that can be decoded.
 
@@ -224,16 +237,18 @@ def conditions_of(
     extension = next((one for one in IMAGE_EXTENSIONS if one in parts), None)
     if extension is None:
         raise BadSample(key, "image", "it has no target image")
-    image = to_rgb(decode_image(parts[extension], key, extension))
+    image = to_rgb(decode_image(parts[extension], key, extension, max_pixels=max_pixels))
     bits = content_hash(parts[extension])
     return {f"cond.{kind}.png": encode_png(function(image, bits)) for kind, function in functions.items()}
 
 
 _functions: dict[str, Callable[..., np.ndarray]]
+_max_pixels: int
 
 
-def _start(conditions: Conditions, device: str) -> None:
-    global _functions
+def _start(conditions: Conditions, device: str, max_pixels: int) -> None:
+    global _functions, _max_pixels
+    _max_pixels = max_pixels
     keep_freed_memory()
     if any(where for _, where in conditions) and device == "cpu":
         import torch
@@ -243,7 +258,7 @@ def _start(conditions: Conditions, device: str) -> None:
 
 
 def _work(job: tuple[Shard, Path]) -> list[str]:
-    return annotate_shard(*job, _functions)
+    return annotate_shard(*job, _functions, _max_pixels)
 
 
 def _has_cuda() -> bool:

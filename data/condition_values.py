@@ -9,7 +9,7 @@ from threading import Event, Lock
 
 import numpy as np
 
-from controlbooth.data.decode import BadSample, decode_image
+from controlbooth.data.decode import MAX_PIXELS, BadSample, decode_image
 from controlbooth.data.kinds import Values, named_values, stored_kind
 from controlbooth.data.manifest import Dataset
 from controlbooth.data.resize import values_of
@@ -21,9 +21,9 @@ LOOKED_AT = 32
 class ConditionValues:
     """What the values of one kind are in a data set, found when it is first asked for; of use to many threads."""
 
-    def __init__(self, dataset: Dataset, kind: str | None, closing: Event | None = None):
-        """closing: once set, reads that wait for a store to come back are given up."""
-        self._dataset, self._kind, self._closing = dataset, kind, closing
+    def __init__(self, dataset: Dataset, kind: str | None, closing: Event | None = None, max_pixels: int = MAX_PIXELS):
+        """closing: once set, reads that wait for a store to come back are given up. max_pixels: see `decode_image`."""
+        self._dataset, self._kind, self._closing, self._max_pixels = dataset, kind, closing, max_pixels
         self._lock = Lock()
         self._found: Values | None = named_values(kind) if stored_kind(kind) is not None else "levels"
 
@@ -32,13 +32,20 @@ class ConditionValues:
         with self._lock:
             if self._found is None:
                 self._found = common_values(
-                    map(values_of, some_conditions(self._dataset, self._kind, LOOKED_AT, self._closing))
+                    map(
+                        values_of,
+                        some_conditions(self._dataset, self._kind, LOOKED_AT, self._closing, self._max_pixels),
+                    )
                 )
             return self._found
 
 
 def some_conditions(
-    dataset: Dataset, kind: str | None, count: int, closing: Event | None = None
+    dataset: Dataset,
+    kind: str | None,
+    count: int,
+    closing: Event | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> Iterator[np.ndarray]:
     """Decoded conditions of a kind that shards hold, `count` at even distances, or all; bad samples are passed over."""
     counts = dataset.samples_per_shard(kind)
@@ -51,7 +58,7 @@ def some_conditions(
             try:
                 sample = reader.read(shard, number - int(ends[shard] - counts[shard]))
                 assert sample.condition is not None
-                yield decode_image(sample.condition, sample.key, sample.condition_extension, background=0)
+                yield decode_image(sample.condition, sample.key, sample.condition_extension, 0, max_pixels)
             except BadSample:
                 continue
     finally:

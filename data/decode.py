@@ -1,20 +1,26 @@
 """Encoded images -> uint8 arrays of the training resolution, target and condition always in step.
 
-JPEG goes through simplejpeg (libjpeg-turbo), PNG and WebP through OpenCV. Images are upright: the EXIF orientation of
-JPEG photographs is applied. One-channel images stay one channel until `prepare` is done with them.
+`decode_image` is the only way from a picture's bytes to its pixels, for every verb. Images are upright and nothing in
+them is transparent, see `codecs`. One-channel images stay one channel until `prepare` is done with them.
 """
 
-import struct
+import argparse
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import cv2
 import numpy as np
-import simplejpeg
 
+from controlbooth.data.arguments import whole_number
+from controlbooth.data.codecs import decode, memory_is_short
+from controlbooth.data.headers import read_header
 from controlbooth.data.kinds import Values, named_values
 from controlbooth.data.resize import resize, values_of
 
 NORMAL_KINDS = ("normals", "normal", "normalbae")
 """Conditions whose red is the x of a direction, which a mirror turns round: ours, and others' names for them."""
+MAX_PIXELS = 200_000_000
+"""Of a picture that is decoded: as the largest sensors of telephones have, 600 MB in memory."""
 _MIRRORED_RED = np.arange(255, -1, -1, dtype=np.uint8)
 _MIRRORED_RED[128] = 128  # 0 lies between 127 and 128 and is stored as 128, mirrored or not
 
@@ -27,6 +33,10 @@ class BadSample(ValueError):
         self.key, self.part, self.reason = key, part, reason
 
 
+class OutOfMemory(MemoryError):
+    """The machine lacks memory for a picture, which says nothing about the picture."""
+
+
 def keep_freed_memory() -> None:
     """Lets this process reuse the memory of pictures instead of giving it back after each one.
 
@@ -36,56 +46,68 @@ def keep_freed_memory() -> None:
     np.empty(1 << 24, np.uint8)
 
 
-def decode_image(data: bytes, key: str, part: str, background: int = 255) -> np.ndarray:
-    """An encoded image -> (H, W, 3) RGB or, where it has one channel, (H, W); uint8.
+def decode_image(data: bytes, key: str, part: str, background: int = 255, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """An encoded image -> (H, W, 3) RGB or, where it has one channel, (H, W); uint8, upright.
 
     background: the level that shows through transparent pixels. 16-bit images keep their upper 8 bits. key and part
-    name it in the BadSample that is raised for data that cannot be decoded to the end.
+    name it in the BadSample that is raised for data that cannot be decoded to the end, and for pictures of more than
+    max_pixels, by their header. Raises OutOfMemory, which is no fault of the sample.
+    """
+    with memory_named(key, part):
+        header = read_header(data)
+    if header is None:
+        raise BadSample(key, part, f"the image cannot be decoded ({len(data)} bytes, starting {data[:8]!r})")
+    if header.width * header.height > max_pixels:
+        raise BadSample(key, part, too_large(header.width, header.height, max_pixels))
+    with memory_named(key, part, (header.width, header.height)):
+        try:
+            return decode(data, header, background)
+        except ValueError as error:
+            raise BadSample(key, part, f"the image cannot be decoded: {error}") from error
+
+
+def add_max_pixels(parser: argparse.ArgumentParser) -> None:
+    """Gives a verb the limit that a run has as data.max_pixels."""
+    parser.add_argument(
+        "--max-pixels",
+        type=whole_number(),
+        default=MAX_PIXELS,
+        help=f"pictures with more are not decoded, as data.max_pixels of a run (default: {MAX_PIXELS})",
+    )
+
+
+def too_large(width: int, height: int, max_pixels: int) -> str:
+    """Says that a picture is over the limit, and what to do about it."""
+    return (
+        f"it has {width} x {height} pixels, {width * height / 1e6:.1f} million, and the limit is {max_pixels / 1e6:g} "
+        "million: make it smaller, or raise data.max_pixels of the run (--max-pixels of `controlbooth data`)"
+    )
+
+
+@contextlib.contextmanager
+def memory_named(key: str, part: str, size: Sequence[int] | None = None) -> Iterator[None]:
+    """Turns a lack of memory inside, as any library tells it, into an OutOfMemory that names the sample.
+
+    size: width and height in pixels.
     """
     try:
-        if data[:3] == b"\xff\xd8\xff":
-            return _decode_jpeg(data)
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if data else None
-    except (ValueError, cv2.error) as error:
-        raise BadSample(key, part, f"the image cannot be decoded: {error}") from error
-    if pixels is None:
-        raise BadSample(key, part, f"the image cannot be decoded ({len(data)} bytes, starting {data[:8]!r})")
-    if pixels.dtype == np.uint16:
-        pixels = np.right_shift(pixels, 8).astype(np.uint8)
-    if pixels.dtype != np.uint8:
-        raise BadSample(key, part, f"its values are {pixels.dtype}; store the image with 8 or 16 bits a channel")
-    if pixels.ndim == 3 and pixels.shape[2] == 4:
-        alpha = pixels[..., 3:].astype(np.float32) / 255.0
-        pixels = (pixels[..., :3] * alpha + background * (1.0 - alpha)).round().astype(np.uint8)
-    return pixels if pixels.ndim == 2 else cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
+        yield
+    except (OutOfMemory, BadSample):
+        raise
+    except (MemoryError, cv2.error) as error:
+        if not memory_is_short(error):
+            raise
+        what = f" of {size[0]} x {size[1]} pixels ({3 * size[0] * size[1] / 2**20:,.0f} MiB decoded)" if size else ""
+        raise OutOfMemory(
+            f"sample {key!r}, part {part!r}: there is no memory left for this picture{what}. Nothing is wrong with "
+            "it: free some memory, use fewer threads or workers, or lower data.max_pixels (--max-pixels) to leave "
+            "such pictures out"
+        ) from error
 
 
 def to_rgb(pixels: np.ndarray) -> np.ndarray:
     """(H, W) or (H, W, 3) uint8 -> (H, W, 3)"""
     return pixels if pixels.ndim == 3 else cv2.cvtColor(pixels, cv2.COLOR_GRAY2RGB)
-
-
-def _decode_jpeg(data: bytes) -> np.ndarray:
-    colourspace = simplejpeg.decode_jpeg_header(data)[2]
-    if colourspace == "Gray":
-        pixels = simplejpeg.decode_jpeg(data, colorspace="GRAY")[..., 0]
-    elif colourspace in ("YCbCr", "RGB"):
-        pixels = simplejpeg.decode_jpeg(data, colorspace="RGB")
-    else:  # CMYK and YCCK of print shops, which libjpeg-turbo does not convert
-        flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-        decoded = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-        if decoded is None:
-            raise ValueError(f"a JPEG of colour space {colourspace} that OpenCV cannot read")
-        pixels = decoded
-    return _upright(pixels, jpeg_orientation(data))
-
-
-def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Undoes an EXIF orientation (1 to 8, EXIF 2.3 table of tag 0x0112)."""
-    if orientation in (2, 4, 5, 7):  # the mirrored ones are these turns after a mirror
-        pixels, orientation = pixels[:, ::-1], {2: 1, 4: 3, 5: 8, 7: 6}[orientation]
-    turns = {1: 0, 3: 2, 6: 3, 8: 1}[orientation]
-    return np.ascontiguousarray(np.rot90(pixels, turns))
 
 
 def prepare(
@@ -191,69 +213,3 @@ def same_frame(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
     """Whether one image can be a scaled copy of the other, its sides rounded to a pixel or two."""
     (height, width), (other_height, other_width) = shape[:2], other[:2]
     return abs(height * other_width - width * other_height) <= 2 * max(height, width, other_height, other_width)
-
-
-def image_size(data: bytes) -> tuple[int, int]:
-    """(width, height) of an upright JPEG, PNG or WebP from its header; (0, 0) where there is no such header."""
-    if data[:8] == b"\x89PNG\r\n\x1a\n" and len(data) >= 24:
-        return struct.unpack(">II", data[16:24])
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP" and len(data) >= 30:
-        return _webp_size(data)
-    if data[:2] != b"\xff\xd8":
-        return 0, 0
-    for marker, at, _ in _jpeg_segments(data):
-        # start of frame, all kinds; C4, C8 and CC in between are tables
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) and at + 7 <= len(data):
-            height, width = struct.unpack(">HH", data[at + 3 : at + 7])
-            return (height, width) if jpeg_orientation(data) >= 5 else (width, height)
-    return 0, 0
-
-
-def _webp_size(data: bytes) -> tuple[int, int]:
-    if data[12:16] == b"VP8 ":
-        width, height = struct.unpack("<HH", data[26:30])
-        return width & 0x3FFF, height & 0x3FFF
-    if data[12:16] == b"VP8L":
-        bits = int.from_bytes(data[21:25], "little")
-        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
-    if data[12:16] == b"VP8X":
-        return int.from_bytes(data[24:27], "little") + 1, int.from_bytes(data[27:30], "little") + 1
-    return 0, 0
-
-
-def jpeg_orientation(data: bytes) -> int:
-    """The EXIF orientation, 1 to 8; 1, upright, where the file states none."""
-    for marker, at, end in _jpeg_segments(data):
-        if marker == 0xE1 and data[at + 2 : at + 8] == b"Exif\0\0":
-            return _exif_orientation(data[at + 8 : end])
-    return 1
-
-
-def _exif_orientation(tiff: bytes) -> int:
-    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
-    if order is None or len(tiff) < 10:
-        return 1
-    directory = struct.unpack(order + "I", tiff[4:8])[0]
-    entries = tiff[directory + 2 :]
-    for at in range(0, len(entries) - 11, 12):
-        tag, _, _, value = struct.unpack(order + "HHIH", entries[at : at + 10])
-        if tag == 0x0112:
-            return value if 1 <= value <= 8 else 1
-        if tag > 0x0112:  # entries are sorted, and what follows them is not an entry
-            break
-    return 1
-
-
-def _jpeg_segments(data: bytes):
-    """(marker, start of the length field, end) of each segment up to the first scan."""
-    at = 2
-    while at + 4 <= len(data) and data[at] == 0xFF:
-        marker = data[at + 1]
-        if marker == 0xFF:  # a fill byte
-            at += 1
-            continue
-        if marker == 0xDA:
-            return
-        length = int.from_bytes(data[at + 2 : at + 4], "big")
-        yield marker, at + 2, at + 2 + length
-        at += 2 + length

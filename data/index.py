@@ -22,9 +22,12 @@ from tqdm import tqdm
 
 from controlbooth.data import sidecar, storage
 from controlbooth.data.arguments import file_to_write, whole_number
-from controlbooth.data.decode import image_size
+from controlbooth.data.decode import MAX_PIXELS, BadSample, too_large
 from controlbooth.data.draws import hash64
-from controlbooth.data.sidecar import CAPTION_EXTENSIONS, IMAGE_EXTENSIONS, PART, SAMPLE, ShardIndex
+from controlbooth.data.headers import image_size
+from controlbooth.data.kinds import IMAGE_EXTENSIONS
+from controlbooth.data.prompts import read_captions
+from controlbooth.data.sidecar import CAPTION_EXTENSIONS, PART, SAMPLE, ShardIndex
 from controlbooth.data.storage import RemoteShard, Shard, StorageError
 from controlbooth.data.tar import Member, TarDamage, members
 
@@ -36,7 +39,7 @@ STRUCTURAL = ("header", "truncated", "end", "trailing", "unsupported")
 
 @dataclass(frozen=True)
 class Problem:
-    """kind: one of STRUCTURAL, or duplicate, adjacent, missing, image."""
+    """kind: one of STRUCTURAL, or duplicate, adjacent, missing, image, pixels, caption."""
 
     shard: str
     byte: int
@@ -59,6 +62,8 @@ class _Group:
     """extension -> payload offset from `offset`, size, crc"""
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
     """width and height of each target image"""
+    captions: dict[str, str] = field(default_factory=dict)
+    """extension -> why the caption there cannot be read"""
     flags: int = 0
 
 
@@ -111,6 +116,11 @@ def _add(groups: list[_Group], member: Member, key: str, extension: str, payload
     group.end = member.payload + member.size
     if extension in IMAGE_EXTENSIONS:
         group.sizes[extension] = image_size(payload)
+    if extension in CAPTION_EXTENSIONS:
+        try:
+            read_captions(payload, extension, key)
+        except BadSample as bad:
+            group.captions[extension] = bad.reason
 
 
 def _check_keys(groups: list[_Group], report) -> None:
@@ -150,7 +160,13 @@ def _check_parts(groups: list[_Group], report) -> None:
             report(group.offset, group.key, "missing", message)
         if group.sizes and _target_size(group) == (0, 0):
             group.flags |= sidecar.BAD_IMAGE
-            report(group.offset, group.key, "image", "its target image has no readable JPEG, PNG or WebP header")
+            report(group.offset, group.key, "image", "its target image has no header that can be read")
+        width, height = _target_size(group)
+        if width * height > MAX_PIXELS:
+            report(group.offset, group.key, "pixels", too_large(width, height, MAX_PIXELS))
+        caption = next((extension for extension in CAPTION_EXTENSIONS if extension in group.parts), "")
+        if caption in group.captions:
+            report(group.offset, group.key, "caption", f"part {caption!r}: {group.captions[caption]}")
 
 
 def _target_size(group: _Group) -> tuple[int, int]:
@@ -241,7 +257,7 @@ def usable_cpus() -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`controlbooth data index`: 0 when every sample is usable, 1 when there are problems."""
-    from controlbooth.data import manifest  # which builds missing indexes with this module
+    from controlbooth.data import manifest, readable  # which build missing indexes with this module
 
     parser = argparse.ArgumentParser(
         prog="controlbooth data index",
@@ -286,6 +302,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     target = arguments.manifest or Path(os.path.commonpath(folders)) / manifest.NAME
     manifest.write_manifest(rows, target)
     print(f"wrote {target} ({manifest.fingerprint(rows)})")
+    if (nothing := readable.problem(str(target), None, MAX_PIXELS)) is not None:
+        print(nothing, file=sys.stderr)
+        return 1
     return 1 if any(row.usable < row.samples for row in rows) or problems else 0
 
 

@@ -10,6 +10,9 @@ COMPUTABLE = ("canny", "canny_random", "soft_edges", "scribble", "lineart", "lin
 SIDED = ("pose", "keypoint", "skeleton")
 """Words in the names of kinds that tell left from right by colour: OpenPose's limbs, the landmarks of our scenes."""
 
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "jfif", "bmp", "tif", "tiff", "gif", "avif", "heic", "heif")
+"""How pictures are named that can be read, and the order of choice where a sample has several."""
+
 Values = Literal["binary", "labels", "levels"]
 """What the values of a kind of condition are, which decides how it is resized: see `data.resize`."""
 _NAMED_VALUES: dict[Values, tuple[str, ...]] = {

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from controlbooth.data.arguments import file_to_write, whole_number
 from controlbooth.data.condition_sizes import shrunk_lines
+from controlbooth.data.decode import add_max_pixels
 from controlbooth.data.findings import MEANINGS, Finding, find
 from controlbooth.data.index import usable_cpus
 from controlbooth.data.manifest import Dataset, open_dataset
@@ -18,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     dataset = open_dataset(arguments.shards)
     kinds = sorted({kind for row in dataset.rows for kind in row.conditions})
-    scanned = scan(dataset, kinds, arguments.decode, arguments.workers)
+    scanned = scan(dataset, kinds, arguments.decode, arguments.workers, arguments.max_pixels)
     findings = find(dataset, scanned, arguments.min_side)
     if arguments.resolution is not None:
         told = [(kind, shrunk_lines(dataset, kind, arguments.resolution)) for kind in kinds]
@@ -71,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--resolution", type=whole_number(), help="data.resolution of the run: tells of lines that do not survive it"
     )
+    add_max_pixels(parser)
     parser.add_argument("--report", type=file_to_write, help="write an HTML page with pictures of what was found")
     parser.add_argument("--workers", type=whole_number(), default=usable_cpus(), help="processes (default: the CPUs)")
     return parser

@@ -27,9 +27,11 @@ from controlbooth.data.columns import ColumnReader, Columns, EncodedBatch
 from controlbooth.data.condition_values import ConditionValues
 from controlbooth.data.conditions import computed_function
 from controlbooth.data.decode import (
+    MAX_PIXELS,
     BadSample,
     crop_slack,
     decode_image,
+    memory_named,
     prepare,
     prepare_condition,
     prepare_target,
@@ -166,6 +168,7 @@ class Loader:
         max_aspect_ratio: float = 1.0,
         bucket_multiple: int = 64,
         columns: Columns | None = None,
+        max_pixels: int = MAX_PIXELS,
     ):
         """Prefetching begins at once, so make the loader before the model.
 
@@ -177,7 +180,7 @@ class Loader:
         history, max_aspect_ratio, bucket_multiple: see `plan_order`. latent_shape: (C, h, w) of a square picture.
         columns: of this data set, whole; then target pictures are neither read nor decoded. condition_kind: what shards
         hold, or "computed:" and a kind of `data.conditions`, which is made of each cut and mirrored target; what is
-        random about it is drawn from (seed, position).
+        random about it is drawn from (seed, position). max_pixels: a sample with a larger picture is bad.
         """
         self.order, buckets = plan_order(
             dataset,
@@ -194,7 +197,7 @@ class Loader:
         self.dataset, self.seed = dataset, seed
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.condition_kind, self.resolution = condition_kind, resolution
-        self._compute = computed_function(condition_kind)
+        self._compute, self._max_pixels = computed_function(condition_kind), max_pixels
         self.prompt_dropout, self.random_flip, self.random_crop = prompt_dropout, random_flip, random_crop
         self.num_train_timesteps, self.latent_shape = num_train_timesteps, tuple(latent_shape)
         self.prefetch_steps, self.max_bad_rate, self.ledger_path = prefetch_steps, max_bad_rate, ledger_path
@@ -217,7 +220,7 @@ class Loader:
         self.step = start_step
         """The next step to be consumed."""
         self.ledger: list[dict] = []
-        self._samples_consumed = self._samples_bad = 0
+        self._samples_consumed = self._samples_bad = self._samples_unread = 0
         self._next_submitted = start_step
         self._queue: deque[_Step] = deque()
         self._buffers = Buffers()
@@ -228,7 +231,7 @@ class Loader:
         self._reader = ShardReader(
             dataset, condition_kind, files if columns is None else files // 3, cache, buckets, columns is None
         )
-        self._values = ConditionValues(dataset, condition_kind, self._reader.closing)
+        self._values = ConditionValues(dataset, condition_kind, self._reader.closing, max_pixels)
         self._prefetcher = None
         if cache is not None and positions is None:
             self._cache_share = cache.limit_bytes // ranks_per_node
@@ -372,7 +375,8 @@ class Loader:
                 place = self.order.substitute(position, attempt)
             try:
                 sample = self._reader.read(place.shard, place.ordinal, place.bucket)
-                row = self._decode(step, at, sample, place)
+                with memory_named(sample.key, sample.image_extension or sample.condition_extension, sample.size[::-1]):
+                    row = self._decode(step, at, sample, place)
             except BadSample as bad:
                 faults.append(self._fault(position, place, attempt, bad))
                 continue
@@ -395,10 +399,10 @@ class Loader:
         began = time.perf_counter()
         image = condition = conditioning = crop = None
         if self._columns is None:
-            image = decode_image(sample.image, sample.key, sample.image_extension)
+            image = decode_image(sample.image, sample.key, sample.image_extension, max_pixels=self._max_pixels)
         size = sample.size if image is None else (image.shape[0], image.shape[1])
         if sample.condition is not None:
-            condition = decode_image(sample.condition, sample.key, sample.condition_extension, background=0)
+            condition = decode_image(sample.condition, sample.key, sample.condition_extension, 0, self._max_pixels)
         slack = crop_slack(*size, step.shape)
         if self.random_crop and any(slack):
             top, left = draws.crops(self.seed, step.positions[at : at + 1], np.array([slack]))[0].tolist()
@@ -483,6 +487,14 @@ class Loader:
                 file.writelines(json.dumps(fault) + "\n" for fault in faults)
         self._samples_consumed += len(rows)
         self._samples_bad += sum(bool(row.faults) for row in rows)
+        self._samples_unread += sum(row.weight == 0.0 for row in rows)
+        if self._samples_unread == self._samples_consumed:
+            first = self.ledger[0]
+            raise ValueError(
+                f"no sample can be read: none of the {self._samples_consumed} first, nor any of those that were to "
+                f"stand in for them. The first is {first['key']!r} in {first['shard']}: part {first['part']!r}, "
+                f"{first['error']}. `controlbooth data lint {self.dataset.location} --decode` tells of all of them"
+            )
         if self._samples_bad > self.max_bad_rate * max(self._samples_consumed, BAD_RATE_SAMPLES):
             last = self.ledger[-1]
             raise ValueError(
@@ -554,7 +566,9 @@ class HeldOutSample:
     caption: str
 
 
-def held_out(dataset: Dataset, count: int, *, condition_kind: str | None, resolution: int) -> Iterator[HeldOutSample]:
+def held_out(
+    dataset: Dataset, count: int, *, condition_kind: str | None, resolution: int, max_pixels: int = MAX_PIXELS
+) -> Iterator[HeldOutSample]:
     """The `count` samples that stand for the data set, see `data.selection`. A bad one is raised, not replaced.
 
     What is random about a computed condition is decided by the bytes of the target, so it is the same wherever the
@@ -563,15 +577,15 @@ def held_out(dataset: Dataset, count: int, *, condition_kind: str | None, resolu
     compute = computed_function(condition_kind)
     places = choose(dataset, count, condition_kind)
     reader = ShardReader(dataset, condition_kind, most_open=1)
-    values = ConditionValues(dataset, condition_kind)
+    values = ConditionValues(dataset, condition_kind, max_pixels=max_pixels)
     shape = (3, resolution, resolution)
     try:
         for shard, ordinal in places:
             sample = reader.read(shard, ordinal)
-            image = decode_image(sample.image, sample.key, sample.image_extension)
+            image = decode_image(sample.image, sample.key, sample.image_extension, max_pixels=max_pixels)
             condition = None
             if sample.condition is not None:
-                condition = decode_image(sample.condition, sample.key, sample.condition_extension, background=0)
+                condition = decode_image(sample.condition, sample.key, sample.condition_extension, 0, max_pixels)
             pixels, conditioning = prepare(
                 image, condition, condition_kind, (resolution, resolution), values=values.get()
             )

@@ -22,10 +22,20 @@ from controlbooth.data import manifest
 from controlbooth.data.arguments import folder_to_write, seed_number, whole_number
 from controlbooth.data.condition_sizes import where_exact
 from controlbooth.data.conditions import CONDITIONS
-from controlbooth.data.decode import BadSample, decode_image, keep_freed_memory, same_frame, to_rgb
+from controlbooth.data.decode import (
+    MAX_PIXELS,
+    BadSample,
+    add_max_pixels,
+    decode_image,
+    keep_freed_memory,
+    memory_named,
+    same_frame,
+    to_rgb,
+)
 from controlbooth.data.draws import content_hash
 from controlbooth.data.index import ensure_index, usable_cpus
 from controlbooth.data.pool import WorkerError, run_jobs
+from controlbooth.data.prompts import text_fault
 from controlbooth.data.sidecar import index_path, load_index, temporary_path, write_whole
 from controlbooth.data.sources import SCENE_KINDS, Source, SourceSample, encode_png, open_folder, open_scenes
 from controlbooth.data.split import HELD_OUT, NOTES, TRAIN, held_out_count, split
@@ -49,19 +59,21 @@ class Job:
     identity: str
 
 
-def encode_parts(sample: SourceSample, computed: Sequence[str]) -> dict[str, bytes]:
+def encode_parts(sample: SourceSample, computed: Sequence[str], max_pixels: int = MAX_PIXELS) -> dict[str, bytes]:
     """A source's sample -> {extension: bytes} as stored.
 
     JPEG, PNG and WebP images are kept byte for byte, others become PNG; conditions become PNG. Everything is decoded,
     so what cannot be is found here and not in training: BadSample. What is random about a computed condition is decided
     by the stored image, as names repeat from one table to the next.
     """
-    image = decode_image(sample.image, sample.key, "image")
+    if sample.fault is not None:
+        raise BadSample(sample.key, *sample.fault)
+    image = decode_image(sample.image, sample.key, "image", max_pixels=max_pixels)
     kind_of_image = _MAGIC.get(sample.image[:3])
     parts = {kind_of_image: sample.image} if kind_of_image else {"png": encode_png(image)}
     bits = content_hash(next(iter(parts.values())))
     for kind, data in sample.conditions.items():
-        condition = decode_image(data, sample.key, f"cond.{kind}", background=0)
+        condition = decode_image(data, sample.key, f"cond.{kind}", 0, max_pixels)
         if not same_frame(image.shape, condition.shape):
             sizes = f"{image.shape[1]}x{image.shape[0]}, {condition.shape[1]}x{condition.shape[0]}"
             raise BadSample(sample.key, f"cond.{kind}", f"its aspect ratio is not the image's ({sizes})")
@@ -69,6 +81,9 @@ def encode_parts(sample: SourceSample, computed: Sequence[str]) -> dict[str, byt
     rgb = to_rgb(image)
     for kind in computed:
         parts[f"cond.{kind}.png"] = encode_png(CONDITIONS[kind](rgb, bits))
+    for caption in sample.captions:
+        if (fault := text_fault(caption)) is not None:
+            raise BadSample(sample.key, "caption", f"the caption {fault}")
     if len(sample.captions) == 1:
         parts["txt"] = sample.captions[0].encode()
     else:
@@ -76,10 +91,11 @@ def encode_parts(sample: SourceSample, computed: Sequence[str]) -> dict[str, byt
     return parts
 
 
-def write_shard(source: Source, job: Job, skip_bad: bool) -> list[str]:
+def write_shard(source: Source, job: Job, skip_bad: bool, max_pixels: int = MAX_PIXELS) -> list[str]:
     """Writes and indexes one shard; -> what is wrong with the samples that cannot be packed.
 
-    If there are such samples and they may not be skipped, no shard is left behind. Raises PackError on a full disk.
+    If there are such samples and they may not be skipped, no shard is left behind. Raises PackError on a full disk, and
+    OutOfMemory.
     """
     from webdataset.writer import TarWriter  # imports torch, which takes seconds: not for --help
 
@@ -92,7 +108,8 @@ def write_shard(source: Source, job: Job, skip_bad: bool) -> list[str]:
             with TarWriter(file, encoder=False, mtime=0) as writer:
                 for sample in source.read(job.start, job.stop):
                     try:
-                        parts = encode_parts(sample, source.computed)
+                        with memory_named(sample.key, "image"):
+                            parts = encode_parts(sample, source.computed, max_pixels)
                     except BadSample as error:
                         bad.append(f"{sample.origin}: {error.part}: {error.reason}")
                         continue
@@ -103,7 +120,7 @@ def write_shard(source: Source, job: Job, skip_bad: bool) -> list[str]:
             return bad
         index_path(job.path).unlink(missing_ok=True)  # one of an earlier pack would pass for this shard's
         os.replace(temporary, job.path)
-        if problems := ensure_index(job.path):
+        if problems := [problem for problem in ensure_index(job.path) if problem.kind != "pixels"]:
             raise PackError(f"the shard just written cannot be read back: {problems[0]}")
         return bad
     except OSError as error:
@@ -117,10 +134,18 @@ def write_shard(source: Source, job: Job, skip_bad: bool) -> list[str]:
         temporary.unlink(missing_ok=True)
 
 
-def pack(source: Source, out: Path, samples_per_shard: int, workers: int = 1, skip_bad: bool = False) -> list[str]:
+def pack(
+    source: Source,
+    out: Path,
+    samples_per_shard: int,
+    workers: int = 1,
+    skip_bad: bool = False,
+    max_pixels: int = MAX_PIXELS,
+) -> list[str]:
     """Packs a source into out/shards-*.tar and writes out/manifest.jsonl; -> what could not be packed.
 
-    The manifest is written only when all shards are complete. Raises PackError and ValueError.
+    The manifest is written only when all shards are complete. max_pixels: see `decode_image`. Raises PackError,
+    OutOfMemory and ValueError.
     """
     if samples_per_shard < 1 or workers < 1:
         raise ValueError(f"samples per shard ({samples_per_shard}) and workers ({workers}) must be at least 1")
@@ -128,6 +153,7 @@ def pack(source: Source, out: Path, samples_per_shard: int, workers: int = 1, sk
     with open(out / JOURNAL, "a+") as journal:
         _lock(journal, out)
         description = f"{source.describe()}, {samples_per_shard} a shard"
+        description += f", at most {max_pixels} pixels" if max_pixels != MAX_PIXELS else ""
         done = _read_journal(journal, out, description)
         jobs = plan(source, out, samples_per_shard)
         _remove_leftovers(out, jobs, done)
@@ -135,7 +161,7 @@ def pack(source: Source, out: Path, samples_per_shard: int, workers: int = 1, sk
         bad = [line for job in jobs if job not in open_jobs for line in done[job.path.name]["skipped"]]
         finished = source.count - sum(job.stop - job.start for job in open_jobs)
         with tqdm(total=source.count, initial=finished, unit="sample", desc="pack") as progress:
-            for job, found in run_jobs(_work, open_jobs, workers, _start_worker, (source, skip_bad)):
+            for job, found in run_jobs(_work, open_jobs, workers, _start_worker, (source, skip_bad, max_pixels)):
                 progress.update(job.stop - job.start)
                 bad += found
                 if not found or skip_bad:
@@ -157,17 +183,17 @@ def plan(source: Source, out: Path, samples_per_shard: int) -> list[Job]:
     return jobs
 
 
-_worker_arguments: tuple[Source, bool]
+_worker_arguments: tuple[Source, bool, int]
 
 
-def _start_worker(source: Source, skip_bad: bool) -> None:
+def _start_worker(source: Source, skip_bad: bool, max_pixels: int) -> None:
     global _worker_arguments  # sent once a process and not with each job, as it may list a million files
-    _worker_arguments = (source, skip_bad)
+    _worker_arguments = (source, skip_bad, max_pixels)
 
 
 def _work(job: Job) -> list[str]:
-    source, skip_bad = _worker_arguments
-    return write_shard(source, job, skip_bad)
+    source, skip_bad, max_pixels = _worker_arguments
+    return write_shard(source, job, skip_bad, max_pixels)
 
 
 def _lock(journal, out: Path) -> None:
@@ -231,13 +257,16 @@ def _is_done(job: Job, noted: dict | None, skip_bad: bool) -> bool:
 def main(argv: Sequence[str] | None = None) -> int:
     """`controlbooth data pack`: 0 when all is packed, 1 when samples are bad, which are listed on stderr."""
     arguments = _parser().parse_args(argv)
-    parts = _parts(arguments, _open_source(arguments))
+    source = _open_source(arguments)
+    for note in source.notes:
+        print(note, file=sys.stderr)
+    parts = _parts(arguments, source)
     if arguments.dry_run:
         for out, part in parts.items():
-            _print_plan(part, out, arguments.samples_per_shard)
+            _print_plan(part, out, arguments.samples_per_shard, arguments.max_pixels)
         return 0
     bad = {
-        out: pack(part, out, arguments.samples_per_shard, arguments.workers, arguments.skip_bad)
+        out: pack(part, out, arguments.samples_per_shard, arguments.workers, arguments.skip_bad, arguments.max_pixels)
         for out, part in parts.items()
     }
     lines = [line for own in bad.values() for line in own]
@@ -253,6 +282,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for out, own in bad.items():
         dataset = manifest.open_dataset(out)
         samples = sum(row.samples for row in dataset.rows)
+        if not samples:
+            print(f"{out}: no sample could be packed, so there is nothing to train on", file=sys.stderr)
+            return 1
         left_out = f", {len(own)} left out" if own else ""
         print(f"{out}: {samples} samples in {len(dataset.rows)} shards{left_out} ({dataset.fingerprint})")
     for kind in sorted({kind for row in dataset.rows for kind in row.conditions}):
@@ -273,7 +305,7 @@ def _parts(arguments: argparse.Namespace, source: Source) -> dict[Path, Source]:
             "folder"
         )
     notes = None if arguments.dry_run else out / NOTES
-    train, held_out = split(source, arguments.held_out, notes, arguments.workers)
+    train, held_out = split(source, arguments.held_out, notes, arguments.workers, arguments.max_pixels)
     wanted = held_out_count(arguments.held_out, source.count)
     short = f" ({wanted} were asked for: near copies stay together)" if held_out.count < wanted else ""
     print(f"{source.count} samples: {train.count} to train on, {held_out.count} held out{short}")
@@ -293,7 +325,8 @@ def _open_source(arguments: argparse.Namespace) -> Source:
     if is_rows(arguments.source) or not arguments.source.is_dir():
         if arguments.caption is not None:
             raise ValueError("--caption is for folders of images; rows have their own, see --caption-column")
-        return open_rows(arguments.source, kinds, arguments.image_column, arguments.caption_column)
+        columns = (arguments.image_column, arguments.caption_column)
+        return open_rows(arguments.source, kinds, *columns, arguments.skip_bad)
     for kind, column in kinds.items():
         if column:
             raise ValueError(f"--condition {kind}={column} is for tables; folders have conditions/{kind}/")
@@ -305,12 +338,17 @@ def _kind_and_column(text: str) -> tuple[str, str | None]:
     return kind, column or None
 
 
-def _print_plan(source: Source, out: Path, samples_per_shard: int) -> None:
+def _print_plan(source: Source, out: Path, samples_per_shard: int, max_pixels: int) -> None:
     jobs = plan(source, out, samples_per_shard)
     print(f"{source.describe()}\n{source.count} samples -> {len(jobs)} shards: {jobs[0].path} ...")
     for sample in source.read(0, min(3, source.count)):
-        sizes = {extension: len(data) for extension, data in encode_parts(sample, source.computed).items()}
-        print(f"  {sample.key}: {sizes} bytes, {sample.captions[0]!r}")
+        try:
+            parts = encode_parts(sample, source.computed, max_pixels)
+        except BadSample as error:
+            print(f"  {sample.origin}: {error.part}: {error.reason}")
+            continue
+        sizes = {extension: len(data) for extension, data in parts.items()}
+        print(f"  {sample.key}: {sizes} bytes, {sample.captions[0]!r:.200}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -354,6 +392,7 @@ examples:
     parser.add_argument("--size", type=whole_number(), default=64, help="side of the scenes in pixels (default: 64)")
     parser.add_argument("--samples-per-shard", type=whole_number(), default=1000, help="(default: 1000)")
     parser.add_argument("--workers", type=whole_number(), default=usable_cpus(), help="processes (default: the CPUs)")
-    parser.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be read, and list them")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out samples that cannot be read, and list them")
+    add_max_pixels(parser)
     parser.add_argument("--dry-run", action="store_true", help="check, show what would be packed, and write nothing")
     return parser

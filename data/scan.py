@@ -7,16 +7,19 @@ import multiprocessing
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 
 import cv2
 import numpy as np
 from tqdm import tqdm
 
-from controlbooth.data.decode import BadSample, decode_image, image_size, keep_freed_memory, same_frame
+from controlbooth.data.decode import MAX_PIXELS, BadSample, decode_image, keep_freed_memory, same_frame, too_large
 from controlbooth.data.draws import content_hash
+from controlbooth.data.headers import image_size
 from controlbooth.data.hygiene import edge_map, is_blank, perceptual_hash
 from controlbooth.data.manifest import Dataset, shard_names
+from controlbooth.data.pool import WorkerError
 from controlbooth.data.prompts import read_captions
 from controlbooth.data.shards import SampleBytes, ShardReader
 from controlbooth.data.sidecar import ShardIndex, index_path, load_index
@@ -51,14 +54,15 @@ class Scan:
     """sample, kind of fault ("broken", "frame", "blank image", "blank condition"), message, kind of condition"""
 
 
-def scan(dataset: Dataset, kinds: Sequence[str], decode: bool, workers: int) -> Scan:
+def scan(dataset: Dataset, kinds: Sequence[str], decode: bool, workers: int, max_pixels: int = MAX_PIXELS) -> Scan:
     """Reads every usable sample with its conditions of these kinds; decode: their pictures too. Shows its progress.
 
-    Samples are numbered in the order of the shards. Raises OSError for shards that cannot be read.
+    Samples are numbered in the order of the shards. max_pixels: larger pictures are faults, by their header. Raises
+    OSError for shards that cannot be read, and OutOfMemory, which says nothing of the samples.
     """
     scans = []
     with tqdm(total=sum(row.usable for row in dataset.rows), unit="sample", desc="scan") as bar:
-        for shard in _each(dataset, kinds, decode, workers):
+        for shard in _each(dataset, kinds, decode, workers, max_pixels):
             scans.append(shard)
             bar.update(len(shard.digests))
     return _join(scans, kinds)
@@ -69,16 +73,19 @@ def places(dataset: Dataset) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(dataset.samples_per_shard())])
 
 
-def _each(dataset: Dataset, kinds: Sequence[str], decode: bool, workers: int) -> Iterator[Scan]:
-    count = len(dataset.rows)
+def _each(dataset: Dataset, kinds: Sequence[str], decode: bool, workers: int, max_pixels: int) -> Iterator[Scan]:
+    count, arguments = len(dataset.rows), (dataset, tuple(kinds), decode, max_pixels)
     if min(workers, count) <= 1:
-        _start(dataset, tuple(kinds), decode)
+        _start(*arguments)
         yield from map(_scan_shard, range(count))
         return
     # spawn: a forked child would inherit threads and locks of whoever calls
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, count), context, _start, (dataset, tuple(kinds), decode)) as pool:
-        yield from pool.map(_scan_shard, range(count), chunksize=1)
+    with ProcessPoolExecutor(min(workers, count), context, _start, arguments) as pool:
+        try:
+            yield from pool.map(_scan_shard, range(count), chunksize=1)
+        except BrokenProcessPool as error:
+            raise WorkerError("a worker process was killed, most often for memory: use fewer --workers") from error
 
 
 @dataclass
@@ -87,17 +94,19 @@ class _Work:
 
     dataset: Dataset
     decode: bool
+    max_pixels: int
     readers: dict[str | None, ShardReader]
 
 
 _work: _Work
 
 
-def _start(dataset: Dataset, kinds: tuple[str, ...], decode: bool) -> None:
+def _start(dataset: Dataset, kinds: tuple[str, ...], decode: bool, max_pixels: int) -> None:
     global _work
     cv2.setNumThreads(1)  # there are processes enough
     keep_freed_memory()
-    _work = _Work(dataset, decode, {kind: ShardReader(dataset, kind, most_open=1) for kind in (None, *kinds)})
+    readers = {kind: ShardReader(dataset, kind, most_open=1) for kind in (None, *kinds)}
+    _work = _Work(dataset, decode, max_pixels, readers)
 
 
 def _scan_shard(shard: int) -> Scan:
@@ -117,7 +126,7 @@ def _scan_shard(shard: int) -> Scan:
             result.digests[at] = content_hash(sample.image)
             for text in read_captions(sample.caption, sample.caption_extension, sample.key):
                 captions.append((at, text_hash(text), len(text), len(text.split())))
-            target = decode_image(sample.image, sample.key, sample.image_extension) if _work.decode else None
+            target = _pixels(sample.image, sample.key, sample.image_extension)
             target_map = None
             if target is not None:
                 if is_blank(target):
@@ -155,11 +164,8 @@ def _look_at_condition(
     target_size: width and height.
     """
     assert sample.condition is not None
-    pixels = None
-    width, height = image_size(sample.condition)
-    if _work.decode:
-        pixels = decode_image(sample.condition, sample.key, sample.condition_extension, background=0)
-        height, width = pixels.shape[:2]
+    pixels = _pixels(sample.condition, sample.key, sample.condition_extension, 0)
+    width, height = image_size(sample.condition) if pixels is None else pixels.shape[1::-1]
     if not same_frame((target_size[1], target_size[0]), (height, width)):
         sizes = f"{target_size[0]}x{target_size[1]} and {width}x{height}"
         return ("frame", f"target and condition {kind} have different aspect ratios ({sizes})"), None
@@ -168,6 +174,16 @@ def _look_at_condition(
     if is_blank(pixels):
         return ("blank condition", f"condition {kind} shows nothing"), None
     return None, edge_map(pixels)
+
+
+def _pixels(data: bytes, key: str, extension: str, background: int = 255) -> np.ndarray | None:
+    """None where pictures are not decoded; one that is too large is a BadSample all the same, by its header."""
+    if _work.decode:
+        return decode_image(data, key, extension, background, _work.max_pixels)
+    width, height = image_size(data)
+    if width * height > _work.max_pixels:
+        raise BadSample(key, extension, too_large(width, height, _work.max_pixels))
+    return None
 
 
 def _ordinals(index: ShardIndex, kind: str) -> dict[int, int]:

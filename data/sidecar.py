@@ -19,7 +19,7 @@ import numpy as np
 
 from controlbooth.data.buckets import aspect_bins
 from controlbooth.data.draws import hash64
-from controlbooth.data.kinds import stored_kind
+from controlbooth.data.kinds import IMAGE_EXTENSIONS, stored_kind
 from controlbooth.data.storage import RemoteShard, Shard
 
 MAGIC = b"CBINDEX\n"
@@ -51,8 +51,6 @@ FLAG_NAMES = {
 }
 _UNUSABLE = MISSING_IMAGE | MISSING_CAPTION | DUPLICATE | BAD_IMAGE | QUARANTINED
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-"""Target images, and the order of choice where a sample has several."""
 CAPTION_EXTENSIONS = ("txt", "json")
 _CONDITION = re.compile(rf"(?:cond\.)?([^.]+)\.(?:{'|'.join(IMAGE_EXTENSIONS)})")
 
@@ -173,12 +171,33 @@ def load_index(path: Path, remedy: str = "") -> ShardIndex:
     if version != VERSION:
         said = f"{path} is an index of version {version}, this is version {VERSION}"
         raise ValueError(f"{said}: {remedy or _remedy(path)}")
-    extensions = tuple(json.loads(data[_HEADER.size : _HEADER.size + table_bytes]))
-    at = _HEADER.size + table_bytes
-    samples = np.frombuffer(data, SAMPLE, count, at)
-    parts = np.frombuffer(data, PART, count * len(extensions), at + samples.nbytes)
-    parts = parts.reshape(count, len(extensions))
+    try:
+        extensions = _extensions(data[_HEADER.size : _HEADER.size + table_bytes])
+        at = _HEADER.size + table_bytes
+        samples = np.frombuffer(data, SAMPLE, count, at)
+        parts = np.frombuffer(data, PART, count * len(extensions), at + samples.nbytes)
+        parts = parts.reshape(count, len(extensions))
+        if at + samples.nbytes + parts.nbytes + DIGEST_BYTES != len(data) or not _inside(samples, parts, shard_bytes):
+            raise ValueError("its tables do not fit its header, or the shard")
+    except (ValueError, RecursionError, OverflowError) as error:  # of a digest that is right: not of our making
+        raise ValueError(_damaged(path, remedy)) from error
     return ShardIndex(shard_bytes, extensions, samples, parts, data[-DIGEST_BYTES:].hex())
+
+
+def _extensions(table: bytes) -> tuple[str, ...]:
+    names = json.loads(table)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError("its extensions are no list of names")
+    return tuple(names)
+
+
+def _inside(samples: np.ndarray, parts: np.ndarray, shard_bytes: int) -> bool:
+    """Whether every part lies in its shard."""
+    if not parts.size:
+        return True
+    ends = (parts["offset"].astype(np.uint64) + parts["size"]).max(axis=1)
+    room = np.uint64(shard_bytes) - np.minimum(samples["offset"], np.uint64(shard_bytes))
+    return bool((ends <= room).all())
 
 
 def read_digest(path: Path) -> str:

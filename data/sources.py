@@ -4,13 +4,10 @@ A source knows how many samples it has and gives any range of them, so that shar
 What can be told beforehand (captions and conditions that are missing, names that collide) is told when it is opened.
 """
 
-import csv
-import functools
 import hashlib
-import io
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,11 +17,14 @@ import numpy as np
 
 from controlbooth.data import scenes
 from controlbooth.data.conditions import CONDITIONS
+from controlbooth.data.folders import IMAGE_SUFFIXES, files_below, is_picture, left_out, splits_among
 from controlbooth.data.index import split_name
+from controlbooth.data.prompts import cell_captions
+from controlbooth.data.text_tables import columns_of, read_text, text_rows
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 CAPTION_TABLES = ("captions.csv", "captions.jsonl", "metadata.csv", "metadata.jsonl")
 SCENE_KINDS = ("edges", "segmentation", "depth", "normals", "keypoints")
+_KNOWN = ", ".join(IMAGE_SUFFIXES)
 SEGMENTATION_STEP = 31
 """Scene classes are stored this many gray levels apart, since levels 0 to 8 of 255 would look all black to a model."""
 
@@ -37,6 +37,8 @@ class SourceSample:
     image: bytes
     conditions: dict[str, bytes]
     captions: list[str]
+    fault: tuple[str, str] | None = None
+    """The part that cannot be used, as a column, and why not; then the others say nothing."""
 
 
 class Source(Protocol):
@@ -46,6 +48,11 @@ class Source(Protocol):
     @property
     def computed(self) -> tuple[str, ...]:
         """Condition kinds that the source does not hold and that are computed from its images."""
+        ...
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What people should know of it and would not see otherwise, such as files that are left out."""
         ...
 
     def describe(self) -> str:
@@ -68,8 +75,8 @@ class FolderItem:
     key: str
     image: str
     conditions: tuple[tuple[str, str], ...]
-    caption: str | None
-    """None where it stands in a .txt beside the image."""
+    captions: tuple[str, ...] | None
+    """None where one stands in a .txt beside the image."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,7 @@ class FolderSource:
     kinds: tuple[str, ...]
     computed: tuple[str, ...]
     caption_template: str | None
+    notes: tuple[str, ...] = field(default=(), repr=False)
 
     @property
     def count(self) -> int:
@@ -94,7 +102,7 @@ class FolderSource:
         parts = []
         for item in self.items[start:stop]:
             paths = [item.image, *(path for _, path in item.conditions)]
-            parts.append((item.key, _caption(item), [file_identity(Path(path)) for path in paths]))
+            parts.append((item.key, _caption_identity(item), [file_identity(Path(path)) for path in paths]))
         return stable_hash(parts)
 
     def read(self, start: int, stop: int) -> Iterator[SourceSample]:
@@ -102,12 +110,28 @@ class FolderSource:
 
     def read_rows(self, rows: Sequence[int]) -> Iterator[SourceSample]:
         for item in map(self.items.__getitem__, rows):
+            try:
+                captions = _captions(item)
+            except ValueError as error:
+                yield SourceSample(item.key, item.image, b"", {}, [], ("caption", str(error)))
+                continue
             conditions = {kind: Path(path).read_bytes() for kind, path in item.conditions}
-            yield SourceSample(item.key, item.image, Path(item.image).read_bytes(), conditions, [_caption(item)])
+            yield SourceSample(item.key, item.image, Path(item.image).read_bytes(), conditions, captions)
 
 
-def _caption(item: FolderItem) -> str:
-    return _read_text(Path(item.image).with_suffix(".txt")).strip() if item.caption is None else item.caption
+def _captions(item: FolderItem) -> list[str]:
+    """Raises ValueError where the file that holds it is no UTF-8."""
+    if item.captions is not None:
+        return list(item.captions)
+    return [read_text(Path(item.image).with_suffix(".txt")).strip()]
+
+
+def _caption_identity(item: FolderItem) -> str | list[str]:
+    try:
+        captions = _captions(item)
+    except ValueError as error:
+        return str(error)
+    return captions[0] if len(captions) == 1 else captions
 
 
 def open_folder(root: Path, kinds: Sequence[str], caption_template: str | None) -> FolderSource:
@@ -122,55 +146,76 @@ def open_folder(root: Path, kinds: Sequence[str], caption_template: str | None) 
     kinds = tuple(kinds) or tuple(stored)
     computed = computed_kinds(kinds, stored, f"there is no folder {condition_root}/")
     _refuse_listed_conditions(root, image_root, condition_root)
-    images = _images_by_name(image_root, skip=condition_root)
+    files = list(files_below(image_root, skip=condition_root))
+    _refuse_splits(image_root, files)
+    images = _images_by_name(image_root, files)
+    others = left_out(files)
     if not images:
-        raise ValueError(f"no images ({', '.join(IMAGE_SUFFIXES)}) below {image_root}")
-    conditions = {kind: _images_by_name(condition_root / kind) for kind in kinds if kind not in computed}
+        there = f", but {others}" if others else ""
+        raise ValueError(f"no images ({', '.join(IMAGE_SUFFIXES)}) below {image_root}{there}")
+    conditions = {
+        kind: _images_by_name(condition_root / kind, files_below(condition_root / kind))
+        for kind in kinds
+        if kind not in computed
+    }
     for kind, there in conditions.items():
         remedy = f"put them in {condition_root / kind}/ under the image's name"
         refuse_missing(f"{kind} condition", [name for name in images if name not in there], len(images), remedy)
-    captions = _folder_captions(root, image_root, images, caption_template)
+    captions, notes = _folder_captions(root, image_root, images, caption_template)
+    if others:
+        notes.insert(0, f"{image_root}: left out {others}: they are no pictures that can be read ({_KNOWN})")
     items = []
     for name, path in images.items():
         paths = tuple((kind, str(there[name])) for kind, there in conditions.items())
         items.append(FolderItem(_safe_key(name), str(path), paths, captions[name]))
     _refuse_collisions(items)
-    return FolderSource(str(root), tuple(items), kinds, computed, caption_template)
+    return FolderSource(str(root), tuple(items), kinds, computed, caption_template, tuple(notes))
 
 
-def _images_by_name(root: Path, skip: Path | None = None) -> dict[str, Path]:
+def _refuse_splits(image_root: Path, files: Sequence[Path]) -> None:
+    """Raises ValueError where pictures lie in folders of the names of parts of a data set, as `train` and `test`."""
+    inside = [path.relative_to(image_root).parts for path in files if is_picture(path)]
+    if splits := splits_among(parts[0] for parts in inside if len(parts) > 1):
+        raise ValueError(
+            f"{image_root} holds the splits {', '.join(splits)}, which would become one data set: name one, such as "
+            f"{image_root / splits[-1]}, or give the folders other names if they belong together"
+        )
+
+
+def _images_by_name(root: Path, files: Iterable[Path]) -> dict[str, Path]:
     """{path below root without its suffix: path}, sorted. Two images of one name are an error."""
     found: dict[str, Path] = {}
-    for path in sorted(root.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
-        if path.suffix.lower() not in IMAGE_SUFFIXES or hidden or (skip and path.is_relative_to(skip)):
-            continue
+    for path in sorted(filter(is_picture, files)):
         name = path.relative_to(root).with_suffix("").as_posix()
         if name in found:
             raise ValueError(f"{found[name]} and {path} have the same name: rename one, or remove it")
+        if not path.is_file():
+            raise ValueError(f"{path} is {'a link to nothing' if path.is_symlink() else 'no file'}: remove it")
         found[name] = path
     return found
 
 
 def _folder_captions(
     root: Path, image_root: Path, images: Mapping[str, Path], template: str | None
-) -> dict[str, str | None]:
-    """{image name: caption, or None where a .txt has it}."""
+) -> tuple[dict[str, tuple[str, ...] | None], list[str]]:
+    """-> {image name: captions, or None where a .txt has one}, and what people should know of the table."""
     if template is not None:
-        return {name: _fill_template(template, path) for name, path in images.items()}
+        return {name: (_fill_template(template, path),) for name, path in images.items()}, []
     tables = _caption_tables(root, image_root)
     if len(tables) > 1:
         raise ValueError(f"{', '.join(map(str, tables))} all hold captions: keep one of them")
     listed = _caption_table(tables[0]) if tables else {}
-    captions = {
-        name: listed.get(path.relative_to(image_root).as_posix(), listed.get(path.relative_to(root).as_posix()))
-        for name, path in images.items()
-    }
+    roots = (image_root, root)
+    names = {name: [path.relative_to(one).as_posix() for one in roots] for name, path in images.items()}
+    captions = {name: listed.get(inner, listed.get(outer)) for name, (inner, outer) in names.items()}
     unlisted = [name for name in images if captions[name] is None]
     missing = [name for name in unlisted if not images[name].with_suffix(".txt").exists()]
     remedy = "put a .txt beside each image, a captions.csv with columns image,caption, or pass --caption"
     refuse_missing("caption", missing, len(images), f"{remedy} 'a photo of a {{folder}}'")
-    return captions
+    if unused := sorted(listed.keys() - {place for both in names.values() for place in both}):
+        note = f"{tables[0]}: {len(unused)} of its names are no pictures of this folder, as {unused[0]!r}; left out"
+        return captions, [note]
+    return captions, []
 
 
 def _caption_tables(root: Path, image_root: Path) -> list[Path]:
@@ -209,19 +254,33 @@ def _fill_template(template: str, path: Path) -> str:
         raise ValueError(f"--caption {template!r} may hold {{folder}} and {{name}} and no other braces") from error
 
 
-def _caption_table(path: Path) -> dict[str, str]:
-    """{file name: caption} from columns image or file_name, and caption or text."""
+def _caption_table(path: Path) -> dict[str, tuple[str, ...]]:
+    """{file name: captions} from columns image or file_name, and caption or text; a picture may have several rows.
+
+    Raises ValueError with the row whose cells are not a name and a caption, or several.
+    """
     rows = text_rows(str(path))
     image, caption = _table_columns(rows)
     if image is None or caption is None:
-        columns = ", ".join(rows[0] if rows else ())
+        columns = ", ".join(columns_of(rows))
         raise ValueError(f"{path} has columns {columns}; it needs image and caption (or file_name and text)")
-    return {row[image]: row[caption] for row in rows if row.get(image) and row.get(caption)}
+    found: dict[str, tuple[str, ...]] = {}
+    for number, row in enumerate(rows, 1):
+        name, cell = row.get(image), row.get(caption)
+        if name in (None, "") or cell in (None, "", []):
+            continue  # a picture without a caption is told by its name
+        if not isinstance(name, str):
+            raise ValueError(f"{path}, row {number}, column {image}: {name!r:.40} is no name of a picture")
+        try:
+            found[name] = found.get(name, ()) + tuple(cell_captions(cell))
+        except ValueError as error:
+            raise ValueError(f"{path}, row {number}, column {caption}: the caption {error}") from error
+    return found
 
 
 def _table_columns(rows: Sequence[Mapping[str, Any]]) -> tuple[str | None, str | None]:
     """The names of the columns of images and of captions."""
-    columns = rows[0].keys() if rows else ()
+    columns = columns_of(rows)
     image = next((name for name in ("image", "file_name") if name in columns), None)
     return image, next((name for name in ("caption", "text") if name in columns), None)
 
@@ -236,6 +295,7 @@ class SceneSource:
     size: int
     kinds: tuple[str, ...]
     computed: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     def describe(self) -> str:
         return f"scenes of seed {self.seed} from {self.start}, {self.size} px, {self.kinds}, computed {self.computed}"
@@ -264,30 +324,6 @@ def open_scenes(count: int, seed: int, start: int, size: int, kinds: Sequence[st
     kinds = tuple(kinds) or ("edges",)
     computed = computed_kinds(kinds, SCENE_KINDS, f"scenes have {', '.join(SCENE_KINDS)} but no")
     return SceneSource(count, seed, start, size, tuple(kind for kind in kinds if kind not in computed), computed)
-
-
-@functools.lru_cache(maxsize=2)
-def text_rows(path: str) -> list[dict[str, Any]]:
-    """The rows of a CSV or JSONL file."""
-    text = _read_text(Path(path))
-    if path.endswith(".csv"):
-        return list(csv.DictReader(io.StringIO(text, newline="")))
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(dict(json.loads(line)))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}, line {number} is not a JSON object: {error}") from error
-    return rows
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8") from error
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
@@ -347,4 +383,5 @@ def file_identity(path: Path) -> tuple[str, int, int]:
 
 
 def stable_hash(value: object) -> str:
-    return hashlib.blake2b(json.dumps(value).encode(), digest_size=16).hexdigest()
+    """Over a tree of plain values; others count by what they look like."""
+    return hashlib.blake2b(json.dumps(value, default=repr).encode(), digest_size=16).hexdigest()

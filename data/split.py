@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from controlbooth.data.decode import BadSample, decode_image, keep_freed_memory
+from controlbooth.data.decode import MAX_PIXELS, BadSample, decode_image, keep_freed_memory
 from controlbooth.data.draws import content_hash, hash64, random_bits
 from controlbooth.data.hygiene import connected_groups, equal_groups, is_blank, near_pairs, perceptual_hash
 from controlbooth.data.pool import run_jobs
@@ -47,6 +47,10 @@ class Part:
     @property
     def computed(self) -> tuple[str, ...]:
         return self.source.computed
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self.source.notes
 
     def describe(self) -> str:
         return f"{self.source.describe()}, {self.name}"
@@ -80,10 +84,13 @@ def held_out_count(asked: str, count: int) -> int:
     return wanted
 
 
-def split(source: Source, asked: str, notes: Path | None, workers: int) -> tuple[Part, Part]:
+def split(
+    source: Source, asked: str, notes: Path | None, workers: int, max_pixels: int = MAX_PIXELS
+) -> tuple[Part, Part]:
     """The part to train on and the part that is held out. Looks at every picture, and shows its progress.
 
     asked: see `held_out_count`. notes: where to keep what was found, and to find what is there; None writes nothing.
+    max_pixels: see `decode_image`.
     """
     wanted = held_out_count(asked, source.count)
     before = _read_notes(notes, asked)
@@ -95,7 +102,7 @@ def split(source: Source, asked: str, notes: Path | None, workers: int) -> tuple
     left = [job for job in jobs if job not in found]
     total = sum(stop - start for start, stop in jobs)
     with tqdm(total=total, initial=total - sum(b - a for a, b in left), unit="sample", desc="look") as progress:
-        for job, facts in run_jobs(_look_at, left, workers, _start_worker, (source,)):
+        for job, facts in run_jobs(_look_at, left, workers, _start_worker, (source, max_pixels)):
             found[job] = facts
             if notes is not None:
                 with open(notes, "a") as file:
@@ -194,23 +201,24 @@ def _read_notes(notes: Path | None, asked: str) -> dict[tuple[int, int, str], di
     return lines
 
 
-_source: Source
+_work: tuple[Source, int]
 
 
-def _start_worker(source: Source) -> None:
-    global _source
+def _start_worker(source: Source, max_pixels: int) -> None:
+    global _work
     keep_freed_memory()
-    _source = source
+    _work = (source, max_pixels)
 
 
 def _look_at(job: tuple[int, int]) -> list[Facts]:
-    return [_facts_of(sample) for sample in _source.read(*job)]
+    source, max_pixels = _work
+    return [_facts_of(sample, max_pixels) for sample in source.read(*job)]
 
 
-def _facts_of(sample: SourceSample) -> Facts:
+def _facts_of(sample: SourceSample, max_pixels: int) -> Facts:
     """A picture that cannot be decoded is a copy of none but its own bytes; packing tells what is wrong with it."""
     try:
-        pixels = decode_image(sample.image, sample.key, "image")
+        pixels = decode_image(sample.image, sample.key, "image", max_pixels=max_pixels)
         near = [0] * 4 if is_blank(pixels) else perceptual_hash(pixels).tolist()
     except BadSample:
         near = [0] * 4

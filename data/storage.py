@@ -244,7 +244,7 @@ def _is_transient(error: BaseException | None) -> bool:
     if isinstance(error, (_ShortRead, ConnectionError, TimeoutError)):
         return True
     status = getattr(error, "status", None) or getattr(error, "code", None)  # aiohttp's name for it, and gcsfs's
-    if str(status).isdigit():
+    if str(status).isdecimal():
         return int(str(status)) in _TRANSIENT_STATUS
     return isinstance(error, _broken_connections()) or (isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNO)
 

@@ -6,7 +6,6 @@ Arrow and Parquet are read with pyarrow alone, a few rows in memory at a time.
 import functools
 import glob
 import json
-import re
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,14 +15,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from controlbooth.data.sources import (
-    SourceSample,
-    computed_kinds,
-    file_identity,
-    refuse_missing,
-    stable_hash,
-    text_rows,
-)
+from controlbooth.data.folders import files_below, splits_of_paths
+from controlbooth.data.prompts import cell_captions
+from controlbooth.data.sources import SourceSample, computed_kinds, file_identity, refuse_missing, stable_hash
+from controlbooth.data.text_tables import TEXT_TABLES, columns_of, text_rows
 
 
 @dataclass(frozen=True)
@@ -37,6 +32,7 @@ class RowSource:
     condition_columns: tuple[tuple[str, str], ...]
     """(kind, column)"""
     computed: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def count(self) -> int:
@@ -56,10 +52,10 @@ class RowSource:
         identities = []
         images = [self.image_column, *(column for _, column in self.condition_columns)]
         for path, _ in self.files:
-            named = _text_columns(path, images)
-            holder = file_identity(Path(path)) if len(named) < len(images) else None
+            named = _naming_columns(path, images)
+            holder = file_identity(Path(path)) if len(_text_columns(path, images)) < len(images) else None
             for row in _rows(path, list(dict.fromkeys([self.caption_column, *named])), 0, None):
-                files = [file_identity(Path(path).parent / row[column]) for column in named]
+                files = [_named_identity(path, row[column]) for column in named]
                 identities.append(stable_hash([row[self.caption_column], files, holder]))
         return identities
 
@@ -80,25 +76,29 @@ class RowSource:
 
     def _sample(self, row: Mapping[str, Any], number: int, path: str, i: int) -> SourceSample:
         origin = f"{path}, row {i + 1}"
-        caption = row[self.caption_column]
-        return SourceSample(
-            key=f"{number:08d}",
-            origin=origin,
-            image=_cell_bytes(row[self.image_column], path, f"{origin}, column {self.image_column}"),
-            conditions={
-                kind: _cell_bytes(row[column], path, f"{origin}, column {column}")
-                for kind, column in self.condition_columns
-            },
-            captions=list(caption) if isinstance(caption, list) else [caption],
-        )
+        key, column = f"{number:08d}", self.caption_column
+        try:
+            captions = cell_captions(row[column])
+            images = {}
+            for column in dict.fromkeys([self.image_column, *(own for _, own in self.condition_columns)]):
+                images[column] = _cell_bytes(row[column], path)
+        except ValueError as error:
+            return SourceSample(key, origin, b"", {}, [], (column, str(error)))
+        conditions = {kind: images[own] for kind, own in self.condition_columns}
+        return SourceSample(key, origin, images[self.image_column], conditions, captions)
 
 
 def open_rows(
-    location: Path, kinds: Mapping[str, str | None], image_column: str = "image", caption_column: str = "caption"
+    location: Path,
+    kinds: Mapping[str, str | None],
+    image_column: str = "image",
+    caption_column: str = "caption",
+    skip_bad: bool = False,
 ) -> RowSource:
     """A .csv, .jsonl or .parquet file, a glob of Parquet files, or a folder that `datasets` wrote.
 
     kinds: {condition kind: its column}; None stands for the column of that name, or else computes the condition.
+    Raises ValueError for rows whose cells cannot be packed; skip_bad leaves them to be found, and left out, one by one.
     """
     paths = _row_files(location)
     columns = _columns(str(paths[0]))
@@ -107,22 +107,18 @@ def open_rows(
     for column in (image_column, caption_column, *stored.values()):
         if column not in columns:
             raise ValueError(f"{location} has no column {column!r} but {', '.join(columns)}: {remedy}")
-    counts = []
-    missing: dict[str, list[str]] = {column: [] for column in (image_column, caption_column, *stored.values())}
+    counts: list[int] = []
+    faults: dict[str, list[str]] = {column: [] for column in (image_column, caption_column, *stored.values())}
     for path in map(str, paths):
         counts.append(0)
-        checked = [caption_column, *_text_columns(path, list(missing))]
-        for row in _rows(path, list(dict.fromkeys(checked)), 0, None):
+        images = [column for column in faults if column != caption_column]
+        for row in _rows(path, list(dict.fromkeys([caption_column, *_naming_columns(path, images)])), 0, None):
             counts[-1] += 1
             for column, value in row.items():
-                there = value not in (None, "", [])
-                if there and column != caption_column:
-                    there = (Path(path).parent / value).exists()
-                if not there:
-                    missing[column].append(f"row {counts[-1]} of {path}" + (f" ({value})" if value else ""))
-    for column, rows in missing.items():
-        remedy = "fill the cells; paths are relative to the table"
-        refuse_missing(f"{column} (empty cell, or no such file)", rows, sum(counts), remedy)
+                if (fault := _cell_fault(path, value, column == caption_column)) is not None:
+                    faults[column].append(f"row {counts[-1]} of {path}" + fault)
+    if not skip_bad:
+        _refuse_cells(faults, caption_column, sum(counts))
     if not sum(counts):
         raise ValueError(f"{location} has no rows")
     computed = computed_kinds(tuple(kinds), list(stored), f"{location} has no column")
@@ -130,9 +126,32 @@ def open_rows(
     return RowSource(files, image_column, caption_column, tuple(stored.items()), computed)
 
 
+def _refuse_cells(faults: Mapping[str, Sequence[str]], caption_column: str, count: int) -> None:
+    for column, rows in faults.items():
+        what = "no text" if column == caption_column else "no such file"
+        remedy = "fill the cells, or leave these rows out with --skip-bad"
+        if column != caption_column:
+            remedy += "; paths are relative to the table"
+        refuse_missing(f"{column} (empty cell, or {what})", rows, count, remedy)
+
+
+def _cell_fault(path: str, value: Any, is_caption: bool) -> str | None:
+    """What is wrong with a cell, " (...)"; None where nothing is. Pictures that are there are not looked at."""
+    if value in (None, "", []):
+        return ""
+    try:
+        if is_caption:
+            cell_captions(value)
+        elif isinstance(named := _image_cell(value), str) and not (Path(path).parent / named).is_file():
+            return f" ({named})"
+    except ValueError as error:
+        return f" ({error})"
+    return None
+
+
 def is_rows(location: Path) -> bool:
     """Whether `open_rows` is the way to read a path, rather than `open_folder`."""
-    if location.suffix in (".csv", ".jsonl", ".parquet"):
+    if location.suffix.lower() in (*TEXT_TABLES, ".parquet"):
         return True
     names = ("state.json", "dataset_dict.json", "*.arrow", "*.parquet", "data/*.parquet")
     return location.is_dir() and any(any(location.glob(name)) for name in names)
@@ -151,29 +170,73 @@ def _row_files(location: Path) -> list[Path]:
     if (location / "state.json").exists():
         state = json.loads((location / "state.json").read_text())
         return [location / file["filename"] for file in state["_data_files"]]
-    found = sorted(location.rglob("*.arrow")) or sorted(location.rglob("*.parquet"))
-    splits = sorted({match.group(1) for path in found if (match := re.match(r"(.+)-\d+-of-\d+\.", path.name))})
-    if len(splits) > 1:
-        example = found[0].parent / f"{splits[0]}-*{found[0].suffix}"
-        raise ValueError(f"{location} holds the splits {', '.join(splits)}: name one, such as '{example}'")
-    return found
+    found = [path for path in files_below(location) if path.suffix in (".arrow", ".parquet")]
+    if len(suffixes := {path.suffix for path in found}) > 1:
+        raise ValueError(f"{location} holds files of both {' and '.join(sorted(suffixes))}: name those that are meant")
+    if splits := splits_of_paths(path.relative_to(location) for path in found):
+        example = next(iter(sorted(splits.values())))
+        named = ", ".join(sorted(splits))
+        raise ValueError(f"{location} holds the splits {named}: name one, such as '{location / example}'")
+    return sorted(found)
 
 
 def _columns(path: str) -> list[str]:
-    if path.endswith(".parquet"):
-        return pq.read_schema(path).names
+    return columns_of(text_rows(path)) if _is_text(path) else _schema(path).names
+
+
+def _is_text(path: str) -> bool:
+    return path.lower().endswith(TEXT_TABLES)
+
+
+def _schema(path: str) -> pa.Schema:
+    return _arrow_table(path).schema if path.endswith(".arrow") else pq.read_schema(path)
+
+
+def _text_columns(path: str, columns: Sequence[str]) -> list[str]:
+    """Those of the columns that hold text, such as paths, in any of Arrow's ways."""
+    if _is_text(path):
+        return list(columns)
+    schema = _schema(path)
+    return [name for name in columns if _is_text_type(schema.field(name).type)]
+
+
+def _is_text_type(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def _naming_columns(path: str, columns: Sequence[str]) -> list[str]:
+    """Those of the columns of pictures that may name files, or hold nothing: all but those full of bytes."""
+    named = set(_text_columns(path, columns))
+    return [column for column in columns if column in named or not _is_full(path, column)]
+
+
+def _is_full(path: str, column: str) -> bool:
+    """Whether every cell of a column of bytes, or of structs with bytes, holds them, as its statistics tell.
+
+    Raises ValueError where it has neither.
+    """
+    kind, name = _schema(path).field(column).type, column
+    if pa.types.is_struct(kind):
+        name = f"{column}.bytes"
+        if "bytes" not in {kind.field(number).name for number in range(kind.num_fields)}:
+            return False
+    elif not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)):
+        raise ValueError(
+            f"{path}, column {column} is {kind}, which is no image: it takes paths, bytes, or structs of bytes and path"
+        )
     if path.endswith(".arrow"):
-        return _arrow_table(path).schema.names
-    rows = text_rows(path)
-    return list(rows[0]) if rows else []
-
-
-def _text_columns(path: str, columns: list[str]) -> list[str]:
-    """Those of the columns that hold text, such as paths."""
-    if path.endswith((".csv", ".jsonl")):
-        return columns
-    schema = pq.read_schema(path) if path.endswith(".parquet") else _arrow_table(path).schema
-    return [name for name in columns if pa.types.is_string(schema.field(name).type)]
+        cells = _arrow_table(path).column(column)
+        inside = (chunk.field("bytes").null_count for chunk in cells.chunks) if name != column else ()
+        return not (cells.null_count or any(inside))
+    with pq.ParquetFile(path) as file:
+        metadata = file.metadata
+        for group in map(metadata.row_group, range(metadata.num_row_groups)):
+            leaves = [group.column(number) for number in range(group.num_columns)]
+            statistics = next(leaf.statistics for leaf in leaves if leaf.path_in_schema == name)
+            if statistics is None or not statistics.has_null_count or statistics.null_count:
+                return False
+    return True
 
 
 def _rows(path: str, columns: list[str], start: int, stop: int | None) -> Iterator[Mapping[str, Any]]:
@@ -214,11 +277,31 @@ def _arrow_table(path: str) -> pa.Table:
     return (pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)).read_all()
 
 
-def _cell_bytes(cell: Any, table: str, origin: str) -> bytes:
+def _image_cell(cell: Any) -> bytes | str:
+    """The bytes of a picture, or the path that a cell names. Raises ValueError where it holds neither."""
     if isinstance(cell, dict):
         cell = cell.get("bytes") or cell.get("path")
-    if isinstance(cell, bytes):
+    if isinstance(cell, (bytes, str)) and cell:
         return cell
-    if isinstance(cell, str):
-        return (Path(table).parent / cell).read_bytes()
-    raise ValueError(f"{origin} is {type(cell).__name__}, not an image: a path, bytes, or a struct of bytes and path")
+    held = "the cell is empty" if cell in (None, "", b"") else f"{cell!r:.40} is no image"
+    raise ValueError(f"{held}: it takes a path, bytes, or a struct of bytes and path")
+
+
+def _cell_bytes(cell: Any, table: str) -> bytes:
+    """Raises ValueError where the cell names no file, and OSError where that cannot be read."""
+    named = _image_cell(cell)
+    if isinstance(named, bytes):
+        return named
+    try:
+        return (Path(table).parent / named).read_bytes()
+    except FileNotFoundError as error:
+        raise ValueError(f"there is no file {error.filename}") from error
+
+
+def _named_identity(table: str, cell: Any) -> tuple[str, int, int] | None:
+    """Of the file that a cell names; None where it names none, or one that is not there."""
+    try:
+        named = _image_cell(cell)
+        return file_identity(Path(table).parent / named) if isinstance(named, str) else None
+    except (ValueError, FileNotFoundError):
+        return None

@@ -5,10 +5,13 @@ with a damaged header in its middle silently loses its second half. Here each of
 byte. Read are ustar (with prefixes), GNU long names and PAX headers, POSIX.1-2017 "pax Interchange Format".
 """
 
+import re
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 BLOCK = 512
+LONGEST_HEADER = 1 << 20
+"""Bytes of a long name or of PAX records. They are read at once, and a wrong size would ask for gigabytes."""
 _REGULAR = (b"0", b"\0", b"7")
 _WITHOUT_PAYLOAD = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders and pipes, whatever size they state
 
@@ -60,6 +63,8 @@ def members(file: BinaryIO, file_bytes: int) -> Iterator[Member]:
         if end > file_bytes:
             missing = f"{end - file_bytes} of the {end - payload} bytes of {long_name or name!r} are missing"
             raise TarDamage("truncated", file_bytes, f"the file ends inside a member: {missing}")
+        if kind in (b"L", b"x") and size > LONGEST_HEADER:
+            raise TarDamage("header", at, f"the header at this byte is {size} bytes long, which no name or record is")
         if kind == b"L":
             long_name = _text(file.read(size))
         elif kind == b"x":
@@ -108,13 +113,12 @@ def _header(block: bytes, at: int) -> tuple[bytes, str, int]:
 
 def _number(field: bytes) -> int | None:
     """A number in octal, or in base 256 when the first bit is set (GNU, for sizes from 8 GiB)."""
+    if field[0] == 0xFF:  # a negative one
+        return None
     if field[0] & 0x80:
         return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
     digits = field.split(b"\0", 1)[0].strip()
-    try:
-        return int(digits, 8) if digits else 0
-    except ValueError:
-        return None
+    return int(digits or b"0", 8) if re.fullmatch(rb"[0-7]*", digits) else None
 
 
 def _pax_records(data: bytes, at: int) -> dict[str, str]:
@@ -122,14 +126,20 @@ def _pax_records(data: bytes, at: int) -> dict[str, str]:
     records = {}
     while data:
         length, space, _ = data.partition(b" ")
-        if not space or not length.isdigit() or not len(length) < int(length) <= len(data):
+        if not space or not _is_number(length) or not len(length) < int(length) <= len(data):
             raise TarDamage("header", at, f"the PAX header at this byte cannot be read near {data[:20]!r}")
         key, _, value = data[len(length) + 1 : int(length) - 1].partition(b"=")
         records[_text(key)] = _text(value)
         data = data[int(length) :]
-    if not records.get("size", "0").isdigit():
-        raise TarDamage("header", at, f"the PAX header at this byte states the size {records['size']!r}")
+    if not _is_number(records.get("size", "0").encode("utf-8", "surrogateescape")):
+        raise TarDamage("header", at, f"the PAX header at this byte states the size {records['size']!r:.60}")
     return records
+
+
+def _is_number(text: bytes) -> bool:
+    """Whether it is a decimal number of a length that a size may have; `int` takes signs, spaces and underscores too,
+    and `isdigit` of a str other digits."""
+    return re.fullmatch(rb"[0-9]{1,20}", text) is not None
 
 
 def _text(field: bytes) -> str:

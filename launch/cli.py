@@ -102,6 +102,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader has gone, as in `controlbooth data show ... | head`. Python would complain again as it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except MemoryError as error:
+        print(f"controlbooth {verb}: {str(error) or 'this machine has no memory left'}", file=sys.stderr)
+        return USER_ERROR
     except (ValueError, OSError) as error:
         if not _is_message(error):
             raise

@@ -1,6 +1,7 @@
 """Cheap checks of what a run reads: its shards, their manifests and indexes, its cache and its columns.
 
-As in preflight.py, whose part this is: without torch, and without reading a sample.
+As in preflight.py, whose part this is: without torch, and reading no more than it takes to see that something can be
+read at all.
 """
 
 import glob
@@ -123,6 +124,16 @@ def check_shards(config: RunConfig, node: Node) -> Iterator[str]:
                 "one: add data, or lower "
                 + (f"data.lanes={config.data.lanes}" if config.data.lanes else "global_batch_size, which sets them")
             )
+
+
+def check_readable(config: RunConfig, node: Node) -> Iterator[str]:
+    """Whether a first sample can be read, of each source on a disk; mostly one is read for it."""
+    from controlbooth.data.readable import problem  # imports numpy and OpenCV: not for every command
+
+    for location in dict.fromkeys(source.shards for source in sources(config)):
+        found = problem(location, config.data.condition, config.data.max_pixels, config.data.columns is None)
+        if found is not None:
+            yield f"data.shards is {location!r}: {found}"
 
 
 def _faults(folder: Path, rows: Sequence[dict[str, Any]]) -> list[str]:

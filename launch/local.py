@@ -194,7 +194,7 @@ def gpu_count() -> int:
 def head_port() -> int:
     """MASTER_PORT if it is set and free, otherwise a free port that the system chooses."""
     configured = os.environ.get("MASTER_PORT", "")
-    if configured and not configured.isdigit():
+    if configured and not configured.isdecimal():
         raise ValueError(f"MASTER_PORT is {configured!r}, but a port is a number. Unset it to have a free one chosen")
     with socket.socket() as probe:
         try:

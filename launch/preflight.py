@@ -14,7 +14,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from controlbooth.launch.data_preflight import check_cache, check_columns, check_data, check_shards, gib
+from controlbooth.launch.data_preflight import (
+    check_cache,
+    check_columns,
+    check_data,
+    check_readable,
+    check_shards,
+    gib,
+)
 from controlbooth.launch.progress import is_locked
 from controlbooth.launch.torchrun import Node, world_size
 from controlbooth.trainer.config import (
@@ -215,6 +222,7 @@ CHECKS = (
     check_ranks,
     check_data,
     check_shards,
+    check_readable,
     check_cache,
     check_columns,
     check_base,

@@ -207,7 +207,7 @@ def _state(line: str) -> JobState:
         said if reason == "None" else f"{said} ({reason})",
         facts.get("NodeList", "").replace("(null)", ""),
         int(facts.get("Restarts", "0")),
-        int(task) if task.isdigit() else None,
+        int(task) if task.isdecimal() else None,
     )
 
 

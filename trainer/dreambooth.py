@@ -177,7 +177,7 @@ def own_folder(folder: Path, rows: range) -> Path:
 def read_rows(text: str, count: int) -> range:
     """FIRST:END of `count` rows. Raises ConfigError for what is none."""
     first, _, end = text.partition(":")
-    if not (first.isdigit() and end.isdigit() and int(first) < int(end) <= count):
+    if not (first.isdecimal() and end.isdecimal() and int(first) < int(end) <= count):
         raise ConfigError(f"--rows is {text!r}, but it is FIRST:END, with 0 <= FIRST < END <= {count}")
     return range(int(first), int(end))
 

@@ -44,7 +44,7 @@ from controlbooth.data.columns import (
     text_parts,
     written_column,
 )
-from controlbooth.data.decode import BadSample, decode_image, prepare_target, write_planes
+from controlbooth.data.decode import BadSample, decode_image, memory_named, prepare_target, write_planes
 from controlbooth.data.manifest import Dataset
 from controlbooth.data.prompts import read_captions
 from controlbooth.data.shards import ShardReader
@@ -91,6 +91,7 @@ class Work:
     columns: Columns
     reader: ShardReader
     pool: ThreadPoolExecutor
+    max_pixels: int
 
 
 @dataclass(frozen=True)
@@ -270,7 +271,7 @@ def compute(
         ThreadPoolExecutor(data.threads) as pool,
         tqdm(total=total, unit="sample", desc=name, disable=world.rank != 0) as bar,
     ):
-        work = Work(config.micro_batch_size, base, dataset, buckets, columns, reader, pool)
+        work = Work(config.micro_batch_size, base, dataset, buckets, columns, reader, pool, data.max_pixels)
         for shard in mine:
             bad += compute_shard(work, shard, jobs[shard], bar)
     return bad
@@ -314,7 +315,7 @@ def read_shard(work: Work, shard: int, index: ShardIndex) -> Iterator[Sample]:
     rows = index.usable().tolist()
     ahead: deque[Future[Sample]] = deque()
     for ordinal, (row, shape) in enumerate(zip(rows, shapes, strict=True)):
-        ahead.append(work.pool.submit(read_sample, work.reader, shard, ordinal, row, shape))
+        ahead.append(work.pool.submit(read_sample, work.reader, shard, ordinal, row, shape, work.max_pixels))
         if len(ahead) > 2 * work.batch:
             yield ahead.popleft().result()
     while ahead:
@@ -332,7 +333,9 @@ def row_shapes(work: Work, shard: int, bins: np.ndarray) -> list[Shape | None]:
     return [shapes[table[bin]] if bin in table else None for bin in bins.tolist()]
 
 
-def read_sample(reader: ShardReader, shard: int, ordinal: int, row: int, shape: Shape | None) -> Sample:
+def read_sample(
+    reader: ShardReader, shard: int, ordinal: int, row: int, shape: Shape | None, max_pixels: int
+) -> Sample:
     """Runs in a thread. Pictures are cut as the loader cuts them without random crops and flips."""
     try:
         sample = reader.read(shard, ordinal)
@@ -343,8 +346,8 @@ def read_sample(reader: ShardReader, shard: int, ordinal: int, row: int, shape: 
         captions = read_captions(sample.caption, sample.caption_extension, sample.key)
     if shape is None:
         return Sample(row, sample.key, None, captions, bad=captions is None)
-    with contextlib.suppress(BadSample):
-        image = decode_image(sample.image, sample.key, sample.image_extension)
+    with contextlib.suppress(BadSample), memory_named(sample.key, sample.image_extension, sample.size[::-1]):
+        image = decode_image(sample.image, sample.key, sample.image_extension, max_pixels=max_pixels)
         picture = write_planes(prepare_target(image, shape), np.empty((3, *shape), np.uint8))
     return Sample(row, sample.key, picture, captions, bad=captions is None or picture is None)
 

@@ -16,6 +16,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from controlbooth.data.arguments import SEEDS
+from controlbooth.data.folders import IMAGE_SUFFIXES, is_picture, left_out
 from controlbooth.trainer.config import (
     ConfigError,
     EngineConfig,
@@ -27,7 +28,6 @@ from controlbooth.trainer.config import (
 )
 from controlbooth.trainer.file_kinds import SUBJECTS
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 PICTURES = ("images", "held_out")
 """Fields of a Task that are paths of pictures."""
 
@@ -283,6 +283,8 @@ def settle(subjects: Sequence[Subject], config: SubjectRunConfig) -> tuple[list[
             continue
         if not images:
             there = "has no pictures" if subject.images.is_dir() else "is no folder"
+            if subject.images.is_dir() and (others := left_out(subject.images.iterdir())):
+                there += f" but {others}"
             faults[subject.name] = f"{subject.images} {there} ({', '.join(IMAGE_SUFFIXES)})"
             continue
         kept = len(images) - config.validation.hold_out
@@ -399,10 +401,13 @@ def absolute(paths: Sequence[Path]) -> list[str]:
 
 
 def find_images(folder: Path) -> list[Path]:
-    """What is named like a picture, in the order of the names. Raises OSError where the folder cannot be read."""
+    """What is named like a picture that can be read and is not hidden, in the order of the names.
+
+    Raises OSError where the folder cannot be read.
+    """
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    return sorted(path for path in folder.iterdir() if is_picture(path))
 
 
 def share_of_rank(tasks: Sequence[Task], rank: int, world_size: int) -> list[Task]:

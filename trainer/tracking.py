@@ -373,7 +373,7 @@ def _gpu_metrics() -> dict[str, float]:
     metrics = {}
     for line in lines:
         index, utilization, memory_mib = (part.strip() for part in line.split(","))
-        if utilization.isdigit() and memory_mib.isdigit():  # otherwise [N/A], as on a divided GPU
+        if utilization.isdecimal() and memory_mib.isdecimal():  # otherwise [N/A], as on a divided GPU
             metrics |= {f"gpu_{index}_percent": float(utilization), f"gpu_{index}_memory_gib": float(memory_mib) / 1024}
     return metrics
 

@@ -42,6 +42,7 @@ from controlbooth.data.plan import (
     resume_position,
     source_weights,
 )
+from controlbooth.data.readable import check_readable
 from controlbooth.models.attention import (
     AttentionChoice,
     AttentionShape,
@@ -494,13 +495,15 @@ def open_data(config: RunConfig, world: World) -> tuple[Dataset, HeldOutSet | No
                 open_dataset(location, index_missing=True)
     barrier()
     dataset = join_datasets([open_dataset(location) for location in locations])
+    check_readable(dataset, config.data.condition, config.data.max_pixels, pictures=config.data.columns is None)
     if world.rank == 0 and (lines := shrunk_lines(dataset, config.data.condition, config.data.resolution)):
         say(world, f"warning: {lines}")
     if not config.data.held_out:
         return dataset, None
     held_out = open_dataset(config.data.held_out)
     check_held_out(dataset, held_out)
-    held = load_held_out(held_out, config.validation.samples, config.data.condition, config.data.resolution)
+    data = config.data
+    held = load_held_out(held_out, config.validation.samples, data.condition, data.resolution, data.max_pixels)
     return dataset, held
 
 
@@ -596,6 +599,7 @@ def make_loader(
         max_aspect_ratio=data.max_aspect_ratio,
         bucket_multiple=data.aspect_step,
         columns=columns,
+        max_pixels=data.max_pixels,
     )
 
 

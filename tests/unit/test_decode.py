@@ -10,12 +10,11 @@ from controlbooth.data.decode import (
     BadSample,
     crop_slack,
     decode_image,
-    image_size,
-    jpeg_orientation,
     prepare,
     same_frame,
     write_planes,
 )
+from controlbooth.data.headers import image_size, read_header
 from controlbooth.data.networks import normals_of_depth
 from controlbooth.data.scenes import render, scene
 
@@ -83,7 +82,7 @@ def test_photographs_are_turned_upright(orientation):
     image.getexif()[0x0112] = orientation
     data = pil_bytes(image, "JPEG", quality=95, exif=image.getexif())
     expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
-    assert jpeg_orientation(data) == orientation
+    assert read_header(data).orientation == orientation
     pixels = decode_image(data, "k", "jpg")
     assert pixels.shape == expected.shape and np.abs(pixels.astype(int) - expected).mean() < 1
     assert image_size(data) == (expected.shape[1], expected.shape[0])

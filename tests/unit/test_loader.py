@@ -389,15 +389,27 @@ def test_substitutes_are_the_same_on_every_world_size_and_rerun(own_folder):
         assert_equal(whole[step], {k: v for rank in ranks for k, v in rank[step].items()})
 
 
-def test_where_all_are_bad_a_black_sample_of_weight_zero_stands_in(own_folder):
-    damage(own_folder, range(PER_SHARD * SHARDS))
-    with make(own_folder, max_bad_rate=1.0) as batches:
+def test_where_all_stand_ins_are_bad_too_a_black_sample_of_weight_zero_is_given(own_folder):
+    damage(own_folder, range(PER_SHARD, PER_SHARD * SHARDS))
+    with make(own_folder, max_bad_rate=1.0, lanes=1, shards_per_block=1, global_batch_size=102) as batches:
         step = next(batches)
-        assert len(batches.ledger) == G * (1 + loader.SUBSTITUTE_ATTEMPTS)
-        assert all(fault["substitute"] is None for fault in batches.ledger)
+        assert sum(fault["attempt"] == loader.SUBSTITUTE_ATTEMPTS for fault in batches.ledger) == 85
+    weights = np.concatenate([batch.weights for batch in step.micro_batches])
     for batch in step.micro_batches:
-        assert not batch.weights.any() and not batch.pixel_values.any() and not batch.conditioning.any()
-        assert np.abs(batch.noise).sum() > 0
+        unread = batch.weights == 0
+        assert not batch.pixel_values[unread].any() and not batch.conditioning[unread].any()
+        assert np.abs(batch.noise[unread]).sum(axis=(1, 2, 3)).all()
+    assert (weights == 0).sum() == 85 and (weights == 1).sum() == 17
+
+
+def test_where_no_sample_at_all_can_be_read_the_run_stops_and_names_the_first(own_folder):
+    damage(own_folder, range(PER_SHARD * SHARDS))
+    where = own_folder / "ledger.jsonl"
+    with make(own_folder, max_bad_rate=1.0, ledger_path=where) as batches, pytest.raises(ValueError) as stopped:
+        next(batches)
+    first = json.loads(where.read_text().splitlines()[0])
+    assert f"no sample can be read: none of the {G} first" in str(stopped.value)
+    assert f"The first is {first['key']!r} in {first['shard']}: part 'png'" in str(stopped.value)
 
 
 def test_images_that_cannot_be_decoded_and_frames_that_differ_are_bad_too(tmp_path, scene_parts):

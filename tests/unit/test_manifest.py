@@ -1,6 +1,7 @@
 import os
 import shutil
 
+import cv2
 import numpy as np
 import pytest
 import webdataset
@@ -10,7 +11,7 @@ from controlbooth.data.index import main as index_main
 from controlbooth.data.manifest import NAME, describe_shard, find_shards, fingerprint, open_dataset, write_manifest
 from controlbooth.data.sidecar import index_path
 
-PNG = bytes.fromhex("89504e470d0a1a0a0000000d49484452") + (5).to_bytes(4, "big") * 2 + b"\x08\x02\0\0\0"
+PNG = cv2.imencode(".png", np.zeros((5, 5, 3), np.uint8))[1].tobytes()
 
 
 def write_shard(path, keys, kinds=("edges",)):

@@ -19,7 +19,8 @@ from controlbooth.data import scenes
 from controlbooth.data.decode import decode_image
 from controlbooth.data.manifest import open_dataset
 from controlbooth.data.pack import JOURNAL, PackError, main, pack
-from controlbooth.data.sources import SEGMENTATION_STEP, encode_png, open_folder, open_scenes, text_rows
+from controlbooth.data.sources import SEGMENTATION_STEP, encode_png, open_folder, open_scenes
+from controlbooth.data.text_tables import text_rows
 
 RNG = np.random.default_rng(0)
 PICTURE = cv2.resize(RNG.integers(0, 256, (4, 4, 3), np.uint8), (24, 16))
@@ -322,9 +323,9 @@ def test_finished_shards_are_kept_and_unfinished_ones_written(tmp_path, monkeypa
 
 
 def _spy(function, written):
-    def call(source, job, skip_bad):
+    def call(source, job, *options):
         written.append(job.path.name)
-        return function(source, job, skip_bad)
+        return function(source, job, *options)
 
     return call
 

@@ -26,6 +26,7 @@ IMPORT_NAMES = {  # what a distribution is imported as, where that is not its na
     "kubernetes_validate": "kubernetes-validate",
     "mlflow": "mlflow-skinny",
     "PIL": "pillow",
+    "pillow_heif": "pillow-heif",
     "yaml": "pyyaml",
 }
 NOT_IMPORTED = {"accelerate", "alembic", "s3fs"}  # needed by what we import, which does not ask for them

@@ -4,8 +4,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from controlbooth.data.decode import MAX_PIXELS
 from controlbooth.data.kinds import COMPUTED
-from controlbooth.data.loader import held_out
+from controlbooth.data.loader import HeldOutSample, held_out
 from controlbooth.data.manifest import Dataset
 from controlbooth.data.scenes import Scene, scene
 
@@ -41,9 +42,18 @@ class HeldOutSet:
         return self.targets.shape[1], self.targets.shape[2]
 
 
-def load_held_out(dataset: Dataset, count: int, condition_kind: str, resolution: int) -> HeldOutSet:
-    """Reads the set. Raises ValueError where the shards have fewer than `count` samples of the kind."""
-    samples = list(held_out(dataset, count, condition_kind=condition_kind, resolution=resolution))
+def load_held_out(
+    dataset: Dataset, count: int, condition_kind: str, resolution: int, max_pixels: int = MAX_PIXELS
+) -> HeldOutSet:
+    """Reads the set. Raises ValueError where the shards have fewer than `count` samples of the kind.
+
+    max_pixels: see `decode_image`.
+    """
+
+    def read(kind: str) -> list[HeldOutSample]:
+        return list(held_out(dataset, count, condition_kind=kind, resolution=resolution, max_pixels=max_pixels))
+
+    samples = read(condition_kind)
     kind = condition_kind.removeprefix(COMPUTED)
     stored = {name for row in dataset.rows for name in row.conditions}
 
@@ -53,7 +63,7 @@ def load_held_out(dataset: Dataset, count: int, condition_kind: str, resolution:
         found = [name for name in wanted if name in stored]
         if not found:
             return None
-        others = list(held_out(dataset, count, condition_kind=found[0], resolution=resolution))
+        others = read(found[0])
         if [other.place for other in others] != [sample.place for sample in samples]:
             return None  # not every sample has that kind: no figure rather than one of other pictures
         return np.stack([other.conditioning[0] for other in others])  # type: ignore[index]
@@ -75,7 +85,7 @@ def load_held_out(dataset: Dataset, count: int, condition_kind: str, resolution:
 def scenes_of(held: HeldOutSet) -> list[Scene]:
     """The scenes behind keys such as scene-1000003-00000007; empty where the set holds anything else."""
     parts = [key.split("-") for key in held.keys]
-    if not all(len(part) == 3 and part[0] == "scene" and part[1].isdigit() and part[2].isdigit() for part in parts):
+    if not all(len(part) == 3 and part[0] == "scene" and part[1].isdecimal() and part[2].isdecimal() for part in parts):
         return []
     scenes = [scene(int(part[1]), int(part[2])) for part in parts]
     return scenes if [what.caption for what in scenes] == held.captions else []
