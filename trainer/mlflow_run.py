@@ -41,6 +41,13 @@ QUIET = {
 }
 OTHER_KINDS = ("params", "tags", "inputs", "status", "artifact", "table", "image", "checkpoint")
 """Of records: each has the key of its kind, and is sent by itself by the method of that name."""
+PASSING = re.compile(
+    r"UNIQUE constraint failed|UniqueViolation|duplicate key|Duplicate entry|InterfaceError|connection .*(closed|lost)",
+    re.IGNORECASE,
+)
+"""Errors of databases that MLflow calls bad requests, and that another try cures: of two runs that add the same data
+set at once one is told that its key is taken, and finds it there the next time; a connection that is gone is made anew.
+"""
 Item = TypeVar("Item")
 
 
@@ -105,7 +112,8 @@ class MlflowRun:
         except FileNotFoundError as error:
             raise Refused(str(error)) from error
         except MlflowException as error:
-            if error.error_code not in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST") or not self._is_active():
+            lasting = error.error_code in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST") and not PASSING.search(str(error))
+            if not lasting or not self._is_active():
                 raise
             raise Refused(str(error)) from error
 

@@ -446,6 +446,36 @@ def test_one_refused_record_does_not_hold_up_the_others_and_stays_in_the_file(tm
     assert "a name with *" in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        "(sqlite3.IntegrityError) UNIQUE constraint failed: datasets.experiment_id, datasets.name, datasets.digest",
+        '(psycopg.errors.UniqueViolation) duplicate key value violates unique constraint "dataset_pk"',
+        "(psycopg2.InterfaceError) connection already closed",
+    ],
+)
+def test_a_data_set_that_another_run_adds_at_the_same_time_is_sent_again(tmp_path, uri, monkeypatch, error):
+    """As MLflow's SQL store reports it: with the code of a bad request."""
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import BAD_REQUEST
+
+    calls, real = [], MlflowClient.log_inputs
+
+    def clash_once(client, run_id, *rest, **named):
+        calls.append(run_id)
+        if len(calls) == 1:
+            raise MlflowException(error, error_code=BAD_REQUEST)
+        return real(client, run_id, *rest, **named)
+
+    monkeypatch.setattr(MlflowClient, "log_inputs", clash_once)
+    tracker = start(tmp_path / "run", uri)
+    tracker.log_inputs([Input("scenes", "0" * 32, "/data/scenes", 60, "training")])
+    assert tracker.close(60) == 0
+    assert len(calls) == 2
+    assert len(MlflowClient(uri).get_run(calls[0]).inputs.dataset_inputs) == 1
+
+
 def test_a_deleted_run_loses_nothing_and_takes_all_when_it_is_restored(tmp_path, uri, caplog):
     tracker = start(tmp_path / "run", uri)
     tracker.log(1, {"loss": 1.0})
