@@ -36,8 +36,11 @@ from controlbooth.trainer.tracking import Status, Tracker, system_metrics
 
 logger = logging.getLogger(__name__)
 
-SUBJECTS_EVERY = 4
-"""Rounds of sending in which the runs of subjects are sent once, as each call has its price; that of the job always."""
+SHARE_OF_SENDING = 0.005
+"""Of the time, that sending may take of a processor while subjects are trained: rounds come less often the more a round
+costs, which is most where MLflow's own database code runs in this process, for a SQLite file."""
+LONGEST_PAUSE_SECONDS = 60.0
+"""Between two rounds of sending, however much they cost."""
 QUEUED_AT_ONCE = 8
 """Subjects whose runs are made in MLflow between two rounds of sending, while they wait for their training."""
 ENDED: dict[str, Status] = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
@@ -113,7 +116,7 @@ class SubjectTracking(Untracked):
         self._children: dict[str, Tracker] = {}
         self._ended: set[str] = set()
         self._queued: list[Task] = []
-        self._changed, self._round = True, 0
+        self._changed = True
         params = config.model_dump(mode="json")
         self._parent = self._tracker(
             f"run-{world.rank}", own, config.name, params, tags, "RUNNING", shared=folder, tell=tell
@@ -261,21 +264,24 @@ class SubjectTracking(Untracked):
         """The sending thread: until closed and empty, or closed and out of time."""
         while self._parent.is_ours():
             closing = self._closing.is_set()
+            usual, began = self._is_connected(), time.thread_time()
             taken = self._send_round(closing)
             if closing and (taken or time.monotonic() > self._deadline):
                 return
-            self._closing.wait(tracking.SEND_EVERY_SECONDS)
+            self._closing.wait(pause_seconds(time.thread_time() - began if usual else 0.0))
             if closing:
                 time.sleep(min(tracking.FIRST_RETRY_SECONDS, max(0.0, self._deadline - time.monotonic())))
+
+    def _is_connected(self) -> bool:
+        """Tells whether all runs are made in MLflow, so that a round costs what later ones will."""
+        with self._lock:
+            return not self._queued and all(one.is_connected() for one in (self._parent, *self._children.values()))
 
     def _send_round(self, closing: bool) -> bool:
         """Of each run what is there; -> whether the server has taken all."""
         if self._changed and not closing:
             self._log_counts()
         taken = self._parent.send_pending(closing)
-        self._round += 1
-        if self._round % SUBJECTS_EVERY and not closing and not self._queued:
-            return taken
         with self._lock:
             children = dict(self._children)
         for name, child in children.items():
@@ -324,6 +330,11 @@ class SubjectTracking(Untracked):
         while not self._closing.wait(seconds) and self._parent.is_ours():
             metrics = {f"{self._part}{name}": value for name, value in system_metrics(self._folder).items()}
             self._parent.log_timed("system", metrics)
+
+
+def pause_seconds(spent: float) -> float:
+    """Returns how long to wait after a round of sending that took so many seconds of a processor."""
+    return max(tracking.SEND_EVERY_SECONDS, min(spent / SHARE_OF_SENDING, LONGEST_PAUSE_SECONDS))
 
 
 def subject_params(config: SubjectRunConfig, task: Task) -> dict[str, Any]:

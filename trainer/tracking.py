@@ -282,6 +282,10 @@ class Tracker:
         """Whether no newer start has taken the run."""
         return self._spool.is_ours()
 
+    def is_connected(self) -> bool:
+        """Tells whether the run was found or made in MLflow, which costs much, and once."""
+        return self._run is not None
+
     def is_sent(self) -> bool:
         """Whether MLflow has all that was logged."""
         return not self._spool.unsent()

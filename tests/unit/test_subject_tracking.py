@@ -8,11 +8,12 @@ import time
 import pytest
 import torch
 
+from controlbooth.trainer import subject_tracking
 from controlbooth.trainer import tracking as tracking_module
 from controlbooth.trainer.attempt import Attempt
 from controlbooth.trainer.distributed import World
 from controlbooth.trainer.spool import read_metrics
-from controlbooth.trainer.subject_tracking import SubjectTracking
+from controlbooth.trainer.subject_tracking import SubjectTracking, pause_seconds
 from controlbooth.trainer.subjects import SubjectRunConfig, Task
 from controlbooth.trainer.tracking import Tracker
 
@@ -32,6 +33,7 @@ def empty_store(tmp_path_factory):
 @pytest.fixture
 def output(empty_store, tmp_path, monkeypatch):
     monkeypatch.setattr(tracking_module, "SEND_EVERY_SECONDS", 0.05)
+    monkeypatch.setattr(subject_tracking, "LONGEST_PAUSE_SECONDS", 0.05)
     shutil.copy(empty_store, tmp_path / "mlflow.db")
     return tmp_path
 
@@ -234,3 +236,7 @@ def test_a_job_that_one_task_has_ended_is_not_set_running_by_what_another_wrote_
     assert status() == "FINISHED"
     run.send([{"status": "RUNNING", "time": 30.0}])  # of a later start
     assert status() == "RUNNING"
+
+
+def test_rounds_of_sending_come_less_often_the_more_they_cost_and_once_a_minute_at_least():
+    assert [pause_seconds(spent) for spent in (0.0, 0.02, 0.1, 5.0)] == [5.0, 5.0, 20.0, 60.0]
