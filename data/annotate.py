@@ -36,7 +36,9 @@ from controlbooth.data.draws import content_hash
 from controlbooth.data.index import ensure_index, split_name, usable_cpus
 from controlbooth.data.kinds import IMAGE_EXTENSIONS
 from controlbooth.data.networks import NETWORKS, network_folders, open_network
+from controlbooth.data.parent import end_with_agent
 from controlbooth.data.pool import run_jobs
+from controlbooth.data.secrets import error_text
 from controlbooth.data.sidecar import temporary_path, write_whole
 from controlbooth.data.sources import encode_png
 from controlbooth.data.storage import RemoteShard, Shard
@@ -72,6 +74,7 @@ examples:
     )
     parser.add_argument("--dry-run", action="store_true", help="tell what would be done")
     options = parser.parse_args(argv)
+    end_with_agent()
     conditions = parse_conditions(options.condition)
     dataset = manifest.open_dataset(options.shards)
     check(dataset, conditions, options.out)
@@ -271,5 +274,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except (ValueError, OSError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        print(error_text(error), file=sys.stderr, flush=True)
         sys.exit(2)

@@ -6,6 +6,7 @@ The types are for argparse, which puts the option before their message: `argumen
 import argparse
 import math
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,11 @@ MOST_NAMES = 1_000_000
 SEEDS = 2**63
 """Seeds are smaller: torch's and numpy's generators take 64 bits with a sign."""
 _RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?\}")
+
+
+def quoted(word: object) -> str:
+    """A word of a command that is printed for people to copy: their shell takes it as it is."""
+    return shlex.quote(str(word))
 
 
 def whole_number(least: int = 1, most: int | None = None) -> Callable[[str], int]:

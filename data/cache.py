@@ -99,7 +99,7 @@ class Cache:
         """The pinned entry after fetching it, or after someone else has. None: not to be had without waiting."""
         if shard.bytes > self.limit_bytes:
             raise CacheError(
-                f"{shard.uri} has {shard.bytes} bytes, and the cache in {self.folder} is limited to "
+                f"{shard} has {shard.bytes} bytes, and the cache in {self.folder} is limited to "
                 f"{self.limit_bytes}. Raise data.cache_gib"
             )
         part = self.path(shard).with_suffix(".part")
@@ -163,7 +163,7 @@ class Cache:
                     return False
                 raise CacheError(
                     f"{taken} of the {self.limit_bytes} bytes of the cache in {self.folder} have been in use for "
-                    f"{NO_ROOM_SECONDS:.0f} s, and {shard.uri} needs {shard.bytes}. Raise data.cache_gib"
+                    f"{NO_ROOM_SECONDS:.0f} s, and {shard} needs {shard.bytes}. Raise data.cache_gib"
                 )
             _pause(closing)
 
@@ -201,7 +201,7 @@ class Cache:
     def _explain(self, error: BaseException, shard: RemoteShard) -> None:
         if isinstance(error, OSError) and error.errno in FULL:
             raise CacheError(
-                f"no room for the {shard.bytes} bytes of {shard.uri} in the cache {self.folder}: "
+                f"no room for the {shard.bytes} bytes of {shard} in the cache {self.folder}: "
                 f"{os.strerror(error.errno)}. Free some of that disk, or lower data.cache_gib below what it has"
             ) from error
 

@@ -26,7 +26,9 @@ from controlbooth.data.decode import MAX_PIXELS, BadSample, too_large
 from controlbooth.data.draws import hash64
 from controlbooth.data.headers import image_size
 from controlbooth.data.kinds import IMAGE_EXTENSIONS
+from controlbooth.data.parent import end_with_parent
 from controlbooth.data.prompts import read_captions
+from controlbooth.data.secrets import shown
 from controlbooth.data.sidecar import CAPTION_EXTENSIONS, PART, SAMPLE, ShardIndex
 from controlbooth.data.storage import RemoteShard, Shard, StorageError
 from controlbooth.data.tar import Member, TarDamage, members
@@ -243,7 +245,8 @@ def _each(paths: Sequence[Shard], workers: int) -> Iterator[list[Problem]]:
         yield from (ensure_index(path) for path in paths)
         return
     # spawn: a forked child would inherit threads and locks of whoever calls
-    with ProcessPoolExecutor(min(workers, len(paths)), multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(paths)), context, end_with_parent) as pool:
         try:
             yield from pool.map(ensure_index, paths, chunksize=1)
         except StorageError as error:  # of a process: raised anew, so that it is a message here as it was there
@@ -282,7 +285,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not storage.is_remote(location):
             paths += manifest.find_shards(location)
         elif arguments.manifest is None:
-            raise ValueError(f"{location} is remote, and its manifest goes to a disk: add --manifest set.jsonl")
+            raise ValueError(f"{shown(location)} is remote, and its manifest goes to a disk: add --manifest set.jsonl")
         else:
             indexes = arguments.indexes or arguments.manifest.with_suffix(".indexes")
             paths += manifest.locate_remote(location, indexes)
@@ -305,6 +308,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if (nothing := readable.problem(str(target), None, MAX_PIXELS)) is not None:
         print(nothing, file=sys.stderr)
         return 1
+    if any(shown(row.uri) != row.uri for row in rows):
+        print(f"{target} holds signatures of presigned URIs: it is readable by you alone, and good until they expire")
     return 1 if any(row.usable < row.samples for row in rows) or problems else 0
 
 

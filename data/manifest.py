@@ -19,9 +19,10 @@ from pathlib import Path
 import numpy as np
 
 from controlbooth.data import storage
-from controlbooth.data.arguments import expand_braces
+from controlbooth.data.arguments import expand_braces, quoted
 from controlbooth.data.index import STRUCTURAL, ensure_indexes
 from controlbooth.data.kinds import COMPUTED, stored_kind
+from controlbooth.data.secrets import shown
 from controlbooth.data.sidecar import (
     ShardIndex,
     index_path,
@@ -132,7 +133,7 @@ def describe_shard(shard: Shard) -> ShardRow:
     index = load_index(index_path(shard))
     remote = isinstance(shard, RemoteShard)
     return ShardRow(
-        uri=str(shard),
+        uri=shard.uri if isinstance(shard, RemoteShard) else str(shard),
         bytes=index.shard_bytes,
         samples=len(index.samples),
         usable=len(index.usable()),
@@ -151,7 +152,10 @@ def _aspects(index: ShardIndex, kind: str | None) -> dict[str, int]:
 
 
 def write_manifest(rows: Sequence[ShardRow], path: Path) -> None:
-    """Writes rows with paths relative to the manifest's folder, whole or not at all."""
+    """Writes rows with paths relative to the manifest's folder, whole or not at all.
+
+    With presigned URIs among them it is readable by its owner alone.
+    """
     folder = path.absolute().parent
 
     def relative(name: str) -> str:
@@ -166,7 +170,7 @@ def write_manifest(rows: Sequence[ShardRow], path: Path) -> None:
             tree["uri"] = relative(row.uri)
             del tree["etag"], tree["index"]
         lines.append(json.dumps(tree) + "\n")
-    write_whole(path, "".join(lines).encode())
+    write_whole(path, "".join(lines).encode(), private=any(shown(row.uri) != row.uri for row in rows))
 
 
 def read_manifest(path: Path) -> list[ShardRow]:
@@ -179,14 +183,15 @@ def read_manifest(path: Path) -> list[ShardRow]:
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"{path}, line {number} is not a shard row with {', '.join(sorted(names))} ({error}): "
-                f"write the manifest again with `controlbooth data index {path.parent}`"
+                f"write the manifest again with `controlbooth data index {quoted(path.parent)}`"
             ) from error
         inside = "index" if storage.is_remote(row.uri) else "uri"
         if not getattr(row, inside):
-            raise ValueError(f"{path}, line {number}: {row.uri} has no index; run `controlbooth data index {row.uri}`")
+            name = shown(row.uri)
+            raise ValueError(f"{path}, line {number}: {name} has no index: `controlbooth data index {quoted(name)}`")
         rows.append(replace(row, **{inside: os.path.normpath(path.absolute().parent / getattr(row, inside))}))
     if not rows:
-        raise ValueError(f"{path} lists no shards: write it again with `controlbooth data index {path.parent}`")
+        raise ValueError(f"{path} lists no shards: write it again with `controlbooth data index {quoted(path.parent)}`")
     return rows
 
 
@@ -195,8 +200,8 @@ def find_shards(location: str | Path) -> list[Path]:
     text = str(location)
     if storage.is_remote(text):
         raise ValueError(
-            f"{text} is remote, so its indexes need a place on a disk: run "
-            f"`controlbooth data index '{text}' --manifest set.jsonl` once, and name set.jsonl instead"
+            f"{shown(text)} is remote, so its indexes need a place on a disk: run "
+            f"`controlbooth data index {quoted(shown(text))} --manifest set.jsonl` once, and name set.jsonl instead"
         )
     if Path(text).is_dir():
         found = sorted(Path(text).glob("*.tar"))
@@ -273,7 +278,7 @@ def _check_complete(rows: Sequence[ShardRow], folder: Path) -> None:
     if extra := [path for path in sorted(folder.glob("*.tar")) if path.name not in listed]:
         raise ValueError(
             f"{folder / NAME} lists {len(rows)} shards, and the folder holds {len(extra)} more ({_some(extra)}): run "
-            f"`controlbooth data index {folder}` to take them in, or name the manifest itself to leave them out"
+            f"`controlbooth data index {quoted(folder)}` to take them in, or name the manifest itself to leave them out"
         )
 
 
@@ -281,7 +286,7 @@ def _check_indexed(shards: Sequence[Path], location: str | Path) -> None:
     if missing := [shard for shard in shards if not index_path(shard).exists()]:
         raise FileNotFoundError(
             f"{len(missing)} of {len(shards)} shards have no index ({_some(missing)}): "
-            f"run `controlbooth data index {location}`"
+            f"run `controlbooth data index {quoted(location)}`"
         )
 
 
@@ -297,7 +302,7 @@ def _check_unchanged(rows: Sequence[ShardRow], location: str | Path) -> None:
         folder = location if remote or Path(location).is_dir() else Path(rows[0].uri).parent
         raise ValueError(
             f"{len(faults)} of {len(rows)} shards are not as they were indexed: {_some(faults)}. Put the shards back, "
-            f"or run `controlbooth data index --rebuild {folder}` to take them as they are now (a new data set)."
+            f"or take them as they are now, a new data set: `controlbooth data index --rebuild {quoted(folder)}`"
         )
 
 

@@ -17,6 +17,8 @@ import cv2
 import numpy as np
 
 Condition = Callable[..., np.ndarray]
+FROM_FILES = dict(local_files_only=True, trust_remote_code=False)
+"""How transformers opens a folder: from there alone, and without running code that lies in it."""
 
 LEAST_SCORE = 0.3
 """Of a detected person or key point."""
@@ -61,8 +63,8 @@ def _load(auto_class: str, folder: Path, device: str) -> tuple[Any, Any]:
     import transformers  # takes seconds, and only these kinds need it
 
     try:
-        processor = transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True)
-        model = getattr(transformers, auto_class).from_pretrained(folder, local_files_only=True)
+        processor = transformers.AutoImageProcessor.from_pretrained(folder, **FROM_FILES)
+        model = getattr(transformers, auto_class).from_pretrained(folder, **FROM_FILES)
     except (ValueError, OSError, KeyError) as error:
         raise ValueError(f"{folder} cannot be opened as transformers' {auto_class}: {error}") from error
     return processor, model.to(device).eval()
@@ -125,7 +127,7 @@ def _open_segmentation(folders: Sequence[Path], device: str) -> Condition:
     import torch
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(folders[0], local_files_only=True)
+    config = transformers.AutoConfig.from_pretrained(folders[0], **FROM_FILES)
     universal = type(config) in transformers.AutoModelForUniversalSegmentation._model_mapping
     classes = "AutoModelForUniversalSegmentation" if universal else "AutoModelForSemanticSegmentation"
     processor, model = _load(classes, folders[0], device)

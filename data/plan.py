@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from controlbooth.data.arguments import quoted
 from controlbooth.data.buckets import Buckets, bucket_shapes, plan_buckets
 from controlbooth.data.kinds import stored_kind
 from controlbooth.data.manifest import Dataset
 from controlbooth.data.mixture import History, Mixture
+from controlbooth.data.secrets import shown
 
 STATE_VERSION = 3
 """Of a saved order and of the draws that go with it: from 3 on prompts are dropped by position and not by key."""
@@ -74,11 +76,11 @@ def plan_order(
 
 def _histograms(dataset: Dataset, condition_kind: str | None) -> list[dict[int, int]]:
     """For each shard: aspect bin -> usable samples with this condition."""
-    old = [row.uri for row in dataset.rows if row.usable and not row.aspects]
+    old = [shown(row.uri) for row in dataset.rows if row.usable and not row.aspects]
     if old:
         raise ValueError(
             f"the manifest of {dataset.location} does not count samples by aspect ratio ({old[0]}), which "
-            f"data.max_aspect_ratio needs: write it again with `controlbooth data index {dataset.location}`"
+            f"data.max_aspect_ratio needs: write it again with `controlbooth data index {quoted(dataset.location)}`"
         )
     return [
         {int(bin): count for bin, count in row.aspects.get(stored_kind(condition_kind) or "", {}).items()}

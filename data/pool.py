@@ -1,16 +1,15 @@
 """Jobs in several processes that end with the one that started them."""
 
 import multiprocessing
-import multiprocessing.connection
-import os
 import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
 import cv2
+
+from controlbooth.data.parent import end_with_parent
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -54,11 +53,9 @@ def run_jobs(
 
 
 def _start(start: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    end_with_parent()
     cv2.setNumThreads(1)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends workers at once, without a traceback from each
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
     try:
         start(*arguments)
     except Exception as error:  # raised by the first job: a process that fails before it looks as if it was killed
@@ -73,9 +70,3 @@ def _run(work: Callable[[Job], Result], job: Job) -> Result:
     if _failures:
         raise _failures[0]
     return work(job)
-
-
-def _end_with(sentinel: int) -> None:
-    """Without this, workers of a killed command would live on, and write while the next one runs."""
-    multiprocessing.connection.wait([sentinel])
-    os._exit(1)

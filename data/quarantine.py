@@ -18,6 +18,7 @@ import numpy as np
 import yaml
 from tqdm import tqdm
 
+from controlbooth.data.arguments import quoted
 from controlbooth.data.draws import hash64
 from controlbooth.data.manifest import (
     NAME,
@@ -243,8 +244,8 @@ def _print_outcome(before: str, after: str, usable: int, arguments: argparse.Nam
         print(f"the data set is as it was: {usable} usable samples, fingerprint {after}")
         return
     print(f"{usable} usable samples; the fingerprint changes from {before} to {after}")
-    repeat = f"controlbooth data quarantine {' '.join(map(str, arguments.runs))}"
-    repeat += f" --shards {arguments.shards}" if arguments.shards else ""
+    repeat = f"controlbooth data quarantine {' '.join(map(quoted, arguments.runs))}"
+    repeat += f" --shards {quoted(arguments.shards)}" if arguments.shards else ""
     if arguments.undo:
         print(f"runs that began on the data set as it is now can go on; flag them again with: {repeat}")
     else:

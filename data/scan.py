@@ -19,6 +19,7 @@ from controlbooth.data.draws import content_hash
 from controlbooth.data.headers import image_size
 from controlbooth.data.hygiene import edge_map, is_blank, perceptual_hash
 from controlbooth.data.manifest import Dataset, shard_names
+from controlbooth.data.parent import end_with_parent
 from controlbooth.data.pool import WorkerError
 from controlbooth.data.prompts import read_captions
 from controlbooth.data.shards import SampleBytes, ShardReader
@@ -103,6 +104,7 @@ _work: _Work
 
 def _start(dataset: Dataset, kinds: tuple[str, ...], decode: bool, max_pixels: int) -> None:
     global _work
+    end_with_parent()
     cv2.setNumThreads(1)  # there are processes enough
     keep_freed_memory()
     readers = {kind: ShardReader(dataset, kind, most_open=1) for kind in (None, *kinds)}

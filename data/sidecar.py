@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from controlbooth.data.arguments import quoted
 from controlbooth.data.buckets import aspect_bins
 from controlbooth.data.draws import hash64
 from controlbooth.data.kinds import IMAGE_EXTENSIONS, stored_kind
@@ -142,17 +143,25 @@ def temporary_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Writes to a temporary name and renames, so a file with the right name is always whole."""
+def write_whole(path: Path, data: bytes, private: bool = False) -> None:
+    """Writes to a temporary name and renames, so a file with the right name is always whole.
+
+    private: readable by its owner alone, from the first byte on.
+    """
     temporary = temporary_path(path)
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "wb", opener=_private if private else None) as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _private(path: str, flags: int) -> int:
+    """Opens a file as `open` does, made with the rights of its owner alone."""
+    return os.open(path, flags, 0o600)
 
 
 def load_index(path: Path, remedy: str = "") -> ShardIndex:
@@ -225,4 +234,4 @@ def _damaged(path: Path, remedy: str = "") -> str:
 
 
 def _remedy(path: Path) -> str:
-    return f"delete it and run `controlbooth data index {path.with_suffix('')}`"
+    return f"delete it and run `controlbooth data index {quoted(path.with_suffix(''))}`"

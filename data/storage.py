@@ -1,7 +1,9 @@
 """Shards that lie on web servers and in object stores: their size and version, and ranges of their bytes.
 
 A URI is http://, https://, s3:// or gs://, read through fsspec; anything without `://` is a path. Credentials and
-endpoints are those of the store's own tools (AWS_* and ~/.aws, gcloud), so there is nothing to configure here.
+endpoints are those of the store's own tools (AWS_* and ~/.aws, gcloud; of web servers ~/.netrc, or the file that NETRC
+names), so there is nothing to configure here. A password in a URI is refused; the signature of a presigned one is
+used, and never shown.
 
 Transient faults (connections that break or time out, answers 408, 425, 429 and 5xx, fewer bytes than were asked for)
 are repeated with delays that double, always the same ones; everything else is raised at once. fsspec's own repeating
@@ -22,6 +24,7 @@ from typing import Any, BinaryIO, TypeVar
 import fsspec
 
 from controlbooth.data.draws import hash64
+from controlbooth.data.secrets import CREDENTIALS, shown, without_secrets
 
 SCHEMES = ("http", "https", "s3", "gs")
 CHUNK_BYTES = 8 << 20
@@ -59,7 +62,7 @@ class ObjectStat:
 
 @dataclass(frozen=True)
 class RemoteShard:
-    """A shard in a store as it was when it was indexed. `str` of it is the URI, as that of a path is the path."""
+    """A shard in a store as it was when it was indexed. `str` of it is the URI, without a signature, for people."""
 
     uri: str
     bytes: int
@@ -72,19 +75,29 @@ class RemoteShard:
         return base_name(self.uri)
 
     def __str__(self) -> str:
-        return self.uri
+        return shown(self.uri)
 
 
 Shard = Path | RemoteShard
 
 
 def is_remote(location: str | Path) -> bool:
-    """Whether a location is a URI. Raises ValueError for schemes that are not read."""
+    """Whether a location is a URI. Raises ValueError for schemes that are not read, and for one with a password."""
     scheme, separator, _ = str(location).partition("://")
+    if separator and "@" in without_query(str(location)) and without_secrets(str(location)) != str(location):
+        raise ValueError(
+            f"{shown(str(location))}: a user or a password was given in it, not shown here, which would be kept in "
+            f"files and messages. Leave it out: {CREDENTIALS.get(scheme, 'give it to the tools of the store')}"
+        )
     if separator and scheme not in SCHEMES:
         known = ", ".join(f"{name}://" for name in SCHEMES)
-        raise ValueError(f"{location}: shards are read from paths and from {known}, not from {scheme}://")
+        raise ValueError(f"{shown(str(location))}: shards are read from paths and from {known}, not from {scheme}://")
     return bool(separator)
+
+
+def without_query(uri: str) -> str:
+    """A URI up to what is asked of its server."""
+    return uri.partition("?")[0]
 
 
 def base_name(uri: str) -> str:
@@ -101,9 +114,9 @@ def stat(uri: str, closing: threading.Event | None = None) -> ObjectStat:
     """Size and version of an object. Raises FileNotFoundError and StorageError."""
     info = _repeated(uri, "its size", lambda store: store.info(uri), closing)
     if info.get("type") != "file":
-        raise FileNotFoundError(errno.ENOENT, "there is no such object", uri)
+        raise FileNotFoundError(errno.ENOENT, "there is no such object", shown(uri))
     if info.get("size") is None:
-        raise StorageError(f"{uri}: the server states no size; serve shards as plain files, with Content-Length")
+        raise StorageError(f"{shown(uri)}: the server states no size; serve shards as plain files, with Content-Length")
     etag = next((info[name] for name in _VERSIONS if info.get(name)), "")
     return ObjectStat(int(info["size"]), str(etag).strip('"'))
 
@@ -118,7 +131,7 @@ def read(uri: str, start: int, stop: int, closing: threading.Event | None = None
         data = store.cat_file(uri, start=start, end=stop)
         if len(data) > stop - start:
             raise StorageError(
-                f"{uri}: asked for {stop - start} bytes, the server sent {len(data)}: it does not know byte ranges. "
+                f"{shown(uri)}: asked for {stop - start} bytes, the server sent {len(data)}: it knows no byte ranges. "
                 "Serve the shards with one that does (nginx, Apache, an object store), or copy them to a disk"
             )
         if len(data) < stop - start:
@@ -163,7 +176,7 @@ def find(location: str) -> list[str]:
         location = location.rstrip("/") + "/*.tar"
     found = _repeated(location, "a listing", lambda store: store.glob(location), None)
     if not found:
-        raise FileNotFoundError(errno.ENOENT, "there are no .tar shards", location)
+        raise FileNotFoundError(errno.ENOENT, "there are no .tar shards", shown(location))
     return [f"{scheme}://{name}" for name in sorted(found)]
 
 
@@ -198,13 +211,13 @@ def check_version(shard: RemoteShard, closing: threading.Event | None = None) ->
     now = stat(shard.uri, closing)
     if (now.size, now.etag) != (shard.bytes, shard.etag):
         raise ValueError(
-            f"{shard.uri} has {now.size} bytes and version {now.etag!r}, it was indexed with {shard.bytes} and "
+            f"{shard} has {now.size} bytes and version {now.etag!r}, it was indexed with {shard.bytes} and "
             f"{shard.etag!r}. Put that version back, or run `controlbooth data index` again (a new data set)"
         )
 
 
 def _repeated(uri: str, what: str, once: Callable[[Any], T], closing: threading.Event | None) -> T:
-    store, waited = _store(uri.partition("://")[0]), 0.0
+    store, waited, name = _store(uri.partition("://")[0]), 0.0, shown(uri)
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return once(store)
@@ -213,21 +226,21 @@ def _repeated(uri: str, what: str, once: Callable[[Any], T], closing: threading.
         except Exception as error:
             fault = _cause(error)
             if isinstance(fault, FileNotFoundError):
-                raise FileNotFoundError(errno.ENOENT, "there is no such object", uri) from error
-            said = f"{type(fault).__name__}: {fault}".strip(": ")
+                raise FileNotFoundError(errno.ENOENT, "there is no such object", name) from None
+            said = shown(f"{type(fault).__name__}: {fault}".strip(": "))
             if not _is_transient(fault):
                 raise StorageError(
-                    f"{uri}: {what} cannot be read ({said}). Check the URI, the credentials and the rights"
-                ) from error
+                    f"{name}: {what} cannot be read ({said}). Check the URI, the credentials and the rights"
+                ) from None  # whose message has the whole URI
             if attempt == ATTEMPTS:
                 raise StorageError(
-                    f"{uri}: {what} could not be read in {attempt} attempts over {waited:.0f} s, the last with {said}. "
+                    f"{name}: {what} could not be read in {attempt} attempts over {waited:.0f} s, at last with {said}. "
                     "Check the network and the store, then start again: what was fetched and trained is kept"
-                ) from error
+                ) from None
             delay = min(FIRST_DELAY_SECONDS * 2 ** (attempt - 1), LONGEST_DELAY_SECONDS)
-            _log.warning("%s: %s: %s; attempt %d of %d in %g s", uri, what, said, attempt + 1, ATTEMPTS, delay)
+            _log.warning("%s: %s: %s; attempt %d of %d in %g s", name, what, said, attempt + 1, ATTEMPTS, delay)
             if (closing or threading.Event()).wait(delay):
-                raise StorageError(f"{uri}: given up after {attempt} attempts, as the reader was closed") from error
+                raise StorageError(f"{name}: given up after {attempt} attempts, as the reader was closed") from None
             waited += delay
     raise AssertionError("the last attempt returns or raises")
 
@@ -279,7 +292,8 @@ def _open_http() -> Any:
 
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=SILENT_SECONDS)
     plain = {"Accept-Encoding": "identity"}  # a compressed answer has other bytes at each place
-    return fsspec.filesystem("http", client_kwargs={"timeout": timeout}, headers=plain, use_listings_cache=False)
+    client = {"timeout": timeout, "trust_env": True}  # ~/.netrc or NETRC, and the proxies of the environment
+    return fsspec.filesystem("http", client_kwargs=client, headers=plain, use_listings_cache=False)
 
 
 def _open_s3() -> Any:

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from controlbooth.data.parent import dying_with
+
 _KEPT = 3
 """Files of former holders. The latest must stay, or its number would be given away twice."""
 
@@ -134,9 +136,13 @@ class Holding:
                 return
 
     def run(self, command: Sequence[str], output: Path) -> int:
-        """Runs a program, renewing meanwhile; -> its exit status. Raises LeaseLost, and ends the program then."""
+        """Runs a program, renewing meanwhile; -> its exit status. Raises LeaseLost, and ends the program then.
+
+        The program gets SIGTERM where this process is killed.
+        """
+        wish = dying_with(os.getpid())
         with open(output, "wb") as file:
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, preexec_fn=wish)
         try:
             while True:
                 try:

@@ -135,7 +135,7 @@ class Gate(Section):
 
 
 class Policy(Section):
-    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
+    name: str = Field(min_length=1, max_length=190, pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
     """Names the runs (NAME-0001, ...), the registered model, and the folder of the policy's state."""
     state: Path = Path("runs/retrain")
     """The folder below which NAME/ holds the lease, the audit log, the rounds and their evaluations."""

@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import psutil
 
+from controlbooth.data.arguments import quoted
 from controlbooth.deploy.policy import Policy, cluster_of
 from controlbooth.launch.cluster import Engine
 from controlbooth.launch.job import Job, job_logs, recorded_job
@@ -28,7 +29,7 @@ from controlbooth.launch.jobs import log_words, next_submission, said
 from controlbooth.launch.local import this_node
 from controlbooth.launch.outcome import failure_reasons
 from controlbooth.launch.preflight import preflight
-from controlbooth.launch.submit import at_work, last_record, launch, rendered, run_job, states
+from controlbooth.launch.submit import at_work, last_record, launch, rendered, run_job, shown_job, states
 from controlbooth.trainer.config import ConfigError, RunConfig, dump, load_config
 
 RoundState = Literal["training", "promoting", "promoted", "refused", "failed"]
@@ -130,7 +131,7 @@ def first_submission(policy: Policy, config: RunConfig, frozen: RunConfig) -> tu
     if cluster is None:
         return "", preflight(config, this_node(policy.processes))
     job, _, problems = run_job(config, cluster)
-    return rendered(job, {"run.yaml": dump(frozen)})[1], problems
+    return rendered(shown_job(job), {"run.yaml": dump(frozen)})[1], problems
 
 
 def job_of_round(policy: Policy, folder: Path, one: Round) -> tuple[Job, dict[str, str]] | None:
@@ -258,4 +259,4 @@ def where_to_look(folder: Path, one: Round) -> str:
     """All that was printed, for people."""
     if one.engine == "local":
         return str(round_folder(folder, one.number) / "output.txt")
-    return f"`controlbooth launch logs {one.run}`"
+    return f"`controlbooth launch logs {quoted(one.run)}`"

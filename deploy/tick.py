@@ -42,7 +42,7 @@ from controlbooth.deploy.rounds import (
     with_round,
     write_state,
 )
-from controlbooth.launch.submit import recover, rendered
+from controlbooth.launch.submit import recover, rendered, shown_job
 from controlbooth.trainer import growth
 from controlbooth.trainer.config import ConfigError, RunConfig, dump, load_config, run_folder, tracking_uri
 from controlbooth.trainer.spool import read_metrics
@@ -340,7 +340,7 @@ def tell(policy: Policy, by_hand: bool = False) -> tuple[str, str]:
             return f"would give up round {one.number}, which died {one.submissions} times", ""
         given = job_of_round(policy, folder, one)
         again = f"would start round {one.number} again, whose processes are gone: {last_words(folder, one)}"
-        return again, rendered(*given)[1] if given else ""
+        return again, rendered(shown_job(given[0]), given[1])[1] if given else ""
     proposed = propose(policy, folder, state, there, now, by_hand, None)
     if not proposed.start:
         return f"nothing: {proposed.reason}", ""

@@ -12,13 +12,15 @@ from pathlib import Path
 
 import psutil
 
+from controlbooth.launch import orphans
 from controlbooth.launch.job import Job, JobState
-from controlbooth.launch.script import indented, judging, preamble, rows, shell, training
+from controlbooth.launch.script import Expanded, indented, judging, preamble, rows, saying, shell, training
 
 
 def render(job: Job) -> str:
     """The script; tasks of an array come one after another, each with its own log."""
     log, cancelled = (shlex.quote(str(job.job_folder / name)) for name in ("log-", "cancelled"))
+    ends_with_script = [job.python, "-m", orphans.MODULE, Expanded("$$")]
     lines = ["#!/bin/bash", f"# {job.name}, trained by controlbooth; written by `controlbooth launch local`."]
     lines += [*preamble(job), "", WAITING, "", "one_task() {"]
     lines += [f"exec >>{log}$TASK.txt 2>&1", *rows(job, "TASK")] if job.subjects else []
@@ -27,7 +29,7 @@ def render(job: Job) -> str:
         f"export CONTROLBOOTH_ATTEMPT=$(({job.first_attempt} + RESTART))",
         "STARTED=$(date +%s)",
         'echo "== attempt $CONTROLBOOTH_ATTEMPT, $(date +%FT%T%z)"',
-        f"until_it_ends {shell(training(job, '127.0.0.1:0', '1'))}",
+        f"until_it_ends {shell([*ends_with_script, *training(job, '127.0.0.1:0', '1')])}",
         f"OUTCOME=$({shell(judging(job))})",
         'if [ "$OUTCOME" = again ] && [ -n "$STOPPING" ]; then',
         f"if [ -e {cancelled} ]; then OUTCOME=cancelled; else OUTCOME=stopped; fi",
@@ -41,7 +43,7 @@ def render(job: Job) -> str:
         "esac",
         "done",
         f'echo "== {job.cluster.restarts} restarts are used up. Look above for what ends the attempts; then:"',
-        f'echo "controlbooth launch resume {job.folder}"',
+        saying("controlbooth", "launch", "resume", str(job.folder)),
         "return 1",
         "}",
         "",

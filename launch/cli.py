@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 
+from controlbooth.data.secrets import shown
 from controlbooth.launch.torchrun import SPIN_COUNT
 
 VERBS = {  # group -> verb -> (module:function, what it does)
@@ -108,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if not _is_message(error):
             raise
-        print(f"controlbooth {verb}: {error}", file=sys.stderr)
+        print(f"controlbooth {verb}: {shown(str(error))}", file=sys.stderr)
         return USER_ERROR
 
 
@@ -123,7 +124,7 @@ def _call(verb: str, arguments: list[str]) -> int:
         return getattr(importlib.import_module(module), function)(arguments) or 0
     except SystemExit as stop:
         if isinstance(stop.code, str):  # raise SystemExit("message") would end with status 1
-            print(f"controlbooth {verb}: {stop.code}", file=sys.stderr)
+            print(f"controlbooth {verb}: {shown(stop.code)}", file=sys.stderr)
             return USER_ERROR
         return int(stop.code or 0)
 

@@ -6,14 +6,15 @@ itself is in `cluster_preflight`.
 
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import yaml
 from pydantic import Field, ValidationError, field_validator
 
+from controlbooth.data.secrets import is_secret, shown_script
 from controlbooth.launch.local import core_count, gpu_count
 from controlbooth.launch.torchrun import Node
-from controlbooth.trainer.config import ConfigError, Section, explain_errors, refuse_other_kind
+from controlbooth.trainer.config import ConfigError, Section, control_character, explain_errors, refuse_other_kind
 from controlbooth.trainer.file_kinds import CLUSTER
 
 Engine = Literal["local", "slurm", "kubernetes"]
@@ -21,20 +22,28 @@ CLUSTER_FILE = Path("cluster.yaml")
 """Where no other one is named."""
 
 
+OBJECT = r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$"
+"""What Kubernetes takes as the name of a namespace, or of an object that others are named after."""
+DOTTED = r"^[a-z0-9]([-.a-z0-9]{0,251}[a-z0-9])?$"
+"""And as that of other objects."""
+WORD = r"^[A-Za-z0-9_][A-Za-z0-9_.,@+:=-]*$"
+"""A name in Slurm, or several, as the lines of a batch script take it without quotes."""
+
+
 class SlurmConfig(Section):
-    partition: str | None = None
+    partition: str | None = Field(default=None, pattern=WORD)
     """Default: Slurm's own."""
-    account: str | None = None
-    qos: str | None = None
-    constraint: str | None = None
+    account: str | None = Field(default=None, pattern=WORD)
+    qos: str | None = Field(default=None, pattern=WORD)
+    constraint: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_(\[][A-Za-z0-9_.,@+:=&|*()\[\]-]*$")
     """Features that the nodes must have."""
 
 
 class Storage(Section):
     """A persistent volume claim, mounted alike in every pod."""
 
-    claim: str
-    path: str = Field(pattern="^/")
+    claim: str = Field(pattern=DOTTED)
+    path: str = Field(pattern="^/[^:]*$")
     """Where it is seen in the pods; the run's paths lie below it."""
     here: Path | None = None
     """Where this machine sees it, or any folder here for the records of jobs. Default: the same path."""
@@ -42,14 +51,14 @@ class Storage(Section):
 
 
 class KubernetesConfig(Section):
-    image: str | None = None
+    image: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/:@-]*$")
     """With controlbooth in it; deploy/Dockerfile makes one."""
-    namespace: str = "controlbooth"
-    queue: str | None = None
+    namespace: str = Field(default="controlbooth", pattern=OBJECT)
+    queue: str | None = Field(default=None, pattern=OBJECT)
     """A LocalQueue of Kueue, which admits all pods of a job together."""
-    service_account: str = "default"
+    service_account: str = Field(default="default", pattern=DOTTED)
     storage: tuple[Storage, ...] = ()
-    secrets: tuple[str, ...] = ()
+    secrets: tuple[Annotated[str, Field(pattern=DOTTED)], ...] = ()
     """Secrets whose entries become environment variables, such as the credentials of a store."""
     shared_memory_gib: float = Field(default=8.0, gt=0.0)
     """/dev/shm of each pod, through which NCCL's ranks of one node talk."""
@@ -86,7 +95,7 @@ class Cluster(Section):
     """The interpreter on the nodes. Default: this one; in a container `python`."""
     setup: tuple[str, ...] = ()
     """Lines of shell before anything else on a node, such as `module load cuda`."""
-    environment: dict[str, str] = {}
+    environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str] = {}
     slurm: SlurmConfig = SlurmConfig()
     kubernetes: KubernetesConfig = KubernetesConfig()
 
@@ -96,7 +105,25 @@ class Cluster(Section):
         """YAML reads NCCL_DEBUG: 1 as a number, and a variable is text."""
         if not isinstance(value, dict):
             return value
+        for key, entry in value.items():
+            if isinstance(entry, str) and (control := control_character(entry, allowed="\n\r\t")):
+                raise ValueError(f"the value of {key} has {control} in it, which no variable can hold")
         return {key: str(entry) if type(entry) in (int, float) else entry for key, entry in value.items()}
+
+
+def refuse_secrets(cluster: Cluster, path: Path) -> None:
+    """Raises ConfigError for what would be in the open in a ConfigMap, which all who see the namespace may read."""
+    if cluster.engine != "kubernetes":
+        return
+    secret = [name for name, value in cluster.environment.items() if is_secret(name, value)]
+    lines = [f"setup.{number}" for number, line in enumerate(cluster.setup) if shown_script(line) != line]
+    if found := [*(f"environment.{name}" for name in secret), *lines]:
+        raise ConfigError(
+            f"{path}: {', '.join(found)} holds a secret, not shown here, and would be in a ConfigMap, which all who "
+            "see the namespace may read. Make a Secret of it (kubectl create secret generic NAME "
+            "--from-literal=VARIABLE=VALUE), and name that in kubernetes.secrets: its entries become variables of the "
+            "environment"
+        )
 
 
 def load_cluster(path: Path | None, engine: Engine) -> Cluster:
@@ -124,6 +151,7 @@ def _read_cluster(path: Path, engine: Engine) -> Cluster:
         cluster = Cluster.model_validate({"engine": engine} | tree)
     except ValidationError as error:
         raise ConfigError(f"{path}: {explain_errors(error, Cluster)}") from None
+    refuse_secrets(cluster, path)
     if cluster.engine != engine:
         raise ConfigError(
             f"{path} is of engine {cluster.engine}, and this is for {engine}. Use `controlbooth launch "

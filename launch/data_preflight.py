@@ -14,7 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from controlbooth.data.arguments import expand_braces
+from controlbooth.data.arguments import expand_braces, quoted
+from controlbooth.data.secrets import shown
 from controlbooth.launch.torchrun import Node
 from controlbooth.trainer.config import RunConfig, lanes, sources
 
@@ -71,7 +72,7 @@ def _digests(location: str) -> dict[str, str]:
     """Digest of its index -> the shard, for all of a location whose manifest or index tells it."""
     manifest = manifest_of(location)
     if manifest is not None:
-        return {row["index_hash"]: row["uri"] for row in _manifest_rows(manifest) if "index_hash" in row}
+        return {row["index_hash"]: shown(row["uri"]) for row in _manifest_rows(manifest) if "index_hash" in row}
     shards = [Path(name) for name in find_shards(location)]
     with ThreadPoolExecutor(16) as pool:
         digests = pool.map(lambda shard: _stated_digest(shard.with_name(f"{shard.name}.idx")), shards)
@@ -101,14 +102,14 @@ def check_shards(config: RunConfig, node: Node) -> Iterator[str]:
         if faults := _faults(manifest.parent, rows):
             yield (
                 f"{key} is {location!r}: {len(faults)} of {len(rows)} shards are not as they were indexed "
-                f"({_some(faults)}): put them back, or run `controlbooth data index --rebuild {manifest.parent}`"
+                f"({_some(faults)}): put them back, or `controlbooth data index --rebuild {quoted(manifest.parent)}`"
             )
         listed = {Path(row["uri"]).name for row in rows}
         extra = [path for path in manifest.parent.glob("*.tar") if path.name not in listed]
         if extra and Path(location).is_dir():
             yield (
                 f"{key} is {location!r}, whose manifest lists {len(rows)} shards, and the folder holds {len(extra)} "
-                f"more ({_some(sorted(extra))}): run `controlbooth data index {location}` to take them in, or name "
+                f"more ({_some(sorted(extra))}): take them in by `controlbooth data index {quoted(location)}`, or name "
                 "the manifest itself to leave them out"
             )
         samples = sum(row["usable"] if stored is None else row["conditions"].get(stored, 0) for row in rows)
@@ -116,7 +117,7 @@ def check_shards(config: RunConfig, node: Node) -> Iterator[str]:
             there = ", ".join(sorted({kind for row in rows for kind in row["conditions"]})) or "none"
             yield (
                 f"data.condition is {stored!r}, and no sample of {location} has it; conditions there are: {there}. "
-                f"Change it, or add it with `controlbooth data annotate {location} -o FOLDER --condition {stored}`"
+                f"Change it, or add it: `controlbooth data annotate {quoted(location)} -o FOLDER --condition {stored}`"
             )
         elif key != "data.held_out" and samples < lanes(config):
             yield (
@@ -205,14 +206,14 @@ def find_shards(location: str) -> list[str]:
     """
     if is_remote(location):
         raise ValueError(
-            f"remote shards are indexed first: run `controlbooth data index '{location}' --manifest set.jsonl`, "
-            "and name set.jsonl here"
+            f"remote shards are indexed first: run `controlbooth data index {quoted(shown(location))} --manifest "
+            "set.jsonl`, and name set.jsonl here"
         )
     path, remote = Path(location), []
     manifest = manifest_of(location)
     if manifest is not None:
         uris = [row["uri"] for row in _manifest_rows(manifest)]
-        remote = [uri for uri in uris if is_remote(uri)]
+        remote = [shown(uri) for uri in uris if is_remote(uri)]
         found = [manifest.parent / uri for uri in uris if not is_remote(uri)]
     elif path.is_dir():
         found = sorted(path.glob("*.tar"))
@@ -242,7 +243,7 @@ def _manifest_rows(manifest: Path) -> list[dict[str, Any]]:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"line {number} of {manifest} is no shard row ({error!r}): "
-                f"run `controlbooth data index {manifest.parent}`"
+                f"run `controlbooth data index {quoted(manifest.parent)}`"
             ) from error
     return rows
 

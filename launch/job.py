@@ -12,6 +12,7 @@ job/run.yaml        the resolved configuration, which the ranks read
 
 import importlib.metadata
 import json
+import os
 import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -81,27 +82,39 @@ def job_logs(folder: Path, tasks: int | None = None) -> list[Path]:
     return [folder / "job" / ("log.txt" if tasks is None else f"log-{task}.txt") for task in range(tasks or 1)]
 
 
+PRIVATE = ("cluster.yaml", "script.sh", "manifests.yaml")
+"""Files that hold the environment of a job, which may have secrets in it."""
+
+
+def is_private(cluster: Cluster) -> bool:
+    """Tells whether what the job's files have of a cluster is for their owner alone."""
+    return bool(cluster.environment or cluster.setup)
+
+
 def write_job(job: Job, texts: dict[str, str]) -> None:
-    """Writes the files of the job's folder, each whole or not at all, and takes away what an earlier cancel left."""
+    """Writes the files of the job's folder, each whole or not at all, and takes away what an earlier cancel left.
+
+    Those with an environment are readable by their owner alone.
+    """
     folder = job.here / "job"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cancelled").unlink(missing_ok=True)
     for name, text in texts.items():
-        write_text(folder / name, text)
+        write_text(folder / name, text, private=name in PRIVATE and is_private(job.cluster))
 
 
-def job_texts(folder: Path) -> dict[str, str]:
-    """What lies in job/ of a run's folder, but for the logs."""
+def job_texts(folder: Path) -> dict[str, tuple[str, bool]]:
+    """What lies in job/ of a run's folder, but for the logs, and whether it is for its owner alone."""
     files = [path for path in (folder / "job").glob("*") if path.is_file() and not path.name.startswith("log")]
-    return {path.name: path.read_text() for path in files}
+    return {path.name: (path.read_text(), not path.stat().st_mode & 0o077) for path in files}
 
 
-def restore_job(folder: Path, texts: dict[str, str]) -> None:
+def restore_job(folder: Path, texts: dict[str, tuple[str, bool]]) -> None:
     """Takes back what a submission has written that the engine has refused. texts: as `job_texts` was before."""
     for name in job_texts(folder).keys() - texts.keys():
         (folder / "job" / name).unlink()
-    for name, text in texts.items():
-        write_text(folder / "job" / name, text)
+    for name, (text, private) in texts.items():
+        write_text(folder / "job" / name, text, private)
     for made in (folder / "job", folder):
         if not list(made.iterdir()):
             made.rmdir()
@@ -190,7 +203,10 @@ def task_rows(task: int, subjects_per_task: int, subjects: int) -> range:
     return range(task * subjects_per_task, min((task + 1) * subjects_per_task, subjects))
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, private: bool = False) -> None:
+    """Writes a file whole or not at all. private: readable by its owner alone, from the first byte on."""
     temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(text)
+    temporary.unlink(missing_ok=True)  # of a start that was killed, maybe with other rights
+    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666), "w") as file:
+        file.write(text)
     temporary.replace(path)

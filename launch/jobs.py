@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import json
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -95,7 +96,8 @@ def run_lines(job: Job, asked: Sequence[JobState]) -> tuple[list[str], bool]:
     lines = [f"run         {job.name}: {state}{at_step(job.here)}", *details(job.here, status)]
     lines += [f"error       {status['error']}"] if state == "failed" else []
     if state not in ("finished", "failed") and not going:
-        lines.append(f"            nothing is at work on it now; `controlbooth launch resume {job.here}` goes on")
+        resume = shlex.join(["controlbooth", "launch", "resume", str(job.here)])
+        lines.append(f"            nothing is at work on it now; `{resume}` goes on")
     ended_badly = state == "failed" or any(one.state == "failed" for one in asked)
     return lines, ended_badly and not going and state != "finished"
 
@@ -225,7 +227,8 @@ def cancel_main(arguments: Sequence[str] | None = None) -> int:
     else:
         (slurm if record["engine"] == "slurm" else background).cancel(record["id"], options.now)
     how = "at once" if options.now else "after this step, with a checkpoint"
-    print(f"{record['engine']} job {record['id']} ends {how}; `controlbooth launch resume {job.here}` goes on")
+    resume = shlex.join(["controlbooth", "launch", "resume", str(job.here)])
+    print(f"{record['engine']} job {record['id']} ends {how}; `{resume}` goes on")
     return 0
 
 

@@ -1,6 +1,7 @@
 """`controlbooth train`: checks a run, starts its ranks on this machine, and stops them cleanly."""
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
@@ -9,15 +10,17 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
+from controlbooth.data.parent import LAUNCHER, adopt
 from controlbooth.launch import orphans
 from controlbooth.launch.preflight import preflight
 from controlbooth.launch.torchrun import (
+    GRACE_SECONDS,
     WORKER,
     Node,
     lone_command,
@@ -40,6 +43,7 @@ from controlbooth.trainer.continuing import describe_start
 from controlbooth.trainer.evaluate.verdict import cannot_announce
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+OVER = "it is finished, and its ranks are ending; once more ends them now"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -82,10 +86,11 @@ def train(run_file: str, overrides: Sequence[str] = (), processes: int | None = 
     if status not in (0, *(128 + number for number in STOP_SIGNALS)):
         told = failures(run_folder(config), began)
         say_again("controlbooth train", start, told)
+        reason = stopped_well(run_folder(config), began) if not start.lone and not told else None
         by_signal = signal_of(status) if start.lone else "SIGKILL"  # torchrun has named it above
-        if by_signal and (
-            reason := why_silent(config, told, world_size(node), out_of_memory_kills() - killed, by_signal)
-        ):
+        if reason is None and by_signal and (start.lone or status < 128):  # else its agent's, which `run` has told
+            reason = why_silent(config, told, world_size(node), out_of_memory_kills() - killed, by_signal)
+        if reason:
             print(f"controlbooth train: {reason}", file=sys.stderr)
     return status
 
@@ -107,6 +112,17 @@ def is_finished(folder: Path, since: float) -> bool:
     path = folder / "status.json"
     status = json.loads(path.read_text()) if path.is_file() else {}
     return status.get("state") == "finished" and status["time"] >= since
+
+
+def stopped_well(folder: Path, since: float) -> str | None:
+    """What to say where the ranks have ended with a checkpoint, as a signal asks them to that torchrun hands on."""
+    path = folder / "status.json"
+    status = json.loads(path.read_text()) if path.is_file() else {}
+    if status.get("state") != "stopped" or status["time"] < since:
+        return None
+    return (
+        f"the ranks were stopped from outside, with step {status['step']} saved. Started again, the run goes on there"
+    )
 
 
 def failures(folder: Path, since: float) -> dict[int, str]:
@@ -244,7 +260,8 @@ class Start:
 
     def __str__(self) -> str:
         """For a shell."""
-        return " ".join([*(f"{key}={value}" for key, value in self.environment.items()), shlex.join(self.command)])
+        words = (f"{key}={shlex.quote(value)}" for key, value in self.environment.items())
+        return " ".join([*words, shlex.join(self.command)])
 
 
 def start_of(node: Node, run_file: str, overrides: Sequence[str], name: str, worker: str = WORKER) -> Start:
@@ -264,37 +281,80 @@ def run(
 
     stopping: what the ranks do at the first one, for people. On Linux they get it too when this process is killed.
     is_over: whether they are done and only clearing up, so that there is nothing left to stop.
-    Returns the exit status; 128 + signal where a signal stopped a run that ended well.
+    Returns the exit status; 128 + signal where a signal stopped a run that ended well. No rank is left then: those of
+    an agent that was killed have been asked to stop, waited for, and after GRACE_SECONDS been killed.
     """
-    started = orphans.start(start.command, os.environ | start.environment)
-    received: list[int] = []
-    too_late = False
+    with adopting(not start.lone) as left_behind:
+        started = orphans.start(start.command, os.environ | start.environment | {LAUNCHER: str(os.getpid())})
+        received: list[int] = []
+        too_late = False
 
-    def forward(number: int, _frame: object) -> None:
-        nonlocal too_late
-        received.append(number)
-        if len(received) > 1:
-            _kill(started)
-        elif too_late := is_over():
-            print("controlbooth: it is finished, and its ranks are ending; once more ends them now", file=sys.stderr)
-        else:
-            print(f"controlbooth: stopping {stopping}; once more stops now", file=sys.stderr)
-            _terminate(started, start.lone)
+        def forward(number: int, _frame: object) -> None:
+            nonlocal too_late
+            received.append(number)
+            if len(received) > 1 or left_behind(started):  # which are stopping already
+                _kill(started)
+                for process in left_behind(started):
+                    _signal(process.pid, signal.SIGKILL)
+            elif too_late := is_over():
+                print(f"controlbooth: {OVER}", file=sys.stderr)
+            else:
+                print(f"controlbooth: stopping {stopping}; once more stops now", file=sys.stderr)
+                _terminate(started, start.lone)
 
-    previous = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    for number in STOP_SIGNALS:
-        if previous[number] is not signal.SIG_IGN:  # nohup ignores SIGHUP for us
-            signal.signal(number, forward)
-    try:
-        status = started.wait()
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        previous = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        for number in STOP_SIGNALS:
+            if previous[number] is not signal.SIG_IGN:  # nohup ignores SIGHUP for us
+                signal.signal(number, forward)
+        try:
+            status = started.wait()
+            if ranks := left_behind(started):
+                _end_ranks(ranks, f"torchrun was ended by {signal_of(128 - status) or f'status {status}'}", stopping)
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
     if received and status <= 0 and not (too_late and status == 0):
         return 128 + received[0]
-    if start.lone and status < 0:  # of several, torchrun says it
-        print(f"controlbooth: rank 0 was ended by {signal_of(128 - status)}", file=sys.stderr)
+    if status < 0:  # of several ranks, torchrun says it
+        what = "rank 0" if start.lone else "torchrun"
+        print(f"controlbooth: {what} was ended by {signal_of(128 - status)}", file=sys.stderr)
     return status if status >= 0 else 128 - status
+
+
+@contextlib.contextmanager
+def adopting(whether: bool) -> Iterator[Callable[[subprocess.Popen], list[psutil.Process]]]:
+    """Inside, what a started program leaves behind becomes this process's, and the function given tells what that is.
+
+    whether: False for a program that leaves nothing behind of ours. On other systems than Linux nothing is taken in.
+    """
+    before = {process.pid for process in psutil.Process().children()}
+
+    def left_behind(started: subprocess.Popen) -> list[psutil.Process]:
+        if not whether or started.poll() is None:
+            return []
+        return [process for process in psutil.Process().children() if process.pid not in before | {started.pid}]
+
+    adopt(whether)
+    try:
+        yield left_behind
+    finally:
+        adopt(False)
+
+
+def _end_ranks(ranks: Sequence[psutil.Process], why: str, stopping: str) -> None:
+    """Has them stop as a signal to the launcher would, and waits; what has not ended in time is killed."""
+    named = ", ".join(str(rank.pid) for rank in ranks)
+    print(
+        f"controlbooth: {why}; its ranks (processes {named}) are stopping {stopping}; Ctrl-C ends them now",
+        file=sys.stderr,
+    )
+    for rank in ranks:
+        _signal(rank.pid, signal.SIGTERM)
+    _, left = psutil.wait_procs(ranks, timeout=GRACE_SECONDS)
+    for rank in left:
+        print(f"controlbooth: process {rank.pid} has not stopped in {GRACE_SECONDS} s, and is killed", file=sys.stderr)
+        _signal(rank.pid, signal.SIGKILL)
+    psutil.wait_procs(left, timeout=GRACE_SECONDS)
 
 
 def _terminate(started: subprocess.Popen, lone: bool) -> None:

@@ -1,17 +1,19 @@
 """What a command of ours has started ends with it, also where it is killed and can say nothing more.
 
 Otherwise ranks would train for ever behind the back of a launcher that has got SIGKILL.
+
+    python -m controlbooth.launch.orphans PARENT COMMAND...    becomes COMMAND, which gets SIGTERM when PARENT ends
 """
 
-import ctypes
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-PR_SET_PDEATHSIG = 1
-"""Of Linux' prctl(2)."""
+from controlbooth.data.parent import dying_with
+
+MODULE = "controlbooth.launch.orphans"
 
 
 def start(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen:
@@ -20,7 +22,7 @@ def start(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.
 
     It has a session of its own: Ctrl-C on the terminal reaches this process alone, which hands it on once.
     """
-    return subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_ending_with(os.getpid()))
+    return subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=dying_with(os.getpid()))
 
 
 def call(command: Sequence[str], environment: Mapping[str, str]) -> int:
@@ -35,15 +37,13 @@ def call(command: Sequence[str], environment: Mapping[str, str]) -> int:
         raise
 
 
-def _ending_with(parent: int) -> Callable[[], None] | None:
-    """To be called in the child between fork and exec, after which the wish lasts; None on other systems."""
-    if sys.platform != "linux":
-        return None
-    prctl = ctypes.CDLL(None, use_errno=True).prctl  # loaded here: the child of a fork had better take no locks
+def main(arguments: Sequence[str]) -> None:
+    """Becomes a program that ends with its parent, for scripts: a shell cannot ask for that."""
+    parent, *command = arguments
+    if wish := dying_with(int(parent)):
+        wish()
+    os.execvp(command[0], command)
 
-    def wish() -> None:
-        prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-        if os.getppid() != parent:  # it has ended before the wish
-            os.kill(os.getpid(), signal.SIGTERM)
 
-    return wish
+if __name__ == "__main__":
+    main(sys.argv[1:])

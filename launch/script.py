@@ -2,22 +2,40 @@
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from controlbooth.launch.cluster import one_node
 from controlbooth.launch.dreambooth import WORKER as SUBJECTS_WORKER
 from controlbooth.launch.job import Job
-from controlbooth.launch.torchrun import WORKER, torchrun_arguments, torchrun_environment
+from controlbooth.launch.torchrun import WORKER, rendezvous, torchrun_arguments, torchrun_environment
 
 
-def shell(arguments: Sequence[str]) -> str:
-    """A command, each option on a line of its own. A word with a $ is expanded by the shell, others are as they are."""
-    text = ""
-    for before, word in zip(["", *arguments], arguments, strict=False):
-        own_line = word.startswith("--") or (word == "-m" and before.startswith("--"))
+@dataclass(frozen=True)
+class Expanded:
+    """A word of the script's own, in which the shell puts the values of its variables. No text of a user is in it."""
+
+    text: str
+
+
+Word = str | Expanded
+
+
+def shell(words: Sequence[Word]) -> str:
+    """Writes a command, each option on a line of its own. What is not Expanded reaches the program as it is."""
+    text, before = "", ""
+    for word in words:
+        plain = word.text if isinstance(word, Expanded) else word
+        own_line = plain.startswith("--") or (plain == "-m" and before.startswith("--"))
         text += " \\\n  " if own_line else " " * bool(text)
-        text += f'"{word}"' if "$" in word else shlex.quote(word)
+        text += f'"{plain}"' if isinstance(word, Expanded) and "$" in plain else shlex.quote(plain)
+        before = plain
     return text
+
+
+def saying(*words: str) -> str:
+    """Writes a line that prints these words as a command that can be copied. The words reach the reader as they are."""
+    return f"echo {shlex.quote(shlex.join(words))}"
 
 
 def preamble(job: Job) -> list[str]:
@@ -31,17 +49,21 @@ def preamble(job: Job) -> list[str]:
     ]
 
 
-def training(job: Job, endpoint: str, is_host: str, folder: Path | None = None) -> list[str]:
-    """The words that start the ranks of one node. folder: that holds run.yaml there, where it is not the job's."""
+def training(job: Job, endpoint: str, is_host: str, folder: Path | None = None) -> list[Word]:
+    """The words that start the ranks of one node. folder: that holds run.yaml there, where it is not the job's.
+
+    endpoint, is_host: as of `rendezvous`, with variables of the script.
+    """
     folder = folder or job.job_folder
     run = str(folder / "run.yaml")
-    worker, arguments = WORKER, [run]
+    arguments: list[Word] = [run]
+    worker, meeting = WORKER, [Expanded(word) for word in rendezvous(endpoint, is_host)]
     if job.subjects:
-        worker, arguments = SUBJECTS_WORKER, [str(folder / "subjects.jsonl"), run, "--rows", "$ROWS"]
-    return [job.python, *torchrun_arguments(one_node(job.cluster), endpoint, is_host, job.name, worker, arguments)]
+        worker, arguments = SUBJECTS_WORKER, [str(folder / "subjects.jsonl"), run, "--rows", Expanded("$ROWS")]
+    return [job.python, *torchrun_arguments(one_node(job.cluster), meeting, job.name, worker, arguments)]
 
 
-def checking(job: Job, head: str, port: str, node_rank: str, folder: Path | None = None) -> list[str]:
+def checking(job: Job, head: str, port: str, node_rank: str, folder: Path | None = None) -> list[Word]:
     """The words that check one node, together with all others, before the ranks start."""
     return [
         job.python,
@@ -53,18 +75,18 @@ def checking(job: Job, head: str, port: str, node_rank: str, folder: Path | None
         f"--nodes={job.cluster.nodes}",
         f"--processes={job.cluster.processes_per_node}",
         f"--gpus={job.cluster.gpus_per_node}",
-        f"--node-rank={node_rank}",
-        f"--head={head}",
-        f"--port={port}",
+        Expanded(f"--node-rank={node_rank}"),
+        Expanded(f"--head={head}"),
+        Expanded(f"--port={port}"),
         f"--least-mbit={job.cluster.least_network_mbit:g}",
     ]
 
 
-def judging(job: Job, folder: Path | None = None) -> list[str]:
+def judging(job: Job, folder: Path | None = None) -> list[Word]:
     """The words that say what the attempt has come to: finished, failed or again."""
-    words = [job.python, "-m", "controlbooth.launch.outcome", str(job.folder), "--since=$STARTED"]
+    words: list[Word] = [job.python, "-m", "controlbooth.launch.outcome", str(job.folder), Expanded("--since=$STARTED")]
     if job.subjects:
-        words += [f"--subjects={(folder or job.job_folder) / 'subjects.jsonl'}", "--rows=$ROWS"]
+        words += [f"--subjects={(folder or job.job_folder) / 'subjects.jsonl'}", Expanded("--rows=$ROWS")]
     return words
 
 

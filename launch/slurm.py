@@ -11,15 +11,17 @@ What the script is careful about, each of which was met on a real cluster:
 - A controller that restarts answers nothing for a while: only an answer tells whether somebody has cancelled the job.
 """
 
+import re
 import shlex
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 from controlbooth.launch.cluster import shutdown_seconds
 from controlbooth.launch.job import Job, JobState
 from controlbooth.launch.outcome import EXIT_CODES
-from controlbooth.launch.script import checking, judging, preamble, rows, shell, training
+from controlbooth.launch.script import checking, judging, preamble, rows, saying, shell, training
 
 ENDED = {
     "BOOT_FAIL": "failed",
@@ -110,13 +112,13 @@ def _header(job: Job) -> list[str]:
     what = f"{job.subjects} subjects, {job.subjects_per_task} a task" if job.subjects else "a run"
     return [
         f"# {job.name}: {what}, trained by controlbooth; written by `controlbooth launch slurm`.",
-        f"# `controlbooth launch status {job.folder}` tells how it goes.",
+        f"# `{shlex.join(['controlbooth', 'launch', 'status', str(job.folder)])}` tells how it goes.",
     ]
 
 
 def _options(job: Job) -> list[str]:
     cluster, slurm = job.cluster, job.cluster.slurm
-    log = job.job_folder / ("log-%a.txt" if job.subjects else "log.txt")
+    log = str(job.job_folder).replace("%", "%%") + ("/log-%a.txt" if job.subjects else "/log.txt")
     minutes = cluster.time_limit_minutes
     options = [
         f"job-name={job.name}",
@@ -132,11 +134,24 @@ def _options(job: Job) -> list[str]:
         f"mem={cluster.memory_gib_per_node * 1024:.0f}M" if cluster.memory_gib_per_node else None,
         f"time={minutes}" if minutes else None,
         f"signal=B:USR1@{cluster.grace_seconds}",
-        f"output={shlex.quote(str(log))}",
+        f"output={_sbatch_word(log)}",
         "open-mode=append",
         "requeue",
     ]
     return [option for option in options if option is not None]
+
+
+def _sbatch_word(text: str) -> str:
+    """One word of an #SBATCH line, where a backslash escapes any character, also inside of quotes."""
+    return re.sub(r"([^A-Za-z0-9_@%+=:,./-])", r"\\\1", text)
+
+
+def folder_problems(folder: Path) -> Iterator[str]:
+    """Of a run's folder, whose name stands in #SBATCH lines and in the name of its log."""
+    if "\\" in str(folder):
+        yield f"output is {folder}, and Slurm takes no backslash in the name of a log. Give another folder"
+    elif found := re.search("hetjob|packjob", str(folder), re.IGNORECASE):
+        yield f"{folder} has {found[0]} in it, which Slurm takes for one of its own words. Give another output or name"
 
 
 def _requeueing(job: Job) -> str:
@@ -156,7 +171,7 @@ case "$STATE" in
 esac
 if [ "${{SLURM_RESTART_COUNT:-0}}" -ge {restarts} ]; then
   echo "== {restarts} restarts are used up. Look above for what ends the attempts; then:"
-  echo "controlbooth launch resume {job.folder}"
+  {saying("controlbooth", "launch", "resume", str(job.folder))}
   exit 1
 fi
 answered scontrol requeue "$JOB\""""

@@ -4,6 +4,7 @@ Everything about a job lies in the run's own folder, below job/; `launch.job` li
 """
 
 import argparse
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from typing import Any
 import yaml
 
 from controlbooth.data.arguments import whole_number
+from controlbooth.data.secrets import HIDDEN, is_secret, shown_script
 from controlbooth.launch import background, dreambooth, kubernetes, slurm
 from controlbooth.launch.cluster import CLUSTER_FILE, Cluster, Engine, dump_cluster, load_cluster
 from controlbooth.launch.cluster_preflight import (
@@ -39,7 +41,15 @@ from controlbooth.launch.job import (
     write_record,
     write_text,
 )
-from controlbooth.trainer.config import BUILT_IN, ConfigError, RunConfig, dump, load_config, run_folder
+from controlbooth.trainer.config import (
+    BUILT_IN,
+    ConfigError,
+    RunConfig,
+    control_character,
+    dump,
+    load_config,
+    run_folder,
+)
 from controlbooth.trainer.subjects import (
     SubjectRunConfig,
     load_run,
@@ -50,6 +60,12 @@ from controlbooth.trainer.subjects import (
 
 SCRIPT, MANIFESTS = "script.sh", "manifests.yaml"
 """What the engine is given, in RUN/job/."""
+PLAIN_VARIABLES = (
+    "CUDA_", "DS_ACCELERATOR", "FI_", "GLIBC_TUNABLES", "GLOO_", "GOMP_", "HF_HUB_OFFLINE", "KMP_", "LANG", "LC_",
+    "LD_", "MALLOC_", "MKL_", "NCCL_", "NVIDIA_", "NVTE_", "OMP_", "OPENBLAS_", "PATH", "PYTHON", "PYTORCH_", "TMPDIR",
+    "TORCH", "TZ", "UCX_", "XDG_",
+)  # fmt: skip
+"""How names of variables begin whose values may be printed."""
 AT_WORK = ("waiting", "running")
 """States of a job that has not ended."""
 EXAMPLES = """examples:
@@ -109,10 +125,25 @@ def main(engine: Engine, arguments: Sequence[str] | None) -> int:
     for problem in problems:
         print(f"controlbooth launch {engine}: {problem}", file=sys.stderr)
     if options.dry_run:
-        print(rendered(job, files)[1], end="")
+        print(rendered(shown_job(job), files)[1], end="")
+        if hidden := [name for name, value in job.cluster.environment.items() if may_hide(name, value)]:
+            print(f"controlbooth launch {engine}: values of {', '.join(hidden)} are not shown here", file=sys.stderr)
     if problems or options.dry_run:
         return 2 if problems or faults else 0
     return launch(job, files)
+
+
+def shown_job(job: Job) -> Job:
+    """A job as it may be printed: the values of its environment are hidden but for those that are known to be none of
+    a secret."""
+    environment = {name: HIDDEN if may_hide(name, value) else value for name, value in job.cluster.environment.items()}
+    setup = tuple(map(shown_script, job.cluster.setup))
+    return replace(job, cluster=job.cluster.model_copy(update=dict(environment=environment, setup=setup)))
+
+
+def may_hide(variable: str, value: str) -> bool:
+    """Tells whether the value of a variable may be a secret: it is, unless name and value are known to be plain."""
+    return is_secret(variable, value) or not variable.startswith(PLAIN_VARIABLES)
 
 
 def run_job(config: RunConfig, cluster: Cluster) -> tuple[Job, dict[str, str], list[str]]:
@@ -152,9 +183,10 @@ def subjects_job(
 
 
 def folder_problems(job: Job) -> list[str]:
-    """Of where the job's own files are to lie, which is in the output, looked at before, but for Kubernetes."""
+    """Of the name of a job's folder, and on Kubernetes of where its own files are to lie: elsewhere that is in the
+    output, which has been looked at."""
     if job.cluster.engine != "kubernetes":
-        return []
+        return list(slurm.folder_problems(job.folder)) if job.cluster.engine == "slurm" else []
     return list(record_problems(job.here, mount_of(job.folder, job.cluster.kubernetes.storage)))
 
 
@@ -164,12 +196,17 @@ def replace_nodes(cluster: Cluster) -> Cluster:
 
 
 def place(name: str, folder: Path, cluster: Cluster) -> Job:
-    """Where a job's files lie, and the number of this submission."""
+    """Where a job's files lie, and the number of this submission.
+
+    Raises ConfigError for a folder whose name would end a line of a script.
+    """
     if cluster.engine == "kubernetes":
         here, working_directory = path_here(folder, cluster.kubernetes.storage), Path("/")
     else:
         folder = here = folder.absolute()
         working_directory = Path.cwd()
+    if (control := control_character(str(folder))) is not None:
+        raise ConfigError(f"the run's folder is {str(folder)!r}, with {control} in it. Start it in another place")
     before = last_record(here)
     return Job(
         name=name,
@@ -216,7 +253,8 @@ def launch(job: Job, files: dict[str, str]) -> int:
     write_record(job.here, record | {"id": job_id})
     what = f"{job.subjects} subjects in {job.tasks} tasks" if job.subjects else "the run"
     print(f"{job.name}: {what} as {engine} job {job_id}; everything about it is in {job.here / 'job'}")
-    print(f"  controlbooth launch status {job.here}\n  controlbooth launch logs {job.here} --follow")
+    where = shlex.quote(str(job.here))
+    print(f"  controlbooth launch status {where}\n  controlbooth launch logs {where} --follow")
     return 0
 
 
@@ -243,7 +281,7 @@ def check_ended(job: Job) -> None:
     if record is not None and (busy := at_work(record, job.cluster)):
         raise ValueError(
             f"{job.here} is being trained by {record['engine']} job {record['id']} ({busy[0].said}). Wait for it, "
-            f"or end it: controlbooth launch cancel {job.here}"
+            f"or end it: controlbooth launch cancel {shlex.quote(str(job.here))}"
         )
 
 

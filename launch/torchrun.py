@@ -7,7 +7,9 @@ On this machine the only rank of a run is started without torchrun.
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
+Word = TypeVar("Word")
 WORKER = "controlbooth.trainer.train"
 GRACE_SECONDS = 300
 """From SIGTERM until torchrun kills its ranks. Its own 30 s are less than a step and a checkpoint of a large model."""
@@ -58,9 +60,9 @@ def torchrun_command(run_file: str, overrides: Sequence[str], name: str, node: N
 
     worker: the module that each rank runs.
     """
-    endpoint, is_host = f"{node.head_address}:{node.head_port}", str(int(node.node_rank == 0))
+    meeting = rendezvous(f"{node.head_address}:{node.head_port}", str(int(node.node_rank == 0)))
     # torchrun of this environment, whatever the PATH says
-    return [sys.executable, *torchrun_arguments(node, endpoint, is_host, name, worker, [run_file, *overrides])]
+    return [sys.executable, *torchrun_arguments(node, meeting, name, worker, [run_file, *overrides])]
 
 
 def lone_command(run_file: str, overrides: Sequence[str], worker: str = WORKER) -> list[str]:
@@ -84,14 +86,22 @@ def lone_environment() -> dict[str, str]:
     }
 
 
-def torchrun_arguments(
-    node: Node, endpoint: str, is_host: str, name: str, worker: str, arguments: Sequence[str]
-) -> list[str]:
-    """What follows the interpreter.
+def rendezvous(endpoint: str, is_host: str) -> list[str]:
+    """The words that say where nodes meet.
 
     endpoint: address:port of the first node, where all meet; port 0 is any, for a single node. is_host: "1" on that
     node and "0" on others. Both may be shell expressions, where a script is written and not a command started.
     """
+    return [
+        f"--rdzv-endpoint={endpoint}",
+        f"--rdzv-conf=is_host={is_host}",  # otherwise guessed from host names, wrong in containers
+    ]
+
+
+def torchrun_arguments(
+    node: Node, meeting: Sequence[Word], name: str, worker: str, arguments: Sequence[Word]
+) -> list[str | Word]:
+    """What follows the interpreter. meeting: the words of `rendezvous`, of whatever kind the caller's words are."""
     return [
         "-m",
         "torch.distributed.run",
@@ -99,8 +109,7 @@ def torchrun_arguments(
         f"--nproc-per-node={node.processes}",
         "--rdzv-backend=c10d",
         f"--rdzv-id={name}",
-        f"--rdzv-endpoint={endpoint}",
-        f"--rdzv-conf=is_host={is_host}",  # otherwise guessed from host names, wrong in containers
+        *meeting,
         "--max-restarts=0",  # a resume is a new start: its ranks must read the latest checkpoint
         f"--shutdown-timeout={node.grace_seconds}",
         "-m",

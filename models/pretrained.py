@@ -163,7 +163,7 @@ def _load_tokenizer(folder: Path, name: str) -> Any:
             f"there is no {name}/ in {folder}. A base needs its tokenizer: copy the folder {name}/ (vocab.json, "
             "merges.txt, tokenizer_config.json, special_tokens_map.json) of the base's diffusers release there."
         )
-    return AutoTokenizer.from_pretrained(folder / name, local_files_only=True)
+    return AutoTokenizer.from_pretrained(folder / name, local_files_only=True, trust_remote_code=False)
 
 
 def _load_noise_scheduler(folder: Path) -> DDPMScheduler:

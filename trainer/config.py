@@ -7,6 +7,7 @@ resolved one is saved with each checkpoint. Numbers that follow from others are 
 import contextlib
 import difflib
 import os
+import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, get_args
@@ -16,13 +17,33 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from controlbooth.data.arguments import SEEDS
 from controlbooth.data.kinds import COMPUTED, computed_kind, tells_sides
+from controlbooth.data.secrets import CREDENTIALS, without_secrets
 from controlbooth.trainer.file_kinds import RUN, kind_of, mistaken_for
-from controlbooth.trainer.mlflow_address import refuse_secrets, without_secrets
+from controlbooth.trainer.mlflow_address import refuse_secrets
 
 RESOLVED = "config.yaml"
 """What a run's folder and its checkpoints hold: the resolved tree, as the run wrote it."""
 BUILT_IN = "miniature"
 """As model.base: the base model that is shipped with controlbooth."""
+
+
+MAY_HAVE_LINES = ("prompts", "instance_prompt", "class_prompt", "setup")
+"""Fields that are text for people, encoders or a shell. All others name things, and end up in scripts and messages."""
+
+
+def control_character(text: str, allowed: str = "") -> str | None:
+    """The first character that would end a line, steer a terminal, or is half of one, as it is written; else None."""
+    found = (one for one in text if unicodedata.category(one) in ("Cc", "Cs", "Zl", "Zp") and one not in allowed)
+    return next((f"the control character {one!r}" for one in found), None)
+
+
+def _refuse_control_characters(value: Any, allowed: str) -> None:
+    """Raises ValueError for a text with such a character, or a list of texts."""
+    if isinstance(value, str | Path) and (control := control_character(str(value), allowed)) is not None:
+        raise ValueError(f"{control} is not taken here. Leave it out")
+    for one in value if isinstance(value, list | tuple) else ():
+        if isinstance(one, str | Path):
+            _refuse_control_characters(one, allowed)
 
 
 class Section(BaseModel):
@@ -34,7 +55,13 @@ class Section(BaseModel):
     @classmethod
     def _as_yaml_means_it(cls, value: Any, info: ValidationInfo) -> Any:
         """An empty section is one; 1e5, which YAML 1.1 reads as text, is a number; yes and no are none."""
-        wanted = cls.model_fields[info.field_name or ""].annotation
+        name = info.field_name or ""
+        wanted = cls.model_fields[name].annotation
+        _refuse_control_characters(value, allowed="\n\r\t" if name in MAY_HAVE_LINES else "")
+        if isinstance(value, str) and name not in (*MAY_HAVE_LINES, "uri") and without_secrets(value) != value:
+            scheme = value.partition("://")[0]
+            remedy = f": {CREDENTIALS[scheme]}" if scheme in CREDENTIALS else ""
+            raise ValueError(f"a password, token or signature was given in it, not shown here. Leave it out{remedy}")
         if value is None and isinstance(wanted, type) and issubclass(wanted, Section):
             return {}
         if isinstance(value, bool) and wanted is not bool:
@@ -153,6 +180,8 @@ class DataConfig(Section):
 
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+"""Of a folder: most disks take 255 bytes, and names of files in the making are some longer."""
 
 
 class OptimizerConfig(Section):
@@ -236,7 +265,7 @@ class TrackingConfig(Section):
 
 
 class RunConfig(Section):
-    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: Name
     """Names the folder of the run below `output`, and the run in MLflow."""
     output: Path = Path("runs")
     seed: int = Field(default=0, ge=0, lt=SEEDS)
@@ -434,6 +463,8 @@ def _explain(error: Any, model: type[BaseModel]) -> str:
     message = error["msg"].removeprefix("Value error, ")
     given = error["input"]
     given = without_secrets(given) if isinstance(given, str) else given
+    if isinstance(given, dict) or "environment" in error["loc"]:  # values that may be secrets; the message has the key
+        return f"'{where}': {message}" if where else message
     return f"'{where}' is {given!r}: {message}" if where else message
 
 

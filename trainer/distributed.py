@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from controlbooth.data.parent import end_with_agent
+
 TIMEOUT = datetime.timedelta(minutes=30)
 """Longer than the slowest thing that one rank does alone, such as indexing shards of others."""
 PATIENCE = datetime.timedelta(days=365)
@@ -33,8 +35,10 @@ class World:
 def join() -> World:
     """Joins the ranks that torchrun (or the deepspeed launcher) started; started by hand, the world is one rank.
 
-    Tensors on the CPU go through gloo on every machine, so that counters and flags need no accelerator.
+    Tensors on the CPU go through gloo on every machine, so that counters and flags need no accelerator. From here on
+    the rank gets SIGTERM when its torchrun agent ends. Raises ProcessLookupError where that has ended already.
     """
+    end_with_agent()
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("WORLD_SIZE", "1")
     os.environ.setdefault("LOCAL_RANK", "0")

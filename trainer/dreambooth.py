@@ -33,6 +33,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
+from controlbooth.data.secrets import error_text
 from controlbooth.models.adapters import (
     ATTENTION,
     CONVOLUTIONS,
@@ -154,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Superseded as error:
         end_superseded(error, rank)
     except (ValueError, OSError) as error:
-        print(f"\nrank {rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)  # not behind a bar
+        print(f"\nrank {rank}: {error_text(error)}", file=sys.stderr, flush=True)  # not behind a bar
         os._exit(2)
     finally:
         leave()
@@ -338,7 +339,7 @@ def state_fault(path: Path) -> str | None:
         with safe_open(path, "pt") as file:
             json.loads(file.metadata()["names"])
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        return f"{path} cannot be read ({type(error).__name__}: {error})"
+        return f"{path} cannot be read ({error_text(error)})"
     return None
 
 

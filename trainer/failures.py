@@ -16,6 +16,7 @@ from typing import NoReturn
 
 import torch
 
+from controlbooth.data.secrets import error_text
 from controlbooth.trainer.attempt import Attempt, Superseded, write_text
 from controlbooth.trainer.config import RunConfig
 from controlbooth.trainer.distributed import World
@@ -93,7 +94,7 @@ def remedies(config: RunConfig) -> str:
 def note_failure(attempt: Attempt, rank: int, error: Exception) -> None:
     """failed-RANK.json, as each rank may fail for another reason, and status.json from rank 0."""
     with contextlib.suppress(OSError):  # a full disk may be what failed; the message on the terminal remains
-        fields = dict(state="failed", rank=rank, error=f"{type(error).__name__}: {error}", attempt=attempt.number)
+        fields = dict(state="failed", rank=rank, error=error_text(error), attempt=attempt.number)
         text = json.dumps(fields | {"time": time.time()})
         write_text(attempt, attempt.run / f"failed-{rank}.json", text)
         status = attempt.run / STATUS

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from controlbooth.data.arguments import quoted
+
 RUN, SUBJECTS, ABLATIONS, POLICY, CLUSTER = (
     "a run",
     "a DreamBooth run",
@@ -38,4 +40,4 @@ def mistaken_for(tree: Any, wanted: str, path: str) -> str | None:
     kind = kind_of(tree)
     if kind in (None, wanted) or any(key in tree for key in OWN_KEYS[wanted]):
         return None
-    return f"{path} is {kind}, not {wanted}: use {TAKEN_BY[kind].format(path=path)}"
+    return f"{path} is {kind}, not {wanted}: use {TAKEN_BY[kind].format(path=quoted(path))}"

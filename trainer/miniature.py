@@ -38,6 +38,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from controlbooth.data.parent import end_with_parent
 from controlbooth.data.scenes import CLASSES, COLOURS, HELD_OUT_SEED, LANDMARK_COLOURS, SIZES, Scene, render, scene
 from controlbooth.models.pretrained import MINIATURE, load_base
 from controlbooth.models.sampling import sample, to_uint8
@@ -126,7 +127,7 @@ def _picture(index: int) -> np.ndarray:
 def draw_scenes(work: Path, count: int) -> None:
     temporary = work / "images.partial.npy"
     images = np.lib.format.open_memmap(temporary, "w+", np.uint8, (count, SIZE, SIZE, 3))
-    with ProcessPoolExecutor() as processes:
+    with ProcessPoolExecutor(initializer=end_with_parent) as processes:
         drawn = processes.map(_picture, range(count), chunksize=64)
         for i, image in enumerate(tqdm(drawn, total=count, unit="scene")):
             images[i] = image
@@ -262,7 +263,7 @@ def train_reader(work: Path, minutes: float) -> None:
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     count, batch = 16_384, 32
-    with ProcessPoolExecutor() as processes:
+    with ProcessPoolExecutor(initializer=end_with_parent) as processes:
         drawn = list(tqdm(processes.map(_conditions, range(count), chunksize=64), total=count, unit="scene"))
     truth = {name: torch.from_numpy(np.stack([one[name] for one in drawn])).to(device) for name in drawn[0]}
     network: Any = Reader()

@@ -5,51 +5,18 @@ scripts, in MLflow's own params, on consoles. So it is refused there, and comes 
 """
 
 import json
-import re
 import shlex
 from pathlib import Path
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
+from controlbooth.data.secrets import without_secrets
 from controlbooth.trainer.mlflow_store import store_file
 
 STATE = "tracking.json"
 """In a run's folder: what of it has been sent where."""
-SECRET = re.compile(r"(password|passwd|passphrase|pwd|token|secret)$", re.IGNORECASE)
-"""How names of a URI's parameters end whose values are secrets."""
-HOST = re.compile(r"(\[[^\]]*\]|[^:]*)(:\d*)?")
-"""Of a URI, with its port; an address of IPv6 is in brackets."""
 UI = "http://127.0.0.1:5000"
 """Where `mlflow ui` shows a store unless it is told otherwise."""
 FOR_SERVERS = "give them to MLflow in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
 FOR_DATABASES = "give the password to the database's client, for PostgreSQL in PGPASSWORD or ~/.pgpass"
-
-
-def without_secrets(text: str) -> str:
-    """A URI without the user and password of a server, the password of a database, and secret parameters.
-
-    What has none, or is no URI, comes back as it is.
-    """
-    scheme, separator, rest = text.partition("://")
-    if not separator or scheme.partition("+")[0] in ("sqlite", "file"):
-        return text
-    place, slash, path = rest.partition("/")
-    if "@" in rest and "@" not in place and not HOST.fullmatch(place):
-        place, slash, path = rest, "", ""  # a password with a slash in it: what looks like a port is none
-    user, _, host = place.rpartition("@")
-    if scheme in ("http", "https") or user.startswith(":"):
-        user = ""
-    user = user.partition(":")[0]
-    return _without_secret_parameters(f"{scheme}://{user}{'@' if user else ''}{host}{slash}{path}")
-
-
-def _without_secret_parameters(uri: str) -> str:
-    try:
-        parts = urlsplit(uri)
-    except ValueError:  # an address that no client can read either
-        return uri
-    given = parse_qsl(parts.query, keep_blank_values=True)
-    kept = [(name, value) for name, value in given if not SECRET.search(name)]
-    return uri if kept == given else urlunsplit(parts._replace(query=urlencode(kept)))
 
 
 def refuse_secrets(uri: str) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from controlbooth.trainer.markdown import code
 from controlbooth.trainer.mlflow_store import make_store, store_file
 from controlbooth.trainer.spool import Record, State, publish
 
@@ -280,7 +281,7 @@ class MlflowRun:
                 "step": str(step),
                 "uri": checkpoint["uri"],
                 MLFLOW_MODEL_IS_EXTERNAL: "true",
-                DESCRIPTION: f"The checkpoint of step {step:,}, whose weights stay in `{checkpoint['uri']}`.",
+                DESCRIPTION: f"The checkpoint of step {step:,}, whose weights stay in {code(checkpoint['uri'])}.",
             },
         )
         with tempfile.TemporaryDirectory() as folder:  # the registry wants a description among the model's artifacts

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from controlbooth.trainer.config import BUILT_IN, RunConfig, data_set_name
+from controlbooth.trainer.markdown import block, code, plain
 
 PIPELINES = {"sdxl": "StableDiffusionXLControlNetPipeline"}
 TAGS = {"sdxl": "stable-diffusion-xl"}
@@ -50,19 +51,20 @@ def model_card(exported: Exported) -> str:
     parts = [
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
         f"# {config.name}",
-        f"A ControlNet for {exported.title} (`{_base_name(config)}`) that follows **{config.data.condition_name}** "
-        f"pictures. Trained with controlbooth for {state['step']:,} steps of {config.global_batch_size} samples "
+        f"A ControlNet for {exported.title} ({code(_base_name(config))}) that follows "
+        f"**{plain(config.data.condition_name)}** pictures. "
+        f"Trained with controlbooth for {state['step']:,} steps of {config.global_batch_size} samples "
         f"at {config.data.resolution} pixels.",
         _unet_note(exported) if exported.unet else "",
         "![Samples of the validation set](samples.png)" if exported.grid else "",
         "## Use",
-        _single_file_usage(exported) if is_single else f"In this folder:\n\n```python\n{usage(exported)}```",
+        _single_file_usage(exported) if is_single else f"In this folder:\n\n{block(usage(exported), 'python')}",
         "## Figures",
         evaluation_table(exported.evaluation) if exported.evaluation else _validation_table(state.get("metrics") or {}),
         "## Origin",
         _origin_table(exported),
         "<details><summary>Configuration of the run</summary>\n",
-        f"```yaml\n{_published_config(config)}```\n\n</details>",
+        f"{block(_published_config(config), 'yaml')}\n\n</details>",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -126,7 +128,8 @@ def _single_file_usage(exported: Exported) -> str:
     return (
         f"`{exported.weights}` has the key names of the original ControlNet code (`control_model.*`). Put it where "
         f"your image UI keeps its ControlNets, and use it with a checkpoint of {exported.title}; without a "
-        f"preprocessor if the picture that you give is already of the kind {exported.config.data.condition_name}."
+        "preprocessor if the picture that you give is already of the kind "
+        f"{plain(exported.config.data.condition_name)}."
     )
 
 
@@ -193,7 +196,7 @@ def _origin_table(exported: Exported) -> str:
         "prompt dropout": config.data.prompt_dropout,
         "seed": config.seed,
     }
-    shown = [f"| {name} | `{value}` |" for name, value in rows.items() if value is not None]
+    shown = [f"| {name} | {code(value, in_table=True)} |" for name, value in rows.items() if value is not None]
     return "\n".join(["| | |", "| --- | --- |", *shown])
 
 

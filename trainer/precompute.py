@@ -47,6 +47,7 @@ from controlbooth.data.columns import (
 from controlbooth.data.decode import BadSample, decode_image, memory_named, prepare_target, write_planes
 from controlbooth.data.manifest import Dataset
 from controlbooth.data.prompts import read_captions
+from controlbooth.data.secrets import error_text
 from controlbooth.data.shards import ShardReader
 from controlbooth.data.sidecar import ShardIndex, index_path, load_index, write_whole
 from controlbooth.models.base import Base
@@ -125,9 +126,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, DistError) as error:
         if folder is not None and (folder / LOCK).exists():  # the command that started the ranks repeats it at the end
             with contextlib.suppress(OSError):  # a full disk may be what failed; the message on the terminal remains
-                note = dict(rank=rank, error=f"{type(error).__name__}: {error}", time=time.time())
+                note = dict(rank=rank, error=error_text(error), time=time.time())
                 write_whole(folder / f"failed-{rank}.json", json.dumps(note).encode())
-        print(f"rank {rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        print(f"rank {rank}: {error_text(error)}", file=sys.stderr, flush=True)
         os._exit(2)  # the other ranks may be inside a collective; torchrun ends them when this one is gone
     finally:
         leave()

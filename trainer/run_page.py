@@ -14,6 +14,7 @@ from typing import Any
 
 from controlbooth.data.manifest import Dataset
 from controlbooth.trainer.config import RunConfig, base_path, data_set_name
+from controlbooth.trainer.markdown import code, plain
 from controlbooth.trainer.tracking import Input
 
 NAMED_PARTS = 2
@@ -89,18 +90,19 @@ def describe_training(
     """
     size, rate = config.data.resolution, config.optimizer
     rows = {
-        "base": f"`{config.model.base}`, {base_title}",
-        "data": f"{usable(dataset, config):,} samples of `{data_set_name(config)}`",
-        "held out": f"{usable(held_out, config):,} samples of `{config.data.held_out}`" if held_out else "nothing",
+        "base": f"{code(config.model.base)}, {plain(base_title)}",
+        "data": f"{usable(dataset, config):,} samples of {code(data_set_name(config))}",
+        "held out": f"{usable(held_out, config):,} samples of {code(config.data.held_out)}" if held_out else "nothing",
         "training": f"{config.max_steps:,} steps of {config.global_batch_size} samples at {size} x {size} px, "
         f"learning rate {rate.learning_rate:g}, {rate.schedule}",
         "machine": machine,
-        "folder": f"`{folder.absolute()}` on {socket.gethostname()}",
+        "folder": f"{code(folder.absolute())} on {socket.gethostname()}",
     }
     if held_out:
         rows["pictures"] = "`samples.png` among the artifacts is the newest grid; the others are under Model metrics"
     details = "\n".join(f"- **{name}**: {text}" for name, text in rows.items())
-    what = f"ControlNet for **{config.data.condition}** on **{base_path(config).name}**, trained with controlbooth."
+    condition, base = plain(config.data.condition), plain(base_path(config).name)
+    what = f"ControlNet for **{condition}** on **{base}**, trained with controlbooth."
     return {"what": what, "details": details}
 
 

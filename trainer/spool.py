@@ -27,7 +27,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from controlbooth.trainer.mlflow_address import STATE, without_secrets
+from controlbooth.data.secrets import without_secrets
+from controlbooth.trainer.mlflow_address import STATE
 
 logger = logging.getLogger(__name__)
 

@@ -29,6 +29,7 @@ from controlbooth.trainer import tracking
 from controlbooth.trainer.attempt import Attempt, is_superseded
 from controlbooth.trainer.config import tracking_uri
 from controlbooth.trainer.distributed import World
+from controlbooth.trainer.markdown import code, plain
 from controlbooth.trainer.spool import read_metrics
 from controlbooth.trainer.studio import status_of
 from controlbooth.trainer.subjects import SubjectRunConfig, Task
@@ -362,18 +363,18 @@ def describe_job(config: SubjectRunConfig, folder: Path) -> str:
     """Markdown, for the page of the job's run."""
     how = "all layers" if config.method == "full" else f"LoRA of rank {config.adapter.rank} on {config.adapter.layers}"
     return (
-        f"**DreamBooth subjects** on `{config.model.base}`: {how}, {config.steps} steps unless a subject has its own. "
-        f"Each subject is a child run, with its losses, its pictures and its state. Folder: `{folder.absolute()}` on "
-        f"{socket.gethostname()}"
+        f"**DreamBooth subjects** on {code(config.model.base)}: {how}, {config.steps} steps unless a subject has its "
+        "own. Each subject is a child run, with its losses, its pictures and its state. Folder: "
+        f"{code(folder.absolute())} on {socket.gethostname()}"
     )
 
 
 def describe_subject(params: Mapping[str, Any]) -> str:
     """Markdown, for the page of a subject's run. params: of `subject_params`."""
     return (
-        f"**{params['class_noun']}**, drawn by `{params['instance_prompt']}`: {params['pictures']} pictures, "
-        f"{params['steps']} steps at {params['learning_rate']:g}. `samples.png` among the artifacts is the newest grid "
-        "of its validations, where prompts are given; the others are under Model metrics"
+        f"**{plain(params['class_noun'])}**, drawn by {code(params['instance_prompt'])}: {params['pictures']} "
+        f"pictures, {params['steps']} steps at {params['learning_rate']:g}. `samples.png` among the artifacts is "
+        "the newest grid of its validations, where prompts are given; the others are under Model metrics"
     )
 
 

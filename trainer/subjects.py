@@ -13,13 +13,14 @@ from string import Formatter
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from controlbooth.data.arguments import SEEDS
 from controlbooth.data.folders import IMAGE_SUFFIXES, is_picture, left_out
 from controlbooth.trainer.config import (
     ConfigError,
     EngineConfig,
+    Name,
     Section,
     TrackingConfig,
     base_folder,
@@ -35,7 +36,7 @@ PICTURES = ("images", "held_out")
 class Subject(Section):
     """One row of a manifest. What is left out is taken from the run."""
 
-    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: Name
     """Names the subject's folder, and its run in MLflow."""
     images: Path
     """A folder of its pictures, 3 to 5 of them, relative to the manifest."""
@@ -137,7 +138,7 @@ class SubjectValidationConfig(Section):
 class SubjectRunConfig(Section):
     """A DreamBooth run."""
 
-    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: Name
     output: Path = Path("runs")
     seed: int = Field(default=0, ge=0, lt=SEEDS)
     model: BaseConfig
@@ -224,21 +225,44 @@ def load_subjects(path: Path) -> tuple[list[Subject], dict[str, str]]:
     """
     subjects: list[Subject] = []
     faults: dict[str, str] = {}
+    named: list[str] = []
     for number, row in enumerate(_rows(path), 1):
-        name = str(row.get("name") or f"row {number}") if isinstance(row, dict) else f"row {number}"
+        name = folder_name(row.get("name")) if isinstance(row, dict) else None
+        named += [name] if name else []
         if not isinstance(row, dict):
-            faults[name] = f"row {number} of {path} is {row!r}, and no mapping with name, images and class_noun"
+            faults[f"row {number}"] = f"it is {row!r}, and no mapping with name, images and class_noun"
             continue
         try:
             subject = Subject.model_validate({key: value for key, value in row.items() if value not in ("", None)})
         except ValidationError as error:
-            faults[name] = explain_errors(error, Subject)
+            faults[name or f"row {number}"] = explain_errors(error, Subject)
             continue
         subjects.append(subject.model_copy(update={"images": path.absolute().parent / subject.images}))
-    twice = [name for name, count in Counter(subject.name for subject in subjects).items() if count > 1]
-    for name in twice:
-        faults[name] = f"{sum(s.name == name for s in subjects)} subjects are named {name!r}; give each its own name"
-    return [subject for subject in subjects if subject.name not in twice], faults
+    alike: dict[str, list[str]] = {}
+    for name in named:
+        alike.setdefault(same_folder(name), []).append(name)
+    faults |= {name: _named_alike(name, others) for others in alike.values() if len(others) > 1 for name in others}
+    return [subject for subject in subjects if subject.name not in faults], faults
+
+
+def folder_name(value: object) -> str | None:
+    """What a row calls its subject, if a folder can be called so; else None, and the row has its number for a name."""
+    try:
+        return TypeAdapter(Name).validate_python(value)
+    except ValidationError:
+        return None
+
+
+def same_folder(name: str) -> str:
+    """A text that is equal for names that are one folder on disks which do not tell capitals apart, or drop dots."""
+    return name.casefold().rstrip(".")
+
+
+def _named_alike(name: str, others: Sequence[str]) -> str:
+    names = [repr(other) for other in dict.fromkeys(others)]
+    if len(names) == 1:
+        return f"{len(others)} subjects are named {name!r}; give each its own name"
+    return f"subjects are named {', '.join(names)}, which some disks take for one folder; give them other names"
 
 
 def fill(field: str, template: str, identifier: str, class_noun: str) -> str:

@@ -17,7 +17,8 @@ from typing import Any, Literal
 
 import psutil
 
-from controlbooth.trainer.mlflow_address import how_to_open_saved, refuse_secrets, without_secrets
+from controlbooth.data.secrets import without_secrets
+from controlbooth.trainer.mlflow_address import how_to_open_saved, refuse_secrets
 from controlbooth.trainer.mlflow_run import (
     DESCRIPTION,
     METRICS_PER_CALL,

@@ -28,6 +28,7 @@ import torch
 import yaml
 from tqdm import tqdm
 
+from controlbooth.data.arguments import quoted
 from controlbooth.data.buckets import Buckets
 from controlbooth.data.cache import Cache
 from controlbooth.data.columns import Columns, open_columns
@@ -43,6 +44,7 @@ from controlbooth.data.plan import (
     source_weights,
 )
 from controlbooth.data.readable import check_readable
+from controlbooth.data.secrets import error_text, shown
 from controlbooth.models.attention import (
     AttentionChoice,
     AttentionShape,
@@ -181,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Superseded as error:
         end_superseded(error, rank)
     except (ValueError, OSError, TrainingStopped, RankFailed, DistError) as error:
-        print(f"rank {rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        print(f"rank {rank}: {error_text(error)}", file=sys.stderr, flush=True)
         os._exit(FAILED)  # the other ranks may be inside a collective; torchrun ends them when this one is gone
     finally:
         leave()
@@ -510,11 +512,12 @@ def open_data(config: RunConfig, world: World) -> tuple[Dataset, HeldOutSet | No
 def check_held_out(dataset: Dataset, held_out: Dataset) -> None:
     """Raises ConfigError where a shard is in both sets, or a copy of it is, under whatever name."""
     if shared := set(map(same_place, dataset.paths)) & set(map(same_place, held_out.paths)):
-        raise ConfigError(f"data.held_out and the training data share {min(shared)}: hold other shards out")
+        raise ConfigError(f"data.held_out and the training data share {shown(min(shared))}: hold other shards out")
     trained = {row.index_hash: row.uri for row in dataset.rows}
     if copies := [row for row in held_out.rows if row.index_hash in trained]:
         raise ConfigError(
-            f"{copies[0].uri} of data.held_out holds the same samples as {trained[copies[0].index_hash]}, which is "
+            f"{shown(copies[0].uri)} of data.held_out holds the same samples as "
+            f"{shown(trained[copies[0].index_hash])}, which is "
             "trained on: hold other shards out"
         )
 
@@ -530,7 +533,7 @@ def check_told(config: RunConfig, held: HeldOutSet, extract: Extract | None, wor
         raise ConfigError(
             f"validation.stop_after_convergence={patience} would never end the run: no figure tells control of "
             f"{held.kind} in pictures of {config.data.held_out}. Leave it out, or put edges there too, which are "
-            f"always measured: `controlbooth data annotate {config.data.held_out} -o FOLDER --condition canny`"
+            f"always measured: `controlbooth data annotate {quoted(config.data.held_out)} -o FOLDER --condition canny`"
         )
 
 

@@ -16,6 +16,8 @@ MAY_IMPORT = {  # folder -> what it may import besides itself
         "controlbooth.data.arguments",
         "controlbooth.data.condition_sizes",
         "controlbooth.data.readable",
+        "controlbooth.data.parent",
+        "controlbooth.data.secrets",
         "controlbooth.trainer.config",
         "controlbooth.trainer.continuing",
         "controlbooth.trainer.evaluate.verdict",
@@ -23,7 +25,13 @@ MAY_IMPORT = {  # folder -> what it may import besides itself
         "controlbooth.trainer.mlflow_address",
         "controlbooth.trainer.subjects",
     ),
-    "deploy": ("controlbooth.launch", "controlbooth.models", "controlbooth.trainer"),
+    "deploy": (
+        "controlbooth.data.arguments",
+        "controlbooth.data.parent",
+        "controlbooth.launch",
+        "controlbooth.models",
+        "controlbooth.trainer",
+    ),
 }
 FILES = sorted(path for folder in MAY_IMPORT for path in (ROOT / folder).rglob("*.py"))
 EVERY_FILE = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -166,7 +166,7 @@ def test_locations_that_name_nothing_are_refused(folder, location, message):
 
 
 def test_remote_shards_without_a_manifest_are_refused_with_the_command_that_writes_one():
-    with pytest.raises(ValueError, match=r"s3://bucket/x.tar is remote.*controlbooth data index 's3://bucket/x.tar'"):
+    with pytest.raises(ValueError, match=r"s3://bucket/x.tar is remote.*controlbooth data index s3://bucket/x.tar "):
         open_dataset("s3://bucket/x.tar")
     with pytest.raises(ValueError, match="not from ftp://"):
         open_dataset("ftp://host/x.tar")

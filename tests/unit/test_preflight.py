@@ -122,7 +122,7 @@ def test_xformers_needs_a_gpu_and_the_package(good, monkeypatch):
         ("nowhere/*.tar", "there are no .tar shards; correct the path, or write shards with `controlbooth data pack`"),
         ("nowhere-{000..009}.tar", "10 of 10 shards do not exist (first: nowhere-000.tar)"),
         ("nowhere-{000..009.tar", "the braces of 'nowhere-{000..009.tar' do not match"),
-        ("s3://bucket/x.tar", "remote shards are indexed first: run `controlbooth data index 's3://bucket/x.tar'"),
+        ("s3://bucket/x.tar", "remote shards are indexed first: run `controlbooth data index s3://bucket/x.tar "),
     ],
 )
 def test_shards_that_are_not_there_are_named(good, location, message):

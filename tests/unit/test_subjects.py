@@ -5,6 +5,8 @@ import cv2
 import numpy as np
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from controlbooth.launch import dreambooth, submit
 from controlbooth.trainer.config import ConfigError
@@ -84,6 +86,16 @@ def test_csv_jsonl_and_parquet_say_the_same_as_yaml(folder):
         ),
         ([row("mug"), row("rex", class_prompt="a {class_noun.x}")], "rex", "may hold {identifier} and {class_noun}"),
         ([row("mug"), "rex"], "row 2", "no mapping with name, images and class_noun"),
+        ([row("mug"), row("n" * 300)], "row 2", "should have at most 200 characters"),
+        ([row("mug"), row("..")], "row 2", "'name' is '..'"),
+        ([row("mug"), row("../../x")], "row 2", "'name' is '../../x'"),
+        ([row("mug"), row("x\ny")], "row 2", "'name' is 'x\\ny'"),
+        ([row("mug"), row("caf\u00e9")], "row 2", "'name' is 'café'"),
+        ([row("mug"), row(7)], "row 2", "'name' is 7"),
+        ([row("ok"), row("OK")], "ok", "subjects are named 'ok', 'OK', which some disks take for one folder"),
+        ([row("ok"), row("OK")], "OK", "give them other names"),
+        ([row("rex"), row("rex.")], "rex.", "subjects are named 'rex', 'rex.'"),
+        ([row("rex"), row("rex", steps=-1)], "rex", "2 subjects are named 'rex'"),
     ],
 )
 def test_what_is_wrong_with_one_subject_is_said_of_it_alone(folder, rows, name, message):
@@ -91,6 +103,17 @@ def test_what_is_wrong_with_one_subject_is_said_of_it_alone(folder, rows, name, 
     tasks, more = settle(subjects, run_of(folder))
     assert message in (faults | more)[name]
     assert {task.name for task in tasks}.isdisjoint(faults | more)
+
+
+@given(names=st.lists(st.one_of(st.text(max_size=5), st.sampled_from(["rex", "REX", "..", "a/b", "n" * 201]))))
+def test_what_becomes_a_folder_is_called_so_that_any_disk_takes_it_and_no_other_is(tmp_path_factory, names):
+    folder = tmp_path_factory.mktemp("rows")
+    subjects, faults = load_subjects(manifest(folder, [row(name) for name in names]))
+    assert len(subjects) + len(faults) <= len(names) and bool(subjects or faults) == bool(names)
+    folders = [*faults, *(subject.name for subject in subjects)]
+    assert all(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*|row \d+", name) and len(name) <= 200 for name in folders)
+    kept = [subject.name.lower() for subject in subjects]
+    assert len(set(kept)) == len(kept)
 
 
 def test_identifiers_that_run_out_are_asked_for(folder):

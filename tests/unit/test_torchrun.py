@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import signal
 import socket
@@ -291,6 +292,50 @@ def test_ranks_end_with_a_checkpoint_when_the_command_that_started_them_is_kille
     assert psutil.wait_procs(family, timeout=60)[1] == []
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no way to ask for it")
+@pytest.mark.parametrize("launched", [True, False], ids=["by-the-launcher", "by-hand"])
+def test_ranks_end_with_a_checkpoint_when_their_agent_is_killed_and_the_launcher_waits_for_them(tmp_path, launched):
+    wish = "from controlbooth.data.parent import end_with_agent\nend_with_agent()\n"
+    (tmp_path / "rank.py").write_text(RANK.replace("sys.exit(0)", "time.sleep(1); sys.exit(0)").replace(
+        "pathlib.Path(f\"ready", f"{wish}pathlib.Path(f\"ready"))  # fmt: skip
+    command = torchrun_command("run.yaml", [], "first", node(head_port=local.head_port()))
+    command = [*command[: command.index("controlbooth.trainer.train") - 1], "rank.py"]
+    if launched:
+        process = launcher(tmp_path, command, {"OMP_NUM_THREADS": "1"})
+    else:
+        process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    wait_for_files(tmp_path, "ready.*", 2)
+    ranks = [psutil.Process(int(path.read_text())) for path in tmp_path.glob("ready.*")]
+    (psutil.Process(process.pid).children()[0] if launched else process).kill()
+    if launched:
+        assert process.wait(60) == 137 and not any(map(is_at_work, ranks))
+        named = sorted(str(rank.pid) for rank in ranks)
+        said = re.search(
+            r"torchrun was ended by SIGKILL; its ranks \(processes (.*)\) are stopping", process.stderr.read()
+        )
+        assert said and sorted(said[1].split(", ")) == named
+    wait_for_files(tmp_path, "checkpoint.*", 2)
+    assert psutil.wait_procs(ranks, timeout=60)[1] == []
+
+
+def is_at_work(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
+def test_ranks_that_do_not_stop_after_their_agent_are_killed_by_the_next_signal(tmp_path):
+    (tmp_path / "rank.py").write_text(RANK.replace("sys.exit(0)", "time.sleep(120)"))
+    agent = "import subprocess, sys; subprocess.run([sys.executable, 'rank.py'], start_new_session=True)"
+    process = launcher(tmp_path, [sys.executable, "-c", agent])
+    wait_for_files(tmp_path, "ready.0", 1)
+    rank = psutil.Process(int((tmp_path / "ready.0").read_text()))
+    psutil.Process(process.pid).children()[0].kill()
+    wait_for_files(tmp_path, "checkpoint.0", 1)
+    assert process.poll() is None and is_at_work(rank)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=20)
+    assert not is_at_work(rank)
+
+
 def test_a_command_in_another_one_is_told_of_ctrl_c_once_and_waited_for(tmp_path):
     slow = "time.sleep(1); pathlib.Path('saved').touch(); sys.exit(0)"
     (tmp_path / "rank.py").write_text(RANK.replace('pathlib.Path(f"interrupted.{rank}").touch()', "interrupt()"))
@@ -326,6 +371,14 @@ def test_a_run_is_finished_by_what_this_start_of_it_has_written(tmp_path):
     for state, since, finished in (("finished", 5.0, True), ("finished", 7.0, False), ("stopped", 5.0, False)):
         (tmp_path / "status.json").write_text(json.dumps(dict(state=state, step=3, time=6.0)))
         assert local.is_finished(tmp_path, since) == finished
+
+
+def test_ranks_that_were_stopped_from_outside_are_not_said_to_have_been_killed(tmp_path):
+    assert local.stopped_well(tmp_path, 5.0) is None
+    for state, since, stopped in (("stopped", 5.0, True), ("stopped", 7.0, False), ("running", 5.0, False)):
+        (tmp_path / "status.json").write_text(json.dumps(dict(state=state, step=3, time=6.0)))
+        told = local.stopped_well(tmp_path, since)
+        assert (told is not None) == stopped and (not stopped or "with step 3 saved" in told)
 
 
 @pytest.mark.parametrize(("program", "status"), [("raise SystemExit(3)", 3), ("", 0), ("import os; os.abort()", 134)])

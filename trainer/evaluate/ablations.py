@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from controlbooth.data.arguments import whole_number
 from controlbooth.data.manifest import open_dataset
+from controlbooth.data.secrets import error_text
 from controlbooth.data.sidecar import write_whole
 from controlbooth.models.base import Base
 from controlbooth.models.decoder import load_networks
@@ -171,5 +172,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except (ValueError, OSError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(error_text(error), file=sys.stderr)
         sys.exit(2)

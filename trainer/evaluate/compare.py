@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from controlbooth.data.arguments import quoted
 from controlbooth.data.sidecar import write_whole
 from controlbooth.trainer import command_lines
 from controlbooth.trainer.config import ConfigError
@@ -39,13 +40,13 @@ def read_evaluation(where: Path) -> tuple[dict[str, Any], Figures]:
     """
     folder = where if (where / "evaluation.json").is_file() else where / "evaluation"
     if not (folder / "evaluation.json").is_file():
-        raise ConfigError(f"{where} holds no evaluation: run `controlbooth evaluate {where}` first")
+        raise ConfigError(f"{where} holds no evaluation: run `controlbooth evaluate {quoted(where)}` first")
     rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     if any("place" not in row for row in rows):
         raise ConfigError(
             f"{folder} was measured by an older version, which told samples by keys that may repeat. Measure it by "
-            f"`controlbooth evaluate {where}` again. One in a retraining's evaluations/ is measured by the next tick "
-            "when it is deleted"
+            f"`controlbooth evaluate {quoted(where)}` again. One in a retraining's evaluations/ is measured by "
+            "the next tick when it is deleted"
         )
     figures = {(row["way"], tuple(row["place"])): row for row in rows}
     return json.loads((folder / "evaluation.json").read_text()), figures
@@ -65,8 +66,8 @@ def compare(
         if unknown := [name for name in SAME if name not in facts]:
             raise ConfigError(
                 f"{letter} was measured by an older version, which did not note {', '.join(unknown)}. Measure it by "
-                f"`controlbooth evaluate {facts['where']}` again. One in a retraining's evaluations/ is measured by "
-                "the next tick when it is deleted"
+                f"`controlbooth evaluate {quoted(facts['where'])}` again. One in a retraining's evaluations/ is "
+                "measured by the next tick when it is deleted"
             )
     for name in SAME:
         if a[0][name] != b[0][name]:

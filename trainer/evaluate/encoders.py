@@ -253,6 +253,6 @@ def load_processor(folder: Path) -> Callable[[np.ndarray], Tensor]:
 
 def _from_folder(loader: Any, folder: Path, **options: Any) -> Any:
     try:
-        return loader.from_pretrained(str(folder), local_files_only=True, **options)
+        return loader.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False, **options)
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f"{folder} cannot be loaded as {loader.__name__}: {error}") from error

@@ -31,6 +31,7 @@ from controlbooth.data.kinds import COMPUTED
 from controlbooth.data.manifest import Dataset, open_dataset
 from controlbooth.data.networks import network_folders
 from controlbooth.data.scenes import Scene, SceneObject, render
+from controlbooth.data.secrets import error_text
 from controlbooth.data.sidecar import temporary_path, write_whole
 from controlbooth.models.base import Base
 from controlbooth.models.decoder import load_networks
@@ -511,5 +512,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except (ValueError, OSError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        print(error_text(error), file=sys.stderr, flush=True)
         os._exit(2)

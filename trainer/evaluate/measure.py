@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from controlbooth.data.secrets import error_text
 from controlbooth.models.adapters import StackedAdapter, attach_adapters, load_subject
 from controlbooth.models.base import Base
 from controlbooth.models.pretrained import load_base
@@ -454,5 +455,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except (ValueError, OSError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        print(error_text(error), file=sys.stderr, flush=True)
         os._exit(2)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from controlbooth.data.arguments import quoted
 from controlbooth.data.sidecar import write_whole
 from controlbooth.trainer import command_lines
 from controlbooth.trainer.checkpoint import complete_checkpoints, read_state
@@ -183,7 +184,7 @@ def fidelity(runs: Sequence[Path]) -> str:
 def _fidelity(run: Path) -> str:
     result = read_json(run / "evaluation" / "evaluation.json")
     if not result:
-        return NOT_MEASURED.format(run=html.escape(str(run)))
+        return NOT_MEASURED.format(run=html.escape(quoted(run)))
     sampler = result["sampler"]
     what = (
         f"{result['samples']} held-out conditions at step {result['step']}; {sampler['scheduler']}, {sampler['steps']} "

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+SCRIPT_SAID = "said-by-the-script.txt"
 MINUTES = 10
 """The longest that a command may take; one that hangs is a finding."""
 
@@ -35,6 +36,8 @@ class Case:
     before: str
     look: Callable[[Path], Outcome]
     arguments: tuple[str, ...] = ("OUT",)
+    first: str | None = None
+    """Another script of that folder, which makes in OUT what this one starts from."""
 
 
 @dataclass(frozen=True)
@@ -83,16 +86,19 @@ def last_line(ran: Ran, width: int = 150) -> str:
 def made(shared: Path, case: Case, base: Path) -> Iterator[Path]:
     """Makes the input of a case in a folder of its own below `base`, and deletes it afterwards.
 
-    Raises CalledProcessError where the script that makes it fails.
+    What the script prints is in SCRIPT_SAID there. Raises CalledProcessError where the script that makes it fails.
     """
     place = base / case.name.replace(" ", "-").replace("/", "-")
     place.mkdir(parents=True)
     arguments = [str(place) if argument == "OUT" else argument for argument in case.arguments]
+    scripts = [*([(case.first, [str(place)])] if case.first else []), (case.script, arguments)]
     try:
-        subprocess.run(
-            [sys.executable, str(shared / case.folder / case.script), *arguments], cwd=place, check=True,
-            stdout=subprocess.DEVNULL, env=surroundings(),
-        )  # fmt: skip
+        for script, words in scripts:
+            with open(place / SCRIPT_SAID, "w") as said:
+                subprocess.run(
+                    [sys.executable, str(shared / case.folder / script), *words], cwd=place, check=True,
+                    stdout=said, env=surroundings(),
+                )  # fmt: skip
         yield place
     finally:
         shutil.rmtree(place, ignore_errors=True)

@@ -33,7 +33,7 @@ one_task() {
     export CONTROLBOOTH_ATTEMPT=$((2000 + RESTART))
     STARTED=$(date +%s)
     echo "== attempt $CONTROLBOOTH_ATTEMPT, $(date +%FT%T%z)"
-    until_it_ends /venv/bin/python -m torch.distributed.run \
+    until_it_ends /venv/bin/python -m controlbooth.launch.orphans "$$" /venv/bin/python -m torch.distributed.run \
       --nnodes=1 \
       --nproc-per-node=2 \
       --rdzv-backend=c10d \
@@ -57,7 +57,7 @@ one_task() {
     esac
   done
   echo "== 3 restarts are used up. Look above for what ends the attempts; then:"
-  echo "controlbooth launch resume /data/runs/First_Run"
+  echo 'controlbooth launch resume /data/runs/First_Run'
   return 1
 }
 

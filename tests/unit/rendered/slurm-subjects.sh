@@ -94,7 +94,7 @@ case "$STATE" in
 esac
 if [ "${SLURM_RESTART_COUNT:-0}" -ge 20 ]; then
   echo "== 20 restarts are used up. Look above for what ends the attempts; then:"
-  echo "controlbooth launch resume /data/runs/First_Run"
+  echo 'controlbooth launch resume /data/runs/First_Run'
   exit 1
 fi
 answered scontrol requeue "$JOB"
