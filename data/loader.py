@@ -494,7 +494,7 @@ class Loader:
             raise ValueError(
                 f"no sample can be read: none of the {self._samples_consumed} first, nor any of those that were to "
                 f"stand in for them. The first is {first['key']!r} in {first['shard']}: part {first['part']!r}, "
-                f"{first['error']}. `controlbooth data lint {quoted(self.dataset.location)} --decode` tells of all of them"
+                f"{first['error']}. All are told by `controlbooth data lint {quoted(self.dataset.location)} --decode`"
             )
         if self._samples_bad > self.max_bad_rate * max(self._samples_consumed, BAD_RATE_SAMPLES):
             last = self.ledger[-1]
