@@ -559,6 +559,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path)
+    parser.add_argument("--most", type=int, help="end after so many kills, to go on another time")
     parser.add_argument("--memory", action="store_true", help="cap the memory of a training too, by a cgroup")
     parser.add_argument("--only", nargs="*", default=[], help="commands: " + ", ".join(one.name for one in COMMANDS))
     options = parser.parse_args()
@@ -569,9 +570,8 @@ def main() -> None:
     results = base / "results.jsonl"
     done = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
     began = time.monotonic()
-    for number, command in drawn(options.count, options.seed, commands):
-        if any(one["number"] == number for one in done):
-            continue
+    left = [one for one in drawn(options.count, options.seed, commands) if one[0] not in {one["number"] for one in done}]
+    for number, command in left[: options.most]:
         one = experiment(number, options.seed, command, base, base / "world")
         done.append(one)
         with open(results, "a") as file:
