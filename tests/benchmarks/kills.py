@@ -570,7 +570,8 @@ def main() -> None:
     results = base / "results.jsonl"
     done = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
     began = time.monotonic()
-    left = [one for one in drawn(options.count, options.seed, commands) if one[0] not in {one["number"] for one in done}]
+    known = {one["number"] for one in done}
+    left = [one for one in drawn(options.count, options.seed, commands) if one[0] not in known]
     for number, command in left[: options.most]:
         one = experiment(number, options.seed, command, base, base / "world")
         done.append(one)
