@@ -103,7 +103,7 @@ ENGINES = dict(
 
 @pytest.mark.parametrize("subjects", [0, 2], ids=["run", "subjects"])
 @pytest.mark.parametrize("engine", ENGINES)
-@settings(max_examples=25)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(name=names, value=values)
 def test_a_script_gives_its_programs_exactly_the_words_of_run_and_cluster(engine, subjects, name, value):
     render, variables = ENGINES[engine]
@@ -125,7 +125,7 @@ def test_a_script_gives_its_programs_exactly_the_words_of_run_and_cluster(engine
         assert judged[2] == str(one.folder)
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(value=values)
 def test_variables_of_the_cluster_file_have_the_values_that_were_given(value):
     with tempfile.TemporaryDirectory() as made:
@@ -137,7 +137,7 @@ def test_variables_of_the_cluster_file_have_the_values_that_were_given(value):
         assert done.stdout.decode() == value and not Path(made, MARK).exists()
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(words=st.lists(values.filter(lambda text: "\0" not in text), min_size=1, max_size=5))
 def test_a_printed_command_starts_what_it_shows(words):
     with tempfile.TemporaryDirectory() as made:
@@ -171,7 +171,7 @@ def sbatch_words(line: str) -> list[str]:
     return [one for one in [*words, word] if one]
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(name=names)
 def test_lines_for_sbatch_hold_one_option_each_and_the_log_lies_in_the_runs_folder(name):
     one = job("slurm", Path("/data"), name, {})
@@ -186,7 +186,7 @@ def test_lines_for_sbatch_hold_one_option_each_and_the_log_lies_in_the_runs_fold
     assert not re.search("%[^%]", log.replace("%%", ""))
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(name=names, value=values)
 def test_manifests_are_read_back_as_they_were_meant(name, value):
     one = job("kubernetes", Path("/data"), name, {"TITLE": value})

@@ -5,7 +5,7 @@ import cv2
 import numpy as np
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from controlbooth.launch import dreambooth, submit
@@ -105,6 +105,7 @@ def test_what_is_wrong_with_one_subject_is_said_of_it_alone(folder, rows, name, 
     assert {task.name for task in tasks}.isdisjoint(faults | more)
 
 
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(names=st.lists(st.one_of(st.text(max_size=5), st.sampled_from(["rex", "REX", "..", "a/b", "n" * 201]))))
 def test_what_becomes_a_folder_is_called_so_that_any_disk_takes_it_and_no_other_is(tmp_path_factory, names):
     folder = tmp_path_factory.mktemp("rows")
