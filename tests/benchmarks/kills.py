@@ -345,7 +345,7 @@ def wait(until: Callable[[], bool], seconds: float) -> bool:
     while not until():
         if time.monotonic() > end:
             return False
-        time.sleep(0.02)
+        time.sleep(0.2)
     return True
 
 
