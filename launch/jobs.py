@@ -3,9 +3,9 @@
 import argparse
 import contextlib
 import json
+import os
 import re
 import shlex
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from controlbooth.launch import background, kubernetes, slurm
+from controlbooth.launch import background, kubernetes, orphans, slurm
 from controlbooth.launch.cluster import load_cluster
 from controlbooth.launch.cluster_preflight import engine_problems, job_problems
 from controlbooth.launch.job import Job, JobState, job_logs, task_rows
@@ -177,7 +177,7 @@ def logs_main(arguments: Sequence[str] | None = None) -> int:
         task = names.index(options.subject) // job.subjects_per_task
     if record["engine"] == "kubernetes":
         command = kubernetes.logs_command(record["id"], job.cluster.kubernetes.namespace, options.follow, task)
-        return subprocess.run(command).returncode
+        return orphans.call(command, os.environ)
     files = job_logs(job.here, job.tasks if job.subjects else None)
     chosen = {f"task {number}: ": path for number, path in enumerate(files) if task in (None, number)}
     if len(chosen) == 1:
