@@ -96,6 +96,8 @@ class Cluster(Section):
     setup: tuple[str, ...] = ()
     """Lines of shell before anything else on a node, such as `module load cuda`."""
     environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str] = {}
+    """Variables of all ranks. With any, the job's files are readable by their owner alone, and a dry run hides values
+    that may be secrets; those of pods go into kubernetes.secrets."""
     slurm: SlurmConfig = SlurmConfig()
     kubernetes: KubernetesConfig = KubernetesConfig()
 
