@@ -12,7 +12,8 @@ import os
 import re
 import sys
 import zlib
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,13 +36,15 @@ from controlbooth.data.tar import Member, TarDamage, members
 
 _KEY = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)  # webdataset.tariterators.base_plus_ext
 _META = re.compile(r"__[^/]*__($|/)")
+MOST_EXTENSIONS = 64
+"""Of a shard, as long as those that stand in few samples are taken for parts of samples at all."""
 STRUCTURAL = ("header", "truncated", "end", "trailing", "unsupported")
 """Kinds of problem that make a whole shard unusable."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """kind: one of STRUCTURAL, or duplicate, adjacent, missing, image, pixels, caption."""
+    """kind: one of STRUCTURAL, or names, duplicate, adjacent, missing, image, pixels, caption."""
 
     shard: str
     byte: int
@@ -67,6 +70,8 @@ class _Group:
     captions: dict[str, str] = field(default_factory=dict)
     """extension -> why the caption there cannot be read"""
     flags: int = 0
+    left_out: int = 0
+    """Parts that `_check_names` took out"""
 
 
 def split_name(name: str) -> tuple[str, str] | None:
@@ -103,6 +108,7 @@ def index_shard(path: Shard) -> tuple[ShardIndex, list[Problem]]:
             report(damage.byte, key, damage.kind, damage.message + after)
     if remote:
         storage.check_version(path)
+    _check_names(groups, report)
     _check_keys(groups, report)
     _check_parts(groups, report)
     return _tables(groups, file_bytes), problems
@@ -123,6 +129,43 @@ def _add(groups: list[_Group], member: Member, key: str, extension: str, payload
             read_captions(payload, extension, key)
         except BadSample as bad:
             group.captions[extension] = bad.reason
+
+
+def _check_names(groups: list[_Group], report) -> None:
+    """Leaves parts out whose names are others in each sample, which would make the index grow with its square.
+
+    That is what becomes of names with dots: of 000018.2444.jpg the key is 000018, and the part is called 2444.jpg.
+    """
+    counts = Counter(extension for group in groups for extension in group.parts)
+    if len(counts) <= MOST_EXTENSIONS:
+        return
+    known = (*IMAGE_EXTENSIONS, *CAPTION_EXTENSIONS)
+    rare = {
+        name
+        for name, count in counts.items()
+        if name not in known and not name.startswith("cond.") and count <= 0.02 * len(groups)
+    }
+    if not rare:
+        return
+    first = next(group for group in groups if not rare.isdisjoint(group.parts))
+    name = f"{first.key}.{next(extension for extension in first.parts if extension in rare)}"
+    for group in groups:
+        group.left_out = len(rare.intersection(group.parts))
+        group.parts = {extension: part for extension, part in group.parts.items() if extension not in rare}
+    count = sum(group.left_out > 0 for group in groups)
+    message = (
+        f"{count} samples have parts of {len(rare)} different names, as {name}: a key ends at the first dot, so this "
+        f"is a part of {first.key!r}, and no picture or caption of a sample of its own. Rename the files so that the "
+        f"only dot is that of the ending, as {_undotted(name)}"
+    )
+    report(first.offset, first.key, "names", message)
+
+
+def _undotted(name: str) -> str:
+    """The name with no dot but that of its ending: 000018.2444.jpg -> 000018_2444.jpg."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, ending = base.rpartition(".")
+    return f"{folder}{slash}{stem.replace('.', '_')}.{ending}"
 
 
 def _check_keys(groups: list[_Group], report) -> None:
@@ -156,10 +199,10 @@ def _check_parts(groups: list[_Group], report) -> None:
             missing.append(f"caption ({', '.join(CAPTION_EXTENSIONS)})")
         if lacking := sorted(kinds - {sidecar.condition_kind(extension) for extension in group.parts}):
             group.flags |= sidecar.MISSING_CONDITION
-            missing.append(f"condition {', '.join(lacking)}")
-        if missing:
-            message = f"has {', '.join(group.parts)} but no {' and no '.join(missing)}"
-            report(group.offset, group.key, "missing", message)
+            missing.append(f"condition {_some(lacking)}")
+        if missing and not group.left_out:
+            message = f"has {_some(group.parts)} but no {' and no '.join(missing)}"
+            report(group.offset, group.key, "missing", message + _hint(group))
         if group.sizes and _target_size(group) == (0, 0):
             group.flags |= sidecar.BAD_IMAGE
             report(group.offset, group.key, "image", "its target image has no header that can be read")
@@ -169,6 +212,21 @@ def _check_parts(groups: list[_Group], report) -> None:
         caption = next((extension for extension in CAPTION_EXTENSIONS if extension in group.parts), "")
         if caption in group.captions:
             report(group.offset, group.key, "caption", f"part {caption!r}: {group.captions[caption]}")
+
+
+def _some(names: Iterable[str], most: int = 5) -> str:
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _hint(group: _Group) -> str:
+    """Of a sample without a picture or a caption whose name seems to have held a dot."""
+    for extension in group.parts:
+        ending = extension.rpartition(".")[2]
+        if group.flags & sidecar.MISSING_CAPTION and extension != ending and ending in CAPTION_EXTENSIONS:
+            name = f"{group.key}.{extension}"
+            return f". A key ends at the first dot: rename {name} to {_undotted(name)}, and others likewise"
+    return ""
 
 
 def _target_size(group: _Group) -> tuple[int, int]:

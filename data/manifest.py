@@ -10,11 +10,13 @@ import glob
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -173,14 +175,38 @@ def write_manifest(rows: Sequence[ShardRow], path: Path) -> None:
     write_whole(path, "".join(lines).encode(), private=any(shown(row.uri) != row.uri for row in rows))
 
 
+def _row_of(line: bytes) -> ShardRow:
+    """Raises ValueError or TypeError where a line is no row, or has fields of other types than are written."""
+    row = ShardRow(**json.loads(line))
+    texts = (row.uri, row.index_hash, row.etag, row.index)
+    counts = [row.bytes, row.samples, row.usable, *_values(row.conditions)]
+    counts += [count for bins in _values(row.aspects) for count in _values(bins)]
+    if not all(isinstance(text, str) and "\0" not in text for text in texts) or not row.uri:
+        raise ValueError("uri, index_hash, etag and index are texts")
+    if not all(type(count) is int and 0 <= count < 2**63 for count in counts):
+        raise ValueError("bytes, samples, usable, conditions and aspects count, from 0 on")
+    if not isinstance(row.extensions, list) or not all(isinstance(name, str) for name in row.extensions):
+        raise ValueError("extensions is a list of texts")
+    if not all(re.fullmatch(r"-?[0-9]{1,9}", bin) for bins in row.aspects.values() for bin in bins):
+        raise ValueError("aspects counts by number")
+    bytes.fromhex(row.index_hash)
+    return row
+
+
+def _values(tree: Any) -> list[Any]:
+    if not isinstance(tree, dict):
+        raise ValueError("conditions and aspects are objects")
+    return list(tree.values())
+
+
 def read_manifest(path: Path) -> list[ShardRow]:
     """The rows of a manifest, their uris made absolute. Raises ValueError with the line that is wrong."""
     rows = []
     names = {item.name for item in fields(ShardRow)}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
-            row = ShardRow(**json.loads(line))
-        except (TypeError, ValueError) as error:
+            row = _row_of(line)
+        except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(
                 f"{path}, line {number} is not a shard row with {', '.join(sorted(names))} ({error}): "
                 f"write the manifest again with `controlbooth data index {quoted(path.parent)}`"

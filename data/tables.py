@@ -3,6 +3,8 @@
 Arrow and Parquet are read with pyarrow alone, a few rows in memory at a time.
 """
 
+import contextlib
+import errno
 import functools
 import glob
 import json
@@ -19,6 +21,9 @@ from controlbooth.data.folders import files_below, splits_of_paths
 from controlbooth.data.prompts import cell_captions
 from controlbooth.data.sources import SourceSample, computed_kinds, file_identity, refuse_missing, stable_hash
 from controlbooth.data.text_tables import TEXT_TABLES, columns_of, text_rows
+
+NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
+"""What the system says of a path that names no file, whatever text it may be."""
 
 
 @dataclass(frozen=True)
@@ -142,8 +147,8 @@ def _cell_fault(path: str, value: Any, is_caption: bool) -> str | None:
     try:
         if is_caption:
             cell_captions(value)
-        elif isinstance(named := _image_cell(value), str) and not (Path(path).parent / named).is_file():
-            return f" ({named})"
+        elif isinstance(named := _image_cell(value), str) and not _is_file(Path(path).parent / named):
+            return f" ({named:.200})"
     except ValueError as error:
         return f" ({error})"
     return None
@@ -189,7 +194,22 @@ def _is_text(path: str) -> bool:
 
 
 def _schema(path: str) -> pa.Schema:
-    return _arrow_table(path).schema if path.endswith(".arrow") else pq.read_schema(path)
+    with _named(path):
+        return _arrow_table(path).schema if path.endswith(".arrow") else pq.read_schema(path)
+
+
+@contextlib.contextmanager
+def _named(path: str) -> Iterator[None]:
+    """Makes of an error of Arrow, which names no file, a ValueError that does. A lack of memory stays one."""
+    try:
+        yield
+    except pa.ArrowMemoryError:
+        raise
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} is damaged, or no file of Arrow or Parquet ({first}): write it again") from error
 
 
 def _text_columns(path: str, columns: Sequence[str]) -> list[str]:
@@ -229,7 +249,7 @@ def _is_full(path: str, column: str) -> bool:
         cells = _arrow_table(path).column(column)
         inside = (chunk.field("bytes").null_count for chunk in cells.chunks) if name != column else ()
         return not (cells.null_count or any(inside))
-    with pq.ParquetFile(path) as file:
+    with _named(path), pq.ParquetFile(path) as file:
         metadata = file.metadata
         for group in map(metadata.row_group, range(metadata.num_row_groups)):
             leaves = [group.column(number) for number in range(group.num_columns)]
@@ -241,16 +261,22 @@ def _is_full(path: str, column: str) -> bool:
 
 def _rows(path: str, columns: list[str], start: int, stop: int | None) -> Iterator[Mapping[str, Any]]:
     """Rows start .. stop of a file, a few in memory at a time; stop None for all."""
-    if path.endswith(".parquet"):
-        yield from _parquet_rows(path, columns, start, stop)
-    elif path.endswith(".arrow"):
-        table = _arrow_table(path).select(columns)
-        stop = len(table) if stop is None else stop
-        for low in range(start, stop, 64):
-            yield from table.slice(low, min(64, stop - low)).to_pylist()
+    if path.endswith(".arrow"):
+        with _named(path):
+            yield from _arrow_rows(path, columns, start, stop)
+    elif not _is_text(path):
+        with _named(path):
+            yield from _parquet_rows(path, columns, start, stop)
     else:
         for row in text_rows(path)[start:stop]:
             yield {column: row.get(column) for column in columns}
+
+
+def _arrow_rows(path: str, columns: list[str], start: int, stop: int | None) -> Iterator[Mapping[str, Any]]:
+    table = _arrow_table(path).select(columns)
+    stop = len(table) if stop is None else stop
+    for low in range(start, stop, 64):
+        yield from table.slice(low, min(64, stop - low)).to_pylist()
 
 
 def _parquet_rows(path: str, columns: list[str], start: int, stop: int | None) -> Iterator[Mapping[str, Any]]:
@@ -294,14 +320,27 @@ def _cell_bytes(cell: Any, table: str) -> bytes:
         return named
     try:
         return (Path(table).parent / named).read_bytes()
-    except FileNotFoundError as error:
-        raise ValueError(f"there is no file {error.filename}") from error
+    except OSError as error:
+        if error.errno not in NO_FILE:
+            raise
+        raise ValueError(f"there is no file {named:.200}") from error
 
 
 def _named_identity(table: str, cell: Any) -> tuple[str, int, int] | None:
     """Of the file that a cell names; None where it names none, or one that is not there."""
     try:
         named = _image_cell(cell)
-        return file_identity(Path(table).parent / named) if isinstance(named, str) else None
-    except (ValueError, FileNotFoundError):
+    except ValueError:
         return None
+    is_named = isinstance(named, str) and _is_file(Path(table).parent / named)
+    return file_identity(Path(table).parent / str(named)) if is_named else None
+
+
+def _is_file(path: Path) -> bool:
+    """Whether there is a file of this name, which may be no name at all. Raises OSError where that cannot be told."""
+    try:
+        return path.is_file()
+    except OSError as error:
+        if error.errno not in NO_FILE:
+            raise
+        return False

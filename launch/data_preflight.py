@@ -236,11 +236,11 @@ def is_remote(location: str) -> bool:
 
 def _manifest_rows(manifest: Path) -> list[dict[str, Any]]:
     rows = []
-    for number, line in enumerate(manifest.read_text().splitlines(), 1):
+    for number, line in enumerate(manifest.read_bytes().splitlines(), 1):
         try:
             row = json.loads(line)
-            rows.append(row | {"uri": row["uri"]})  # each of which fails where it is no row
-        except (ValueError, KeyError, TypeError) as error:
+            rows.append(row | {"uri": str(row["uri"])})  # each of which fails where it is no row
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(
                 f"line {number} of {manifest} is no shard row ({error!r}): "
                 f"run `controlbooth data index {quoted(manifest.parent)}`"

@@ -332,3 +332,34 @@ def test_no_flipped_byte_is_taken_for_another_member(position, bits):
         assert seen == whole[: len(seen)] and 0 <= damage.byte <= len(data)
     else:
         assert seen == whole
+
+
+def test_names_with_dots_are_told_once_with_what_to_rename_and_the_index_grows_with_the_samples(tmp_path):
+    sizes = []
+    for count in (100, 200, 400):
+        path = tmp_path / f"{count}.tar"
+        with webdataset.TarWriter(str(path), encoder=False) as writer:
+            for number in range(count):
+                writer.write({"__key__": f"a/{number:06d}", f"{number}.7.jpg": b"x", f"{number}.7.txt": b"y"})
+        (problem,) = ensure_index(path)
+        assert problem.kind == "names" and len(str(problem)) < 500
+        assert f"{count} samples have parts of {2 * count} different names, as a/000000.0.7.jpg" in problem.message
+        assert "Rename the files so that the only dot is that of the ending, as a/000000_0_7.jpg" in problem.message
+        sizes.append(index_path(path).stat().st_size)
+    assert sizes[2] < 4.1 * sizes[0]
+
+
+def test_a_shard_of_few_samples_with_many_parts_keeps_them_all(tmp_path):
+    parts = {f"part{number}": b"x" for number in range(100)}
+    with webdataset.TarWriter(str(tmp_path / "x.tar"), encoder=False) as writer:
+        for key in ("a", "b"):
+            writer.write({"__key__": key, "png": png(), "txt": b"y", **parts})
+    assert ensure_index(tmp_path / "x.tar") == []
+    assert len(load_index(index_path(tmp_path / "x.tar")).extensions) == 102
+
+
+def test_one_dot_too_many_is_told_with_the_name_that_would_do(tmp_path):
+    with webdataset.TarWriter(str(tmp_path / "x.tar"), encoder=False) as writer:
+        writer.write({"__key__": "photo_v1", "0.jpg": b"x", "0.txt": b"y"})
+    (problem,) = ensure_index(tmp_path / "x.tar")
+    assert problem.message.endswith("rename photo_v1.0.txt to photo_v1_0.txt, and others likewise")

@@ -108,6 +108,9 @@ def test_quotes_commas_and_lines_inside_of_quoted_cells_are_text(pictures):
         ('{"image": 7, "caption": "a"}', r"row 2 of .* \(7 is no image"),
         ('{"image": ["a"], "caption": "a"}', "is no image"),
         ('{"image": "images/absent.png", "caption": "a"}', r"row 2 of .*\(images/absent.png\)"),
+        ('{"image": "' + "a dog " * 100 + '", "caption": "a"}', r"row 2 of .*\(a dog a dog"),
+        ('{"image": "images/1.png/x", "caption": "a"}', r"row 2 of .*\(images/1.png/x\)"),
+        ('{"image": "a\\u0000b", "caption": "a"}', "row 2 of "),
         ('{"image": "images", "caption": "a"}', r"row 2 of .*\(images\)"),
         (
             '{"image": "images/0.png", "caption": "a", "caption": "b"}',
