@@ -7,6 +7,7 @@ import argparse
 import math
 import re
 import shlex
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,11 @@ _RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?\}")
 def quoted(word: object) -> str:
     """A word of a command that is printed for people to copy: their shell takes it as it is."""
     return shlex.quote(str(word))
+
+
+def visible(text: object) -> str:
+    """Words of a data set, such as a caption or a key, as a terminal shows them: what would steer it is written out."""
+    return "".join(ascii(one)[1:-1] if unicodedata.category(one) in ("Cc", "Cs") else one for one in str(text))
 
 
 def whole_number(least: int = 1, most: int | None = None) -> Callable[[str], int]:

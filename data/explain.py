@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from controlbooth.data import draws
-from controlbooth.data.arguments import finite_number, seed_number, whole_number
+from controlbooth.data.arguments import finite_number, seed_number, visible, whole_number
 from controlbooth.data.buckets import Buckets
 from controlbooth.data.decode import BadSample, crop_slack
 from controlbooth.data.manifest import Dataset, join_datasets, open_dataset, shard_names
@@ -280,7 +280,7 @@ def _name(dataset: Dataset, found: Found) -> str:
 
 def _print_sample(dataset: Dataset, reader: ShardReader, found: Found) -> int:
     """Prints where it lies and what it is; -> how many captions it has, at least 1."""
-    print(f"{found.key}: {dataset.paths[found.shard]}, sample {found.row}, byte {found.byte}")
+    print(f"{visible(found.key)}: {dataset.paths[found.shard]}, sample {found.row}, byte {found.byte}")
     if found.ordinal is None:
         faults = [name for flag, name in FLAG_NAMES.items() if found.flags & flag] or ["it lacks the condition"]
         print(f"  not trained on: {', '.join(faults)}")
@@ -289,12 +289,12 @@ def _print_sample(dataset: Dataset, reader: ShardReader, found: Found) -> int:
         sample = reader.read(found.shard, found.ordinal, found.bucket)
         captions = read_captions(sample.caption, sample.caption_extension, sample.key)
     except BadSample as bad:
-        print(f"  bad: {bad.part}: {bad.reason}; another sample stands in for it")
+        print(f"  bad: {visible(bad.part)}: {visible(bad.reason)}; another sample stands in for it")
         return 1
     parts = f"{sample.image_extension}{f', {sample.condition_extension}' if sample.condition_extension else ''}"
-    print(f"  {found.size[0]} x {found.size[1]} pixels; {parts}, {sample.caption_extension}")
+    print(f"  {found.size[0]} x {found.size[1]} pixels; {visible(parts)}, {sample.caption_extension}")
     for number, caption in enumerate(captions):
-        print(f"  caption {number}: {caption}")
+        print(f"  caption {number}: {visible(caption)}")
     return len(captions)
 
 

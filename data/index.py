@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from controlbooth.data import sidecar, storage
-from controlbooth.data.arguments import file_to_write, whole_number
+from controlbooth.data.arguments import file_to_write, visible, whole_number
 from controlbooth.data.decode import MAX_PIXELS, BadSample, too_large
 from controlbooth.data.draws import hash64
 from controlbooth.data.headers import image_size
@@ -53,7 +53,7 @@ class Problem:
     message: str
 
     def __str__(self) -> str:
-        return f"{self.shard}: byte {self.byte}, key {self.key!r}: {self.message}"
+        return f"{self.shard}: byte {self.byte}, key {self.key!r}: {visible(self.message)}"
 
 
 @dataclass

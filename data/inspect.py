@@ -8,7 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from controlbooth.data.arguments import file_to_write, finite_number, whole_number
+from controlbooth.data.arguments import file_to_write, finite_number, visible, whole_number
 from controlbooth.data.draws import prompt_dropped
 from controlbooth.data.explain import add_run_numbers, open_sources, order_of_run, run_numbers
 from controlbooth.data.loader import HeldOutSample, held_out
@@ -56,8 +56,12 @@ def info_main(argv: Sequence[str] | None = None) -> int:
     print(f"shards        {len(counts)}, of {min(counts)} to {max(counts)} samples")
     print(f"samples       {samples}, usable {usable}")
     print(f"size          {sum(row.bytes for row in dataset.rows) / 1e6:.1f} MB")
-    print(f"conditions    {', '.join(f'{kind} ({count})' for kind, count in sorted(conditions.items())) or 'none'}")
-    print(f"parts         {', '.join(f'{name} (in {count} shards)' for name, count in sorted(extensions.items()))}")
+    print(
+        f"conditions    {', '.join(f'{visible(kind)} ({count})' for kind, count in sorted(conditions.items())) or 'none'}"
+    )
+    print(
+        f"parts         {', '.join(f'{visible(name)} (in {count} shards)' for name, count in sorted(extensions.items()))}"
+    )
     if arguments.max_aspect_ratio is not None:
         _print_shapes(dataset, arguments)
     return 0
@@ -206,7 +210,7 @@ def order_main(argv: Sequence[str] | None = None) -> int:
             dropped = prompt_dropped(numbers.seed, np.array([position]), numbers.prompt_dropout)[0]
             name = names[place.shard]
             prompt = "dropped" if dropped else "kept"
-            print(f"{position:10d} {place.epoch:5d}  {name:30} {place.ordinal:7d}  {prompt:7}  {sample.key}")
+            print(f"{position:10d} {place.epoch:5d}  {name:30} {place.ordinal:7d}  {prompt:7}  {visible(sample.key)}")
     finally:
         reader.close()
     return 0

@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from controlbooth.data.arguments import file_to_write, whole_number
+from controlbooth.data.arguments import file_to_write, visible, whole_number
 from controlbooth.data.condition_sizes import shrunk_lines
 from controlbooth.data.decode import add_max_pixels
 from controlbooth.data.findings import MEANINGS, Finding, find
@@ -50,7 +50,8 @@ def _print_findings(dataset: Dataset, findings: Sequence[Finding], most: int = 5
         for finding in own[:most]:
             names = ", ".join(name(number) for number in finding.samples[:3])
             more = f" and {len(finding.samples) - 3} more" if len(finding.samples) > 3 else ""
-            print(f"  {names}{more}: {finding.message}" if names else f"  {finding.message}")
+            message = visible(finding.message)
+            print(f"  {visible(names)}{more}: {message}" if names else f"  {message}")
         if len(own) > most:
             print(f"  ... and {len(own) - most} more")
 

@@ -1,6 +1,8 @@
 """Numbers with bounds and ranges of names, as people write them on command lines."""
 
 import argparse
+import shlex
+from pathlib import Path
 
 import pytest
 
@@ -9,7 +11,9 @@ from controlbooth.data.arguments import (
     file_to_write,
     finite_number,
     folder_to_write,
+    quoted,
     seed_number,
+    visible,
     whole_number,
 )
 
@@ -79,3 +83,12 @@ def test_ranges_are_expanded_and_counted_before_they_are():
             expand_braces(endless)
     with pytest.raises(ValueError, match="braces of .* do not match"):
         expand_braces("{0..9")
+
+
+def test_words_of_a_data_set_do_not_steer_the_terminal():
+    assert visible("a \x1b]0;title\x07 dog\r\n\udc80") == "a \\x1b]0;title\\x07 dog\\r\\n\\udc80"
+    assert visible("läufe 图 👩 a_b") == "läufe 图 👩 a_b"
+
+
+def test_a_word_of_a_printed_command_is_taken_as_it_is():
+    assert shlex.split(f"run {quoted(Path('a $(b)'))}") == ["run", "a $(b)"]
