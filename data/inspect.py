@@ -56,12 +56,9 @@ def info_main(argv: Sequence[str] | None = None) -> int:
     print(f"shards        {len(counts)}, of {min(counts)} to {max(counts)} samples")
     print(f"samples       {samples}, usable {usable}")
     print(f"size          {sum(row.bytes for row in dataset.rows) / 1e6:.1f} MB")
-    print(
-        f"conditions    {', '.join(f'{visible(kind)} ({count})' for kind, count in sorted(conditions.items())) or 'none'}"
-    )
-    print(
-        f"parts         {', '.join(f'{visible(name)} (in {count} shards)' for name, count in sorted(extensions.items()))}"
-    )
+    kinds = ", ".join(f"{kind} ({count})" for kind, count in sorted(conditions.items())) or "none"
+    parts = ", ".join(f"{name} (in {count} shards)" for name, count in sorted(extensions.items()))
+    print(f"conditions    {visible(kinds)}\nparts         {visible(parts)}")
     if arguments.max_aspect_ratio is not None:
         _print_shapes(dataset, arguments)
     return 0
