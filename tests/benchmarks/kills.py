@@ -7,11 +7,13 @@ background job), the signal (SIGKILL, SIGTERM, SIGSTOP and later SIGCONT, SIGSTO
 What the command has made in the end is compared with what an undisturbed one made: weights bit for bit, every step
 logged once with the same loss, every sample packed once, files byte for byte. No process may be left behind.
 
-Tiny models and pictures; about half a minute a kill on 2 cores. DIR keeps the results (results.jsonl): started again,
-it goes on. Exits with 1 where anything was lost, repeated, different or left behind.
+Tiny models and pictures; where the launcher is not hit, ranks are forked from a process that has imported everything,
+as in the tests. About ten seconds a kill on 2 cores that nobody else uses. DIR keeps the results (results.jsonl):
+started again, it goes on. Exits with 1 where anything was lost, repeated, different or left behind.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -21,6 +23,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -35,6 +38,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 
+import forked
 import studios
 import tiny
 
@@ -67,6 +71,8 @@ class Command:
     prepare: Callable[[Path, Path], None] = lambda folder, world: None
     until: Callable[[Path], bool] = lambda folder: True
     """Whether all is done once the command has ended well; what runs in the background is waited for."""
+    ranks: int = 0
+    """Of torchrun, which is forked, and the words are those of its program; 0 starts a command of controlbooth."""
 
 
 # The world
@@ -221,12 +227,40 @@ THREE = ("launcher", "agent", "rank")
 TRAINING = any_file("runs/run/metrics.jsonl")
 COMMANDS = (
     Command(
+        "ranks",
+        lambda folder, world: ["-m", "controlbooth.trainer.train", str(run_file(folder, world))],
+        TRAINING,
+        of_training,
+        ("agent", "rank"),
+        32,
+        ranks=2,
+    ),
+    Command(
+        "ranks-precompute",
+        lambda folder, world: ["-m", "controlbooth.trainer.precompute", str(run_file(folder, world)),
+                               f"data.columns={folder / 'out'}"],
+        any_file("out/*"),
+        of_shards,
+        ("agent", "rank"),
+        8,
+        ranks=2,
+    ),
+    Command(
+        "ranks-dreambooth",
+        lambda folder, world: ["-m", "controlbooth.trainer.dreambooth", *subject_words(folder, world)[2:4]],
+        any_file("runs/many/state/*"),
+        of_subjects,
+        ("agent", "rank"),
+        14,
+        ranks=2,
+    ),
+    Command(
         "train",
         lambda folder, world: ["train", str(run_file(folder, world)), "--processes", "2"],
         TRAINING,
         of_training,
         THREE,
-        28,
+        6,
     ),
     Command(
         "train-alone",
@@ -234,9 +268,9 @@ COMMANDS = (
         TRAINING,
         of_training,
         ("launcher", "rank"),
-        8,
+        4,
     ),
-    Command("launch", launch_words, TRAINING, of_training, ("script", "agent", "rank"), 8, until=background_ended),
+    Command("launch", launch_words, TRAINING, of_training, ("script", "agent", "rank"), 3, until=background_ended),
     Command(
         "pack",
         lambda folder, world: ["data", "pack", str(world / "photos"), "-o", str(folder / "out"), "--condition", "canny",
@@ -244,7 +278,7 @@ COMMANDS = (
         any_file("out/*"),
         of_shards,
         ("launcher", "worker"),
-        12,
+        11,
     ),  # fmt: skip
     Command(
         "annotate",
@@ -253,7 +287,7 @@ COMMANDS = (
         any_file("out/*"),
         of_shards,
         ("launcher", "worker"),
-        10,
+        9,
     ),  # fmt: skip
     Command(
         "precompute",
@@ -262,16 +296,16 @@ COMMANDS = (
         any_file("out/*"),
         of_shards,
         THREE,
-        10,
+        2,
     ),  # fmt: skip
-    Command("dreambooth", subject_words, any_file("runs/many/state/*"), of_subjects, THREE, 12),
+    Command("dreambooth", subject_words, any_file("runs/many/state/*"), of_subjects, THREE, 3),
     Command(
         "export",
         lambda folder, world: ["export", str(world / "runs" / "whole"), str(folder / "out"), "--force"],
         any_file("out*", ".out*"),
         of_export,
         ("launcher",),
-        4,
+        3,
     ),
     Command(
         "evaluate",
@@ -280,7 +314,7 @@ COMMANDS = (
         any_file("out/*"),
         of_evaluation,
         ("launcher",),
-        4,
+        3,
     ),  # fmt: skip
     Command(
         "retrain",
@@ -288,7 +322,7 @@ COMMANDS = (
         any_file("state/policy/*"),
         of_retraining,
         ("launcher", "measure", "rank"),
-        4,
+        2,
         until=retrained,
     ),  # fmt: skip
 )  # fmt: skip
@@ -327,7 +361,66 @@ def role(process: psutil.Process, launcher: int) -> str:
     return "measure" if "evaluate" in words else "other"
 
 
-def start(command: Command, folder: Path, world: Path, mark: str, log: Path) -> subprocess.Popen:
+class Program:
+    """A command of controlbooth, and all processes that come of it, which have the mark in their environment."""
+
+    def __init__(self, process: subprocess.Popen, mark: str) -> None:
+        self.process, self.mark, self.pid = process, mark, process.pid
+
+    def status(self) -> int | None:
+        return self.process.poll()
+
+    def members(self) -> list[psutil.Process]:
+        return members(self.mark)
+
+    def role(self, process: psutil.Process) -> str:
+        return role(process, self.pid)
+
+
+class Torchrun:
+    """A torchrun that was forked, and its ranks, also when it has ended. Their environment shows no mark."""
+
+    def __init__(self, started: forked.Started, log: Path) -> None:
+        self.started, self.pid, self.known = started, started.pid, {}
+        threading.Thread(target=self._read, args=(log,), daemon=True).start()
+
+    def _read(self, log: Path) -> None:
+        with open(log, "a") as file:
+            for line in self.started.stdout:
+                file.write(line)
+
+    def status(self) -> int | None:
+        return self.started.poll()
+
+    def members(self) -> list[psutil.Process]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            agent = psutil.Process(self.pid) if self.status() is None else None
+            for one in [agent, *agent.children(recursive=True)] if agent else []:
+                self.known[one.pid, one.create_time()] = one
+        return [one for one in self.known.values() if is_alive(one)]
+
+    def role(self, process: psutil.Process) -> str:
+        return "agent" if process.pid == self.pid else "rank"
+
+
+Started = Program | Torchrun
+
+
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def start(command: Command, folder: Path, world: Path, mark: str) -> Started:
+    log = folder / "log.txt"
+    if command.ranks:
+        return Torchrun(forked.start(command.ranks, command.words(folder, world), cwd=folder), log)
+    return Program(start_program(command, folder, world, mark, log), mark)
+
+
+def start_program(command: Command, folder: Path, world: Path, mark: str, log: Path) -> subprocess.Popen:
     with open(log, "ab") as file:
         return subprocess.Popen(
             [*CLI, *command.words(folder, world)],
@@ -349,20 +442,20 @@ def wait(until: Callable[[], bool], seconds: float) -> bool:
     return True
 
 
-def is_over(process: subprocess.Popen, mark: str) -> bool:
+def is_over(started: Started) -> bool:
     """Whether a command has ended, and what it has left in the background too."""
-    return process.poll() is not None and not members(mark)
+    return started.status() is not None and not started.members()
 
 
-def strike(rng: random.Random, command: Command, process: subprocess.Popen, mark: str) -> tuple[str, str] | None:
+def strike(rng: random.Random, command: Command, started: Started) -> tuple[str, str] | None:
     """Hits one process; -> its role and the signal. None where nothing of the wished role is there."""
-    there = [(role(one, process.pid), one) for one in members(mark)]
+    there = [(started.role(one), one) for one in started.members()]
     wished = rng.choice(command.victims)
     victims = [one for name, one in there if name == wished] or [one for name, one in there if name in command.victims]
     if not victims:
         return None
     victim = rng.choice(sorted(victims, key=lambda one: one.pid))
-    name, how = role(victim, process.pid), rng.choice(SIGNALS)
+    name, how = started.role(victim), rng.choice(SIGNALS)
     try:
         if how.startswith("STOP"):
             victim.send_signal(signal.SIGSTOP)
@@ -393,33 +486,36 @@ def undisturbed(command: Command, base: Path, world: Path) -> Seen:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     began = time.monotonic()
-    process = start(command, folder, world, f"calm-{command.name}", folder / "log.txt")
-    wait(lambda: command.began(folder) or is_over(process, "calm-" + command.name), PATIENCE_SECONDS)
+    started = start(command, folder, world, f"calm-{command.name}")
+    wait(lambda: command.began(folder) or is_over(started), PATIENCE_SECONDS)
     first = time.monotonic() - began
-    finish(command, process, folder, world, f"calm-{command.name}")
+    finish(command, started, folder, world, f"calm-{command.name}")
     seen = Seen(first, max(time.monotonic() - began, first + 0.2), command.look(folder))
     kept.write_text(json.dumps(vars(seen)))
     return seen
 
 
-def finish(
-    command: Command, process: subprocess.Popen, folder: Path, world: Path, mark: str, at_once: bool = False
-) -> int:
+def finish(command: Command, started: Started, folder: Path, world: Path, mark: str, at_once: bool = False) -> int:
     """Starts the command again until it is done; -> how often. Raises TimeoutError where it hangs or never is.
 
     at_once: does not wait for what the first start has left to end.
     """
     patience = PATIENCE_SECONDS if command.name in ("launch", "retrain") else END_SECONDS
     for again in range(STARTS):
-        if not wait(lambda: process.poll() is not None, PATIENCE_SECONDS):  # noqa: B023
-            raise TimeoutError(f"hangs: {[one.cmdline()[-3:] for one in members(mark)]}")
-        if not (at_once and not again) and not wait(lambda: not members(mark), patience):
-            raise TimeoutError(f"left behind: {[one.cmdline()[-3:] for one in members(mark)]}")
-        if process.returncode == 0 and command.until(folder) and wait(lambda: not members(mark), patience):
+        if not wait(lambda: started.status() is not None, PATIENCE_SECONDS):  # noqa: B023
+            raise TimeoutError(f"hangs: {told(started)}")
+        ended_well = started.status() == 0 and command.until(folder)
+        if (ended_well or not at_once or again) and not wait(lambda: not started.members(), patience):  # noqa: B023
+            raise TimeoutError(f"left behind: {told(started)}")
+        if ended_well:
             return again
         time.sleep(0.2)
-        process = start(command, folder, world, mark, folder / "log.txt")
+        started = start(command, folder, world, mark)
     raise TimeoutError(f"was not done after {STARTS} starts")
+
+
+def told(started: Started) -> list[str]:
+    return [f"{started.role(one)} {one.pid}" for one in started.members()]
 
 
 def differences(made: dict[str, Any], expected: dict[str, Any]) -> list[str]:
@@ -437,31 +533,32 @@ def experiment(number: int, seed: int, command: Command, base: Path, world: Path
     work = calm.seconds - calm.until_it_begins
     folder, mark = base / f"kill-{number}", f"{base.name}-{number}-{seed}"
     hit, began, wrong = None, time.monotonic(), []
+    started: Started
     for trial in range(6):  # a command that was quicker than its kill is killed anew
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         command.prepare(folder, world)
-        process = start(command, folder, world, mark, folder / "log.txt")
+        started = start(command, folder, world, mark)
         early = rng.random() < 0.2
         if not early:
-            wait(lambda: command.began(folder) or is_over(process, mark), PATIENCE_SECONDS)  # noqa: B023
+            wait(lambda: command.began(folder) or is_over(started), PATIENCE_SECONDS)  # noqa: B023
         time.sleep(rng.uniform(0, calm.until_it_begins if early else work / (trial + 1)))
-        hit = strike(rng, command, process, mark)
+        hit = strike(rng, command, started)
         if hit:
             break
-        wait(lambda: is_over(process, mark), PATIENCE_SECONDS)  # noqa: B023
+        wait(lambda: is_over(started), PATIENCE_SECONDS)  # noqa: B023
     try:
         launcher_hit = hit is not None and hit[0] in ("launcher", "script")
-        if not launcher_hit and command.name not in ("launch", "retrain"):
-            wait(lambda: process.poll() is not None, PATIENCE_SECONDS)
-            if not wait(lambda: not members(mark), 3.0):
-                wrong.append(f"at the launcher's end: {[role(one, 0) for one in members(mark)]} still there")
-        starts = finish(command, process, folder, world, mark, at_once=rng.random() < 0.5)
+        if not launcher_hit and not command.ranks and command.name not in ("launch", "retrain"):
+            wait(lambda: started.status() is not None, PATIENCE_SECONDS)
+            if not wait(lambda: not started.members(), 3.0):
+                wrong.append(f"at the launcher's end: {told(started)} still there")
+        starts = finish(command, started, folder, world, mark, at_once=rng.random() < 0.5)
         wrong += differences(command.look(folder), calm.made)
     except (TimeoutError, OSError, ValueError, KeyError) as error:
         starts = -1
         wrong.append(f"{type(error).__name__}: {error}")
-        for one in members(mark):
+        for one in started.members():
             one.kill()
     if hit is None:
         wrong.append("nothing could be hit")
@@ -577,9 +674,9 @@ def main() -> None:
         done.append(one)
         with open(results, "a") as file:
             file.write(json.dumps(one) + "\n")
-        told = "; ".join(one["wrong"]) or "equal"
+        said = "; ".join(one["wrong"]) or "equal"
         print(f"{number:4} {one['command']:<12} {one['victim']:<9} {one['signal']:<10} {one['starts']:>3} starts more, "
-              f"{one['seconds']:6.1f} s: {told}", flush=True)  # fmt: skip
+              f"{one['seconds']:6.1f} s: {said}", flush=True)  # fmt: skip
     wrong = [one for one in done if one["wrong"]]
     right = memory(base, base / "world") if options.memory else True
     print(f"\n{len(done)} kills, seed {options.seed}, {sum(one['seconds'] for one in done) / 60:.0f} minutes "

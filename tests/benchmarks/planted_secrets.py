@@ -190,7 +190,7 @@ class Trial:
         with watching:
             printed, _ = process.communicate(timeout=900)
         self.printed += len(printed)
-        told = " ".join(command[3:6])
+        told = " ".join(command[3:6]).partition("=http")[0]
         found = hits(self.planted, f"what `{told}` printed", printed)
         found += [hit for line in watching.seen for hit in hits(self.planted, f"ps during `{told}`", line.encode())]
         self.found += found
@@ -294,8 +294,11 @@ def until_it_ends(run: Path, step: int = 2) -> None:
     while time.monotonic() < end:
         status = run / "status.json"
         told = yaml.safe_load(status.read_text()) if status.exists() else {}
-        if told.get("state") in ("finished", "failed") and told.get("step", step) >= step:
-            time.sleep(3)
+        log = run / "job" / "log.txt"
+        attempts = log.read_text().count("== attempt") if log.exists() else 0
+        ended = log.read_text().count("== finished") + log.read_text().count("== failed") if attempts else 0
+        if told.get("state") in ("finished", "failed") and told.get("step", step) >= step and ended >= attempts:
+            time.sleep(5)
             return
         time.sleep(0.2)
 
