@@ -21,6 +21,7 @@ MEANINGS = {
     "blank image": "the target has one colour",
     "small": "the target has fewer pixels than asked for",
     "empty caption": "the caption is empty: every presentation trains the empty prompt",
+    "cut captions": "the tokenizer cuts them off; what stands last is not learned",
     "exact copy": "several samples have the same target, byte for byte",
     "near copy": "several samples have nearly the same target",
 }

@@ -3,12 +3,14 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from controlbooth.data.arguments import file_to_write, visible, whole_number
 from controlbooth.data.condition_sizes import shrunk_lines
 from controlbooth.data.decode import add_max_pixels
 from controlbooth.data.findings import MEANINGS, Finding, find
 from controlbooth.data.index import usable_cpus
+from controlbooth.data.long_captions import cut_captions, open_tokenizers
 from controlbooth.data.manifest import Dataset, open_dataset
 from controlbooth.data.report import write_report
 from controlbooth.data.scan import sample_names, scan
@@ -24,6 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.resolution is not None:
         told = [(kind, shrunk_lines(dataset, kind, arguments.resolution)) for kind in kinds]
         findings += [Finding("shrunk lines", (), str(lines), kind) for kind, lines in told if lines is not None]
+    if arguments.tokenizer is not None:
+        cut = cut_captions(dataset, open_tokenizers(arguments.tokenizer))
+        findings += [Finding("cut captions", (), cut)] if cut is not None else []
     samples = len(scanned.digests)
     looked_at = "captions, bytes and headers" if not arguments.decode else "captions, bytes and pixels"
     print(f"{dataset.location}: {samples} usable samples in {len(dataset.rows)} shards; looked at {looked_at}")
@@ -72,6 +77,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--resolution", type=whole_number(), help="data.resolution of the run: tells of lines that do not survive it"
+    )
+    parser.add_argument(
+        "--tokenizer", type=Path, metavar="BASE", help="a base, or the folder of a tokenizer: tells of captions it cuts"
     )
     add_max_pixels(parser)
     parser.add_argument("--report", type=file_to_write, help="write an HTML page with pictures of what was found")

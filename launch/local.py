@@ -32,6 +32,7 @@ from controlbooth.launch.torchrun import (
 )
 from controlbooth.trainer.config import (
     RunConfig,
+    base_folder,
     data_set_name,
     gradient_accumulation_steps,
     load_config,
@@ -79,6 +80,7 @@ def train(run_file: str, overrides: Sequence[str] = (), processes: int | None = 
     start = start_of(node, run_file, overrides, config.name)
     if dry_run:
         warn_of_shrunk_lines(config)
+        warn_of_cut_captions(config)
         print(f"command    {start}")
         return 0
     began, killed = time.time(), out_of_memory_kills()
@@ -105,6 +107,21 @@ def warn_of_shrunk_lines(config: RunConfig) -> None:
             print(f"controlbooth train: warning: {warning}", file=sys.stderr)
     except (ValueError, OSError) as error:
         print(f"controlbooth train: conditions were not looked at: {error}", file=sys.stderr)
+
+
+def warn_of_cut_captions(config: RunConfig) -> None:
+    """What the start says of captions and prompts that are longer than the base reads; of shards that are indexed."""
+    from controlbooth.data.long_captions import cut_captions_of  # imports transformers: not for every start
+
+    base = base_folder(config.model.base)
+    locations = [source.shards for source in sources(config)]
+    try:
+        told = cut_captions_of(locations, base if base.is_dir() else base.parent, config.validation.prompts)
+    except (ValueError, OSError) as error:
+        print(f"controlbooth train: captions were not counted: {error}", file=sys.stderr)
+    else:
+        if told is not None:
+            print(f"controlbooth train: warning: {told}", file=sys.stderr)
 
 
 def is_finished(folder: Path, since: float) -> bool:

@@ -34,6 +34,7 @@ from controlbooth.data.cache import Cache
 from controlbooth.data.columns import Columns, open_columns
 from controlbooth.data.condition_sizes import shrunk_lines
 from controlbooth.data.loader import Loader, StepBatch
+from controlbooth.data.long_captions import cut_captions
 from controlbooth.data.manifest import Dataset, join_datasets, open_dataset, same_place
 from controlbooth.data.plan import (
     check_version,
@@ -359,6 +360,8 @@ def build(config: RunConfig, world: World, attempt: Attempt, watchdog: Watchdog,
     precision = engines.resolve_precision(request, world.device, config.engine.zero_stage)
     base = load_base(base_path(config), config.model.family, engines.DTYPES[precision], world.device)
     dataset, held = open_data(config, world)
+    if world.rank == 0 and (cut := cut_captions(dataset, base.tokenizers, config.validation.prompts)):
+        say(world, f"warning: {cut}")
     extract = extractor(held, {}, str(world.device)) if held else None
     if held is not None:
         check_told(config, held, extract, world)

@@ -15,6 +15,7 @@ MAY_IMPORT = {  # folder -> what it may import besides itself
     "launch": (
         "controlbooth.data.arguments",
         "controlbooth.data.condition_sizes",
+        "controlbooth.data.long_captions",
         "controlbooth.data.readable",
         "controlbooth.data.parent",
         "controlbooth.data.secrets",
