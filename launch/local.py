@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -319,23 +320,30 @@ def run(
                 print(f"controlbooth: stopping {stopping}; once more stops now", file=sys.stderr)
                 _terminate(started, start.lone)
 
-        previous = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-        for number in STOP_SIGNALS:
-            if previous[number] is not signal.SIG_IGN:  # nohup ignores SIGHUP for us
-                signal.signal(number, forward)
-        try:
+        with handling_stops(forward):
             status = started.wait()
             if ranks := left_behind(started):
                 _end_ranks(ranks, f"torchrun was ended by {signal_of(128 - status) or f'status {status}'}", stopping)
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
     if received and status <= 0 and not (too_late and status == 0):
         return 128 + received[0]
     if status < 0:  # of several ranks, torchrun says it
         what = "rank 0" if start.lone else "torchrun"
         print(f"controlbooth: {what} was ended by {signal_of(128 - status)}", file=sys.stderr)
     return status if status >= 0 else 128 - status
+
+
+@contextlib.contextmanager
+def handling_stops(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Inside, the signals that stop a command go to a handler; not SIGHUP where nohup has it ignored."""
+    previous = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    for number in STOP_SIGNALS:
+        if previous[number] is not signal.SIG_IGN:
+            signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, handler_before in previous.items():
+            signal.signal(number, handler_before)
 
 
 @contextlib.contextmanager
