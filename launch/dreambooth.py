@@ -10,17 +10,18 @@ from pathlib import Path
 from controlbooth.launch.local import run, start_of, this_node
 from controlbooth.launch.preflight import base_problems, nearest
 from controlbooth.trainer.config import base_folder
+from controlbooth.trainer.network_check import subjects_network_problems
 from controlbooth.trainer.subjects import (
     SubjectRunConfig,
     Task,
     check_full,
     check_pictures,
-    check_words,
     load_run,
     load_subjects,
     settle,
     share_of_rank,
 )
+from controlbooth.trainer.words import check_words
 
 WORKER = "controlbooth.trainer.dreambooth"
 VAE_FACTOR = 8
@@ -55,6 +56,8 @@ examples:
     config = load_run(options.run, options.overrides)
     node = this_node(options.processes)
     if problems := [*folder_problems(config), *run_problems(config)]:
+        raise ValueError("; ".join(problems))
+    if options.dry_run and (problems := list(subjects_network_problems(config))):
         raise ValueError("; ".join(problems))
     tasks, faults = checked_subjects(config, options.subjects, "dreambooth run", open_pictures=options.dry_run)
     print(plan(config, tasks, node.processes), flush=True)
@@ -103,7 +106,7 @@ def checked_subjects(
     """
     subjects, faults = load_subjects(manifest)
     tasks, more = settle(subjects, config)
-    split, warnings = check_words(tasks, config.model.base)
+    split, warnings = check_words(tasks, config)
     faults |= more | split
     if open_pictures:
         faults |= check_pictures([task for task in tasks if task.name not in faults], config.resolution)

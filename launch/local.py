@@ -43,6 +43,7 @@ from controlbooth.trainer.config import (
 )
 from controlbooth.trainer.continuing import describe_start
 from controlbooth.trainer.evaluate.verdict import cannot_announce
+from controlbooth.trainer.network_check import network_problems
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 OVER = "it is finished, and its ranks are ending; once more ends them now"
@@ -80,6 +81,11 @@ def train(run_file: str, overrides: Sequence[str] = (), processes: int | None = 
     print(plan(config, node), flush=True)
     start = start_of(node, run_file, overrides, config.name)
     if dry_run:
+        problems = list(network_problems(config))
+        for problem in problems:
+            print(f"controlbooth train: {problem}", file=sys.stderr)
+        if problems:
+            return 2
         warn_of_shrunk_lines(config)
         warn_of_cut_captions(config)
         print(f"command    {start}")

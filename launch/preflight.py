@@ -10,9 +10,9 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from controlbooth.launch.data_preflight import (
     check_cache,
@@ -24,6 +24,18 @@ from controlbooth.launch.data_preflight import (
 )
 from controlbooth.launch.progress import is_locked
 from controlbooth.launch.torchrun import Node, world_size
+from controlbooth.models.recognition import (
+    UNET,
+    Family,
+    check_controlnet,
+    check_part,
+    check_scheduler,
+    check_tokenizer,
+    recognise_file,
+    recognise_folder,
+    scheduler_file,
+)
+from controlbooth.models.weight_files import read_json, safetensors_header, shapes_of, weights_files
 from controlbooth.trainer.config import (
     BUILT_IN,
     ConfigError,
@@ -90,7 +102,7 @@ def check_base(config: RunConfig, node: Node) -> Iterator[str]:
 
 
 def controlnet_problems(path: Path) -> Iterator[str]:
-    """Why a run cannot go on from the weights of this ControlNet."""
+    """Why a run cannot go on from the weights of this ControlNet, as far as its files' headers tell."""
     named = f"model.controlnet is {str(path)!r}"
     remedy = (
         "give the folder of a ControlNet to go on from, as RUN/checkpoints/step-N/controlnet is one, or 'unet' to "
@@ -102,10 +114,18 @@ def controlnet_problems(path: Path) -> Iterator[str]:
         yield f"{named}, which holds no config.json with a .safetensors file beside it: {remedy}"
     elif path.is_file() and path.suffix != ".safetensors":
         yield f"{named}, which is no .safetensors file: {remedy}"
+    elif path.is_file():
+        yield from problem_of(named, lambda: safetensors_header(path))
+    else:
+        yield from problem_of(named, lambda: check_controlnet(read_json(path / "config.json"), str(path)))
+        yield from problem_of(named, partial(_read_headers, path, UNET.stem))
 
 
 def base_problems(name: str, family: str) -> Iterator[str]:
-    """Why the base of this name cannot be taken as a model of this family."""
+    """Why the base of this name cannot be taken as a model of this family, as far as its files' headers tell.
+
+    The trainer compares every tensor with the network that it belongs to, and so does a dry run (network_check.py).
+    """
     base, named = base_folder(name), f"model.base is {name!r}"
     if name == BUILT_IN and not (base / "unet" / "config.json").is_file():
         yield f"{named}, but its weights are not in {base}: this install is incomplete, install controlbooth again"
@@ -114,31 +134,48 @@ def base_problems(name: str, family: str) -> Iterator[str]:
             f"{named}, which does not exist: give a diffusers folder, a .safetensors file or '{BUILT_IN}'; "
             "nothing is downloaded from a hub"
         )
-    elif base.is_dir() and not (base / "unet" / "config.json").is_file():
-        yield (
-            f"{named}, but there is no {base / 'unet' / 'config.json'}: "
-            "give the folder of a whole Stable Diffusion model, which holds unet/, vae/, text_encoder/ and tokenizer/"
-        )
-    elif not base_weights(base):
+    elif base.is_file() and base.suffix != ".safetensors":
         yield (
             f"{named}, but there is no .safetensors file of its U-Net, the one format that cannot run code when it is "
             "read: convert the model with save_pretrained(..., safe_serialization=True)"
         )
     else:
-        for file in base_weights(base):
-            try:
-                safetensors_header(file)
-            except ValueError as error:
-                yield f"{named}: {error}"
+        yield from _part_problems(named, base, family)
+
+
+def _part_problems(named: str, base: Path, requested: str) -> Iterator[str]:
+    """Of a folder or a single file that is there: which family it is of, and whether all of its parts are."""
+    found: list[Family] = []
+    recognise = recognise_folder if base.is_dir() else recognise_file
+    yield from problem_of(named, lambda: found.append(recognise(base, requested)))
+    for family in found:
+        beside = base if base.is_dir() else base.parent
+        scheduler = beside / "scheduler" / "scheduler_config.json"
         if base.is_dir():
-            yield from _check_family(family, base)
+            yield from problem_of(named, lambda: scheduler_file(base))
+            for part in family.parts:
+                yield from problem_of(named, partial(check_part, base, part))
+                yield from problem_of(named, partial(_read_headers, base / part.folder, part.stem))
+        if scheduler.is_file():
+            yield from problem_of(named, partial(_check_scheduler_file, scheduler))
+        for name in family.tokenizers:
+            yield from problem_of(named, partial(check_tokenizer, beside, name))
 
 
-def _check_family(family: str, base: Path) -> Iterator[str]:
-    """Only SDXL is told apart here, the mistake that wastes a download; the loader tells all families."""
-    is_xl = json.loads((base / "unet" / "config.json").read_text()).get("addition_embed_type") == "text_time"
-    if family != "auto" and is_xl != (family == "sdxl"):
-        yield f"model.family is {family}, but {base} is {'' if is_xl else 'not '}Stable Diffusion XL. Use auto"
+def _read_headers(folder: Path, stem: str) -> None:
+    shapes_of(weights_files(folder, stem))
+
+
+def _check_scheduler_file(path: Path) -> None:
+    check_scheduler(read_json(path), str(path))
+
+
+def problem_of(named: str, check: Callable[[], object]) -> Iterator[str]:
+    """What a check raises, with the name of what is checked; nothing where it raises nothing."""
+    try:
+        check()
+    except (ValueError, OSError) as error:
+        yield f"{named}: {error}"
 
 
 def check_output(config: RunConfig, node: Node) -> Iterator[str]:
@@ -152,7 +189,7 @@ def check_output(config: RunConfig, node: Node) -> Iterator[str]:
         return
     try:
         checkpoint = checkpoint_bytes(config)
-    except ValueError:
+    except (ValueError, OSError):
         return  # check_base has said what is wrong with the weights that this is estimated from
     kept = config.checkpoint.keep + config.checkpoint.keep_best + 1  # a new one is complete before an old one goes
     there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.exists() else 0
@@ -232,36 +269,16 @@ CHECKS = (
 
 
 def base_weights(base: Path) -> list[Path]:
-    """The .safetensors files that hold the base's U-Net."""
-    return sorted((base / "unet").glob("*.safetensors")) if base.is_dir() else [base] * (base.suffix == ".safetensors")
+    """The .safetensors files that hold the base's U-Net. Raises ValueError and OSError where there are none."""
+    return weights_files(base / UNET.folder, UNET.stem) if base.is_dir() else [base]
 
 
 def checkpoint_bytes(config: RunConfig) -> int:
-    """An upper estimate of one checkpoint's size, from the headers of the base. Raises ValueError for damaged ones."""
+    """An upper estimate of one checkpoint's size, from the base's headers. Raises ValueError and OSError for damage."""
     base = base_path(config)
-    shapes: dict[str, list[int]] = {}
-    for file in base_weights(base):  # a name that comes again is a variant of the same weights, such as fp16
-        shapes |= {name: entry["shape"] for name, entry in safetensors_header(file).items()}
+    shapes = shapes_of(base_weights(base))
     learning = COPIED if base.is_dir() else COPIED_ORIGINAL
     if config.model.unlock_decoder_at is not None:
         learning += DECODER if base.is_dir() else DECODER_ORIGINAL
     parameters = sum(math.prod(shape) for name, shape in shapes.items() if name.startswith(learning))
     return parameters * (TRAINING_BYTES + (4 if config.optimizer.ema_decay else 0))
-
-
-def safetensors_header(file: Path) -> dict[str, Any]:
-    """name -> {dtype, shape, data_offsets} of every tensor. Raises ValueError for a file that is none or incomplete."""
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        size = file.stat().st_size
-        try:
-            header = json.loads(stream.read(length)) if length < size else None
-        except ValueError:
-            header = None
-    if not isinstance(header, dict):
-        raise ValueError(f"{file} is not a safetensors file; a pointer of git-lfs is not its content. Fetch it again")
-    header.pop("__metadata__", None)
-    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if 8 + length + end != size:
-        raise ValueError(f"{file} has {size} bytes where its header says {8 + length + end}. Fetch it again")
-    return header

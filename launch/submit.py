@@ -50,6 +50,7 @@ from controlbooth.trainer.config import (
     load_config,
     run_folder,
 )
+from controlbooth.trainer.network_check import network_problems, subjects_network_problems
 from controlbooth.trainer.subjects import (
     SubjectRunConfig,
     load_run,
@@ -119,8 +120,11 @@ def main(engine: Engine, arguments: Sequence[str] | None) -> int:
     else:
         if options.subjects_per_task:
             raise ValueError("--subjects-per-task is for a batch of subjects: give its manifest with --subjects")
-        job, files, problems = run_job(load_config(options.run, options.overrides), cluster)
+        config = load_config(options.run, options.overrides)
+        job, files, problems = run_job(config, cluster)
         faults = {}
+        if options.dry_run and not problems and cluster.engine != "kubernetes":  # whose pods see what is not here
+            problems += network_problems(config)
     problems += busy_problems(job)
     for problem in problems:
         print(f"controlbooth launch {engine}: {problem}", file=sys.stderr)
@@ -165,6 +169,8 @@ def subjects_job(
         raise ValueError("method=full trains one subject with all ranks: use `controlbooth dreambooth run`")
     seen_here = () if cluster.engine == "kubernetes" else dreambooth.folder_problems(config)
     if problems := [*seen_here, *dreambooth.run_problems(config)]:
+        raise ValueError("; ".join(problems))
+    if open_pictures and (problems := list(subjects_network_problems(config))):
         raise ValueError("; ".join(problems))
     tasks, faults = dreambooth.checked_subjects(config, manifest, f"launch {cluster.engine}", open_pictures)
     job = place(config.name, config.output / config.name, replace_nodes(cluster))

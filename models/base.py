@@ -9,7 +9,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 
-from controlbooth.models.families import Family
+from controlbooth.models.recognition import Family
 
 Encoded = tuple[Tensor, Tensor | None]
 """Hidden states (B, L, D) and the pooled embedding (B, P), or None where the family has none."""
@@ -39,6 +39,8 @@ class Base:
     noise_scheduler: DDPMScheduler
     digest: str
     """SHA-256 over the names and bytes of the weights files that were read."""
+    identity: dict[str, Any] = field(default_factory=dict, repr=False)
+    """All that its results depend on, by name: `identity.base_identity`."""
     zero_empty_prompt: bool = False
     """SDXL: a sampling pipeline without a negative prompt guides away from zeros, not from the empty prompt."""
     _empty: Encoded | None = field(default=None, repr=False)

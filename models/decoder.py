@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from controlbooth.models.base import Base
 from controlbooth.models.controlnet import predict
 from controlbooth.models.families import TextEncoding
-from controlbooth.models.pretrained import DECODER_FILE, UNET_FOLDER, read_controlnet
+from controlbooth.models.loading import fill, load_module, read_tensors
+from controlbooth.models.pretrained import DECODER_FILE, UNET_FOLDER, WEIGHTS_STEM, read_controlnet
 from controlbooth.models.weights import save_weights
 
 DECODER = ("up_blocks", "conv_norm_out", "conv_out")
@@ -91,21 +91,22 @@ def load_networks(path: str | os.PathLike[str], base: Base, dtype: torch.dtype =
     ValueError for a decoder or ControlNet of another base.
     """
     path = Path(path)
-    controlnet = read_controlnet(path, base.unet, dtype)
+    controlnet, empty = read_controlnet(path, base.unet, dtype), base.device.type == "meta"
     if (path / DECODER_FILE).is_file():
-        weights = load_file(path / DECODER_FILE)
+        weights = read_tensors([path / DECODER_FILE], empty)
     elif (path / UNET_FOLDER).is_dir():
-        exported: Any = UNet2DConditionModel.from_pretrained(
-            path / UNET_FOLDER, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
-        )
-        weights = decoder_state(exported)
+        unet = load_module(UNet2DConditionModel, path / UNET_FOLDER, torch.float32, WEIGHTS_STEM, empty=empty)
+        weights = decoder_state(unet)
     else:
         return base, controlnet
     wanted = {name: tensor.shape for name, tensor in decoder_state(base.unet).items()}
     if {name: tensor.shape for name, tensor in weights.items()} != wanted:
         raise ValueError(f"the decoder in {path} was made for another base than {base.path}")
     unet = with_own_decoder(base.unet, base.dtype)
-    unet.load_state_dict(weights, strict=False)  # into the decoder alone: the names have just been compared
+    for name, module in decoder_modules(unet).items():
+        own = {key.removeprefix(f"{name}."): value for key, value in weights.items() if key.startswith(f"{name}.")}
+        fill(module, own, base.dtype, f"{name} of the decoder in {path}")
+        module.to(base.device)
     for module in decoder_modules(unet).values():
         module.requires_grad_(False).eval()
     return replace(base, unet=unet), controlnet

@@ -6,11 +6,12 @@ are only read, through diffusers' own conversion functions.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import (
     convert_ldm_clip_checkpoint,
@@ -23,6 +24,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from controlbooth.models.architectures import Architecture
 from controlbooth.models.base import vae_dtype
+from controlbooth.models.loading import fill
 from controlbooth.models.weights import save_weights
 
 PREFIX = "control_model."
@@ -110,6 +112,13 @@ def hint_channels(weights: Mapping[str, Tensor], where: str) -> tuple[int, ...]:
     return tuple(int(weights[key].shape[0]) for key in keys)
 
 
+def condition_channels(weights: Mapping[str, Tensor]) -> int:
+    """How many channels the conditions of a ControlNet file have. weights: one that `hint_channels` has accepted."""
+    first = "input_hint_block.0.weight" if is_original(weights) else "controlnet_cond_embedding.conv_in.weight"
+    weight = next(tensor for key, tensor in weights.items() if key.removeprefix(PREFIX) == first)
+    return int(weight.shape[1]) if weight.ndim == 4 else 0
+
+
 def to_diffusers(weights: Mapping[str, Tensor], controlnet: ControlNetModel) -> dict[str, Tensor]:
     """A ControlNet file's tensors under diffusers' names; a file that has these already is returned as it is."""
     if not is_original(weights):
@@ -119,52 +128,71 @@ def to_diffusers(weights: Mapping[str, Tensor], controlnet: ControlNetModel) -> 
     return {names.get(key, key): tensor for key, tensor in stripped.items()}  # an unknown name is reported by `fill`
 
 
-def fill(module: nn.Module, weights: Mapping[str, Tensor], dtype: torch.dtype, where: str) -> None:
-    """Makes `weights` the parameters of `module`, which may be on the meta device. Every name and shape must match."""
-    expected = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
-    found = {key: tuple(tensor.shape) for key, tensor in weights.items()}
-    missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    if missing or unknown:
-        raise ValueError(
-            f"{where} does not fit {type(module).__name__}: {len(missing)} tensors are missing {missing[:3]}, "
-            f"{len(unknown)} are unknown {unknown[:3]}. It was made for another base, or is incomplete."
-        )
-    for key, shape in expected.items():
-        if found[key] != shape:
-            raise ValueError(
-                f"{where} does not fit {type(module).__name__}: {key} has shape {found[key]}, "
-                f"and the base needs {shape}. It was made for another base."
-            )
-    module.load_state_dict({key: tensor.to(dtype) for key, tensor in weights.items()}, assign=True)
-
-
 def build_base(
     state: Mapping[str, Tensor], architecture: Architecture, dtype: torch.dtype, where: str
 ) -> tuple[UNet2DConditionModel, AutoencoderKL, tuple[nn.Module, ...]]:
     """U-Net, VAE and text encoders from a whole checkpoint in the original layout, on the CPU."""
-    with torch.device("meta"):
+    with init_empty_weights(include_buffers=False):
         unet, vae = UNet2DConditionModel(**architecture.unet), AutoencoderKL(**architecture.vae)
-    fill(unet, convert_ldm_unet_checkpoint(state, unet.config), dtype, f"the U-Net of {where}")
-    fill(vae, convert_ldm_vae_checkpoint(state, vae.config), vae_dtype(vae.config, dtype), f"the VAE of {where}")
+    named = f"the U-Net of {where}"
+    fill(unet, _converted(convert_ldm_unet_checkpoint, state, _UNET, named, unet.config), dtype, named)
+    named = f"the VAE of {where}"
+    weights = _converted(convert_ldm_vae_checkpoint, state, _VAE, named, vae.config)
+    fill(vae, weights, vae_dtype(vae.config, dtype), named)
     classes = (CLIPTextModel, CLIPTextModelWithProjection)
     encoders = []
     for number, config in enumerate(architecture.text_encoders):
-        encoder = classes[number](CLIPTextConfig(**config))
-        fill(encoder, _text_weights(state, encoder), dtype, f"text encoder {number + 1} of {where}")
+        named = f"text encoder {number + 1} of {where}"
+        with init_empty_weights(include_buffers=False):
+            encoder = classes[number](CLIPTextConfig(**config))
+        fill(encoder, _text_weights(state, encoder, named), dtype, named)
         encoders.append(encoder)
     return unet, vae, tuple(encoders)
 
 
-def _text_weights(state: Mapping[str, Tensor], encoder: Any) -> dict[str, Tensor]:
-    """CLIP-L keeps transformers' names under a prefix; OpenCLIP (SD2.1, and the second of SDXL) has its own names."""
+def _converted(
+    convert: Callable[..., dict[str, Tensor]], state: Mapping[str, Tensor], prefix: str, where: str, *arguments: Any
+) -> dict[str, Tensor]:
+    """What diffusers makes of the tensors under a prefix. Raises ValueError for one that is missing or not asked for.
+
+    Its functions look up what they need by name, and pass over what they do not know.
+    """
+    try:
+        made = convert(dict(state), *arguments)
+    except KeyError as error:
+        raise ValueError(f"{where} lacks the tensor {error.args[0]}: the file is incomplete. Fetch it again") from None
+    except (RuntimeError, IndexError, TypeError) as error:
+        raise ValueError(f"{where} has a tensor of another shape ({error}). Fetch the file again") from error
+    taken = {id(tensor) for tensor in made.values()}
+    unknown = [
+        name
+        for name, tensor in state.items()
+        if name.startswith(prefix) and id(tensor) not in taken and not _RESHAPED.search(name.removeprefix(prefix))
+    ]
+    if unknown:
+        raise ValueError(
+            f"{where} holds {len(unknown)} tensors that are unknown ({', '.join(unknown[:4])}): the file is of another "
+            "model. Fetch it again"
+        )
+    return made
+
+
+_UNET, _VAE = "model.diffusion_model.", "first_stage_model."
+_RESHAPED = re.compile(r"attn_1\.|^loss\.|position_ids$|logit_scale$|^model_ema\.|\.in_proj_|text_projection")
+"""Names of tensors that are brought into another shape, and so are others afterwards, or that are left out rightly."""
+
+
+def _text_weights(state: Mapping[str, Tensor], encoder: Any, where: str) -> dict[str, Tensor]:
+    """CLIP-L keeps transformers' names under a prefix; OpenCLIP (SD2.1, and the second of SDXL) has its own names.
+
+    Of OpenCLIP's layers the last is passed over where the encoder has one less, as Stable Diffusion 2 reads it.
+    """
     is_second = isinstance(encoder, CLIPTextModelWithProjection)
     if is_second or "cond_stage_model.model.token_embedding.weight" in state:
         prefix = "conditioner.embedders.1.model." if is_second else "cond_stage_model.model."
-        weights = convert_open_clip_checkpoint(encoder, state, prefix=prefix)
-    else:
-        weights = convert_ldm_clip_checkpoint(state)
-    # older files hold the position ids, which are a buffer
-    weights = {key: tensor for key, tensor in weights.items() if not key.endswith("position_ids")}
-    if not hasattr(encoder, "text_model"):  # transformers 5.6 made CLIPTextModel flat
-        weights = {key.removeprefix("text_model."): tensor for key, tensor in weights.items()}
-    return weights
+        beyond = f"{prefix}transformer.resblocks.{encoder.config.num_hidden_layers}."
+        own = {name: tensor for name, tensor in state.items() if not name.startswith((beyond, f"{prefix}visual."))}
+        return _converted(lambda found: convert_open_clip_checkpoint(encoder, found, prefix=prefix), own, prefix, where)
+    is_first = any(name.startswith("conditioner.embedders.0.") for name in state)
+    prefix = "conditioner.embedders.0." if is_first else "cond_stage_model."
+    return _converted(convert_ldm_clip_checkpoint, state, prefix, where)

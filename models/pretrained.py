@@ -3,27 +3,40 @@
 Nothing here opens a network connection: what a base lacks is an error that says which file to put where.
 """
 
-import contextlib
-import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
+import transformers
+from diffusers import ControlNetModel, DDPMScheduler, UNet2DConditionModel
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
-from transformers.utils import logging as transformers_logging
+from transformers import AutoTokenizer
 
 from controlbooth.models import original_layout
 from controlbooth.models.base import Base, check_parts_fit, vae_dtype
 from controlbooth.models.controlnet import build_controlnet, check_fits
-from controlbooth.models.families import Family, check_family, identify
+from controlbooth.models.identity import base_identity, weights_digests
+from controlbooth.models.loading import fill, load_module, read_tensors
+from controlbooth.models.noise_schedule import make_noise_scheduler, read_noise_scheduler
+from controlbooth.models.recognition import (
+    VAE,
+    Family,
+    Part,
+    check_condition_channels,
+    check_controlnet,
+    check_part,
+    check_tokenizer,
+    recognise_file,
+    recognise_folder,
+    scheduler_file,
+)
 from controlbooth.models.variants import VariantControlNet
+from controlbooth.models.weight_files import read_json, weights_files
 from controlbooth.models.weights import save_pretrained
 
 MINIATURE = Path(__file__).parent / "miniature"
@@ -40,19 +53,20 @@ def load_base(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> Base:
-    """Reads a base model, frozen.
+    """Reads a base model, frozen, every tensor of its networks from its files.
 
     path: a diffusers folder (its full-precision files, or where there are none a variant such as *.fp16.safetensors),
     a single .safetensors file in the original layout with a tokenizer/ folder beside it, or "miniature".
-    Under fp16 a VAE that asks for it (SDXL's overflows) stays in float32.
-    Raises FileNotFoundError for what is missing and ValueError for a base of another or an unknown family.
+    Under fp16 a VAE that asks for it (SDXL's overflows) stays in float32. On the device "meta" no weight is read: all
+    is checked but values, in a second or two, and the base is good for nothing else.
+    Raises FileNotFoundError for what is missing and ValueError for a base of another or an unknown family, or one of
+    which a tensor is missing, unknown, of another shape or no number.
     """
-    path = MINIATURE if os.fspath(path) == "miniature" else Path(path)
+    path, empty = MINIATURE if os.fspath(path) == "miniature" else Path(path), torch.device(device).type == "meta"
     if path.is_dir():
-        with _without_bars():
-            base = _load_folder(path, family, dtype)
+        base = _load_folder(path, family, dtype, empty)
     elif path.is_file():
-        base = _load_single_file(path, family, dtype)
+        base = _load_single_file(path, family, dtype, empty)
     else:
         raise FileNotFoundError(
             f"base model {path} does not exist. Give a diffusers folder, a single .safetensors file, or 'miniature'."
@@ -64,89 +78,45 @@ def load_base(
     return base
 
 
-@contextlib.contextmanager
-def _without_bars():
-    """transformers draws a progress bar for each module that it reads, on every rank."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
-
-
-def _load_folder(folder: Path, requested: str, dtype: torch.dtype) -> Base:
-    unet_config = _read_unet_config(folder)
-    family = check_family(requested, identify(unet_config), str(folder))
-    suffixes = [""] if family.text_encoder_count == 1 else ["", "_2"]
-    names = ["unet", "vae", *(f"text_encoder{suffix}" for suffix in suffixes)]
-    weights = {name: _weights_files(folder / name) for name in names}
-
-    def load(cls: Any, name: str, keyword: str) -> Any:
-        options: dict[str, Any] = dict(use_safetensors=True, local_files_only=True)
-        config = json.loads((folder / name / "config.json").read_text())
-        options[keyword] = vae_dtype(config, dtype) if name == "vae" else dtype
-        return cls.from_pretrained(folder / name, variant=_variant(weights[name]), **options)
-
-    encoder_classes = (CLIPTextModel, CLIPTextModelWithProjection)
-    index_path = folder / "model_index.json"
-    index = json.loads(index_path.read_text()) if index_path.exists() else {}
+def _load_folder(folder: Path, requested: str, dtype: torch.dtype, empty: bool) -> Base:
+    family = recognise_folder(folder, requested)
+    noise_scheduler = read_noise_scheduler(scheduler_file(folder))
+    tokenizers = tuple(_load_tokenizer(folder, name) for name in family.tokenizers)
+    modules: dict[str, Any] = {}
+    files: dict[str, list[Path]] = {}
+    for part in family.parts:
+        check_part(folder, part)
+        files[part.folder] = weights_files(folder / part.folder, part.stem)
+        own = vae_dtype(read_json(folder / part.folder / "config.json"), dtype) if part == VAE else dtype
+        modules[part.folder] = load_module(class_of(part), folder / part.folder, own, part.stem, empty=empty)
+    index = folder / "model_index.json"
+    settings = read_json(index) if index.is_file() else {}
+    zero_empty_prompt = bool(settings.get("force_zeros_for_empty_prompt", family.name == "sdxl"))
+    digest, digests = ("", {}) if empty else weights_digests(folder, files)
+    scheduler = str(read_json(scheduler_file(folder)).get("_class_name", "DDPMScheduler"))
     return Base(
         family=family,
         path=folder,
-        vae=load(AutoencoderKL, "vae", "torch_dtype"),
-        text_encoders=tuple(
-            load(cls, f"text_encoder{suffix}", "dtype") for cls, suffix in zip(encoder_classes, suffixes, strict=False)
-        ),
-        tokenizers=tuple(_load_tokenizer(folder, f"tokenizer{suffix}") for suffix in suffixes),
-        unet=load(UNet2DConditionModel, "unet", "torch_dtype"),
-        noise_scheduler=_load_noise_scheduler(folder / "scheduler"),
-        digest=_digest(folder, [file for files in weights.values() for file in files]),
-        zero_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", family.name == "sdxl")),
+        vae=modules["vae"],
+        text_encoders=tuple(module for name, module in modules.items() if name.startswith("text_encoder")),
+        tokenizers=tokenizers,
+        unet=modules["unet"],
+        noise_scheduler=noise_scheduler,
+        digest=digest,
+        identity=base_identity(family, modules, tokenizers, noise_scheduler, scheduler, zero_empty_prompt, digests),
+        zero_empty_prompt=zero_empty_prompt,
     )
 
 
-def _read_unet_config(folder: Path) -> dict[str, Any]:
-    config = folder / "unet" / "config.json"
-    if config.exists():
-        return json.loads(config.read_text())
-    transformer = folder / "transformer" / "config.json"
-    if transformer.exists():
-        return json.loads(transformer.read_text())  # SD3, Flux and others: `identify` names the class it cannot take
-    if (folder / "config.json").exists():
-        raise FileNotFoundError(
-            f"{folder} holds one module, not a base model. Give the folder that holds unet/, vae/, text_encoder/, "
-            "tokenizer/ and scheduler/."
-        )
-    raise FileNotFoundError(f"{config} does not exist, so {folder} is no diffusers folder of a base model")
+def class_of(part: Part) -> Any:
+    """The class of a part of a base, of diffusers or transformers."""
+    return getattr(diffusers if hasattr(diffusers, part.kind) else transformers, part.kind)
 
 
-def _weights_files(folder: Path) -> list[Path]:
-    """The safetensors of a module: the full-precision ones, or else those of its only variant."""
-    files = sorted(folder.glob("*.safetensors"))
-    variants: dict[str | None, list[Path]] = {}
-    for file in files:
-        variants.setdefault(_variant([file]), []).append(file)
-    if None in variants:
-        return variants[None]
-    if len(variants) == 1:
-        return next(iter(variants.values()))
-    if variants:
-        raise ValueError(f"{folder} holds the variants {', '.join(map(str, variants))}; keep the one to be used")
-    pickled = next(folder.glob("*.bin"), None)
-    if pickled:
-        raise FileNotFoundError(
-            f"{pickled} is a pickle, which can run code when it is read, and there is no .safetensors beside it. "
-            "Convert it with save_pretrained(..., safe_serialization=True), or download the safetensors files."
-        )
-    raise FileNotFoundError(f"{folder} holds no .safetensors file")
-
-
-def _variant(files: Iterable[Path]) -> str | None:
-    """diffusion_pytorch_model.fp16.safetensors and diffusion_pytorch_model.fp16-00001-of-00002.safetensors -> fp16."""
-    parts = next(iter(files)).name.removesuffix(".safetensors").split(".")
-    return parts[1].split("-")[0] if len(parts) > 1 else None
+def parts_of(base: Base) -> dict[str, Any]:
+    """Folder's name -> network, of all that a diffusers folder of this base holds."""
+    encoders = (part.folder for part in base.family.parts if part.folder.startswith("text_encoder"))
+    return {"unet": base.unet, "vae": base.vae} | dict(zip(encoders, base.text_encoders, strict=True))
 
 
 def load_tokenizers(path: str | os.PathLike[str]) -> tuple[Any, ...]:
@@ -158,51 +128,48 @@ def load_tokenizers(path: str | os.PathLike[str]) -> tuple[Any, ...]:
 
 
 def _load_tokenizer(folder: Path, name: str) -> Any:
-    if not (folder / name).is_dir():
-        raise FileNotFoundError(
-            f"there is no {name}/ in {folder}. A base needs its tokenizer: copy the folder {name}/ (vocab.json, "
-            "merges.txt, tokenizer_config.json, special_tokens_map.json) of the base's diffusers release there."
+    check_tokenizer(folder, name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder / name, local_files_only=True, trust_remote_code=False)
+        rules = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    except Exception as error:  # tokenizers raises Exception itself where a file is not what it expects
+        raise ValueError(f"{folder / name} is no tokenizer that can be read: {error}. Fetch it again") from error
+    if unformed := _never_formed(tokenizer, rules):
+        raise ValueError(
+            f"{folder / name}: {len(unformed)} tokens of the vocabulary, such as {unformed[0]!r}, come out of no "
+            "merge, so the merges (merges.txt) are incomplete, or of another vocabulary. Fetch them again"
         )
-    return AutoTokenizer.from_pretrained(folder / name, local_files_only=True, trust_remote_code=False)
+    return tokenizer
 
 
-def _load_noise_scheduler(folder: Path) -> DDPMScheduler:
-    """The training view of whatever scheduler the folder names: same betas and prediction type.
-
-    Predicted latents are never clipped to [-1, 1] as pixels would be; diffusers' pipelines enforce the same.
-    """
-    if not (folder / "scheduler_config.json").exists():
-        raise FileNotFoundError(
-            f"{folder / 'scheduler_config.json'} does not exist. It says how noise is added and what the U-Net "
-            "predicts: copy it from the base's diffusers release."
-        )
-    options: dict[str, Any] = dict(clip_sample=False, thresholding=False, local_files_only=True)
-    scheduler: Any = DDPMScheduler.from_pretrained(folder, **options)
-    return scheduler
-
-
-def _digest(root: Path, files: Iterable[Path]) -> str:
-    total = hashlib.sha256()
-    for file in sorted(files):
-        with file.open("rb") as stream:
-            total.update(f"{file.relative_to(root).as_posix()} ".encode())
-            total.update(hashlib.file_digest(stream, "sha256").digest())
-    return total.hexdigest()
+def _never_formed(tokenizer: Any, rules: Mapping[str, Any]) -> list[str]:
+    """Tokens of a byte-pair vocabulary that no merge makes: the end of the list of merges is missing, or all of it."""
+    if rules.get("type") != "BPE" or rules.get("ignore_merges"):
+        return []
+    merges = (merge.split(" ") if isinstance(merge, str) else merge for merge in rules["merges"])
+    formed = {"".join(pair) for pair in merges} | set(tokenizer.added_tokens_encoder)
+    suffix = rules.get("end_of_word_suffix") or ""
+    return [
+        token
+        for token in rules["vocab"]
+        if token not in formed and len(token.removesuffix(suffix) if suffix else token) > 1
+    ]
 
 
-def _load_single_file(path: Path, requested: str, dtype: torch.dtype) -> Base:
+def _load_single_file(path: Path, requested: str, dtype: torch.dtype, empty: bool) -> Base:
     """A checkpoint in the original layout. Its tokenizer, and a scheduler_config.json if any, lie beside it."""
-    if path.suffix != ".safetensors":
-        raise ValueError(f"{path} is not a .safetensors file. A .ckpt can run code when it is read: convert it first.")
+    family = recognise_file(path, requested)
+    tokenizers = tuple(_load_tokenizer(path.parent, name) for name in family.tokenizers)
+    state = read_tensors([path], empty)
     with safe_open(path, "pt") as file:
-        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
         metadata = file.metadata() or {}
-    family = check_family(requested, identify(shapes), str(path))
-    suffixes = [""] if family.text_encoder_count == 1 else ["", "_2"]
-    tokenizers = tuple(_load_tokenizer(path.parent, f"tokenizer{suffix}") for suffix in suffixes)
-    noise_scheduler = _single_file_scheduler(path, family, shapes, metadata)
-    assert family.architecture is not None  # `identify` finds only families whose single files can be read
-    unet, vae, text_encoders = original_layout.build_base(load_file(path), family.architecture, dtype, str(path))
+    noise_scheduler = _single_file_scheduler(path, family, state, metadata)
+    assert family.architecture is not None  # only families whose single files can be read are found in them
+    unet, vae, text_encoders = original_layout.build_base(state, family.architecture, dtype, str(path))
+    zero_empty_prompt = family.name == "sdxl"
+    digest, digests = ("", {}) if empty else weights_digests(path.parent, {"file": [path]})
+    modules = {"unet": unet, "vae": vae}
+    modules |= {part.folder: encoder for part, encoder in zip(family.parts[2:], text_encoders, strict=True)}
     return Base(
         family=family,
         path=path,
@@ -211,32 +178,33 @@ def _load_single_file(path: Path, requested: str, dtype: torch.dtype) -> Base:
         tokenizers=tokenizers,
         unet=unet,
         noise_scheduler=noise_scheduler,
-        digest=_digest(path.parent, [path]),
-        zero_empty_prompt=family.name == "sdxl",
+        digest=digest,
+        identity=base_identity(family, modules, tokenizers, noise_scheduler, "", zero_empty_prompt, digests),
+        zero_empty_prompt=zero_empty_prompt,
     )
 
 
 def _single_file_scheduler(
-    path: Path, family: Family, shapes: Mapping[str, Any], metadata: Mapping[str, str]
+    path: Path, family: Family, names: Mapping[str, Any], metadata: Mapping[str, str]
 ) -> DDPMScheduler:
-    folder = path.parent / "scheduler"
-    if (folder / "scheduler_config.json").exists():
-        return _load_noise_scheduler(folder)
+    beside = path.parent / "scheduler" / "scheduler_config.json"
+    if beside.exists():
+        return read_noise_scheduler(beside)
     assert family.architecture is not None
     config = dict(family.architecture.noise_scheduler)
     stated = metadata.get("modelspec.prediction_type")  # Stability AI's ModelSpec: "epsilon" or "v"
-    if "v_pred" in shapes or stated in ("v", "v_prediction"):  # SDXL files say it by empty tensors: v_pred, ztsnr
+    if "v_pred" in names or stated in ("v", "v_prediction"):  # SDXL files say it by empty tensors: v_pred, ztsnr
         config["prediction_type"] = "v_prediction"
     elif stated == "epsilon":
         config["prediction_type"] = "epsilon"
     elif family.name == "sd21":
         raise ValueError(
             f"{path} is Stable Diffusion 2.x, which comes in two kinds with equal keys: 512 pixels predicts epsilon, "
-            f"768 pixels predicts v. Put the scheduler_config.json of its diffusers release into {folder}."
+            f"768 pixels predicts v. Put the scheduler_config.json of its diffusers release into {beside.parent}."
         )
-    if "ztsnr" in shapes:
+    if "ztsnr" in names:
         config["rescale_betas_zero_snr"] = True
-    return DDPMScheduler(**config)
+    return make_noise_scheduler(config, str(path))
 
 
 def load_controlnet(
@@ -257,31 +225,43 @@ def load_controlnet(
 
 
 def read_controlnet(path: Path, unet: UNet2DConditionModel, dtype: torch.dtype = torch.float32) -> ControlNetModel:
-    """`load_controlnet` for those who read the decoder too."""
+    """`load_controlnet` for those who read the decoder too. With a U-Net on "meta" all is checked but values."""
+    empty = unet.device.type == "meta"
     if path.is_dir():
-        files = _weights_files(path)
-        controlnet = controlnet_class(path).from_pretrained(
-            path, variant=_variant(files), torch_dtype=dtype, use_safetensors=True, local_files_only=True
-        )
+        controlnet = read_controlnet_folder(path, dtype, empty)
         check_fits(controlnet, unet, str(path))
         return controlnet.train()
     if not path.is_file():
         raise FileNotFoundError(f"ControlNet {path} does not exist. Give a diffusers folder or a .safetensors file.")
-    weights = load_file(path)
-    controlnet = build_controlnet(unet, original_layout.hint_channels(weights, str(path)), device="meta")
-    original_layout.fill(controlnet, original_layout.to_diffusers(weights, controlnet), dtype, str(path))
+    weights = read_tensors([path], empty)
+    widths = original_layout.hint_channels(weights, str(path))
+    check_condition_channels(original_layout.condition_channels(weights), str(path))
+    controlnet = build_controlnet(unet, widths, device="meta")
+    fill(controlnet, original_layout.to_diffusers(weights, controlnet), dtype, str(path), CONTROLNET_REMEDY)
     return controlnet
 
 
+CONTROLNET_REMEDY = "It was made for another base, or is incomplete"
+
+
+def read_controlnet_folder(folder: Path, dtype: torch.dtype = torch.float32, empty: bool = False) -> Any:
+    """A ControlNet's folder as it is, without a base to compare it with, on the CPU. Raises as `load_controlnet`."""
+    kind = controlnet_class(folder)
+    return load_module(kind, folder, dtype, WEIGHTS_STEM, empty=empty, remedy=CONTROLNET_REMEDY)
+
+
+WEIGHTS_STEM = "diffusion_pytorch_model"
+"""What diffusers calls the weights of its networks."""
+
+
 def controlnet_class(folder: Path) -> type[ControlNetModel]:
-    """Of what a folder holds, as its config.json names it. Raises ValueError for anything but a ControlNet."""
-    classes = {cls.__name__: cls for cls in (ControlNetModel, VariantControlNet)}
+    """Of what a folder holds, as its config.json names it. Raises ValueError for anything but a ControlNet of RGB."""
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder / 'config.json'} does not exist, so {folder} is no ControlNet's folder")
-    name = json.loads((folder / "config.json").read_text()).get("_class_name")
-    if name not in classes:
-        raise ValueError(f"{folder} holds a {name}, which is no ControlNet that is known: {', '.join(classes)}")
-    return classes[name]
+    config = read_json(folder / "config.json")
+    check_controlnet(config, str(folder))
+    classes: tuple[type[ControlNetModel], ...] = (ControlNetModel, VariantControlNet)
+    return next(one for one in classes if one.__name__ == config["_class_name"])
 
 
 def save_controlnet(controlnet: nn.Module, folder: str | os.PathLike[str]) -> None:

@@ -10,27 +10,27 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    UniPCMultistepScheduler,
-)
 from torch import Tensor, nn
 
 from controlbooth.models.base import Base, for_convolutions
 from controlbooth.models.controlnet import Residuals, control_residuals, denoise
 from controlbooth.models.families import TextEncoding, encode_with_dropout
 from controlbooth.models.guidance import weights_of
+from controlbooth.models.identity import identity_digest, libraries
+from controlbooth.models.noise_schedule import SCHEDULERS, make_sampler
 
-SCHEDULERS = {
-    "ddim": DDIMScheduler,
-    "unipc": UniPCMultistepScheduler,
-    "dpm++": DPMSolverMultistepScheduler,
-    "euler": EulerDiscreteScheduler,
-}
-"""All deterministic: DDIM with eta 0, DPM++ 2M and Euler without noise. A picture then depends on its own first noise
-alone."""
+VERSION = 1
+"""Of the arithmetic below: another one draws other pictures of the same weights, prompts and seeds."""
+
+
+def drawn_by(base: Base) -> dict[str, Any]:
+    """What pictures depend on besides prompts, seeds, steps and guidance, to name those that are kept by."""
+    versions = libraries()
+    return {
+        "base": identity_digest(base.identity),
+        "sampling": VERSION,
+        "libraries": {name: versions[name] for name in ("diffusers", "transformers")},
+    }
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def sample(
     height, width = _picture_size(base, controls, picture_size)
     guided = guidance_scale > 1.0
     text = _text_of_both_branches(base, prompts, negative_prompt, (height, width), guided)
-    noise_scheduler: Any = SCHEDULERS[scheduler].from_config(base.noise_scheduler.config)
+    noise_scheduler = make_sampler(scheduler, base.noise_scheduler)
     noise_scheduler.set_timesteps(steps, device=base.device)
     latents = initial_noise(base, seeds, height, width) * noise_scheduler.init_noise_sigma
     controls = [_with_rows_for(control, text, len(prompts)) for control in controls]

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from controlbooth.models.families import FAMILIES, identify
+from controlbooth.models.recognition import FAMILIES, identify
 from controlbooth.trainer.accelerators import ACCELERATORS, Accelerator, is_card
 from controlbooth.trainer.config import ConfigError, RunConfig, base_path, gradient_accumulation_steps, load_config
 from controlbooth.trainer.footprint import WITHOUT_SCORES

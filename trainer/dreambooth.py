@@ -11,6 +11,7 @@ the folder of this start of it (attempt.py), so an old start that wakes up puts 
     RUN/subjects/NAME/pytorch_lora_weights.safetensors      what diffusers' load_lora_weights reads
                       status.json                           waiting, training, finished or failed, and why
                       metrics.jsonl                         losses and figures of each step (subject_tracking.py)
+    RUN/base.json                                           what the base was when the run began (same_base.py)
     RUN/state/of-2/rank-0.safetensors                       the subjects in training, the queue, the optimizer
     RUN/rows/8-16/state/...                                 the same of one task of an array
 """
@@ -54,12 +55,22 @@ from controlbooth.models.weights import save_weights
 from controlbooth.trainer.accelerators import device_name
 from controlbooth.trainer.attempt import Attempt, Superseded, check_still_ours, only_run, write_file, write_text
 from controlbooth.trainer.config import ConfigError, base_folder
-from controlbooth.trainer.distributed import World, barrier, end_process, gather_objects, join, leave, patient_group
+from controlbooth.trainer.distributed import (
+    World,
+    barrier,
+    end_process,
+    from_first_rank,
+    gather_objects,
+    join,
+    leave,
+    patient_group,
+)
 from controlbooth.trainer.engine import DTYPES, resolve_precision
 from controlbooth.trainer.failures import end_superseded, note_failure
 from controlbooth.trainer.full import train_fully
 from controlbooth.trainer.pictures import SubjectError
 from controlbooth.trainer.run_page import source_tags
+from controlbooth.trainer.same_base import BASE_FILE, base_facts, check_same_base, read_base_facts, told_of_base
 from controlbooth.trainer.step import dreambooth_step
 from controlbooth.trainer.studio import (
     MOST_SKIPPED,
@@ -86,7 +97,6 @@ from controlbooth.trainer.subjects import (
     SubjectRunConfig,
     Task,
     check_full,
-    check_words,
     load_run,
     load_subjects,
     record_texts,
@@ -94,6 +104,7 @@ from controlbooth.trainer.subjects import (
     share_of_rank,
 )
 from controlbooth.trainer.train import StopRequest, choose_once, peak_memory_gib, quiet_libraries, tell_page
+from controlbooth.trainer.words import check_words
 
 LAYERS = {"attention": ATTENTION, "attention+convolutions": ATTENTION + CONVOLUTIONS}
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -132,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load_run(options.run, options.overrides)
         subjects, faults = load_subjects(options.subjects)
         tasks, more = settle(subjects, config)
-        split, _ = check_words(tasks, config.model.base)
+        split, _ = check_words(tasks, config)
         tasks, more = [task for task in tasks if task.name not in split], more | split
         faults |= more
         folder = own = config.output / config.name
@@ -203,6 +214,7 @@ def train_subjects(
     if config.method == "full":
         check_full(config, world.world_size)
     base = load_base(base_folder(config.model.base), config.model.family, DTYPES[precision], world.device)
+    go_on_with_base(attempt, folder, base, world)
     attention = choose_once(
         config.model.attention, world, precision, attempt, lambda: stack_attention_shapes(config, base)
     )
@@ -240,6 +252,27 @@ def train_subjects(
         for name, error in failed.items():
             print(f"  {name}: {error}")
     return 1 if failed else 0
+
+
+def go_on_with_base(attempt: Attempt, folder: Path, base: Base, world: World) -> None:
+    """Notes the base in the run's base.json, or raises ConfigError where it is not the one that is noted there.
+
+    Every rank calls this, and all of them raise or none.
+    """
+    saved = from_first_rank(read_base_facts(folder) if world.rank == 0 else None)
+    begun = "when this run began"
+    if saved is None:
+        if world.rank == 0:
+            if (folder / "subjects").is_dir():
+                for line in told_of_base({}, begun):
+                    print(line, file=sys.stderr, flush=True)
+            write_text(attempt, folder / BASE_FILE, json.dumps(base_facts(base), indent=1))
+        return
+    remedy = f"Put it back as it was, or give the run another name: {folder} holds subjects that were trained on that"
+    check_same_base(saved, base, begun, remedy)
+    if world.rank == 0:
+        for line in told_of_base(saved, begun):
+            print(line, file=sys.stderr, flush=True)
 
 
 def run_tags(config: SubjectRunConfig, base: Base, attention: str, precision: str, world: World) -> dict[str, str]:

@@ -6,18 +6,16 @@ among others, while its place and its neighbours change nothing. So both encode 
 filled up where there is less, and what else decides on kernels (`computed_here`) is kept with the columns.
 """
 
-import hashlib
-import json
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from controlbooth.data.columns import EncodedBatch
 from controlbooth.models.base import Base, Encoded
 from controlbooth.models.families import TEXT_ENCODINGS, TextEncoding, time_ids_of
+from controlbooth.models.identity import libraries, module_digest, tokenizer_digest
 from controlbooth.trainer.config import RunConfig
 
 IDENTITY_VERSION = 2
@@ -139,30 +137,5 @@ def computed_here(config: RunConfig, device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if cuda else f"cpu {torch.backends.cpu.get_cpu_capability()}",
         "threads": 0 if cuda else torch.get_num_threads(),
         "torch": torch.__version__,
+        **{name: version for name, version in libraries().items() if name in ("diffusers", "transformers")},
     }
-
-
-def module_digest(module: nn.Module) -> str:
-    """blake2b in hex of a module's weights as they are loaded, names and dtypes, and of its configuration."""
-    config: Any = module.config
-    tree = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-    digest = hashlib.blake2b(digest_size=8)
-    digest.update(json.dumps(_without_origin(tree), sort_keys=True, default=str).encode())
-    for name, tensor in sorted(module.state_dict().items()):
-        data = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(f"{name} {data.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(data.view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def _without_origin(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Where a model was loaded from, by which version and as what dtype is not what it is; the weights have a dtype."""
-    told_apart = ("transformers_version", "dtype", "torch_dtype")
-    return {name: value for name, value in tree.items() if not name.startswith("_") and name not in told_apart}
-
-
-def tokenizer_digest(tokenizer: Any) -> str:
-    """blake2b in hex of a tokenizer's rules and length, without the padding that its last call left behind."""
-    tree = json.loads(tokenizer.backend_tokenizer.to_str())
-    tree |= {"truncation": None, "padding": None, "length": tokenizer.model_max_length}
-    return hashlib.blake2b(json.dumps(tree, sort_keys=True).encode(), digest_size=8).hexdigest()

@@ -116,17 +116,15 @@ def export(run: Path, checkpoint: Path, out: Path, format: str, dtype: str, forc
 def _write(run: Path, checkpoint: Path, folder: Path, format: str, dtype: str) -> None:
     import torch
 
-    from controlbooth.models.families import identify
-    from controlbooth.models.pretrained import DECODER_FILE, controlnet_class, save_controlnet, save_single_file
+    from controlbooth.models.pretrained import DECODER_FILE, read_controlnet_folder, save_controlnet, save_single_file
+    from controlbooth.models.recognition import identify
     from controlbooth.trainer.checkpoint import check_weights, read_state
 
     config = load_config(checkpoint / "config.yaml")
     state = read_state(checkpoint)
     check_weights(checkpoint)
     torch_dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
-    controlnet: Any = controlnet_class(checkpoint / "controlnet").from_pretrained(
-        checkpoint / "controlnet", torch_dtype=torch_dtype, use_safetensors=True, local_files_only=True
-    )
+    controlnet: Any = read_controlnet_folder(checkpoint / "controlnet", torch_dtype)
     unlocked = (checkpoint / "controlnet" / DECODER_FILE).is_file()
     if unlocked and format != "diffusers":
         raise ValueError(
@@ -162,6 +160,7 @@ def _write_unet(config: RunConfig, state: dict[str, Any], checkpoint: Path, fold
     from controlbooth.models.decoder import load_networks
     from controlbooth.models.pretrained import UNET_FOLDER, load_base
     from controlbooth.models.weights import save_pretrained
+    from controlbooth.trainer.same_base import check_same_base
 
     base = load_base(base_path(config), config.model.family, dtype, "cpu")
     if base.digest != state["base_digest"]:
@@ -169,6 +168,8 @@ def _write_unet(config: RunConfig, state: dict[str, Any], checkpoint: Path, fold
             f"{base.path} is not the base that {checkpoint.name} was trained on: its weights have the digest "
             f"{base.digest[:12]}, and were {state['base_digest'][:12]}. The U-Net is made of both: put that base back"
         )
+    own = {"base": {"unet": state["base"]["unet"]}} if "unet" in state.get("base", {}) else {}  # of no other part
+    check_same_base(own, base, f"at step {state['step']}", "The U-Net is made of both: put that base back")
     unet: Any = load_networks(checkpoint / "controlnet", base)[0].unet
     save_pretrained(unet, folder / UNET_FOLDER)
 

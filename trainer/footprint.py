@@ -7,7 +7,6 @@ what gradient checkpointing recomputes alive. Its formulas are.
 Only what the engine adds (gradient buckets, masters, optimizer states) is arithmetic, in `rank_memory`.
 """
 
-import json
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -28,8 +27,16 @@ from controlbooth.models.architectures import PUBLISHED
 from controlbooth.models.attention import AttentionChoice, apply_attention
 from controlbooth.models.base import Base, vae_dtype
 from controlbooth.models.controlnet import build_controlnet
-from controlbooth.models.families import FAMILIES, Family, check_family, identify
 from controlbooth.models.pretrained import controlnet_class
+from controlbooth.models.recognition import (
+    FAMILIES,
+    Family,
+    check_part,
+    check_scheduler,
+    recognise_folder,
+    scheduler_file,
+)
+from controlbooth.models.weight_files import read_json
 from controlbooth.trainer.config import ConfigError, RunConfig, base_path
 from controlbooth.trainer.encoding import encode_captions, encode_kept, encode_posterior
 from controlbooth.trainer.engine import DTYPES
@@ -222,14 +229,16 @@ def _architecture(config: RunConfig, shapes: str | None) -> tuple[Family, Mappin
     """The family and the module configurations: the published ones, or those that the base's folder holds."""
     folder = base_path(config)
     if shapes is None and folder.is_dir():
-        unet = _read(folder / "unet" / "config.json")
-        family = check_family(config.model.family, identify(unet), str(folder))
-        encoders = ["text_encoder", "text_encoder_2"][: family.text_encoder_count]
+        family = recognise_folder(folder, config.model.family)
+        for part in family.parts:
+            check_part(folder, part)
+        scheduler = read_json(scheduler_file(folder))
+        check_scheduler(scheduler, str(scheduler_file(folder)))
         return family, dict(
-            unet=unet,
-            vae=_read(folder / "vae" / "config.json"),
-            text_encoders=[_read(folder / name / "config.json") for name in encoders],
-            noise_scheduler=_read(folder / "scheduler" / "scheduler_config.json"),
+            unet=read_json(folder / "unet" / "config.json"),
+            vae=read_json(folder / "vae" / "config.json"),
+            text_encoders=[read_json(folder / part.folder / "config.json") for part in family.parts[2:]],
+            noise_scheduler=scheduler,
         )
     name = shapes or config.model.family
     if name not in PUBLISHED:
@@ -241,17 +250,13 @@ def _architecture(config: RunConfig, shapes: str | None) -> tuple[Family, Mappin
     return family, vars(family.architecture)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text())
-
-
 def _controlnet(config: RunConfig, unet: Any) -> Any:
     """On the meta device. One to go on from is read for its configuration, not for its weights."""
     model = config.model
     if model.controlnet != "unet" and Path(model.controlnet).is_dir():
         folder = Path(model.controlnet)
         with torch.device("meta"):
-            controlnet: Any = controlnet_class(folder).from_config(_read(folder / "config.json"))
+            controlnet: Any = controlnet_class(folder).from_config(read_json(folder / "config.json"))
             return controlnet.train()
     return build_controlnet(
         unet,

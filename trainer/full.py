@@ -3,11 +3,12 @@
 Subjects come one after another, each from the base's own weights, and all ranks train the same one under ZeRO. What a
 step holds is drawn from (the subject's seed, the step), as with adapters, and dealt out to the ranks.
 
-    RUN/subjects/NAME/pipeline/      StableDiffusionPipeline.from_pretrained reads it: what was trained, the rest copied
+    RUN/subjects/NAME/pipeline/      StableDiffusionPipeline.from_pretrained reads it, in float32
                       checkpoints/   while it trains
 """
 
 import contextlib
+import json
 import shutil
 import sys
 import time
@@ -27,7 +28,9 @@ from controlbooth.models.attention import AttentionChoice, apply_attention
 from controlbooth.models.base import Base
 from controlbooth.models.controlnet import denoise
 from controlbooth.models.families import TextEncoding, encode_prompts
-from controlbooth.models.pretrained import load_base
+from controlbooth.models.loading import read_tensors
+from controlbooth.models.pretrained import WEIGHTS_STEM, load_base, parts_of
+from controlbooth.models.weight_files import read_json, variant_of, weights_files
 from controlbooth.models.weights import save_pretrained, save_weights
 from controlbooth.trainer import checkpoint as checkpoints
 from controlbooth.trainer import engine as engines
@@ -220,17 +223,50 @@ def put_pipeline(config: SubjectRunConfig, weights: dict[str, Tensor], folder: P
 
 
 def write_pipeline(config: SubjectRunConfig, weights: dict[str, Tensor], made: Path) -> None:
-    """The base's folder with these weights, by their names in FullNetwork, in place of its own."""
-    shutil.copytree(base_folder(config.model.base), made, ignore=shutil.ignore_patterns("*.md", ".*"))
-    fresh = load_base(base_folder(config.model.base), config.model.family, torch.float32, torch.device("cpu"))
-    modules = dict(zip(NETWORKS, (fresh.unet, *fresh.text_encoders), strict=False))
-    for part, prefix in NETWORKS.items():
+    """The base's folder with these weights, by their names in FullNetwork, in place of its own.
+
+    All networks are written in float32 under the names that diffusers looks for by itself: of a base that has only
+    half-precision variants, those that were trained would be found and the others not, or in another dtype.
+    """
+    where = base_folder(config.model.base)
+    fresh = load_base(where, config.model.family, torch.float32, torch.device("cpu"))
+    parts = parts_of(fresh)
+    others = shutil.ignore_patterns("*.md", ".*")
+
+    def left_out(folder: str, names: list[str]) -> set[str]:
+        return {*others(folder, names), *(parts if Path(folder) == where else ())}
+
+    shutil.copytree(where, made, ignore=left_out)
+    for part, module in parts.items():
+        prefix = NETWORKS.get(part, "no network that learns")
         own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
         if own:
-            module: Any = modules[part]
             module.load_state_dict(own)
-            shutil.rmtree(made / part)
-            save_pretrained(module, made / part)
+        save_pretrained(module, made / part)
+    for folder in sorted(path for path in made.iterdir() if path.is_dir() and path.name not in parts):
+        without_variant(folder)
+
+
+def without_variant(folder: Path) -> None:
+    """Gives weights that a folder has as a variant alone, such as a safety checker's, the plain name, in float32."""
+    for stem in (WEIGHTS_STEM, "model"):
+        try:
+            files = weights_files(folder, stem)
+        except OSError:  # none of this name
+            continue
+        if variant_of(files[0]) is None:
+            continue
+        tensors = {
+            name: tensor.float() if tensor.is_floating_point() else tensor.clone()
+            for name, tensor in read_tensors(files).items()
+        }
+        save_weights(tensors, folder / f"{stem}.safetensors", metadata={"format": "pt"})
+        for file in (*files, *folder.glob(f"{stem}.safetensors.index.*.json")):
+            file.unlink()
+        config = folder / "config.json"
+        if config.is_file():
+            tree = {name: value for name, value in read_json(config).items() if name not in ("dtype", "torch_dtype")}
+            config.write_text(json.dumps(tree, indent=2))
 
 
 def base_of_subject(config: SubjectRunConfig, base: Base, pipeline: Path) -> Base:

@@ -9,7 +9,9 @@ from typing import Any
 
 import yaml
 
-from controlbooth.trainer.config import BUILT_IN, RunConfig, data_set_name
+from controlbooth.models.recognition import recognise_folder
+from controlbooth.models.weight_files import variant_of, weights_files
+from controlbooth.trainer.config import BUILT_IN, RunConfig, base_folder, data_set_name
 from controlbooth.trainer.markdown import block, code, plain
 
 PIPELINES = {"sdxl": "StableDiffusionXLControlNetPipeline"}
@@ -78,6 +80,7 @@ def usage(exported: Exported) -> str:
         base_line, base_name = "from controlbooth.models.pretrained import MINIATURE\n", "MINIATURE"
     else:
         base_line, base_name = "", json.dumps(base)
+    variant = variant_line(config)
     load = "from_single_file" if base.endswith(".safetensors") else "from_pretrained"
     size = config.data.resolution
     model = config.model
@@ -99,7 +102,7 @@ from diffusers.utils import load_image
 
 controlnet = {name}.from_pretrained(".", torch_dtype=torch.float32)
 {unet_line}pipeline = {pipeline}.{load}(
-    {base_name}, {unet_argument}controlnet=controlnet, torch_dtype=torch.float32
+    {base_name}, {unet_argument}controlnet=controlnet, torch_dtype=torch.float32{variant}
 )
 # Many bases' scheduler files leave these out, and clip latents by the defaults for pixels then.
 pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False, thresholding=False)
@@ -114,6 +117,19 @@ picture = pipeline(
 ).images[0]
 picture.save("picture.png")
 """
+
+
+def variant_line(config: RunConfig) -> str:
+    """The argument by which diffusers finds a base's weights where it has them as a variant alone; else nothing."""
+    folder = base_folder(config.model.base)
+    try:
+        found = {
+            variant_of(weights_files(folder / part.folder, part.stem)[0]) for part in recognise_folder(folder).parts
+        }
+    except (OSError, ValueError):  # a single file, or a base that is not here any more
+        return ""
+    named = sorted(found - {None}, key=str)
+    return f", variant={json.dumps(named[0])}" if named else ""
 
 
 def _unet_note(exported: Exported) -> str:

@@ -10,7 +10,7 @@ from PIL import Image
 from controlbooth.data.draws import hash64
 from controlbooth.data.sidecar import temporary_path
 from controlbooth.models.base import Base
-from controlbooth.models.sampling import sample
+from controlbooth.models.sampling import drawn_by, sample
 from controlbooth.trainer.disk import named_when_full
 from controlbooth.trainer.subjects import PriorConfig
 
@@ -20,8 +20,8 @@ DRAWN_AT_ONCE = 8
 def class_folder(cache: Path, base: Base, prompt: str, prior: PriorConfig, resolution: int) -> Path:
     """Named by all that the pictures depend on, so that one folder serves every subject, run and rank."""
     identity = dict(
-        base=base.digest,
         dtype=str(base.dtype),
+        **drawn_by(base),
         prompt=prompt,
         sampling_steps=prior.sampling_steps,
         guidance_scale=prior.guidance_scale,

@@ -356,35 +356,6 @@ def check_full(config: SubjectRunConfig, world_size: int) -> None:
         )
 
 
-def check_words(tasks: Sequence[Task], base: str) -> tuple[dict[str, str], dict[str, str]]:
-    """What the base makes of the subjects' words, by subject: faults, and what a person should know.
-
-    An identifier is one token of every tokenizer: of one that is split, each piece has a meaning of its own. A class
-    noun of which hardly two letters stay together is a word that the base has never read, so it has no prior for it.
-    """
-    from controlbooth.models.pretrained import load_tokenizers  # takes seconds, and the rest of this file none
-
-    tokenizers = load_tokenizers(base_folder(base))
-    faults: dict[str, str] = {}
-    warnings: dict[str, str] = {}
-    for task in tasks:
-        for tokenizer in tokenizers:
-            pieces = tokenizer.tokenize(task.identifier)
-            if len(pieces) != 1 and task.identifier in task.instance_prompt:
-                faults[task.name] = (
-                    f"the base's tokenizer splits the identifier {task.identifier!r} into {' '.join(pieces)}; take one "
-                    "that is a single token, as `controlbooth dreambooth identifiers` finds them"
-                )
-            for word in task.class_noun.split():
-                pieces = tokenizer.tokenize(word)
-                if len(pieces) > max(1, len(word) // 2) and task.class_noun in task.instance_prompt:
-                    warnings[task.name] = (
-                        f"the base's tokenizer does not know {word!r} of the class noun {task.class_noun!r} "
-                        f"({' '.join(pieces)}), so the base draws nothing by that name; a commoner word works better"
-                    )
-    return faults, warnings
-
-
 def check_pictures(tasks: Sequence[Task], resolution: int) -> dict[str, str]:
     """Opens every picture, as training will. Says what is wrong with each subject whose pictures cannot be used."""
     from controlbooth.trainer.pictures import SubjectError, read_pictures  # numpy, which starting a run does without

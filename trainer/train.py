@@ -58,6 +58,7 @@ from controlbooth.models.controlnet import build_controlnet, denoise, keep_only_
 from controlbooth.models.decoder import UnlockedNetwork
 from controlbooth.models.families import encode_with_dropout
 from controlbooth.models.pretrained import load_base, load_controlnet
+from controlbooth.models.prompts import told_of_cut
 from controlbooth.trainer import checkpoint as checkpoints
 from controlbooth.trainer import engine as engines
 from controlbooth.trainer import unlock as unlocking
@@ -118,7 +119,9 @@ from controlbooth.trainer.failures import (
     end_superseded,
     failure_noted,
 )
+from controlbooth.trainer.network_check import network_problems
 from controlbooth.trainer.run_page import describe_control, describe_training, inputs, training_tags
+from controlbooth.trainer.same_base import back_or_anew, base_facts, check_same_base, told_of_base
 from controlbooth.trainer.spool import read_metrics
 from controlbooth.trainer.step import controlnet_step
 from controlbooth.trainer.stragglers import Pace, slowest
@@ -180,6 +183,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet_libraries()
     try:
         config = load_config(options.run, options.overrides)
+        for problem in network_problems(config):
+            raise ConfigError(problem)  # before the run's folder is taken, and anything is written
         return train(config, join(), stop)
     except Superseded as error:
         end_superseded(error, rank)
@@ -365,6 +370,9 @@ def build(config: RunConfig, world: World, attempt: Attempt, watchdog: Watchdog,
     extract = extractor(held, {}, str(world.device)) if held else None
     if held is not None:
         check_told(config, held, extract, world)
+        for prompts, what in ((held.captions, "held-out captions"), (config.validation.prompts, "validation.prompts")):
+            if world.rank == 0 and (line := told_of_cut(base.tokenizers, prompts, what)):
+                say(world, f"warning: {line}")
     columns = open_run_columns(config, world, base, dataset)
 
     chosen = choose_once(config.model.attention, world, precision, attempt, lambda: unet_attention_shapes(config, base))
@@ -384,6 +392,10 @@ def build(config: RunConfig, world: World, attempt: Attempt, watchdog: Watchdog,
     )
     universal = unlocked = False
     if saved and latest:
+        begun = f"at step {saved['step']}"
+        check_same_base(saved, base, begun, back_or_anew(latest))
+        for line in told_of_base(saved, begun):
+            say(world, line)
         checkpoints.check_same_run(saved, identity, latest)
         unlocked = unlocking.check_unlocked(saved, config, latest)
         universal = checkpoints.needs_universal(saved, world.world_size)
@@ -744,6 +756,7 @@ def save(run: Run, figures: dict[str, float]) -> None:
         dataset_fingerprint=run.dataset.fingerprint,
         condition=run.config.data.condition,
         base_digest=run.base.digest,
+        **base_facts(run.base),
         zero_stage=run.config.engine.zero_stage,
         precision=run.precision,
         attention=run.attention,

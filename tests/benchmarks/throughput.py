@@ -37,8 +37,9 @@ from controlbooth.data.loader import MicroBatch
 from controlbooth.models.attention import AttentionChoice, apply_attention, attention_shapes, choose_attention
 from controlbooth.models.base import Base
 from controlbooth.models.controlnet import build_controlnet, denoise
-from controlbooth.models.families import FAMILIES, encode_with_dropout
+from controlbooth.models.families import encode_with_dropout
 from controlbooth.models.pretrained import load_base
+from controlbooth.models.recognition import FAMILIES
 from controlbooth.trainer import engine as engines
 from controlbooth.trainer.config import build_config
 from controlbooth.trainer.distributed import World, end_process, join, leave

@@ -14,7 +14,8 @@ from controlbooth.models.controlnet import (
     parameter_report,
     predict,
 )
-from controlbooth.models.families import FAMILIES, TextEncoding, encode_prompts
+from controlbooth.models.families import TextEncoding, encode_prompts
+from controlbooth.models.recognition import FAMILIES
 
 SIZE = 32  # pixels; latents are 4x4
 

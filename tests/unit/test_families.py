@@ -3,14 +3,8 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from controlbooth.models.architectures import PUBLISHED
-from controlbooth.models.families import (
-    FAMILIES,
-    check_family,
-    encode_prompts,
-    encode_with_dropout,
-    identify,
-    time_ids_of,
-)
+from controlbooth.models.families import encode_prompts, encode_with_dropout, time_ids_of
+from controlbooth.models.recognition import FAMILIES, check_family, identify
 
 SIZE = (32, 32)
 CAPTIONS = ["", "a cat", "", "", "red dog, a blue cat", ""]

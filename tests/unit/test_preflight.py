@@ -16,8 +16,9 @@ from controlbooth.data.plan import STATE_VERSION
 from controlbooth.data.sidecar import PART, SAMPLE, index_path, make_index, write_index
 from controlbooth.launch import preflight as checks
 from controlbooth.launch.data_preflight import find_shards
-from controlbooth.launch.preflight import checkpoint_bytes, preflight, safetensors_header
+from controlbooth.launch.preflight import checkpoint_bytes, preflight
 from controlbooth.launch.torchrun import Node
+from controlbooth.models.weight_files import safetensors_header
 from controlbooth.trainer.config import RunConfig, build_config
 
 EMPTY_TAR = bytes(1024)
@@ -43,14 +44,31 @@ def write_safetensors(path: Path, shapes: dict[str, list[int]]) -> None:
         file.truncate(8 + len(text) + end)
 
 
+UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+def write_folder(base: Path, families_own: str = '{"cross_attention_dim": 768}') -> None:
+    """A diffusers folder that is whole as far as its files' names and headers tell."""
+    write_safetensors(base / UNET, {"conv_in.weight": [250], "up_blocks.0.weight": [999]})
+    write_safetensors(base / "vae/diffusion_pytorch_model.safetensors", {"encoder.conv_in.weight": [3]})
+    texts = {"unet/config.json": families_own, "vae/config.json": '{"_class_name": "AutoencoderKL"}'}
+    for suffix in ("", "_2"):
+        write_safetensors(base / f"text_encoder{suffix}/model.safetensors", {"final_layer_norm.weight": [3]})
+        texts[f"text_encoder{suffix}/config.json"] = '{"model_type": "clip_text_model"}'
+        texts[f"tokenizer{suffix}/tokenizer.json"] = texts[f"tokenizer{suffix}/tokenizer_config.json"] = "{}"
+    texts["scheduler/scheduler_config.json"] = '{"_class_name": "PNDMScheduler", "beta_schedule": "scaled_linear"}'
+    for name, text in texts.items():
+        (base / name).parent.mkdir(parents=True, exist_ok=True)
+        (base / name).write_text(text)
+
+
 @pytest.fixture
 def good(tmp_path) -> dict:
     """A run in which there is nothing to find."""
     for name in ("train/a.tar", "train/b.tar", "held_out/c.tar"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(EMPTY_TAR)
-    write_safetensors(tmp_path / "base/unet/model.safetensors", {"conv_in.weight": [250], "up_blocks.0.weight": [999]})
-    (tmp_path / "base/unet/config.json").write_text('{"cross_attention_dim": 768}')
+    write_folder(tmp_path / "base")
     return {
         "name": "first",
         "output": str(tmp_path / "runs"),
@@ -289,14 +307,14 @@ def test_a_folder_that_is_no_base_is_told_what_is_missing(good, tmp_path):
 
 
 def test_a_base_without_safetensors_is_refused(good, tmp_path):
-    (tmp_path / "base/unet/model.safetensors").rename(tmp_path / "base/unet/model.bin")
+    (tmp_path / "base" / UNET).rename(tmp_path / "base/unet/diffusion_pytorch_model.bin")
     assert "safe_serialization=True" in only_problem(good)
     (tmp_path / "model.ckpt").touch()
     assert "no .safetensors file" in only_problem(good, model__base=str(tmp_path / "model.ckpt"))
 
 
 def test_a_pointer_of_git_lfs_and_a_file_cut_short_are_recognised(good, tmp_path):
-    file = tmp_path / "base/unet/model.safetensors"
+    file = tmp_path / "base" / UNET
     size = file.stat().st_size
     os.truncate(file, size - 4)
     assert f"has {size - 4} bytes where its header says {size}. Fetch it again" in only_problem(good)
@@ -307,15 +325,65 @@ def test_a_pointer_of_git_lfs_and_a_file_cut_short_are_recognised(good, tmp_path
 
 
 def test_a_family_that_cannot_be_is_refused(good, tmp_path):
-    assert "not Stable Diffusion XL. Use auto" in only_problem(good, model__family="sdxl")
+    assert "holds Stable Diffusion 1.x. Use family 'sd15' or 'auto'" in only_problem(good, model__family="sdxl")
     (tmp_path / "base/unet/config.json").write_text('{"addition_embed_type": "text_time"}')
-    assert "is Stable Diffusion XL. Use auto" in only_problem(good, model__family="sd15")
+    assert "holds Stable Diffusion XL. Use family 'sdxl' or 'auto'" in only_problem(good, model__family="sd15")
     assert preflight(config(good, model__family="sdxl"), node()) == []
+
+
+FOREIGN = {  # what lies in a folder that is no supported base -> what is said of it
+    "transformer/config.json": (
+        '{"_class_name": "SD3Transformer2DModel"}',
+        "(Stable Diffusion 3): the base's",
+    ),
+    "model_index.json": ('{"_class_name": "FluxPipeline"}', "(FLUX)"),
+    "unet/config.json": ('{"in_channels": 9, "out_channels": 4}', "9 channels and predicts 4: an inpainting model"),
+    "vae/config.json": ('{"_class_name": "AutoencoderTiny"}', "is of the class AutoencoderTiny"),
+    "text_encoder/config.json": ('{"model_type": "roberta_series"}', "a model of the type 'roberta_series'"),
+    "scheduler/scheduler_config.json": ('{"_class_name": "EDMEulerScheduler"}', "says EDM's noise levels"),
+    "tokenizer/tokenizer_config.json": ("[]", "where the model's settings belong"),
+}
+
+
+@pytest.mark.parametrize("file", FOREIGN)
+def test_a_folder_that_is_no_supported_base_is_told_what_it_is(good, tmp_path, file):
+    text, told = FOREIGN[file]
+    if file in ("transformer/config.json", "model_index.json"):
+        (tmp_path / "base/unet/config.json").unlink()
+        (tmp_path / "base/transformer").mkdir()
+        (tmp_path / "base/transformer/config.json").write_text('{"_class_name": "SomeTransformer"}')
+    (tmp_path / "base" / file).write_text(text)
+    problem = only_problem(good)
+    assert told in problem and problem.startswith(f"model.base is {str(tmp_path / 'base')!r}: ")
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder", "tokenizer", "scheduler"])
+def test_a_part_that_is_not_there_is_named(good, tmp_path, part):
+    shutil.rmtree(tmp_path / "base" / part)
+    assert all(part in problem for problem in preflight(config(good), node())) and preflight(config(good), node())
+
+
+@pytest.mark.parametrize(
+    ("channels", "kind", "told"),
+    [
+        (1, "ControlNetModel", "its conditioning_channels is 1, and conditions here are RGB"),
+        (3, "ControlNetUnionModel", "holds a ControlNetUnionModel, which is no ControlNet that is known"),
+        (3, "ControlNetXSAdapter", "holds a ControlNetXSAdapter"),
+        (3, "FluxControlNetModel", "holds a FluxControlNetModel"),
+        (3, "ControlNetModel", None),
+    ],
+)
+def test_a_controlnet_that_cannot_be_gone_on_from_is_told_before_a_start(good, tmp_path, channels, kind, told):
+    folder = tmp_path / "net"
+    write_safetensors(folder / "diffusion_pytorch_model.safetensors", {"conv_in.weight": [3]})
+    (folder / "config.json").write_text(json.dumps({"_class_name": kind, "conditioning_channels": channels}))
+    good["model"]["controlnet"] = str(folder)
+    assert preflight(config(good), node()) == [] if told is None else told in only_problem(good)
 
 
 def test_a_controlnet_to_go_on_from_must_exist(good, tmp_path):
     assert "or 'unet' to start one from the base" in only_problem(good, model__controlnet="nothing")
-    assert preflight(config(good, model__controlnet=str(tmp_path / "base/unet")), node()) == []
+    assert "holds a None, which is no ControlNet" in only_problem(good, model__controlnet=str(tmp_path / "base/unet"))
     problem = only_problem(good, model__controlnet=str(tmp_path / "base"))
     assert problem.startswith(f"model.controlnet is '{tmp_path / 'base'}', which holds no config.json")
     assert "is no .safetensors file" in only_problem(good, model__controlnet=str(tmp_path / "base/unet/config.json"))
@@ -332,7 +400,7 @@ def test_the_output_must_be_a_folder_that_can_be_written(good, tmp_path, monkeyp
 def test_checkpoints_are_estimated_from_the_copied_half_of_the_base(good, tmp_path):
     assert checkpoint_bytes(config(good)) == 250 * 16  # a weight, its fp32 copy, two moments of Adam
     assert checkpoint_bytes(config(good, optimizer={"ema_decay": 0.999})) == 250 * 20
-    shutil.copy(tmp_path / "base/unet/model.safetensors", tmp_path / "base/unet/model.fp16.safetensors")
+    shutil.copy(tmp_path / "base" / UNET, (tmp_path / "base" / UNET).with_suffix(".fp16.safetensors"))
     assert checkpoint_bytes(config(good)) == 250 * 20
     single = tmp_path / "single.safetensors"
     prefix = "model.diffusion_model."
@@ -340,11 +408,10 @@ def test_checkpoints_are_estimated_from_the_copied_half_of_the_base(good, tmp_pa
     assert checkpoint_bytes(config(good, model__base=str(single), optimizer={})) == 100 * 16
     unlocked = config(good, model={"base": str(single), "unlock_decoder_at": 1})
     assert checkpoint_bytes(unlocked) == 199 * 16  # the decoder too
-    assert preflight(config(good), node()) == []
 
 
 def test_a_disk_that_is_too_small_for_the_checkpoints_is_found_with_numbers(good, tmp_path, monkeypatch):
-    write_safetensors(tmp_path / "base/unet/model.safetensors", {"down_blocks.0.weight": [2**30 // 16]})
+    write_safetensors(tmp_path / "base" / UNET, {"down_blocks.0.weight": [2**30 // 16]})
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: usage(2**40, 0, 3 * 2**30))
     problem = only_problem(good)

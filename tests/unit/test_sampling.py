@@ -6,8 +6,8 @@ import torch
 from diffusers import StableDiffusionControlNetPipeline, StableDiffusionXLControlNetPipeline
 
 from controlbooth.models.controlnet import build_controlnet
-from controlbooth.models.families import FAMILIES
 from controlbooth.models.pretrained import load_controlnet, save_controlnet
+from controlbooth.models.recognition import FAMILIES
 from controlbooth.models.sampling import SCHEDULERS, Control, initial_noise, sample
 
 PROMPTS = ["a cat", "red dog", "", "a blue cat"]

@@ -28,7 +28,8 @@ def evaluation(folder, values, chances=None, **others):
     """The files of an evaluation with one figure; real pictures, if chances are given, all have .9 of it."""
     (folder / "evaluation").mkdir(parents=True)
     facts = dict(data="held", data_fingerprint="f" * 32, base="miniature", base_digest="b" * 64, condition="edges")
-    facts |= dict(where=str(folder), resolution=64, networks={}, sampler=dict(steps=10), metrics_version=2) | others
+    facts |= dict(where=str(folder), resolution=64, networks={}, sampler=dict(steps=10), metrics_version=2)
+    facts |= dict(base_identity={"scheduler": {"prediction_type": "epsilon"}}) | others
     (folder / "evaluation" / "evaluation.json").write_text(json.dumps(facts))
     rows = [
         dict(way="with control", row=i, key="00000000", place=[i // 2, i % 2], caption="") for i in range(len(values))
@@ -119,6 +120,10 @@ def test_the_columns_of_a_comparison_stand_under_each_other_however_long_the_nam
         (
             dict(data_fingerprint="e" * 32),
             r"data_fingerprint is ffffffffffff \(held\) in A and eeeeeeeeeeee \(held\) in B",
+        ),
+        (
+            dict(base_identity={"scheduler": {"prediction_type": "v_prediction"}}),
+            "the base's prediction_type was epsilon in A and in B it is v_prediction",
         ),
         (dict(metrics_version=3), "metrics_version is 2 in A and 3 in B"),
         (dict(networks=dict(depth="/dpt")), "networks is {} in A and {'depth': '/dpt'} in B"),

@@ -10,7 +10,8 @@ from controlbooth.data.scenes import CLASSES, COLOURS
 from controlbooth.data.subjects import PATTERNS, main, patterned_subject, subject_picture
 from controlbooth.models.pretrained import load_tokenizers
 from controlbooth.trainer import identifiers
-from controlbooth.trainer.subjects import Task, check_words, load_subjects
+from controlbooth.trainer.subjects import SubjectRunConfig, Task, load_subjects
+from controlbooth.trainer.words import check_words
 
 
 def share_of(picture, colour):
@@ -65,7 +66,7 @@ def task(name, identifier, class_noun, prompt="a {} {}"):
 
 def test_split_identifiers_are_faults_and_unknown_nouns_are_told():
     tasks = [task("good", "sks", "star"), task("split", "zwxq", "star"), task("odd", "sks", "xylophone")]
-    faults, warnings = check_words(tasks, "miniature")
+    faults, warnings = check_words(tasks, SubjectRunConfig(name="x", model={"base": "miniature"}))
     assert faults.keys() == {"split"} and warnings.keys() == {"odd"}
     assert "splits the identifier 'zwxq' into " in faults["split"] and "dreambooth identifiers" in faults["split"]
     assert "does not know 'xylophone'" in warnings["odd"]

@@ -9,6 +9,8 @@ import numpy as np
 
 from controlbooth.data.arguments import quoted
 from controlbooth.data.sidecar import write_whole
+from controlbooth.models.identity import describe_differences
+from controlbooth.models.identity import differences as base_differences
 from controlbooth.trainer import command_lines
 from controlbooth.trainer.config import ConfigError
 from controlbooth.trainer.evaluate.evaluate import DISCS, NOISE, REAL, WITHOUT
@@ -16,7 +18,16 @@ from controlbooth.trainer.evaluate.figures import title
 from controlbooth.trainer.evaluate.kinds import LOWER_IS_BETTER
 from controlbooth.trainer.evaluate.statistics import LEVEL, mean_and_interval, per_picture, share_difference
 
-SAME = ("data_fingerprint", "condition", "resolution", "base_digest", "sampler", "networks", "metrics_version")
+SAME = (
+    "data_fingerprint",
+    "condition",
+    "resolution",
+    "base_digest",
+    "base_identity",
+    "sampler",
+    "networks",
+    "metrics_version",
+)
 """What two evaluations must have in common for their pictures to be paired: contents, wherever they lie."""
 
 
@@ -69,12 +80,15 @@ def compare(
                 f"`controlbooth evaluate {quoted(facts['where'])}` again. One in a retraining's evaluations/ is "
                 "measured by the next tick when it is deleted"
             )
-    for name in SAME:
+    for name in (name for name in SAME if name != "base_identity"):
         if a[0][name] != b[0][name]:
             raise ConfigError(
                 f"the two were not measured alike: {name} is {told(a[0], name)} in A and {told(b[0], name)} in B. "
                 "Evaluate one of them again as the other one was"
             )
+    if changed := base_differences(a[0]["base_identity"], b[0]["base_identity"]):
+        what = describe_differences(changed, "in A", "in B it is")
+        raise ConfigError(f"the two were not measured alike: {what}. Evaluate one of them again as the other one was")
     result: dict[str, dict[str, dict[str, float]]] = {}
     for way in dict.fromkeys(way for way, _ in a[1]):
         if way in (WITHOUT, DISCS, NOISE, REAL):  # the same in both

@@ -15,7 +15,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from controlbooth.data.sidecar import temporary_path, write_whole
 from controlbooth.models.base import Base
 from controlbooth.models.decoder import load_networks
 from controlbooth.models.pretrained import UNET_FOLDER, load_base
-from controlbooth.models.sampling import Control, sample
+from controlbooth.models.sampling import Control, drawn_by, sample
 from controlbooth.trainer import command_lines
 from controlbooth.trainer.checkpoint import check_weights, complete_checkpoints, read_state
 from controlbooth.trainer.command_lines import SAMPLES
@@ -55,6 +55,7 @@ from controlbooth.trainer.evaluate.publish import publish
 from controlbooth.trainer.evaluate.report import write_report
 from controlbooth.trainer.evaluate.statistics import mean_and_interval, share_of_possible
 from controlbooth.trainer.evaluate.verdict import FIGURES, as_tree, describe_run, read_verdict
+from controlbooth.trainer.same_base import check_same_base
 from controlbooth.trainer.train import quiet_libraries
 
 WITHOUT, WITH, NO_PROMPT = "without control", "with control", "with control, no prompt"
@@ -84,6 +85,8 @@ class Evaluated:
     scheduler: str
     config: RunConfig | None
     """Of the run, where it is one."""
+    saved: Mapping[str, Any] | None = None
+    """What its checkpoint notes of the base, where the run's own is taken."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -168,6 +171,7 @@ def resolve_run(options: argparse.Namespace, where: Path) -> Evaluated:
         guidance=options.guidance or config.validation.guidance_scale,
         scheduler=options.scheduler,
         config=config,
+        saved=None if options.base else state,
     )
 
 
@@ -187,6 +191,9 @@ def evaluate(target: Evaluated, options: argparse.Namespace, world: World) -> in
     dataset = open_dataset(target.data)
     count = samples_to_draw(target, dataset)
     base = load_base(base_folder(target.base), target.family, torch.float32, world.device)
+    if target.saved is not None:
+        remedy = f"Put it back as it was, or say --base {target.base} to measure on what it is now"
+        check_same_base(target.saved, base, f"at step {target.step}", remedy)
     controlled, controlnet = load_networks(target.weights, base)
     controlnet.eval().requires_grad_(False).to(world.device)
     side = target.resolution or base.picture_size[0]
@@ -233,7 +240,13 @@ def evaluate(target: Evaluated, options: argparse.Namespace, world: World) -> in
         of_way = {way: [row for row in samples if row["way"] == way] for way in images}
         figures = {way: summary(rows, of_way[REAL]) for way, rows in of_way.items()}
         measured_by = {kind: str(Path(folder).resolve()) for kind, folder in networks.items() if kind == held.kind}
-        facts = dict(base_digest=base.digest, resolution=side, networks=measured_by, metrics_version=METRICS_VERSION)
+        facts = dict(
+            base_digest=base.digest,
+            base_identity=base.identity,
+            resolution=side,
+            networks=measured_by,
+            metrics_version=METRICS_VERSION,
+        )
         write(out, target, dataset, facts, figures, sets, measures, samples, seconds, sum(everything), world)
         shown = min(SHOWN, len(held.keys))
         columns = {"condition": held.conditions[:shown]}
@@ -318,7 +331,6 @@ def way_digest(
     """Of everything that the pictures depend on."""
     facts = dict(
         weights=target.digest if network is not None else None,
-        base=base.digest,
         data=dataset.fingerprint,
         condition=target.condition if network is not None else None,
         prompts=hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
@@ -326,6 +338,7 @@ def way_digest(
         steps=target.steps,
         guidance=guidance,
         scheduler=target.scheduler,
+        **drawn_by(base),
     )
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 

@@ -29,7 +29,7 @@ from controlbooth.data.secrets import error_text
 from controlbooth.models.adapters import StackedAdapter, attach_adapters, load_subject
 from controlbooth.models.base import Base
 from controlbooth.models.pretrained import load_base
-from controlbooth.models.sampling import sample
+from controlbooth.models.sampling import drawn_by, sample
 from controlbooth.trainer import command_lines
 from controlbooth.trainer.attempt import only_run
 from controlbooth.trainer.config import ConfigError, base_folder, tracking_uri
@@ -51,6 +51,7 @@ from controlbooth.trainer.full import NETWORKS, PIPELINE, base_of_subject
 from controlbooth.trainer.mlflow_run import EVALUATION
 from controlbooth.trainer.pictures import SubjectError, read_picture
 from controlbooth.trainer.prior import DRAWN_AT_ONCE
+from controlbooth.trainer.same_base import check_same_base, read_base_facts
 from controlbooth.trainer.studio import status_of
 from controlbooth.trainer.subject_tracking import count_states, last_step, subject_params, subject_tags
 from controlbooth.trainer.subjects import PriorConfig, SubjectRunConfig, Task, find_images, read_record
@@ -124,6 +125,8 @@ def measure_run(
     encoders = open_encoders(folders, world.device)  # its errors come before hours of drawing
     precision = resolve_precision(config.precision, world.device, zero_stage=1)
     base = load_base(base_folder(config.model.base), config.model.family, DTYPES[precision], world.device)
+    remedy = "Put it back as it was: what a subject has learnt holds on that base alone"
+    check_same_base(read_base_facts(run) or {}, base, "when the run began", remedy)
     embedded = base.family.name == "miniature"
     plans = {task.name: drawings(task, pictures_folder(run, task), embedded, prompts, images) for task in tasks}
     mine = list(tasks[world.rank :: world.world_size])
@@ -173,8 +176,8 @@ def forget_others(run: Path, config: SubjectRunConfig, base: Base, task: Task) -
     own = run / "subjects" / task.name
     now = dict(
         weights=digest_of(trained_files(own, config.method)),
-        base=base.digest,
         dtype=str(base.dtype),
+        **drawn_by(base),
         sampling_steps=config.prior.sampling_steps,
         guidance_scale=config.prior.guidance_scale,
     )

@@ -24,10 +24,11 @@ from controlbooth.models.guidance import CONDITIONAL, SCHEDULES
 from controlbooth.models.pretrained import load_base
 from controlbooth.models.sampling import Control, sample
 from controlbooth.trainer import command_lines
-from controlbooth.trainer.checkpoint import check_weights, complete_checkpoints
+from controlbooth.trainer.checkpoint import check_weights, complete_checkpoints, read_state
 from controlbooth.trainer.config import ConfigError, base_folder, load_config
 from controlbooth.trainer.engine import DTYPES, resolve_precision
 from controlbooth.trainer.evaluate.grids import draw_grid
+from controlbooth.trainer.same_base import check_same_base
 
 PICTURES_AT_ONCE = 8
 
@@ -63,6 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = DTYPES[resolve_precision("auto", device, zero_stage=1)]
     base = load_base(base_folder(base_name), "auto", dtype, device)
+    if not options.base:
+        check_bases(sources, base)
     base, networks = open_controls(folders, base)
     requests = make_requests(options, sources, base)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -141,6 +144,15 @@ def base_of(sources: Sequence[Source]) -> str:
     if not found:
         raise ConfigError("say which base: --base FOLDER. A ControlNet's own folder does not tell")
     return next(iter(found))
+
+
+def check_bases(sources: Sequence[Source], base: Base) -> None:
+    """Raises ConfigError where the base has changed since one of these runs was trained on it."""
+    for source in sources:
+        for checkpoint in complete_checkpoints(source.where)[-1:]:
+            state = read_state(checkpoint)
+            remedy = f"Put it back as it was, or say --base {base.path} to draw with what it is now"
+            check_same_base(state, base, f"at step {state['step']} of {source.where}", remedy)
 
 
 def controlnet_folder(where: Path) -> Path:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from controlbooth.data import draws
 from controlbooth.models.base import Base
 from controlbooth.models.decoder import networks_of
-from controlbooth.models.sampling import Control, sample
+from controlbooth.models.sampling import Control, drawn_by, sample
 from controlbooth.trainer.attempt import Attempt, write_file, write_text
 from controlbooth.trainer.config import ValidationConfig
 from controlbooth.trainer.distributed import World, from_first_rank, gather_objects
@@ -170,7 +170,7 @@ def validate(
     was_training = controlnet.training
     controlnet.eval()
     depends_on = (
-        base.digest,
+        drawn_by(base),
         held.keys,
         held.captions,
         held.picture_size,

@@ -1,0 +1,193 @@
+"""Filling networks from files: the one place where a weight gets into a module of a base, or of a ControlNet.
+
+Every tensor of the module comes from its file. The libraries' own `from_pretrained` makes up what a file lacks, with a
+line in the log, and reads as numbers whatever is in it; here a tensor that is missing, is not asked for, has another
+shape, no floating dtype or values that are no numbers is refused by its name.
+
+On the device "meta" everything but the values is checked from the files' headers alone: `load_module(..., empty=True)`.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from controlbooth.models.weight_files import read_json, safetensors_header, weights_files
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "BOOL": torch.bool,
+}  # fmt: skip
+SPARE = re.compile(r"(.*\.)?position_ids|logit_scale|(vision_model|visual_projection|text_projection)\..+")
+"""Tensors that a file may hold and a module not ask for: a buffer of older versions, and CLIP's other half."""
+REMEDY = "Its download is incomplete, or its files are of different models: fetch the folder again"
+NAMED = 4
+"""So many tensors are named of each fault."""
+
+
+def load_module(
+    kind: Any, folder: Path, dtype: torch.dtype, stem: str, *, empty: bool = False, remedy: str = REMEDY
+) -> Any:
+    """A network from its folder, every tensor from its files, on the CPU in `dtype` and in eval mode.
+
+    kind: a class of diffusers or transformers. stem: as `weights_files` takes it. empty: shapes without memory, on the
+    device "meta". remedy: what to do about tensors that do not fit. Raises FileNotFoundError and ValueError, naming
+    file or folder, and the tensors.
+    """
+    files = weights_files(folder, stem)
+    module = empty_module(kind, folder)
+    fill(module, read_tensors(files, empty), dtype, str(folder), remedy)
+    return (module.to("meta") if empty else module).eval()
+
+
+def empty_module(kind: Any, folder: Path) -> Any:
+    """A network of a folder's config.json, whose parameters have no memory yet; its buffers have. Raises ValueError."""
+    config = read_json(folder / "config.json")
+    try:
+        with init_empty_weights(include_buffers=False):
+            if hasattr(kind, "config_class") and kind.config_class is not None:  # of transformers
+                return kind(kind.config_class.from_pretrained(folder, local_files_only=True))
+            return kind.from_config(config)
+    except Exception as error:  # whatever a library makes of a configuration that it cannot use
+        raise ValueError(
+            f"{folder / 'config.json'} describes no {kind.__name__} that can be made "
+            f"({type(error).__name__}: {error}). Fetch it again"
+        ) from error
+
+
+def read_tensors(files: Sequence[Path], empty: bool = False) -> dict[str, Tensor]:
+    """name -> tensor of all files together, on the CPU; with `empty` from their headers, on the device "meta".
+
+    Raises ValueError for a damaged file, a dtype that is not known, and a name that two files have.
+    """
+    tensors: dict[str, Tensor] = {}
+    origin: dict[str, Path] = {}
+    for file in files:
+        header = safetensors_header(file)
+        for name, entry in header.items():
+            if name in origin:
+                raise ValueError(f"{name} is in {origin[name]} and in {file.name}: delete the file of another download")
+            if entry["dtype"] not in _DTYPES:
+                raise ValueError(f"{name} of {file} has the dtype {entry['dtype']}, which cannot be read. Convert it")
+            origin[name] = file
+        if empty:
+            for name, entry in header.items():
+                tensors[name] = torch.empty(entry["shape"], dtype=_DTYPES[entry["dtype"]], device="meta")
+            continue
+        try:
+            tensors |= load_file(file)
+        except SafetensorError as error:
+            raise ValueError(f"{file} cannot be read: {error}. Fetch it again") from error
+    return tensors
+
+
+def fill(
+    module: nn.Module, weights: Mapping[str, Tensor], dtype: torch.dtype, where: str, remedy: str = REMEDY
+) -> None:
+    """Makes `weights` the parameters of `module`, whose own may be on the meta device, in `dtype`.
+
+    Every name and shape must match, all values must be numbers, in `dtype` too; what is on the meta device has none.
+    Names that libraries have changed since are followed. Raises ValueError with the tensors that do not fit.
+    """
+    parameters = module.state_dict(keep_vars=True)
+    weights = _with_tied(_renamed(module, weights, where), parameters)
+    faults = _misfits(parameters, weights)
+    if faults:
+        raise ValueError(f"{where} does not fit {type(module).__name__}: {', '.join(faults)}. {remedy}")
+    ready = {
+        name: tensor.to(dtype) if parameters[name].is_floating_point() else tensor for name, tensor in weights.items()
+    }
+    if wild := [name for name, tensor in ready.items() if not _is_finite(tensor)]:
+        born = [name for name in wild if not _is_finite(weights[name])]
+        why = "hold values that are no finite numbers" if born else f"hold values beyond the range of {_name(dtype)}"
+        raise ValueError(f"{where}: {_tensors(born or wild)} {why}. {remedy if born else 'Use bf16 or fp32'}")
+    module.load_state_dict(ready, assign=True)
+
+
+def _misfits(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
+    """What is wrong with names, shapes and dtypes, a phrase for each kind of fault."""
+    missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    both = [name for name in expected if name in found]
+    shapes = [
+        f"{name} has shape {tuple(found[name].shape)}, and {tuple(expected[name].shape)} is needed"
+        for name in both
+        if found[name].shape != expected[name].shape
+    ]
+    dtypes = [
+        f"{name} has the dtype {_name(found[name].dtype)}, where numbers with a fraction belong"
+        for name in both
+        if expected[name].is_floating_point() and not found[name].is_floating_point()
+    ]
+    faults = [f"{_tensors(missing)} {_is(missing)} missing"] if missing else []
+    faults += [f"{_tensors(unknown)} {_is(unknown)} unknown"] if unknown else []
+    for group in (shapes, dtypes):
+        faults += group[:NAMED] + ([f"and so with {len(group) - NAMED} others"] if len(group) > NAMED else [])
+    return faults
+
+
+def _renamed(module: Any, weights: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """Under the names that the libraries give them today, and without those that a file may hold besides.
+
+    diffusers has renamed the projections of a VAE's attention; transformers 5.6 took the prefix `text_model.` from one
+    of CLIP's classes and left it to the other.
+    """
+    renamed = dict(weights)
+    if hasattr(module, "_fix_state_dict_keys_on_load"):
+        module._fix_state_dict_keys_on_load(renamed)
+    expected = module.state_dict().keys()
+    ignored = [re.compile(one) for one in getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()]
+    result: dict[str, Tensor] = {}
+    for name, tensor in renamed.items():
+        names = (name, f"text_model.{name}", name.removeprefix("text_model."))
+        known = next((one for one in names if one in expected), name)
+        spare = SPARE.fullmatch(names[2]) is not None or any(one.search(name) for one in ignored)
+        if known not in expected and spare:
+            continue
+        if known in result:
+            raise ValueError(f"{where} holds {known} twice, under two names: delete one of them")
+        result[known] = tensor
+    return result
+
+
+def _with_tied(weights: dict[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A parameter that a module has under two names may lie in a file under one of them."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in parameters.items():
+        names.setdefault(id(parameter), []).append(name)
+    for tied in names.values():
+        given = next((name for name in tied if name in weights), None)
+        if given is not None:
+            weights |= {name: weights[given] for name in tied if name not in weights}
+    return weights
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether all values are finite; true of what has no values, on the meta device. Without a copy of the tensor."""
+    if tensor.is_meta or not tensor.numel() or not tensor.is_floating_point():
+        return True
+    if tensor.element_size() == 1:  # 8-bit floats have no arithmetic of their own
+        tensor = tensor.float()
+    return all(bool(end.isfinite()) for end in torch.aminmax(tensor))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _tensors(names: Sequence[str]) -> str:
+    """ "3 tensors (a, b, c)", "the tensor a"."""
+    if len(names) == 1:
+        return f"the tensor {names[0]}"
+    return f"{len(names)} tensors ({', '.join(names[:NAMED])}{', ...' if len(names) > NAMED else ''})"
+
+
+def _is(names: Sequence[str]) -> str:
+    return "is" if len(names) == 1 else "are"

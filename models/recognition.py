@@ -1,0 +1,394 @@
+"""Which family a base is of, and whether it is one that is supported, by what its files say. Free of torch.
+
+What a folder's JSON files and a file's tensor names tell is enough to refuse a base before anything is loaded, so the
+launcher asks here too.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from controlbooth.models import architectures
+from controlbooth.models.weight_files import read_json, safetensors_header
+
+
+@dataclass(frozen=True)
+class Part:
+    """A network of a base, as a diffusers folder holds it."""
+
+    folder: str
+    kind: str
+    """Its class."""
+    stem: str
+    """What the class's library calls its weights files."""
+    model_types: tuple[str, ...] = ()
+    """Of transformers: what config.json may say of it."""
+
+
+UNET = Part("unet", "UNet2DConditionModel", "diffusion_pytorch_model")
+VAE = Part("vae", "AutoencoderKL", "diffusion_pytorch_model")
+CLIP = ("clip_text_model", "clip")
+TEXT_ENCODERS = (
+    Part("text_encoder", "CLIPTextModel", "model", CLIP),
+    Part("text_encoder_2", "CLIPTextModelWithProjection", "model", CLIP),
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    name: str
+    title: str
+    text_encoder_count: int
+    prediction_type: str
+    """What the family's published base predicts; a folder's own scheduler configuration overrules it."""
+    architecture: architectures.Architecture | None
+    """Module configurations for single files; None: the family exists only as folders, which bring their own."""
+    vae_factor: int = 8
+    """Pixels of a picture per latent position, on each side."""
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The networks of a folder, the one that learns to denoise first."""
+        return (UNET, VAE, *TEXT_ENCODERS[: self.text_encoder_count])
+
+    @property
+    def tokenizers(self) -> tuple[str, ...]:
+        """The folders of its tokenizers, one for each text encoder."""
+        return ("tokenizer", "tokenizer_2")[: self.text_encoder_count]
+
+
+FAMILIES = {
+    family.name: family
+    for family in (
+        Family("sd15", "Stable Diffusion 1.x", 1, "epsilon", architectures.SD15),
+        Family("sd21", "Stable Diffusion 2.x", 1, "v_prediction", architectures.SD21),
+        Family("sdxl", "Stable Diffusion XL", 2, "epsilon", architectures.SDXL),
+        Family("miniature", "the miniature shipped with controlbooth", 1, "v_prediction", None),
+    )
+}
+
+_OTHER_INPUTS = {9: "an inpainting model", 8: "an instruction-editing model", 7: "an upscaler"}
+"""Channels that a U-Net takes where a text-to-image model takes as many as its latents have."""
+_SUPPORTED = "Supported bases: " + ", ".join(f"{family.title} ({name})" for name, family in FAMILIES.items()) + "."
+
+
+def identify(config_or_shapes: Mapping[str, Any]) -> Family:
+    """The family of a base.
+
+    Takes either a diffusers U-Net configuration (unet/config.json) or, of a single file, a mapping of tensor names to
+    shapes. Only what makes a family is looked at, never its sizes, so that a small test model is recognised too.
+    Raises ValueError for a model that is no base of a known family; the message says what it is.
+    """
+    if any("." in key for key in config_or_shapes):
+        return _identify_single_file(config_or_shapes)
+    return _identify_unet_config(config_or_shapes)
+
+
+def check_family(requested: str, found: Family, where: str) -> Family:
+    """`requested` ("auto" or a family's name) against what was found at `where`. Raises ValueError if they differ."""
+    if requested != "auto" and requested not in FAMILIES:
+        raise ValueError(f"family {requested!r} is not known. Use auto, {', '.join(FAMILIES)}.")
+    if requested not in ("auto", found.name):
+        raise ValueError(
+            f"family is {requested!r} ({FAMILIES[requested].title}), but {where} holds {found.title}. "
+            f"Use family {found.name!r} or 'auto', or give another base."
+        )
+    return found
+
+
+def _identify_unet_config(config: Mapping[str, Any]) -> Family:
+    class_name = config.get("_class_name", "UNet2DConditionModel")
+    if class_name != "UNet2DConditionModel":
+        raise ValueError(f"the base's denoiser is a {class_name}, not a UNet2DConditionModel. {_SUPPORTED}")
+    in_channels, out_channels = config.get("in_channels", 4), config.get("out_channels", 4)
+    if in_channels != out_channels:
+        kind = _OTHER_INPUTS.get(in_channels, "no text-to-image model")
+        raise ValueError(
+            f"the U-Net takes {in_channels} channels and predicts {out_channels}: {kind}. "
+            f"Give the text-to-image base that it was made from. {_SUPPORTED}"
+        )
+    for key in ("class_embed_type", "num_class_embeds", "encoder_hid_dim", "time_cond_proj_dim"):
+        if config.get(key) is not None:
+            raise ValueError(
+                f"the U-Net's {key} is {config[key]!r}, which no supported family has "
+                f"(an upscaler, a distilled or an image-conditioned model). {_SUPPORTED}"
+            )
+    addition = config.get("addition_embed_type")
+    if addition == "text_time":
+        if config.get("projection_class_embeddings_input_dim") == 2560:  # 4 sizes and a score; the base has 6 sizes
+            raise ValueError("this is the SDXL refiner. Give the SDXL base, or a model made from it.")
+        return FAMILIES["sdxl"]
+    if addition == "text":
+        return FAMILIES["miniature"]
+    if addition is not None:
+        raise ValueError(f"the U-Net's addition_embed_type {addition!r} belongs to no supported family. {_SUPPORTED}")
+    return FAMILIES["sd21" if config.get("use_linear_projection") else "sd15"]
+
+
+_FOREIGN_KEYS = (  # part of a key -> what such a file is
+    ("joint_blocks.", "Stable Diffusion 3"),
+    ("double_blocks.", "Flux or a relative of it"),
+    ("double_stream_blocks.", "a diffusion transformer"),
+    ("double_layers.", "AuraFlow"),
+    ("adaln_single.", "PixArt or a relative of it"),
+    ("patchify_proj.", "a video model"),
+    ("clip_txt_pooled_mapper.", "Stable Cascade"),
+    ("clip_mapper.", "Stable Cascade or Wuerstchen"),
+    ("effnet_mapper.", "Stable Cascade or Wuerstchen"),
+    ("edm_vpred.", "a model of EDM's noise levels (CosXL)"),
+    ("edm_mean", "a model of EDM's noise levels (Playground 2.5)"),
+    ("control_model.", "a ControlNet, not a base model: give it as model.controlnet"),
+    ("controlnet_cond_embedding.", "a ControlNet, not a base model: give it as model.controlnet"),
+    ("input_hint_block.", "a ControlNet, not a base model: give it as model.controlnet"),
+    ("lora_", "a LoRA, not a base model"),
+    ("ip_adapter.", "an IP-Adapter, not a base model"),
+)
+_FOREIGN_BEGINNINGS = (
+    ("down_blocks.", "a single module in diffusers' layout: give the folder that holds unet/, vae/ and text_encoder/"),
+    ("transformer_blocks.", "a single module in diffusers' layout, of a diffusion transformer"),
+    ("text_model.", "a text encoder alone: give the folder that holds unet/, vae/ and text_encoder/"),
+    ("encoder.down", "a VAE alone: give the folder that holds unet/, vae/ and text_encoder/"),
+)
+
+
+def _identify_single_file(shapes: Mapping[str, Any]) -> Family:
+    for part, kind in _FOREIGN_KEYS:
+        if any(part in key for key in shapes):
+            raise ValueError(f"this file is {kind}. {_SUPPORTED}")
+    for part, kind in _FOREIGN_BEGINNINGS:
+        if any(key.startswith(part) for key in shapes):
+            raise ValueError(f"this file is {kind}. {_SUPPORTED}")
+    entry = shapes.get("model.diffusion_model.input_blocks.0.0.weight")
+    if entry is None:
+        raise ValueError(
+            "this file has no model.diffusion_model.input_blocks.0.0.weight, so it is no whole Stable Diffusion "
+            f"checkpoint in the original layout. {_SUPPORTED}"
+        )
+    if len(entry) != 4 or entry[1] != 4:
+        entry = (*entry, 0, 0)
+        kind = _OTHER_INPUTS.get(entry[1], "not a text-to-image model")
+        raise ValueError(f"the U-Net of this file takes {entry[1]} channels: {kind}. {_SUPPORTED}")
+    prefixes = {
+        "conditioner.embedders.1.model.": "sdxl",
+        "cond_stage_model.model.": "sd21",
+        "cond_stage_model.transformer.": "sd15",
+    }
+    for prefix, name in prefixes.items():
+        if any(key.startswith(prefix) for key in shapes):
+            return FAMILIES[name]
+    if any(key.startswith("conditioner.embedders.0.model.") for key in shapes):
+        raise ValueError("this file is the SDXL refiner. Give the SDXL base, or a model made from it.")
+    raise ValueError(
+        "this file holds no text encoder (none of " + ", ".join(f"{prefix}*" for prefix in prefixes) + "). "
+        "Give a whole checkpoint, or a diffusers folder."
+    )
+
+
+_TITLES = {  # what model_index.json or a denoiser's configuration names, up to there -> what people call it
+    "StableDiffusion3": "Stable Diffusion 3",
+    "SD3": "Stable Diffusion 3",
+    "Flux": "FLUX",
+    "PixArt": "PixArt",
+    "StableCascade": "Stable Cascade",
+    "Wuerstchen": "Wuerstchen",
+    "Kandinsky": "Kandinsky",
+    "Hunyuan": "Hunyuan-DiT",
+    "AuraFlow": "AuraFlow",
+    "Sana": "Sana",
+    "Lumina": "Lumina",
+    "CogView": "CogView",
+    "Kolors": "Kolors",
+    "IF": "DeepFloyd IF",
+    "QwenImage": "Qwen-Image",
+}
+
+
+def recognise_folder(folder: Path, requested: str = "auto") -> Family:
+    """The family of a diffusers folder. requested: as `check_family` takes it.
+
+    Raises FileNotFoundError for a folder of something else, and ValueError for a base that is not supported, or is not
+    of the requested family, with the folder and what it is.
+    """
+    index = folder / "model_index.json"
+    pipeline = str(read_json(index).get("_class_name", "")) if index.is_file() else ""
+    config = folder / "unet" / "config.json"
+    if not config.is_file():
+        config = folder / "transformer" / "config.json"
+    title = next((title for start, title in _TITLES.items() if pipeline.startswith(start)), None)
+    if config.is_file():
+        tree = read_json(config)
+        try:
+            return check_family(requested, identify(tree), str(folder))
+        except ValueError as error:
+            title = title or next(
+                (title for start, title in _TITLES.items() if str(tree.get("_class_name", "")).startswith(start)), None
+            )
+            named = "" if title is None else f" ({title})"
+            raise ValueError(f"{folder}{named}: {error}") from None
+    if pipeline and not pipeline.startswith("StableDiffusionPipeline"):
+        raise ValueError(f"{folder} holds {title or 'another model'}: {index.name} names a {pipeline}. {_SUPPORTED}")
+    if (folder / "config.json").exists():
+        raise FileNotFoundError(
+            f"{folder} holds one module, not a base model. Give the folder that holds unet/, vae/, text_encoder/, "
+            "tokenizer/ and scheduler/."
+        )
+    missing = folder / "unet" / "config.json"
+    raise FileNotFoundError(
+        f"there is no {missing}, so {folder} is no diffusers folder of a base model: give the folder of a whole Stable "
+        "Diffusion model, which holds unet/, vae/, text_encoder/ and tokenizer/"
+    )
+
+
+def recognise_file(file: Path, requested: str = "auto") -> Family:
+    """The family of a single file in the original layout, by its header. Raises ValueError as `recognise_folder`."""
+    if file.suffix != ".safetensors":
+        raise ValueError(f"{file} is not a .safetensors file. A .ckpt can run code when it is read: convert it first.")
+    shapes = {name: tuple(entry["shape"]) for name, entry in safetensors_header(file).items()}
+    try:
+        return check_family(requested, _identify_single_file(shapes), str(file))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def check_part(folder: Path, part: Part) -> None:
+    """Raises FileNotFoundError and ValueError where the folder of a base has another class of network in a part."""
+    path = folder / part.folder / "config.json"
+    config = read_json(path)
+    if part.model_types:
+        found = config.get("model_type", part.model_types[0])
+        if found not in part.model_types:
+            raise ValueError(
+                f"{path}: the text encoder is a model of the type {found!r}, and this family's is a {part.kind} "
+                f"({' or '.join(part.model_types)}). {_SUPPORTED}"
+            )
+    elif (found := config.get("_class_name", part.kind)) != part.kind:
+        raise ValueError(f"{path} is of the class {found}, and this family's is {part.kind}. {_SUPPORTED}")
+
+
+_TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+"""Any of these is a tokenizer."""
+
+
+def check_tokenizer(folder: Path, name: str) -> None:
+    """Raises FileNotFoundError and ValueError where the folder of a base lacks files of a tokenizer."""
+    place = folder / name
+    if not place.is_dir():
+        raise FileNotFoundError(
+            f"there is no {name}/ in {folder}. A base needs its tokenizer: copy the folder {name}/ (vocab.json, "
+            "merges.txt, tokenizer_config.json, special_tokens_map.json) of the base's diffusers release there."
+        )
+    if not any(all((place / file).is_file() for file in files) for files in _TOKENIZER_FILES):
+        wanted = " or ".join(" with ".join(files) for files in _TOKENIZER_FILES)
+        raise FileNotFoundError(f"{place} holds no {wanted}: the tokenizer is not whole. Download the rest of it")
+    for file in sorted(place.glob("*.json")):
+        read_json(file)
+    read_json(place / "tokenizer_config.json")
+
+
+NOISE_SCHEDULERS = frozenset(
+    f"{name}Scheduler"
+    for name in (
+        "DDPM", "DDPMParallel", "DDIM", "DDIMInverse", "DDIMParallel", "PNDM", "LMSDiscrete", "EulerDiscrete",
+        "EulerAncestralDiscrete", "HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "DPMSolverMultistep",
+        "DPMSolverMultistepInverse", "DPMSolverSinglestep", "DPMSolverSDE", "DEISMultistep", "UniPCMultistep",
+        "SASolver", "LCM", "TCD",
+    )
+)  # fmt: skip
+"""Classes of diffusers whose noise is that of DDPM (arXiv 2006.11239): betas, and a prediction of noise or of v."""
+PREDICTIONS = ("epsilon", "v_prediction")
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
+TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
+
+
+def scheduler_file(folder: Path) -> Path:
+    """Of a base's folder. Raises FileNotFoundError where it is not there."""
+    path = folder / "scheduler" / "scheduler_config.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist. It says how noise is added and what the U-Net predicts: copy it from the base's "
+            "diffusers release."
+        )
+    return path
+
+
+def check_scheduler(config: Mapping[str, Any], where: str) -> None:
+    """Raises ValueError for a scheduler's configuration by which a U-Net of these families cannot have been trained.
+
+    Such a U-Net predicts the noise of DDPM's betas, or v; one of flow matching or of EDM's noise levels does not, and
+    reading its numbers as DDPM's would train on noise that it has never seen.
+    """
+    name = config.get("_class_name", "DDPMScheduler")
+    if name not in NOISE_SCHEDULERS:
+        flow = "flow matching" if "Flow" in str(name) else "EDM's noise levels" if "EDM" in str(name) else None
+        raise ValueError(
+            f"{where}: the scheduler is a {name}{f', which says {flow}' if flow else ''}, and the U-Net of the "
+            "supported families predicts the noise of DDPM's betas, or v. Put the base's own scheduler_config.json "
+            "there, or give a base of a supported family"
+        )
+    if config.get("use_flow_sigmas"):
+        raise ValueError(
+            f"{where}: use_flow_sigmas is {config['use_flow_sigmas']!r}, which says flow matching, and the U-Net of "
+            "the supported families does not predict that. Give the base's own scheduler_config.json"
+        )
+    if config.get("timestep_type", "discrete") != "discrete":
+        raise ValueError(
+            f"{where}: timestep_type is {config['timestep_type']!r} (EDM's noise levels, as CosXL has them), and the "
+            "U-Net of the supported families is told discrete steps. Give a base of a supported family"
+        )
+    prediction = config.get("prediction_type", "epsilon")
+    if prediction not in PREDICTIONS:
+        raise ValueError(f"{where}: prediction_type {prediction!r} is neither epsilon nor v_prediction")
+    _check_betas(config, where)
+
+
+def _check_betas(config: Mapping[str, Any], where: str) -> None:
+    """The noise schedule's numbers. Raises ValueError with field and value."""
+    steps = config.get("num_train_timesteps", 1000)
+    start, end = config.get("beta_start", 0.0001), config.get("beta_end", 0.02)
+    if type(steps) is not int or steps < 1:
+        raise ValueError(f"{where}: num_train_timesteps is {steps!r}, and a number of steps belongs there")
+    for field, value in (("beta_start", start), ("beta_end", end)):
+        if not _is_number(value) or not 0.0 < value < 1.0:
+            raise ValueError(f"{where}: {field} is {value!r}, and a variance between 0 and 1 belongs there")
+    trained = config.get("trained_betas")
+    if trained is not None:
+        if not isinstance(trained, list) or not all(_is_number(beta) and 0.0 <= beta <= 1.0 for beta in trained):
+            raise ValueError(f"{where}: trained_betas is no list of variances between 0 and 1, or null")
+        if len(trained) != steps:
+            raise ValueError(f"{where}: trained_betas has {len(trained)} values for num_train_timesteps={steps}")
+    for field, known in (("beta_schedule", BETA_SCHEDULES), ("timestep_spacing", TIMESTEP_SPACINGS)):
+        if config.get(field, known[0]) not in known:
+            raise ValueError(f"{where}: {field} is {config[field]!r}, which is none of {', '.join(known)}")
+    offset = config.get("steps_offset", 0)
+    if type(offset) is not int or not 0 <= offset < steps:
+        raise ValueError(f"{where}: steps_offset is {offset!r}, and a number of steps belongs there")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+CONTROLNETS = ("ControlNetModel", "VariantControlNet")
+"""Classes of ControlNets that are read: diffusers', and one of ours."""
+
+
+def check_controlnet(config: Mapping[str, Any], where: str) -> None:
+    """Raises ValueError where a config.json is that of no ControlNet that is read here, or of one for other conditions.
+
+    where: its folder, for the message.
+    """
+    name = config.get("_class_name")
+    if name not in CONTROLNETS:
+        raise ValueError(f"{where} holds a {name}, which is no ControlNet that is known: {', '.join(CONTROLNETS)}")
+    check_condition_channels(config.get("conditioning_channels", 3), where)
+
+
+def check_condition_channels(channels: object, where: str) -> None:
+    """Raises ValueError for a ControlNet whose conditions are not pictures with three channels."""
+    if channels != 3:
+        raise ValueError(
+            f"{where}: its conditioning_channels is {channels!r}, and conditions here are RGB, with 3 (a gray one is "
+            "repeated three times). Give a ControlNet with conditioning_channels 3"
+        )
