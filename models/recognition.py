@@ -103,6 +103,9 @@ def _identify_unet_config(config: Mapping[str, Any]) -> Family:
     if class_name != "UNet2DConditionModel":
         raise ValueError(f"the base's denoiser is a {class_name}, not a UNet2DConditionModel. {_SUPPORTED}")
     in_channels, out_channels = config.get("in_channels", 4), config.get("out_channels", 4)
+    for name, value in (("in_channels", in_channels), ("out_channels", out_channels)):
+        if type(value) is not int:
+            raise ValueError(f"the U-Net's {name} is {value!r}, and a number of channels belongs there")
     if in_channels != out_channels:
         kind = _OTHER_INPUTS.get(in_channels, "no text-to-image model")
         raise ValueError(
@@ -319,9 +322,9 @@ def check_scheduler(config: Mapping[str, Any], where: str) -> None:
     Such a U-Net predicts the noise of DDPM's betas, or v; one of flow matching or of EDM's noise levels does not, and
     reading its numbers as DDPM's would train on noise that it has never seen.
     """
-    name = config.get("_class_name", "DDPMScheduler")
+    name = str(config.get("_class_name", "DDPMScheduler"))
     if name not in NOISE_SCHEDULERS:
-        flow = "flow matching" if "Flow" in str(name) else "EDM's noise levels" if "EDM" in str(name) else None
+        flow = "flow matching" if "Flow" in name else "EDM's noise levels" if "EDM" in name else None
         raise ValueError(
             f"{where}: the scheduler is a {name}{f', which says {flow}' if flow else ''}, and the U-Net of the "
             "supported families predicts the noise of DDPM's betas, or v. Put the base's own scheduler_config.json "

@@ -8,7 +8,7 @@ import torch
 import yaml
 from diffusers import ControlNetModel
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from controlbooth.models.controlnet import build_controlnet
 from controlbooth.models.pretrained import load_base, load_controlnet, save_controlnet
@@ -99,8 +99,22 @@ def test_the_usage_snippet_of_the_card_runs(family, make_run, tmp_path, monkeypa
     assert Image.open(out / "picture.png").size == (32, 32)
 
 
-def test_the_usage_snippet_draws_what_the_run_draws_whatever_the_scheduler_file_leaves_out(
-    make_run, load_tiny, tmp_path, monkeypatch
+SCHEDULERS = {  # as published bases have them; the first is Stable Diffusion 1.5's own, without clip_sample
+    "pndm": dict(_class_name="PNDMScheduler", skip_prk_steps=True),
+    "euler, v, zero terminal SNR": dict(
+        _class_name="EulerDiscreteScheduler",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+    ),
+    "ddim that clips": dict(thresholding=True, set_alpha_to_one=False, steps_offset=1, timestep_spacing="linspace"),
+    "stochastic": dict(_class_name="DPMSolverMultistepScheduler", algorithm_type="sde-dpmsolver++"),
+}
+
+
+@pytest.mark.parametrize("scheduler_of_base", SCHEDULERS)
+def test_the_usage_snippet_draws_what_the_run_draws_whatever_the_scheduler_file_says(
+    scheduler_of_base, make_run, tmp_path, monkeypatch
 ):
     run, out = make_run(), tmp_path / "out"
     config = load_config(run / "config.yaml")
@@ -109,7 +123,12 @@ def test_the_usage_snippet_draws_what_the_run_draws_whatever_the_scheduler_file_
     scheduler = base_folder / "scheduler" / "scheduler_config.json"
     options = json.loads(scheduler.read_text())
     del options["clip_sample"]
-    scheduler.write_text(json.dumps(options | {"_class_name": "PNDMScheduler", "skip_prk_steps": True}))
+    scheduler.write_text(json.dumps(options | SCHEDULERS[scheduler_of_base]))
+    if scheduler_of_base == "stochastic":  # and a base that has half-precision variants alone
+        for file in base_folder.rglob("*.safetensors"):
+            half = {name: tensor.half() for name, tensor in load_file(file).items()}
+            save_file(half, file.with_suffix(".fp16.safetensors"), metadata={"format": "pt"})
+            file.unlink()
     for file in (run / "config.yaml", *run.glob("checkpoints/*/config.yaml")):
         file.write_text(dump(load_config(file, [f"model.base={base_folder}", "validation.sampling_steps=8"])))
     main([str(run), str(out)])

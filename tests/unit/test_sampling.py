@@ -1,4 +1,6 @@
 import copy
+import json
+import shutil
 
 import numpy as np
 import pytest
@@ -6,6 +8,7 @@ import torch
 from diffusers import StableDiffusionControlNetPipeline, StableDiffusionXLControlNetPipeline
 
 from controlbooth.models.controlnet import build_controlnet
+from controlbooth.models.noise_schedule import read_noise_scheduler
 from controlbooth.models.pretrained import load_controlnet, save_controlnet
 from controlbooth.models.recognition import FAMILIES
 from controlbooth.models.sampling import SCHEDULERS, Control, initial_noise, sample
@@ -85,6 +88,38 @@ def test_pictures_equal_those_of_diffusers_pipeline(
     assert ours.float().std() > 10  # not one flat colour, which would agree by itself
     difference = (ours.int() - theirs.int()).abs()
     assert difference.max() <= 1 and difference.float().mean() < 0.01  # 1: a value that lies on a rounding border
+
+
+STOCHASTIC = {  # of bases as they are published: what a sampler must not take from them
+    "sde": dict(_class_name="DPMSolverMultistepScheduler", algorithm_type="sde-dpmsolver++", solver_order=3),
+    "karras": dict(
+        _class_name="EulerAncestralDiscreteScheduler", use_karras_sigmas=True, final_sigmas_type="sigma_min"
+    ),
+    "pixels": dict(_class_name="DDPMScheduler", clip_sample=True, thresholding=True, variance_type="learned_range"),
+    "distilled": dict(_class_name="LCMScheduler", original_inference_steps=50, timestep_scaling=10.0),
+}
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_only_the_noise_schedule_of_a_bases_scheduler_reaches_a_picture(scheduler, load_tiny, base_folder, tmp_path):
+    file = shutil.copytree(base_folder("sd15"), tmp_path / "base") / "scheduler" / "scheduler_config.json"
+    plain, base = json.loads(file.read_text()), load_tiny("sd15")
+
+    def drawn(changes):
+        file.write_text(json.dumps(plain | changes))
+        base.noise_scheduler = read_noise_scheduler(file)
+        options: dict = dict(seeds=[1, 2], steps=3, guidance_scale=2.0, scheduler=scheduler)
+        return [sample(base, ["a cat", "red dog"], **options) for _ in range(2)]
+
+    first, again = drawn({})
+    assert torch.equal(first, again)
+    for name, changes in STOCHASTIC.items():
+        one, other = drawn(changes)
+        assert torch.equal(one, first) and torch.equal(other, first), name
+    assert not torch.equal(drawn(dict(beta_end=0.02))[0], first)
+    if scheduler == "euler":
+        with pytest.raises(ValueError, match="scheduler euler cannot take the base's noise schedule.* Use ddim"):
+            drawn(dict(beta_schedule="sigmoid"))
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
