@@ -12,7 +12,7 @@ FOLDERS = ("data", "deploy", "launch", "models", "trainer")
 # Lower bounds are what the code was written against, upper bounds the next release that may break it; the exact
 # versions that were tested together are in constraints-cpu.txt.
 REQUIRED = [
-    "accelerate>=1.0",  # diffusers and transformers load weights without a second copy in memory through it
+    "accelerate>=1.0",  # networks are made without memory, and filled from their files
     "alembic>=1.13",  # MLflow's SQLite store; mlflow-skinny leaves it out
     "braceexpand>=0.1.7",
     "croniter>=6,<8",

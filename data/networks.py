@@ -9,6 +9,7 @@ Nothing is downloaded. Edges of HED and lines of M-LSD are not in transformers: 
 `data.conditions` take their place.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,10 +65,21 @@ def _load(auto_class: str, folder: Path, device: str) -> tuple[Any, Any]:
 
     try:
         processor = transformers.AutoImageProcessor.from_pretrained(folder, **FROM_FILES)
-        model = getattr(transformers, auto_class).from_pretrained(folder, **FROM_FILES)
-    except (ValueError, OSError, KeyError) as error:
+        loader = getattr(transformers, auto_class)
+        model, report = loader.from_pretrained(folder, output_loading_info=True, **FROM_FILES)
+    except (ValueError, OSError, KeyError, RuntimeError) as error:
         raise ValueError(f"{folder} cannot be opened as transformers' {auto_class}: {error}") from error
+    missing = sorted(name for name in report["missing_keys"] if not _UNUSED.search(name))
+    if missing:  # transformers makes them up, at random
+        raise ValueError(
+            f"{folder} lacks {len(missing)} tensors of its {type(model).__name__}, such as {missing[0]}: what it would "
+            "draw is random. Copy the whole folder again"
+        )
     return processor, model.to(device).eval()
+
+
+_UNUSED = re.compile(r"(^|\.)pooler\.|\.fusion_stage\.layers\.0\.residual_layer1\.|\.num_batches_tracked$")
+"""Weights that such a model has and does not use here, and that published files leave out."""
 
 
 def _depth_model(folders: Sequence[Path], device: str) -> Callable[[np.ndarray], np.ndarray]:

@@ -1,5 +1,6 @@
 """Adding conditions to shards, by functions and by tiny networks of transformers' own classes."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -253,3 +254,16 @@ def test_a_skeleton_joins_the_neck_between_the_shoulders_and_leaves_out_what_was
 def test_colours_of_classes_are_distinct_and_begin_with_black():
     colours = networks.class_colours(150)
     assert len(np.unique(colours, axis=0)) == 150 and not colours[0].any()
+
+
+def test_a_network_that_lacks_tensors_is_refused_before_it_draws_at_random(models, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(models / "segmentation", tmp_path / "segmentation")
+    file = next(folder.glob("*.safetensors"))
+    weights = load_file(file)
+    name = sorted(name for name in weights if name.endswith("weight"))[0]
+    del weights[name]
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"{folder} lacks 1 tensors of its .*: what it would draw is random"):
+        networks.open_network("segmentation", str(folder))

@@ -357,6 +357,29 @@ def test_a_folder_that_is_no_supported_base_is_told_what_it_is(good, tmp_path, f
     assert told in problem and problem.startswith(f"model.base is {str(tmp_path / 'base')!r}: ")
 
 
+@pytest.mark.parametrize(
+    ("tensor", "shape", "told"),
+    [
+        ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", [2, 2], "Stable Diffusion 3"),
+        ("double_blocks.0.img_attn.qkv.weight", [2, 2], "Flux or a relative of it"),
+        ("model.diffusion_model.adaln_single.linear.weight", [2, 2], "PixArt or a relative of it"),
+        ("clip_txt_pooled_mapper.weight", [2, 2], "Stable Cascade"),
+        ("edm_vpred.sigma_max", [], "a model of EDM's noise levels"),
+        ("control_model.input_hint_block.0.weight", [2, 3, 3, 3], "a ControlNet, not a base model"),
+        ("lora_unet_down_blocks_0.lora_up.weight", [2, 2], "a LoRA, not a base model"),
+        ("down_blocks.0.resnets.0.conv1.weight", [2, 2, 3, 3], "a single module in diffusers' layout"),
+        ("encoder.down.0.block.0.conv1.weight", [2, 2, 3, 3], "a VAE alone"),
+        ("model.diffusion_model.input_blocks.0.0.weight", [2, 9, 3, 3], "takes 9 channels: an inpainting model"),
+        ("model.diffusion_model.input_blocks.0.0.weight", [2, 4, 3, 3], "holds no text encoder"),
+        ("something.weight", [2], "no whole Stable Diffusion checkpoint"),
+    ],
+)
+def test_a_single_file_that_is_no_supported_base_is_told_what_it_is(good, tmp_path, tensor, shape, told):
+    write_safetensors(tmp_path / "model.safetensors", {tensor: shape})
+    problem = only_problem(good, model__base=str(tmp_path / "model.safetensors"))
+    assert told in problem and str(tmp_path / "model.safetensors") in problem
+
+
 @pytest.mark.parametrize("part", ["vae", "text_encoder", "tokenizer", "scheduler"])
 def test_a_part_that_is_not_there_is_named(good, tmp_path, part):
     shutil.rmtree(tmp_path / "base" / part)
