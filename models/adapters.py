@@ -150,18 +150,22 @@ def subject_weights(adapters: Mapping[str, StackedAdapter], slot: int, rank: int
 
 @torch.no_grad()
 def load_subject(adapters: Mapping[str, StackedAdapter], slot: int, weights: Mapping[str, Tensor]) -> None:
-    """Puts weights by peft's names into a slot. Raises ValueError where they are of other layers or sizes."""
+    """Puts weights by peft's names into a slot. Raises ValueError where they do not fit, or are no numbers."""
     expected = {f"{name}.lora_{side}.weight" for name in adapters for side in "AB"}
     if weights.keys() != expected:
         other = sorted(weights.keys() ^ expected)
         raise ValueError(f"the LoRA is of other layers: {len(other)} names differ, such as {other[0]}")
     for name, adapter in adapters.items():
         down, up = weights[f"{name}.lora_A.weight"], weights[f"{name}.lora_B.weight"]
-        rank = len(down)
+        rank, (_, outputs, _, *kernel) = len(down), adapter.up.shape
         if rank > adapter.down.shape[1] or down.shape[1:] != adapter.down.shape[2:]:
             raise ValueError(
                 f"{name}: a LoRA of shape {tuple(down.shape)} does not fit {tuple(adapter.down.shape[1:])}"
             )
+        if up.shape != (outputs, rank, *kernel):  # one that is narrower would be repeated in silence
+            raise ValueError(f"{name}: a LoRA of shape {tuple(up.shape)} does not fit {(outputs, rank, *kernel)}")
+        if not (down.is_floating_point() and up.is_floating_point() and down.isfinite().all() and up.isfinite().all()):
+            raise ValueError(f"{name}: the LoRA holds values that are no finite numbers with a fraction")
         adapter.down[slot].zero_()
         adapter.up[slot].zero_()
         adapter.down[slot, :rank] = down.to(adapter.down)

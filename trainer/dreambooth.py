@@ -68,6 +68,7 @@ from controlbooth.trainer.distributed import (
 from controlbooth.trainer.engine import DTYPES, resolve_precision
 from controlbooth.trainer.failures import end_superseded, note_failure
 from controlbooth.trainer.full import train_fully
+from controlbooth.trainer.network_check import subjects_network_problems
 from controlbooth.trainer.pictures import SubjectError
 from controlbooth.trainer.run_page import source_tags
 from controlbooth.trainer.same_base import BASE_FILE, base_facts, check_same_base, read_base_facts, told_of_base
@@ -141,6 +142,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet_libraries()
     try:
         config = load_run(options.run, options.overrides)
+        for problem in () if options.rows else subjects_network_problems(config):  # of an array it is noted below
+            raise ConfigError(problem)  # before the run's folder is taken, and anything is written
         subjects, faults = load_subjects(options.subjects)
         tasks, more = settle(subjects, config)
         split, _ = check_words(tasks, config)

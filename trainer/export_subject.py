@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
+from controlbooth.models.loading import read_tensors
 from controlbooth.models.pretrained import load_tokenizers
 from controlbooth.models.weights import save_weights
 from controlbooth.trainer import command_lines
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise ConfigError(f"{options.out} must end in .safetensors")
     if options.out.exists() and not options.force:
         raise ConfigError(f"{options.out} is there already; --force writes over it")
-    weights = load_file(trained_file(options.run, task.name, options.best))
+    weights = read_tensors([trained_file(options.run, task.name, options.best)])
     metadata = {"format": "pt", "prompt": task.instance_prompt, "base_model": config.model.base}
     if options.format == "kohya":
         if len(load_tokenizers(base_folder(config.model.base))) > 1:

@@ -207,6 +207,12 @@ def test_a_subject_is_taken_out_and_put_back():
     first = next(iter(weights))
     with pytest.raises(ValueError, match="does not fit"):
         load_subject(adapters, 1, weights | {first: torch.zeros(9, 3)})
+    up = next(name for name in weights if name.endswith("lora_B.weight"))
+    with pytest.raises(ValueError, match="a LoRA of shape .1, 4. does not fit"):  # which would fit all rows
+        load_subject(adapters, 1, weights | {up: weights[up][:1]})
+    for wrong in (weights[up].to(torch.int32), torch.full_like(weights[up], float("nan"))):
+        with pytest.raises(ValueError, match="no finite numbers with a fraction"):
+            load_subject(adapters, 1, weights | {up: wrong})
 
 
 def test_layers_that_are_not_there_are_refused():

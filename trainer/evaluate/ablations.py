@@ -27,6 +27,7 @@ from controlbooth.data.sidecar import write_whole
 from controlbooth.models.base import Base
 from controlbooth.models.decoder import load_networks
 from controlbooth.models.pretrained import load_base
+from controlbooth.models.sampling import drawn_by
 from controlbooth.trainer.checkpoint import complete_checkpoints, read_state
 from controlbooth.trainer.config import ConfigError, RunConfig, base_path, load_config
 from controlbooth.trainer.distributed import World
@@ -37,6 +38,7 @@ from controlbooth.trainer.evaluate.kinds import LOWER_IS_BETTER
 from controlbooth.trainer.evaluate.statistics import share_of_possible
 from controlbooth.trainer.evaluate.validate import generate
 from controlbooth.trainer.evaluate.verdict import describe_run
+from controlbooth.trainer.same_base import check_same_base
 
 SHOWN = 2
 """Held-out conditions in the picture."""
@@ -106,8 +108,11 @@ def draw_run(
         raise ConfigError(f"{run} holds no whole checkpoint: `controlbooth ablate` goes on where it was")
     checkpoint = whole[-1]
     config: RunConfig = load_config(checkpoint / "config.yaml")
-    asked = hashlib.sha256(held.conditions.tobytes() + repr(prompts).encode()).hexdigest()
-    kept = run / f".ablation-{read_state(checkpoint)['digest'][:12]}-{asked[:12]}.npz"
+    state = read_state(checkpoint)
+    remedy = "Put it back as it was: the runs of an ablation are compared on one base"
+    check_same_base(state, base, f"at step {state['step']} of {run}", remedy)
+    asked = hashlib.sha256(held.conditions.tobytes() + repr((prompts, drawn_by(base))).encode()).hexdigest()
+    kept = run / f".ablation-{state['digest'][:12]}-{asked[:12]}.npz"
     if kept.is_file():
         with np.load(kept) as file:
             return {name: file[name] for name in prompts}

@@ -21,13 +21,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from controlbooth.data.secrets import error_text
 from controlbooth.models.adapters import StackedAdapter, attach_adapters, load_subject
 from controlbooth.models.base import Base
+from controlbooth.models.loading import read_tensors
 from controlbooth.models.pretrained import load_base
 from controlbooth.models.sampling import drawn_by, sample
 from controlbooth.trainer import command_lines
@@ -239,7 +239,10 @@ def draw(
     for first in range(0, len(tasks), config.subjects_per_batch):
         together = tasks[first : first + config.subjects_per_batch]
         loras = [read_lora(run / "subjects" / task.name / LORA_FILE) for task in together]
-        fill_stack(adapters, loras * branches)
+        try:
+            fill_stack(adapters, loras * branches)
+        except ValueError as error:
+            raise ConfigError(f"a LoRA of {', '.join(task.name for task in together)}: {error}") from error
         each = max(1, DRAWN_AT_ONCE // len(together))
         for start in range(0, max(len(missing[task.name]) for task in together), each):
             # All subjects have equally many rows; one that has fewer pictures to draw repeats its last one.
@@ -291,7 +294,7 @@ def sample_rows(base: Base, rows: Sequence[Drawing], prior: PriorConfig) -> Tens
 
 def read_lora(path: Path) -> dict[str, Tensor]:
     """By the layers' names in the U-Net."""
-    return {name.removeprefix("unet."): tensor for name, tensor in load_file(path).items()}
+    return {name.removeprefix("unet."): tensor for name, tensor in read_tensors([path]).items()}
 
 
 @torch.no_grad()
