@@ -14,6 +14,8 @@ from controlbooth.models.sampling import drawn_by
 from controlbooth.trainer import same_base
 from controlbooth.trainer.config import ConfigError, build_config
 from controlbooth.trainer.encoding import column_identities
+from controlbooth.trainer.evaluate.sample import Source, check_bases
+from controlbooth.trainer.integrity import write_marker
 from controlbooth.trainer.network_check import network_problems, subjects_network_problems
 from controlbooth.trainer.prior import class_folder
 from controlbooth.trainer.same_base import base_facts, check_same_base, read_base_facts, told_of_base
@@ -222,3 +224,21 @@ def test_a_dry_run_of_subjects_refuses_a_base_that_has_changed(base_copy, load_t
     edit(base_copy / "vae" / "config.json", scaling_factor=0.2)
     (problem,) = subjects_network_problems(config)
     assert "the base's vae scaling_factor was 0.4 when this run began and is 0.2" in problem
+
+
+# --- what is drawn with a run ---------------------------------------------------------------------------------------
+
+
+def test_pictures_are_not_drawn_with_a_base_that_has_changed_since_the_run(base_copy, load_tiny, tmp_path):
+    saved = tmp_path / "run" / "checkpoints" / "step-00000002"
+    saved.mkdir(parents=True)
+    (saved / "state.json").write_text(json.dumps({"step": 2} | base_facts(load_tiny("sd15"))))
+    (saved / "config.yaml").write_text("{}")
+    write_marker(saved)
+    sources = [Source("edges", tmp_path / "run", 1.0, "uniform", "both")]
+    check_bases(sources, load_base(base_copy))
+    edit(base_copy / "scheduler" / "scheduler_config.json", prediction_type="v_prediction")
+    with pytest.raises(ConfigError) as raised:
+        check_bases(sources, load_base(base_copy))
+    assert f"was epsilon at step 2 of {tmp_path / 'run'} and is v_prediction" in str(raised.value)
+    assert f"or say --base {base_copy} to draw with what it is now" in str(raised.value)
