@@ -29,7 +29,7 @@ IMPORT_NAMES = {  # what a distribution is imported as, where that is not its na
     "pillow_heif": "pillow-heif",
     "yaml": "pyyaml",
 }
-NOT_IMPORTED = {"accelerate", "alembic", "s3fs"}  # needed by what we import, which does not ask for them
+NOT_IMPORTED = {"alembic", "s3fs"}  # needed by what we import, which does not ask for them
 
 
 def tracked_files() -> list[str]:
