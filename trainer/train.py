@@ -370,9 +370,8 @@ def build(config: RunConfig, world: World, attempt: Attempt, watchdog: Watchdog,
     extract = extractor(held, {}, str(world.device)) if held else None
     if held is not None:
         check_told(config, held, extract, world)
-        for prompts, what in ((held.captions, "held-out captions"), (config.validation.prompts, "validation.prompts")):
-            if world.rank == 0 and (line := told_of_cut(base.tokenizers, prompts, what)):
-                say(world, f"warning: {line}")
+        if world.rank == 0 and (line := told_of_cut(base.tokenizers, held.captions, "held-out captions")):
+            say(world, f"warning: {line}")
     columns = open_run_columns(config, world, base, dataset)
 
     chosen = choose_once(config.model.attention, world, precision, attempt, lambda: unet_attention_shapes(config, base))

@@ -36,6 +36,7 @@ from controlbooth.data.sidecar import temporary_path, write_whole
 from controlbooth.models.base import Base
 from controlbooth.models.decoder import load_networks
 from controlbooth.models.pretrained import UNET_FOLDER, load_base
+from controlbooth.models.prompts import told_of_cut
 from controlbooth.models.sampling import Control, drawn_by, sample
 from controlbooth.trainer import command_lines
 from controlbooth.trainer.checkpoint import check_weights, complete_checkpoints, read_state
@@ -198,6 +199,8 @@ def evaluate(target: Evaluated, options: argparse.Namespace, world: World) -> in
     controlnet.eval().requires_grad_(False).to(world.device)
     side = target.resolution or base.picture_size[0]
     held = load_held_out(dataset, count, target.condition, side)
+    if world.rank == 0 and (line := told_of_cut(base.tokenizers, held.captions, "held-out captions")):
+        print(f"warning: {line}", file=sys.stderr)
     networks = named_networks(options.network, held.kind)
     extract = extractor(held, networks, str(world.device))
     measures = open_measures(encoder_folders(options.encoder), options.aesthetic, world.device)

@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from controlbooth.models.base import Base
 from controlbooth.models.decoder import load_networks
 from controlbooth.models.guidance import CONDITIONAL, SCHEDULES
 from controlbooth.models.pretrained import load_base
+from controlbooth.models.prompts import told_of_cut
 from controlbooth.models.sampling import Control, sample
 from controlbooth.trainer import command_lines
 from controlbooth.trainer.checkpoint import check_weights, complete_checkpoints, read_state
@@ -68,6 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_bases(sources, base)
     base, networks = open_controls(folders, base)
     requests = make_requests(options, sources, base)
+    prompts = [*(row.prompt for row in requests), *([options.negative] if options.negative else [])]
+    if line := told_of_cut(base.tokenizers, prompts, "prompts"):
+        print(f"warning: {line}", file=sys.stderr)
     options.out.mkdir(parents=True, exist_ok=True)
     pictures: list[np.ndarray] = []
     for first in tqdm(range(0, len(requests), PICTURES_AT_ONCE), unit="batch", desc="sample"):
