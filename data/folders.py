@@ -4,6 +4,7 @@ Links to folders are followed, each folder is entered once, and hidden files are
 macOS writes beside `photo.jpg`.
 """
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -27,7 +28,8 @@ def files_below(root: Path, skip: Path | None = None) -> Iterator[Path]:
     """All files below a folder that are not hidden, nor in hidden folders, nor in `skip`; in no order.
 
     Links to folders are followed after the folders themselves, so that each is met under its own name, and none is
-    entered a second time. Raises OSError for a folder that cannot be read.
+    entered a second time. Raises OSError for a folder that cannot be read, and ValueError for what is named like a
+    picture and is no file.
     """
     entered: set[tuple[int, int]] = set()
     folders, links = [root], []
@@ -36,13 +38,16 @@ def files_below(root: Path, skip: Path | None = None) -> Iterator[Path]:
         if (place := _place(folder)) in entered:
             continue
         entered.add(place)
-        for path in sorted(folder.iterdir()):
-            if path.name.startswith(".") or path == skip:
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):  # which asks the disk for links only
+            path = Path(entry.path)
+            if entry.name.startswith(".") or path == skip:
                 continue
-            if path.is_dir():
-                (links if path.is_symlink() else folders).append(path)
-            else:
+            if entry.is_dir():
+                (links if entry.is_symlink() else folders).append(path)
+            elif entry.is_file() or not is_picture(path):
                 yield path
+            else:
+                raise ValueError(f"{path} is {'a link to nothing' if entry.is_symlink() else 'no file'}: remove it")
 
 
 def _place(folder: Path) -> tuple[int, int]:

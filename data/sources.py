@@ -189,8 +189,6 @@ def _images_by_name(root: Path, files: Iterable[Path]) -> dict[str, Path]:
         name = path.relative_to(root).with_suffix("").as_posix()
         if name in found:
             raise ValueError(f"{found[name]} and {path} have the same name: rename one, or remove it")
-        if not path.is_file():
-            raise ValueError(f"{path} is {'a link to nothing' if path.is_symlink() else 'no file'}: remove it")
         found[name] = path
     return found
 

@@ -156,7 +156,7 @@ def _cell_fault(path: str, value: Any, is_caption: bool) -> str | None:
 
 def is_rows(location: Path) -> bool:
     """Whether `open_rows` is the way to read a path, rather than `open_folder`."""
-    if location.suffix.lower() in (*TEXT_TABLES, ".parquet"):
+    if location.suffix.lower() in (*TEXT_TABLES, ".parquet") and not location.is_dir():
         return True
     names = ("state.json", "dataset_dict.json", "*.arrow", "*.parquet", "data/*.parquet")
     return location.is_dir() and any(any(location.glob(name)) for name in names)
@@ -164,6 +164,9 @@ def is_rows(location: Path) -> bool:
 
 def _row_files(location: Path) -> list[Path]:
     if location.is_file():
+        if location.suffix.lower() not in (*TEXT_TABLES, ".parquet", ".arrow"):
+            known = ", ".join((*TEXT_TABLES, ".parquet", ".arrow"))
+            raise ValueError(f"{location} is no table that can be read, by its name: {known}. Save it as one of them")
         return [location]
     if not location.is_dir():
         if found := sorted(glob.glob(str(location))):

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-TEXT_TABLES = (".csv", ".jsonl")
+TEXT_TABLES = (".csv", ".jsonl", ".ndjson", ".json")
+"""All but the first have one JSON object a line, as `prompt.json` of fill50k does."""
 
 csv.field_size_limit(2**31 - 1)  # other columns may be long; of captions `prompts` tells what is too long
 
@@ -101,7 +102,7 @@ def _json_rows(text: str) -> Iterator[dict[str, Any]]:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"line {number} is not a JSON object: {error}") from error
         if not isinstance(row, dict):
-            raise ValueError(f"line {number} is not a JSON object but {type(row).__name__}")
+            raise ValueError(f"line {number} is not a JSON object but {type(row).__name__}: write an object a line")
         yield row
 
 

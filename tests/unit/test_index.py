@@ -358,6 +358,32 @@ def test_a_shard_of_few_samples_with_many_parts_keeps_them_all(tmp_path):
     assert len(load_index(index_path(tmp_path / "x.tar")).extensions) == 102
 
 
+@pytest.mark.parametrize("size", ["²", "٣", "-1", "+3", " 3", "1_0", "3.0", "0x3", "nan", "9" * 5000])
+def test_a_size_in_pax_records_that_is_no_number_is_told_with_its_byte(tmp_path, size):
+    with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        info = tarfile.TarInfo("a.txt")
+        info.size, info.pax_headers = 3, {"size": size}
+        tar.addfile(info, io.BytesIO(b"abc"))
+    _, (problem,) = index_shard(tmp_path / "x.tar")
+    assert problem.kind == "header" and problem.byte == 0
+    assert problem.message.startswith(f"the PAX header at this byte states the size {size[:40]!r}"[:60])
+
+
+@pytest.mark.parametrize("field", [b"-7\0", b"0o17\0", b"1_0\0", b"9\0", b"\xff" * 12, b"+7\0"])
+def test_a_size_field_that_is_no_number_is_told(field):
+    tar = io.BytesIO()
+    with tarfile.open(fileobj=tar, mode="w", format=tarfile.USTAR_FORMAT) as writer:
+        info = tarfile.TarInfo("a.txt")
+        info.size = 3
+        writer.addfile(info, io.BytesIO(b"abc"))
+    data = bytearray(tar.getvalue())
+    data[124:136] = field.ljust(12, b"\0")
+    data[148:156] = b" " * 8
+    data[148:156] = b"%06o\0 " % sum(data[:512])
+    with pytest.raises(TarDamage, match="is not a number"):
+        list(members(io.BytesIO(bytes(data)), len(data)))
+
+
 def test_one_dot_too_many_is_told_with_the_name_that_would_do(tmp_path):
     with webdataset.TarWriter(str(tmp_path / "x.tar"), encoder=False) as writer:
         writer.write({"__key__": "photo_v1", "0.jpg": b"x", "0.txt": b"y"})

@@ -320,6 +320,48 @@ def test_a_lack_of_memory_is_never_taken_for_damage():
     assert told[3::4] == [(name, "read") for name, _ in told[3::4]] and len(told) == 6 * 4
 
 
+RUN_SHORT_OF_MEMORY = """
+import ctypes, resource, sys
+from pathlib import Path
+from controlbooth.data.decode import OutOfMemory
+from controlbooth.data.loader import Loader
+from controlbooth.data.manifest import open_dataset
+folder = Path(sys.argv[1])
+loader = Loader(
+    open_dataset(folder), seed=0, lanes=1, shards_per_block=1, global_batch_size=1, micro_batch_size=1, rank=0,
+    world_size=1, condition_kind=None, resolution=64, prompt_dropout=0.0, random_flip=False, random_crop=False,
+    num_train_timesteps=1000, latent_shape=(4, 8, 8), threads=1, max_bad_rate=1.0, prefetch_steps=0,
+    ledger_path=folder / "ledger.jsonl", positions=range(2),
+)
+next(loader)
+ctypes.CDLL(None).malloc_trim(0)
+size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + 30 * 2**20, resource.RLIM_INFINITY))
+try:
+    next(loader)
+except OutOfMemory as error:
+    print(error)
+"""
+
+
+def test_a_run_that_is_short_of_memory_ends_with_the_picture_and_nothing_in_the_ledger(tmp_path):
+    """Both samples are of 6000 x 6000 pixels, 100 MiB: the first is read before the limit is set."""
+    rows = zlib.compress(bytes(1 + 3 * 6000) * 6000)
+    png = with_png_chunk(saved(RGB, "PNG")[:8] + bytes(4) + b"IEND" + bytes(4), b"IDAT", rows)
+    png = with_png_chunk(png, b"IHDR", struct.pack(">IIBBBBB", 6000, 6000, 8, 2, 0, 0, 0), before=b"IDAT")
+    with webdataset.TarWriter(str(tmp_path / "a.tar"), encoder=False) as writer:
+        for key in ("a", "b"):
+            writer.write({"__key__": key, "png": png, "txt": b"a"})
+    assert ensure_index(tmp_path / "a.tar") == []
+    settings = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": ":".join(sys.path)}
+    command = [sys.executable, "-c", RUN_SHORT_OF_MEMORY, str(tmp_path)]
+    done = subprocess.run(command, env=settings, capture_output=True, text=True)
+    assert "part 'png': there is no memory left for this picture of 6000 x 6000 pixels (103 MiB" in done.stdout, (
+        done.stderr
+    )
+    assert "Nothing is wrong with it" in done.stdout and not (tmp_path / "ledger.jsonl").exists()
+
+
 def test_suffixes_are_pictures_hidden_files_are_none_and_links_are_followed_once(tmp_path):
     for name in ("dog/a.JPG", "dog/b.heic", "dog/._b.heic", ".cache/c.png", "dog/notes.txt", "dog/d.psd", "dog/e"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -87,6 +87,14 @@ def test_tables_of_other_programs_are_read(pictures, text):
         assert captions(open_rows(table(pictures, name, text), {})) == [["a dog"]]
 
 
+@pytest.mark.parametrize("name", ["t.jsonl", "prompt.json", "t.ndjson", "T.JSONL"])
+def test_objects_a_line_are_read_under_every_name_that_is_used(pictures, name):
+    text = '\ufeff{"target": "images/0.png", "prompt": "a dog", "more": [1]}\r\n'
+    text += '\r\n{"prompt": "b", "target": "images/1.png"}'
+    source = open_rows(table(pictures, name, text), {}, "target", "prompt")
+    assert captions(source) == [["a dog"], ["b"]]
+
+
 def test_quotes_commas_and_lines_inside_of_quoted_cells_are_text(pictures):
     text = 'image,caption\nimages/0.png,"a ""big"" dog,\non grass"\nimages/1.png,5\' 6"" tall\n'
     assert captions(open_rows(table(pictures, "t.csv", text), {})) == [['a "big" dog,\non grass'], ['5\' 6"" tall']]
@@ -294,6 +302,12 @@ def test_a_number_among_the_captions_of_a_folder_is_refused_with_file_and_row(pi
     table(pictures, "metadata.jsonl", '{"file_name": "images/0.png", "text": 5}\n')
     with pytest.raises(ValueError, match=r"metadata.jsonl, row 1, column text: the caption 5 is a number and no text"):
         open_folder(pictures, ["gray"], None)
+
+
+@pytest.mark.parametrize("name", ["t.tsv", "t.xlsx", "t"])
+def test_a_table_of_another_kind_is_refused_by_its_name(pictures, name):
+    with pytest.raises(ValueError, match=f"{name} is no table that can be read, by its name: .csv, .jsonl, "):
+        open_rows(table(pictures, name, "image\tcaption\n"), {})
 
 
 def test_a_link_to_nothing_that_is_named_like_a_picture_is_refused(pictures):
