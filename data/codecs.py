@@ -56,7 +56,11 @@ def _decoded(data: bytes, header: Header, background: int) -> np.ndarray:
         pixels = _with_opencv(data, header, background)
     else:
         pixels = _with_pillow(data, background)
-    return _upright(pixels, header.orientation)
+    pixels = _upright(pixels, header.orientation)
+    if pixels.shape[:2] != (header.height, header.width):
+        sizes = f"{pixels.shape[1]} x {pixels.shape[0]} pixels, and its header says {header.width} x {header.height}"
+        raise ValueError(f"it has {sizes}")
+    return pixels
 
 
 def memory_is_short(error: BaseException) -> bool:
@@ -140,6 +144,8 @@ def _without_stray_bytes(data: bytes, problem: str, most: int = 32) -> Iterator[
 
 
 def _with_opencv(data: bytes, header: Header, background: int) -> np.ndarray:
+    if header.format == "png":
+        _check_chunks(data)
     try:
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     except cv2.error as error:
@@ -155,6 +161,16 @@ def _with_opencv(data: bytes, header: Header, background: int) -> np.ndarray:
     if pixels.ndim == 3:
         pixels = cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
     return pixels if alpha is None else _blend(pixels, alpha, background)
+
+
+def _check_chunks(data: bytes) -> None:
+    """Raises ValueError for a PNG with a chunk that is longer than the file: OpenCV would make room for all of it, up
+    to 4 GiB, before it looks."""
+    for kind, _, end in png_chunks(data):
+        if end + 4 > len(data):
+            raise ValueError(f"{end + 4 - len(data)} bytes of its chunk {kind!r} are missing")
+        if kind == b"IEND":
+            return
 
 
 def _eight_bits(pixels: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Pictures of every kind that people have: upright, opaque, whole, and of a size that a machine can hold."""
 
 import io
+import resource
 import struct
 import subprocess
 import sys
@@ -256,6 +257,15 @@ def test_files_that_were_cut_are_damaged_in_every_format(kind):
     for length in (12, len(data) // 3, len(data) * 2 // 3, len(data) - len(data) // 10):
         with pytest.raises(BadSample, match="sample 'k', part 'p': the image cannot be decoded"):
             decode_image(data[:length], "k", "p")
+
+
+def test_a_png_that_states_a_chunk_of_gigabytes_is_damaged_and_takes_no_room(tmp_path):
+    data = with_png_chunk(saved(RGB, "PNG"), b"tEXt", b"a\0b", before=b"IDAT")
+    at = data.index(b"tEXt") - 4
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(BadSample, match=r"bytes of its chunk b'tEXt' are missing"):
+        decode_image(data[:at] + struct.pack(">I", 2**31 - 5) + data[at + 4 :], "k", "png")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
 
 
 def blank_png(width, height):
