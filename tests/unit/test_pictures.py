@@ -24,6 +24,7 @@ from controlbooth.data.manifest import open_dataset
 from controlbooth.data.pack import encode_parts
 from controlbooth.data.sources import SourceSample
 from controlbooth.trainer.pictures import read_picture
+from controlbooth.trainer.subjects import find_images
 
 pillow_heif.register_heif_opener()
 RNG = np.random.default_rng(0)
@@ -386,3 +387,16 @@ def test_suffixes_are_pictures_hidden_files_are_none_and_links_are_followed_once
         "dog/a.JPG", "dog/b.heic", "elsewhere/f.webp",
     ]  # fmt: skip
     assert left_out(files) == "1 .psd, 1 without a suffix" and ".avif" in IMAGE_SUFFIXES
+
+
+def test_pictures_of_subjects_are_those_that_are_packed_and_others_are_counted(tmp_path):
+    for name, data in (("a.HEIC", "heic"), ("b.gif", "gif"), ("c.avif", "avif")):
+        (tmp_path / name).write_bytes(saved(RGB, {"heic": "HEIF"}.get(data, data.upper())))
+    for name in ("._a.heic", "d.psd", "notes.txt"):
+        (tmp_path / name).write_bytes(b"x")
+    found = find_images(tmp_path)
+    assert [path.name for path in found] == ["a.HEIC", "b.gif", "c.avif"]
+    for path in found:
+        shown = np.asarray(Image.open(path).convert("RGB"))[:, 16:80]
+        assert np.array_equal(read_picture(path, 64).transpose(1, 2, 0), shown)
+    assert left_out(tmp_path.iterdir()) == "1 .psd"
