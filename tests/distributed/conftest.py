@@ -1,3 +1,4 @@
+import shutil
 import sys
 from pathlib import Path
 
@@ -18,9 +19,11 @@ def world_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def studio(world_folder) -> Path:
-    """A manifest of six subjects with three pictures each, beside the tiny base."""
+def studio(world_folder, tmp_path_factory) -> Path:
+    """A folder of its own with the tiny base/ and subjects.yaml, six subjects with three pictures each."""
     import studios
 
-    studios.write_subjects(world_folder)
-    return world_folder
+    folder = tmp_path_factory.mktemp("studio")  # else its runs would meet those of ControlNets under the same names
+    shutil.copytree(world_folder / "base", folder / "base")
+    studios.write_subjects(folder)
+    return folder

@@ -1,6 +1,9 @@
 """A base model of random weights and real structure, and shards of scenes, in a folder: what training tests run on."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import forked
@@ -86,11 +89,19 @@ def run_tree(folder: Path, name: str) -> dict:
     )
 
 
-def torchrun(processes: int, scenario: str, folder: Path, *arguments: str) -> dict:
-    """Runs worker.py's scenario on ranks of torchrun and returns what rank 0 wrote. Raises with the ranks' output."""
+def torchrun(processes: int, scenario: str, folder: Path, *arguments: str, forks: bool = True) -> dict:
+    """Runs worker.py's scenario on ranks of torchrun and returns what rank 0 wrote. Raises with the ranks' output.
+
+    forks: from a process that has imported everything; else they import what they need themselves.
+    """
     result = folder / f"{scenario}-{processes}.json"
-    words = [HERE / "worker.py", scenario, folder, result, *arguments]
-    done = forked.run(processes, words, **forked.BEFORE_IMPORTS)
+    words = list(map(str, [HERE / "worker.py", scenario, folder, result, *arguments]))
+    if forks:
+        done = forked.run(processes, words, **forked.BEFORE_IMPORTS)
+    else:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        environment = os.environ | forked.BEFORE_IMPORTS
+        done = subprocess.run([*command, *words], env=environment, capture_output=True, text=True, timeout=900)
     if done.returncode:
         raise AssertionError(f"{words} exited with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
     return json.loads(result.read_text())
