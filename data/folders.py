@@ -56,11 +56,11 @@ def _place(folder: Path) -> tuple[int, int]:
 
 
 def left_out(files: Iterable[Path]) -> str:
-    """Says of files which of them are neither pictures that can be read nor what lies beside them: "2 .gif, 1 .psd"."""
+    """Says which files are neither hidden, nor pictures that can be read, nor what lies beside them: "2 .mp4"."""
     counts = Counter(
         path.suffix.lower() or "without a suffix"
         for path in files
-        if not is_picture(path) and path.suffix.lower() not in _OTHERS
+        if not path.name.startswith(".") and not is_picture(path) and path.suffix.lower() not in _OTHERS
     )
     return ", ".join(f"{count} {suffix}" for suffix, count in sorted(counts.items()))
 
