@@ -1,5 +1,6 @@
 """A base model as the rest of the system sees it: frozen modules, and pictures to latents and back."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,9 +106,26 @@ def vae_dtype(config: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 and config.get("force_upcast", True) else dtype
 
 
+def _check_numbers(vae: Mapping[str, Any], unet: Mapping[str, Any], where: Path) -> None:
+    """Raises ValueError where a configuration holds no number where one is reckoned with, which no shape tells."""
+    scaling, shift, size = vae["scaling_factor"], vae.get("shift_factor"), unet["sample_size"]
+    if not _is_number(scaling) or scaling <= 0:
+        raise ValueError(f"{where}: the VAE's scaling_factor is {scaling!r}, and a number above 0 belongs there")
+    if shift is not None and not _is_number(shift):
+        raise ValueError(f"{where}: the VAE's shift_factor is {shift!r}, and a number or null belongs there")
+    sides = size if isinstance(size, list | tuple) else [size, size]
+    if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
+        raise ValueError(f"{where}: the U-Net's sample_size is {size!r}, and a size of latents belongs there")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def check_parts_fit(base: Base) -> None:
     """Raises ValueError where the parts of a folder are of different models, which would fail inside the first step."""
     vae, unet, where = base.vae.config, base.unet.config, base.path
+    _check_numbers(vae, unet, where)
     if vae["latent_channels"] != unet["in_channels"]:
         raise ValueError(
             f"{where}: the VAE has {vae['latent_channels']} latent channels and the U-Net takes {unet['in_channels']}"

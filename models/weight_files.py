@@ -86,6 +86,9 @@ def weights_files(folder: Path, stem: str) -> list[Path]:
     for file in sorted(folder.glob("*.safetensors")):
         match = _FILE.fullmatch(file.name)
         if match and match["stem"] == stem:
+            if not file.is_file():
+                target = f"a link to {file.readlink()}, which is not there" if file.is_symlink() else "no file"
+                raise FileNotFoundError(f"{file} is {target}: the model is not whole. Download the rest of it")
             groups.setdefault(match["variant"], []).append(file)
     if not groups:
         raise FileNotFoundError(_nothing_to_read(folder, stem))

@@ -135,17 +135,13 @@ def run_file(tmp_path) -> Path:
     shards = tmp_path / "shards"
     shards.mkdir()
     (shards / "a.tar").write_bytes(bytes(1024))  # an empty tar
-    unet = tmp_path / "base" / "unet"
-    unet.mkdir(parents=True)
-    (unet / "config.json").write_text("{}")
-    (unet / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     tree = {
         "name": "first",
         "output": str(tmp_path / "runs"),
         "max_steps": 10,
         "global_batch_size": 8,
         "micro_batch_size": 2,
-        "model": {"base": str(tmp_path / "base")},
+        "model": {"base": "miniature"},
         "data": {"shards": str(shards), "condition": "edges"},
     }
     path = tmp_path / "run.yaml"

@@ -174,6 +174,35 @@ def test_a_damaged_folder_is_refused_by_name_or_is_no_other_base_in_silence(data
     assert outcome(load_tiny("sd15"), base) is None
 
 
+@pytest.mark.parametrize(
+    ("file", "change", "told"),
+    [
+        ("vae", dict(scaling_factor=None), "the VAE's scaling_factor is None, and a number above 0 belongs there"),
+        ("vae", dict(scaling_factor=-0.1), "the VAE's scaling_factor is -0.1"),
+        ("vae", dict(shift_factor="a"), "the VAE's shift_factor is 'a'"),
+        ("unet", dict(sample_size=None), "the U-Net's sample_size is None"),
+        ("unet", dict(sample_size=[4, 4, 4]), "the U-Net's sample_size is"),
+        ("unet", dict(in_channels=[4]), r"the U-Net's in_channels is \[4\]"),
+        ("unet", dict(block_out_channels=None), "describes no UNet2DConditionModel that can be made"),
+        ("text_encoder", dict(hidden_size="wide"), "describes no CLIPTextModel that can be made"),
+    ],
+)
+def test_a_configuration_without_a_number_where_one_belongs_is_refused(file, change, told, copied):
+    config = copied() / file / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    with pytest.raises(ValueError, match=told):
+        load_base(config.parents[1], device="meta")
+
+
+def test_a_link_to_nothing_is_named(copied):
+    """As in a hub's cache of which a part was deleted."""
+    file = weights_of(copied(), "vae")
+    file.unlink()
+    file.symlink_to("nothing")
+    with pytest.raises(FileNotFoundError, match=f"{file} is a link to nothing, which is not there"):
+        load_base(file.parents[1])
+
+
 # --- schedulers -----------------------------------------------------------------------------------------------------
 
 
