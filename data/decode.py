@@ -14,13 +14,11 @@ import numpy as np
 from controlbooth.data.arguments import whole_number
 from controlbooth.data.codecs import decode, memory_is_short
 from controlbooth.data.headers import read_header
-from controlbooth.data.kinds import Values, named_values
+from controlbooth.data.kinds import MAX_PIXELS, Values, named_values
 from controlbooth.data.resize import resize, values_of
 
 NORMAL_KINDS = ("normals", "normal", "normalbae")
 """Conditions whose red is the x of a direction, which a mirror turns round: ours, and others' names for them."""
-MAX_PIXELS = 200_000_000
-"""Of a picture that is decoded: as the largest sensors of telephones have, 600 MB in memory."""
 _MIRRORED_RED = np.arange(255, -1, -1, dtype=np.uint8)
 _MIRRORED_RED[128] = 128  # 0 lies between 127 and 128 and is stored as 128, mirrored or not
 

@@ -13,6 +13,9 @@ SIDED = ("pose", "keypoint", "skeleton")
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "jfif", "bmp", "tif", "tiff", "gif", "avif", "heic", "heif")
 """How pictures are named that can be read, and the order of choice where a sample has several."""
 
+MAX_PIXELS = 200_000_000
+"""Of a picture that is decoded, unless a run says otherwise: what the largest sensors of telephones have, 600 MB."""
+
 Values = Literal["binary", "labels", "levels"]
 """What the values of a kind of condition are, which decides how it is resized: see `data.resize`."""
 _NAMED_VALUES: dict[Values, tuple[str, ...]] = {

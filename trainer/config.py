@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from controlbooth.data.arguments import SEEDS
-from controlbooth.data.kinds import COMPUTED, computed_kind, tells_sides
+from controlbooth.data.kinds import COMPUTED, MAX_PIXELS, computed_kind, tells_sides
 from controlbooth.data.secrets import CREDENTIALS, without_secrets
 from controlbooth.trainer.file_kinds import RUN, kind_of, mistaken_for
 from controlbooth.trainer.mlflow_address import refuse_secrets
@@ -154,7 +154,7 @@ class DataConfig(Section):
     columns: Path | None = None
     """Folder of latents and text embeddings, which `controlbooth data precompute` writes there and the run then takes
     instead of running the VAE and the text encoder. Not with random_crop."""
-    max_pixels: int = Field(default=200_000_000, gt=0)
+    max_pixels: int = Field(default=MAX_PIXELS, gt=0)
     """A sample with a larger picture, target or condition, is bad: it would take 3 bytes of memory for each pixel."""
     max_bad_rate: float = Field(default=0.01, ge=0.0, le=1.0)
     """Share of undecodable samples at which the run stops instead of replacing them."""
