@@ -12,24 +12,22 @@ A .part has its full size from the start, so room that was promised to one fetch
 is too full says so before anything is fetched.
 """
 
-import errno
 import fcntl
 import os
 import re
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from controlbooth.data.locks import FULL, lock_descriptor
 from controlbooth.data.storage import RemoteShard, download, version_name
 
 NO_ROOM_SECONDS = 300.0
 """Entries are pinned for the time of a read, so room appears in milliseconds, or as fetches of others end."""
 _POLL_SECONDS = 0.02
 _ENTRY = re.compile(r"[0-9a-f]{16}\.(tar|part)")
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""What a system says of a disk that is full; the last of a file that grows beyond what a user may write."""
 
 
 class CacheError(OSError):
@@ -86,10 +84,11 @@ class Cache:
                 descriptor = os.open(self.path(shard), os.O_RDONLY)
             except FileNotFoundError:
                 return None
-            fcntl.flock(descriptor, fcntl.LOCK_SH)
+            self._lock(descriptor, fcntl.LOCK_SH, wait=True)
             status = os.fstat(descriptor)
             if status.st_nlink and status.st_size == shard.bytes:
-                os.utime(descriptor)
+                with suppress(OSError):  # a disk that may only be read has what it has
+                    os.utime(descriptor)
                 return descriptor
             os.close(descriptor)  # deleted between opening and locking, or cut off by whoever else writes here
             if status.st_nlink:
@@ -107,7 +106,7 @@ class Cache:
             descriptor = os.open(part, os.O_RDWR | os.O_CREAT, 0o644)
             keep = False
             try:
-                if not _try_lock(descriptor):  # someone else fetches it
+                if not self._lock(descriptor, fcntl.LOCK_EX):  # someone else fetches it
                     if not wait:
                         return None
                     _pause(closing)
@@ -135,7 +134,7 @@ class Cache:
             self._drop(part)
             self._explain(error, shard)
             raise
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        self._lock(descriptor, fcntl.LOCK_SH, wait=True)
         os.utime(descriptor)
         return os.fstat(descriptor).st_nlink > 0  # the change of locks is not atomic
 
@@ -181,7 +180,7 @@ class Cache:
         for is_entry, _, size, path in sorted(files):
             if is_entry and taken + needed <= self.limit_bytes:
                 break
-            if _delete_if_free(path):
+            if self._delete_if_free(path):
                 taken -= size
         return taken
 
@@ -193,8 +192,34 @@ class Cache:
     def _names(self) -> Iterator[None]:
         descriptor = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            self._lock(descriptor, fcntl.LOCK_EX, wait=True)
             yield
+        finally:
+            os.close(descriptor)
+
+    def _lock(self, descriptor: int, kind: int, wait: bool = False) -> bool:
+        """As `lock_descriptor`. What fetches does not wait: a wait inside flock could not be ended by `closing`.
+
+        Raises CacheError where the disk knows no locks, as nothing else keeps a shard that is read from being deleted.
+        """
+        held = lock_descriptor(descriptor, kind, wait=wait)
+        if held is None:
+            raise CacheError(
+                f"the disk of the cache {self.folder} knows no locks, by which those that share a cache keep apart: "
+                "name a folder on a local disk in data.cache"
+            )
+        return held
+
+    def _delete_if_free(self, path: str) -> bool:
+        """Deletes a file that nobody has locked. To be called while names are held."""
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            return True
+        try:
+            if free := self._lock(descriptor, fcntl.LOCK_EX):
+                os.unlink(path)
+            return free
         finally:
             os.close(descriptor)
 
@@ -204,15 +229,6 @@ class Cache:
                 f"no room for the {shard.bytes} bytes of {shard} in the cache {self.folder}: "
                 f"{os.strerror(error.errno)}. Free some of that disk, or lower data.cache_gib below what it has"
             ) from error
-
-
-def _try_lock(descriptor: int) -> bool:
-    """Exclusively, without waiting: a wait inside flock could not be ended by `closing`."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except BlockingIOError:
-        return False
 
 
 def _pause(closing: threading.Event | None) -> None:
@@ -227,19 +243,3 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return False
     mine = os.fstat(descriptor)
     return (there.st_ino, there.st_dev) == (mine.st_ino, mine.st_dev)
-
-
-def _delete_if_free(path: str) -> bool:
-    """Deletes a file that nobody has locked. To be called while names are held."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        return True
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.unlink(path)
-        return True
-    except BlockingIOError:
-        return False
-    finally:
-        os.close(descriptor)

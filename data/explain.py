@@ -5,8 +5,8 @@ arithmetic on positions, so steps that are still to come are told as surely as t
 """
 
 import argparse
-import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,31 @@ from controlbooth.data.mixture import History, Mixture
 from controlbooth.data.plan import check_version, plan_order, source_weights
 from controlbooth.data.prompts import read_captions
 from controlbooth.data.quarantine import read_ledgers, read_run, source_trees
+from controlbooth.data.records import (
+    Damaged,
+    check_fields,
+    is_count,
+    is_flag,
+    is_mapping,
+    is_number,
+    is_text,
+    is_whole,
+    maybe,
+    open_file,
+    parse_json,
+    read_json,
+)
 from controlbooth.data.shards import ShardReader
 from controlbooth.data.sidecar import FLAG_NAMES, ShardIndex, index_path, load_index
 
+ANEW = "Start the run again, which writes it anew"
+RUN = {"seed": is_whole, "global_batch_size": is_count, "max_steps": is_count}
+DATA = {
+    **{"condition": is_text, "lanes": maybe(is_count), "random_flip": is_flag, "random_crop": is_flag},
+    **dict.fromkeys(("shards_per_block", "resolution", "aspect_step"), is_count),
+    **dict.fromkeys(("prompt_dropout", "max_aspect_ratio"), is_number),
+}
+"""Fields of a run's config.yaml, and of its section `data`."""
 MOST_TOLD = 10
 """Samples of one key; of more only the places are listed."""
 TRAIN_TIMESTEPS = 1000
@@ -90,6 +112,8 @@ def numbers_of_run(folder: Path, steps: int | None = None) -> RunNumbers:
     """From the run's config.yaml; steps: instead of its max_steps."""
     tree = read_run(folder)
     data = tree["data"]
+    check_fields(tree, RUN, str(folder / "config.yaml"), ANEW)
+    check_fields(data, DATA, f"data of {folder / 'config.yaml'}", ANEW)
     return RunNumbers(
         sources=source_trees(tree),
         history=_history_of_run(folder),
@@ -111,9 +135,11 @@ def numbers_of_run(folder: Path, steps: int | None = None) -> RunNumbers:
 def _history_of_run(folder: Path) -> History | None:
     """From the newest checkpoint, which records every change; None before there is one."""
     states = sorted(folder.glob("checkpoints/step-*/state.json"))
+    states = [path for path in states if path.parent.name.removeprefix("step-").isdecimal()]  # and not copies
     if not states:
         return None
-    order = json.loads(states[-1].read_text())["order"]
+    order = read_json(states[-1], "Name an older state of the run by --step, or start it again", {"order": is_mapping})
+    order = order["order"]
     check_version(order, str(states[-1].parent))
     return order["weights"]
 
@@ -214,9 +240,15 @@ def presentations(order: Mixture, numbers: RunNumbers, found: Found, captions: i
 def steps_done(run: Path) -> int:
     """How many steps a run has finished, as its metrics.jsonl says; the last line may be torn."""
     path = run / "metrics.jsonl"
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    whole = (line for line in reversed(lines) if line.endswith(b"\n") and b'"step":' in line)
-    return next((record["step"] for record in map(json.loads, whole) if "step" in record), 0)
+    if not path.exists():
+        return 0
+    with open_file(path, "Move it away") as file:
+        lines = file.read().splitlines(keepends=True)
+    for line in reversed(lines):
+        if line.endswith(b"\n") and b'"step":' in line:
+            with suppress(Damaged):
+                return parse_json(line, str(path), "", {"step": is_whole})["step"]
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

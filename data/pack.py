@@ -8,7 +8,6 @@ written into a shard, so equal sources give equal bytes.
 
 import argparse
 import errno
-import fcntl
 import json
 import os
 import sys
@@ -34,6 +33,7 @@ from controlbooth.data.decode import (
 )
 from controlbooth.data.draws import content_hash
 from controlbooth.data.index import ensure_index, usable_cpus
+from controlbooth.data.locks import take_lock
 from controlbooth.data.pool import WorkerError, run_jobs
 from controlbooth.data.prompts import text_fault
 from controlbooth.data.sidecar import index_path, load_index, temporary_path, write_whole
@@ -197,10 +197,8 @@ def _work(job: Job) -> list[str]:
 
 
 def _lock(journal, out: Path) -> None:
-    try:
-        fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise PackError(f"another pack is writing to {out}; wait for it, or choose another folder") from error
+    if not take_lock(journal, "start no second pack into this folder"):
+        raise PackError(f"another pack is writing to {out}; wait for it, or choose another folder")
 
 
 def _read_journal(journal, out: Path, description: str) -> dict[str, dict]:

@@ -7,19 +7,17 @@ the data set's fingerprint changes, and what has begun on the old one cannot go 
 """
 
 import argparse
-import fcntl
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from tqdm import tqdm
 
 from controlbooth.data.arguments import quoted
 from controlbooth.data.draws import hash64
+from controlbooth.data.locks import is_locked
 from controlbooth.data.manifest import (
     NAME,
     describe_shard,
@@ -29,15 +27,27 @@ from controlbooth.data.manifest import (
     shard_of,
     write_manifest,
 )
+from controlbooth.data.records import (
+    Damaged,
+    check_fields,
+    is_text,
+    is_whole,
+    maybe,
+    open_file,
+    parse_json,
+    read_yaml,
+)
 from controlbooth.data.sidecar import QUARANTINED, ShardIndex, index_path, load_index, make_index, write_index
 from controlbooth.data.storage import Shard, base_name
 
 LEDGER = "bad-samples-*.jsonl"
 _NAMED_BY_PLACE = "header"
 """The part of ledger entries whose sample could not be read as far as its key."""
-
-
-_FIELDS = ("position", "attempt", "shard", "byte", "key", "part", "error")
+_FIELDS = {
+    **dict.fromkeys(("position", "attempt", "byte"), is_whole),
+    **dict.fromkeys(("shard", "key", "part", "error"), is_text),
+    **{"contents": maybe(is_text), "substitute_shard": maybe(is_text), "substitute_byte": maybe(is_whole)},
+}
 _SINCE_CONTENTS = ("contents", "substitute_shard", "substitute_byte")
 """Fields that ledgers of earlier versions lack; they are read as None there."""
 
@@ -51,17 +61,19 @@ def read_ledgers(run: Path) -> list[dict]:
     """
     events: dict[tuple[int, int], dict] = {}
     for path in sorted(run.glob(LEDGER)):
-        for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+        with open_file(path, "Move it away") as file:
+            lines = file.read().decode(errors="replace").splitlines()
+        for number, line in enumerate(lines, 1):
+            where = f"{path}, line {number}"
             try:
-                entry = json.loads(line[max(line.rfind('{"position"'), 0) :])
-            except ValueError:
+                entry = parse_json(line[max(line.rfind('{"position"'), 0) :], where, "Remove it")
+            except Damaged:
                 if not line.startswith("{"):
-                    raise ValueError(f"{path}, line {number} is no ledger entry: {line[:80]!r}. Remove it") from None
+                    raise ValueError(f"{where} is no ledger entry: {line[:80]!r}. Remove it") from None
                 continue
-            if missing := [name for name in _FIELDS if name not in entry]:
-                raise ValueError(
-                    f"{path}, line {number} is no ledger entry, as it has no {', '.join(missing)}. Remove it"
-                )
+            if missing := [name for name in _FIELDS if name not in (*entry, *_SINCE_CONTENTS)]:
+                raise ValueError(f"{where} is no ledger entry, as it has no {', '.join(missing)}. Remove it")
+            check_fields(entry, _FIELDS, where, "Remove it")
             events.setdefault((entry["position"], entry["attempt"]), dict.fromkeys(_SINCE_CONTENTS) | entry)
     return [events[event] for event in sorted(events)]
 
@@ -71,7 +83,10 @@ def read_run(folder: Path) -> dict[str, Any]:
     path = folder / "config.yaml"
     if not path.exists():
         raise ValueError(f"{folder} holds no config.yaml, so it is no run; give the folder of a run, as runs/photos")
-    return yaml.safe_load(path.read_text())
+    tree = read_yaml(path, f"Start the run in {folder} again, which writes it anew")
+    if not (isinstance(tree, dict) and isinstance(tree.get("data"), dict)):
+        raise ValueError(f"{path} is damaged: it configures no run. Start the run again, which writes it anew")
+    return tree
 
 
 def source_trees(tree: dict[str, Any]) -> list[dict[str, Any]]:
@@ -175,16 +190,8 @@ def _paths_and_manifest(location: str) -> tuple[Sequence[Shard], Path | None]:
 
 def _refuse_while_training(run: Path) -> None:
     """Raises ValueError while a training holds the run's lock: it would stop at the next shard that it opens."""
-    lock = run / ".lock"
-    if not lock.exists():
-        return
-    with open(lock) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"{run} is training, and reads the indexes that would change. Wait for it, or stop it first"
-            ) from None
+    if is_locked(run / ".lock"):
+        raise ValueError(f"{run} is training, and reads the indexes that would change. Wait for it, or stop it first")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 {"time": ..., "lease": 12, "round": 3, "decision": "refused", "reason": "...", ...}     time in seconds since 1970
 """
 
+import contextlib
 import datetime
 import json
 import os
@@ -11,8 +12,20 @@ import time
 from pathlib import Path
 from typing import Any
 
+from controlbooth.data.records import (
+    Damaged,
+    Fields,
+    is_moment,
+    is_text,
+    is_whole,
+    maybe,
+    open_file,
+    parse_json,
+)
+
 NAME = "audit.jsonl"
 WIDTH = 100
+ENTRY: Fields = {"time": is_moment, "round": maybe(is_whole), "decision": is_text, "reason": is_text}
 
 
 def append(folder: Path, lease: int, number: int | None, decision: str, reason: str, **facts: Any) -> None:
@@ -33,16 +46,16 @@ def append(folder: Path, lease: int, number: int | None, decision: str, reason: 
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """All entries, oldest first. A line that a full disk cut off is left out."""
-    path = folder / NAME
-    if not path.is_file():
+    """All entries, oldest first. A line that a full disk cut off, or that is damaged, is left out."""
+    try:
+        with open_file(folder / NAME, "Move it away: the log then begins anew") as file:
+            lines = file.read().splitlines()
+    except FileNotFoundError:
         return []
     entries = []
-    for line in path.read_text().splitlines():
-        try:
-            entries.append(json.loads(line))
-        except ValueError:
-            continue  # torn; it is not decided before it is written, so nothing that holds is lost
+    for line in lines:
+        with contextlib.suppress(Damaged):  # it is not decided before it is written, so nothing that holds is lost
+            entries.append(parse_json(line, NAME, "", ENTRY))
     return entries
 
 
@@ -51,7 +64,7 @@ def describe(entries: list[dict[str, Any]]) -> str:
     lines = []
     for entry in entries:
         when = datetime.datetime.fromtimestamp(entry["time"]).astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
-        which = "" if entry["round"] is None else f"round {entry['round']}"
+        which = "" if entry.get("round") is None else f"round {entry['round']}"
         lines.append(f"{when}  {which:<9} {entry['decision']}")
         lines += textwrap.wrap(entry["reason"], WIDTH, initial_indent="    ", subsequent_indent="    ")
         facts = [f"{name.replace('_', ' ')} {entry[name]}" for name in _SHOWN if entry.get(name) is not None]

@@ -15,9 +15,14 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from controlbooth.data.locks import take_name
 from controlbooth.data.parent import dying_with
+from controlbooth.data.records import is_moment, is_text, is_whole, read_json
 
+CLOCKS_APART = 60.0
+"""Seconds by which clocks of machines may differ."""
 _KEPT = 3
 """Files of former holders. The latest must stay, or its number would be given away twice."""
 
@@ -35,22 +40,32 @@ class Lease:
     process: int
     expires: float
     """Seconds since 1970; 0 once it is given back."""
+    seconds: float = 0.0
+    """For how long it was taken or renewed last; 0 in leases of versions before."""
 
 
 def take(folder: Path, seconds: float, now: float | None = None) -> Lease | None:
-    """The lease, or None where another holder has it."""
+    """The lease, or None where another holder has it.
+
+    Raises ValueError for one that will expire later than it can, as a clock was set: nobody knows then who is at it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     now = time.time() if now is None else now
     latest = holder(folder)
     if latest is not None and latest.expires > now:
+        if latest.seconds and latest.expires > now + latest.seconds + CLOCKS_APART:
+            raise ValueError(
+                f"{_path(folder, latest.generation)} was taken for {latest.seconds:g} s by process {latest.process} on "
+                f"{latest.host}, and expires in {latest.expires - now:.0f} s: a clock was set back. Correct it, or "
+                "delete that file if no tick is at work"
+            )
         return None
     generation = (latest.generation if latest else 0) + 1
-    lease = Lease(generation, uuid.uuid4().hex, socket.gethostname(), os.getpid(), now + seconds)
+    lease = Lease(generation, uuid.uuid4().hex, socket.gethostname(), os.getpid(), now + seconds, seconds)
     temporary = _write_beside(folder, lease)
     try:
-        os.link(temporary, _path(folder, generation))  # whole at once, and never over another one; NFS has it too
-    except FileExistsError:
-        return None
+        if not take_name(temporary, _path(folder, generation)):
+            return None
     finally:
         temporary.unlink()
     # Others may have come, gone and been tidied away meanwhile, or the former holder has woken up and renewed its own.
@@ -66,7 +81,7 @@ def holder(folder: Path) -> Lease | None:
     """The latest lease, whether or not it has expired or was given back."""
     for path in sorted(folder.glob("lease-*.json"), reverse=True):
         try:
-            return Lease(**json.loads(path.read_text()))
+            return Lease(**{name: one for name, one in _read(path).items() if name in Lease.__dataclass_fields__})
         except FileNotFoundError:
             continue  # tidied away, so there is a later one, or a slow taker withdrew
     return None
@@ -80,7 +95,7 @@ def held(folder: Path, lease: Lease) -> bool:
 
 def renew(folder: Path, lease: Lease, seconds: float) -> Lease:
     """Raises LeaseLost where another process has taken over."""
-    renewed = replace(lease, expires=time.time() + seconds)
+    renewed = replace(lease, expires=time.time() + seconds, seconds=seconds)
     if held(folder, lease):
         os.replace(_write_beside(folder, renewed), _path(folder, lease.generation))
         # Asked again, as a taker asks after it has written: whichever of the two wrote first, one sees the other.
@@ -158,9 +173,14 @@ class Holding:
 def _expires(folder: Path, lease: Lease) -> float:
     """What the file of a former holder says now; 0 where it was tidied away."""
     try:
-        return json.loads(_path(folder, lease.generation).read_text())["expires"]
+        return _read(_path(folder, lease.generation))["expires"]
     except FileNotFoundError:
         return 0.0
+
+
+def _read(path: Path) -> dict[str, Any]:
+    fields = {"generation": is_whole, "owner": is_text, "host": is_text, "process": is_whole, "expires": is_moment}
+    return read_json(path, f"Delete it if no tick is at work in {path.parent}", fields)
 
 
 def _path(folder: Path, generation: int) -> Path:

@@ -1,6 +1,5 @@
 """Champion and challenger on the frozen set, through `controlbooth evaluate`; each is measured once."""
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from controlbooth.deploy.lease import Holding
 from controlbooth.deploy.rounds import CLI
 from controlbooth.trainer.config import ConfigError
 from controlbooth.trainer.evaluate.chance import METRICS_VERSION
+from controlbooth.trainer.evaluate.record import read_result
 
 KEPT = ("samples.jsonl", "evaluation.png", "evaluation.json")
 """Of an evaluation. The last one is written last, and says that the others are there."""
@@ -53,7 +53,9 @@ def measure(folder: Path, run: Path, step: int, digest: str, asked: Question, ho
             f"measuring {run} failed with status {status}: {(lines or ['without a word'])[-1]}. What it printed is in "
             f"{drawing / 'output.txt'}; the next tick tries again"
         )
-    result = json.loads((drawing / KEPT[-1]).read_text())
+    result = read_result(drawing, "digest", "data_fingerprint")
+    if result is None:
+        raise ConfigError(f"measuring {run} has written no {drawing / KEPT[-1]}; the next tick tries again")
     if (result["digest"], result["data_fingerprint"]) != (digest, asked.fingerprint):
         raise ConfigError(
             f"{run} or {asked.data} changed while it was measured: the weights are {result['digest']:.12}, not "

@@ -9,10 +9,10 @@ import zoneinfo
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from croniter import croniter
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from controlbooth.data.records import Damaged, read_yaml
 from controlbooth.launch.cluster import CLUSTER_FILE, Cluster, Engine, load_cluster
 from controlbooth.trainer.config import (
     ConfigError,
@@ -184,8 +184,8 @@ class Policy(Section):
 def load_policy(path: Path) -> Policy:
     """Reads policy.yaml. Raises ConfigError for what cannot be read, is unknown, or contradicts itself."""
     try:
-        tree = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        tree = read_yaml(path, "Correct it")
+    except (OSError, Damaged) as error:
         raise ConfigError(f"policy {path} cannot be read: {error}. launch/configs/retrain.yaml is one") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"policy {path} holds {type(tree).__name__}, but a policy is a mapping of keys to values")

@@ -9,7 +9,6 @@ A round of the engine `slurm` or `kubernetes` is a job of `controlbooth launch`:
 that counts, so a tick that is killed between submitting and writing state.json submits nothing twice.
 """
 
-import fcntl
 import json
 import os
 import socket
@@ -20,14 +19,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import psutil
+from pydantic import TypeAdapter, ValidationError
 
 from controlbooth.data.arguments import quoted
+from controlbooth.data.locks import is_locked
+from controlbooth.data.records import Damaged, each, having, is_moment, is_text, is_whole, maybe, read_json, read_note
 from controlbooth.deploy.policy import Policy, cluster_of
 from controlbooth.launch.cluster import Engine
 from controlbooth.launch.job import Job, job_logs, recorded_job
 from controlbooth.launch.jobs import log_words, next_submission, said
 from controlbooth.launch.local import this_node
-from controlbooth.launch.outcome import failure_reasons
+from controlbooth.launch.outcome import ANEW, STATUS, failure_reasons
 from controlbooth.launch.preflight import preflight
 from controlbooth.launch.submit import at_work, last_record, launch, rendered, run_job, shown_job, states
 from controlbooth.trainer.config import ConfigError, RunConfig, dump, load_config
@@ -82,18 +84,25 @@ class State:
     rounds: tuple[Round, ...] = field(default=())
 
 
+ROUND = {
+    **{"number": is_whole, "started": is_moment, "process": maybe(is_whole), "process_started": maybe(is_moment)},
+    **dict.fromkeys(("version", "champion", "submissions", "samples"), maybe(is_whole)),
+}
+"""Of a round, what must be more than a number or a text, which State says."""
+
+
 def read_state(folder: Path, now: float) -> State:
     path = folder / "state.json"
-    if not path.is_file():
+    remedy = f"Put back a copy, or take the folder {folder} away to begin anew: the champion stays in the registry"
+    tree = read_json(path, remedy, {"created": is_moment, "rounds": each(having(ROUND))}, missing=None)
+    if tree is None:
         return State(created=now)
     try:
-        tree = json.loads(path.read_text())
-        return State(**tree | dict(rounds=tuple(Round(**one) for one in tree["rounds"])))
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"{path} cannot be read ({error}). Put back a copy, or take the folder {folder} away to begin anew: the "
-            "champion stays in the registry"
-        ) from error
+        return TypeAdapter(State).validate_python(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise Damaged(path, f"its {where!r} is {first['input']!r:.60}", remedy) from None
 
 
 def write_state(folder: Path, state: State) -> None:
@@ -212,21 +221,13 @@ def is_alive(one: Round) -> bool:
                 return True
         except psutil.NoSuchProcess:
             pass  # it has ended; its ranks have the lock below for as long as they live
-    lock = Path(one.run) / ".lock"
-    if not lock.is_file():
-        return False
-    with open(lock) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+    return is_locked(Path(one.run) / ".lock")
 
 
 def run_status(one: Round) -> dict[str, Any]:
     """status.json of its run; a state of `none` where it has not come so far."""
-    path = Path(one.run) / "status.json"
-    return json.loads(path.read_text()) if path.is_file() else dict(state="none")
+    fields = {**STATUS, "state": is_text}
+    return read_note(Path(one.run) / "status.json", ANEW, fields) or dict(state="none")
 
 
 def was_cancelled(one: Round) -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from controlbooth.data.records import is_text, maybe, read_json, read_note
 from controlbooth.deploy import audit, registry
 from controlbooth.deploy.gate import judge
 from controlbooth.deploy.lease import Holding, holder, take
@@ -235,8 +236,8 @@ def resume(now: Tick, one: Round) -> int:
 
 
 def mlflow_run_id(one: Round) -> str | None:
-    path = Path(one.run) / "tracking.json"
-    return json.loads(path.read_text())["run_id"] if path.is_file() else None
+    remedy = "Delete it, and the run is sent to MLflow anew"
+    return read_json(Path(one.run) / "tracking.json", remedy, {"run_id": maybe(is_text)}, missing={}).get("run_id")
 
 
 def mark_status(one: Round) -> None:
@@ -308,7 +309,8 @@ def finish_promotion(now: Tick, one: Round) -> int:
     now.holding.renew()
     registry.promote(now.there, version, one.champion)
     registry.note_verdict(now.there, version, "promoted", one.reason)
-    facts = json.loads((round_folder(now.folder, one.number) / "verdict.json").read_text())
+    # They are for the log; what was decided is in state.json.
+    facts = read_note(round_folder(now.folder, one.number) / "verdict.json", "The audit log has less of it")
     now.note("promoted", one.reason, one, version=version, previous_version=one.champion, **facts)
     now.keep(replace(one, state="promoted"))
     return DONE

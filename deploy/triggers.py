@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from croniter import croniter
 
+from controlbooth.deploy.lease import CLOCKS_APART
 from controlbooth.deploy.policy import Clock, Drift, Growth, zone
 from controlbooth.trainer.evaluate.statistics import resampled_means
 from controlbooth.trainer.growth import Changes
@@ -35,7 +36,9 @@ def clock(policy: Clock, last_start: float, now: float) -> Trigger:
         next_time = croniter(policy.cron, after).get_next(datetime.datetime).timestamp()
         due = now >= next_time
         every = f"cron '{policy.cron}'"
-    return Trigger(due, f"clock: {every} {'was due at' if due else 'is due at'} {shown(next_time)}")
+    back = f"; the clock was set back since the last round was started, at {shown(last_start)}"
+    ahead = back if last_start > now + CLOCKS_APART else ""
+    return Trigger(due, f"clock: {every} {'was due at' if due else 'is due at'} {shown(next_time)}{ahead}")
 
 
 def growth(policy: Growth, changes: Changes) -> Trigger:

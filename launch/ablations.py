@@ -8,11 +8,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
 from pydantic import Field, ValidationError
 
+from controlbooth.data.records import Damaged, read_note, read_yaml
 from controlbooth.launch import orphans
 from controlbooth.launch.local import train
+from controlbooth.launch.outcome import ANEW, STATUS
 from controlbooth.launch.quickstart import beside_python, heading, packing, shown, train_command, verb
 from controlbooth.trainer.config import (
     ConfigError,
@@ -107,8 +108,8 @@ def is_finished(config: RunConfig) -> bool:
     """Whether its status.json says that all of its steps are done. One that stopped at its convergence does not, and
     is started again, and ends at once."""
     path = run_folder(config) / "status.json"
-    status = json.loads(path.read_text()) if path.is_file() else {}
-    return status.get("state") == "finished" and status["step"] >= config.max_steps
+    status = read_note(path, ANEW, STATUS)
+    return status.get("state") == "finished" and (status.get("step") or 0) >= config.max_steps
 
 
 def refuse_other_settings(config: RunConfig) -> None:
@@ -143,13 +144,13 @@ def settings(config: RunConfig) -> dict[str, object]:
 def load_ablations(path: Path) -> Ablations:
     """Raises ConfigError for what cannot be read or understood."""
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = read_yaml(path, "Correct it")
         refuse_other_kind(tree, path, ABLATIONS)
         return Ablations.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(f"{path}: {explain_errors(error, Ablations)}") from None
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
+    except (OSError, Damaged) as error:
+        raise ConfigError(str(error)) from error
 
 
 def planned_runs(grid: Ablations, run_file: Path, overrides: Sequence[str] = ()) -> list[tuple[str, int, list[str]]]:

@@ -16,7 +16,8 @@ from controlbooth.launch.cluster import Cluster, Storage, one_node, shutdown_sec
 from controlbooth.launch.kubernetes import kubectl
 from controlbooth.launch.preflight import check_ranks, checkpoint_bytes, free_problems, preflight
 from controlbooth.launch.slurm import facts_of
-from controlbooth.trainer.config import BUILT_IN, RunConfig, run_folder
+from controlbooth.trainer.config import BUILT_IN, RunConfig, run_folder, tracking_uri
+from controlbooth.trainer.starting import tracking_problems
 
 ANSWER_SECONDS = 10
 """For an API server."""
@@ -31,6 +32,8 @@ def job_problems(config: RunConfig, cluster: Cluster) -> list[str]:
     if cluster.engine == "kubernetes":  # the pods see what this machine may not
         problems += free_problems(path_here(run_folder(config), cluster.kubernetes.storage))
         problems += check_ranks(config, one_node(cluster))
+        if not tracking_uri(config).startswith("sqlite"):  # a file that pods see
+            problems += tracking_problems(config)
         problems += kubernetes_problems(cluster, paths(config))
     else:
         problems += preflight(config, one_node(cluster), on_node=cluster.engine == "local")

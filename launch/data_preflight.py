@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from controlbooth.data.arguments import expand_braces, quoted
+from controlbooth.data.locks import know_locks
 from controlbooth.data.secrets import shown
 from controlbooth.launch.torchrun import Node
 from controlbooth.trainer.config import RunConfig, lanes, sources
@@ -263,6 +264,11 @@ def check_cache(config: RunConfig, node: Node) -> Iterator[str]:
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         yield f"data.cache is {cache}, but {existing} is no folder that can be written to. Change data.cache"
         return
+    try:
+        if not know_locks(existing):
+            yield f"data.cache is {cache}, whose disk knows no locks. Change data.cache to a folder on a local disk"
+    except OSError as error:
+        yield f"data.cache is {cache}, and nothing can be written to {existing} ({error.strerror}). Change data.cache"
     there = sum(path.stat().st_size for path in cache.glob("*.tar")) if cache.is_dir() else 0
     needed, free = min(data_set, config.data.cache_gib * 2**30) - there, shutil.disk_usage(existing).free
     if needed > free:

@@ -2,15 +2,15 @@
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from controlbooth.launch.local import run, start_of, this_node
-from controlbooth.launch.preflight import base_problems, nearest
+from controlbooth.launch.preflight import base_problems
 from controlbooth.trainer.config import base_folder
 from controlbooth.trainer.network_check import subjects_network_problems
+from controlbooth.trainer.starting import tracking_problems, unwritable
 from controlbooth.trainer.subjects import (
     SubjectRunConfig,
     Task,
@@ -86,15 +86,13 @@ def run_problems(config: SubjectRunConfig) -> Iterator[str]:
 
 def folder_problems(config: SubjectRunConfig) -> Iterator[str]:
     """Of folders to be written on this machine, or on a disk that it sees."""
+    yield from tracking_problems(config)
     written = [("output", config.output, config.output / config.name)]
     if config.prior.weight and config.prior.cache is not None:
         written.append(("prior.cache", config.prior.cache, config.prior.cache))
     for field, value, folder in written:
-        existing = nearest(folder)
-        if not existing.is_dir():
-            yield f"{field} is {str(value)!r}, but {existing} is a file. Give another folder"
-        elif not os.access(existing, os.W_OK | os.X_OK):
-            yield f"{field} is {str(value)!r}, but {existing} is not writable. Give another folder"
+        if why := unwritable(folder):
+            yield f"{field} is {str(value)!r}, but {why}. Give another folder"
 
 
 def checked_subjects(

@@ -13,16 +13,31 @@ job/run.yaml        the resolved configuration, which the ranks read
 import importlib.metadata
 import json
 import os
+import re
 import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from controlbooth.data.records import Damaged, Fields, is_moment, is_text, is_whole, read_json
 from controlbooth.launch.cluster import Cluster, interpreter, load_cluster
 from controlbooth.trainer.subjects import Task
 
 SUBMITTING = "submitting.json"
+RECORD: Fields = {
+    "engine": lambda value: value in ("local", "slurm", "kubernetes"),
+    "name": is_text,
+    "submission": is_whole,
+    "submitted": is_moment,
+    "folder": is_text,
+    "working_directory": is_text,
+    "subjects": is_whole,
+    "subjects_per_task": is_whole,
+}
+"""Fields of job.json and submitting.json."""
+IDS = {"local": r"\d+@\d+(\.\d+)?@\S+", "slurm": r"\d+", "kubernetes": r"[\w.-]+(/[\w.-]+)?"}
+"""What engines call their jobs."""
 ATTEMPTS_A_SUBMISSION = 1000
 """A run's attempts must be numbered upwards, and every engine begins to count at 0 when a job is submitted anew."""
 
@@ -142,8 +157,8 @@ def write_intent(folder: Path, record: dict[str, Any]) -> None:
 
 def read_intent(folder: Path) -> dict[str, Any] | None:
     """submitting.json of a run's folder; None where there is none."""
-    path = folder / "job" / SUBMITTING
-    return json.loads(path.read_text()) if path.is_file() else None
+    remedy = "Delete it, and look in the queue of your engine whether it has the job"
+    return read_json(folder / "job" / SUBMITTING, remedy, RECORD, missing=None)
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
@@ -154,8 +169,11 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
 
 def read_record(folder: Path) -> dict[str, Any] | None:
     """job.json of a run's folder; None where there is none."""
-    path = folder / "job" / "job.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    remedy = "Delete it, end the job by the commands of your engine where it has it, and submit the run again"
+    record = read_json(folder / "job" / "job.json", remedy, {**RECORD, "id": is_text}, missing=None)
+    if record is not None and not re.fullmatch(IDS[record["engine"]], record["id"]):
+        raise Damaged(folder / "job" / "job.json", f"{record['id']!r} is no job of {record['engine']}", remedy)
+    return record
 
 
 def recorded_job(folder: Path, record: dict[str, Any]) -> Job:

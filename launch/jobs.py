@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import json
 import os
 import re
 import shlex
@@ -14,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from controlbooth.data.records import is_text, is_whole, maybe, read_json_lines
 from controlbooth.launch import background, kubernetes, orphans, slurm
 from controlbooth.launch.cluster import load_cluster
 from controlbooth.launch.cluster_preflight import engine_problems, job_problems
@@ -159,7 +159,8 @@ def subject_names(job: Job) -> list[str]:
 
 def manifest_rows(job: Job) -> list[dict[str, Any]]:
     manifest = job.here / "job" / "subjects.jsonl"
-    return [json.loads(line) for line in manifest.read_text().splitlines()]
+    fields = {"name": is_text, "steps": maybe(is_whole)}
+    return list(read_json_lines(manifest, "Submit the job again, which writes it anew", fields))
 
 
 def logs_main(arguments: Sequence[str] | None = None) -> int:

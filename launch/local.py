@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import json
 import os
 import shlex
 import signal
@@ -17,8 +16,11 @@ from typing import Any
 
 import psutil
 
+from controlbooth.data.locks import is_locked
 from controlbooth.data.parent import LAUNCHER, adopt
+from controlbooth.data.records import is_text, read_note, write_json
 from controlbooth.launch import orphans
+from controlbooth.launch.outcome import ANEW, STATUS, failure_notes
 from controlbooth.launch.preflight import preflight
 from controlbooth.launch.torchrun import (
     GRACE_SECONDS,
@@ -45,6 +47,8 @@ from controlbooth.trainer.continuing import describe_start
 from controlbooth.trainer.evaluate.verdict import cannot_announce
 from controlbooth.trainer.network_check import network_problems
 
+TOLD = {**STATUS, "state": is_text}
+"""Fields of a status.json that tells of a run."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 OVER = "it is finished, and its ranks are ending; once more ends them now"
 
@@ -77,6 +81,8 @@ def train(run_file: str, overrides: Sequence[str] = (), processes: int | None = 
     if problems := preflight(config, node):
         for problem in problems:
             print(f"controlbooth train: {problem}", file=sys.stderr)
+        if not dry_run:
+            mend_status(run_folder(config), problems)
         return 2
     print(plan(config, node), flush=True)
     start = start_of(node, run_file, overrides, config.name)
@@ -102,6 +108,14 @@ def train(run_file: str, overrides: Sequence[str] = (), processes: int | None = 
         if reason:
             print(f"controlbooth train: {reason}", file=sys.stderr)
     return status
+
+
+def mend_status(folder: Path, problems: Sequence[str]) -> None:
+    """Puts a whole status.json in the place of one that says nothing; one that tells of a run stays, as the start that
+    was refused has changed nothing of that."""
+    path = folder / "status.json"
+    if path.is_file() and not is_locked(folder / ".lock") and not read_note(path, "It is written anew", TOLD):
+        write_json(path, {"state": "failed", "error": "; ".join(problems), "time": time.time()})
 
 
 def warn_of_shrunk_lines(config: RunConfig) -> None:
@@ -133,26 +147,23 @@ def warn_of_cut_captions(config: RunConfig) -> None:
 
 def is_finished(folder: Path, since: float) -> bool:
     """Whether a start of this run has written, since a time in seconds since 1970, that it has done all its steps."""
-    path = folder / "status.json"
-    status = json.loads(path.read_text()) if path.is_file() else {}
-    return status.get("state") == "finished" and status["time"] >= since
+    status = read_note(folder / "status.json", ANEW, STATUS)
+    return status.get("state") == "finished" and (status.get("time") or 0.0) >= since
 
 
 def stopped_well(folder: Path, since: float) -> str | None:
     """What to say where the ranks have ended with a checkpoint, as a signal asks them to that torchrun hands on."""
-    path = folder / "status.json"
-    status = json.loads(path.read_text()) if path.is_file() else {}
-    if status.get("state") != "stopped" or status["time"] < since:
+    status = read_note(folder / "status.json", ANEW, STATUS)
+    if status.get("state") != "stopped" or (status.get("time") or 0.0) < since:
         return None
-    return (
-        f"the ranks were stopped from outside, with step {status['step']} saved. Started again, the run goes on there"
-    )
+    saved = f"with step {status.get('step')} saved"
+    return f"the ranks were stopped from outside, {saved}. Started again, the run goes on there"
 
 
 def failures(folder: Path, since: float) -> dict[int, str]:
     """rank -> what it has said about its failure since a time in seconds since 1970."""
-    notes = [json.loads(path.read_text()) for path in folder.glob("failed-*.json")]
-    return {note["rank"]: note["error"] for note in sorted(notes, key=lambda n: n["rank"]) if note["time"] >= since}
+    notes = sorted(failure_notes(folder, since), key=lambda note: note["rank"])
+    return {note["rank"]: note["error"] for note in notes}
 
 
 def say_again(program: str, start: "Start", told: dict[int, str]) -> None:

@@ -4,16 +4,17 @@ All problems are returned together, each with its value and its remedy. What onl
 tell is checked by the trainer; here is what people get wrong, found before anything starts.
 """
 
+import contextlib
 import importlib.util
-import json
 import math
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+from controlbooth.data.locks import is_locked
+from controlbooth.data.records import Damaged
 from controlbooth.launch.data_preflight import (
     check_cache,
     check_columns,
@@ -22,7 +23,6 @@ from controlbooth.launch.data_preflight import (
     check_shards,
     gib,
 )
-from controlbooth.launch.progress import is_locked
 from controlbooth.launch.torchrun import Node, world_size
 from controlbooth.models.recognition import (
     UNET,
@@ -45,8 +45,9 @@ from controlbooth.trainer.config import (
     gradient_accumulation_steps,
     run_folder,
 )
-from controlbooth.trainer.continuing import checkpoint_folders
+from controlbooth.trainer.continuing import holder_of, read_record
 from controlbooth.trainer.evaluate.verdict import cannot_announce
+from controlbooth.trainer.starting import nearest, refusals
 
 COPIED = ("conv_in.", "time_embedding.", "add_embedding.", "down_blocks.", "mid_block.")
 """Parts of a diffusers U-Net of which a ControlNet has a copy."""
@@ -57,8 +58,6 @@ COPIED_ORIGINAL = tuple(
 DECODER = ("up_blocks.", "conv_norm_out.", "conv_out.")
 """Those that learn too when the decoder is unlocked."""
 DECODER_ORIGINAL = tuple(f"model.diffusion_model.{part}." for part in ("output_blocks", "out"))
-ORDER_VERSION = 3
-"""Of saved data orders that this version goes on from; data/plan.py."""
 CUDA_ATTENTION = ("cudnn", "efficient")
 """Of PyTorch's kernels, those that a CPU has not; models/attention.py."""
 TRAINING_BYTES = 4 + 4 + 4 + 4
@@ -178,32 +177,22 @@ def problem_of(named: str, check: Callable[[], object]) -> Iterator[str]:
         yield f"{named}: {error}"
 
 
-def check_output(config: RunConfig, node: Node) -> Iterator[str]:
+def check_room(config: RunConfig, node: Node) -> Iterator[str]:
+    """Whether the disk has room for the checkpoints that are kept."""
     folder = run_folder(config)
     existing = nearest(folder)
-    if not existing.is_dir():
-        yield f"the run's folder would be {folder}, but {existing} is a file. Change output or name"
-        return
-    if not os.access(existing, os.W_OK | os.X_OK):
-        yield f"the run's folder would be {folder}, but {existing} is not writable. Change output"
-        return
     try:
         checkpoint = checkpoint_bytes(config)
     except (ValueError, OSError):
         return  # check_base has said what is wrong with the weights that this is estimated from
     kept = config.checkpoint.keep + config.checkpoint.keep_best + 1  # a new one is complete before an old one goes
-    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.exists() else 0
+    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
     needed, free = max(0, kept * checkpoint - there), shutil.disk_usage(existing).free
     if needed > free:
         yield (
             f"{kept} checkpoints of about {gib(checkpoint)} GiB need {gib(needed)} GiB more in {existing}, which has "
             f"{gib(free)} GiB free. Free some, change output, or lower checkpoint.keep or checkpoint.keep_best"
         )
-
-
-def nearest(path: Path) -> Path:
-    """The path itself or the innermost of its parents, whichever exists: what decides whether it can be made."""
-    return next(one for one in (path.absolute(), *path.absolute().parents) if one.exists())
 
 
 def check_early_stop(config: RunConfig, node: Node) -> Iterator[str]:
@@ -221,41 +210,18 @@ def free_problems(folder: Path) -> Iterator[str]:
     if "CONTROLBOOTH_ATTEMPT" in os.environ:  # by which an engine may replace a start of its own
         return
     if is_locked(folder / ".lock"):
-        yield f"{folder} is in use by another training{holder(folder)}. Wait for it, stop it, or change name"
+        with contextlib.suppress(Damaged):
+            holder = holder_of(read_record(folder))
+            yield f"{folder} is in use by another training{holder}. Wait for it, stop it, or change name"
 
 
-def holder(folder: Path) -> str:
-    """Who has taken a run's folder last, as attempt.json says; empty where there is none."""
-    record = folder / "attempt.json"
-    facts = json.loads(record.read_text()) if record.is_file() else {}
-    if not facts:
-        return ""
-    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(facts["time"]))
-    return f": process {facts['process']} on {facts['host']}, since {since}"
-
-
-def check_resume(config: RunConfig, node: Node) -> Iterator[str]:
-    """Whether the run would go on from a checkpoint of a version that drew its samples otherwise."""
-    checkpoints = checkpoint_folders(run_folder(config))
-    if not checkpoints:
-        return
-    try:
-        state = json.loads((checkpoints[-1] / "state.json").read_text())
-        step, version = state["step"], state["order"]["version"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return  # the trainer says what is wrong with a checkpoint, and goes back to the one before
-    if step < config.max_steps and version != ORDER_VERSION:
-        yield (
-            f"{run_folder(config)} would go on from step {step} of another version of controlbooth: its data order has "
-            f"version {version}, here it is {ORDER_VERSION}, and up to 2 prompts were dropped by the names of samples. "
-            "Go on with that version, or take another name and begin with the weights: "
-            f"model.controlnet={checkpoints[-1]}/controlnet"
-        )
+def check_start(config: RunConfig, node: Node) -> Iterator[str]:
+    """What the start asks too, before it writes anything."""
+    yield from refusals(config)
 
 
 CHECKS = (
     check_free,
-    check_resume,
     check_ranks,
     check_data,
     check_shards,
@@ -263,7 +229,8 @@ CHECKS = (
     check_cache,
     check_columns,
     check_base,
-    check_output,
+    check_start,
+    check_room,
     check_early_stop,
 )
 

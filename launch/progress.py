@@ -3,8 +3,7 @@
 Free of torch. Nothing is asked but files, and the locks that a training holds on this machine or on a shared disk.
 """
 
-import fcntl
-import json
+import contextlib
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -12,8 +11,21 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import yaml
-
+from controlbooth.data.locks import is_locked
+from controlbooth.data.records import (
+    Damaged,
+    Fields,
+    are_points,
+    is_moment,
+    is_text,
+    is_whole,
+    maybe,
+    parse_json,
+    read_json_list,
+    read_note,
+    read_yaml,
+)
+from controlbooth.launch.outcome import ANEW, STATUS
 from controlbooth.trainer.config import RESOLVED, ConfigError
 from controlbooth.trainer.continuing import checkpoint_folders
 from controlbooth.trainer.evaluate.verdict import describe, read_verdict
@@ -25,6 +37,8 @@ LOSSES = 50
 """Steps over which a subject's loss is averaged, since that of one step says little."""
 SHOWN = ("loss", "grad_norm", "samples_per_second", "stall_percent", "peak_memory_gib")
 Record = dict[str, Any]
+STEP: Fields = {"step": is_whole, "time": is_moment, "metrics": are_points}
+SUBJECTS: Fields = {"name": is_text, "steps": maybe(is_whole)}
 
 
 def folder_lines(folder: Path) -> tuple[list[str], bool]:
@@ -33,7 +47,7 @@ def folder_lines(folder: Path) -> tuple[list[str], bool]:
     Raises ConfigError where the folder is that of no run.
     """
     if (folder / "subjects.json").is_file():
-        lines, failed = subjects_lines(folder, json.loads((folder / "subjects.json").read_text()))
+        lines, failed = subjects_lines(folder, subject_rows(folder))
         how = "controlbooth dreambooth run SUBJECTS RUN.yaml"
     elif (folder / RESOLVED).is_file() or (folder / "status.json").is_file():
         lines, failed = run_lines(folder)
@@ -53,9 +67,9 @@ def folder_lines(folder: Path) -> tuple[list[str], bool]:
 def run_lines(folder: Path) -> tuple[list[str], bool]:
     """Of a ControlNet run."""
     status, name = read(folder / "status.json"), folder.absolute().name
-    state = status.get("state", "not begun")
+    state = status.get("state") or "not begun"
     lines = [f"run         {name}: {state}{at_step(folder)}", *details(folder, status)]
-    lines += [f"error       {status['error']}"] if state == "failed" else []
+    lines += [f"error       {status.get('error')}"] if state == "failed" else []
     return lines, state == "failed"
 
 
@@ -91,7 +105,10 @@ def details(folder: Path, status: Record) -> list[str]:
 def told_step(folder: Path, steps: Sequence[Record], going: bool) -> str:
     """`40 of 100, 2.1 steps/s, 28 s left, 3 s ago`. going: the state is that it runs."""
     step, path = steps[-1]["step"], folder / RESOLVED
-    most = yaml.safe_load(path.read_text()).get("max_steps") if path.is_file() else None
+    most = None
+    if path.is_file():
+        with contextlib.suppress(Damaged):  # the next start writes it anew; nothing but this is read of it here
+            most = read_yaml(path, "").get("max_steps")
     text = f"{step}" + (f" of {most}" if most else "")
     seconds = steps[-1]["time"] - steps[0]["time"]
     if seconds > 0:
@@ -107,10 +124,10 @@ def subjects_lines(folder: Path, rows: Sequence[Record]) -> tuple[list[str], boo
     tasks = {row["name"]: row for row in rows}
     names = [*tasks, *sorted({path.parent.name for path in folder.glob("subjects/*/status.json")} - tasks.keys())]
     statuses = {name: read(folder / "subjects" / name / "status.json") for name in names}
-    counts = Counter(status.get("state", "waiting") for status in statuses.values())
+    counts = Counter(status.get("state") or "waiting" for status in statuses.values())
     lines = [f"subjects    {len(names)}: {counted(counts)}"]
     left = sum(
-        max(0, tasks[name].get("steps", 0) - int(statuses[name].get("step", 0)))
+        max(0, (tasks[name].get("steps") or 0) - (statuses[name].get("step") or 0))
         for name in tasks
         if statuses[name].get("state") not in ("finished", "failed")
     )
@@ -133,12 +150,13 @@ def table(folder: Path, tasks: dict[str, Record], statuses: dict[str, Record]) -
         records = step_records(own)
         losses = [one["metrics"]["train/instance_loss"] for one in records if "train/instance_loss" in one["metrics"]]
         trained = [one["step"] for one in records if "train/instance_loss" in one["metrics"]]
-        step = max([int(status.get("step", 0)), *trained[-1:]])
-        of = f"{step} of {tasks[name]['steps']}" if "steps" in tasks.get(name, {}) else str(step)
+        step = max([status.get("step") or 0, *trained[-1:]])
+        steps = tasks.get(name, {}).get("steps")
+        of = str(step) if steps is None else f"{step} of {steps}"
         loss = f"{fmean(map(float, losses[-LOSSES:])):.4f}" if losses else ""
         best = read(own / "best.json").get("step")
-        more = str(status["error"]) if "error" in status else "" if best is None else f"best step {best}"
-        rows.append((name, str(status.get("state", "waiting")), of, loss, more))
+        more = str(status["error"]) if status.get("error") else "" if best is None else f"best step {best}"
+        rows.append((name, status.get("state") or "waiting", of, loss, more))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     return [
         "            " + "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]]).rstrip()
@@ -175,7 +193,7 @@ def is_over(folder: Path) -> bool:
     """Whether the run has come to its end, well or not, so that nothing has to be at work on it."""
     if not (folder / "subjects.json").is_file():
         return read(folder / "status.json").get("state") in ("finished", "failed")
-    names = [row["name"] for row in json.loads((folder / "subjects.json").read_text())]
+    names = [row["name"] for row in subject_rows(folder)]
     states = [read(folder / "subjects" / name / "status.json").get("state") for name in names]
     return all(state in ("finished", "failed") for state in states)
 
@@ -183,19 +201,6 @@ def is_over(folder: Path) -> bool:
 def is_at_work(folder: Path) -> bool:
     """Whether a training holds the lock of the folder, or of a task of its array, as far as this machine can tell."""
     return any(is_locked(path) for path in (folder / ".lock", *folder.glob("rows/*/.lock")))
-
-
-def is_locked(path: Path) -> bool:
-    if not path.is_file():
-        return False
-    try:
-        with path.open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # a disk without locks, which tells nothing
-        return False
-    return False
 
 
 def step_records(folder: Path) -> list[Record]:
@@ -208,22 +213,19 @@ def step_records(folder: Path) -> list[Record]:
         lines = file.read().splitlines()
     found = []
     for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and "metrics" in record:
-            found.append(record)
+        with contextlib.suppress(Damaged):
+            found.append(parse_json(line, str(path), "", STEP))
     return found
 
 
 def read(path: Path) -> Record:
-    """A JSON file of the run; nothing where there is none, or where it is damaged."""
-    try:
-        found = json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
+    """A status, or what else tells of a step; nothing where there is none, or where it is damaged, which is said."""
+    return read_note(path, ANEW, STATUS)
+
+
+def subject_rows(folder: Path) -> list[Record]:
+    """Name and steps of each subject of a run. Raises Damaged."""
+    return read_json_list(folder / "subjects.json", "Start the run again, which writes it anew", SUBJECTS)
 
 
 def number(value: Any) -> str:

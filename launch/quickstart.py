@@ -1,7 +1,6 @@
 """`controlbooth quickstart`: the main job from data to a usable checkpoint, on this machine, in minutes."""
 
 import argparse
-import json
 import os
 import shlex
 import sys
@@ -9,6 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from controlbooth.data.records import read_json
 from controlbooth.launch import orphans
 from controlbooth.launch.local import gpu_count, train
 from controlbooth.trainer.config import ConfigError, RunConfig, load_config, run_folder, sources, tracking_uri
@@ -126,8 +126,8 @@ def beside_python(program: str) -> str:
 
 def summary(run: Path, data: Path, export: Path, uri: str, seconds: dict[str, float]) -> str:
     """The closing table: what was made, where it lies, how to open it, what to do next."""
-    evaluation = json.loads((run / "evaluation" / "evaluation.json").read_text())
-    speed = json.loads((run / "speed.json").read_text())
+    evaluation = read_json(run / "evaluation" / "evaluation.json", "Start it again")
+    speed = read_json(run / "speed.json", "Start it again")
     rows = [("", "mask IoU", "edge F1")]
     rows += [
         (name, f"{figures['mask_iou']['mean']:.3f}", f"{figures['edge_f1']['mean']:.3f}")

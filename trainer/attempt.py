@@ -22,7 +22,6 @@ and one batch of points on its way to MLflow.
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import re
@@ -35,14 +34,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from controlbooth.data.locks import open_lock, take_lock
 from controlbooth.trainer.config import ConfigError
+from controlbooth.trainer.continuing import RECORD, holder_of, read_record
 from controlbooth.trainer.disk import named_when_full
 from controlbooth.trainer.distributed import World, from_first_rank
 
-RECORD = "attempt.json"
 GIVEN = "CONTROLBOOTH_ATTEMPT"
 """Environment: the number that an engine gives to this start; larger at each restart of the same job."""
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
+WITHOUT_LOCKS = "a second start of this run is not refused: it takes the run over, and the first one ends"
 
 
 _DESCRIPTORS: dict[Path, int] = {}
@@ -80,13 +80,13 @@ def only_run(run: Path, world: World) -> Iterator[Attempt]:
     """
     lock, answer = None, None
     if world.rank == 0:
-        run.mkdir(parents=True, exist_ok=True)
-        lock = open_lock(run / ".lock")
         try:
-            answer = _claim(run, take_lock(lock), lock)
-        except (ConfigError, Superseded) as error:  # to be raised on every rank, not only here
+            run.mkdir(parents=True, exist_ok=True)
+            lock = open_lock(run / ".lock")
+            answer = _claim(run, take_lock(lock, WITHOUT_LOCKS), lock)
+        except (ValueError, OSError, Superseded) as error:  # to be raised on every rank, not only here
             answer = error
-        if not isinstance(answer, Attempt):
+        if not isinstance(answer, Attempt) and lock is not None:
             lock.close()
     answer = from_first_rank(answer)
     if isinstance(answer, Exception):
@@ -176,27 +176,12 @@ def write_file(attempt: Attempt, path: Path, write: Callable[[Path], object]) ->
     move(attempt, made, path)
 
 
-def read_record(run: Path) -> dict[str, Any]:
-    """attempt.json: `number`, `identity`, `given` by the engine or null, `host`, `process`, `time`; at first empty.
-
-    Raises ConfigError where it cannot be read.
-    """
-    path = run / RECORD
-    try:
-        record = json.loads(path.read_text())
-        return record | {"number": int(record["number"])}
-    except FileNotFoundError:
-        return {}
-    except (ValueError, KeyError, TypeError, OverflowError) as error:  # the last one of a number such as 1e400
-        raise ConfigError(f"{path} cannot be read ({error!r}). Delete it if no other training is in {run}") from error
-
-
 def _claim(run: Path, locked: bool, lock: Any) -> Attempt:
     record, given = read_record(run), _given()
     if not locked and not (given is not None and record.get("given") is not None and given > record["given"]):
         raise ConfigError(
-            f"{run} is in use by another training{_who(record)}. Wait for it, stop it, or change `name`. An engine "
-            f"that restarts a job whose old processes may still live sets {GIVEN} higher each time"
+            f"{run} is in use by another training{holder_of(record)}. Wait for it, stop it, or change `name`. An "
+            f"engine that restarts a job whose old processes may still live sets {GIVEN} higher each time"
         )
     number = max(given or 0, _newest(run)[0] + 1)
     attempt = Attempt(run, number, uuid.uuid4().hex[:12])
@@ -255,38 +240,11 @@ def _names(folder: Path) -> list[str]:
         return []
 
 
-def open_lock(path: Path) -> Any:
-    """A file to lock, made if it is not there; what it holds stays. Raises ConfigError for a symbolic link, which
-    could lead to anybody's file."""
-    try:
-        return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), "r+")
-    except OSError as error:
-        if error.errno != errno.ELOOP:
-            raise
-        raise ConfigError(f"{path} is a symbolic link, and a lock must be a file of its own: delete it") from None
-
-
-def take_lock(lock: Any) -> bool:
-    """Takes the lock of an open file, without waiting, until that is closed. Whether nobody else has it.
-
-    True where the disk knows no locks: of a run, the numbers of its starts alone protect it then. Raises OSError for
-    what else a disk may say.
-    """
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-    return True
-
-
 def _replace_lock(attempt: Attempt, lock: Any) -> None:
     made = attempt.folder / ".lock"
     with open(made, "w") as fresh:
-        os.dup2(fresh.fileno(), lock.fileno())
-    take_lock(lock)
+        os.dup2(fresh.fileno(), lock.fileno(), inheritable=False)
+    take_lock(lock, WITHOUT_LOCKS)
     move(attempt, made, attempt.run / ".lock")
 
 
@@ -300,20 +258,13 @@ def _newest(run: Path) -> tuple[int, str]:
     """The order of the newest start. It has a folder before it has a record, and a record before its folder goes."""
     folders = [attempt.order for attempt in _starts(run)]
     record = read_record(run)
-    return max([*folders, (record.get("number", 0), record.get("identity", ""))])
+    return max([*folders, (record.get("number", 0), record.get("identity") or "")])
 
 
 def _superseded(attempt: Attempt) -> Superseded:
     newest, record = _newest(attempt.run), read_record(attempt.run)
-    holder = _who(record) if record.get("number") == newest[0] else ""
+    holder = holder_of(record) if record.get("number") == newest[0] else ""
     return Superseded(
         f"start {newest[0]}{holder} has taken {attempt.run} over from this one, start {attempt.number}, which ends "
         "without writing anything more there"
     )
-
-
-def _who(record: dict[str, Any]) -> str:
-    if not record:
-        return ""
-    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record["time"]))
-    return f" (process {record['process']} on {record['host']}, since {since})"

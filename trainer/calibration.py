@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from controlbooth.data.records import is_number, is_text, is_whole, maybe, read_json
 from controlbooth.models.recognition import FAMILIES, identify
 from controlbooth.trainer.accelerators import ACCELERATORS, Accelerator, is_card
 from controlbooth.trainer.config import ConfigError, RunConfig, base_path, gradient_accumulation_steps, load_config
@@ -22,6 +23,12 @@ from controlbooth.trainer.footprint import WITHOUT_SCORES
 
 COMPARED = ("family", "precision", "cached", "gradient_checkpointing", "resolution", "scores", "micro_batch_size")
 """In the order of how much they matter; `scores`: whether attention keeps a matrix of tokens by tokens."""
+SPEED = {
+    **dict.fromkeys(("samples_per_second", "peak_memory_gib"), is_number),
+    "world_size": lambda value: is_whole(value) and value > 0,
+    **{"precision": is_text, "attention": is_text, "device": maybe(is_text), "device_kind": maybe(is_text)},
+}
+"""Fields of speed.json."""
 SHIPPED = Path(__file__).with_name("measured.yaml")
 
 
@@ -145,7 +152,8 @@ def _run_row(folder: Path) -> dict[str, Any]:
     for name in ("speed.json", "config.yaml"):
         if not (folder / name).is_file():
             raise ConfigError(f"calibration {folder} has no {name}: give the folder of a run that has ended")
-    config, speed = load_config(folder / "config.yaml"), json.loads((folder / "speed.json").read_text())
+    speed = read_json(folder / "speed.json", "Give the folder of another run that has ended", SPEED)
+    config = load_config(folder / "config.yaml")
     ranks = speed["world_size"]
     return planned_facts(config, speed["precision"], config.micro_batch_size) | {
         "samples_per_second": speed["samples_per_second"] / ranks,

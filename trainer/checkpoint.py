@@ -32,43 +32,35 @@ from threading import Thread
 from typing import Any
 
 import torch
-import yaml
 from diffusers import ControlNetModel
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 from torch import Tensor
 
+from controlbooth.data.records import Damaged, read_json
 from controlbooth.models.pretrained import save_controlnet
 from controlbooth.trainer.attempt import Attempt, move
-from controlbooth.trainer.continuing import checkpoint_folders
+from controlbooth.trainer.continuing import AllDamaged, CheckpointError, all_damaged, checkpoint_folders, damaged
 from controlbooth.trainer.distributed import World, barrier, from_first_rank, gather_objects
 from controlbooth.trainer.engine import Average, full_state
+from controlbooth.trainer.evaluate.verdict import best_by
 from controlbooth.trainer.integrity import (
     COMPLETE,
     CONFIG,
-    NO_MARKER,
     STATE,
     files_damage,
     first_damage,
     folder_digest,
-    read_marker,
     records_damage,
     sizes_of,
     weights_damage,
+    what_is_missing,
     write_marker,
 )
 
 _TAG = "deepspeed"
 _UNIVERSAL = "universal"
 _TENSORS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that does not belong to this run; the message says what differs and what to do."""
-
-
-class AllDamaged(CheckpointError):
-    """There are checkpoints, and none that can be gone on from."""
 
 
 def folder_of(run: Path, step: int) -> Path:
@@ -82,28 +74,14 @@ def complete_checkpoints(run: Path) -> list[Path]:
 
 def is_complete(checkpoint: Path) -> bool:
     """Whether every file that was committed is there in its size. What is generated later may come besides."""
-    return _what_is_missing(checkpoint) is None
-
-
-def _what_is_missing(checkpoint: Path) -> str | None:
-    """Of the files that were committed; None where they are all there in their sizes."""
-    marker = read_marker(checkpoint)
-    if marker is None:
-        return NO_MARKER
-    for name, size in marker.sizes.items():
-        path = checkpoint / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes, and had {size}"
-    return None
+    return what_is_missing(checkpoint) is None
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """What was saved beside the weights. Raises CheckpointError where that, or config.yaml, is damaged."""
     if damage := records_damage(checkpoint):
         raise CheckpointError(f"{checkpoint} is damaged, in {damage}. Delete it to use an older one")
-    return json.loads((checkpoint / STATE).read_text())
+    return read_json(checkpoint / STATE, "Delete the checkpoint to use an older one")
 
 
 def check_weights(checkpoint: Path) -> None:
@@ -119,12 +97,12 @@ def latest_checkpoint(run: Path, world: World, say: Callable[[str], None]) -> Pa
     compare the checksums of all files, each of its share. say: told on rank 0 of a checkpoint that is passed over.
     Raises CheckpointError where another rank does not see what rank 0 sees, and AllDamaged where all are damaged.
     """
-    folders = [(path, _what_is_missing(path)) for path in checkpoint_folders(run)]
+    folders = [(path, what_is_missing(path)) for path in checkpoint_folders(run)]
     there: list[tuple[Path, str | None]] = from_first_rank(folders)
     damages: list[str] = []
 
     def pass_over(checkpoint: Path, damage: str) -> None:
-        damages.append(f"{checkpoint} is damaged, in {damage}")
+        damages.append(damaged(checkpoint, damage))
         if world.rank == 0:
             say(f"warning: {damages[-1]}; it is passed over")
 
@@ -145,7 +123,7 @@ def latest_checkpoint(run: Path, world: World, say: Callable[[str], None]) -> Pa
             return checkpoint
         pass_over(checkpoint, found)
     if damages:
-        raise AllDamaged(f"{'; '.join(damages)}. There is no other: delete them to begin anew")
+        raise AllDamaged(all_damaged(damages))
     return None
 
 
@@ -204,7 +182,7 @@ def begin_save(
     """
     final = folder_of(run, state["step"])
     partial = attempt.folder / final.name
-    needed = _check_space(engine, run, world)
+    needed = check_space(engine, run, world)
     if world.rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
@@ -337,37 +315,17 @@ def needs_universal(state: dict[str, Any], world_size: int) -> bool:
     return state["zero_stage"] > 0 and state["world_size"] != world_size
 
 
-def check_same_run(state: dict[str, Any], now: dict[str, Any], checkpoint: Path) -> None:
-    """Refuses a checkpoint whose optimizer states cannot be carried over, with what to set back.
-
-    now: as `state`, and `model`, the run's settings of the network, which are compared with those in config.yaml.
-    """
-    fields = {
-        "zero_stage": "engine.zero_stage",
-        "precision": "engine.precision",
-        "base_digest": "model.base, of digest",
-        "condition": "data.condition",
-    }
-    pairs = [(field, state[key], now[key]) for key, field in fields.items()]
-    saved = yaml.safe_load((checkpoint / CONFIG).read_text())["model"]
-    pairs += [(f"model.{name}", saved[name], value) for name, value in now["model"].items() if name in saved]
-    for field, before, asked in pairs:
-        if before != asked:
-            raise CheckpointError(
-                f"{checkpoint} was saved with {field} {before!r}, and this run has {asked!r}. "
-                "Set it back, or give the run another name to start anew "
-                f"(model.controlnet={checkpoint}/controlnet starts from its weights)"
-            )
-
-
-def prune(run: Path, keep: int, keep_best: int, attempt: Attempt, committed: Path, metric: str = "edge_f1") -> None:
-    """Deletes all but the `keep` latest checkpoints and the `keep_best` best. Rank 0 calls it after a commit.
+def prune(run: Path, keep: int, keep_best: int, attempt: Attempt, committed: Path) -> None:
+    """Deletes all but the `keep` latest checkpoints and the `keep_best` best by the figure that tells control. Rank 0
+    calls it after a commit.
 
     committed: the one of now. Those of later steps do not count: they were damaged, or it would not be the one of now.
     Raises Superseded, and deletes nothing of the newer start's.
     """
     whole = [path for path in complete_checkpoints(run) if path.name <= committed.name]
-    scored = [(score, path) for path in whole if (score := _score(path, metric)) is not None]
+    metrics = {path: _metrics(path) for path in whole}
+    metric = best_by(metrics.values())
+    scored = [(own[metric], path) for path, own in metrics.items() if metric in own]
     best = sorted(scored, key=lambda pair: pair[0])[-keep_best:] if keep_best else []
     kept = {*whole[-keep:], *(path for _, path in best)}
     for path in whole:
@@ -375,12 +333,12 @@ def prune(run: Path, keep: int, keep_best: int, attempt: Attempt, committed: Pat
             delete(path, attempt)
 
 
-def _score(checkpoint: Path, metric: str) -> float | None:
-    """None of one that was not measured, or whose state.json is damaged: the best is another one then."""
+def _metrics(checkpoint: Path) -> dict[str, float]:
+    """Empty of one that was not measured, or whose state.json is damaged: the best is another one then."""
     try:
-        return read_state(checkpoint).get("metrics", {}).get(metric)
-    except CheckpointError:
-        return None
+        return read_state(checkpoint).get("metrics") or {}
+    except (CheckpointError, Damaged):
+        return {}
 
 
 def as_module(trained: Any, weights: dict[str, Tensor]) -> ControlNetModel:
@@ -422,7 +380,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _check_space(engine: Any, run: Path, world: World) -> int:
+def check_space(engine: Any, run: Path, world: World) -> int:
     """Bytes that a checkpoint takes at most; raises OSError on all ranks where the disk has less.
 
     Weights in fp32 twice, two moments, a half-precision copy, the average: 24 bytes a parameter.

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from controlbooth.data.arguments import SEEDS
 from controlbooth.data.kinds import COMPUTED, MAX_PIXELS, computed_kind, tells_sides
+from controlbooth.data.records import Damaged, parse_yaml, read_yaml
 from controlbooth.data.secrets import CREDENTIALS, without_secrets
 from controlbooth.trainer.file_kinds import RUN, kind_of, mistaken_for
 from controlbooth.trainer.mlflow_address import refuse_secrets
@@ -226,7 +227,7 @@ class CheckpointConfig(Section):
     keep: int = Field(default=2, gt=0)
     """Latest checkpoints that are kept; an older one is deleted only after a newer one is complete."""
     keep_best: int = Field(default=1, ge=0)
-    """Checkpoints kept besides, by the validation's edge F1."""
+    """Checkpoints kept besides, by the validation's figure of control: that of the trained kind, or edge F1."""
 
 
 class ValidationConfig(Section):
@@ -379,13 +380,13 @@ def read_tree(path: str | os.PathLike[str], overrides: Sequence[str] = (), kind:
     """A run file and its overrides, before anything is checked but that it is a mapping, and of this kind."""
     path = Path(path)
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = read_yaml(path, "Correct it, or put a whole copy back")
     except FileNotFoundError:
         configs = sorted((Path(__file__).parents[1] / "launch/configs").glob("*.yaml"))
         shipped = ", ".join(one.name for one in configs if kind_of(yaml.safe_load(one.read_text())) == kind)
         raise ConfigError(f"run file {path} does not exist. Runs to start from, in launch/configs: {shipped}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
-        raise ConfigError(f"run file {path} is not readable as YAML: {error}") from error
+    except Damaged as error:
+        raise ConfigError(f"run file {path} is not readable as YAML: {error.reason}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"run file {path} holds {type(tree).__name__}, but a run is a mapping of keys to values")
     refuse_other_kind(tree, path, kind)
@@ -446,9 +447,9 @@ def _override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(node, dict):
             raise ConfigError(f"override {override!r}: {'.'.join(parents[: depth + 1])} is a value, not a section")
     try:
-        node[leaf] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: {value!r} is not a YAML value: {error}") from error
+        node[leaf] = parse_yaml(value, repr(value), "Give a YAML value")
+    except Damaged as error:
+        raise ConfigError(f"override {override!r}: {value!r} is not a YAML value: {error.reason}") from error
 
 
 def _explain(error: Any, model: type[BaseModel]) -> str:

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from controlbooth.data.cache import FULL
+from controlbooth.data.locks import FULL
 
 
 @contextlib.contextmanager

@@ -72,6 +72,7 @@ from controlbooth.trainer.network_check import subjects_network_problems
 from controlbooth.trainer.pictures import SubjectError
 from controlbooth.trainer.run_page import source_tags
 from controlbooth.trainer.same_base import BASE_FILE, base_facts, check_same_base, read_base_facts, told_of_base
+from controlbooth.trainer.starting import folder_problems, refuse, tracking_problems
 from controlbooth.trainer.step import dreambooth_step
 from controlbooth.trainer.studio import (
     MOST_SKIPPED,
@@ -159,6 +160,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif others := sorted((folder / "rows").glob("*")):
             raise ConfigError(f"{folder} was begun as an array ({others[0]}): go on with `controlbooth launch resume`")
         world = join()
+        if world.rank == 0:  # the others end with it
+            refuse([*tracking_problems(config), *folder_problems(own)])
         with only_run(own, world) as attempt:
             try:
                 return train_subjects(config, tasks, faults, attempt, world, stop, folder)

@@ -1,7 +1,6 @@
 """`controlbooth export RUN OUT`: a checkpoint's weights in a format that others load, with a model card beside them."""
 
 import argparse
-import json
 import shutil
 import uuid
 from collections.abc import Sequence
@@ -11,6 +10,8 @@ from typing import Any
 from controlbooth.data.arguments import whole_number
 from controlbooth.trainer.config import RunConfig, base_path, load_config
 from controlbooth.trainer.disk import named_when_full
+from controlbooth.trainer.evaluate.record import read_result
+from controlbooth.trainer.evaluate.verdict import best_by
 from controlbooth.trainer.model_card import Exported, model_card
 
 EXAMPLES = """\
@@ -19,7 +20,6 @@ examples:
   controlbooth export runs/edges exported/edges --best --dtype fp16   the best validated one, at half the size
   controlbooth export runs/edges exported/ui --format single-file     one .safetensors for image UIs
 """
-BEST_METRIC = "edge_f1"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     which.add_argument(
         "--step", type=whole_number(0), metavar="N", help="the checkpoint of step N (default: the latest)"
     )
-    which.add_argument("--best", action="store_true", help=f"the checkpoint with the highest {BEST_METRIC}")
+    which.add_argument("--best", action="store_true", help="the one that obeys best, by its validation")
     parser.add_argument("--format", choices=("diffusers", "single-file"), default="diffusers")
     parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the written weights")
     parser.add_argument("--force", action="store_true", help="replace OUT and everything in it")
@@ -53,7 +53,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def find_checkpoint(run: Path, step: int | None = None, best: bool = False) -> Path:
-    """The folder of the latest complete checkpoint, of that of `step`, or of the best by edge F1.
+    """The folder of the latest complete checkpoint, of that of `step`, or of the best by the figure of its validations
+    that tells control, which is that of the trained kind where there is one.
 
     Raises FileNotFoundError where there is no such checkpoint; the message lists those that exist.
     """
@@ -72,12 +73,13 @@ def find_checkpoint(run: Path, step: int | None = None, best: bool = False) -> P
             raise FileNotFoundError(f"{run} has no complete checkpoint of step {step}. There are: {steps}.")
         return found[0]
     if best:
-        scores = {path: (state.get("metrics") or {}).get(BEST_METRIC) for path, state in states.items()}
-        scored = {path: score for path, score in scores.items() if score is not None}
+        metrics = {path: state.get("metrics") or {} for path, state in states.items()}
+        figure = best_by(metrics.values())
+        scored = {path: own[figure] for path, own in metrics.items() if figure in own}
         if not scored:
             raise FileNotFoundError(
-                f"no checkpoint of {run} (steps {steps}) has {BEST_METRIC}: it is measured where data.held_out is set "
-                "and its samples hold edges. Choose one with --step N."
+                f"no checkpoint of {run} (steps {steps}) has a figure that tells control: it is measured where "
+                "data.held_out is set and its samples hold the condition or edges. Choose one with --step N."
             )
         return max(scored, key=lambda path: (scored[path], states[path]["step"]))
     return max(states, key=lambda path: states[path]["step"])
@@ -176,8 +178,5 @@ def _write_unet(config: RunConfig, state: dict[str, Any], checkpoint: Path, fold
 
 def _evaluation_of(run: Path, digest: str) -> dict[str, Any] | None:
     """What `controlbooth evaluate` measured of the weights with this digest; None where it measured others, or none."""
-    path = run / "evaluation" / "evaluation.json"
-    if not path.is_file():
-        return None
-    evaluation = json.loads(path.read_text())
-    return evaluation if evaluation["digest"] == digest else None
+    evaluation = read_result(run / "evaluation", "digest", "samples", "resolution", "figures", "sampler")
+    return evaluation if evaluation and evaluation["digest"] == digest else None

@@ -16,6 +16,7 @@ from typing import NoReturn
 
 import torch
 
+from controlbooth.data.records import Damaged, is_text, read_json
 from controlbooth.data.secrets import error_text
 from controlbooth.trainer.attempt import Attempt, Superseded, write_text
 from controlbooth.trainer.config import RunConfig
@@ -105,8 +106,8 @@ def note_failure(attempt: Attempt, rank: int, error: Exception) -> None:
 def _state_of(status: Path) -> str | None:
     """None where there is no status, or one that says nothing."""
     try:
-        return str(json.loads(status.read_text())["state"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return read_json(status, "", {"state": is_text})["state"]
+    except (OSError, Damaged):
         return None
 
 

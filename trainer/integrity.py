@@ -18,10 +18,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-import torch
-import yaml
-
-from controlbooth.trainer.continuing import step_of
+from controlbooth.data.records import Damaged, read_json, read_yaml
 
 COMPLETE = "COMPLETE"
 STATE, CONFIG = "state.json", "config.yaml"
@@ -62,7 +59,7 @@ def write_marker(checkpoint: Path) -> None:
 def read_marker(checkpoint: Path) -> Marker | None:
     """None where COMPLETE is missing, or damaged itself."""
     try:
-        tree = json.loads((checkpoint / COMPLETE).read_text())
+        tree = read_json(checkpoint / COMPLETE, "")
         if set(tree) == {"files", "digest"}:
             content = tree["files"]
             if tree["digest"] != _digest_of_tree(content):
@@ -71,6 +68,34 @@ def read_marker(checkpoint: Path) -> Marker | None:
         return Marker({str(name): int(size) for name, size in tree.items()}, {})  # as it was before digests
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint's name tells: 400 for step-00000400."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def what_is_missing(checkpoint: Path) -> str | None:
+    """Of the files that were committed; None where they are all there in their sizes, and none of others among them."""
+    marker = read_marker(checkpoint)
+    if marker is None:
+        return NO_MARKER
+    for name, size in marker.sizes.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, and had {size}"
+    return _what_is_besides(checkpoint, marker)
+
+
+def _what_is_besides(folder: Path, marker: Marker) -> str | None:
+    """A file of PyTorch's among those that were committed: DeepSpeed takes all that it finds by their endings."""
+    for place in {(folder / name).parent for name in marker.sizes if name.endswith(".pt")}:
+        for path in sorted(place.glob("*.pt")):
+            if str(name := path.relative_to(folder)) not in marker.sizes:
+                return f"{name} is none of its files"
+    return None
 
 
 def sizes_of(folder: Path) -> dict[str, int]:
@@ -107,7 +132,9 @@ def files_damage(folder: Path, share: int, of: int) -> str | None:
     if marker is None:
         return NO_MARKER
     found = _archives_damage(folder, marker, share, of)
-    return _other_files_damage(folder, marker) if found is None and share == 0 else found
+    if found is None and share == 0:
+        return _other_files_damage(folder, marker) or _what_is_besides(folder, marker)
+    return found
 
 
 def _archives_damage(folder: Path, marker: Marker, share: int, of: int) -> str | None:
@@ -144,14 +171,13 @@ def records_damage(checkpoint: Path) -> str | None:
         return damage
     # A marker that was written before digests tells no more than sizes.
     try:
-        state = json.loads((checkpoint / STATE).read_text())
-    except (ValueError, OSError) as error:
-        return f"{STATE}: {error}"
+        step = read_json(checkpoint / STATE, "").get("step")
+    except (Damaged, OSError) as error:
+        return f"{STATE}: {getattr(error, 'reason', error)}"
     try:
-        yaml.safe_load((checkpoint / CONFIG).read_text())
-    except (yaml.YAMLError, ValueError, OSError) as error:
-        return f"{CONFIG}: {' '.join(str(error).split())}"
-    step = state.get("step") if isinstance(state, dict) else None
+        read_yaml(checkpoint / CONFIG, "")
+    except (Damaged, OSError) as error:
+        return f"{CONFIG}: {getattr(error, 'reason', error)}"
     return None if step == step_of(checkpoint) else f"{STATE}: its step is {step!r}"
 
 
@@ -161,7 +187,7 @@ def weights_damage(checkpoint: Path) -> str | None:
         return damage
     marker = read_marker(checkpoint)
     assert marker is not None
-    digest = json.loads((checkpoint / STATE).read_text()).get("digest")
+    digest = read_json(checkpoint / STATE, "").get("digest", "")
     folders = {Path(name).parts[0] for name in marker.sizes if "/" in name and name.endswith(".safetensors")}
     for folder in sorted(folders) if digest else ():
         # what lies beside is others'
@@ -193,6 +219,8 @@ def _digest_of_tree(tree: object) -> str:
 
 
 def _archive_fault(path: Path, digest: str | None) -> str | None:
+    import torch  # takes seconds, and whoever looks at the small files does without
+
     try:
         with zipfile.ZipFile(path) as archive:
             record = archive.testzip()

@@ -222,7 +222,6 @@ class MlflowRun:
     def _send_image(self, record: Record) -> None:
         """A picture of the series, and NAME.png at the top of the artifacts, which is the newest one."""
         from mlflow.tracking.multimedia import compress_image_size
-        from PIL import Image
 
         image, time = record["image"], round(record["time"] * 1000)
         there = f"images/{image['name'].replace('/', '~')}+step+{record['step']}+timestamp+"
@@ -230,13 +229,24 @@ class MlflowRun:
             there += f"{time}+"
         listed = [file.path for file in self._client.list_artifacts(self.run_id, "images")]
         sent = [path.removesuffix(".png") for path in listed if path.startswith(there) and path.endswith(".png")]
-        with Image.open(self._folder / image["path"]) as picture:
+        with self._picture(image["path"]) as picture:
             if not sent:  # else MLflow adds a copy under a random name
                 self._client.log_image(self.run_id, picture, key=image["name"], step=record["step"], timestamp=time)
             elif (thumbnail := f"{sent[0]}+compressed.webp") not in listed:  # the server went away between the two
                 self._client.log_image(self.run_id, compress_image_size(picture), thumbnail)
                 self._client.set_tag(self.run_id, MLFLOW_LOGGED_IMAGES, "True")
             self._client.log_image(self.run_id, picture, f"{image['name']}.png")
+
+    def _picture(self, path: str) -> Any:
+        """Raises Refused for one that cannot be read, as another try would not cure that."""
+        from PIL import Image
+
+        try:
+            picture = Image.open(self._folder / path)
+            picture.load()  # which closes the file
+            return picture
+        except (OSError, SyntaxError, ValueError) as error:
+            raise Refused(f"{path} cannot be read: {error}") from error
 
     def _send_checkpoint(self, record: Record) -> None:
         """A LoggedModel, whose bytes stay where they are, with its metrics, as an output of the run."""

@@ -6,15 +6,15 @@ another name beside its place, and takes its name when it is whole.
 """
 
 import contextlib
-import fcntl
 import glob
 import logging
-import os
 import sqlite3
 import time
 import uuid
 from pathlib import Path
 from urllib.parse import quote
+
+from controlbooth.data.locks import open_lock, take_lock, take_name
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +39,8 @@ def make_store(uri: str) -> None:
     if path is None or _is_made(path):
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(f".{path.name}.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with open_lock(path.with_name(f".{path.name}.lock")) as lock:
+        take_lock(lock, "let no two runs begin the MLflow store there at once", wait=True)
         while not _is_made(path):
             if path.exists() and abs(time.time() - path.stat().st_mtime) < STILL_SECONDS:
                 time.sleep(0.5)  # MLflow's own programs, which know nothing of our lock, may be making it right now
@@ -69,8 +69,7 @@ def _make(path: Path) -> None:
         journal = path.with_name(f"{path.name}-journal")
         if journal.exists():  # SQLite would apply it to the new one
             journal.rename(aside.with_name(f"{aside.name}-journal"))
-    with contextlib.suppress(FileExistsError):
-        os.link(made, path)
+    take_name(made, path)
     made.unlink()
 
 

@@ -45,6 +45,7 @@ from controlbooth.data.columns import (
     written_column,
 )
 from controlbooth.data.decode import BadSample, decode_image, memory_named, prepare_target, write_planes
+from controlbooth.data.locks import open_lock, take_lock
 from controlbooth.data.manifest import Dataset
 from controlbooth.data.prompts import read_captions
 from controlbooth.data.secrets import error_text
@@ -53,7 +54,6 @@ from controlbooth.data.sidecar import ShardIndex, index_path, load_index, write_
 from controlbooth.models.base import Base
 from controlbooth.models.pretrained import load_base
 from controlbooth.trainer import engine as engines
-from controlbooth.trainer.attempt import open_lock, take_lock
 from controlbooth.trainer.config import ConfigError, RunConfig, base_path, load_config
 from controlbooth.trainer.distributed import (
     DistError,
@@ -173,7 +173,7 @@ def only_writer(folder: Path, world: World, dry_run: bool) -> Iterator[None]:
     if world.rank == 0 and not dry_run:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open_lock(folder / LOCK)
-        free = take_lock(lock)
+        free = take_lock(lock, "start no second command that computes columns there")
     try:
         if not from_first_rank(free):
             raise ConfigError(f"another command computes columns in {folder}. Wait for it, or stop it")

@@ -10,7 +10,8 @@ Names of metrics are ours, "loss" of training and "validation/edge_f1"; mlflow_r
 
 A line is written with one system call, so a killed process leaves at most one torn line, the last, which is dropped.
 tracking.json beside it is replaced by rename. It is always behind what was sent, never ahead: lines may be sent twice,
-which the server takes as once, and are never left out.
+which the server takes as once, and are never left out. It has a mark of the bytes before the place up to which a server
+has metrics.jsonl: where that was deleted, or put back as it was earlier, all of it is sent again.
 """
 
 import json
@@ -23,11 +24,31 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from controlbooth.data.locks import take_name
+from controlbooth.data.records import (
+    Check,
+    Damaged,
+    Fields,
+    are_points,
+    check_fields,
+    each,
+    having,
+    is_mapping,
+    is_moment,
+    is_text,
+    is_whole,
+    maybe,
+    open_file,
+    parse_json,
+    read_json,
+)
 from controlbooth.data.secrets import without_secrets
+from controlbooth.trainer.disk import named_when_full
 from controlbooth.trainer.mlflow_address import STATE
 
 logger = logging.getLogger(__name__)
@@ -36,7 +57,54 @@ LINES = "metrics.jsonl"
 STREAMS = ("metrics", "artifacts")
 """Acknowledged apart, so that an artifact store that fails does not hold the metrics back."""
 
+MARKED_BYTES = 4096
+"""Before the place up to which a server has metrics.jsonl, by which the file is known again."""
+STATUSES = ("SCHEDULED", "RUNNING", "FINISHED", "FAILED", "KILLED")
+
+LEFT_OUT = "It is left out"
+NO_FILE = "Move it away: the run then begins the file anew"
+
 Record = dict[str, Any]
+
+
+def texts(value: Any) -> bool:
+    return is_mapping(value) and all(map(is_text, value.values()))
+
+
+def timed(value: Any) -> bool:
+    """name -> [value, time]"""
+    return is_mapping(value) and all(
+        isinstance(one, list) and len(one) == 2 and is_moment(one[1]) for one in value.values()
+    )
+
+
+INPUT: Fields = {"name": is_text, "fingerprint": is_text, "source": is_text, "samples": is_whole, "context": is_text}
+KINDS: dict[str, Fields] = {
+    "metrics": {"step": is_whole, "metrics": are_points},
+    "system": {"system": are_points, "group": maybe(is_text)},
+    "params": {"params": texts},
+    "tags": {"tags": texts},
+    "inputs": {"inputs": each(having(INPUT | {"source_type": is_text}))},
+    "status": {"status": lambda value: value in STATUSES},
+    "artifact": {"artifact": is_text},
+    "table": {"table": is_text},
+    "image": {"step": is_whole, "image": having({"path": is_text, "name": is_text})},
+    "checkpoint": {"step": is_whole, "checkpoint": having({"digest": is_text, "uri": is_text, "metrics": timed})},
+}
+"""What a line has beside its time, by the field that tells its kind."""
+TRACKING: dict[str, Check] = {
+    "uri": is_text,
+    "experiment": is_text,
+    "key": lambda value: is_text(value) and len(value) == 32 and set(value) <= set("0123456789abcdef"),
+    "created": is_moment,
+    "experiment_id": maybe(is_text),
+    "run_id": maybe(is_text),
+    "params": texts,
+    "description": texts,
+    "acknowledged": lambda value: is_mapping(value) and all(is_whole(value.get(stream)) for stream in STREAMS),
+    "marks": maybe(texts),
+}
+"""Fields of tracking.json; versions before wrote no marks and no digest."""
 
 
 def stream_of(record: Record) -> str:
@@ -63,6 +131,8 @@ class State:
     """The parts of the run's description, in their order, as Markdown."""
     acknowledged: dict[str, int] = field(default_factory=lambda: dict.fromkeys(STREAMS, 0))
     """stream -> bytes of metrics.jsonl that the server has."""
+    marks: dict[str, str] = field(default_factory=dict)
+    """stream -> digest of the last bytes before that place, in hex."""
 
 
 class Spool:
@@ -87,15 +157,46 @@ class Spool:
         self._file = _open_without_torn_line(self.path)
         if made_in is not None:
             self._file.close()
-            shutil.copyfile(self.path, made_in / LINES)
-            self._file = (made_in / LINES).open("ab", buffering=0)
+            with named_when_full(self.path):
+                shutil.copyfile(self.path, made_in / LINES)
+            self._file = (made_in / LINES).open("a+b", buffering=0)
             os.fsync(self._file.fileno())
             os.replace(made_in / LINES, self.path)
         state = _moved(_read_state(self._state_path) or shared or State(uri, experiment), uri, experiment)
         if shared is not None and state.key != shared.key:  # begun before, as a run of its own
             state = replace(shared, params=state.params)
-        self.state = state
+        self.state = self._known_again(state)
         self.update()
+
+    def _known_again(self, state: State) -> State:
+        """The state where the file is the one of which it tells; else that all is to be sent, which is said."""
+        strange = [stream for stream, place in state.acknowledged.items() if not self._is_marked(state, stream, place)]
+        if not strange:
+            return state
+        logger.warning(
+            "%s is not the file of which %s had been sent: it was deleted, or put back as it was earlier. All that it "
+            "holds now is sent again; what was in it alone, and not sent, is lost",
+            self.path,
+            self._state_path,
+        )
+        marks = {stream: mark for stream, mark in state.marks.items() if stream not in strange}
+        return replace(state, acknowledged=state.acknowledged | dict.fromkeys(strange, 0), marks=marks)
+
+    def _is_marked(self, state: State, stream: str, place: int) -> bool:
+        if not 0 <= place <= self.path.stat().st_size:
+            return False
+        before = self._bytes_before(place)
+        mark = state.marks.get(stream)
+        return (not place or before.endswith(b"\n")) and mark in (None, sha256(before).hexdigest())
+
+    def _bytes_before(self, place: int) -> bytes:
+        """The last MARKED_BYTES of them."""
+        with self.path.open("rb") as file:
+            file.seek(max(0, place - MARKED_BYTES))
+            return file.read(min(place, MARKED_BYTES))
+
+    def _marks(self, acknowledged: dict[str, int]) -> dict[str, str]:
+        return {stream: sha256(self._bytes_before(place)).hexdigest() for stream, place in acknowledged.items()}
 
     def update(self, **changes: Any) -> None:
         """Changes fields of the state, durably. Raises ValueError after `close`: another writer may have the files."""
@@ -104,8 +205,8 @@ class Spool:
                 raise ValueError(f"{self.path} is closed")
             self.state = replace(self.state, **changes)
             temporary = self._made_in / f"{STATE}.tmp"
-            with temporary.open("w") as file:
-                json.dump(asdict(self.state), file, indent=1)
+            with named_when_full(self._state_path), temporary.open("w") as file:
+                file.write(_as_text(self.state))
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, self._state_path)
@@ -114,7 +215,7 @@ class Spool:
         """Adds a record; its time is now unless it has one. Raises OSError when the disk is full."""
         line = json.dumps({"time": time.time(), **_strict(record)}, separators=(",", ":"), allow_nan=False) + "\n"
         rest = line.encode()
-        with self._lock:
+        with self._lock, named_when_full(self.path):
             while rest:  # a disk that fills up takes a part first, and raises at the next try
                 rest = rest[self._file.write(rest) :]
 
@@ -124,6 +225,7 @@ class Spool:
         The second value goes to `acknowledge`.
         """
         with self._lock:
+            self._put_back()
             found = []
             end = max(self.state.acknowledged[stream], self._searched.get(stream, 0))
             for line, end in _lines(self.path, end):  # noqa: B020  (`end` stays where it was if there is no line)
@@ -136,11 +238,37 @@ class Spool:
                 self._searched[stream] = end
             return found, self._generation
 
+    def _put_back(self) -> None:
+        """Writes metrics.jsonl again where somebody has deleted or replaced it while it is written to.
+
+        A newer start replaces it too; then the folder is gone in which this one could make it.
+        """
+        if self._file.closed:
+            return
+        ours = os.fstat(self._file.fileno())
+        try:
+            there = self.path.stat()
+        except FileNotFoundError:
+            there = None
+        if (there is not None and os.path.samestat(there, ours)) or not self.is_ours():
+            return
+        temporary = self._made_in / f"{LINES}.tmp"
+        with temporary.open("wb") as file:
+            for start in range(0, ours.st_size, 2**20):
+                file.write(os.pread(self._file.fileno(), 2**20, start))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.path)
+        self._file.close()
+        self._file = self.path.open("a+b", buffering=0)
+        logger.warning("%s was taken away while the run writes to it. It is put back, with all its lines", self.path)
+
     def acknowledge(self, stream: str, offset: int, generation: int) -> None:
         """The server has this stream's records before `offset`. Ignored if lines were cut since they were read."""
         with self._lock:
             if generation == self._generation:
-                self.update(acknowledged=self.state.acknowledged | {stream: offset})
+                acknowledged = self.state.acknowledged | {stream: offset}
+                self.update(acknowledged=acknowledged, marks=self._marks(acknowledged))
 
     def unsent(self) -> int:
         """Lines that no server has acknowledged."""
@@ -165,12 +293,13 @@ class Spool:
                 temporary.unlink()
                 return
             # Both files are equal up to the first cut: a crash between these two lines sends again and omits nothing.
-            self.update(acknowledged={name: min(at, first_cut) for name, at in self.state.acknowledged.items()})
+            acknowledged = {name: min(at, first_cut) for name, at in self.state.acknowledged.items()}
+            self.update(acknowledged=acknowledged, marks=self._marks(acknowledged))
             os.replace(temporary, self.path)
             self._generation += 1
             self._searched.clear()
             self._file.close()
-            self._file = self.path.open("ab", buffering=0)
+            self._file = self.path.open("a+b", buffering=0)
 
     def is_ours(self) -> bool:
         """Whether no newer start has taken the run. Asked before something is sent or written."""
@@ -181,6 +310,13 @@ class Spool:
             self._file.close()
 
 
+def check_files(folder: Path) -> None:
+    """Raises Damaged where a run cannot go on with its tracking.json, or what lies in the place of metrics.jsonl."""
+    _read_state(folder / STATE)
+    if (folder / LINES).exists():
+        open_file(folder / LINES, NO_FILE).close()
+
+
 def shared_state(folder: Path, uri: str, experiment: str) -> State:
     """The identity of the MLflow run of a run folder to which several processes log: drawn by the first, read by all.
 
@@ -188,10 +324,10 @@ def shared_state(folder: Path, uri: str, experiment: str) -> State:
     """
     path = folder / STATE
     if not path.exists():
-        publish(path, json.dumps(asdict(State(uri, experiment)), indent=1))
+        publish(path, _as_text(State(uri, experiment)))
     state = _read_state(path)
     assert state is not None
-    own = dict(params={}, description={}, acknowledged=dict.fromkeys(STREAMS, 0))
+    own = dict(params={}, description={}, acknowledged=dict.fromkeys(STREAMS, 0), marks={})
     return replace(_moved(state, uri, experiment), **own)
 
 
@@ -201,12 +337,9 @@ def publish(path: Path, text: str) -> str:
     temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
     temporary.write_text(text)
     try:
-        os.link(temporary, path)  # unlike a rename it fails where the name is taken
-    except FileExistsError:
-        return path.read_text()
+        return text if take_name(temporary, path) else path.read_text()
     finally:
         temporary.unlink()
-    return text
 
 
 def _moved(state: State, uri: str, experiment: str) -> State:
@@ -231,7 +364,7 @@ def read_metrics(run_folder: str | os.PathLike[str]) -> Iterator[tuple[int, floa
 
 def _lines(path: Path, offset: int) -> Iterator[tuple[bytes, int]]:
     """Complete lines from a byte offset on, each with the offset after it. A torn last line is not among them."""
-    with path.open("rb") as file:
+    with open_file(path, NO_FILE) as file:
         file.seek(offset)
         for line in file:
             if not line.endswith(b"\n"):
@@ -241,19 +374,25 @@ def _lines(path: Path, offset: int) -> Iterator[tuple[bytes, int]]:
 
 
 def _parse(line: bytes, path: Path, end: int) -> Record | None:
+    """None of a line that no version has written, which is said."""
     try:
-        record = json.loads(line)
-    except ValueError:
-        record = None
-    if not isinstance(record, dict):
-        logger.warning("%s: the line that ends at byte %d is not a record, and is left out: %.80r", path, end, line)
+        where = f"{path}, the line that ends at byte {end},"
+        record = parse_json(line, where, LEFT_OUT, {"time": is_moment})
+        kind = next((kind for kind in KINDS if kind in record), None)
+        if kind is None:
+            raise Damaged(where, "it tells of nothing that is known", LEFT_OUT)
+        check_fields(record, KINDS[kind], where, LEFT_OUT)
+        return record
+    except Damaged as error:
+        logger.warning("%s: %.80r", error, line)
         return None
-    return record
 
 
 def _open_without_torn_line(path: Path) -> Any:
     """Opens for appending, unbuffered; what follows the last line end goes."""
-    file = path.open("ab", buffering=0)
+    if path.exists():
+        open_file(path, NO_FILE).close()
+    file = path.open("a+b", buffering=0)
     size = complete = file.tell()
     with path.open("rb") as reader:
         while complete:  # backwards, block by block
@@ -270,14 +409,25 @@ def _open_without_torn_line(path: Path) -> Any:
 
 
 def _read_state(path: Path) -> State | None:
-    if not path.exists():
+    remedy = f"Delete it to send all of {LINES} again, into a new MLflow run"
+    tree = read_json(path, remedy, TRACKING, missing=None)
+    if tree is None:
         return None
-    try:
-        return State(**json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"{path} cannot be read ({error}). Delete it to send all of {LINES} again, into a new MLflow run"
-        ) from error
+    digest = tree.pop("digest", None)
+    if digest not in (None, _digest(tree)):
+        raise Damaged(path, "it is not what was written", remedy)
+    known = {one.name for one in fields(State)}
+    return State(**{name: value for name, value in tree.items() if name in known and value is not None})
+
+
+def _as_text(state: State) -> str:
+    tree = asdict(state)
+    return json.dumps(tree | {"digest": _digest(tree)}, indent=1)
+
+
+def _digest(tree: dict[str, Any]) -> str:
+    """Of a wrong place up to which all was sent nothing else would tell, and lines would never be."""
+    return sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
 def _strict(value: Any) -> Any:

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from controlbooth.data import draws
+from controlbooth.data.records import is_text, is_whole, maybe, read_note
 from controlbooth.models.base import Base
 from controlbooth.models.families import TextEncoding, encode_prompts
 from controlbooth.trainer.attempt import Attempt, write_text
@@ -190,12 +191,8 @@ def draw_prior(config: SubjectRunConfig, base: Base, tasks: Sequence[Task], worl
 def status_of(folder: Path, name: str) -> dict[str, Any]:
     """What a subject's status.json says; nothing where there is none, or where it is damaged: then the subject counts
     as not finished, and is trained again to the same weights."""
-    path = folder / "subjects" / name / "status.json"
-    try:
-        return dict(json.loads(path.read_text())) if path.exists() else {}
-    except (ValueError, TypeError) as error:
-        logger.warning("%s cannot be read (%s): its subject counts as not finished", path, error)
-        return {}
+    fields = {"state": maybe(is_text), "step": maybe(is_whole), "error": maybe(is_text)}
+    return read_note(folder / "subjects" / name / "status.json", "Its subject counts as not finished", fields)
 
 
 def write_status(attempt: Attempt, folder: Path, name: str, **fields: object) -> None:

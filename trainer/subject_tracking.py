@@ -12,7 +12,6 @@ it (train/rank-1/step_seconds, train/rows-0-16/step_seconds). One thread of a pr
 """
 
 import contextlib
-import json
 import logging
 import math
 import socket
@@ -25,6 +24,7 @@ from typing import Any
 
 import psutil
 
+from controlbooth.data.records import is_text, read_json_list
 from controlbooth.trainer import tracking
 from controlbooth.trainer.attempt import Attempt, is_superseded
 from controlbooth.trainer.config import tracking_uri
@@ -390,7 +390,7 @@ def last_step(folder: Path) -> int:
 def count_states(folder: Path) -> dict[str, int]:
     """How many subjects of a run are finished, failed, in training, and left, which are all that have not ended."""
     record = folder / "subjects.json"
-    known = {row["name"] for row in json.loads(record.read_text())} if record.is_file() else set()
+    known = {one["name"] for one in read_json_list(record, "Start the run again", {"name": is_text}, missing=[])}
     names = known | {path.parent.name for path in folder.glob("subjects/*/status.json")}
     states = [status_of(folder, name).get("state") for name in names]
     finished, failed = states.count("finished"), states.count("failed")

@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from controlbooth.data import draws
+from controlbooth.data.records import is_whole, read_json_list
 from controlbooth.models.base import Base
 from controlbooth.models.families import TextEncoding
 from controlbooth.models.sampling import sample
@@ -96,7 +97,8 @@ def is_due(config: SubjectRunConfig, training: Training) -> bool:
 def recall(studio: Studio, training: Training) -> None:
     """Takes up what validations of earlier starts have found, up to the step at which the subject is."""
     path = own_folder(studio, training.task) / FILE
-    found = json.loads(path.read_text()) if path.is_file() else []
+    remedy = f"Delete it: what was found up to step {training.step} is then not told again"
+    found = read_json_list(path, remedy, {"step": is_whole}, missing=[])
     # At step 0 nothing is kept, nor are its lines in metrics.jsonl: the subject begins anew.
     training.history = [one for one in found if one["step"] <= training.step] if training.step else []
 

@@ -17,6 +17,16 @@ from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from controlbooth.data.arguments import SEEDS
 from controlbooth.data.folders import IMAGE_SUFFIXES, is_picture, left_out
+from controlbooth.data.records import (
+    Fields,
+    each,
+    is_number,
+    is_text,
+    is_whole,
+    maybe,
+    read_json_list,
+    read_yaml,
+)
 from controlbooth.trainer.config import (
     ConfigError,
     EngineConfig,
@@ -209,6 +219,14 @@ class Task:
     """Its pictures that are not trained on."""
 
 
+RECORDED: Fields = {
+    **dict.fromkeys(("name", "class_noun", "identifier", "instance_prompt", "class_prompt"), is_text),
+    **{"images": each(is_text), "held_out": maybe(each(is_text))},
+    **{"steps": is_whole, "learning_rate": is_number, "rank": is_whole},
+}
+"""Fields of each entry of subjects.json."""
+
+
 def load_run(path: Path, overrides: Sequence[str] = ()) -> SubjectRunConfig:
     """Raises ConfigError with every mistake of the file."""
     tree = read_tree(path, overrides, SUBJECTS)
@@ -386,8 +404,13 @@ def read_record(folder: Path) -> tuple[SubjectRunConfig, list[Task]]:
             f"{folder} holds no subjects.json, so it is no run of subjects, or one of before they wrote it. Start it "
             "with `controlbooth dreambooth run`: what is finished is not trained again"
         )
-    rows = json.loads((folder / "subjects.json").read_text())
-    tasks = [Task(**row | {name: tuple(map(Path, row.get(name, ()))) for name in PICTURES}) for row in rows]
+    remedy = "Start the run again by `controlbooth dreambooth run`, which writes it anew"
+    rows = read_json_list(folder / "subjects.json", remedy, RECORDED)
+    fields = Task.__dataclass_fields__
+    known: list[dict[str, Any]] = [{name: one[name] for name in fields if name in one} for one in rows]
+    for one in known:
+        one |= {name: tuple(map(Path, one.get(name) or ())) for name in PICTURES}
+    tasks = [Task(**one) for one in known]
     return load_run(folder / "config.yaml"), tasks
 
 
@@ -431,10 +454,10 @@ def _rows(path: Path) -> list[Any]:
             import pyarrow.parquet  # seldom, and heavy
 
             return pyarrow.parquet.read_table(path).to_pylist()
-        rows = yaml.safe_load(path.read_text())
+        rows = read_yaml(path, "Correct it")
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist. Give a list of subjects with name, images and class_noun") from None
-    except (ValueError, yaml.YAMLError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise ConfigError(f"{path} cannot be read as a list of subjects: {error}") from error
     rows = rows.get("subjects") if isinstance(rows, dict) else rows
     if not isinstance(rows, list):

@@ -45,8 +45,10 @@ from controlbooth.data.plan import (
     source_weights,
 )
 from controlbooth.data.readable import check_readable
+from controlbooth.data.records import is_mapping, is_text, maybe, read_note
 from controlbooth.data.secrets import error_text, shown
 from controlbooth.models.attention import (
+    KERNELS,
     AttentionChoice,
     AttentionShape,
     apply_attention,
@@ -84,7 +86,15 @@ from controlbooth.trainer.config import (
     sources,
     tracking_uri,
 )
-from controlbooth.trainer.continuing import compared_with, describe_finished, is_finished
+from controlbooth.trainer.continuing import (
+    SHAPING,
+    check_position,
+    check_same_run,
+    check_unlocked,
+    compared_with,
+    describe_finished,
+    is_finished,
+)
 from controlbooth.trainer.distributed import (
     DistError,
     World,
@@ -123,14 +133,21 @@ from controlbooth.trainer.network_check import network_problems
 from controlbooth.trainer.run_page import describe_control, describe_training, inputs, training_tags
 from controlbooth.trainer.same_base import back_or_anew, base_facts, check_same_base, told_of_base
 from controlbooth.trainer.spool import read_metrics
+from controlbooth.trainer.starting import refusals, refuse
 from controlbooth.trainer.step import controlnet_step
 from controlbooth.trainer.stragglers import Pace, slowest
 from controlbooth.trainer.tracking import Status, Tracker
 from controlbooth.trainer.watchdog import Watchdog, watching
 
-SHAPING = {"hint_channels", "hint_network", "trainable_copy", "only_mid_control"}
-"""Fields of `model` that say which weights there are and which of them learn: the same from start to end."""
 IN_MLFLOW: dict[str, Status] = {"failed": "FAILED", "stopped": "KILLED", "finished": "FINISHED"}
+
+
+ATTENTION = {
+    "name": lambda name: name in ("xformers", *KERNELS),
+    "reason": maybe(is_text),
+    "by_shape": maybe(lambda chosen: is_mapping(chosen) and all(name in KERNELS for name in chosen.values())),
+}
+"""Fields of attention.json."""
 
 
 class TrainingStopped(RuntimeError):
@@ -198,6 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(config: RunConfig, world: World, stop: "StopRequest") -> int:
     """Runs to max_steps, to its early stop or to a stop request. Returns 0 in all cases; status.json says which."""
     folder = run_folder(config)
+    refuse(from_first_rank(refusals(config) if world.rank == 0 else []))
     with (
         only_run(folder, world) as attempt,
         failure_noted(attempt, config, world),
@@ -395,8 +413,8 @@ def build(config: RunConfig, world: World, attempt: Attempt, watchdog: Watchdog,
         check_same_base(saved, base, begun, back_or_anew(latest))
         for line in told_of_base(saved, begun):
             say(world, line)
-        checkpoints.check_same_run(saved, identity, latest)
-        unlocked = unlocking.check_unlocked(saved, config, latest)
+        check_same_run(saved, identity, latest)
+        unlocked = check_unlocked(saved, config, latest)
         universal = checkpoints.needs_universal(saved, world.world_size)
     report = parameter_report(controlnet)
     sizes = engines.batch_sizes(config, world.world_size)
@@ -404,6 +422,7 @@ def build(config: RunConfig, world: World, attempt: Attempt, watchdog: Watchdog,
     groups = unlocking.parameter_groups(network)
     engine = engines.initialize(network, config.engine, config.optimizer, sizes, precision, universal, groups)
 
+    checkpoints.check_space(engine, folder, world)  # now, and not after all steps up to the first checkpoint
     average = None if config.optimizer.ema_decay is None else engines.Average(engine, config.optimizer.ema_decay)
     step = 0
     if saved and latest:
@@ -458,16 +477,19 @@ def build(config: RunConfig, world: World, attempt: Attempt, watchdog: Watchdog,
 def choose_once(
     request: str, world: World, precision: str, attempt: Attempt, shapes: Callable[[], Sequence[AttentionShape]]
 ) -> AttentionChoice:
-    """The kernels, chosen on rank 0, and with `auto` only at the run's first start: others round otherwise."""
+    """The kernels, chosen on rank 0, and with `auto` only at the run's first start: others round otherwise.
+
+    attention.json is a note of that choice: where it is damaged, it is told, and chosen anew.
+    """
     remembered = attempt.run / "attention.json"
     chosen = None
     if world.rank == 0:
-        before = json.loads(remembered.read_text()) if request == "auto" and remembered.exists() else {}
+        before = read_note(remembered, "The kernels are chosen anew", ATTENTION) if request == "auto" else {}
         dtype = engines.DTYPES[precision]
         chosen = asdict(choose_attention(before.get("name", request), world.device, dtype, shapes()))
         if before:
-            chosen |= {"by_shape": before.get("by_shape", {}), "reason": "as at the run's first start"}
-        write_text(attempt, remembered, json.dumps({**chosen, "reason": before.get("reason", chosen["reason"])}))
+            chosen |= {"by_shape": before.get("by_shape") or {}, "reason": "as at the run's first start"}
+        write_text(attempt, remembered, json.dumps({**chosen, "reason": before.get("reason") or chosen["reason"]}))
     return AttentionChoice(**from_first_rank(chosen))
 
 
@@ -481,15 +503,6 @@ def say_changes(world: World, config: RunConfig, before: str, step: int) -> None
     now = engines.learning_rate(config.optimizer, step, config.max_steps)
     if not math.isclose(was, now):
         say(world, f"warning: by that the learning rate of step {step} is {now:.4g}, and was to be {was:.4g}")
-
-
-def check_position(position: int, step: int, config: RunConfig) -> None:
-    if position != step * config.global_batch_size:
-        raise ConfigError(
-            f"the checkpoint of step {step} has consumed {position} samples, which is not {step} times "
-            f"global_batch_size={config.global_batch_size}. Set it back to {position // max(1, step)}, or start "
-            "another run from its weights with model.controlnet"
-        )
 
 
 def unet_attention_shapes(config: RunConfig, base: Base) -> tuple[AttentionShape, ...]:
@@ -915,9 +928,13 @@ def peak_memory_gib(world: World) -> float:
 
 
 def write_speed(attempt: Attempt, **facts: Any) -> None:
-    """speed.json: medians over the run's logged steps, the first three of which still warm up."""
-    steps = [metrics for _, _, metrics in read_metrics(attempt.run) if "step_seconds" in metrics]
+    """speed.json: medians over the run's logged steps, the first three of which still warm up. Without any, as of a
+    run whose metrics.jsonl is gone, there is none."""
+    told = ("step_seconds", "samples_per_second", "stall_percent", "peak_memory_gib")
+    steps = [metrics for _, _, metrics in read_metrics(attempt.run) if metrics.keys() >= {*told}]
     steps = steps[3:] or steps
+    if not steps:
+        return
     medians = {name: median(m[name] for m in steps) for name in ("step_seconds", "samples_per_second", "stall_percent")}
     peak = max(m["peak_memory_gib"] for m in steps)
     text = json.dumps(medians | {"peak_memory_gib": peak, "steps": len(steps)} | facts)

@@ -21,7 +21,7 @@ from controlbooth.models.controlnet import keep_only_mid_control
 from controlbooth.models.decoder import UnlockedNetwork, save_decoder
 from controlbooth.models.pretrained import DECODER_FILE, save_controlnet
 from controlbooth.trainer import engine as engines
-from controlbooth.trainer.checkpoint import CheckpointError, as_module
+from controlbooth.trainer.checkpoint import as_module
 from controlbooth.trainer.config import RunConfig
 
 CONTROLNET, DECODER = "controlnet.", "decoder."
@@ -47,20 +47,6 @@ def unlocks_now(config: RunConfig, step: int, engine: Any) -> bool:
     """Whether the decoder must learn from this step on and does not yet."""
     at = config.model.unlock_decoder_at
     return at is not None and step >= at and not is_unlocked(engine)
-
-
-def check_unlocked(saved: dict[str, Any], config: RunConfig, checkpoint: Path) -> bool:
-    """Whether a checkpoint's decoder has learned. Raises CheckpointError where the run says another step of it.
-
-    saved: the checkpoint's state.
-    """
-    at, unlocked = config.model.unlock_decoder_at, bool(saved.get("unlocked"))
-    if unlocked and at != saved["unlocked_at"]:
-        raise CheckpointError(
-            f"{checkpoint} has a decoder that learns since step {saved['unlocked_at']}, and model.unlock_decoder_at is "
-            f"{'not set' if at is None else at}. Set it back, or give the run another name to start anew"
-        )
-    return unlocked
 
 
 def parameter_groups(network: nn.Module) -> list[list[nn.Parameter]]:

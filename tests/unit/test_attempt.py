@@ -11,6 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from controlbooth.data.locks import NotALock
+from controlbooth.data.records import Damaged
 from controlbooth.models.attention import AttentionShape
 from controlbooth.models.controlnet import build_controlnet
 from controlbooth.trainer import attempt as attempts
@@ -184,7 +186,7 @@ def test_a_start_that_was_killed_leaves_nothing_that_stands_in_the_way(tmp_path)
 @pytest.mark.parametrize("content", ["{", "[]", '{"number": 1e400}', '{"number": null}', ""])
 def test_a_record_that_cannot_be_read_names_the_way_out(tmp_path, content):
     (tmp_path / RECORD).write_text(content)
-    with pytest.raises(ConfigError, match="Delete it if no other training is in"), only_run(tmp_path, ALONE):
+    with pytest.raises(Damaged, match="Delete it if no other training is in"), only_run(tmp_path, ALONE):
         pass
 
 
@@ -193,7 +195,7 @@ def test_a_lock_that_is_a_link_is_refused_and_what_it_leads_to_keeps_its_content
     precious.write_text("a file of somebody else")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".lock").symlink_to(precious)
-    with pytest.raises(ConfigError, match=".lock is a symbolic link"), only_run(tmp_path / "run", ALONE):
+    with pytest.raises(NotALock, match=".lock is a symbolic link"), only_run(tmp_path / "run", ALONE):
         pass
     assert precious.read_text() == "a file of somebody else"
 

@@ -9,10 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from controlbooth.data.draws import hash64
 from controlbooth.trainer.attempt import Attempt
 from controlbooth.trainer.checkpoint import (
     CheckpointError,
-    check_same_run,
     check_weights,
     complete_checkpoints,
     folder_of,
@@ -23,6 +23,7 @@ from controlbooth.trainer.checkpoint import (
     read_state,
     tensors_only,
 )
+from controlbooth.trainer.continuing import check_same_run
 from controlbooth.trainer.distributed import World
 from controlbooth.trainer.integrity import (
     COMPLETE,
@@ -69,6 +70,13 @@ def test_pruning_keeps_the_latest_and_the_best(tmp_path):
     prune(tmp_path, keep=2, keep_best=1, attempt=start(tmp_path), committed=folder_of(tmp_path, 5))
     assert names(tmp_path) == ["step-00000002", "step-00000004", "step-00000005"]
     assert not list(start(tmp_path).folder.iterdir())
+
+
+def test_the_best_is_told_by_the_figure_of_the_trained_kind_before_that_of_edges(tmp_path):
+    for step, depth, edges in ((1, 0.9, 0.1), (2, 0.5, 0.9), (3, 0.7, 0.2), (4, 0.6, 0.3)):
+        write(tmp_path, step, {"loss": 0.1, "edge_f1": edges, "depth_delta": depth})
+    prune(tmp_path, keep=1, keep_best=1, attempt=start(tmp_path), committed=folder_of(tmp_path, 4))
+    assert names(tmp_path) == ["step-00000001", "step-00000004"]
 
 
 def test_pruning_without_keep_best_keeps_only_the_latest(tmp_path):
@@ -243,6 +251,55 @@ def test_no_changed_byte_of_an_archive_that_is_not_told_changes_a_tensor_unseen(
         except (RuntimeError, ValueError, LookupError, pickle.UnpicklingError):
             return  # a record that PyTorch no longer finds, or cannot read
         assert torch.equal(loaded, torch.arange(100.0))
+
+
+def test_no_changed_bit_of_a_small_file_is_gone_on_from_and_none_goes_without_a_word(tmp_path, alone):
+    older, newer = whole_checkpoint(tmp_path, 1), whole_checkpoint(tmp_path, 2)
+    for name in ("state.json", "config.yaml", COMPLETE):
+        path = newer / name
+        data = path.read_bytes()
+        for bit in range(hash64("bit", name) % 11, 8 * len(data), 11):
+            changed = bytearray(data)
+            changed[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(changed)
+            told = []
+            assert latest_checkpoint(tmp_path, alone, told.append) == older, (name, bit)
+            assert f"{newer} is damaged, in " in told[0] and len(told[0].splitlines()) == 1
+        path.write_bytes(data)
+    assert latest_checkpoint(tmp_path, alone, print) == newer
+
+
+@pytest.mark.parametrize("what", ["cut", "emptied", "zeroed", "exchanged", "taken away", "a folder", "one more"])
+def test_a_checkpoint_with_any_file_damaged_is_passed_over_by_name(tmp_path, alone, what):
+    older, newer = whole_checkpoint(tmp_path, 1), whole_checkpoint(tmp_path, 2)
+    torch.save({"moments": torch.ones(1000)}, older / "deepspeed" / "states.pt")
+    write_marker(older)
+    for name in ("deepspeed/states.pt", "controlnet/weights.safetensors", "state.json", "config.yaml", COMPLETE):
+        path = newer / name
+        data = path.read_bytes()
+        if what == "cut":
+            path.write_bytes(data[:-1])
+        elif what == "emptied":
+            path.write_bytes(b"")
+        elif what == "zeroed":
+            path.write_bytes(bytes(len(data)))
+        elif what == "exchanged" and name.endswith(".pt"):
+            path.write_bytes((older / name).read_bytes())
+        elif what == "one more" and name.endswith(".pt"):
+            path.with_name("zero_pp_rank_9_states.pt").write_bytes(data)
+        elif what in ("taken away", "a folder"):
+            path.unlink()
+            if what == "a folder":
+                path.mkdir()
+        else:
+            continue
+        told = []
+        assert latest_checkpoint(tmp_path, alone, told.append) == older and f"{newer} is damaged" in told[0]
+        if what == "a folder":
+            path.rmdir()
+        path.with_name("zero_pp_rank_9_states.pt").unlink(missing_ok=True)
+        path.write_bytes(data)
+        assert latest_checkpoint(tmp_path, alone, print) == newer
 
 
 def test_checkpoints_of_later_steps_do_not_count_at_pruning_nor_do_facts_that_cannot_be_read(tmp_path):

@@ -1,5 +1,7 @@
 """What a start would do with a run's folder, told before it starts."""
 
+import json
+
 import pytest
 
 from controlbooth.launch.local import plan
@@ -7,6 +9,7 @@ from controlbooth.launch.preflight import check_early_stop
 from controlbooth.launch.torchrun import Node
 from controlbooth.trainer.config import build_config, dump
 from controlbooth.trainer.continuing import describe_start, found_before, is_finished
+from controlbooth.trainer.integrity import write_marker
 
 HERE = Node(processes=1, cores=2, gpus=0, head_port=29500)
 
@@ -30,8 +33,9 @@ def save(folder, step, whole=True):
     checkpoint = folder / "checkpoints" / f"step-{step:08d}"
     checkpoint.mkdir(parents=True)
     (checkpoint / "config.yaml").write_text(dump(config()))
+    (checkpoint / "state.json").write_text(json.dumps({"step": step}))
     if whole:
-        (checkpoint / "COMPLETE").touch()
+        write_marker(checkpoint)
 
 
 def test_a_new_run_is_called_one(folder):

@@ -273,7 +273,9 @@ def test_what_cannot_be_exported_is_said(make_run, tmp_path):
         state = json.loads((checkpoint / "state.json").read_text()) | {"metrics": {}}
         (checkpoint / "state.json").write_text(json.dumps(state))
         (checkpoint / COMPLETE).write_text(json.dumps({"state.json": (checkpoint / "state.json").stat().st_size}))
-    with pytest.raises(FileNotFoundError, match="no checkpoint of .*steps 100, 200, 300.* has edge_f1"):
+    with pytest.raises(
+        FileNotFoundError, match="no checkpoint of .*steps 100, 200, 300.* has a figure that tells control"
+    ):
         main([str(run), out, "--best"])
     for checkpoint in complete_checkpoints(run):
         (checkpoint / COMPLETE).unlink()

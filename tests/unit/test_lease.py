@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from controlbooth.data.records import Damaged
 from controlbooth.deploy import lease as leases
 from controlbooth.deploy.lease import Holding, LeaseLost, give_back, held, holder, renew, take
 
@@ -136,3 +137,19 @@ def test_a_holder_that_was_asleep_is_told_at_its_next_change_and_takes_nothing_f
         with pytest.raises(LeaseLost, match="another one has taken over"):
             holding.renew()
     assert holder(tmp_path) == successor
+
+
+def test_a_lease_that_outlasts_its_own_time_is_told_as_a_clock_that_was_set_back(tmp_path):
+    taken = take(tmp_path, 60.0, now=1e9 + 1e6)
+    assert taken is not None and taken.seconds == 60.0
+    assert take(tmp_path, 60.0, now=1e9 + 1e6 - 30.0) is None  # clocks of two machines
+    with pytest.raises(ValueError, match=r"lease-00000001.json was taken for 60 s .* a clock was set back. Correct it"):
+        take(tmp_path, 60.0, now=1e9)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"generation": 1}', '{"generation": 1, "expires": 1e400}', ""])
+def test_a_damaged_lease_is_told_by_name(tmp_path, content):
+    assert take(tmp_path, 60.0) is not None
+    (tmp_path / "lease-00000001.json").write_text(content)
+    with pytest.raises(Damaged, match="lease-00000001.json cannot be read .*Delete it if no tick is at work in"):
+        take(tmp_path, 60.0)

@@ -1,5 +1,6 @@
 """What is found before anything starts, and that all of it is found at once."""
 
+import errno
 import fcntl
 import json
 import os
@@ -19,7 +20,9 @@ from controlbooth.launch.data_preflight import find_shards
 from controlbooth.launch.preflight import checkpoint_bytes, preflight
 from controlbooth.launch.torchrun import Node
 from controlbooth.models.weight_files import safetensors_header
-from controlbooth.trainer.config import RunConfig, build_config
+from controlbooth.trainer import starting
+from controlbooth.trainer.config import RunConfig, build_config, dump
+from controlbooth.trainer.integrity import write_marker
 
 EMPTY_TAR = bytes(1024)
 
@@ -279,18 +282,20 @@ def test_copies_of_trained_shards_under_other_names_are_not_held_out(good, tmp_p
 
 
 def test_a_run_of_a_version_that_drew_otherwise_is_told_how_to_go_on(good, tmp_path):
-    saved = tmp_path / "runs" / "first" / "checkpoints" / "step-00000004"
-    saved.mkdir(parents=True)
-
     def begun(version, step=4):
-        (saved / "state.json").write_text(json.dumps({"step": step, "order": {"version": version}}))
-        return preflight(config(good), node())
+        saved = tmp_path / "runs" / "first" / "checkpoints" / f"step-{step:08d}"
+        saved.mkdir(parents=True, exist_ok=True)
+        state = dict(step=step, order=dict(version=version), zero_stage=2, precision="fp32", condition="edges")
+        (saved / "state.json").write_text(json.dumps(state))
+        (saved / "config.yaml").write_text(dump(config(good)))
+        write_marker(saved)
+        return saved, preflight(config(good), node())
 
-    assert checks.ORDER_VERSION == STATE_VERSION and begun(STATE_VERSION) == []
-    (problem,) = begun(2)
-    assert "order has version 2, here it is 3, and up to 2 prompts were dropped by the names" in problem
+    assert begun(STATE_VERSION)[1] == []
+    saved, (problem,) = begun(2)
+    assert "has version 2, and this controlbooth draws by version 3: up to 2, prompts were dropped by the" in problem
     assert problem.endswith(f"model.controlnet={saved}/controlnet")
-    assert begun(2, step=10) == []  # it is finished
+    assert begun(2, step=10)[1] == []  # it is finished
 
 
 def test_a_run_without_held_out_shards_is_allowed(good):
@@ -416,8 +421,12 @@ def test_the_output_must_be_a_folder_that_can_be_written(good, tmp_path, monkeyp
     (tmp_path / "runs").touch()
     assert "runs is a file. Change output or name" in only_problem(good)
     (tmp_path / "runs").unlink()
-    monkeypatch.setattr(checks.os, "access", lambda path, mode: False)  # root may write everywhere
-    assert f"{tmp_path} is not writable. Change output" in only_problem(good)
+
+    def refused(folder):  # as root may write everywhere
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(starting, "know_locks", refused)
+    assert f"{tmp_path} is not writable (Read-only file system). Change output" in only_problem(good)
 
 
 def test_checkpoints_are_estimated_from_the_copied_half_of_the_base(good, tmp_path):
@@ -488,7 +497,7 @@ def test_a_folder_that_a_training_holds_is_found_before_a_start(good, tmp_path, 
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert only_problem(good).startswith(f"{run} is in use by another training. Wait for it, stop it")
         (run / "attempt.json").write_text(json.dumps(dict(number=1, process=77, host="n1", time=1e9)))
-        who = r"by another training: process 77 on n1, since 2001-09-0\d \d\d:\d\d:40\. Wait for it"
+        who = r"by another training \(process 77 on n1, since 2001-09-0\d \d\d:\d\d:40\)\. Wait for it"
         assert re.search(who, only_problem(good))
         monkeypatch.setenv("CONTROLBOOTH_ATTEMPT", "2")
         assert preflight(config(good), node()) == []

@@ -1,10 +1,13 @@
 """What `controlbooth quickstart` runs, and which finished model it refuses to show as another one."""
 
+import json
+
 import pytest
 
 from controlbooth.launch import quickstart
 from controlbooth.launch.cli import main as controlbooth
 from controlbooth.trainer.config import dump, load_config, run_folder
+from controlbooth.trainer.integrity import write_marker
 
 
 @pytest.fixture
@@ -29,8 +32,9 @@ def leave(step: int, *overrides: str) -> None:
     config = load_config(quickstart.CONFIG, overrides)
     checkpoint = run_folder(config) / "checkpoints" / f"step-{step:08d}"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "COMPLETE").touch()
+    (checkpoint / "state.json").write_text(json.dumps({"step": step}))
     (checkpoint / "config.yaml").write_text(dump(config))
+    write_marker(checkpoint)
 
 
 @pytest.mark.parametrize("overrides", [[], ["max_steps=100", "engine.zero_stage=3", "name=a.b"]])

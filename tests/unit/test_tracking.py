@@ -20,11 +20,14 @@ from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from controlbooth.data.records import Damaged
 from controlbooth.trainer import tracking
 from controlbooth.trainer.config import build_config, dump
 from controlbooth.trainer.mlflow_run import EVALUATION
-from controlbooth.trainer.spool import Spool, read_metrics
+from controlbooth.trainer.spool import STREAMS, Spool, read_metrics
 from controlbooth.trainer.tracking import Input, Tracker, flatten, system_metrics, table_json
 
 NEVER = 3600.0
@@ -120,7 +123,92 @@ def test_a_damaged_line_is_left_out_and_named(tmp_path, caplog):
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write("\0\0\0\0\n" + '{"step":3,"time":0,"metrics":{"loss":3.0}}\n')
     assert [step for step, _, _ in read_metrics(tmp_path)] == [1, 3]
-    assert "is not a record" in caplog.text
+    assert "It is left out" in caplog.text
+
+
+@pytest.mark.parametrize("left", ["nothing", "its beginning", "another file", "an older copy that has grown"])
+def test_lines_that_were_deleted_or_put_back_as_they_were_are_noticed_and_sent_from_the_begin(tmp_path, caplog, left):
+    spool = Spool(tmp_path, "uri", "tests")
+    for step in range(1, 6):
+        spool.append({"step": step, "metrics": {"loss": float(step)}})
+    records, generation = spool.read("metrics", 4)
+    spool.acknowledge("metrics", records[-1][1], generation)
+    spool.close()
+    lines = (tmp_path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    changed = {
+        "nothing": None,
+        "its beginning": b"".join(lines[:2]),
+        "another file": b"".join(line.replace(b"loss", b"less") for line in lines),
+        "an older copy that has grown": b"".join([*lines[:2], *[line.replace(b"loss", b"rate") for line in lines[2:]]]),
+    }[left]
+    (tmp_path / "metrics.jsonl").unlink()
+    if changed is not None:
+        (tmp_path / "metrics.jsonl").write_bytes(changed)
+    spool = Spool(tmp_path, "uri", "tests")
+    assert "is not the file of which" in caplog.text and "is sent again" in caplog.text
+    spool.append({"step": 6, "metrics": {"loss": 6.0}})
+    there = len((changed or b"").splitlines())
+    assert len(spool.read("metrics", 99)[0]) == there + 1
+    spool.close()
+    caplog.clear()
+    Spool(tmp_path, "uri", "tests").close()
+    assert not caplog.text  # it is told once
+
+
+@pytest.mark.parametrize("how", ["deleted", "replaced"])
+def test_lines_that_are_taken_away_in_mid_run_are_put_back_with_those_before(tmp_path, caplog, how):
+    (tmp_path / "start").mkdir()
+    spool = Spool(tmp_path, "uri", "tests", made_in=tmp_path / "start")
+    spool.append({"step": 1, "metrics": {"loss": 1.0}})
+    (tmp_path / "metrics.jsonl").unlink()
+    if how == "replaced":
+        (tmp_path / "metrics.jsonl").write_text("")
+    spool.append({"step": 2, "metrics": {"loss": 2.0}})
+    assert [record["step"] for (record, _) in spool.read("metrics", 9)[0]] == [1, 2]
+    spool.append({"step": 3, "metrics": {"loss": 3.0}})
+    assert spool.unsent() == 3 and "It is put back, with all its lines" in caplog.text
+    (tmp_path / "start").rmdir()  # a newer start has taken the run, and its lines stay
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert spool.unsent() == 0 and (tmp_path / "metrics.jsonl").read_text() == ""
+    spool.close()
+
+
+def test_what_was_sent_is_known_again_whatever_is_cut_and_logged_in_between(tmp_path, caplog):
+    for last in (3, 9, 4, 300):
+        spool = Spool(tmp_path, "uri", "tests")
+        spool.cut_back(last - 3)
+        for step in range(last - 2, last + 1):
+            spool.append({"step": step, "metrics": {f"loss {n}": 0.5 for n in range(50)}})
+        for stream in STREAMS:
+            records, generation = spool.read(stream, 2)
+            if records:
+                spool.acknowledge(stream, records[-1][1], generation)
+        spool.close()
+    assert not caplog.text
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**9))
+def test_a_bit_of_what_was_sent_can_change_no_place_without_a_word(tmp_path_factory, number):
+    folder = tmp_path_factory.mktemp("run")
+    spool = Spool(folder, "uri", "tests")
+    for step in range(3):
+        spool.append({"step": step, "metrics": {"loss": 1.0}})
+    records, generation = spool.read("metrics", 2)
+    spool.acknowledge("metrics", records[-1][1], generation)
+    spool.close()
+    before = spool.state
+    data = bytearray((folder / "tracking.json").read_bytes())
+    data[number // 8 % len(data)] ^= 1 << number % 8
+    (folder / "tracking.json").write_bytes(data)
+    try:
+        spool = Spool(folder, "uri", "tests")
+    except Damaged as error:
+        assert "tracking.json cannot be read" in str(error) and "Delete it to send all of metrics.jsonl" in str(error)
+    else:
+        assert spool.state == before
+        spool.close()
 
 
 def test_cutting_back_removes_later_steps_and_keeps_what_has_no_step(tmp_path):
@@ -249,6 +337,7 @@ def test_a_thumbnail_that_was_cut_off_is_sent_by_the_next_try(tmp_path, uri):
     (thumbnail,) = (tmp_path / "mlartifacts").rglob("*.webp")
     thumbnail.unlink()
     state = json.loads((folder / "tracking.json").read_text())
+    del state["digest"], state["marks"]  # as versions before wrote it
     (folder / "tracking.json").write_text(json.dumps(state | {"acknowledged": {"metrics": 0, "artifacts": 0}}))
     assert start(folder, uri).close(60) == 0
     assert {file.path for file in client.list_artifacts(run.info.run_id, "images")} == before and len(before) == 2
@@ -329,6 +418,7 @@ def test_sending_everything_again_changes_nothing(tmp_path, uri):
     tracker.log_checkpoint(1, "digest", "file:///checkpoint", {"loss": 1.0}, times)
     assert tracker.close(60) == 0
     state = json.loads((folder / "tracking.json").read_text())
+    del state["digest"], state["marks"]  # as versions before wrote it
     # as if the process had died after each answer and before it was noted, the creation of the run included
     state |= {"acknowledged": {"metrics": 0, "artifacts": 0}, "run_id": None}
     (folder / "tracking.json").write_text(json.dumps(state))
@@ -380,8 +470,10 @@ def test_evaluations_arrive_in_any_order_of_steps_and_again_and_none_twice(tmp_p
         tracker.log(step, {name: value})
         assert tracker.close(20) == 0
     assert history(uri, name) == [(400, 0.4), (800, 0.8), (800, 0.81)]
-    state = tmp_path / "run" / "tracking.json"  # as if no answer had come
-    state.write_text(json.dumps(json.loads(state.read_text()) | {"acknowledged": {"metrics": 0, "artifacts": 0}}))
+    state = json.loads((tmp_path / "run" / "tracking.json").read_text())
+    del state["digest"], state["marks"]  # as versions before wrote it
+    state["acknowledged"] = {"metrics": 0, "artifacts": 0}  # as if no answer had come
+    (tmp_path / "run" / "tracking.json").write_text(json.dumps(state))
     assert start(tmp_path / "run", uri).close(20) == 0
     assert history(uri, name) == [(400, 0.4), (800, 0.8), (800, 0.81)]
 

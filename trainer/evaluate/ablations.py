@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from controlbooth.data.arguments import whole_number
 from controlbooth.data.manifest import open_dataset
+from controlbooth.data.records import is_text, is_whole, read_json_list
 from controlbooth.data.secrets import error_text
 from controlbooth.data.sidecar import write_whole
 from controlbooth.models.base import Base
@@ -41,6 +42,9 @@ from controlbooth.trainer.evaluate.verdict import describe_run
 from controlbooth.trainer.same_base import check_same_base
 
 SHOWN = 2
+ABLATE = "Start `controlbooth ablate` again, which writes it anew"
+LISTED = {"variant": is_text, "seed": is_whole, "run": is_text}
+"""Fields of the entries of runs.json."""
 """Held-out conditions in the picture."""
 
 
@@ -63,7 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     listed = options.folder / "runs.json"
     if not listed.is_file():
         raise ConfigError(f"{listed} does not exist: {options.folder} is no folder of `controlbooth ablate`")
-    runs = [(one["variant"], one["seed"], options.folder / one["run"]) for one in json.loads(listed.read_text())]
+    entries = read_json_list(listed, ABLATE, LISTED)
+    runs = [(one["variant"], one["seed"], options.folder / one["run"]) for one in entries]
     config = load_config(runs[0][2] / "config.yaml")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     base = load_base(base_path(config), config.model.family, torch.float32, device)

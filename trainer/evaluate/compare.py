@@ -16,6 +16,7 @@ from controlbooth.trainer.config import ConfigError
 from controlbooth.trainer.evaluate.evaluate import DISCS, NOISE, REAL, WITHOUT
 from controlbooth.trainer.evaluate.figures import title
 from controlbooth.trainer.evaluate.kinds import LOWER_IS_BETTER
+from controlbooth.trainer.evaluate.record import read_result, read_samples
 from controlbooth.trainer.evaluate.statistics import LEVEL, mean_and_interval, per_picture, share_difference
 
 SAME = (
@@ -50,9 +51,10 @@ def read_evaluation(where: Path) -> tuple[dict[str, Any], Figures]:
     Samples are told by their places, as keys repeat: evaluations are compared on one data set alone.
     """
     folder = where if (where / "evaluation.json").is_file() else where / "evaluation"
-    if not (folder / "evaluation.json").is_file():
+    result = read_result(folder)
+    if result is None:
         raise ConfigError(f"{where} holds no evaluation: run `controlbooth evaluate {quoted(where)}` first")
-    rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    rows = read_samples(folder)
     if any("place" not in row for row in rows):
         raise ConfigError(
             f"{folder} was measured by an older version, which told samples by keys that may repeat. Measure it by "
@@ -60,7 +62,7 @@ def read_evaluation(where: Path) -> tuple[dict[str, Any], Figures]:
             "the next tick when it is deleted"
         )
     figures = {(row["way"], tuple(row["place"])): row for row in rows}
-    return json.loads((folder / "evaluation.json").read_text()), figures
+    return result, figures
 
 
 def compare(

@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from controlbooth.data.records import read_note
 from controlbooth.data.secrets import error_text
 from controlbooth.models.adapters import StackedAdapter, attach_adapters, load_subject
 from controlbooth.models.base import Base
@@ -182,7 +183,7 @@ def forget_others(run: Path, config: SubjectRunConfig, base: Base, task: Task) -
         guidance_scale=config.prior.guidance_scale,
     )
     record = folder / "drawn_by.json"
-    if record.exists() and json.loads(record.read_text()) == now:
+    if read_note(record, "The pictures are drawn anew") == now:
         return
     if folder.exists():
         shutil.rmtree(folder)
@@ -446,11 +447,11 @@ def log_to_mlflow(run: Path, config: SubjectRunConfig, result: dict[str, Any]) -
         if task.name not in result["subjects"]:
             continue
         folder = run / "subjects" / task.name
-        drawn_by = json.loads((folder / "pictures" / "drawn_by.json").read_text())
+        drawn_by = read_note(folder / "pictures" / "drawn_by.json", "Measure again")
         params = subject_params(config, task) | {"measure": measured["measure"] | drawn_by}
         child = opened(folder, task.name, params, "FINISHED", parent=parent)
         child.set_tags(subject_tags(task) | {"state": "finished"})
-        log(child, int(status_of(run, task.name).get("step", 0)), result["subjects"][task.name], folder / "samples.png")
+        log(child, status_of(run, task.name).get("step") or 0, result["subjects"][task.name], folder / "samples.png")
         if answers:
             child.send_pending(at_once=True)
         child.close(0.0)

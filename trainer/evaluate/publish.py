@@ -1,13 +1,13 @@
 """An evaluation in MLflow: one table, a few figures as metrics, its grid, and a part of the run's description."""
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from controlbooth.data.locks import open_lock, take_lock
+from controlbooth.data.records import is_text, read_note
 from controlbooth.data.sidecar import write_whole
-from controlbooth.trainer.attempt import open_lock, take_lock
 from controlbooth.trainer.config import RunConfig
 from controlbooth.trainer.evaluate.verdict import FIGURES
 from controlbooth.trainer.failures import STATUS
@@ -30,7 +30,7 @@ def publish(run: Path, config: RunConfig, result: Mapping[str, Any]) -> None:
     """
     folder = run / "evaluation"
     with open_lock(run / ".lock") as lock:
-        if not take_lock(lock):
+        if not take_lock(lock, "publish an evaluation when nothing trains in it"):
             print(f"{run} is training, so MLflow gets these figures when it is evaluated after that")
             return
         write_whole(folder / TABLE, table(result).encode())
@@ -41,9 +41,8 @@ def publish(run: Path, config: RunConfig, result: Mapping[str, Any]) -> None:
             if file.exists():
                 tracker.log_artifact(file)
         tracker.describe(evaluation=described(result), figures=evaluation_table(result))
-        status = run / STATUS
-        state = json.loads(status.read_text()).get("state", "") if status.is_file() else ""
-        tracker.finish(IN_MLFLOW.get(state, "KILLED"))
+        status = read_note(run / STATUS, "The next start writes it anew", {"state": is_text})
+        tracker.finish(IN_MLFLOW.get(status.get("state", ""), "KILLED"))
         tracker.close(timeout_seconds=60.0)
         if ways := tracker.how_to_open():
             print(f"MLflow: {', then '.join(ways)}")

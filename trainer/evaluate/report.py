@@ -5,7 +5,6 @@ inside it.
 """
 
 import html
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from controlbooth.data.arguments import quoted
+from controlbooth.data.records import each, having, is_figure, is_text, is_whole, maybe, read_note
 from controlbooth.data.sidecar import write_whole
 from controlbooth.trainer import command_lines
 from controlbooth.trainer.checkpoint import complete_checkpoints, read_state
@@ -29,6 +29,7 @@ from controlbooth.trainer.evaluate.curves import (
     share_at,
 )
 from controlbooth.trainer.evaluate.page import figures_table, page, picture, prose, side_by_side
+from controlbooth.trainer.evaluate.record import read_result
 from controlbooth.trainer.evaluate.strips import STRIPS, read_strips
 from controlbooth.trainer.evaluate.verdict import (
     FIGURES,
@@ -42,6 +43,11 @@ from controlbooth.trainer.evaluate.verdict import (
 )
 from controlbooth.trainer.spool import read_metrics
 
+ANEW = "The next start writes it anew"
+SHOWN = ("step", "samples", "figures", "sets", "sampler", "encoders")
+"""Of an evaluation."""
+SPEED = {"samples_per_second": is_figure, "peak_memory_gib": is_figure}
+ENDS = each(having({"pictures": each(is_text), "figure": is_text, "value": is_figure, "caption": is_text}))
 MOST_STEPS = 10
 MOST_STEPS_BESIDE = 4
 """Of the pictures over the steps: of a run alone, and of each of several."""
@@ -88,11 +94,11 @@ def heading(runs: Sequence[Path]) -> str:
 
 def _heading(run: Path) -> str:
     config = load_config(run / "config.yaml")
-    speed = read_json(run / "speed.json")
-    status = read_json(run / "status.json")
+    speed = read_note(run / "speed.json", ANEW, SPEED)
+    status = read_note(run / "status.json", ANEW, {"state": maybe(is_text), "step": maybe(is_whole)})
     facts = [
         f"ControlNet for {config.data.condition_name} on {config.model.base}",
-        f"{status.get('state', 'not started')} at step {status.get('step', 0):,} of {config.max_steps:,}",
+        f"{status.get('state') or 'not started'} at step {status.get('step') or 0:,} of {config.max_steps:,}",
         f"{config.global_batch_size} samples a step",
     ]
     if speed:
@@ -108,7 +114,7 @@ def obeys(runs: Sequence[Path]) -> str:
 
 def _obeys(run: Path) -> tuple[str, str]:
     """(the box with the verdict, the drawing below it)."""
-    verdict, measured = read_verdict(run), read_json(run / "evaluation" / "evaluation.json")
+    verdict, measured = read_verdict(run), read_result(run / "evaluation", *SHOWN) or {}
     kind, largest = headline(verdict)
     told = f"<p>{prose(describe_run(run))}.</p>"
     figure, shares = standing(measured, verdict)
@@ -182,7 +188,7 @@ def fidelity(runs: Sequence[Path]) -> str:
 
 
 def _fidelity(run: Path) -> str:
-    result = read_json(run / "evaluation" / "evaluation.json")
+    result = read_result(run / "evaluation", *SHOWN)
     if not result:
         return NOT_MEASURED.format(run=html.escape(quoted(run)))
     sampler = result["sampler"]
@@ -246,9 +252,9 @@ def ends(runs: Sequence[Path]) -> str:
 def _ends(run: Path) -> str:
     """Best and worst pictures of the evaluation."""
     folder = run / "evaluation"
-    if not (folder / "ends.json").is_file():
+    chosen = read_note(folder / "ends.json", "Measure again by `controlbooth evaluate`", {"best": ENDS, "worst": ENDS})
+    if not chosen:
         return ""
-    chosen = read_json(folder / "ends.json")
     parts = []
     for name in ("best", "worst"):
         figures = []
@@ -280,7 +286,3 @@ def _configuration(run: Path) -> str:
     rows = "".join(f"<tr><th>{name}<td>{html.escape(str(value))}" for name, value in facts.items())
     text = html.escape(dump(config))
     return f"<table>{rows}</table><details><summary>all of it</summary><pre>{text}</pre></details>"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.is_file() else {}

@@ -5,12 +5,13 @@ samples/strips/captions.json     the prompts of the shown conditions
                step-00000050.png what was made of them at a step, with control
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from controlbooth.data.records import is_text, read_json_list
 
 STRIPS = Path("samples") / "strips"
 CAPTIONS = "captions.json"
@@ -32,9 +33,9 @@ def write_strip(path: Path, images: np.ndarray) -> None:
 
 def read_strips(folder: Path) -> Strips | None:
     """None where the run has made none."""
-    if not (folder / CAPTIONS).is_file():
+    captions = read_json_list(folder / CAPTIONS, "The next validation writes it anew", is_text, missing=None)
+    if not captions:
         return None
-    captions = json.loads((folder / CAPTIONS).read_text())
 
     def read(path: Path) -> np.ndarray:
         with Image.open(path) as file:

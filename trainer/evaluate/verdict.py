@@ -22,7 +22,6 @@ with the low end of the 95 % interval in place of CERTAINTY it announced up to 5
 This module needs no numpy and no torch, so that commands which start trainings can ask it what a run can tell.
 """
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -30,6 +29,7 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any, Literal
 
+from controlbooth.data.records import Fields, each, having, is_figure, is_text, is_whole, maybe, read_json
 from controlbooth.trainer.config import RunConfig
 from controlbooth.trainer.spool import read_metrics
 
@@ -235,6 +235,13 @@ def told_by(metrics: Iterable[str]) -> str | None:
     return None
 
 
+def best_by(measured: Iterable[Mapping[str, float]]) -> str | None:
+    """The figure by which checkpoints are compared: the first of FIGURES that any of them has. measured: the metrics
+    in their state.json; None where none of them was measured."""
+    names = {name for metrics in measured for name in metrics}
+    return next((figure for figure in FIGURES if figure in names), None)
+
+
 def validation_curve(run: Path, name: str) -> dict[int, float]:
     """A figure of the run's validations by step."""
     name = f"{VALIDATION}{name}"
@@ -254,12 +261,37 @@ def _written(tree: Any) -> Any:
     return str(tree) if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
+def _figure(value: Any) -> bool:
+    return is_figure(value) or value in ("nan", "inf", "-inf")
+
+
+EVENT: Fields = {
+    "kind": lambda value: value in ("announced", "withdrawn"),
+    **{"step": is_whole, "after": maybe(is_whole), "told_at": is_whole},
+    **dict.fromkeys(("rise", "share", "low", "high"), _figure),
+}
+LAST: Fields = {
+    "step": is_whole,
+    **dict.fromkeys(("value", "share", "low", "high"), _figure),
+    **dict.fromkeys(("without", "value_without"), maybe(_figure)),
+}
+VERDICT: Fields = {
+    "figure": maybe(is_text),
+    **dict.fromkeys(("samples", "judged", "without_chance"), is_whole),
+    "last": maybe(having(LAST)),
+    "events": each(having(EVENT)),
+}
+"""Fields of control.json, and of what is in it."""
+
+
 def from_tree(tree: Mapping[str, Any]) -> Verdict:
-    """The inverse of `as_tree`. Raises KeyError, TypeError and ValueError for what is no verdict."""
+    """The inverse of `as_tree`, of a tree with VERDICT's fields."""
     numbers = ("rise", "value", "share", "low", "high", "without", "value_without")
 
     def read(kind: type, one: Mapping[str, Any]) -> Any:
-        return kind(**{name: float(value) if name in numbers else value for name, value in one.items()})
+        known = {name: one.get(name) for name in kind.__dataclass_fields__}
+        absent = [name for name, value in known.items() if value is None and name in numbers]
+        return kind(**{n: float(v) if n in numbers else v for n, v in known.items() if n not in absent})
 
     events = tuple(read(Event, one) for one in tree["events"])
     last = None if tree["last"] is None else read(Validation, tree["last"])
@@ -268,15 +300,9 @@ def from_tree(tree: Mapping[str, Any]) -> Verdict:
 
 def read_verdict(run: Path) -> Verdict | None:
     """None for a run that has none: it was not validated, or by a version that did not measure chance."""
-    path = run / CONTROL
-    try:
-        return from_tree(json.loads(path.read_text()))
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} cannot be read ({error!r}). Delete it: a training that goes on writes it again"
-        ) from error
+    remedy = "Delete it: a training that goes on writes it again"
+    tree = read_json(run / CONTROL, remedy, VERDICT, missing=None)
+    return None if tree is None else from_tree(tree)
 
 
 def describe_run(run: Path) -> str:
