@@ -58,13 +58,17 @@ class Ran:
 
 
 def surroundings() -> dict[str, str]:
-    """Returns this process's environment, with the programs of its Python first on the PATH."""
-    return {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    """Returns this process's environment, with the programs of its Python first on the PATH.
+
+    One thread, for the scripts and for what is run after them: two sum in another order, and weights would differ.
+    """
+    own = {"NO_COLOR": "1", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    return {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **own}
 
 
 def run(place: Path, *words: str, **environment: str) -> Ran:
     """Runs a command in the folder `place`: `run(place, "controlbooth", "data", "pack", ...)`."""
-    known = surroundings() | {"NO_COLOR": "1", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **environment}
+    known = surroundings() | environment
     try:
         done = subprocess.run(
             words, cwd=place, env=known, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
