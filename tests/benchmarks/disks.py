@@ -83,12 +83,11 @@ def resize(folder: Path, mib: int) -> None:
 def fill(folder: Path) -> Path:
     """A file that takes all that is left."""
     path = folder / "filler"
-    with path.open("wb") as file:
+    with path.open("wb", buffering=0) as file:
         for size in (2**20, 2**12):
             try:
                 while True:
                     file.write(bytes(size))
-                    file.flush()
             except OSError:
                 continue
     return path
