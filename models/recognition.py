@@ -287,7 +287,11 @@ def check_tokenizer(folder: Path, name: str) -> None:
         raise FileNotFoundError(f"{place} holds no {wanted}: the tokenizer is not whole. Download the rest of it")
     for file in sorted(place.glob("*.json")):
         read_json(file)
-    read_json(place / "tokenizer_config.json")
+    length = read_json(place / "tokenizer_config.json").get("model_max_length", 1)
+    if type(length) is not int or length < 1:
+        raise ValueError(
+            f"{place / 'tokenizer_config.json'}: model_max_length is {length!r}, and a number of tokens belongs there"
+        )
 
 
 NOISE_SCHEDULERS = frozenset(

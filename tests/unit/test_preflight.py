@@ -346,7 +346,7 @@ FOREIGN = {  # what lies in a folder that is no supported base -> what is said o
     "vae/config.json": ('{"_class_name": "AutoencoderTiny"}', "is of the class AutoencoderTiny"),
     "text_encoder/config.json": ('{"model_type": "roberta_series"}', "a model of the type 'roberta_series'"),
     "scheduler/scheduler_config.json": ('{"_class_name": "EDMEulerScheduler"}', "says EDM's noise levels"),
-    "tokenizer/tokenizer_config.json": ("[]", "where the model's settings belong"),
+    "tokenizer/tokenizer_config.json": ('{"model_max_length": "77"}', "model_max_length is '77'"),
 }
 
 
