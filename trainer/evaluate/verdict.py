@@ -290,8 +290,8 @@ def from_tree(tree: Mapping[str, Any]) -> Verdict:
 
     def read(kind: type, one: Mapping[str, Any]) -> Any:
         known = {name: one.get(name) for name in kind.__dataclass_fields__}
-        absent = [name for name, value in known.items() if value is None and name in numbers]
-        return kind(**{n: float(v) if n in numbers else v for n, v in known.items() if n not in absent})
+        plain = {name: value for name, value in known.items() if name not in numbers}
+        return kind(**plain, **{name: float(value) for name in numbers if (value := known.get(name)) is not None})
 
     events = tuple(read(Event, one) for one in tree["events"])
     last = None if tree["last"] is None else read(Validation, tree["last"])
