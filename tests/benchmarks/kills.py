@@ -199,7 +199,7 @@ def retrained(folder: Path) -> bool:
     return False
 
 
-def background_ended(folder: Path) -> bool:
+def trained(folder: Path) -> bool:
     status = folder / "runs" / "run" / "status.json"
     return status.exists() and json.loads(status.read_text()).get("state") == "finished"
 
@@ -261,6 +261,7 @@ COMMANDS = (
         of_training,
         THREE,
         6,
+        until=trained,  # a rank that is told to stop ends the command well, before its last step
     ),
     Command(
         "train-alone",
@@ -269,8 +270,9 @@ COMMANDS = (
         of_training,
         ("launcher", "rank"),
         4,
+        until=trained,
     ),
-    Command("launch", launch_words, TRAINING, of_training, ("script", "agent", "rank"), 3, until=background_ended),
+    Command("launch", launch_words, TRAINING, of_training, ("script", "agent", "rank"), 3, until=trained),
     Command(
         "pack",
         lambda folder, world: ["data", "pack", str(world / "photos"), "-o", str(folder / "out"), "--condition", "canny",
