@@ -233,6 +233,7 @@ COMMANDS = (
         of_training,
         ("agent", "rank"),
         32,
+        until=trained,  # a rank that is told to stop ends the command well, before its last step
         ranks=2,
     ),
     Command(
@@ -261,7 +262,7 @@ COMMANDS = (
         of_training,
         THREE,
         6,
-        until=trained,  # a rank that is told to stop ends the command well, before its last step
+        until=trained,
     ),
     Command(
         "train-alone",
