@@ -274,7 +274,9 @@ def test_sigterm_leaves_a_checkpoint_and_the_same_command_goes_on_but_no_other_r
     assert f"at step {status['step']}" in finish(start(path, 2))
     assert json.loads((run / "status.json").read_text())["state"] == "finished"
 
-    # Of a run that is longer than is asked for, its own length is told.
+    # A run that is longer than is asked for is refused with its own length.
     run_file(world_folder, "stopped", max_steps=2)
     last = status["step"] + 2
-    assert f"is finished at step {last}. Raise max_steps=2 above {last} to go on" in finish(start(path, 1))
+    refused = start(path, 1)
+    output, _ = refused.communicate(timeout=300)
+    assert refused.returncode != 0 and f"is finished at step {last}. Raise max_steps=2 above {last} to go on" in output
