@@ -464,7 +464,8 @@ def _explain(error: Any, model: type[BaseModel]) -> str:
     message = error["msg"].removeprefix("Value error, ")
     given = error["input"]
     given = without_secrets(given) if isinstance(given, str) else given
-    if isinstance(given, dict) or "environment" in error["loc"]:  # values that may be secrets; the message has the key
+    hidden = "environment" in error["loc"] and not isinstance(given, bool | int | float | None)
+    if isinstance(given, dict) or hidden:  # values that may be secrets; the message has the key
         return f"'{where}': {message}" if where else message
     return f"'{where}' is {given!r}: {message}" if where else message
 
