@@ -14,6 +14,9 @@ from collections.abc import Callable
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 """Of Linux' prctl(2)."""
+REFUSED = "CONTROLBOOTH_REFUSED"
+"""The variable by which a launcher tells ranks a folder for why they have refused to start: failed-RANK.json, as the
+run's own folder has it of ranks that fail later. It is not theirs yet, and nothing is written there."""
 LAUNCHER = "CONTROLBOOTH_LAUNCHER"
 """Environment: the process that has started torchrun, and takes in the ranks of an agent that was killed."""
 

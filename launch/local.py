@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any
 import psutil
 
 from controlbooth.data.locks import is_locked
-from controlbooth.data.parent import LAUNCHER, adopt
+from controlbooth.data.parent import LAUNCHER, REFUSED, adopt
 from controlbooth.data.records import is_text, read_note, write_json
 from controlbooth.launch import orphans
 from controlbooth.launch.outcome import ANEW, STATUS, failure_notes
@@ -97,9 +98,12 @@ def train(run_file: str, overrides: Sequence[str] = (), processes: int | None = 
         print(f"command    {start}")
         return 0
     began, killed = time.time(), out_of_memory_kills()
-    status = run(start, is_over=lambda: is_finished(run_folder(config), began))
+    with tempfile.TemporaryDirectory(prefix="controlbooth-refused-") as refused:
+        start.environment[REFUSED] = refused
+        status = run(start, is_over=lambda: is_finished(run_folder(config), began))
+        early = failures(Path(refused), began)
     if status not in (0, *(128 + number for number in STOP_SIGNALS)):
-        told = failures(run_folder(config), began)
+        told = early | failures(run_folder(config), began)
         say_again("controlbooth train", start, told)
         reason = stopped_well(run_folder(config), began) if not start.lone and not told else None
         by_signal = signal_of(status) if start.lone else "SIGKILL"  # torchrun has named it above

@@ -16,6 +16,7 @@ from typing import NoReturn
 
 import torch
 
+from controlbooth.data.parent import REFUSED
 from controlbooth.data.records import Damaged, is_text, read_json
 from controlbooth.data.secrets import error_text
 from controlbooth.trainer.attempt import Attempt, Superseded, write_text
@@ -101,6 +102,14 @@ def note_failure(attempt: Attempt, rank: int, error: Exception) -> None:
         status = attempt.run / STATUS
         if rank == 0 and _state_of(status) in (None, "running"):
             write_text(attempt, status, text)  # a restart that was refused has not changed a run that had ended
+
+
+def note_refusal(rank: int, error: Exception) -> None:
+    """failed-RANK.json in the folder that the launcher gave for it, if one started this rank."""
+    if folder := os.environ.get(REFUSED):
+        text = json.dumps(dict(state="failed", rank=rank, error=error_text(error), attempt=0, time=time.time()))
+        with contextlib.suppress(OSError):  # the message on the terminal remains
+            Path(folder, f"failed-{rank}.json").write_text(text)
 
 
 def _state_of(status: Path) -> str | None:

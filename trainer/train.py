@@ -128,6 +128,7 @@ from controlbooth.trainer.failures import (
     RankFailed,
     end_superseded,
     failure_noted,
+    note_refusal,
 )
 from controlbooth.trainer.network_check import network_problems
 from controlbooth.trainer.run_page import describe_control, describe_training, inputs, training_tags
@@ -207,6 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         end_superseded(error, rank)
     except (ValueError, OSError, TrainingStopped, RankFailed, DistError) as error:
         print(f"rank {rank}: {error_text(error)}", file=sys.stderr, flush=True)
+        note_refusal(rank, error)
         os._exit(FAILED)  # the other ranks may be inside a collective; torchrun ends them when this one is gone
     finally:
         leave()
