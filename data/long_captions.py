@@ -10,6 +10,7 @@ from controlbooth.data.decode import BadSample
 from controlbooth.data.manifest import Dataset, join_datasets, open_dataset
 from controlbooth.data.prompts import read_captions
 from controlbooth.data.shards import ShardReader
+from controlbooth.data.tokens import cut_prompts
 
 LOOKED_AT = 64
 """Samples whose captions are counted, at even distances."""
@@ -21,22 +22,18 @@ def cut_captions(dataset: Dataset, tokenizers: Sequence[Any], prompts: Sequence[
     tokenizers: of transformers. prompts: others that the base is to draw, each told by itself. Raises OSError where
     shards cannot be read.
     """
-    limit = min(tokenizer.model_max_length for tokenizer in tokenizers)
-
-    def tokens(text: str) -> int:
-        return max(len(tokenizer(text, truncation=False, verbose=False).input_ids) for tokenizer in tokenizers)
-
-    counted = [(tokens(caption), key) for key, caption in some_captions(dataset)]
-    longer = [one for one in counted if one[0] > limit]
+    counted = list(some_captions(dataset))
+    cut = {one.prompt: one for one in cut_prompts(tokenizers, [caption for _, caption in counted])}
+    longer = [(cut[caption].tokens, key, cut[caption].kept) for key, caption in counted if caption in cut]
     told = []
     if longer:
-        most, key = max(longer)
+        most, key, kept = max(longer)
         told.append(
-            f"{len(longer)} of {len(counted)} captions that were looked at have more than the {limit} tokens that the "
+            f"{len(longer)} of {len(counted)} captions that were looked at have more than the {kept} tokens that the "
             f"base reads, begin and end included; the most, {most}, has that of {key!r}"
         )
-    cut = [(prompt, tokens(prompt)) for prompt in prompts]
-    told += [f"the prompt {prompt[:60]!r} has {count} tokens of {limit}" for prompt, count in cut if count > limit]
+    for one in cut_prompts(tokenizers, prompts):
+        told.append(f"the prompt {one.prompt[:60]!r} has {one.tokens} tokens of {one.kept}")
     return f"{'; '.join(told)}. What stands last is cut off: let them begin with what matters" if told else None
 
 

@@ -524,6 +524,21 @@ def lanes(config: RunConfig) -> int:
     return config.data.lanes or config.global_batch_size
 
 
+def order_settings(config: RunConfig) -> dict[str, Any]:
+    """Returns what, beside the data and the condition, decides in which order samples come and in which shapes: what
+    `plan_order` and `Loader` of data/ call the fields."""
+    data = config.data
+    return dict(
+        seed=config.seed,
+        lanes=lanes(config),
+        shards_per_block=data.shards_per_block,
+        global_batch_size=config.global_batch_size,
+        resolution=data.resolution,
+        max_aspect_ratio=data.max_aspect_ratio,
+        bucket_multiple=data.aspect_step,
+    )
+
+
 def run_folder(config: RunConfig) -> Path:
     return config.output / config.name
 

@@ -96,8 +96,7 @@ def remedies(config: RunConfig) -> str:
 def note_failure(attempt: Attempt, rank: int, error: Exception) -> None:
     """failed-RANK.json, as each rank may fail for another reason, and status.json from rank 0."""
     with contextlib.suppress(OSError):  # a full disk may be what failed; the message on the terminal remains
-        fields = dict(state="failed", rank=rank, error=error_text(error), attempt=attempt.number)
-        text = json.dumps(fields | {"time": time.time()})
+        text = _record(rank, error, attempt.number)
         write_text(attempt, attempt.run / f"failed-{rank}.json", text)
         status = attempt.run / STATUS
         if rank == 0 and _state_of(status) in (None, "running"):
@@ -107,9 +106,12 @@ def note_failure(attempt: Attempt, rank: int, error: Exception) -> None:
 def note_refusal(rank: int, error: Exception) -> None:
     """failed-RANK.json in the folder that the launcher gave for it, if one started this rank."""
     if folder := os.environ.get(REFUSED):
-        text = json.dumps(dict(state="failed", rank=rank, error=error_text(error), attempt=0, time=time.time()))
         with contextlib.suppress(OSError):  # the message on the terminal remains
-            Path(folder, f"failed-{rank}.json").write_text(text)
+            Path(folder, f"failed-{rank}.json").write_text(_record(rank, error, 0))
+
+
+def _record(rank: int, error: Exception, attempt: int) -> str:
+    return json.dumps(dict(state="failed", rank=rank, error=error_text(error), attempt=attempt, time=time.time()))
 
 
 def _state_of(status: Path) -> str | None:

@@ -5,12 +5,13 @@ where reading gigabytes takes minutes. What values there are is seen when they a
 calling it imports torch.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from controlbooth.data.records import read_json
 from controlbooth.trainer.config import RunConfig, base_folder, run_folder
-from controlbooth.trainer.continuing import checkpoint_folders, step_of
+from controlbooth.trainer.continuing import latest_readable, step_of
+from controlbooth.trainer.integrity import STATE
 from controlbooth.trainer.subjects import SubjectRunConfig
 
 
@@ -67,18 +68,14 @@ def _check_latest(config: RunConfig, base: Any) -> None:
     """Raises ConfigError where the base has changed since the latest checkpoint, of which weights are not compared."""
     from controlbooth.trainer.same_base import back_or_anew, check_same_base
 
-    whole = [path for path in checkpoint_folders(run_folder(config)) if (path / "COMPLETE").is_file()]
-    if not whole or step_of(whole[-1]) >= config.max_steps:
-        return
-    try:
-        saved = dict(json.loads((whole[-1] / "state.json").read_text()))
-    except (OSError, ValueError, TypeError):
-        return  # the trainer says what is wrong with a checkpoint, and goes back to the one before
-    check_same_base(saved, base, f"at step {step_of(whole[-1])}", back_or_anew(whole[-1]))
+    latest, _ = latest_readable(run_folder(config))
+    if latest is not None and step_of(latest) < config.max_steps:
+        saved = read_json(latest / STATE, "Delete the checkpoint")
+        check_same_base(saved, base, f"at step {step_of(latest)}", back_or_anew(latest))
 
 
 def _prompt_problems(base: Any, prompts: tuple[str, ...]) -> Iterator[str]:
-    from controlbooth.models.prompts import equal_prompts, shortened
+    from controlbooth.data.tokens import equal_prompts, shortened
 
     for one, other in equal_prompts(base.tokenizers, prompts):
         yield (

@@ -10,7 +10,15 @@ from typing import Any
 
 from controlbooth.data.locks import know_locks
 from controlbooth.data.records import is_mapping, is_whole, read_json
-from controlbooth.trainer.config import ConfigError, RunConfig, Tracked, lanes, run_folder, sources, tracking_uri
+from controlbooth.trainer.config import (
+    ConfigError,
+    RunConfig,
+    Tracked,
+    order_settings,
+    run_folder,
+    sources,
+    tracking_uri,
+)
 from controlbooth.trainer.continuing import (
     SHAPING,
     all_damaged,
@@ -131,18 +139,8 @@ def planned_order(config: RunConfig, saved: dict[str, Any]) -> tuple[Any, str] |
     except (OSError, ValueError):
         return None
     weights = source_weights(dataset, data.condition, [one.weight for one in mixed], [one.repeat for one in mixed])
-    order, _ = plan_order(
-        dataset,
-        data.condition,
-        continued_history(saved, weights),
-        seed=config.seed,
-        lanes=lanes(config),
-        shards_per_block=data.shards_per_block,
-        global_batch_size=config.global_batch_size,
-        resolution=data.resolution,
-        max_aspect_ratio=data.max_aspect_ratio,
-        bucket_multiple=data.aspect_step,
-    )
+    history = continued_history(saved, weights)
+    order, _ = plan_order(dataset, data.condition, history, **order_settings(config))
     return order, dataset.fingerprint
 
 

@@ -47,6 +47,7 @@ from controlbooth.data.plan import (
 from controlbooth.data.readable import check_readable
 from controlbooth.data.records import is_mapping, is_text, maybe, read_note
 from controlbooth.data.secrets import error_text, shown
+from controlbooth.data.tokens import told_of_cut
 from controlbooth.models.attention import (
     KERNELS,
     AttentionChoice,
@@ -60,7 +61,6 @@ from controlbooth.models.controlnet import build_controlnet, denoise, keep_only_
 from controlbooth.models.decoder import UnlockedNetwork
 from controlbooth.models.families import encode_with_dropout
 from controlbooth.models.pretrained import load_base, load_controlnet
-from controlbooth.models.prompts import told_of_cut
 from controlbooth.trainer import checkpoint as checkpoints
 from controlbooth.trainer import engine as engines
 from controlbooth.trainer import unlock as unlocking
@@ -80,8 +80,8 @@ from controlbooth.trainer.config import (
     base_path,
     changes,
     dump,
-    lanes,
     load_config,
+    order_settings,
     run_folder,
     sources,
     tracking_uri,
@@ -201,8 +201,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet_libraries()
     try:
         config = load_config(options.run, options.overrides)
-        for problem in network_problems(config):
-            raise ConfigError(problem)  # before the run's folder is taken, and anything is written
         return train(config, join(), stop)
     except Superseded as error:
         end_superseded(error, rank)
@@ -217,7 +215,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(config: RunConfig, world: World, stop: "StopRequest") -> int:
     """Runs to max_steps, to its early stop or to a stop request. Returns 0 in all cases; status.json says which."""
     folder = run_folder(config)
-    refuse(from_first_rank(refusals(config) if world.rank == 0 else []))
+    # Before the run's folder is taken, and by one rank: of a thousand, each would read the headers of the base.
+    refuse(from_first_rank([*network_problems(config), *refusals(config)] if world.rank == 0 else []))
     with (
         only_run(folder, world) as attempt,
         failure_noted(attempt, config, world),
@@ -606,15 +605,11 @@ def make_loader(
         say(world, f"from step {step} on the sources have the weights {weights}, before {order['weights'][-1][1]}")
     return Loader(
         dataset,
-        seed=config.seed,
-        lanes=lanes(config),
-        shards_per_block=data.shards_per_block,
-        global_batch_size=config.global_batch_size,
+        **order_settings(config),
         micro_batch_size=config.micro_batch_size,
         rank=world.rank,
         world_size=world.world_size,
         condition_kind=data.condition,
-        resolution=data.resolution,
         prompt_dropout=data.prompt_dropout,
         random_flip=data.random_flip,
         random_crop=data.random_crop,
@@ -628,8 +623,6 @@ def make_loader(
         cache=Cache(data.cache, int(data.cache_gib * 2**30)) if data.cache else None,
         ranks_per_node=world.ranks_per_node,
         history=history,
-        max_aspect_ratio=data.max_aspect_ratio,
-        bucket_multiple=data.aspect_step,
         columns=columns,
         max_pixels=data.max_pixels,
     )
@@ -637,18 +630,7 @@ def make_loader(
 
 def run_buckets(config: RunConfig, dataset: Dataset) -> Buckets:
     """The picture shapes of the run's order, and which samples have which."""
-    data = config.data
-    return plan_order(
-        dataset,
-        data.condition,
-        seed=config.seed,
-        lanes=lanes(config),
-        shards_per_block=data.shards_per_block,
-        global_batch_size=config.global_batch_size,
-        resolution=data.resolution,
-        max_aspect_ratio=data.max_aspect_ratio,
-        bucket_multiple=data.aspect_step,
-    )[1]
+    return plan_order(dataset, config.data.condition, **order_settings(config))[1]
 
 
 def open_run_columns(config: RunConfig, world: World, base: Base, dataset: Dataset) -> Columns | None:

@@ -34,7 +34,7 @@ def check_words(tasks: Sequence[Task], config: SubjectRunConfig) -> tuple[dict[s
 
 def _identifier_fault(tokenizer: Any, task: Task) -> str | None:
     """Why nothing would be learnt under a subject's identifier; None where its prompt has it, or is not to have it."""
-    from controlbooth.models.prompts import tokens_of
+    from controlbooth.data.tokens import tokens_of
 
     if task.identifier not in task.instance_prompt:
         return None
@@ -71,7 +71,7 @@ def _equal_subjects(tokenizers: Sequence[Any], tasks: Sequence[Task]) -> dict[st
 
 def _equal_to_the_base(tokenizers: Sequence[Any], texts: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
     """(name, name of another with a different text that is the same to the base, why) of all that have one."""
-    from controlbooth.models.prompts import cut_prompts, equal_prompts
+    from controlbooth.data.tokens import cut_prompts, equal_prompts
 
     kept = min(tokenizer.model_max_length for tokenizer in tokenizers)
     for one, other in equal_prompts(tokenizers, list(texts.values())):
@@ -95,7 +95,7 @@ def _unknown_nouns(tokenizers: Sequence[Any], task: Task) -> Iterator[str]:
 
 def _cut_prompts(tokenizers: Sequence[Any], task: Task, config: SubjectRunConfig) -> Iterator[str]:
     """What the base does not read of a subject's prompts, a line for each."""
-    from controlbooth.models.prompts import cut_prompts
+    from controlbooth.data.tokens import cut_prompts
 
     words = dict(identifier=task.identifier, class_noun=task.class_noun)
     drawn = [fill("prompts", prompt, **words) for prompt in config.validation.prompts]
@@ -110,6 +110,6 @@ def _cut_prompts(tokenizers: Sequence[Any], task: Task, config: SubjectRunConfig
 
 
 def _quoted(prompt: str) -> str:
-    from controlbooth.models.prompts import shortened
+    from controlbooth.data.tokens import shortened
 
     return repr(shortened(prompt))

@@ -12,7 +12,7 @@ from controlbooth.models import identity
 from controlbooth.models.pretrained import load_base
 from controlbooth.models.sampling import drawn_by
 from controlbooth.trainer import same_base
-from controlbooth.trainer.config import ConfigError, build_config
+from controlbooth.trainer.config import ConfigError, build_config, dump
 from controlbooth.trainer.encoding import column_identities
 from controlbooth.trainer.evaluate.sample import Source, check_bases
 from controlbooth.trainer.integrity import write_marker
@@ -179,8 +179,9 @@ def test_a_dry_run_refuses_to_go_on_with_a_base_that_has_changed(base_copy, load
     config = build_config(run_tree(base_copy))
     saved = base_copy.parent / "runs" / "x" / "checkpoints" / "step-00000002"
     saved.mkdir(parents=True)
-    (saved / "COMPLETE").touch()
     (saved / "state.json").write_text(json.dumps({"step": 2} | base_facts(load_tiny("sd15"))))
+    (saved / "config.yaml").write_text(dump(config))
+    write_marker(saved)
     assert list(network_problems(config)) == []
     edit(base_copy / "scheduler" / "scheduler_config.json", prediction_type="v_prediction")
     (problem,) = network_problems(config)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from controlbooth.models.prompts import cut_prompts, equal_prompts, told_of_cut
+from controlbooth.data.tokens import cut_prompts, equal_prompts, told_of_cut
 from controlbooth.trainer.subjects import SubjectRunConfig, Task
 from controlbooth.trainer.words import check_words
 

@@ -33,10 +33,10 @@ from controlbooth.data.networks import network_folders
 from controlbooth.data.scenes import Scene, SceneObject, render
 from controlbooth.data.secrets import error_text
 from controlbooth.data.sidecar import temporary_path, write_whole
+from controlbooth.data.tokens import told_of_cut
 from controlbooth.models.base import Base
 from controlbooth.models.decoder import load_networks
 from controlbooth.models.pretrained import UNET_FOLDER, load_base
-from controlbooth.models.prompts import told_of_cut
 from controlbooth.models.sampling import Control, drawn_by, sample
 from controlbooth.trainer import command_lines
 from controlbooth.trainer.checkpoint import check_weights, complete_checkpoints, read_state

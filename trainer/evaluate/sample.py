@@ -19,11 +19,11 @@ from tqdm import tqdm
 from controlbooth.data.decode import decode_image, prepare_condition, to_rgb
 from controlbooth.data.loader import held_out
 from controlbooth.data.manifest import open_dataset
+from controlbooth.data.tokens import told_of_cut
 from controlbooth.models.base import Base
 from controlbooth.models.decoder import load_networks
 from controlbooth.models.guidance import CONDITIONAL, SCHEDULES
 from controlbooth.models.pretrained import load_base
-from controlbooth.models.prompts import told_of_cut
 from controlbooth.models.sampling import Control, sample
 from controlbooth.trainer import command_lines
 from controlbooth.trainer.checkpoint import check_weights, complete_checkpoints, read_state
