@@ -13,11 +13,24 @@ from pathlib import Path
 
 import braceexpand
 
+from controlbooth.data.condition_names import MAX_PIXELS
+from controlbooth.data.errors import UserError
+
 MOST_NAMES = 1_000_000
 """That a range may stand for. A longer one is a slip of the keyboard, and would fill the memory with names."""
 SEEDS = 2**63
 """Seeds are smaller: torch's and numpy's generators take 64 bits with a sign."""
 _RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?\}")
+
+
+def verb_parser(verb: str, description: str, epilog: str) -> argparse.ArgumentParser:
+    """Makes the parser of `controlbooth VERB`. epilog: its examples, shown as they are written."""
+    return argparse.ArgumentParser(
+        prog=f"controlbooth {verb}",
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
 def quoted(word: object) -> str:
@@ -100,8 +113,31 @@ def expand_braces(text: str) -> list[str]:
     for first, last, step in _RANGE.findall(text):
         count *= abs(int(last) - int(first)) // max(1, abs(int(step or 1))) + 1
     if count > MOST_NAMES:
-        raise ValueError(f"{text!r} stands for {count:,} names, and may for {MOST_NAMES:,}: correct its range")
+        raise UserError(f"{text!r} stands for {count:,} names, and may for {MOST_NAMES:,}: correct its range")
     try:
         return list(braceexpand.braceexpand(text))
     except ValueError as error:
-        raise ValueError(f"the braces of {text!r} do not match; write shards-{{000..009}}.tar") from error
+        raise UserError(f"the braces of {text!r} do not match; write shards-{{000..009}}.tar") from error
+
+
+def add_max_pixels(parser: argparse.ArgumentParser) -> None:
+    """Gives a verb the limit that a run has as data.max_pixels."""
+    parser.add_argument(
+        "--max-pixels",
+        type=whole_number(),
+        default=MAX_PIXELS,
+        help=f"pictures with more are not decoded, as data.max_pixels of a run (default: {MAX_PIXELS})",
+    )
+
+
+def add_run_numbers(parser: argparse.ArgumentParser) -> None:
+    """The options that say which order is meant: a run's, or that of stated numbers."""
+    parser.add_argument("--run", type=Path, help="the folder of a run, whose numbers are taken")
+    instead = parser.add_argument_group("without a run")
+    instead.add_argument("--global-batch-size", type=whole_number())
+    instead.add_argument("--condition", help="kind that the run trains on (default: none, as for DreamBooth)")
+    instead.add_argument("--lanes", type=whole_number(), help="(default: the global batch size)")
+    instead.add_argument("--shards-per-block", type=whole_number(), default=2, help="(default: 2)")
+    instead.add_argument("--seed", type=seed_number, default=0, help="(default: 0)")
+    instead.add_argument("--prompt-dropout", type=finite_number(0, 1), default=0.0, help="(default: 0)")
+    instead.add_argument("--random-flip", action="store_true")

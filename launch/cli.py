@@ -4,7 +4,6 @@ The functions are named as strings and imported when their verb is called, so th
 library, and the table below is the whole command line. Each takes a list of arguments and returns an exit status.
 """
 
-import dis
 import importlib
 import importlib.metadata
 import os
@@ -12,65 +11,64 @@ import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 
+from controlbooth.data.errors import Explained
 from controlbooth.data.secrets import shown
-from controlbooth.launch.torchrun import SPIN_COUNT
+from controlbooth.launch.ranks.torchrun import SPIN_COUNT
 
-VERBS = {  # group -> verb -> (module:function, what it does)
+VERBS = {  # group -> verb -> (module[:function] of controlbooth, what it does); the function is main
     "Training": {
-        "quickstart": ("controlbooth.launch.quickstart:main", "train a ControlNet on this machine, from nothing"),
-        "train": ("controlbooth.launch.local:main", "run a training on this machine, or resume it"),
-        "plan": ("controlbooth.trainer.plan:main", "memory, time and price of a run before it is started"),
-        "sample": ("controlbooth.trainer.evaluate.sample:main", "draw pictures with one ControlNet or several"),
-        "evaluate": ("controlbooth.trainer.evaluate.evaluate:main", "measure a ControlNet on held-out conditions"),
-        "compare": ("controlbooth.trainer.evaluate.compare:main", "what one ControlNet gains over another"),
-        "report": ("controlbooth.trainer.evaluate.report:main", "one page with everything about a run"),
-        "ablate": ("controlbooth.launch.ablations:main", "train variants of a run and measure them side by side"),
-        "export": ("controlbooth.trainer.export:main", "write a checkpoint in the format that diffusers loads"),
+        "quickstart": ("launch.commands.quickstart", "train a ControlNet on this machine, from nothing"),
+        "train": ("launch.commands.train", "run a training on this machine, or resume it"),
+        "plan": ("launch.commands.plan", "memory, time and price of a run before it is started"),
+        "sample": ("launch.commands.sample", "draw pictures with one ControlNet or several"),
+        "evaluate": ("launch.commands.evaluate", "measure a ControlNet on held-out conditions"),
+        "compare": ("launch.commands.compare", "what one ControlNet gains over another"),
+        "report": ("launch.commands.report", "one page with everything about a run"),
+        "ablate": ("launch.commands.ablate", "train variants of a run and measure them side by side"),
+        "export": ("launch.commands.export", "write a checkpoint in the format that diffusers loads"),
     },
     "DreamBooth": {
-        "dreambooth demo": (
-            "controlbooth.launch.dreambooth_demo:main",
-            "train and measure unseen subjects, from nothing",
+        "dreambooth demo": ("launch.commands.dreambooth_demo", "train and measure unseen subjects, from nothing"),
+        "dreambooth run": ("launch.commands.dreambooth_run", "train many subjects, several in each batch"),
+        "dreambooth export": ("launch.commands.dreambooth_export", "write a subject's LoRA for other programs"),
+        "dreambooth identifiers": ("launch.commands.dreambooth_identifiers", "find words that mean nothing to a base"),
+        "dreambooth subjects": (
+            "launch.commands.dreambooth_subjects",
+            "draw subjects that the built-in base never saw",
         ),
-        "dreambooth run": ("controlbooth.launch.dreambooth:main", "train many subjects, several in each batch"),
-        "dreambooth export": ("controlbooth.trainer.export_subject:main", "write a subject's LoRA for other programs"),
-        "dreambooth identifiers": ("controlbooth.trainer.identifiers:main", "find words that mean nothing to a base"),
-        "dreambooth subjects": ("controlbooth.data.subjects:main", "draw subjects that the built-in base never saw"),
-        "dreambooth measure": ("controlbooth.trainer.evaluate.measure:main", "measure subjects as the paper does"),
+        "dreambooth measure": ("launch.commands.dreambooth_measure", "measure subjects as the paper does"),
     },
     "Clusters": {
-        "launch local": ("controlbooth.launch.submit:local_main", "run in the background of this machine"),
-        "launch slurm": ("controlbooth.launch.submit:slurm_main", "submit a run, or an array of subjects, to Slurm"),
-        "launch kubernetes": ("controlbooth.launch.submit:kubernetes_main", "submit a run, or subjects, to Kubernetes"),
-        "launch status": ("controlbooth.launch.jobs:status_main", "how a job and its run are doing"),
-        "launch logs": ("controlbooth.launch.jobs:logs_main", "what all attempts of a job have said"),
-        "launch cancel": ("controlbooth.launch.jobs:cancel_main", "end a job, with a checkpoint"),
-        "launch resume": ("controlbooth.launch.jobs:resume_main", "submit a job again; its run goes on"),
-        "launch check": ("controlbooth.launch.check:main", "look from every node at what a job needs"),
+        "launch local": ("launch.submit:local_main", "run in the background of this machine"),
+        "launch slurm": ("launch.submit:slurm_main", "submit a run, or an array of subjects, to Slurm"),
+        "launch kubernetes": ("launch.submit:kubernetes_main", "submit a run, or subjects, to Kubernetes"),
+        "launch status": ("launch.follow:status_main", "how a job and its run are doing"),
+        "launch logs": ("launch.follow:logs_main", "what all attempts of a job have said"),
+        "launch cancel": ("launch.follow:cancel_main", "end a job, with a checkpoint"),
+        "launch resume": ("launch.follow:resume_main", "submit a job again; its run goes on"),
+        "launch check": ("launch.preflight.nodes", "look from every node at what a job needs"),
     },
     "Retraining": {
-        "retrain tick": ("controlbooth.deploy.retrain:main_tick", "train again if it is time; measure, and promote"),
-        "retrain status": ("controlbooth.deploy.retrain:main_status", "the champion, the open round, what is due"),
-        "retrain rollback": ("controlbooth.deploy.retrain:main_rollback", "return to the champion before"),
-        "retrain history": ("controlbooth.deploy.retrain:main_history", "all that was decided, and why"),
+        "retrain tick": ("deploy.retrain.commands:main_tick", "train again if it is time; measure, and promote"),
+        "retrain status": ("deploy.retrain.commands:main_status", "the champion, the open round, what is due"),
+        "retrain rollback": ("deploy.retrain.commands:main_rollback", "return to the champion before"),
+        "retrain history": ("deploy.retrain.commands:main_history", "all that was decided, and why"),
     },
     "Data": {
-        "data pack": ("controlbooth.data.pack:main", "write pictures, captions and conditions into tar shards"),
-        "data annotate": ("controlbooth.data.annotate:main", "add conditions to shards, by functions or networks"),
-        "data index": ("controlbooth.data.index:main", "check tar shards and index them beside the tars"),
-        "data info": ("controlbooth.data.inspect:info_main", "sizes, conditions and faults of a data set"),
-        "data show": ("controlbooth.data.inspect:show_main", "look at samples as the trainer sees them"),
-        "data order": ("controlbooth.data.inspect:order_main", "which samples a step reads, on which rank"),
-        "data explain": ("controlbooth.data.explain:main", "every step of a run that sees one sample, and how"),
-        "data bench": ("controlbooth.data.bench:main", "how fast a data set is read and decoded here"),
-        "data lint": ("controlbooth.data.lint:main", "find copies, mismatched pairs, broken and useless samples"),
-        "data stats": ("controlbooth.data.stats:main", "lengths and frequencies of captions, sizes of pictures"),
-        "data precompute": ("controlbooth.launch.precompute:main", "write a run's latents and text embeddings once"),
-        "data quarantine": ("controlbooth.data.quarantine:main", "leave the bad samples of a run out of the next"),
+        "data pack": ("launch.commands.data_pack", "write pictures, captions and conditions into tar shards"),
+        "data annotate": ("launch.commands.data_annotate", "add conditions to shards, by functions or networks"),
+        "data index": ("launch.commands.data_index", "check tar shards and index them beside the tars"),
+        "data info": ("launch.commands.data_info", "sizes, conditions and faults of a data set"),
+        "data show": ("launch.commands.data_show", "look at samples as the trainer sees them"),
+        "data order": ("launch.commands.data_order", "which samples a step reads, on which rank"),
+        "data explain": ("launch.commands.data_explain", "every step of a run that sees one sample, and how"),
+        "data bench": ("launch.commands.data_bench", "how fast a data set is read and decoded here"),
+        "data lint": ("launch.commands.data_lint", "find copies, mismatched pairs, broken and useless samples"),
+        "data stats": ("launch.commands.data_stats", "lengths and frequencies of captions, sizes of pictures"),
+        "data precompute": ("launch.commands.data_precompute", "write a run's latents and text embeddings once"),
+        "data quarantine": ("launch.commands.data_quarantine", "leave the bad samples of a run out of the next"),
     },
 }
-SLOW = ("sample", "evaluate", "compare", "report", "dreambooth export", "dreambooth identifiers", "dreambooth measure")
-"""Verbs whose modules take seconds to import: their arguments are parsed before that, in `trainer.command_lines`."""
 TABLE = {verb: entry for group in VERBS.values() for verb, entry in group.items()}
 
 EXAMPLES = """\
@@ -118,10 +116,7 @@ def _call(verb: str, arguments: list[str]) -> int:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     module, _, function = TABLE[verb][0].partition(":")
     try:
-        if verb in SLOW:
-            command_lines = importlib.import_module("controlbooth.trainer.command_lines")
-            getattr(command_lines, verb.replace(" ", "_"))().parse_args(arguments)
-        return getattr(importlib.import_module(module), function)(arguments) or 0
+        return getattr(importlib.import_module(f"controlbooth.{module}"), function or "main")(arguments) or 0
     except SystemExit as stop:
         if isinstance(stop.code, str):  # raise SystemExit("message") would end with status 1
             print(f"controlbooth {verb}: {shown(stop.code)}", file=sys.stderr)
@@ -130,19 +125,11 @@ def _call(verb: str, arguments: list[str]) -> int:
 
 
 def _is_message(error: BaseException) -> bool:
-    """Whether a `raise` in this project wrote the message, or the system named a file that it could not use.
+    """Whether this project wrote the message for people, or the system named a file that it could not use.
 
     Other errors of the same types, such as numpy's about shapes, are defects, and are shown with their traceback.
     """
-    if isinstance(error, OSError) and error.filename is not None:
-        return True
-    place = error.__traceback__
-    while place is not None and place.tb_next is not None:
-        place = place.tb_next
-    if place is None:
-        return False
-    code, module = place.tb_frame.f_code, place.tb_frame.f_globals.get("__name__", "")
-    return module.startswith("controlbooth.") and code.co_code[place.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    return isinstance(error, Explained) or (isinstance(error, OSError) and error.filename is not None)
 
 
 def _no_verb(words: list[str]) -> int:

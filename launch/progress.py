@@ -11,8 +11,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from controlbooth.data.locks import is_locked
-from controlbooth.data.records import (
+from controlbooth.data.files.locks import is_locked
+from controlbooth.data.files.records import (
     Damaged,
     Fields,
     are_points,
@@ -25,11 +25,12 @@ from controlbooth.data.records import (
     read_note,
     read_yaml,
 )
-from controlbooth.launch.outcome import ANEW, STATUS
-from controlbooth.trainer.config import RESOLVED, ConfigError
-from controlbooth.trainer.continuing import checkpoint_folders
-from controlbooth.trainer.evaluate.verdict import describe, read_verdict
-from controlbooth.trainer.mlflow_address import how_to_open_saved
+from controlbooth.launch.job.outcome import ANEW, STATUS
+from controlbooth.trainer.config.run import RESOLVED
+from controlbooth.trainer.config.section import ConfigError
+from controlbooth.trainer.evaluation.verdict import describe, read_verdict
+from controlbooth.trainer.run.continuing import checkpoint_folders
+from controlbooth.trainer.tracking.mlflow_address import how_to_open_saved
 
 TAIL_BYTES = 2**20
 """Of the end of metrics.jsonl, in which last steps and figures are looked for."""

@@ -1,9 +1,8 @@
 """`controlbooth launch local|slurm|kubernetes`: renders a run as a job, checks it, and hands it to the engine.
 
-Everything about a job lies in the run's own folder, below job/; `launch.job` lists it.
+Everything about a job lies in the run's own folder, below job/; `launch.job.job` lists it.
 """
 
-import argparse
 import shlex
 import sys
 import time
@@ -14,19 +13,14 @@ from typing import Any
 
 import yaml
 
-from controlbooth.data.arguments import whole_number
+from controlbooth.data.arguments import verb_parser, whole_number
+from controlbooth.data.errors import UserError
+from controlbooth.data.files.whole import write_whole
 from controlbooth.data.secrets import HIDDEN, is_secret, shown_script
-from controlbooth.launch import background, dreambooth, kubernetes, slurm
-from controlbooth.launch.cluster import CLUSTER_FILE, Cluster, Engine, dump_cluster, load_cluster
-from controlbooth.launch.cluster_preflight import (
-    engine_problems,
-    job_problems,
-    kubernetes_problems,
-    mount_of,
-    path_here,
-    record_problems,
-)
-from controlbooth.launch.job import (
+from controlbooth.launch.commands import dreambooth_run
+from controlbooth.launch.engines import background, kubernetes, slurm
+from controlbooth.launch.job.cluster import CLUSTER_FILE, Cluster, Engine, dump_cluster, load_cluster
+from controlbooth.launch.job.job import (
     Job,
     JobState,
     job_texts,
@@ -39,25 +33,23 @@ from controlbooth.launch.job import (
     write_intent,
     write_job,
     write_record,
-    write_text,
 )
-from controlbooth.trainer.config import (
-    BUILT_IN,
-    ConfigError,
-    RunConfig,
-    control_character,
-    dump,
-    load_config,
-    run_folder,
+from controlbooth.launch.preflight import subjects
+from controlbooth.launch.preflight.cluster import (
+    engine_problems,
+    job_problems,
+    kubernetes_problems,
+    mount_of,
+    path_here,
+    record_problems,
 )
-from controlbooth.trainer.network_check import network_problems, subjects_network_problems
-from controlbooth.trainer.subjects import (
-    SubjectRunConfig,
-    load_run,
-    load_subjects,
-    record_texts,
-    settle,
-)
+from controlbooth.trainer.config.loading import dump, load_config
+from controlbooth.trainer.config.run import BUILT_IN, RunConfig, run_folder
+from controlbooth.trainer.config.section import ConfigError, control_character
+from controlbooth.trainer.config.subjects import SubjectRunConfig, load_run
+from controlbooth.trainer.controlnet.network_check import network_problems
+from controlbooth.trainer.dreambooth.manifest import load_subjects, record_texts, settle
+from controlbooth.trainer.dreambooth.network_check import subjects_network_problems
 
 SCRIPT, MANIFESTS = "script.sh", "manifests.yaml"
 """What the engine is given, in RUN/job/."""
@@ -94,12 +86,11 @@ def main(engine: Engine, arguments: Sequence[str] | None) -> int:
         "slurm": "Submits to Slurm",
         "kubernetes": "Submits to Kubernetes",
     }[engine]
-    parser = argparse.ArgumentParser(
-        prog=f"controlbooth launch {engine}",
-        description=f"{what} a run, or a batch of DreamBooth subjects as an array of tasks. It goes on by itself after "
+    parser = verb_parser(
+        f"launch {engine}",
+        f"{what} a run, or a batch of DreamBooth subjects as an array of tasks. It goes on by itself after "
         "whatever interrupts it; `controlbooth launch status|logs|cancel|resume RUN_FOLDER` follow it.",
-        epilog=EXAMPLES.format(engine=engine),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        EXAMPLES.format(engine=engine),
     )
     parser.add_argument("run", type=Path, metavar="RUN.yaml", help="the run; of subjects, what they share")
     parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="a field of the run, set here")
@@ -119,7 +110,7 @@ def main(engine: Engine, arguments: Sequence[str] | None) -> int:
         job, files, problems, faults = subjects_job(config, options.subjects, cluster, per_task, options.dry_run)
     else:
         if options.subjects_per_task:
-            raise ValueError("--subjects-per-task is for a batch of subjects: give its manifest with --subjects")
+            raise UserError("--subjects-per-task is for a batch of subjects: give its manifest with --subjects")
         config = load_config(options.run, options.overrides)
         job, files, problems = run_job(config, cluster)
         faults = {}
@@ -164,15 +155,15 @@ def subjects_job(
     Raises ValueError where no subject can be trained. What is wrong with single ones is told, and they are left out.
     """
     if per_task < 1:
-        raise ValueError(f"--subjects-per-task is {per_task}, but a task trains at least one")
+        raise UserError(f"--subjects-per-task is {per_task}, but a task trains at least one")
     if config.method != "lora":
-        raise ValueError("method=full trains one subject with all ranks: use `controlbooth dreambooth run`")
-    seen_here = () if cluster.engine == "kubernetes" else dreambooth.folder_problems(config)
-    if problems := [*seen_here, *dreambooth.run_problems(config)]:
-        raise ValueError("; ".join(problems))
+        raise UserError("method=full trains one subject with all ranks: use `controlbooth dreambooth run`")
+    seen_here = () if cluster.engine == "kubernetes" else subjects.folder_problems(config)
+    if problems := [*seen_here, *dreambooth_run.run_problems(config)]:
+        raise UserError("; ".join(problems))
     if open_pictures and (problems := list(subjects_network_problems(config))):
-        raise ValueError("; ".join(problems))
-    tasks, faults = dreambooth.checked_subjects(config, manifest, f"launch {cluster.engine}", open_pictures)
+        raise UserError("; ".join(problems))
+    tasks, faults = subjects.checked_subjects(config, manifest, f"launch {cluster.engine}", open_pictures)
     job = place(config.name, config.output / config.name, replace_nodes(cluster))
     job = replace(job, subjects=len(tasks), subjects_per_task=per_task)
     problems = engine_problems(job.cluster) + folder_problems(job)
@@ -242,7 +233,7 @@ def launch(job: Job, files: dict[str, str]) -> int:
         config = load_run(job.here / "job" / "run.yaml")
         tasks, _ = settle(load_subjects(job.here / "job" / "subjects.jsonl")[0], config)
         for file, content in record_texts(config, tasks).items():
-            write_text(job.here / file, content)
+            write_whole(job.here / file, content.encode())
     script = job.here / "job" / name
     engine = job.cluster.engine
     record = record_of(job)
@@ -285,7 +276,7 @@ def check_ended(job: Job) -> None:
     """Raises ValueError where the engine still has an earlier submission of the job."""
     record = last_record(job.here)
     if record is not None and (busy := at_work(record, job.cluster)):
-        raise ValueError(
+        raise UserError(
             f"{job.here} is being trained by {record['engine']} job {record['id']} ({busy[0].said}). Wait for it, "
             f"or end it: controlbooth launch cancel {shlex.quote(str(job.here))}"
         )
@@ -309,7 +300,7 @@ def last_record(folder: Path) -> dict[str, Any] | None:
             found = slurm.find(folder.absolute() / "job" / SCRIPT, job.name)
     except ValueError as error:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(begun["submitted"]))
-        raise ValueError(
+        raise UserError(
             f"whether {begun['engine']} has taken the job of {folder}, which it was given at {when} and has not "
             f"confirmed, cannot be told now: {error}"
         ) from error

@@ -6,7 +6,11 @@ transformers' CLIPTextConfig; what is left out equals the class's default.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+MINIATURE = Path(__file__).parent / "miniature"
+"""The base that is shipped with controlbooth, a diffusers folder; `load_base("miniature")` reads it."""
 
 Config = dict[str, Any]
 
@@ -116,3 +120,7 @@ SDXL = Architecture(
 )
 PUBLISHED = {"sd15": SD15, "sd21": SD21, "sdxl": SDXL}
 """By the families' names; so that a run can be planned without weights, and named before torch is imported."""
+
+
+VAE_FACTOR = 8
+"""Pixels per latent position; the hint network brings a condition picture to the latents' size by as much."""

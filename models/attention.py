@@ -20,6 +20,8 @@ from diffusers.models.attention_processor import Attention, AttnProcessor, AttnP
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from controlbooth.data.errors import UserError
+
 SDP_KERNELS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -112,14 +114,14 @@ def choose_attention(
     """
     device = torch.device(device)
     if request not in ("auto", "xformers", *KERNELS):
-        raise ValueError(f"attention {request!r} is not known. Use auto, xformers, {', '.join(KERNELS)}.")
+        raise UserError(f"attention {request!r} is not known. Use auto, xformers, {', '.join(KERNELS)}.")
     why_not = _reason_against if request == "auto" else _obstacle
     found = {name: {shape: why_not(name, device, dtype, shape) for shape in shapes} for name in ("xformers", *KERNELS)}
     obstacles = {name: next(filter(None, own.values()), None) for name, own in found.items()}
     usable = [name for name, obstacle in obstacles.items() if obstacle is None]
     if request != "auto":
         if obstacles[request] is not None:
-            raise ValueError(
+            raise UserError(
                 f"attention {request!r} cannot run on {device} in {_short(dtype)}: {obstacles[request]}. "
                 f"Here can: {', '.join(usable)}; or use 'auto'."
             )

@@ -10,6 +10,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 
+from controlbooth.data.errors import UserError
 from controlbooth.models.recognition import Family
 
 Encoded = tuple[Tensor, Tensor | None]
@@ -110,12 +111,12 @@ def _check_numbers(vae: Mapping[str, Any], unet: Mapping[str, Any], where: Path)
     """Raises ValueError where a configuration holds no number where one is reckoned with, which no shape tells."""
     scaling, shift, size = vae["scaling_factor"], vae.get("shift_factor"), unet["sample_size"]
     if not _is_number(scaling) or scaling <= 0:
-        raise ValueError(f"{where}: the VAE's scaling_factor is {scaling!r}, and a number above 0 belongs there")
+        raise UserError(f"{where}: the VAE's scaling_factor is {scaling!r}, and a number above 0 belongs there")
     if shift is not None and not _is_number(shift):
-        raise ValueError(f"{where}: the VAE's shift_factor is {shift!r}, and a number or null belongs there")
+        raise UserError(f"{where}: the VAE's shift_factor is {shift!r}, and a number or null belongs there")
     sides = size if isinstance(size, list | tuple) else [size, size]
     if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
-        raise ValueError(f"{where}: the U-Net's sample_size is {size!r}, and a size of latents belongs there")
+        raise UserError(f"{where}: the U-Net's sample_size is {size!r}, and a size of latents belongs there")
 
 
 def _is_number(value: object) -> bool:
@@ -127,28 +128,28 @@ def check_parts_fit(base: Base) -> None:
     vae, unet, where = base.vae.config, base.unet.config, base.path
     _check_numbers(vae, unet, where)
     if vae["latent_channels"] != unet["in_channels"]:
-        raise ValueError(
+        raise UserError(
             f"{where}: the VAE has {vae['latent_channels']} latent channels and the U-Net takes {unet['in_channels']}"
         )
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
     if factor != base.family.vae_factor:
-        raise ValueError(f"{where}: the VAE's factor is {factor}; {base.family.title} has {base.family.vae_factor}")
+        raise UserError(f"{where}: the VAE's factor is {factor}; {base.family.title} has {base.family.vae_factor}")
     if vae.get("latents_mean") is not None:
-        raise ValueError(f"{where}: the VAE's latents_mean (Playground's normalisation) is not supported")
+        raise UserError(f"{where}: the VAE's latents_mean (Playground's normalisation) is not supported")
     if base.prediction_type not in ("epsilon", "v_prediction"):
-        raise ValueError(f"{where}: prediction_type {base.prediction_type!r} is neither epsilon nor v_prediction")
+        raise UserError(f"{where}: prediction_type {base.prediction_type!r} is neither epsilon nor v_prediction")
     width = sum(encoder.config.hidden_size for encoder in base.text_encoders)
     if width != unet["cross_attention_dim"]:
-        raise ValueError(
+        raise UserError(
             f"{where}: the text encoders give {width} features, the U-Net's cross_attention_dim is "
             f"{unet['cross_attention_dim']}"
         )
     for tokenizer, encoder in zip(base.tokenizers, base.text_encoders, strict=True):
         positions, words = encoder.config.max_position_embeddings, encoder.config.vocab_size
         if tokenizer.model_max_length > positions:
-            raise ValueError(
+            raise UserError(
                 f"{where}: the tokenizer's model_max_length is {tokenizer.model_max_length}, but the text encoder has "
                 f"{positions} positions. Set model_max_length to {positions} in tokenizer_config.json."
             )
         if len(tokenizer) > words:
-            raise ValueError(f"{where}: the tokenizer has {len(tokenizer)} tokens and the text encoder {words}")
+            raise UserError(f"{where}: the tokenizer has {len(tokenizer)} tokens and the text encoder {words}")

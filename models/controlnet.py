@@ -15,12 +15,11 @@ import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from torch import Tensor, nn
 
+from controlbooth.data.errors import UserError
+from controlbooth.models.architectures import VAE_FACTOR
 from controlbooth.models.base import for_convolutions
-from controlbooth.models.families import TextEncoding
-from controlbooth.models.variants import HintNetwork, TrainableCopy, VariantControlNet, start_gaussian
-
-VAE_FACTOR = 8
-"""Pixels per latent position; the hint network brings a condition picture to the latents' size by as much."""
+from controlbooth.models.controlnet_variants import HintNetwork, TrainableCopy, VariantControlNet, start_gaussian
+from controlbooth.models.text import TextEncoding
 
 COPIED = ("conv_in", "time_embedding", "class_embedding", "add_embedding", "down_blocks", "mid_block")
 """Modules that a ControlNet has in common with its U-Net, and starts as a copy of."""
@@ -98,13 +97,13 @@ def build_controlnet(
     """
     halvings = len(hint_channels) - 1
     if 2**halvings != VAE_FACTOR:
-        raise ValueError(
+        raise UserError(
             f"hint_channels {tuple(hint_channels)} halves the condition picture {halvings} times, "
             f"but latents have 1/{VAE_FACTOR} of its size: give four widths, e.g. (16, 32, 96, 256)"
         )
     for key, usable in _NOT_IN_A_CONTROLNET.items():
         if unet.config.get(key, usable) != usable:
-            raise ValueError(
+            raise UserError(
                 f"the U-Net's {key} is {unet.config[key]!r}, and a ControlNet cannot copy that (only {usable!r})"
             )
     shared = {key: unet.config[key] for key in _SHARED if key in unet.config}
@@ -131,7 +130,7 @@ def keep_only_mid_control(controlnet: ControlNetModel) -> None:
     """
     for parameter in controlnet.controlnet_down_blocks.parameters():
         if parameter.device.type != "meta" and parameter.any():
-            raise ValueError("only_mid_control needs a ControlNet whose other residuals' convolutions are still zero")
+            raise UserError("only_mid_control needs a ControlNet whose other residuals' convolutions are still zero")
         parameter.register_hook(torch.zeros_like)
 
 
@@ -169,7 +168,7 @@ def check_fits(controlnet: ControlNetModel, unet: UNet2DConditionModel, where: s
     for key in sorted(_SHARED):
         theirs, ours = controlnet.config.get(key), unet.config.get(key)
         if _plain(theirs) != _plain(ours):
-            raise ValueError(
+            raise UserError(
                 f"{where} was made for another base: its {key} is {_plain(theirs)!r}, "
                 f"and the base's is {_plain(ours)!r}. Continue it on the base that it was trained with."
             )
@@ -203,7 +202,7 @@ def control_residuals(
     """
     height, width = noisy_latents.shape[-2:]
     if conditioning.shape[-2:] != (VAE_FACTOR * height, VAE_FACTOR * width):
-        raise ValueError(
+        raise UserError(
             f"the condition is {conditioning.shape[-2]}x{conditioning.shape[-1]} pixels, "
             f"but latents of {height}x{width} need {VAE_FACTOR * height}x{VAE_FACTOR * width}"
         )
@@ -263,7 +262,7 @@ def predict(
     if controlnet is None:
         return denoise(unet, noisy_latents, timesteps, text)
     if conditioning is None:
-        raise ValueError("a ControlNet was given without a condition picture")
+        raise UserError("a ControlNet was given without a condition picture")
     residuals = control_residuals(controlnet, noisy_latents, timesteps, text, conditioning, conditioning_scale)
     return denoise(unet, noisy_latents, timesteps, text, residuals)
 

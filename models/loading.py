@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from controlbooth.data.errors import UserError
 from controlbooth.models.weight_files import read_json, safetensors_header, weights_files
 
 _DTYPES = {
@@ -57,7 +58,7 @@ def empty_module(kind: Any, folder: Path) -> Any:
                 return kind(kind.config_class.from_pretrained(folder, local_files_only=True))
             return kind.from_config(config)
     except Exception as error:  # whatever a library makes of a configuration that it cannot use
-        raise ValueError(
+        raise UserError(
             f"{folder / 'config.json'} describes no {kind.__name__} that can be made "
             f"({type(error).__name__}: {error}). Fetch it again"
         ) from error
@@ -74,9 +75,9 @@ def read_tensors(files: Sequence[Path], empty: bool = False) -> dict[str, Tensor
         header = safetensors_header(file)
         for name, entry in header.items():
             if name in origin:
-                raise ValueError(f"{name} is in {origin[name]} and in {file.name}: delete the file of another download")
+                raise UserError(f"{name} is in {origin[name]} and in {file.name}: delete the file of another download")
             if entry["dtype"] not in _DTYPES:
-                raise ValueError(f"{name} of {file} has the dtype {entry['dtype']}, which cannot be read. Convert it")
+                raise UserError(f"{name} of {file} has the dtype {entry['dtype']}, which cannot be read. Convert it")
             origin[name] = file
         if empty:
             for name, entry in header.items():
@@ -85,7 +86,7 @@ def read_tensors(files: Sequence[Path], empty: bool = False) -> dict[str, Tensor
         try:
             tensors |= load_file(file)
         except SafetensorError as error:
-            raise ValueError(f"{file} cannot be read: {error}. Fetch it again") from error
+            raise UserError(f"{file} cannot be read: {error}. Fetch it again") from error
     return tensors
 
 
@@ -101,14 +102,14 @@ def fill(
     weights = _with_tied(_renamed(module, weights, where), parameters)
     faults = _misfits(parameters, weights)
     if faults:
-        raise ValueError(f"{where} does not fit {type(module).__name__}: {', '.join(faults)}. {remedy}")
+        raise UserError(f"{where} does not fit {type(module).__name__}: {', '.join(faults)}. {remedy}")
     ready = {
         name: tensor.to(dtype) if parameters[name].is_floating_point() else tensor for name, tensor in weights.items()
     }
     if wild := [name for name, tensor in ready.items() if not _is_finite(tensor)]:
         born = [name for name in wild if not _is_finite(weights[name])]
         why = "hold values that are no finite numbers" if born else f"hold values beyond the range of {_name(dtype)}"
-        raise ValueError(f"{where}: {_tensors(born or wild)} {why}. {remedy if born else 'Use bf16 or fp32'}")
+        raise UserError(f"{where}: {_tensors(born or wild)} {why}. {remedy if born else 'Use bf16 or fp32'}")
     module.load_state_dict(ready, assign=True)
 
 
@@ -152,7 +153,7 @@ def _renamed(module: Any, weights: Mapping[str, Tensor], where: str) -> dict[str
         if known not in expected and spare:
             continue
         if known in result:
-            raise ValueError(f"{where} holds {known} twice, under two names: delete one of them")
+            raise UserError(f"{where} holds {known} twice, under two names: delete one of them")
         result[known] = tensor
     return result
 

@@ -18,6 +18,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
+from controlbooth.data.errors import UserError
 from controlbooth.models.recognition import check_scheduler
 from controlbooth.models.weight_files import read_json
 
@@ -68,7 +69,7 @@ def make_noise_scheduler(config: Mapping[str, Any], where: str) -> DDPMScheduler
     try:
         scheduler = DDPMScheduler(**given, clip_sample=False, thresholding=False)
     except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
-        raise ValueError(f"{where} describes no noise schedule: {error}. Fetch it again") from error
+        raise UserError(f"{where} describes no noise schedule: {error}. Fetch it again") from error
     scheduler.register_to_config(**others)
     return scheduler
 
@@ -88,4 +89,4 @@ def make_sampler(name: str, noise_scheduler: DDPMScheduler) -> Any:
     try:
         return SCHEDULERS[name](**accepted, **_OWN[name])
     except (NotImplementedError, ValueError) as error:
-        raise ValueError(f"scheduler {name} cannot take the base's noise schedule: {error}. Use ddim") from error
+        raise UserError(f"scheduler {name} cannot take the base's noise schedule: {error}. Use ddim") from error

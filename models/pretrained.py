@@ -17,9 +17,12 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoTokenizer
 
-from controlbooth.models import original_layout
+from controlbooth.data.errors import MissingFile, UserError
+from controlbooth.models import single_file
+from controlbooth.models.architectures import MINIATURE
 from controlbooth.models.base import Base, check_parts_fit, vae_dtype
 from controlbooth.models.controlnet import build_controlnet, check_fits
+from controlbooth.models.controlnet_variants import VariantControlNet
 from controlbooth.models.identity import base_identity, weights_digests
 from controlbooth.models.loading import fill, load_module, read_tensors
 from controlbooth.models.noise_schedule import make_noise_scheduler, read_noise_scheduler
@@ -35,12 +38,9 @@ from controlbooth.models.recognition import (
     recognise_folder,
     scheduler_file,
 )
-from controlbooth.models.variants import VariantControlNet
 from controlbooth.models.weight_files import read_json, weights_files
 from controlbooth.models.weights import save_pretrained
 
-MINIATURE = Path(__file__).parent / "miniature"
-"""The base that is shipped with controlbooth, a diffusers folder; `load_base("miniature")` reads it."""
 DECODER_FILE = "decoder.safetensors"
 """In the ControlNet's folder of a checkpoint: the U-Net's decoder that has learned with the ControlNet, in float32."""
 UNET_FOLDER = "unet"
@@ -68,7 +68,7 @@ def load_base(
     elif path.is_file():
         base = _load_single_file(path, family, dtype, empty)
     else:
-        raise FileNotFoundError(
+        raise MissingFile(
             f"base model {path} does not exist. Give a diffusers folder, a single .safetensors file, or 'miniature'."
         )
     check_parts_fit(base)
@@ -133,9 +133,9 @@ def _load_tokenizer(folder: Path, name: str) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(folder / name, local_files_only=True, trust_remote_code=False)
         rules = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     except Exception as error:  # tokenizers raises Exception itself where a file is not what it expects
-        raise ValueError(f"{folder / name} is no tokenizer that can be read: {error}. Fetch it again") from error
+        raise UserError(f"{folder / name} is no tokenizer that can be read: {error}. Fetch it again") from error
     if unformed := _never_formed(tokenizer, rules):
-        raise ValueError(
+        raise UserError(
             f"{folder / name}: {len(unformed)} tokens of the vocabulary, such as {unformed[0]!r}, come out of no "
             "merge, so the merges (merges.txt) are incomplete, or of another vocabulary. Fetch them again"
         )
@@ -165,7 +165,7 @@ def _load_single_file(path: Path, requested: str, dtype: torch.dtype, empty: boo
         metadata = file.metadata() or {}
     noise_scheduler = _single_file_scheduler(path, family, state, metadata)
     assert family.architecture is not None  # only families whose single files can be read are found in them
-    unet, vae, text_encoders = original_layout.build_base(state, family.architecture, dtype, str(path))
+    unet, vae, text_encoders = single_file.build_base(state, family.architecture, dtype, str(path))
     zero_empty_prompt = family.name == "sdxl"
     digest, digests = ("", {}) if empty else weights_digests(path.parent, {"file": [path]})
     modules = {"unet": unet, "vae": vae}
@@ -198,7 +198,7 @@ def _single_file_scheduler(
     elif stated == "epsilon":
         config["prediction_type"] = "epsilon"
     elif family.name == "sd21":
-        raise ValueError(
+        raise UserError(
             f"{path} is Stable Diffusion 2.x, which comes in two kinds with equal keys: 512 pixels predicts epsilon, "
             f"768 pixels predicts v. Put the scheduler_config.json of its diffusers release into {beside.parent}."
         )
@@ -217,7 +217,7 @@ def load_controlnet(
     """
     path = Path(path)
     if (path / DECODER_FILE).exists() or ((path / UNET_FOLDER).exists() and (path / "config.json").exists()):
-        raise ValueError(
+        raise UserError(
             f"the ControlNet in {path} was trained with an unlocked decoder, and is worth nothing on the base's own. "
             "Go on with its run by raising max_steps, or take one that was trained with the decoder locked"
         )
@@ -232,12 +232,12 @@ def read_controlnet(path: Path, unet: UNet2DConditionModel, dtype: torch.dtype =
         check_fits(controlnet, unet, str(path))
         return controlnet.train()
     if not path.is_file():
-        raise FileNotFoundError(f"ControlNet {path} does not exist. Give a diffusers folder or a .safetensors file.")
+        raise MissingFile(f"ControlNet {path} does not exist. Give a diffusers folder or a .safetensors file.")
     weights = read_tensors([path], empty)
-    widths = original_layout.hint_channels(weights, str(path))
-    check_condition_channels(original_layout.condition_channels(weights), str(path))
+    widths = single_file.hint_channels(weights, str(path))
+    check_condition_channels(single_file.condition_channels(weights), str(path))
     controlnet = build_controlnet(unet, widths, device="meta")
-    fill(controlnet, original_layout.to_diffusers(weights, controlnet), dtype, str(path), CONTROLNET_REMEDY)
+    fill(controlnet, single_file.to_diffusers(weights, controlnet), dtype, str(path), CONTROLNET_REMEDY)
     return controlnet
 
 
@@ -257,7 +257,7 @@ WEIGHTS_STEM = "diffusion_pytorch_model"
 def controlnet_class(folder: Path) -> type[ControlNetModel]:
     """Of what a folder holds, as its config.json names it. Raises ValueError for anything but a ControlNet of RGB."""
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder / 'config.json'} does not exist, so {folder} is no ControlNet's folder")
+        raise MissingFile(f"{folder / 'config.json'} does not exist, so {folder} is no ControlNet's folder")
     config = read_json(folder / "config.json")
     check_controlnet(config, str(folder))
     classes: tuple[type[ControlNetModel], ...] = (ControlNetModel, VariantControlNet)
@@ -276,8 +276,8 @@ def save_single_file(controlnet: nn.Module, path: str | os.PathLike[str]) -> Non
     `variants`.
     """
     if isinstance(_unwrapped(controlnet), VariantControlNet):
-        raise ValueError("a ControlNet-lite, or one with the paper's hint network, has no names in the original layout")
-    original_layout.save(_unwrapped(controlnet), Path(path))
+        raise UserError("a ControlNet-lite, or one with the paper's hint network, has no names in the original layout")
+    single_file.save(_unwrapped(controlnet), Path(path))
 
 
 def _unwrapped(controlnet: nn.Module) -> ControlNetModel:

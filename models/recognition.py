@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from controlbooth.data.errors import MissingFile, UserError
 from controlbooth.models import architectures
 from controlbooth.models.weight_files import read_json, safetensors_header
 
@@ -89,9 +90,9 @@ def identify(config_or_shapes: Mapping[str, Any]) -> Family:
 def check_family(requested: str, found: Family, where: str) -> Family:
     """`requested` ("auto" or a family's name) against what was found at `where`. Raises ValueError if they differ."""
     if requested != "auto" and requested not in FAMILIES:
-        raise ValueError(f"family {requested!r} is not known. Use auto, {', '.join(FAMILIES)}.")
+        raise UserError(f"family {requested!r} is not known. Use auto, {', '.join(FAMILIES)}.")
     if requested not in ("auto", found.name):
-        raise ValueError(
+        raise UserError(
             f"family is {requested!r} ({FAMILIES[requested].title}), but {where} holds {found.title}. "
             f"Use family {found.name!r} or 'auto', or give another base."
         )
@@ -101,32 +102,32 @@ def check_family(requested: str, found: Family, where: str) -> Family:
 def _identify_unet_config(config: Mapping[str, Any]) -> Family:
     class_name = config.get("_class_name", "UNet2DConditionModel")
     if class_name != "UNet2DConditionModel":
-        raise ValueError(f"the base's denoiser is a {class_name}, not a UNet2DConditionModel. {_SUPPORTED}")
+        raise UserError(f"the base's denoiser is a {class_name}, not a UNet2DConditionModel. {_SUPPORTED}")
     in_channels, out_channels = config.get("in_channels", 4), config.get("out_channels", 4)
     for name, value in (("in_channels", in_channels), ("out_channels", out_channels)):
         if type(value) is not int:
-            raise ValueError(f"the U-Net's {name} is {value!r}, and a number of channels belongs there")
+            raise UserError(f"the U-Net's {name} is {value!r}, and a number of channels belongs there")
     if in_channels != out_channels:
         kind = _OTHER_INPUTS.get(in_channels, "no text-to-image model")
-        raise ValueError(
+        raise UserError(
             f"the U-Net takes {in_channels} channels and predicts {out_channels}: {kind}. "
             f"Give the text-to-image base that it was made from. {_SUPPORTED}"
         )
     for key in ("class_embed_type", "num_class_embeds", "encoder_hid_dim", "time_cond_proj_dim"):
         if config.get(key) is not None:
-            raise ValueError(
+            raise UserError(
                 f"the U-Net's {key} is {config[key]!r}, which no supported family has "
                 f"(an upscaler, a distilled or an image-conditioned model). {_SUPPORTED}"
             )
     addition = config.get("addition_embed_type")
     if addition == "text_time":
         if config.get("projection_class_embeddings_input_dim") == 2560:  # 4 sizes and a score; the base has 6 sizes
-            raise ValueError("this is the SDXL refiner. Give the SDXL base, or a model made from it.")
+            raise UserError("this is the SDXL refiner. Give the SDXL base, or a model made from it.")
         return FAMILIES["sdxl"]
     if addition == "text":
         return FAMILIES["miniature"]
     if addition is not None:
-        raise ValueError(f"the U-Net's addition_embed_type {addition!r} belongs to no supported family. {_SUPPORTED}")
+        raise UserError(f"the U-Net's addition_embed_type {addition!r} belongs to no supported family. {_SUPPORTED}")
     return FAMILIES["sd21" if config.get("use_linear_projection") else "sd15"]
 
 
@@ -159,20 +160,20 @@ _FOREIGN_BEGINNINGS = (
 def _identify_single_file(shapes: Mapping[str, Any]) -> Family:
     for part, kind in _FOREIGN_KEYS:
         if any(part in key for key in shapes):
-            raise ValueError(f"this file is {kind}. {_SUPPORTED}")
+            raise UserError(f"this file is {kind}. {_SUPPORTED}")
     for part, kind in _FOREIGN_BEGINNINGS:
         if any(key.startswith(part) for key in shapes):
-            raise ValueError(f"this file is {kind}. {_SUPPORTED}")
+            raise UserError(f"this file is {kind}. {_SUPPORTED}")
     entry = shapes.get("model.diffusion_model.input_blocks.0.0.weight")
     if entry is None:
-        raise ValueError(
+        raise UserError(
             "this file has no model.diffusion_model.input_blocks.0.0.weight, so it is no whole Stable Diffusion "
             f"checkpoint in the original layout. {_SUPPORTED}"
         )
     if len(entry) != 4 or entry[1] != 4:
         entry = (*entry, 0, 0)
         kind = _OTHER_INPUTS.get(entry[1], "not a text-to-image model")
-        raise ValueError(f"the U-Net of this file takes {entry[1]} channels: {kind}. {_SUPPORTED}")
+        raise UserError(f"the U-Net of this file takes {entry[1]} channels: {kind}. {_SUPPORTED}")
     prefixes = {
         "conditioner.embedders.1.model.": "sdxl",
         "cond_stage_model.model.": "sd21",
@@ -182,8 +183,8 @@ def _identify_single_file(shapes: Mapping[str, Any]) -> Family:
         if any(key.startswith(prefix) for key in shapes):
             return FAMILIES[name]
     if any(key.startswith("conditioner.embedders.0.model.") for key in shapes):
-        raise ValueError("this file is the SDXL refiner. Give the SDXL base, or a model made from it.")
-    raise ValueError(
+        raise UserError("this file is the SDXL refiner. Give the SDXL base, or a model made from it.")
+    raise UserError(
         "this file holds no text encoder (none of " + ", ".join(f"{prefix}*" for prefix in prefixes) + "). "
         "Give a whole checkpoint, or a diffusers folder."
     )
@@ -229,16 +230,16 @@ def recognise_folder(folder: Path, requested: str = "auto") -> Family:
                 (title for start, title in _TITLES.items() if str(tree.get("_class_name", "")).startswith(start)), None
             )
             named = "" if title is None else f" ({title})"
-            raise ValueError(f"{folder}{named}: {error}") from None
+            raise UserError(f"{folder}{named}: {error}") from None
     if pipeline and not pipeline.startswith("StableDiffusionPipeline"):
-        raise ValueError(f"{folder} holds {title or 'another model'}: {index.name} names a {pipeline}. {_SUPPORTED}")
+        raise UserError(f"{folder} holds {title or 'another model'}: {index.name} names a {pipeline}. {_SUPPORTED}")
     if (folder / "config.json").exists():
-        raise FileNotFoundError(
+        raise MissingFile(
             f"{folder} holds one module, not a base model. Give the folder that holds unet/, vae/, text_encoder/, "
             "tokenizer/ and scheduler/."
         )
     missing = folder / "unet" / "config.json"
-    raise FileNotFoundError(
+    raise MissingFile(
         f"there is no {missing}, so {folder} is no diffusers folder of a base model: give the folder of a whole Stable "
         "Diffusion model, which holds unet/, vae/, text_encoder/ and tokenizer/"
     )
@@ -247,12 +248,12 @@ def recognise_folder(folder: Path, requested: str = "auto") -> Family:
 def recognise_file(file: Path, requested: str = "auto") -> Family:
     """The family of a single file in the original layout, by its header. Raises ValueError as `recognise_folder`."""
     if file.suffix != ".safetensors":
-        raise ValueError(f"{file} is not a .safetensors file. A .ckpt can run code when it is read: convert it first.")
+        raise UserError(f"{file} is not a .safetensors file. A .ckpt can run code when it is read: convert it first.")
     shapes = {name: tuple(entry["shape"]) for name, entry in safetensors_header(file).items()}
     try:
         return check_family(requested, _identify_single_file(shapes), str(file))
     except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
+        raise UserError(f"{file}: {error}") from None
 
 
 def check_part(folder: Path, part: Part) -> None:
@@ -262,12 +263,12 @@ def check_part(folder: Path, part: Part) -> None:
     if part.model_types:
         found = config.get("model_type", part.model_types[0])
         if found not in part.model_types:
-            raise ValueError(
+            raise UserError(
                 f"{path}: the text encoder is a model of the type {found!r}, and this family's is a {part.kind} "
                 f"({' or '.join(part.model_types)}). {_SUPPORTED}"
             )
     elif (found := config.get("_class_name", part.kind)) != part.kind:
-        raise ValueError(f"{path} is of the class {found}, and this family's is {part.kind}. {_SUPPORTED}")
+        raise UserError(f"{path} is of the class {found}, and this family's is {part.kind}. {_SUPPORTED}")
 
 
 _TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
@@ -278,18 +279,18 @@ def check_tokenizer(folder: Path, name: str) -> None:
     """Raises FileNotFoundError and ValueError where the folder of a base lacks files of a tokenizer."""
     place = folder / name
     if not place.is_dir():
-        raise FileNotFoundError(
+        raise MissingFile(
             f"there is no {name}/ in {folder}. A base needs its tokenizer: copy the folder {name}/ (vocab.json, "
             "merges.txt, tokenizer_config.json, special_tokens_map.json) of the base's diffusers release there."
         )
     if not any(all((place / file).is_file() for file in files) for files in _TOKENIZER_FILES):
         wanted = " or ".join(" with ".join(files) for files in _TOKENIZER_FILES)
-        raise FileNotFoundError(f"{place} holds no {wanted}: the tokenizer is not whole. Download the rest of it")
+        raise MissingFile(f"{place} holds no {wanted}: the tokenizer is not whole. Download the rest of it")
     for file in sorted(place.glob("*.json")):
         read_json(file)
     length = read_json(place / "tokenizer_config.json").get("model_max_length", 1)
     if type(length) is not int or length < 1:
-        raise ValueError(
+        raise UserError(
             f"{place / 'tokenizer_config.json'}: model_max_length is {length!r}, and a number of tokens belongs there"
         )
 
@@ -313,7 +314,7 @@ def scheduler_file(folder: Path) -> Path:
     """Of a base's folder. Raises FileNotFoundError where it is not there."""
     path = folder / "scheduler" / "scheduler_config.json"
     if not path.is_file():
-        raise FileNotFoundError(
+        raise MissingFile(
             f"{path} does not exist. It says how noise is added and what the U-Net predicts: copy it from the base's "
             "diffusers release."
         )
@@ -329,24 +330,24 @@ def check_scheduler(config: Mapping[str, Any], where: str) -> None:
     name = str(config.get("_class_name", "DDPMScheduler"))
     if name not in NOISE_SCHEDULERS:
         flow = "flow matching" if "Flow" in name else "EDM's noise levels" if "EDM" in name else None
-        raise ValueError(
+        raise UserError(
             f"{where}: the scheduler is a {name}{f', which says {flow}' if flow else ''}, and the U-Net of the "
             "supported families predicts the noise of DDPM's betas, or v. Put the base's own scheduler_config.json "
             "there, or give a base of a supported family"
         )
     if config.get("use_flow_sigmas"):
-        raise ValueError(
+        raise UserError(
             f"{where}: use_flow_sigmas is {config['use_flow_sigmas']!r}, which says flow matching, and the U-Net of "
             "the supported families does not predict that. Give the base's own scheduler_config.json"
         )
     if config.get("timestep_type", "discrete") != "discrete":
-        raise ValueError(
+        raise UserError(
             f"{where}: timestep_type is {config['timestep_type']!r} (EDM's noise levels, as CosXL has them), and the "
             "U-Net of the supported families is told discrete steps. Give a base of a supported family"
         )
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in PREDICTIONS:
-        raise ValueError(f"{where}: prediction_type {prediction!r} is neither epsilon nor v_prediction")
+        raise UserError(f"{where}: prediction_type {prediction!r} is neither epsilon nor v_prediction")
     _check_betas(config, where)
 
 
@@ -355,22 +356,22 @@ def _check_betas(config: Mapping[str, Any], where: str) -> None:
     steps = config.get("num_train_timesteps", 1000)
     start, end = config.get("beta_start", 0.0001), config.get("beta_end", 0.02)
     if type(steps) is not int or steps < 1:
-        raise ValueError(f"{where}: num_train_timesteps is {steps!r}, and a number of steps belongs there")
+        raise UserError(f"{where}: num_train_timesteps is {steps!r}, and a number of steps belongs there")
     for field, value in (("beta_start", start), ("beta_end", end)):
         if not _is_number(value) or not 0.0 < value < 1.0:
-            raise ValueError(f"{where}: {field} is {value!r}, and a variance between 0 and 1 belongs there")
+            raise UserError(f"{where}: {field} is {value!r}, and a variance between 0 and 1 belongs there")
     trained = config.get("trained_betas")
     if trained is not None:
         if not isinstance(trained, list) or not all(_is_number(beta) and 0.0 <= beta <= 1.0 for beta in trained):
-            raise ValueError(f"{where}: trained_betas is no list of variances between 0 and 1, or null")
+            raise UserError(f"{where}: trained_betas is no list of variances between 0 and 1, or null")
         if len(trained) != steps:
-            raise ValueError(f"{where}: trained_betas has {len(trained)} values for num_train_timesteps={steps}")
+            raise UserError(f"{where}: trained_betas has {len(trained)} values for num_train_timesteps={steps}")
     for field, known in (("beta_schedule", BETA_SCHEDULES), ("timestep_spacing", TIMESTEP_SPACINGS)):
         if config.get(field, known[0]) not in known:
-            raise ValueError(f"{where}: {field} is {config[field]!r}, which is none of {', '.join(known)}")
+            raise UserError(f"{where}: {field} is {config[field]!r}, which is none of {', '.join(known)}")
     offset = config.get("steps_offset", 0)
     if type(offset) is not int or not 0 <= offset < steps:
-        raise ValueError(f"{where}: steps_offset is {offset!r}, and a number of steps belongs there")
+        raise UserError(f"{where}: steps_offset is {offset!r}, and a number of steps belongs there")
 
 
 def _is_number(value: object) -> bool:
@@ -388,14 +389,14 @@ def check_controlnet(config: Mapping[str, Any], where: str) -> None:
     """
     name = config.get("_class_name")
     if name not in CONTROLNETS:
-        raise ValueError(f"{where} holds a {name}, which is no ControlNet that is known: {', '.join(CONTROLNETS)}")
+        raise UserError(f"{where} holds a {name}, which is no ControlNet that is known: {', '.join(CONTROLNETS)}")
     check_condition_channels(config.get("conditioning_channels", 3), where)
 
 
 def check_condition_channels(channels: object, where: str) -> None:
     """Raises ValueError for a ControlNet whose conditions are not pictures with three channels."""
     if channels != 3:
-        raise ValueError(
+        raise UserError(
             f"{where}: its conditioning_channels is {channels!r}, and conditions here are RGB, with 3 (a gray one is "
             "repeated three times). Give a ControlNet with conditioning_channels 3"
         )

@@ -12,12 +12,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from controlbooth.data.errors import UserError
 from controlbooth.models.base import Base, for_convolutions
+from controlbooth.models.control_schedules import weights_of
 from controlbooth.models.controlnet import Residuals, control_residuals, denoise
-from controlbooth.models.families import TextEncoding, encode_with_dropout
-from controlbooth.models.guidance import weights_of
 from controlbooth.models.identity import identity_digest, libraries
 from controlbooth.models.noise_schedule import SCHEDULERS, make_sampler
+from controlbooth.models.text import TextEncoding, encode_with_dropout
 
 VERSION = 1
 """Of the arithmetic below: another one draws other pictures of the same weights, prompts and seeds."""
@@ -188,12 +189,12 @@ def _picture_size(base: Base, controls: Sequence[Control], asked: tuple[int, int
     if controls:
         height, width = controls[0].conditioning.shape[-2:]
         if asked not in (None, (height, width)):
-            raise ValueError(f"pictures of {asked} pixels cannot be controlled by conditions of {(height, width)}")
+            raise UserError(f"pictures of {asked} pixels cannot be controlled by conditions of {(height, width)}")
         return height, width
     height, width = asked or base.picture_size
     factor = base.family.vae_factor
     if height % factor or width % factor:
-        raise ValueError(f"pictures of {(height, width)} pixels: {base.family.title} makes multiples of {factor}")
+        raise UserError(f"pictures of {(height, width)} pixels: {base.family.title} makes multiples of {factor}")
     return height, width
 
 
@@ -241,27 +242,25 @@ def _check(
     prompts: Sequence[str], seeds: Sequence[int], steps: int, controls: Sequence[Control], scheduler: str
 ) -> None:
     if len(seeds) != len(prompts):
-        raise ValueError(f"{len(prompts)} prompts need {len(prompts)} seeds, and there are {len(seeds)}")
+        raise UserError(f"{len(prompts)} prompts need {len(prompts)} seeds, and there are {len(seeds)}")
     if steps < 1:
-        raise ValueError(f"steps is {steps}; at least one is needed")
+        raise UserError(f"steps is {steps}; at least one is needed")
     if scheduler not in SCHEDULERS:
-        raise ValueError(f"scheduler {scheduler!r} is not known. Use {', '.join(SCHEDULERS)}.")
+        raise UserError(f"scheduler {scheduler!r} is not known. Use {', '.join(SCHEDULERS)}.")
     for control in controls:
         conditioning, first = control.conditioning, controls[0].conditioning
         if conditioning.ndim != 4 or conditioning.shape[1] != 3:
-            raise ValueError(
+            raise UserError(
                 f"a condition is RGB, (B, 3, H, W), and there is one of shape {tuple(conditioning.shape)}: repeat the "
                 "channel of a gray picture three times"
             )
         if len(conditioning) != len(prompts):
-            raise ValueError(
-                f"{len(prompts)} prompts need {len(prompts)} conditions, and there are {len(conditioning)}"
-            )
+            raise UserError(f"{len(prompts)} prompts need {len(prompts)} conditions, and there are {len(conditioning)}")
         if conditioning.shape != first.shape:
             sizes = f"{tuple(first.shape[-2:])} and {tuple(conditioning.shape[-2:])}"
-            raise ValueError(f"conditions of one picture have one size, and there are {sizes}")
+            raise UserError(f"conditions of one picture have one size, and there are {sizes}")
         if not 0.0 <= control.start < control.end <= 1.0:
-            raise ValueError(
+            raise UserError(
                 f"a control acts from a start to a later end in [0, 1], not {control.start} to {control.end}"
             )
         weights_of(control.schedule, [1])

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from controlbooth.data.errors import MissingFile, UserError
+
 MOST_HEADER_BYTES = 100 * 2**20
 """The limit of the safetensors library: a longer header is none."""
 BITS = {
@@ -34,15 +36,15 @@ def safetensors_header(file: Path) -> dict[str, Any]:
         except (ValueError, RecursionError):
             header = None
     if not isinstance(header, dict):
-        raise ValueError(f"{file} is not a safetensors file; a pointer of git-lfs is not its content. Fetch it again")
+        raise UserError(f"{file} is not a safetensors file; a pointer of git-lfs is not its content. Fetch it again")
     header.pop("__metadata__", None)
     end = 0
     for name, entry in sorted(header.items(), key=lambda one: _begin(one[1])):
         if not _is_entry(entry) or entry["data_offsets"][0] != end:
-            raise ValueError(f"{file} is damaged: its header says {_short(entry)} of {name!r}. Fetch it again")
+            raise UserError(f"{file} is damaged: its header says {_short(entry)} of {name!r}. Fetch it again")
         end = entry["data_offsets"][1]
     if 8 + length + end != size:
-        raise ValueError(f"{file} has {size} bytes where its header says {8 + length + end}. Fetch it again")
+        raise UserError(f"{file} has {size} bytes where its header says {8 + length + end}. Fetch it again")
     return header
 
 
@@ -88,12 +90,12 @@ def weights_files(folder: Path, stem: str) -> list[Path]:
         if match and match["stem"] == stem:
             if not file.is_file():
                 target = f"a link to {file.readlink()}, which is not there" if file.is_symlink() else "no file"
-                raise FileNotFoundError(f"{file} is {target}: the model is not whole. Download the rest of it")
+                raise MissingFile(f"{file} is {target}: the model is not whole. Download the rest of it")
             groups.setdefault(match["variant"], []).append(file)
     if not groups:
-        raise FileNotFoundError(_nothing_to_read(folder, stem))
+        raise MissingFile(_nothing_to_read(folder, stem))
     if None not in groups and len(groups) > 1:
-        raise ValueError(f"{folder} holds the variants {', '.join(map(str, groups))}; keep the one to be used")
+        raise UserError(f"{folder} holds the variants {', '.join(map(str, groups))}; keep the one to be used")
     variant = None if None in groups else next(iter(groups))
     files = groups[variant]
     whole = [file for file in files if not _shard_of(file)]
@@ -126,7 +128,7 @@ def _shards(folder: Path, stem: str, variant: str | None, files: Sequence[Path])
     numbers = [number for file in files if (number := _shard_of(file))]
     totals = sorted({total for _, total in numbers})
     if len(totals) > 1:
-        raise ValueError(
+        raise UserError(
             f"{folder} holds shards of {' and of '.join(map(str, totals))} files of {stem}: delete those of the other "
             "download"
         )
@@ -139,7 +141,7 @@ def _shards(folder: Path, stem: str, variant: str | None, files: Sequence[Path])
         named = {str(name) for name in weight_map.values()} if isinstance(weight_map, dict) else set()
     absent = sorted(named - {file.name for file in files}) or [f"number {number}" for number in missing]
     if absent:
-        raise FileNotFoundError(
+        raise MissingFile(
             f"{folder} holds {len(there)} of the {totals[0]} shards of {stem}; {', '.join(absent[:3])} is not there. "
             "Download the rest"
         )
@@ -151,11 +153,11 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path} does not exist: the model is not whole. Download the rest of it") from None
+        raise MissingFile(f"{path} does not exist: the model is not whole. Download the rest of it") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged, and no JSON: {error}. Fetch it again") from None
+        raise UserError(f"{path} is damaged, and no JSON: {error}. Fetch it again") from None
     if not isinstance(tree, dict):
-        raise ValueError(f"{path} holds {_short(tree)} where the model's settings belong. Fetch it again")
+        raise UserError(f"{path} holds {_short(tree)} where the model's settings belong. Fetch it again")
     return tree
 
 

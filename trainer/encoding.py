@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from controlbooth.data.columns import EncodedBatch
+from controlbooth.data.shards.columns import EncodedBatch
 from controlbooth.models.base import Base, Encoded
-from controlbooth.models.families import TEXT_ENCODINGS, TextEncoding, time_ids_of
 from controlbooth.models.identity import libraries, module_digest, tokenizer_digest
-from controlbooth.trainer.config import RunConfig
+from controlbooth.models.text import TEXT_ENCODINGS, TextEncoding, time_ids_of
+from controlbooth.trainer.config.run import RunConfig
 
 IDENTITY_VERSION = 2
 

@@ -3,53 +3,25 @@
 import argparse
 import shutil
 import uuid
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from controlbooth.data.arguments import whole_number
-from controlbooth.trainer.config import RunConfig, base_path, load_config
-from controlbooth.trainer.disk import named_when_full
-from controlbooth.trainer.evaluate.record import read_result
-from controlbooth.trainer.evaluate.verdict import best_by
+from controlbooth.data.errors import MissingFile, Occupied, UserError
+from controlbooth.trainer.config.loading import load_config
+from controlbooth.trainer.config.run import RunConfig, base_path
+from controlbooth.trainer.evaluation.record import read_result
 from controlbooth.trainer.model_card import Exported, model_card
-
-EXAMPLES = """\
-examples:
-  controlbooth export runs/edges exported/edges                       the latest checkpoint, as diffusers reads it
-  controlbooth export runs/edges exported/edges --best --dtype fp16   the best validated one, at half the size
-  controlbooth export runs/edges exported/ui --format single-file     one .safetensors for image UIs
-"""
+from controlbooth.trainer.run.best import best_by
+from controlbooth.trainer.run.disk_full import named_when_full
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """Returns 0. Raises ValueError or OSError, with what to do, for a run or folder that cannot be used."""
-    arguments = _parser().parse_args(argv)
     checkpoint = find_checkpoint(arguments.run, arguments.step, arguments.best)
     export(arguments.run, checkpoint, arguments.out, arguments.format, arguments.dtype, arguments.force)
     print(f"{arguments.out}: {checkpoint.name} of {arguments.run}, {arguments.format}, {arguments.dtype}")
     print(f"How to use it: {arguments.out / 'README.md'}")
     return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="controlbooth export",
-        description="Write a run's ControlNet in a format that others load, with a model card.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run: it holds config.yaml and checkpoints/")
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; it must not exist, or be empty")
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument(
-        "--step", type=whole_number(0), metavar="N", help="the checkpoint of step N (default: the latest)"
-    )
-    which.add_argument("--best", action="store_true", help="the one that obeys best, by its validation")
-    parser.add_argument("--format", choices=("diffusers", "single-file"), default="diffusers")
-    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the written weights")
-    parser.add_argument("--force", action="store_true", help="replace OUT and everything in it")
-    return parser
 
 
 def find_checkpoint(run: Path, step: int | None = None, best: bool = False) -> Path:
@@ -58,26 +30,26 @@ def find_checkpoint(run: Path, step: int | None = None, best: bool = False) -> P
 
     Raises FileNotFoundError where there is no such checkpoint; the message lists those that exist.
     """
-    from controlbooth.trainer.checkpoint import complete_checkpoints, read_state
+    from controlbooth.trainer.run.checkpoint import complete_checkpoints, read_state
 
     if not (run / "config.yaml").is_file():
-        raise FileNotFoundError(f"{run / 'config.yaml'} does not exist, so {run} is no folder of a run")
+        raise MissingFile(f"{run / 'config.yaml'} does not exist, so {run} is no folder of a run")
     states = {path: read_state(path) for path in complete_checkpoints(run)}
     if not states:
         load_config(run / "config.yaml")  # which refuses a DreamBooth run by its name
-        raise FileNotFoundError(f"{run / 'checkpoints'} holds no complete checkpoint. Train on until the first.")
+        raise MissingFile(f"{run / 'checkpoints'} holds no complete checkpoint. Train on until the first.")
     steps = ", ".join(str(state["step"]) for state in states.values())
     if step is not None:
         found = [path for path, state in states.items() if state["step"] == step]
         if not found:
-            raise FileNotFoundError(f"{run} has no complete checkpoint of step {step}. There are: {steps}.")
+            raise MissingFile(f"{run} has no complete checkpoint of step {step}. There are: {steps}.")
         return found[0]
     if best:
         metrics = {path: state.get("metrics") or {} for path, state in states.items()}
         figure = best_by(metrics.values())
         scored = {path: own[figure] for path, own in metrics.items() if figure in own}
         if not scored:
-            raise FileNotFoundError(
+            raise MissingFile(
                 f"no checkpoint of {run} (steps {steps}) has a figure that tells control: it is measured where "
                 "data.held_out is set and its samples hold the condition or edges. Choose one with --step N."
             )
@@ -92,11 +64,11 @@ def export(run: Path, checkpoint: Path, out: Path, format: str, dtype: str, forc
     OSError on a full disk.
     """
     if out.exists() and not out.is_dir():
-        raise FileExistsError(f"{out} is a file. Give a folder that does not exist yet.")
+        raise Occupied(f"{out} is a file. Give a folder that does not exist yet.")
     if out.is_dir() and any(out.iterdir()) and not force:
-        raise FileExistsError(f"{out} is not empty. Give another folder, or --force to replace it with all it holds.")
+        raise Occupied(f"{out} is not empty. Give another folder, or --force to replace it with all it holds.")
     if run.resolve().is_relative_to(out.resolve()):
-        raise ValueError(f"{out} holds the run {run}, and would be replaced. Give a folder outside of it.")
+        raise UserError(f"{out} holds the run {run}, and would be replaced. Give a folder outside of it.")
     out.parent.mkdir(parents=True, exist_ok=True)
     unique = uuid.uuid4().hex  # the process's id is not, in containers
     partial = out.with_name(f".{out.name}.partial-{unique}")
@@ -120,7 +92,7 @@ def _write(run: Path, checkpoint: Path, folder: Path, format: str, dtype: str) -
 
     from controlbooth.models.pretrained import DECODER_FILE, read_controlnet_folder, save_controlnet, save_single_file
     from controlbooth.models.recognition import identify
-    from controlbooth.trainer.checkpoint import check_weights, read_state
+    from controlbooth.trainer.run.checkpoint import check_weights, read_state
 
     config = load_config(checkpoint / "config.yaml")
     state = read_state(checkpoint)
@@ -129,7 +101,7 @@ def _write(run: Path, checkpoint: Path, folder: Path, format: str, dtype: str) -
     controlnet: Any = read_controlnet_folder(checkpoint / "controlnet", torch_dtype)
     unlocked = (checkpoint / "controlnet" / DECODER_FILE).is_file()
     if unlocked and format != "diffusers":
-        raise ValueError(
+        raise UserError(
             f"{checkpoint.name} has a decoder that has learned with the ControlNet, and a single file has no place for "
             "it: export it with --format diffusers, which writes the U-Net beside the ControlNet"
         )
@@ -137,7 +109,7 @@ def _write(run: Path, checkpoint: Path, folder: Path, format: str, dtype: str) -
     unet_like = dict(controlnet.config) | {"_class_name": "UNet2DConditionModel"}
     family = identify(unet_like | {"out_channels": unet_like["in_channels"]})
     if format == "single-file" and family.architecture is None:
-        raise ValueError(
+        raise UserError(
             f"{run} has {family.title} as its base, which has no original layout; a single file is in that layout, and "
             "image UIs read it for Stable Diffusion 1.x, 2.x and XL. Export this one with --format diffusers"
         )
@@ -159,14 +131,14 @@ def _write(run: Path, checkpoint: Path, folder: Path, format: str, dtype: str) -
 
 def _write_unet(config: RunConfig, state: dict[str, Any], checkpoint: Path, folder: Path, dtype: Any) -> None:
     """The whole U-Net: locked parts from the base, which must be there and the one that was trained on."""
-    from controlbooth.models.decoder import load_networks
     from controlbooth.models.pretrained import UNET_FOLDER, load_base
+    from controlbooth.models.unlocked_decoder import load_networks
     from controlbooth.models.weights import save_pretrained
-    from controlbooth.trainer.same_base import check_same_base
+    from controlbooth.trainer.run.same_base import check_same_base
 
     base = load_base(base_path(config), config.model.family, dtype, "cpu")
     if base.digest != state["base_digest"]:
-        raise ValueError(
+        raise UserError(
             f"{base.path} is not the base that {checkpoint.name} was trained on: its weights have the digest "
             f"{base.digest[:12]}, and were {state['base_digest'][:12]}. The U-Net is made of both: put that base back"
         )

@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+from controlbooth.data.errors import UserError
+
 
 def training_target(
     prediction_type: str, latents: Tensor, noise: Tensor, timesteps: Tensor, alphas_cumprod: Tensor
@@ -16,7 +18,7 @@ def training_target(
     if prediction_type == "v_prediction":
         alpha = alphas_cumprod.to(latents)[timesteps][:, None, None, None]
         return alpha.sqrt() * noise - (1.0 - alpha).sqrt() * latents
-    raise ValueError(f"prediction_type {prediction_type!r} is not supported: epsilon or v_prediction")
+    raise UserError(f"prediction_type {prediction_type!r} is not supported: epsilon or v_prediction")
 
 
 def min_snr_weights(prediction_type: str, timesteps: Tensor, alphas_cumprod: Tensor, gamma: float) -> Tensor:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,8 @@ import yaml
 
 from controlbooth.models.recognition import recognise_folder
 from controlbooth.models.weight_files import variant_of, weights_files
-from controlbooth.trainer.config import BUILT_IN, RunConfig, base_folder, data_set_name
+from controlbooth.trainer.config.run import BUILT_IN, RunConfig, base_folder, data_set_name
+from controlbooth.trainer.evaluation.figures import _markdown_table, _title, evaluation_table
 from controlbooth.trainer.markdown import block, code, plain
 
 PIPELINES = {"sdxl": "StableDiffusionXLControlNetPipeline"}
@@ -88,7 +89,7 @@ def usage(exported: Exported) -> str:
         own_line, name = "", "ControlNetModel"
         imported = f"ControlNetModel, DDIMScheduler, {pipeline}"
     else:
-        own_line, name = "from controlbooth.models.variants import VariantControlNet\n", "VariantControlNet"
+        own_line, name = "from controlbooth.models.controlnet_variants import VariantControlNet\n", "VariantControlNet"
         imported = f"DDIMScheduler, {pipeline}"
     unet_line = unet_argument = ""
     if exported.unet:
@@ -149,27 +150,6 @@ def _single_file_usage(exported: Exported) -> str:
     )
 
 
-def evaluation_table(evaluation: Mapping[str, Any]) -> str:
-    """A row for each figure; a column for each kind of pictures, and for chance and the share of what is possible."""
-    ways, sampler = evaluation["figures"], evaluation["sampler"]
-    names = list(dict.fromkeys(name for figures in ways.values() for name in figures))
-    heads = ["figure", *ways]
-    rows = [[_title(name), *(_with_interval(figures.get(name)) for figures in ways.values())] for name in names]
-    controlled = ways["with control"]
-    if any("chance" in figure for figure in controlled.values()):
-        heads += ["chance, with control", "share of what is possible"]
-        for row, name in zip(rows, names, strict=True):
-            figure = controlled.get(name, {})
-            row += [_with_interval(figure.get("chance")), _with_interval(figure.get("share"))]
-    explained = (
-        f"Of {evaluation['samples']} held-out conditions at {evaluation['resolution']} pixels ({sampler['scheduler']}, "
-        f"{sampler['steps']} steps, guidance {sampler['guidance']:g}): means with 95 % bootstrap intervals. Chance is "
-        "the figure of the same pictures under the conditions of other samples; the share of what is possible is "
-        "(with control - chance) / (real pictures - chance)."
-    )
-    return f"{explained}\n\n{_markdown_table(heads, rows)}"
-
-
 def _validation_table(metrics: Mapping[str, float]) -> str:
     if not metrics:
         return "This checkpoint was not validated."
@@ -179,23 +159,6 @@ def _validation_table(metrics: Mapping[str, float]) -> str:
         "intervals here."
     )
     return f"{explained}\n\n{_markdown_table(['figure', 'value'], rows)}"
-
-
-def _markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows))
-
-
-def _title(name: str) -> str:
-    """A figure's name for people."""
-    return name.removeprefix("says_").replace("_", " ")
-
-
-def _with_interval(figure: Mapping[str, float] | None) -> str:
-    if not figure:
-        return ""
-    if "low" not in figure:
-        return f"{figure['mean']:.3f}"
-    return f"{figure['mean']:.3f} ({figure['low']:.3f} to {figure['high']:.3f})"
 
 
 def _origin_table(exported: Exported) -> str:

@@ -16,15 +16,15 @@ import tempfile
 import numpy as np
 from tqdm import tqdm
 
-from controlbooth.data.kinds import COMPUTABLE, COMPUTED
-from controlbooth.data.manifest import open_dataset
-from controlbooth.data.pack import main as pack
-from controlbooth.data.scenes import render
-from controlbooth.trainer.evaluate.evaluate import discs, noise_pictures
-from controlbooth.trainer.evaluate.extract import extractor, fidelity
-from controlbooth.trainer.evaluate.figures import OF_ALL_KINDS
-from controlbooth.trainer.evaluate.held_out import EDGE_KINDS, HeldOutSet, load_held_out, scenes_of
-from controlbooth.trainer.evaluate.kinds import LOWER_IS_BETTER, agreement
+from controlbooth.data.condition_names import COMPUTABLE, COMPUTED
+from controlbooth.data.scenes.render import render
+from controlbooth.data.shards.manifest import open_dataset
+from controlbooth.launch.commands.data_pack import main as pack
+from controlbooth.trainer.evaluation.drawing import discs, noise_pictures
+from controlbooth.trainer.evaluation.extract import extractor, fidelity
+from controlbooth.trainer.evaluation.figures import OF_ALL_KINDS
+from controlbooth.trainer.evaluation.held_out import EDGE_KINDS, HeldOutSet, load_held_out, scenes_of
+from controlbooth.trainer.evaluation.kinds import LOWER_IS_BETTER, agreement
 
 STORED = ("edges", "segmentation", "depth", "normals", "keypoints")
 SIDE = 64

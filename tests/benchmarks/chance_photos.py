@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from controlbooth.data.manifest import open_dataset
+from controlbooth.data.shards.manifest import open_dataset
 from controlbooth.launch.cli import main as controlbooth
-from controlbooth.trainer.evaluate.control import edge_map
-from controlbooth.trainer.evaluate.held_out import load_held_out
+from controlbooth.trainer.evaluation.control import edge_map
+from controlbooth.trainer.evaluation.held_out import load_held_out
 
 PICTURES, SIDE = 60, 64
 MOST_OF_NOISE = 0.03

@@ -31,10 +31,10 @@ from equal_work import small_unet
 from record import write
 from sd15_step import random_module
 
-from controlbooth.launch.torchrun import Node, lone_environment, torchrun_environment
+from controlbooth.launch.ranks.torchrun import Node, lone_environment, torchrun_environment
 from controlbooth.models.architectures import SD15
 from controlbooth.models.controlnet import build_controlnet, control_residuals
-from controlbooth.models.families import TextEncoding
+from controlbooth.models.text import TextEncoding
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 if DEVICE.type == "cpu":
@@ -52,11 +52,12 @@ def loss_of(controlnet: Any, width: int) -> torch.Tensor:
 
 
 def ours(shapes: str, precision: str, folder: Path) -> dict[str, float]:
-    from controlbooth.trainer import checkpoint as checkpoints
-    from controlbooth.trainer import engine as engines
-    from controlbooth.trainer.attempt import only_run
-    from controlbooth.trainer.config import build_config
-    from controlbooth.trainer.distributed import join, leave
+    from controlbooth.trainer.config.loading import build_config
+    from controlbooth.trainer.engine import deepspeed as engines
+    from controlbooth.trainer.engine.distributed import join, leave
+    from controlbooth.trainer.run import checkpoint as checkpoints
+    from controlbooth.trainer.run import saving
+    from controlbooth.trainer.run.attempt import only_run
 
     world = join()
     unet: Any = random_module(SHAPES[shapes], engines.DTYPES[precision])
@@ -72,12 +73,12 @@ def ours(shapes: str, precision: str, folder: Path) -> dict[str, float]:
     engines.apply_gradients(engine, 1e-5)
     state = dict(step=1, zero_stage=config.engine.zero_stage, world_size=1)
     with only_run(folder, world) as attempt:
-        checkpoints.save_checkpoint(engine, folder, state | dict(step=0), "", None, world, attempt)  # warms up
+        saving.save_checkpoint(engine, folder, state | dict(step=0), "", None, world, attempt)  # warms up
         settle()
         began = time.perf_counter()
-        save = checkpoints.begin_save(engine, folder, state, "", None, world, attempt)
+        save = saving.begin_save(engine, folder, state, "", None, world, attempt)
         stood = time.perf_counter() - began
-        written = checkpoints.finish_save(save, world)
+        written = saving.finish_save(save, world)
         saved = time.perf_counter() - began
         began = time.perf_counter()
         checkpoints.load_checkpoint(engine, written, None, world, attempt)

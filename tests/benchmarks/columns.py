@@ -21,16 +21,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from controlbooth.data.loader import Loader
-from controlbooth.launch.torchrun import Node, torchrun_environment
+from controlbooth.data.loading.loader import Loader
+from controlbooth.launch.ranks.torchrun import Node, torchrun_environment
 from controlbooth.models.pretrained import load_base
-from controlbooth.trainer import engine as engines
-from controlbooth.trainer.config import base_path, load_config
-from controlbooth.trainer.distributed import join
+from controlbooth.trainer.config.loading import load_config
+from controlbooth.trainer.config.run import base_path
+from controlbooth.trainer.controlnet.build import make_loader, open_run_columns
+from controlbooth.trainer.controlnet.data import open_data
+from controlbooth.trainer.controlnet.step import to_device
 from controlbooth.trainer.encoding import encode_kept, encode_posterior, with_empty_prompts
-from controlbooth.trainer.spool import read_metrics
-from controlbooth.trainer.step import to_device
-from controlbooth.trainer.train import make_loader, open_data, open_run_columns
+from controlbooth.trainer.engine import deepspeed as engines
+from controlbooth.trainer.engine.distributed import join
+from controlbooth.trainer.tracking.spool import read_metrics
 
 CONFIG = Path(__file__).parents[2] / "launch" / "configs" / "quickstart.yaml"
 RANKS, SCENES = 2, 1024
@@ -122,7 +124,7 @@ def compare_epoch(overrides: list[str]) -> int:
 
 
 def node() -> Node:
-    from controlbooth.launch.local import core_count
+    from controlbooth.launch.ranks.local import core_count
 
     return Node(processes=RANKS, cores=core_count(), gpus=0, head_port=0)
 

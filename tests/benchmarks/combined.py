@@ -16,19 +16,19 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from controlbooth.data.manifest import open_dataset
+from controlbooth.data.shards.manifest import open_dataset
 from controlbooth.launch.cli import main as controlbooth
-from controlbooth.launch.quickstart import CONFIG, HELD_OUT_SCENES, HELD_OUT_SEED, TRAINING_SCENES
+from controlbooth.launch.commands.quickstart import CONFIG, HELD_OUT_SCENES, HELD_OUT_SEED, TRAINING_SCENES
 from controlbooth.models.base import Base
 from controlbooth.models.pretrained import MINIATURE, load_base, load_controlnet
 from controlbooth.models.sampling import Control, sample
-from controlbooth.trainer.checkpoint import complete_checkpoints
-from controlbooth.trainer.evaluate.control import control_fidelity
-from controlbooth.trainer.evaluate.grids import draw_grid
-from controlbooth.trainer.evaluate.held_out import AT_ONCE, load_held_out
-from controlbooth.trainer.evaluate.kinds import agreement
-from controlbooth.trainer.evaluate.reader import load_reader, read
-from controlbooth.trainer.evaluate.statistics import mean_and_interval
+from controlbooth.trainer.evaluation.control import control_fidelity
+from controlbooth.trainer.evaluation.grids import draw_grid
+from controlbooth.trainer.evaluation.held_out import AT_ONCE, load_held_out
+from controlbooth.trainer.evaluation.kinds import agreement
+from controlbooth.trainer.evaluation.scenes.reader import load_reader, read
+from controlbooth.trainer.evaluation.statistics import mean_and_interval
+from controlbooth.trainer.run.checkpoint import complete_checkpoints
 
 KINDS = ("edges", "depth")
 WAYS: dict[str, dict[str, float]] = {  # kind -> scale

@@ -3,11 +3,11 @@
     .venv/bin/python tests/benchmarks/condition_sizes.py [PICTURES] [--count 48]
 
 Lines: Canny edges of pictures whose shorter side has 300 or 512 pixels, read at 256, 128 and 64. "area" is the mean
-over the pixels that fall together, as all conditions were resized before; "now" is `data.resize`. Told are the share of
-pixels above 0 and their mean level, F1 (within one pixel, as it is and corrected for chance as in validations) against
-Canny edges of the picture at the size at which it is read, as `computed:canny` finds them, the share of the lines'
-length that has run into other lines, and the time. Labels: maps of 30 regions, read at the same sizes; told is the
-share of pixels that have no label.
+over the pixels that fall together, as all conditions were resized before; "now" is `data.pictures.resize`. Told are the
+share of pixels above 0 and their mean level, F1 (within one pixel, as it is and corrected for chance as in validations)
+against Canny edges of the picture at the size at which it is read, as `computed:canny` finds them, the share of the
+lines' length that has run into other lines, and the time. Labels: maps of 30 regions, read at the same sizes; told is
+the share of pixels that have no label.
 
 PICTURES: a folder of photographs; without it, only drawings are measured: scenes with texture and bricks.
 """
@@ -23,13 +23,13 @@ import cv2
 import numpy as np
 import record
 
-from controlbooth.data.condition_sizes import lines_at
-from controlbooth.data.conditions import canny
-from controlbooth.data.decode import scaled_size, to_rgb
-from controlbooth.data.resize import resize, values_of
-from controlbooth.data.scenes import render, scene
-from controlbooth.data.sources import IMAGE_SUFFIXES
-from controlbooth.trainer.evaluate.control import edge_f1
+from controlbooth.data.conditions.functions import canny
+from controlbooth.data.conditions.sizes import lines_at
+from controlbooth.data.packing.sources import IMAGE_SUFFIXES
+from controlbooth.data.pictures.images import scaled_size, to_rgb
+from controlbooth.data.pictures.resize import resize, values_of
+from controlbooth.data.scenes.render import render, scene
+from controlbooth.trainer.evaluation.control import edge_f1
 
 PACKED, READ = (512, 300), (256, 128, 64)
 NEAR = np.ones((3, 3), np.uint8)

@@ -158,19 +158,19 @@ def losses(folder: Path, precision: str) -> list[tuple[float, float]]:
     from diffusers.models.attention_processor import AttnProcessor2_0
     from plain import plain_loss
 
-    from controlbooth.trainer import train as training
-    from controlbooth.trainer.attempt import only_run
-    from controlbooth.trainer.config import load_config
-    from controlbooth.trainer.distributed import join
-    from controlbooth.trainer.step import controlnet_loss, to_device
-    from controlbooth.trainer.watchdog import watching
+    from controlbooth.trainer.config.loading import load_config
+    from controlbooth.trainer.controlnet import build
+    from controlbooth.trainer.controlnet.step import controlnet_loss, to_device
+    from controlbooth.trainer.engine.distributed import join
+    from controlbooth.trainer.run.attempt import only_run
+    from controlbooth.trainer.run.watchdog import watching
 
     run_file = Path(our_run(folder, precision, 1, None)[4])
     world = join()
     stack = ExitStack()
     attempt = stack.enter_context(only_run(folder / "runs" / run_file.stem, world))
     watchdog = stack.enter_context(watching(attempt, world, 3600.0))
-    run = training.build(load_config(run_file), world, attempt, watchdog, None)
+    run = build.build(load_config(run_file), world, attempt, watchdog, None)
     base, controlnet = run.base, run.engine.module
     unet: Any = base.unet
     with torch.no_grad():

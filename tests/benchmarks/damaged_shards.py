@@ -16,13 +16,13 @@ from pathlib import Path
 
 import webdataset
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+sys.path += [str(Path(__file__).parents[1] / name) for name in ("support", "unit/data")]
 
 from damage import Damage, damages
 from test_damaged_shards import put, read_all
 
-from controlbooth.data.index import STRUCTURAL, ensure_index
-from controlbooth.data.manifest import open_dataset
+from controlbooth.data.shards.index import STRUCTURAL, ensure_index
+from controlbooth.data.shards.manifest import open_dataset
 
 PARTS = {"png", "cond.edges.png", "txt"}
 

@@ -29,12 +29,13 @@ import torch
 import webdataset
 from tqdm import tqdm
 
-from controlbooth.data import scenes
-from controlbooth.data.bench import open_loader
-from controlbooth.data.conditions import canny
-from controlbooth.data.index import ensure_indexes
-from controlbooth.data.manifest import open_dataset
-from controlbooth.data.sources import IMAGE_SUFFIXES, encode_png
+from controlbooth.data.conditions.functions import canny
+from controlbooth.data.inspection.bench import open_loader
+from controlbooth.data.packing.sources import IMAGE_SUFFIXES
+from controlbooth.data.pictures.images import encode_png
+from controlbooth.data.scenes import render
+from controlbooth.data.shards.index import ensure_indexes
+from controlbooth.data.shards.manifest import open_dataset
 
 SIZE, SHARDS, PER_SHARD, BATCH, QUALITY = 512, 8, 48, 32, 90
 
@@ -42,7 +43,7 @@ SIZE, SHARDS, PER_SHARD, BATCH, QUALITY = 512, 8, 48, 32, 90
 def drawn_picture(number: int) -> np.ndarray:
     """An enlarged scene with texture at all scales and grain, so that its JPEG is as large as a photograph's."""
     noise = np.random.default_rng(number)
-    picture = cv2.resize(scenes.render(scenes.scene(0, number), 128).image, (SIZE, SIZE), interpolation=cv2.INTER_CUBIC)
+    picture = cv2.resize(render.render(render.scene(0, number), 128).image, (SIZE, SIZE), interpolation=cv2.INTER_CUBIC)
     levels = picture.astype(np.float32)
     for side in (16, 32, 64, 128, 256, 512):
         texture = noise.normal(0.0, 7.0, (side, side, 3 if side < 512 else 1)).astype(np.float32)
@@ -105,7 +106,7 @@ def by_webdataset(folder: Path, workers: int) -> Iterator[Iterator[Any]]:
 @contextmanager
 def by_controlbooth(folder: Path, threads: int) -> Iterator[Iterator[Any]]:
     dataset = open_dataset(folder)
-    with open_loader(dataset, threads, condition_kind="canny", resolution=SIZE, batch_size=BATCH) as loader:
+    with open_loader(dataset, threads, condition="canny", resolution=SIZE, batch_size=BATCH) as loader:
         yield loader
 
 

@@ -27,9 +27,9 @@ from typing import NamedTuple
 
 import yaml
 
-from controlbooth.data.index import main as index
+from controlbooth.launch.commands.data_index import main as index
 
-sys.path += [str(Path(__file__).parents[1] / name) for name in ("distributed", "unit")]
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 import tiny
 
 STEPS = 3

@@ -20,7 +20,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from controlbooth.trainer.miniature import build_tokenizer
+from controlbooth.trainer.miniature.text import build_tokenizer
 
 CHANNELS = (64, 128, 256, 256)
 COLOURS = {"red": (40, 40, 220), "green": (60, 170, 60), "blue": (200, 90, 30), "white": (245, 245, 245)}

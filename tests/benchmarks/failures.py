@@ -22,9 +22,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
-sys.path.insert(0, str(Path(__file__).parents[1] / "cluster"))
-sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 import mlflow_server
 import tiny
@@ -317,7 +315,7 @@ def mlflow(folder: Path, away: float = 60.0) -> None:
 def report_points(run: Path, uri: str, killed: int, back: int) -> None:
     from mlflow import MlflowClient
 
-    from controlbooth.trainer.mlflow_run import metric_name
+    from controlbooth.trainer.tracking.mlflow_run import metric_name
 
     client, seconds = MlflowClient(uri), trainings.logged(run, "step_seconds")
     run_id = json.loads((run / "tracking.json").read_text())["run_id"]

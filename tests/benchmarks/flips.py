@@ -36,12 +36,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from controlbooth.data.records import read_json, read_yaml
-from controlbooth.trainer.checkpoint import latest_checkpoint, tensors_only
-from controlbooth.trainer.distributed import World
-from controlbooth.trainer.integrity import COMPLETE, files_damage
+from controlbooth.data.files.records import read_json, read_yaml
+from controlbooth.trainer.engine.distributed import World
+from controlbooth.trainer.run.checkpoint import latest_checkpoint, tensors_only
+from controlbooth.trainer.run.integrity import COMPLETE, files_damage
 
-sys.path += [str(Path(__file__).parents[1] / "distributed")]
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 import tiny
 
 SMALL = 16_384

@@ -4,7 +4,7 @@
 
 Kinds: pictures, tars, spoiled tars, captions, tables, indexes, manifests. A finding is a file that is neither used as
 its format says nor refused by name; it is printed once for each place in the code, the smallest file that shows it, and
-the exit status is then 1. The files and the checks are those of tests/unit/hostile.py.
+the exit status is then 1. The files and the checks are those of tests/support/hostile.py.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 from hostile import FUZZES, Fuzz
 

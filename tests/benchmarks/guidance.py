@@ -14,15 +14,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from controlbooth.data.manifest import open_dataset
-from controlbooth.models.guidance import SCHEDULES, weights_of
+from controlbooth.data.shards.manifest import open_dataset
+from controlbooth.models.control_schedules import SCHEDULES, weights_of
 from controlbooth.models.pretrained import load_base, load_controlnet
 from controlbooth.models.sampling import Control, sample
-from controlbooth.trainer.checkpoint import complete_checkpoints
-from controlbooth.trainer.config import base_path, load_config
-from controlbooth.trainer.evaluate.control import control_fidelity
-from controlbooth.trainer.evaluate.grids import draw_grid
-from controlbooth.trainer.evaluate.held_out import load_held_out
+from controlbooth.trainer.config.loading import load_config
+from controlbooth.trainer.config.run import base_path
+from controlbooth.trainer.evaluation.control import control_fidelity
+from controlbooth.trainer.evaluation.grids import draw_grid
+from controlbooth.trainer.evaluation.held_out import load_held_out
+from controlbooth.trainer.run.checkpoint import complete_checkpoints
 
 SD15 = [64] * 3 + [32] * 3 + [16] * 3 + [8] * 4
 FORMULAS = {

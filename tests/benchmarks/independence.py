@@ -23,12 +23,13 @@ from statistics import NormalDist
 import numpy as np
 import simplejpeg
 import webdataset
+from loaders import make_loader
 
-from controlbooth.data import draws, scenes
-from controlbooth.data.loader import Loader
-from controlbooth.data.manifest import Dataset, join_datasets, open_dataset
-from controlbooth.data.pack import main as pack
-from controlbooth.data.sources import encode_png
+from controlbooth.data.order import draws
+from controlbooth.data.pictures.images import encode_png
+from controlbooth.data.scenes import render
+from controlbooth.data.shards.manifest import Dataset, join_datasets, open_dataset
+from controlbooth.launch.commands.data_pack import main as pack
 
 BATCH, STEPS, RATE, SEED = 32, 20, 0.5, 0
 LEVEL = 0.999
@@ -49,7 +50,7 @@ class Steps:
 
 
 def picture(number: int) -> np.ndarray:
-    return scenes.render(scenes.scene(SEED, number), 32).image
+    return render.render(render.scene(SEED, number), 32).image
 
 
 def two_tables(folder: Path) -> Dataset:
@@ -121,9 +122,9 @@ DATA_SETS: dict[str, Callable[[Path], Dataset]] = {
 def load(dataset: Dataset) -> Steps:
     """STEPS real batches of the loader."""
     dropped, by_name, keys = [], [], []
-    with Loader(
+    with make_loader(
         dataset, seed=SEED, lanes=BATCH, shards_per_block=2, global_batch_size=BATCH, micro_batch_size=BATCH, rank=0,
-        world_size=1, condition_kind=None, resolution=16, prompt_dropout=RATE, random_flip=True, random_crop=True,
+        world_size=1, condition=None, resolution=16, prompt_dropout=RATE, random_flip=True, random_crop=True,
         num_train_timesteps=1000, latent_shape=(4, 2, 2),
     ) as loader:  # fmt: skip
         for _ in range(STEPS):
@@ -147,7 +148,7 @@ def agreement(dropped: np.ndarray, keys: Sequence[Sequence[str]]) -> str:
 
 
 def dropped_by_name(epoch: int, key: str) -> bool:
-    """The rule up to order version 2, as data/draws.py had it."""
+    """The rule up to order version 2, as data/order/draws.py had it."""
     bits = draws.random_bits(draws.hash64(SEED, "prompt_dropout", epoch), np.array([draws.hash64(key)], np.uint64))
     return bool(bits[0] < np.uint64(int(RATE * 2.0**64)))
 

@@ -36,7 +36,7 @@ import numpy as np
 import psutil
 import yaml
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 import forked
 import studios
@@ -228,7 +228,7 @@ TRAINING = any_file("runs/run/metrics.jsonl")
 COMMANDS = (
     Command(
         "ranks",
-        lambda folder, world: ["-m", "controlbooth.trainer.train", str(run_file(folder, world))],
+        lambda folder, world: ["-m", "controlbooth.trainer.controlnet.train", str(run_file(folder, world))],
         TRAINING,
         of_training,
         ("agent", "rank"),
@@ -238,7 +238,7 @@ COMMANDS = (
     ),
     Command(
         "ranks-precompute",
-        lambda folder, world: ["-m", "controlbooth.trainer.precompute", str(run_file(folder, world)),
+        lambda folder, world: ["-m", "controlbooth.trainer.controlnet.precompute", str(run_file(folder, world)),
                                f"data.columns={folder / 'out'}"],
         any_file("out/*"),
         of_shards,
@@ -248,7 +248,7 @@ COMMANDS = (
     ),
     Command(
         "ranks-dreambooth",
-        lambda folder, world: ["-m", "controlbooth.trainer.dreambooth", *subject_words(folder, world)[2:4]],
+        lambda folder, world: ["-m", "controlbooth.trainer.dreambooth.train", *subject_words(folder, world)[2:4]],
         any_file("runs/many/state/*"),
         of_subjects,
         ("agent", "rank"),
@@ -356,7 +356,7 @@ def role(process: psutil.Process, launcher: int) -> str:
     if "torch.distributed.run" in words:
         return "agent"
     if any(word.startswith("controlbooth.trainer.") for word in words):
-        return "measure" if "controlbooth.trainer.evaluate.evaluate" in words else "rank"
+        return "measure" if "evaluate" in words else "rank"
     if any("multiprocessing" in word and "resource_tracker" not in word for word in words):
         return "worker"
     if words[:1] == ["bash"]:

@@ -53,14 +53,14 @@ def _said(name: str, output: str) -> str:
 
 def read(folder: Path) -> None:
     """One epoch through the loader, in the order of a run."""
-    from controlbooth.data.bench import open_loader
-    from controlbooth.data.index import usable_cpus
-    from controlbooth.data.manifest import open_dataset
+    from controlbooth.data.inspection.bench import open_loader
+    from controlbooth.data.processes.cpus import usable_cpus
+    from controlbooth.data.shards.manifest import open_dataset
 
     dataset = open_dataset(folder)
     samples = sum(row.usable for row in dataset.rows)
     times_seen = bytearray(samples)
-    with open_loader(dataset, usable_cpus(), condition_kind="edges", resolution=64, batch_size=BATCH) as loader:
+    with open_loader(dataset, usable_cpus(), condition="edges", resolution=64, batch_size=BATCH) as loader:
         for _ in tqdm(range(samples // BATCH), unit="step", desc="read"):
             for micro_batch in next(loader).micro_batches:
                 for key in micro_batch.keys:

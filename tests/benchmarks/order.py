@@ -18,10 +18,10 @@ import psutil
 import webdataset
 from tqdm import tqdm
 
-from controlbooth.data.manifest import fingerprint, read_manifest
-from controlbooth.data.mixture import Mixture
-from controlbooth.data.order import Order
-from controlbooth.data.plan import order_state, resume_position
+from controlbooth.data.loading.plan import order_state, resume_position
+from controlbooth.data.order.mixture import Mixture
+from controlbooth.data.order.order import Order
+from controlbooth.data.shards.manifest import fingerprint, read_manifest
 
 SHARDS, PER_SHARD, LANES, BATCH = 1_000_000, 5000, 256, 256
 WORLD_SIZES = (1, 2, 4, 8, 16, 64, 256)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from controlbooth.models.base import Base
-    from controlbooth.trainer.step import DeviceBatch
+    from controlbooth.trainer.controlnet.step import DeviceBatch
 
 
 def plain_loss(base: Base, controlnet: Any, batch: DeviceBatch, autocast: bool) -> Tensor:

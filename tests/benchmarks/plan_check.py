@@ -26,14 +26,16 @@ import yaml
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from controlbooth.data import pack
-from controlbooth.trainer.accelerators import Accelerator, Layout, this_processor
-from controlbooth.trainer.config import RunConfig, build_config
-from controlbooth.trainer.footprint import footprint
-from controlbooth.trainer.miniature import CAPTION_TOKENS, SCHEDULER, build_tokenizer
-from controlbooth.trainer.planning import one_choice
-from controlbooth.trainer.rank_memory import RUNTIME_BYTES
-from controlbooth.trainer.speed import UNMEASURED, Speed, fitted_speed
+from controlbooth.launch.commands import data_pack
+from controlbooth.trainer.config.loading import build_config
+from controlbooth.trainer.config.run import RunConfig
+from controlbooth.trainer.miniature.text import CAPTION_TOKENS, build_tokenizer
+from controlbooth.trainer.miniature.unet import SCHEDULER
+from controlbooth.trainer.planning.accelerators import Accelerator, Layout, this_processor
+from controlbooth.trainer.planning.choices import one_choice
+from controlbooth.trainer.planning.footprint import footprint
+from controlbooth.trainer.planning.rank_memory import RUNTIME_BYTES
+from controlbooth.trainer.planning.speed import UNMEASURED, Speed, fitted_speed
 
 RANKS, STEPS = 2, 8
 GIB = 2**30
@@ -144,7 +146,7 @@ def train(config: RunConfig, folder: Path) -> dict[str, Any]:
     run_file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
-    command += ["-m", "controlbooth.trainer.train", str(run_file)]
+    command += ["-m", "controlbooth.trainer.controlnet.train", str(run_file)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} exited with {done.returncode}\n{done.stderr[-3000:]}")
@@ -153,10 +155,10 @@ def train(config: RunConfig, folder: Path) -> dict[str, Any]:
 
 IMPORTS = """
 import resource
-import controlbooth.trainer.train, deepspeed, mlflow, diffusers, transformers, torch
+import controlbooth.trainer.controlnet.train, deepspeed, mlflow, diffusers, transformers, torch
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from transformers import CLIPTextModel, AutoTokenizer
-from controlbooth.trainer.distributed import join, leave
+from controlbooth.trainer.engine.distributed import join, leave
 join()
 import deepspeed.runtime.engine
 torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
@@ -192,7 +194,7 @@ def main() -> None:
         write_base(folder / "base")
         for size in (64, 128):
             arguments = ["--scenes", "128", "--size", str(size), "--condition", "edges", "--workers", "1"]
-            pack.main([*arguments, "-o", str(folder / f"shards-{size}")])
+            data_pack.main([*arguments, "-o", str(folder / f"shards-{size}")])
         for case in CASES:
             if options.only and options.only not in case.name:
                 continue

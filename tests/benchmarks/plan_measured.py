@@ -2,10 +2,11 @@
 
     .venv/bin/python tests/benchmarks/plan_measured.py [--calibration ROWS.jsonl]
 
-The rows are those of trainer/measured.yaml, by which `controlbooth plan` reckons, or those of --calibration. `from the
-others`: the speed is fitted to the other micro-batches of the same step; `from all` is what the plan says. Memory is
-planned for the engine of now: the shipped rows were measured when DeepSpeed's bucket held what LoneGradients hold now,
-so that of them only the growth from one micro-batch to the next can be compared. Seconds on one core.
+The rows are those of trainer/planning/measured.yaml, by which `controlbooth plan` reckons, or those of --calibration.
+`from the others`: the speed is fitted to the other micro-batches of the same step; `from all` is what the plan says.
+Memory is planned for the engine of now: the shipped rows were measured when DeepSpeed's bucket held what
+SingleRankGradients hold now, so that of them only the growth from one micro-batch to the next can be compared. Seconds
+on one core.
 """
 
 import argparse
@@ -17,14 +18,14 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from controlbooth.trainer.accelerators import ACCELERATORS, Accelerator, Layout, is_card
-from controlbooth.trainer.calibration import SHIPPED, Measured, nearest, read_rows
-from controlbooth.trainer.config import EngineConfig
-from controlbooth.trainer.footprint import Footprint, scaled
-from controlbooth.trainer.planning import known_footprint, measured_speed
-from controlbooth.trainer.rank_memory import rank_memory
-from controlbooth.trainer.scaling import step_time
-from controlbooth.trainer.speed import UNMEASURED
+from controlbooth.trainer.config.run import EngineConfig
+from controlbooth.trainer.planning.accelerators import ACCELERATORS, Accelerator, Layout, is_card
+from controlbooth.trainer.planning.calibration import SHIPPED, Measured, nearest, read_rows
+from controlbooth.trainer.planning.choices import known_footprint, measured_speed
+from controlbooth.trainer.planning.footprint import Footprint, scaled
+from controlbooth.trainer.planning.rank_memory import rank_memory
+from controlbooth.trainer.planning.scaling import step_time
+from controlbooth.trainer.planning.speed import UNMEASURED
 
 GIB = 2**30
 

@@ -24,11 +24,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from controlbooth.models.architectures import SD15, SD21
 from controlbooth.models.attention import AttentionChoice, apply_attention
 from controlbooth.models.controlnet import denoise
-from controlbooth.models.families import TextEncoding
-from controlbooth.trainer.accelerators import ACCELERATORS, Layout
-from controlbooth.trainer.calibration import SHIPPED, nearest, planned_facts, rows_for
-from controlbooth.trainer.config import RunConfig, build_config
-from controlbooth.trainer.footprint import (
+from controlbooth.models.text import TextEncoding
+from controlbooth.trainer.config.loading import build_config
+from controlbooth.trainer.config.run import RunConfig
+from controlbooth.trainer.planning.accelerators import ACCELERATORS, Layout
+from controlbooth.trainer.planning.calibration import SHIPPED, nearest, planned_facts, rows_for
+from controlbooth.trainer.planning.choices import all_choices, fastest, footprint_of_row, measured_speed, one_choice
+from controlbooth.trainer.planning.footprint import (
     Footprint,
     LiveStorages,
     footprint,
@@ -37,8 +39,7 @@ from controlbooth.trainer.footprint import (
     without_memory,
     worst_moments,
 )
-from controlbooth.trainer.planning import all_choices, fastest, footprint_of_row, measured_speed, one_choice
-from controlbooth.trainer.speed import UNMEASURED, Speed, micro_batch_seconds
+from controlbooth.trainer.planning.speed import UNMEASURED, Speed, micro_batch_seconds
 
 GLOBAL_BATCH, SAMPLES = 2048, 1_000_000
 GIB = 2**30

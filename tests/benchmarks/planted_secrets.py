@@ -33,7 +33,7 @@ from urllib.parse import parse_qs, quote, urlsplit
 import psutil
 import yaml
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 import studios
 import tiny

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from controlbooth.data.scenes import CLASSES
+from controlbooth.data.scenes.render import CLASSES
 
 ROOT = Path(__file__).parents[2]
 CLI = [sys.executable, "-m", "controlbooth.launch.cli", "dreambooth"]

@@ -32,14 +32,15 @@ from throughput import gemm_flops_per_second
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from controlbooth.models.pretrained import load_base
-from controlbooth.trainer import engine as engines
-from controlbooth.trainer import train as training
-from controlbooth.trainer.attempt import only_run
-from controlbooth.trainer.config import RunConfig, base_path, load_config
-from controlbooth.trainer.distributed import World, join, leave
-from controlbooth.trainer.footprint import footprint
-from controlbooth.trainer.step import controlnet_step, to_device
-from controlbooth.trainer.watchdog import watching
+from controlbooth.trainer.config.loading import load_config
+from controlbooth.trainer.config.run import RunConfig, base_path
+from controlbooth.trainer.controlnet import build, session
+from controlbooth.trainer.controlnet.step import controlnet_step, to_device
+from controlbooth.trainer.engine import deepspeed as engines
+from controlbooth.trainer.engine.distributed import World, join, leave
+from controlbooth.trainer.planning.footprint import footprint
+from controlbooth.trainer.run.attempt import only_run
+from controlbooth.trainer.run.watchdog import watching
 
 PARTS = ("wait for data", "encode picture", "encode prompt", "predict", "backward", "optimizer")
 KERNELS = 14
@@ -60,7 +61,7 @@ def main() -> None:
     ):
         overrides = [*options.overrides, f"output={scratch}", "data.held_out=null"]
         config = load_config(options.run, overrides)
-        run = training.build(config, world, attempt, watchdog, None)
+        run = build.build(config, world, attempt, watchdog, None)
         steps = {"after": partial(our_step, run)}
         if config.data.columns is None and config.global_batch_size == config.micro_batch_size:
             steps = {"before": plain_step(config, run.precision, run.loader, world)} | steps
@@ -83,7 +84,7 @@ def main() -> None:
     leave()
 
 
-def our_step(run: training.Run) -> None:
+def our_step(run: session.Run) -> None:
     config = run.config
     with record_function("wait for data"):
         batch = next(run.loader)

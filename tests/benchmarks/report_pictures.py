@@ -10,9 +10,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from controlbooth.trainer.evaluate.report import write_report
+from controlbooth.trainer.evaluation.report import write_report
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tracking"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from browser import browser, open_page, screenshot  # noqa: E402
 
 

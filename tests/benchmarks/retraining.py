@@ -22,10 +22,10 @@ from pathlib import Path
 
 import yaml
 
-from controlbooth.data.scenes import HELD_OUT_SEED
-from controlbooth.deploy import audit
-from controlbooth.deploy.policy import load_policy, state_folder
-from controlbooth.deploy.rounds import is_alive, read_state
+from controlbooth.data.scenes.render import HELD_OUT_SEED
+from controlbooth.deploy.retrain import audit
+from controlbooth.deploy.retrain.policy import load_policy, state_folder
+from controlbooth.deploy.retrain.rounds import is_alive, read_state
 
 CLI = [sys.executable, "-m", "controlbooth.launch.cli"]
 CONFIG = Path(__file__).parents[2] / "launch" / "configs" / "quickstart.yaml"

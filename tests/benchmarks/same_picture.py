@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from diffusers import ControlNetModel, DDIMScheduler, StableDiffusionControlNetPipeline
 
-from controlbooth.data.manifest import open_dataset
+from controlbooth.data.shards.manifest import open_dataset
 from controlbooth.models.pretrained import load_base, load_controlnet
 from controlbooth.models.sampling import Control, initial_noise, sample
-from controlbooth.trainer.checkpoint import complete_checkpoints
-from controlbooth.trainer.config import base_path, load_config
-from controlbooth.trainer.evaluate.held_out import load_held_out
+from controlbooth.trainer.config.loading import load_config
+from controlbooth.trainer.config.run import base_path
+from controlbooth.trainer.evaluation.held_out import load_held_out
+from controlbooth.trainer.run.checkpoint import complete_checkpoints
 
 
 def main() -> None:

@@ -19,9 +19,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from record import write
 
-from controlbooth.trainer.config import build_config
-from controlbooth.trainer.footprint import footprint
-from controlbooth.trainer.rank_memory import rank_memory
+from controlbooth.trainer.config.loading import build_config
+from controlbooth.trainer.planning.footprint import footprint
+from controlbooth.trainer.planning.rank_memory import rank_memory
 
 CASES: dict[str, dict[str, Any]] = {
     "ZeRO-0": dict(stage=0),

@@ -21,10 +21,10 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from controlbooth.models.architectures import SD15
 from controlbooth.models.attention import AttentionChoice, apply_attention
 from controlbooth.models.controlnet import build_controlnet, control_residuals, denoise, parameter_report
-from controlbooth.models.families import TextEncoding
-from controlbooth.trainer import engine as engines
-from controlbooth.trainer.config import build_config
-from controlbooth.trainer.distributed import gather_objects, join, leave
+from controlbooth.models.text import TextEncoding
+from controlbooth.trainer.config.loading import build_config
+from controlbooth.trainer.engine import deepspeed as engines
+from controlbooth.trainer.engine.distributed import gather_objects, join, leave
 from controlbooth.trainer.losses import weighted_mse
 
 

@@ -13,7 +13,7 @@ from collections import Counter
 
 from record import write
 
-CODE = "import controlbooth.trainer.train, deepspeed"
+CODE = "import controlbooth.trainer.controlnet.train, deepspeed"
 
 
 def main() -> None:

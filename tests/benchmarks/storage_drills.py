@@ -22,18 +22,19 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import yaml
+from loaders import make_loader
 
-from controlbooth.data import scenes
-from controlbooth.data.cache import Cache
-from controlbooth.data.index import main as index_main
-from controlbooth.data.loader import Loader
-from controlbooth.data.manifest import open_dataset
-from controlbooth.data.sources import encode_png
+from controlbooth.data.pictures.images import encode_png
+from controlbooth.data.scenes import render
+from controlbooth.data.shards.cache import Cache
+from controlbooth.data.shards.manifest import open_dataset
+from controlbooth.launch.commands.data_index import main as index_main
 
-sys.path += [str(Path(__file__).parents[1] / name) for name in ("unit", "distributed")]
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from stores import MotoStore
 
 SHARDS, PER_SHARD, SIZE, G, RANKS = 24, 60, 32, 8, 2
@@ -53,16 +54,16 @@ def write_shards(folder: Path) -> None:
     for number in range(SHARDS):
         with webdataset.TarWriter(str(folder / f"{number:03d}.tar"), encoder=False, mtime=0) as writer:
             for i in range(number * PER_SHARD, (number + 1) * PER_SHARD):
-                what = scenes.scene(5, i)
-                drawn = scenes.render(what, SIZE)
+                what = render.scene(5, i)
+                drawn = render.render(what, SIZE)
                 parts = {"png": encode_png(drawn.image), "cond.edges.png": encode_png(drawn.edges)}
                 writer.write({"__key__": f"k{i:05d}", **parts, "txt": what.caption.encode()})
 
 
-def make_loader(location: str, rank: int, world_size: int, start_step: int, cache: Cache | None) -> Loader:
-    return Loader(
+def loader_of(location: str, rank: int, world_size: int, start_step: int, cache: Cache | None) -> Any:
+    return make_loader(
         open_dataset(location), seed=1, lanes=G, shards_per_block=1, global_batch_size=G,
-        micro_batch_size=G // world_size, rank=rank, world_size=world_size, condition_kind="edges", resolution=SIZE,
+        micro_batch_size=G // world_size, rank=rank, world_size=world_size, condition="edges", resolution=SIZE,
         prompt_dropout=0.5, random_flip=True, random_crop=False, num_train_timesteps=1000, latent_shape=(4, 4, 4),
         threads=2, prefetch_steps=2, start_step=start_step, cache=cache, ranks_per_node=world_size,
     )  # fmt: skip
@@ -71,7 +72,7 @@ def make_loader(location: str, rank: int, world_size: int, start_step: int, cach
 def consume(manifest: str, folder: str, limit: str, rank: str, start_step: str, journal: str) -> None:
     """One rank: notes [step, keys] line by line until it is killed."""
     cache = Cache(Path(folder), int(limit))
-    with open(journal, "a") as file, make_loader(manifest, int(rank), RANKS, int(start_step), cache) as batches:
+    with open(journal, "a") as file, loader_of(manifest, int(rank), RANKS, int(start_step), cache) as batches:
         print("reads", flush=True)
         for step in batches:
             keys = [key for batch in step.micro_batches for key in batch.keys]
@@ -128,7 +129,7 @@ def drills(work: Path, manifest: Path, moments: list[float]) -> int:
     command = [sys.executable, __file__, "consume", str(manifest), str(cache), str(limit)]
     step, wrong = 0, Counter[str]()
     began = time.monotonic()
-    with make_loader(str(work / "disk"), 0, 1, 0, None) as undisturbed:
+    with loader_of(str(work / "disk"), 0, 1, 0, None) as undisturbed:
         for number, seconds in enumerate(moments, 1):
             journals = [work / f"{number}-{rank}.jsonl" for rank in range(RANKS)]
             drill(command, journals, step, seconds)
@@ -160,7 +161,7 @@ def training(work: Path, store: MotoStore) -> bool:
     """Whether a run over the store that is killed has the losses and weights of one over local shards."""
     import tiny
 
-    from controlbooth.trainer.spool import read_metrics
+    from controlbooth.trainer.tracking.spool import read_metrics
 
     tiny.write_base(work / "base")
     tiny.write_shards(work)

@@ -4,10 +4,12 @@
     .venv/bin/python tests/benchmarks/subject_tracking.py --screenshots OUT [--steps 200]
 
 Eight unseen subjects on the built-in base, as `controlbooth dreambooth demo` trains them. Cost: one process makes steps
-in turns with and without tracking, each turn so many seconds, and sends to its own SQLite store meanwhile, as a run
-without a server does; what is left to send after a turn is waited for, and counts in neither. Screenshots: a job with
-pictures of three prompts every 50 steps, compared by the EfficientNet of the `measure` extra, on a server, whose pages
-Debian's Chromium shows.
+for so many seconds and sends to its own SQLite store, as a run without a server does; counted are the seconds that the
+training thread spends in calls of the tracking, and the seconds of processors of the threads that sample the machine
+and send, with what is left to send after the turn. The system keeps them by thread, so that other programs on the
+machine do not disturb the figures, as they would a comparison of turns. Screenshots: a job with pictures of three
+prompts every 50 steps, compared by the EfficientNet of the `measure` extra, on a server, whose pages Debian's Chromium
+shows.
 """
 
 import argparse
@@ -15,28 +17,34 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
-sys.path.extend(str(Path(__file__).parents[1] / name) for name in ("tracking", "e2e", "unit"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
+import psutil
 import torch
 
-from controlbooth.data.subjects import write_subjects
-from controlbooth.launch.dreambooth_demo import CONFIG
+from controlbooth.data.scenes.unseen_subjects import write_subjects
+from controlbooth.launch.commands.dreambooth_demo import CONFIG
+from controlbooth.models.attention import AttentionChoice
 from controlbooth.models.pretrained import load_base
-from controlbooth.trainer.attempt import only_run
-from controlbooth.trainer.config import base_folder
-from controlbooth.trainer.distributed import join, leave
-from controlbooth.trainer.dreambooth import fill_slots, log_stack, make_stack, plan_ranks, step_stack
-from controlbooth.trainer.studio import draw_prior
-from controlbooth.trainer.subject_tracking import SubjectTracking, Untracked
-from controlbooth.trainer.subject_validation import open_studio
-from controlbooth.trainer.subjects import load_run, load_subjects, settle
-from controlbooth.trainer.train import quiet_libraries
+from controlbooth.trainer.config.run import base_folder
+from controlbooth.trainer.config.subjects import load_run
+from controlbooth.trainer.dreambooth.batches import draw_prior
+from controlbooth.trainer.dreambooth.manifest import load_subjects, settle
+from controlbooth.trainer.dreambooth.session import SubjectRun
+from controlbooth.trainer.dreambooth.stack import fill_slots, log_stack, make_stack, step_stack
+from controlbooth.trainer.dreambooth.stack_state import plan_ranks
+from controlbooth.trainer.dreambooth.tracking import SubjectTracking
+from controlbooth.trainer.dreambooth.validation import open_studio
+from controlbooth.trainer.engine.distributed import join, leave
+from controlbooth.trainer.run.attempt import only_run
+from controlbooth.trainer.run.process import StopRequest, quiet_libraries
 
 SUBJECTS, PICTURES = 8, 5
 WARM_UP = 5
@@ -45,11 +53,14 @@ PROMPTS = ["a {identifier} {class_noun} on a red background", "a {identifier} {c
            "a {class_noun}"]  # fmt: skip
 
 
-def cost(folder: Path, rounds: int, seconds: float) -> None:
-    """Prints seconds a step with and without tracking of each round, and the medians of their ratios.
+def own_threads() -> float:
+    """Returns the seconds of processors that the threads of the tracking have used up to now."""
+    ours = {thread.native_id for thread in threading.enumerate() if thread.name in ("tracking", "system metrics")}
+    return sum(used.user_time + used.system_time for used in psutil.Process().threads() if used.id in ours)
 
-    Those of processors can be read on a machine that is busy with other things too.
-    """
+
+def cost(folder: Path, rounds: int, seconds: float) -> None:
+    """Prints what tracking takes of the training thread and of a processor, round by round, and the medians."""
     settings = [f"output={folder}", "steps=1000000", "prior.images=8", "prior.sampling_steps=4", "precision=fp32"]
     config = load_run(CONFIG, settings)
     tasks, _ = settle(load_subjects(write_subjects(folder / "pictures", SUBJECTS, PICTURES, 0))[0], config)
@@ -62,40 +73,41 @@ def cost(folder: Path, rounds: int, seconds: float) -> None:
         with tracking.open({}):
             studio = open_studio(config, run, attempt, tracking, world.device, True)
             plan_ranks(attempt, config, tasks, {}, 1)
-            stack = make_stack(config, base, tasks, {}, tasks, run, attempt, world, studio)
-            fill_slots(config, stack, run, attempt)
+            kernels = AttentionChoice("math", "as they come")
+            ours = SubjectRun(config, base, kernels, "fp32", run, attempt, world, StopRequest(), studio)
+            stack = make_stack(ours, tasks, {}, tasks)
+            fill_slots(ours, stack)
 
-            def turn(tracked: bool) -> tuple[float, float]:
-                """-> seconds a step, by the clock and of processors; these with what is sent after the turn."""
-                stack.tracking = tracking if tracked else Untracked()
-                began, steps, used = time.perf_counter(), 0, time.process_time()
+            stack.tracking = tracking
+            for _ in range(WARM_UP):
+                step_stack(config, stack)
+                log_stack(ours, stack, 1.0, 0.0, {"loss": 0.0, "prior_loss": 0.0})
+            while not tracking.is_sent():  # connects, and makes the runs, which each run does once
+                time.sleep(0.5)
+            shares = []
+            for _ in range(rounds):
+                began, steps, calls, used = time.perf_counter(), 0, 0.0, own_threads()
                 while (took := time.perf_counter() - began) < seconds:
                     at = time.perf_counter()
                     metrics = step_stack(config, stack)
-                    log_stack(config, stack, time.perf_counter() - at, 0.0, metrics, world)
+                    stepped = time.perf_counter()
+                    log_stack(ours, stack, stepped - at, 0.0, metrics)
+                    calls += time.perf_counter() - stepped
                     steps += 1
                 while not tracking.is_sent():
                     time.sleep(0.5)
-                return took / steps, (time.process_time() - used) / steps
-
-            for _ in range(WARM_UP):
-                step_stack(config, stack)
-            turn(True)  # connects, and makes the runs, which each run does once
-            ratios, busy = [], []
-            for number in range(rounds):
-                order = (True, False) if number % 2 == 0 else (False, True)
-                measured = {tracked: turn(tracked) for tracked in order}
-                (one, own), (other, alone) = measured[True], measured[False]
-                ratios.append(one / other)
-                busy.append(own / alone)
+                behind = own_threads() - used
+                shares.append((calls / took, behind / took))
                 print(
-                    f"with tracking {one:.4f} s a step and {own:.4f} s of processors, without {other:.4f} and "
-                    f"{alone:.4f}: {ratios[-1]:.4f}x and {busy[-1]:.4f}x",
+                    f"{steps} steps of {took / steps:.3f} s: {1e3 * calls / steps:.2f} ms a step in the training "
+                    f"thread ({100 * calls / took:.2f} %), {behind:.3f} s of a processor behind it "
+                    f"({100 * behind / took:.2f} %)",
                     flush=True,
                 )
+            step, thread = (100 * median(column) for column in zip(*shares, strict=True))
             print(
-                f"{SUBJECTS} subjects, {rounds} rounds of {seconds:g} s: median ratio {median(ratios):.4f} by clock, "
-                f"{median(busy):.4f} of processors"
+                f"{SUBJECTS} subjects, {rounds} rounds of {seconds:g} s: tracking takes {step:.2f} % of the steps' "
+                f"time and {thread:.2f} % of one processor beside them (medians)"
             )
     leave()
 

@@ -63,7 +63,7 @@ def ours(base: Path, manifest: Path, folder: Path, stack: int, size: int, steps:
     )  # fmt: skip
     path = folder / f"stack-{stack}.yaml"
     path.write_text(yaml.safe_dump(tree))
-    return [sys.executable, "-m", "controlbooth.trainer.dreambooth", str(manifest), str(path)]
+    return [sys.executable, "-m", "controlbooth.trainer.dreambooth.train", str(manifest), str(path)]
 
 
 def peers(python: Path, script: Path, base: Path, folder: Path, size: int, steps: int, precision: str) -> list[str]:

@@ -19,17 +19,17 @@ import torch
 import yaml
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
+sys.path += [str(Path(__file__).parents[1] / name) for name in ("support", "distributed")]
 
 import test_dreambooth as runs
 
-from controlbooth.data import scenes
-from controlbooth.models.adapters import ATTENTION, attach_adapters, load_subject
+from controlbooth.data.scenes import render
+from controlbooth.models.lora import ATTENTION, attach_adapters, load_subject
 from controlbooth.models.pretrained import load_base
 from controlbooth.models.sampling import initial_noise, sample
-from controlbooth.trainer.config import base_folder
+from controlbooth.trainer.config.run import base_folder
 
-WORDS = [*scenes.COLOURS, "small", "large"]
+WORDS = [*render.COLOURS, "small", "large"]
 """Words of the built-in vocabulary, one for each subject."""
 TOGETHER, RANK, LEARNING_RATE, KILLS = 6, 4, 1e-3, 2
 
@@ -52,7 +52,7 @@ def write_subjects(folder: Path, count: int) -> None:
 
 
 def write_scene(path: Path, number: int, shot: int) -> None:
-    cv2.imwrite(str(path), scenes.render(scenes.scene(70 + number, shot), 64).image[..., ::-1])
+    cv2.imwrite(str(path), render.render(render.scene(70 + number, shot), 64).image[..., ::-1])
 
 
 def run_file(folder: Path, name: str, steps: int, together: int) -> Path:

@@ -31,22 +31,22 @@ from sd15_step import random_module
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from controlbooth.data import draws
-from controlbooth.data.columns import EncodedBatch
-from controlbooth.data.loader import MicroBatch
+from controlbooth.data.loading.batches import MicroBatch
+from controlbooth.data.order import draws
+from controlbooth.data.shards.columns import EncodedBatch
 from controlbooth.models.attention import AttentionChoice, apply_attention, attention_shapes, choose_attention
 from controlbooth.models.base import Base
 from controlbooth.models.controlnet import build_controlnet, denoise
-from controlbooth.models.families import encode_with_dropout
 from controlbooth.models.pretrained import load_base
 from controlbooth.models.recognition import FAMILIES
-from controlbooth.trainer import engine as engines
-from controlbooth.trainer.config import build_config
-from controlbooth.trainer.distributed import World, end_process, join, leave
+from controlbooth.models.text import encode_with_dropout
+from controlbooth.trainer.config.loading import build_config
+from controlbooth.trainer.controlnet.step import controlnet_step
 from controlbooth.trainer.encoding import as_array, dtype_name, encode_kept, encode_posterior, to_pixel_values
-from controlbooth.trainer.miniature import build_tokenizer
-from controlbooth.trainer.step import controlnet_step
-from controlbooth.trainer.train import peak_memory_gib, quiet_libraries
+from controlbooth.trainer.engine import deepspeed as engines
+from controlbooth.trainer.engine.distributed import World, end_process, join, leave
+from controlbooth.trainer.miniature.text import build_tokenizer
+from controlbooth.trainer.run.process import peak_memory_gib, quiet_libraries
 
 WARM_UP, MOST_STEPS, MOST_SECONDS = 3, 10, 5.0
 CAPTIONS = ("a large red star on a blue background", "")  # half of the prompts are dropped

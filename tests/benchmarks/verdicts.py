@@ -35,14 +35,14 @@ import yaml
 from record import write
 from tqdm import tqdm
 
-from controlbooth.data.manifest import open_dataset
-from controlbooth.launch.quickstart import CONFIG, HELD_OUT_SEED
+from controlbooth.data.shards.manifest import open_dataset
+from controlbooth.launch.commands.quickstart import CONFIG, HELD_OUT_SEED
 from controlbooth.models.pretrained import MINIATURE, load_base
 from controlbooth.models.sampling import sample
-from controlbooth.trainer.config import load_config
-from controlbooth.trainer.evaluate.extract import extractor, fidelity
-from controlbooth.trainer.evaluate.held_out import HeldOutSet, load_held_out
-from controlbooth.trainer.evaluate.verdict import Validation, judge, read_verdict, validation_curve
+from controlbooth.trainer.config.loading import load_config
+from controlbooth.trainer.evaluation.extract import extractor, fidelity
+from controlbooth.trainer.evaluation.held_out import HeldOutSet, load_held_out
+from controlbooth.trainer.evaluation.verdict import Validation, judge, read_verdict, validation_curve
 
 SCENES, HELD_OUT = 4096, 256
 CASES = ("scenes", "rate-0", "strangers")

@@ -1,10 +1,8 @@
-import sys
 from pathlib import Path
 
 import pytest
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "distributed")]  # two_nodes.py and tiny.py
 
 
 @pytest.fixture(scope="session")

@@ -10,9 +10,9 @@ import pytest
 import yaml
 from retrainings import Retraining
 
-from controlbooth.deploy.lease import give_back, holder
-from controlbooth.deploy.policy import state_folder
-from controlbooth.deploy.registry import CHALLENGER, CHAMPION
+from controlbooth.deploy.retrain.lease import give_back, holder
+from controlbooth.deploy.retrain.policy import state_folder
+from controlbooth.deploy.retrain.registry import CHALLENGER, CHAMPION
 
 pytestmark = pytest.mark.cluster
 CONTROLBOOTH = str(Path(sys.executable).with_name("controlbooth"))

@@ -19,7 +19,7 @@ import studios
 import yaml
 from tiny import run_tree, weights
 
-from controlbooth.data import scenes
+from controlbooth.data.scenes import render
 
 pytestmark = pytest.mark.cluster
 HERE = Path(__file__).parent
@@ -261,7 +261,7 @@ def write_subjects(world: Path) -> Path:
         folder = world / "pictures" / f"subject-{number}"
         folder.mkdir(parents=True)
         for shot in range(3):
-            picture = scenes.render(scenes.scene(70 + number, shot), 64).image
+            picture = render.render(render.scene(70 + number, shot), 64).image
             cv2.imwrite(str(folder / f"{shot}.png"), picture[..., ::-1])
         rows.append(dict(name=folder.name, images=str(folder), class_noun="star"))
     (world / "subjects.yaml").write_text(yaml.safe_dump(rows))
@@ -289,7 +289,7 @@ def test_an_array_trains_every_subject_and_tries_the_task_that_lost_its_rank_aga
     slurm.wait_until(
         lambda: state.exists() and state.stat().st_size > 10_000, 600, "the second task has saved its state"
     )
-    assert kill_a_rank({"controlbooth.trainer.dreambooth", "--rows", "2:4"})
+    assert kill_a_rank({"controlbooth.trainer.dreambooth.train", "--rows", "2:4"})
     status = slurm.run(*CONTROLBOOTH, "launch", "status", str(folder))
     assert re.search(r"subjects    4: \d finished, \d training, \d waiting, 0 failed", status)
     log = slurm.run(*CONTROLBOOTH, "launch", "logs", str(folder), "--follow")

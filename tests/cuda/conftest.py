@@ -1,11 +1,8 @@
 """Tests that need a GPU; elsewhere they are skipped. All ranks of one: what more ranks do is tested on CPUs."""
 
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))  # tiny.py and studios.py
 
 
 def pytest_collection_modifyitems(items):
@@ -20,7 +17,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def world():
-    from controlbooth.trainer.distributed import join, leave
+    from controlbooth.trainer.engine.distributed import join, leave
 
     yield join()
     leave()

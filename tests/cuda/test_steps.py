@@ -9,20 +9,21 @@ import pytest
 import torch
 from tiny import run_tree, weights
 
-from controlbooth.data.columns import EncodedBatch
-from controlbooth.data.manifest import open_dataset
+from controlbooth.data.shards.columns import EncodedBatch
+from controlbooth.data.shards.manifest import open_dataset
 from controlbooth.models.attention import AttentionChoice, apply_attention
 from controlbooth.models.controlnet import build_controlnet, denoise, predict
-from controlbooth.models.families import encode_prompts
 from controlbooth.models.pretrained import load_base
 from controlbooth.models.sampling import Control, sample
-from controlbooth.trainer import engine as engines
-from controlbooth.trainer import train as training
-from controlbooth.trainer.config import build_config
-from controlbooth.trainer.distributed import World
+from controlbooth.models.text import encode_prompts
+from controlbooth.trainer.config.loading import build_config
+from controlbooth.trainer.controlnet import build
+from controlbooth.trainer.controlnet import train as training
+from controlbooth.trainer.controlnet.step import controlnet_loss, controlnet_step, to_device
 from controlbooth.trainer.encoding import as_array, dtype_name, encode_kept, encode_posterior, to_pixel_values
-from controlbooth.trainer.spool import read_metrics
-from controlbooth.trainer.step import controlnet_loss, controlnet_step, to_device
+from controlbooth.trainer.engine import deepspeed as engines
+from controlbooth.trainer.engine.distributed import World
+from controlbooth.trainer.tracking.spool import read_metrics
 
 CPU = torch.device("cpu")
 HINT = (8, 8, 8, 8)
@@ -58,7 +59,7 @@ def config_of(folder, name, precision="bf16", steps=4, **engine):
 
 
 def batches(folder, world, base, config, steps):
-    with training.make_loader(config, world, base, open_dataset(config.data.shards), 0, folder) as loader:
+    with build.make_loader(config, world, base, open_dataset(config.data.shards), 0, folder) as loader:
         return [next(loader).micro_batches for _ in range(steps)]
 
 

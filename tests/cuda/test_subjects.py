@@ -9,7 +9,7 @@ import pytest
 import yaml
 from studios import run_file, states
 
-from controlbooth.data import scenes
+from controlbooth.data.scenes import render
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def studio(folder):
         pictures = folder / "pictures" / name
         pictures.mkdir(parents=True)
         for shot in range(2):
-            cv2.imwrite(str(pictures / f"{shot}.png"), scenes.render(scenes.scene(70 + number, shot), 64).image)
+            cv2.imwrite(str(pictures / f"{shot}.png"), render.render(render.scene(70 + number, shot), 64).image)
         rows.append(dict(name=name, images=f"pictures/{name}", class_noun="star"))
     (folder / "subjects.yaml").write_text(yaml.safe_dump(rows))
     return folder
@@ -36,7 +36,7 @@ def studio(folder):
 def test_subjects_are_trained_to_the_end(studio, name, changes):
     changes = dict(precision="auto", steps=4, model=dict(base=str(studio / "base"), attention="auto")) | changes
     path = run_file(studio, name, **changes)
-    command = [sys.executable, "-m", "controlbooth.trainer.dreambooth", str(studio / "subjects.yaml"), str(path)]
+    command = [sys.executable, "-m", "controlbooth.trainer.dreambooth.train", str(studio / "subjects.yaml"), str(path)]
     done = subprocess.run(command, env=dict(os.environ), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert {status["state"] for status in states(studio, name).values()} == {"finished"}

@@ -1,10 +1,7 @@
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))  # worker.py, a program, and these tests share tiny.py
 
 
 @pytest.fixture(scope="session")

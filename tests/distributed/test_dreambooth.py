@@ -17,13 +17,14 @@ import yaml
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from studios import NAMES, difference, finish, kill, run_file, start, states, weights
 
-from controlbooth.models.adapters import ATTENTION, attach_adapters, load_subject
+from controlbooth.launch.commands.dreambooth_export import main as export_main
+from controlbooth.models.lora import ATTENTION, attach_adapters, load_subject
 from controlbooth.models.pretrained import load_base
 from controlbooth.models.sampling import initial_noise, sample
-from controlbooth.trainer.attempt import Attempt
-from controlbooth.trainer.dreambooth import State, plan_ranks, read_state, write_state
-from controlbooth.trainer.export_subject import main as export_main
-from controlbooth.trainer.subjects import load_run, load_subjects, settle
+from controlbooth.trainer.config.subjects import load_run
+from controlbooth.trainer.dreambooth.manifest import load_subjects, settle
+from controlbooth.trainer.dreambooth.stack_state import State, plan_ranks, read_state, write_state
+from controlbooth.trainer.run.attempt import Attempt
 
 
 @pytest.fixture(scope="module")
@@ -47,20 +48,21 @@ def test_two_ranks_share_the_subjects_and_end_with_the_same_weights(studio, whol
     assert all(difference(weights(studio, "ranks", name), weights(studio, whole, name)) < 2e-5 for name in NAMES)
 
 
-LATE = str(Path(__file__).with_name("late.py"))
+LATE = str(Path(__file__).parent / "workers" / "late.py")
 
 
 def test_a_rank_that_ends_first_waits_for_one_that_trains_longer_than_a_collective_may_take(studio):
     rows = yaml.safe_load((studio / "subjects.yaml").read_text())
     (studio / "late-subjects.yaml").write_text(yaml.safe_dump(rows[:2]))
     path = run_file(studio, "late", steps=2, prior=dict(weight=0.0))
-    worker = (LATE, "dreambooth", "run_stack")
+    worker = (LATE, "trainer.dreambooth.train", "trainer.dreambooth.stack", "run_stack")
     output = finish(start(studio, path, processes=2, subjects="late-subjects.yaml", worker=worker))
     assert "2 subjects finished, 0 failed" in output
 
 
 def test_a_rank_that_has_measured_its_subjects_waits_for_one_that_measures_longer(studio, whole):
-    words = [LATE, "evaluate.measure", "draw", studio / "runs" / whole, "--prompts", "2", "--images", "2"]
+    measuring = ("launch.commands.dreambooth_measure", "trainer.dreambooth.measuring.measure", "draw")
+    words = [LATE, *measuring, studio / "runs" / whole, "--prompts", "2", "--images", "2"]
     done = forked.run(2, words, **forked.BEFORE_IMPORTS)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "6 subjects, 2 prompts x 2 images" in done.stdout
@@ -362,7 +364,7 @@ def files(folder):
 
 def test_a_stale_task_that_wakes_before_it_writes_a_subject_writes_nothing_over_its_successor(studio):
     path, run = run_file(studio, "stale"), studio / "runs" / "stale"
-    asleep = (str(Path(__file__).with_name("asleep.py")),)
+    asleep = (str(Path(__file__).parent / "workers" / "asleep.py"),)
     old = start(studio, path, rows="0:2", worker=asleep, CONTROLBOOTH_ATTEMPT="1000")
     deadline = time.monotonic() + 200
     while not (stopped := [one for one in psutil.Process(old.pid).children() if one.status() == psutil.STATUS_STOPPED]):

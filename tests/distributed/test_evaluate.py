@@ -8,8 +8,8 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from controlbooth.trainer.evaluate.report import main as report
-from controlbooth.trainer.spool import read_metrics
+from controlbooth.launch.commands.report import main as report
+from controlbooth.trainer.tracking.spool import read_metrics
 
 
 def write_run(folder, name, **changes):
@@ -33,7 +33,7 @@ def torchrun(processes, *command):
 
 @pytest.fixture(scope="module")
 def trained(world_folder):
-    torchrun(2, "controlbooth.trainer.train", write_run(world_folder, "evaluated"))
+    torchrun(2, "controlbooth.trainer.controlnet.train", write_run(world_folder, "evaluated"))
     return world_folder / "runs" / "evaluated"
 
 
@@ -42,7 +42,7 @@ def test_one_rank_and_two_have_the_same_figures_and_pictures(trained, tmp_path):
     found = {}
     for ranks in (1, 2):
         out = tmp_path / str(ranks)
-        torchrun(ranks, "controlbooth.trainer.evaluate.evaluate", trained, *train, "-o", out)
+        torchrun(ranks, "controlbooth.launch.cli", "evaluate", trained, *train, "-o", out)
         result = json.loads((out / "evaluation.json").read_text())
         assert result["speed"]["ranks"] == ranks and result["speed"]["drawn"] == 60
         pictures = {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("pictures/*/*.png")}
@@ -51,7 +51,7 @@ def test_one_rank_and_two_have_the_same_figures_and_pictures(trained, tmp_path):
 
 
 def test_a_run_has_a_page_with_its_curves_pictures_and_figures(trained):
-    shown = torchrun(1, "controlbooth.trainer.evaluate.evaluate", trained, "--samples", "8")
+    shown = torchrun(1, "controlbooth.launch.cli", "evaluate", trained, "--samples", "8")
     assert "report.html" in shown
     page = (trained / "report.html").read_text()
     for text in ("Does it obey?", "Pictures over the steps", "step 4", "Best samples", "Worst samples", "<svg"):
@@ -71,12 +71,13 @@ def test_a_run_ends_so_many_steps_after_convergence_and_stays_ended(world_folder
         guidance_scale=1.0, stop_after_convergence=2),
     )  # fmt: skip
     code = (
-        "import sys; from controlbooth.trainer import train; from controlbooth.trainer.evaluate import verdict\n"
+        "import sys; from controlbooth.trainer.controlnet import train\n"
+        "from controlbooth.trainer.evaluation import verdict\n"
         "real, name = verdict.read_metrics, 'validation/edge_f1'\n"
         "def shares(step): return {f'{name}_{end}': 0. if step < 3 else .8 for end in "
         "('chance', 'share', 'share_low', 'share_high')}\n"
         "verdict.read_metrics = lambda run: ((s, t, m | shares(s) if name in m else m) for s, t, m in real(run))\n"
-        "from controlbooth.trainer.distributed import end_process; end_process(train.main(sys.argv[1:]))"
+        "from controlbooth.trainer.engine.distributed import end_process; end_process(train.main(sys.argv[1:]))"
     )
     (world_folder / "early.py").write_text(code)
     for _ in range(2):
@@ -90,7 +91,7 @@ def test_a_run_ends_so_many_steps_after_convergence_and_stays_ended(world_folder
     assert [(one["step"], one["told_at"]) for one in verdict["events"]] == [(3, 4)]
     steps = [step for step, _, metrics in read_metrics(run) if metrics.get("convergence/step") == 3.0]
     assert steps == [4, 5]
-    shown = torchrun(1, "controlbooth.trainer.evaluate.evaluate", run, "--samples", "8")
+    shown = torchrun(1, "controlbooth.launch.cli", "evaluate", run, "--samples", "8")
     assert verdict["told"] in shown and verdict["told"][1:] in html.unescape((run / "report.html").read_text())
     assert json.loads((run / "evaluation" / "evaluation.json").read_text())["control"] == verdict
     client = MlflowClient(f"sqlite:///{world_folder / 'runs' / 'mlflow.db'}")

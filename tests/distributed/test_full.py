@@ -13,9 +13,9 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from safetensors.numpy import load_file
 from studios import finish, kill, run_file, start, states
 
+from controlbooth.launch.commands import dreambooth_measure
 from controlbooth.models.pretrained import load_base
 from controlbooth.models.sampling import initial_noise, sample
-from controlbooth.trainer.evaluate import measure
 
 SETTINGS = dict(
     method="full",
@@ -65,7 +65,7 @@ def test_every_layer_of_the_unet_moves_and_subjects_begin_with_the_base(two, who
 
 
 def test_one_rank_ends_with_the_weights_of_two(two):
-    worker = (str(Path(__file__).with_name("smooth.py")), "0.01")
+    worker = (str(Path(__file__).parent / "workers" / "smooth.py"), "0.01")
     for name, ranks in (("full-one", 1), ("full-both", 2)):
         path = run_file(two, name, **SETTINGS | dict(learning_rate=1e-2))
         finish(start(two, path, processes=ranks, subjects="two.yaml", worker=worker))
@@ -94,7 +94,7 @@ def test_a_subject_whose_last_update_is_skipped_ends_with_the_weights_of_the_one
     changes = dict(prior=dict(weight=0.0), checkpoint_every_steps=2)
     finish(start(two, run_file(two, "full-three", **SETTINGS | changes | dict(steps=3)), subjects="first.yaml"))
     path = run_file(two, "full-skipped", **SETTINGS | changes | dict(steps=4))
-    worker = (str(Path(__file__).with_name("spoiled.py")), "4")
+    worker = (str(Path(__file__).parent / "workers" / "spoiled.py"), "4")
     finish(start(two, path, subjects="first.yaml", worker=worker))
     assert states(two, "full-skipped")["subject-0"]["step"] == 4
     assert largest(unet(two, "full-skipped"), unet(two, "full-three")) == 0.0
@@ -143,7 +143,7 @@ def test_the_pipeline_that_is_written_is_one_that_diffusers_reads(two, whole):
 
 def test_what_was_trained_can_be_measured(two, whole, capsys):
     run = two / "runs" / whole
-    assert measure.main([str(run), "--prompts", "2", "--images", "2"]) == 0
+    assert dreambooth_measure.main([str(run), "--prompts", "2", "--images", "2"]) == 0
     assert "2 subjects, 2 prompts x 2 images" in capsys.readouterr().out
     figures = json.loads((run / "measures.json").read_text())
     assert figures["subjects"].keys() == {"subject-0", "subject-1"}

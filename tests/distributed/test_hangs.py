@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-HANGING = Path(__file__).with_name("hanging.py")
+HANGING = Path(__file__).parent / "workers" / "hanging.py"
 
 
 def start(folder, *arguments):

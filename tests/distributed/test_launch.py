@@ -49,7 +49,7 @@ def rank_of(folder: Path) -> psutil.Process | None:
     """The process that trains, when it has begun to."""
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
-        if "controlbooth.trainer.train" in words and "torch.distributed.run" not in words:
+        if "controlbooth.trainer.controlnet.train" in words and "torch.distributed.run" not in words:
             if any(str(folder) in word for word in words):
                 return process
     return None

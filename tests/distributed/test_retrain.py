@@ -10,10 +10,10 @@ import psutil
 import pytest
 from retrainings import Retraining
 
-from controlbooth.deploy.policy import state_folder
-from controlbooth.deploy.registry import CHALLENGER, CHAMPION, PREVIOUS
-from controlbooth.deploy.rounds import is_alive, read_state, round_folder, with_round, write_state
-from controlbooth.trainer.checkpoint import complete_checkpoints
+from controlbooth.deploy.retrain.policy import state_folder
+from controlbooth.deploy.retrain.registry import CHALLENGER, CHAMPION, PREVIOUS
+from controlbooth.deploy.retrain.rounds import is_alive, read_state, round_folder, with_round, write_state
+from controlbooth.trainer.run.checkpoint import complete_checkpoints
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -6,7 +6,7 @@ import pytest
 from mlflow import MlflowClient
 from studios import NAMES, difference, finish, kill, run_file, start, states, weights
 
-from controlbooth.trainer.spool import read_metrics
+from controlbooth.trainer.tracking.spool import read_metrics
 
 
 def tracked(studio, name):

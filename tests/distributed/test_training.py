@@ -19,14 +19,14 @@ from diffusers import ControlNetModel
 from safetensors.numpy import load_file
 from trainings import finish, free_port, kill, logged, path_with_python, run_file, start, wait_for_step
 
-from controlbooth.data import scenes
-from controlbooth.data.explain import main as explain_main
-from controlbooth.data.inspect import order_main
-from controlbooth.data.sources import encode_png
-from controlbooth.trainer import export
-from controlbooth.trainer.accelerators import accelerator, is_card
-from controlbooth.trainer.evaluate import evaluate
-from controlbooth.trainer.integrity import write_marker
+from controlbooth.data.pictures.images import encode_png
+from controlbooth.data.scenes import render
+from controlbooth.launch.commands import evaluate as evaluate_command
+from controlbooth.launch.commands import export as export_command
+from controlbooth.launch.commands.data_explain import main as explain_main
+from controlbooth.launch.commands.data_order import main as order_main
+from controlbooth.trainer.planning.accelerators import accelerator, is_card
+from controlbooth.trainer.run.integrity import write_marker
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def write_wide_shards(folder):
     for shard in range(3):
         with webdataset.TarWriter(str(folder / f"{shard}.tar"), encoder=False, mtime=0) as writer:
             for number in range(8 * shard, 8 * shard + 8):
-                drawn = scenes.render(scenes.scene(9, number), 96)
+                drawn = render.render(render.scene(9, number), 96)
                 image, edges = (cv2.resize(picture, (96, 64)) for picture in (drawn.image, drawn.edges))
                 parts = {"png": encode_png(image), "cond.edges.png": encode_png(edges), "txt": b"a wide picture"}
                 writer.write({"__key__": f"wide{number:02d}", **parts})
@@ -192,12 +192,12 @@ def test_a_bf16_run_under_zero_3_goes_on_at_another_world_size(world_folder):
 
 def test_evaluate_and_export_read_a_run(whole, tmp_path, capsys):
     out = tmp_path / "evaluation"
-    assert evaluate.main([str(whole), "--samples", "4", "-o", str(out)]) == 0
+    assert evaluate_command.main([str(whole), "--samples", "4", "-o", str(out)]) == 0
     assert "with control, no prompt" in capsys.readouterr().out
     figures = json.loads((out / "evaluation.json").read_text())["figures"]
     assert figures["real pictures"]["edge_f1"]["mean"] > 0.9 > figures["discs at the true places"]["edge_f1"]["mean"]
     assert (out / "evaluation.png").stat().st_size > 1000
-    assert export.main([str(whole), str(tmp_path / "out")]) == 0
+    assert export_command.main([str(whole), str(tmp_path / "out")]) == 0
     ControlNetModel.from_pretrained(tmp_path / "out")
 
 
@@ -210,7 +210,7 @@ def test_the_deepspeed_launcher_starts_a_run_too(world_folder):
     path = run_file(world_folder, "launched", max_steps=2, checkpoint={"every_steps": 2})
     command = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", "2", "--master_port", str(free_port())]
     done = subprocess.run(
-        [*command, "--module", "controlbooth.trainer.train", path, "optimizer.learning_rate=2e-3"],
+        [*command, "--module", "controlbooth.trainer.controlnet.train", path, "optimizer.learning_rate=2e-3"],
         env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PATH": path_with_python()},
         capture_output=True,
         text=True,

@@ -102,14 +102,14 @@ def test_a_run_is_unlocked_from_the_start_measured_and_refused_with_another_step
         path.write_text(yaml.safe_dump(tree))
         return forked.run(1, ["-m", module, *(arguments or (path,))], **forked.BEFORE_IMPORTS)
 
-    first = start("controlbooth.trainer.train")
+    first = start("controlbooth.trainer.controlnet.train")
     assert first.returncode == 0, first.stderr[-3000:]
     assert "step 0: the base's decoder learns from here on, 141,284 parameters at 2e-06" in first.stderr
     assert any(name.startswith("decoder.") for name in networks(run, 2))
-    measured = start("controlbooth.trainer.evaluate.evaluate", run, "--samples", "4", "-o", tmp_path / "measured")
+    measured = start("controlbooth.launch.cli", "evaluate", run, "--samples", "4", "-o", tmp_path / "measured")
     assert measured.returncode == 0, measured.stderr[-3000:]
     tree |= dict(max_steps=4)
     tree["model"] |= dict(unlock_decoder_at=3)
-    refused = start("controlbooth.trainer.train")
+    refused = start("controlbooth.trainer.controlnet.train")
     assert refused.returncode != 0
     assert "has a decoder that learns since step 0, and model.unlock_decoder_at is 3. Set it back" in refused.stderr

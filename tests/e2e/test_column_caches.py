@@ -9,9 +9,9 @@ from pathlib import Path
 import psutil
 import yaml
 
-from controlbooth.data.pack import pack
-from controlbooth.data.sidecar import index_path
-from controlbooth.data.sources import open_scenes
+from controlbooth.data.packing.pack import pack
+from controlbooth.data.packing.sources import open_scenes
+from controlbooth.data.shards.sidecar import index_path
 
 CONFIG = Path(__file__).parents[2] / "launch" / "configs" / "quickstart.yaml"
 SHARDS = 24

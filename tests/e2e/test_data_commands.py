@@ -11,24 +11,22 @@ import cv2
 import numpy as np
 import pytest
 import webdataset
+from loaders import make_loader
 
-from controlbooth.data.conditions import CONDITIONS
-from controlbooth.data.inspect import info_main, order_main, show_main
-from controlbooth.data.loader import Loader
-from controlbooth.data.manifest import open_dataset
-from controlbooth.data.pack import JOURNAL, pack
-from controlbooth.data.pack import main as pack_main
-from controlbooth.data.sidecar import index_path, load_index
-from controlbooth.data.sources import open_scenes
-
-MODULES = {"pack": "pack:main", "index": "index:main"}
+from controlbooth.data.conditions.functions import CONDITIONS
+from controlbooth.data.packing.pack import JOURNAL, pack
+from controlbooth.data.packing.sources import open_scenes
+from controlbooth.data.shards.manifest import open_dataset
+from controlbooth.data.shards.sidecar import index_path, load_index
+from controlbooth.launch.commands.data_info import main as info_main
+from controlbooth.launch.commands.data_order import main as order_main
+from controlbooth.launch.commands.data_pack import main as pack_main
+from controlbooth.launch.commands.data_show import main as show_main
 
 
 def command(verb, *arguments):
     """The interpreter of the tests rather than whichever `controlbooth` is on the PATH."""
-    module, function = MODULES[verb].split(":")
-    code = f"import sys; from controlbooth.data.{module} import {function}; sys.exit({function}())"
-    return [sys.executable, "-c", code, *map(str, arguments)]
+    return [sys.executable, "-m", "controlbooth.launch.cli", "data", verb, *map(str, arguments)]
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +95,9 @@ def test_shards_of_others_are_indexed_and_trained_on(tmp_path):
     location = f"{tmp_path}/others-{{000000..000002}}.tar"
     done = subprocess.run(command("index", location, "--workers", 1), capture_output=True, text=True)
     assert done.returncode == 0 and "all 3 shards" in done.stdout and "scribble 8" in done.stdout
-    with Loader(
+    with make_loader(
         open_dataset(tmp_path), seed=0, lanes=4, shards_per_block=1, global_batch_size=4, micro_batch_size=4, rank=0,
-        world_size=1, condition_kind="scribble", resolution=16, prompt_dropout=0.0, random_flip=False,
+        world_size=1, condition="scribble", resolution=16, prompt_dropout=0.0, random_flip=False,
         random_crop=False, num_train_timesteps=1000, latent_shape=(4, 2, 2),
     ) as loader:  # fmt: skip
         steps = [next(loader).micro_batches[0] for _ in range(5)]
@@ -153,9 +151,9 @@ def test_order_lists_what_the_loader_gives(shards, capsys):
     for rank in range(2):
         assert order_main([str(shards), *numbers, "--rank", str(rank), "--condition", "edges"]) == 0
         listed += [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
-    with Loader(
+    with make_loader(
         open_dataset(shards), seed=5, lanes=8, shards_per_block=2, global_batch_size=8, micro_batch_size=8, rank=0,
-        world_size=1, condition_kind="edges", resolution=16, prompt_dropout=0.5, random_flip=True, random_crop=True,
+        world_size=1, condition="edges", resolution=16, prompt_dropout=0.5, random_flip=True, random_crop=True,
         num_train_timesteps=1000, latent_shape=(4, 2, 2), start_step=3,
     ) as loader:  # fmt: skip
         batch = next(loader).micro_batches[0]

@@ -2,19 +2,14 @@
 
 import json
 import socket
-import sys
 import time
-from pathlib import Path
-
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 import mlflow_server
+import pytest
 
-from controlbooth.trainer import tracking
-from controlbooth.trainer.spool import read_metrics
-from controlbooth.trainer.tracking import Tracker
+from controlbooth.trainer.tracking import tracker as tracking
+from controlbooth.trainer.tracking.spool import read_metrics
+from controlbooth.trainer.tracking.tracker import Tracker
 
 
 @pytest.mark.skipif(not mlflow_server.PROGRAM.exists(), reason="needs the extra `mlflow`, which has the server")

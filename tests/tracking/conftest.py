@@ -1,11 +1,9 @@
 import os
-import sys
 from pathlib import Path
 
 import pytest
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), *(str(HERE.parent / folder) for folder in ("unit", "distributed"))]  # stores.py, tiny.py
 
 
 @pytest.fixture(scope="session")

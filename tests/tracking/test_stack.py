@@ -14,10 +14,10 @@ import writers
 from browser import browser, click, furnish, open_page, settle, text, why_no_browser
 from points import Count, count, run_id
 
-from controlbooth.deploy import registry
-from controlbooth.deploy.registry import CHALLENGER, CHAMPION, PREVIOUS, Registry
-from controlbooth.trainer.checkpoint import complete_checkpoints, read_state
-from controlbooth.trainer.mlflow_address import how_to_open_saved
+from controlbooth.deploy.retrain import registry
+from controlbooth.deploy.retrain.registry import CHALLENGER, CHAMPION, PREVIOUS, Registry
+from controlbooth.trainer.run.checkpoint import complete_checkpoints, read_state
+from controlbooth.trainer.tracking.mlflow_address import how_to_open_saved
 
 pytestmark = pytest.mark.tracking
 
@@ -51,7 +51,7 @@ def trained(world, stack, tell) -> Path:
     server = outage(stack, "mlflow", stack.start_server)
     output = trainings.finish(process)
     assert f"MLflow: {how_to_open_saved(run)[0]}" in output
-    command = ["-m", "controlbooth.trainer.evaluate.evaluate", str(run), "--samples", "4"]
+    command = ["-m", "controlbooth.launch.cli", "evaluate", str(run), "--samples", "4"]
     measured = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=600)
     assert measured.returncode == 0, measured.stderr[-3000:]
     assert how_to_open_saved(run)[0] in measured.stdout

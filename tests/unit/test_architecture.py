@@ -1,6 +1,7 @@
 """Imports point downwards only, ranks and collectives have one home, and starting a command is instant."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -8,42 +9,57 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-MAY_IMPORT = {  # folder -> what it may import besides itself
-    "data": (),
-    "models": (),
-    "trainer": ("controlbooth.data", "controlbooth.models"),
-    "launch": (
-        "controlbooth.data.arguments",
-        "controlbooth.data.condition_sizes",
-        "controlbooth.data.long_captions",
-        "controlbooth.data.readable",
-        "controlbooth.data.parent",
-        "controlbooth.data.secrets",
-        "controlbooth.models.recognition",
-        "controlbooth.models.weight_files",
-        "controlbooth.data.locks",
-        "controlbooth.data.records",
-        "controlbooth.trainer.config",
-        "controlbooth.trainer.continuing",
-        "controlbooth.trainer.evaluate.verdict",
-        "controlbooth.trainer.file_kinds",
-        "controlbooth.trainer.mlflow_address",
-        "controlbooth.trainer.network_check",
-        "controlbooth.trainer.starting",
-        "controlbooth.trainer.subjects",
-        "controlbooth.trainer.words",
-    ),
-    "deploy": (
-        "controlbooth.data.arguments",
-        "controlbooth.data.parent",
-        "controlbooth.data.locks",
-        "controlbooth.data.records",
-        "controlbooth.launch",
-        "controlbooth.models",
-        "controlbooth.trainer",
-    ),
+FOLDERS = ("data", "models", "trainer", "launch", "deploy")
+DIRECTIONS = {  # folder -> room -> the rooms of this folder that it may import, with all that those may
+    "data": {
+        "arguments": ("condition_names",),
+        "condition_names": ("errors",),
+        "errors": (),
+        "secrets": (),
+        "files": ("errors",),
+        "processes": ("errors",),
+        "order": ("errors",),
+        "pictures": ("arguments", "condition_names", "order", "files"),
+        "scenes": ("pictures",),
+        "shards": ("pictures", "processes", "secrets"),
+        "conditions": ("shards",),
+        "loading": ("conditions",),
+        "packing": ("loading", "scenes"),
+        "inspection": ("loading",),
+    },
+    "trainer": {
+        "markdown": (),
+        "config": (),
+        "engine": ("config",),
+        "encoding": ("config",),
+        "losses": (),
+        "run": ("engine",),
+        "tracking": ("run", "markdown"),
+        "evaluation": ("tracking",),
+        "dreambooth": ("evaluation", "encoding", "losses"),
+        "controlnet": ("evaluation", "encoding", "losses"),
+        "model_card": ("evaluation",),
+        "export": ("model_card",),
+        "planning": ("controlnet",),
+        "miniature": ("evaluation",),
+    },
+    "launch": {
+        "ranks": (),
+        "job": ("ranks",),
+        "engines": ("job",),
+        "preflight": ("engines",),
+        "progress": ("job",),
+        "commands": ("preflight",),
+        "submit": ("commands",),
+        "follow": ("submit", "progress"),
+        "cli": ("ranks",),
+    },
+    "deploy": {"retrain": ()},
 }
-FILES = sorted(path for folder in MAY_IMPORT for path in (ROOT / folder).rglob("*.py"))
+"""The architecture. A room is a folder or a file; each stands below those that name it. `models` is flat."""
+BELOW = {"data": (), "models": ("data",), "trainer": ("models",), "launch": ("trainer",), "deploy": ("launch",)}
+"""Folder -> the folders that it may import, with all that those may."""
+FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 EVERY_FILE = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 
 
@@ -63,17 +79,49 @@ def starts_with(name: str, package: str) -> bool:
     return name == package or name.startswith(f"{package}.")
 
 
+def module_name(path: Path) -> str:
+    return ".".join(("controlbooth", *path.relative_to(ROOT).with_suffix("").parts))
+
+
+MODULES = {module_name(path): path for path in FILES if path.name != "__init__.py"}
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Modules of this project that a file imports, at its top or in its functions."""
+    return {name for name in imports(path) if name in MODULES and name != module_name(path)}
+
+
+def reachable(directions: dict[str, tuple[str, ...]], start: str) -> set[str]:
+    return {start}.union(*(reachable(directions, below) for below in directions.get(start, ())))
+
+
 @EVERY_FILE
 def test_imports_point_downwards(path):
-    folder = path.relative_to(ROOT).parts[0]
-    allowed = (f"controlbooth.{folder}", *MAY_IMPORT[folder])
+    folder, room = path.relative_to(ROOT).with_suffix("").parts[:2]
     for name in imports(path):
-        assert name.split(".")[0] not in MAY_IMPORT, f"write controlbooth.{name}: the bare name loads the file twice"
-        # `from controlbooth.trainer import config` names controlbooth.trainer too, which is an empty package
-        if starts_with(name, "controlbooth") and not any(starts_with(package, name) for package in allowed):
-            assert any(starts_with(name, package) for package in allowed), (
-                f"{folder}/ may not import {name}; it may import {', '.join(allowed)}"
-            )
+        assert name.split(".")[0] not in FOLDERS, f"write controlbooth.{name}: the bare name loads the file twice"
+    if room == "__init__":
+        return
+    for name in imported_modules(path):
+        other, theirs = name.split(".")[1:3]
+        if other != folder:
+            assert other in reachable(BELOW, folder), f"{folder}/ may not import {name}"
+        elif folder in DIRECTIONS:
+            allowed = reachable(DIRECTIONS[folder], room)
+            assert theirs in allowed, f"{folder}/{room} may not import {name}; of {folder}/ it may: {sorted(allowed)}"
+
+
+def test_the_directions_name_every_room_and_nothing_else():
+    for folder, rooms in DIRECTIONS.items():
+        there = {path.relative_to(ROOT / folder).with_suffix("").parts[0] for path in (ROOT / folder).rglob("*.py")}
+        assert there - {"__init__"} == set(rooms)
+        assert list(graphlib.TopologicalSorter(rooms).static_order()), "a circle of rooms raises CycleError"
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    """At their tops or in their functions: a late import that hides a circle is one too."""
+    graph = {name: imported_modules(path) for name, path in MODULES.items()}
+    assert len(list(graphlib.TopologicalSorter(graph).static_order())) == len(MODULES)
 
 
 def test_torch_distributed_is_used_in_one_module():
@@ -88,7 +136,7 @@ def test_torch_distributed_is_used_in_one_module():
         names = imports(path) | attributes
         if any(starts_with(name, package) for name in names for package in ("torch.distributed", "deepspeed.comm")):
             users.add(str(path.relative_to(ROOT)))
-    assert users <= {"trainer/distributed.py", "trainer/checkpoint.py"}
+    assert users <= {"trainer/engine/distributed.py", "trainer/run/checkpoint.py"}
 
 
 def test_weights_are_written_in_one_module():
@@ -129,9 +177,11 @@ def modules_after(statement: str) -> set[str]:
     return {name.split(".")[0] for name in done.stderr.split()}
 
 
-@pytest.mark.parametrize("module", sorted(path.stem for path in (ROOT / "launch").glob("[a-z]*.py")))
-def test_launch_never_imports_torch(module):
-    assert modules_after(f"import controlbooth.launch.{module}").isdisjoint(HEAVY)
+def test_importing_launch_never_imports_torch():
+    """All of its modules, in one process that imports nothing else."""
+    modules = [name for name in MODULES if starts_with(name, "controlbooth.launch")]
+    program = "import importlib\nfor name in {!r}: importlib.import_module(name)"
+    assert modules_after(program.format(modules)).isdisjoint(HEAVY)
 
 
 def test_help_needs_the_standard_library_only():
@@ -154,4 +204,13 @@ for verb in TABLE:
 
 
 def test_the_config_is_free_of_torch():
-    assert modules_after("import controlbooth.trainer.config").isdisjoint(HEAVY)
+    assert modules_after("import controlbooth.trainer.config.run").isdisjoint(HEAVY)
+
+
+def test_errors_that_people_read_are_of_one_kind():
+    """So that the command knows by the type what to show without a traceback."""
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and isinstance(node.exc.func, ast.Name):
+                where = f"{path}, line {node.lineno}: raise UserError or MissingFile of data/errors.py"
+                assert node.exc.func.id not in ("ValueError", "FileNotFoundError", "FileExistsError"), where

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from controlbooth.launch import background, kubernetes, slurm
-from controlbooth.launch.cluster import Cluster
-from controlbooth.launch.job import Job
+from controlbooth.launch.engines import background, kubernetes, slurm
+from controlbooth.launch.job.cluster import Cluster
+from controlbooth.launch.job.job import Job
 
 SRUN = """\
 case "$*" in *"launch check"*) echo check >> calls; exit $(cat checked) ;; esac

@@ -171,7 +171,7 @@ def nothing_to_read(place: Path) -> Outcome:
     told = r"none of .* can be read, so there is nothing to train on\. The first is sample '0000', part 'json'"
     dry = run(place, "controlbooth", "train", "run.yaml", "--dry-run")
     start = run(place, "controlbooth", "train", "run.yaml")
-    direct = run(place, "python", "-m", "controlbooth.trainer.train", "run.yaml")
+    direct = run(place, "python", "-m", "controlbooth.trainer.controlnet.train", "run.yaml")
     status = place / "runs" / "unusable" / "status.json"
     failed = status.is_file() and json.loads(status.read_text())["state"] == "failed"
     index = run(place, "controlbooth", "data", "index", "unusable")

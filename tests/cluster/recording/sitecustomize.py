@@ -11,8 +11,8 @@ import signal
 import sys
 import time
 
-if "controlbooth.trainer.train" in sys.orig_argv and "RANK" in os.environ:
-    from controlbooth.data.loader import Loader
+if "controlbooth.trainer.controlnet.train" in sys.orig_argv and "RANK" in os.environ:
+    from controlbooth.data.loading.loader import Loader
 
     plain = Loader.__next__
 

@@ -1,0 +1,1 @@
+"""Looking at a data set: lint, statistics, single samples, quarantine, what a run saw."""

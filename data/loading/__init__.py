@@ -1,0 +1,1 @@
+"""From shards to the batches of a step: decoding, captions, prefetching, held-out samples."""

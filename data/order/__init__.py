@@ -1,0 +1,1 @@
+"""Which sample comes when, and every random draw about it, as arithmetic on positions."""

@@ -1,0 +1,1 @@
+"""Writing shards: from folders, tables and scenes, with conditions added afterwards."""

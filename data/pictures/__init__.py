@@ -1,0 +1,1 @@
+"""Pictures as arrays: decoding, orientation, resizing, likeness."""

@@ -1,0 +1,386 @@
+"""Column caches: what the frozen encoders make of a shard's samples, in tars of their own, aligned by ordinal.
+
+Of each shard x.tar a folder holds two column shards, each whole once its index stands beside it:
+
+    columns.json                     what the columns are of, and where they were computed
+    x.latents-<fingerprint>.tar      KEY.mean.DTYPE.npy, KEY.std.DTYPE.npy       of the VAE's posterior
+    x.text-<fingerprint>.tar         KEY.hidden_states.I.DTYPE.npy (and .pooled.) of caption I; "" has none
+    x.latents-<fingerprint>.tar.idx  row i is of row i of x.tar.idx, without parts where the sample has no columns
+
+These are plain tars of npy arrays under the keys of the originals, so webdataset reads them beside those. numpy has no
+bfloat16: its bits are kept as uint16. The fingerprint is a hash of what the values depend on: encoders, their dtype,
+the shapes and flips of the pictures, and the index of x.tar. So a sample that was quarantined since, or packed anew,
+asks for new columns of its shard and of no other.
+"""
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from controlbooth.data.errors import UserError
+from controlbooth.data.files.whole import temporary_path, write_whole
+from controlbooth.data.order.buckets import Buckets
+from controlbooth.data.pictures.images import BadSample
+from controlbooth.data.shards.manifest import Dataset
+from controlbooth.data.shards.sidecar import PART, SAMPLE, ShardIndex, index_path, load_index, make_index, write_index
+from controlbooth.data.shards.tar import BLOCK
+
+KINDS = ("latents", "text")
+STATED = "columns.json"
+STORED = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": np.dtype("<u2")}
+"""Name of a dtype -> what numpy keeps it in."""
+
+Identity = Mapping[str, Any]
+"""What the values of one kind depend on, as a JSON tree. `dtype` is one of STORED."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where the columns of a data set lie, there or not."""
+
+    folder: Path
+    identities: Mapping[str, Identity]
+    paths: Mapping[str, tuple[Path, ...]]
+    """Kind -> the column shard of each shard of the data set."""
+    computed: Sequence[Mapping[str, Any]] = ()
+    """Facts of the machines that computed what is there, none twice."""
+
+    @property
+    def flips(self) -> bool:
+        """Whether there are latents of mirrored pictures too."""
+        return bool(self.identities["latents"]["flips"])
+
+
+@dataclass(frozen=True)
+class EncodedBatch:
+    """The columns of B samples, K of which have a prompt that is not empty. bfloat16 as its bits, uint16."""
+
+    mean: np.ndarray
+    """(B, C, h, w) of the VAE's posterior; 0 where no sample could be read."""
+    std: np.ndarray
+    """(B, C, h, w)"""
+    latents_dtype: str
+    hidden_states: np.ndarray | None
+    """(K, L, D) of the prompts that are not empty, in their order; None with K = 0."""
+    pooled: np.ndarray | None
+    """(K, P), None where the base has no pooled embedding."""
+    text_dtype: str
+
+
+def plan_columns(folder: Path, dataset: Dataset, buckets: Buckets, identities: Mapping[str, Identity]) -> Columns:
+    """The paths that follow from the data set and the identities; nothing is looked at.
+
+    buckets: of the run's order; their shapes belong to the identity of the latents.
+    """
+    paths: dict[str, tuple[Path, ...]] = {}
+    first = np.cumsum([len(source.rows) for source in dataset.sources or (dataset,)])
+    for kind in KINDS:
+        names = []
+        for number, (shard, row) in enumerate(zip(dataset.paths, dataset.rows, strict=True)):
+            source = int(np.searchsorted(first, number, side="right"))
+            shapes = sorted(buckets.assigned[source].items()) if kind == "latents" else []
+            fingerprint = _fingerprint([kind, identities[kind], row.index_hash, shapes])
+            names.append(folder / f"{shard.name.removesuffix('.tar')}.{kind}-{fingerprint}.tar")
+        paths[kind] = tuple(names)
+    return Columns(folder, identities, paths)
+
+
+def open_columns(folder: Path, dataset: Dataset, buckets: Buckets, identities: Mapping[str, Identity]) -> Columns:
+    """Columns that are all there and are what they have to be. Raises ValueError that names what differs or lacks."""
+    remedy = "run `controlbooth data precompute` with the arguments of this run, or leave data.columns out"
+    stated = read_stated(folder)
+    if stated is None:
+        raise UserError(f"{folder} holds no column caches: {remedy}")
+    if different := differences(stated, identities):
+        raise UserError(
+            f"the columns in {folder} are others than this run computes: {different}. "
+            f"Set that back, or name another folder in data.columns and {remedy}"
+        )
+    columns = replace(plan_columns(folder, dataset, buckets, identities), computed=tuple(stated["computed"]))
+    if lacking := missing(columns):
+        kind, shard = lacking[0]
+        raise UserError(
+            f"{len(lacking)} of {sum(map(len, columns.paths.values()))} column shards are missing in {folder}, first "
+            f"{columns.paths[kind][shard].name} of {dataset.paths[shard]}: {remedy}"
+        )
+    return columns
+
+
+def missing(columns: Columns) -> list[tuple[str, int]]:
+    """(kind, shard) of all that are not whole."""
+    wanted = [(kind, shard) for shard in range(len(columns.paths[KINDS[0]])) for kind in KINDS]
+    with ThreadPoolExecutor(16) as pool:  # a network disk answers one question in milliseconds, and many at once
+        there = list(pool.map(lambda one: _is_whole(columns.paths[one[0]][one[1]]), wanted))
+    return [one for one, whole in zip(wanted, there, strict=True) if not whole]
+
+
+def _is_whole(path: Path) -> bool:
+    """The index is written last; what an index says is compared when the shard is opened."""
+    return index_path(path).exists() and path.exists()
+
+
+def damaged(columns: Columns, rank: int = 0, world_size: int = 1) -> dict[tuple[str, int], str]:
+    """(kind, shard) -> what is wrong with it, of a rank's share of those that are there.
+
+    Reads all their bytes, on the first rank with a progress bar.
+    """
+    lacking = set(missing(columns))
+    there = {
+        path: (kind, shard)
+        for kind in KINDS
+        for shard, path in enumerate(columns.paths[kind])
+        if (kind, shard) not in lacking
+    }
+    mine = list(there.items())[rank::world_size]
+    with (
+        ThreadPoolExecutor(16) as pool,  # reading and checksums let other threads run
+        tqdm(total=len(mine), unit="shard", desc="check columns", disable=rank > 0 or len(mine) < 2) as bar,
+    ):
+        found = {}
+        for (_, where), fault in zip(mine, pool.map(_fault, (path for path, _ in mine)), strict=True):
+            bar.update()
+            if fault:
+                found[where] = fault
+    return found
+
+
+def _fault(path: Path) -> str | None:
+    """What a column shard has else than when it was written."""
+    try:
+        opened = _OpenColumn(path)
+        for sample, parts in zip(opened.index.samples, opened.index.parts, strict=True):
+            for part in parts[parts["offset"] > 0]:
+                _read_part(opened, sample, part)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def read_stated(folder: Path) -> dict[str, Any] | None:
+    """What columns.json says: `identities` of both kinds, and `computed`, a list of the machines' facts."""
+    try:
+        return json.loads((folder / STATED).read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UserError(f"{folder / STATED} cannot be read ({error}): delete {folder} and compute it again") from error
+
+
+def check_stated(folder: Path, identities: Mapping[str, Identity]) -> None:
+    """Raises ValueError where the folder has columns of another identity, which would stay as bytes nobody reads."""
+    stated = read_stated(folder)
+    if stated and (different := differences(stated, identities)):
+        raise UserError(
+            f"{folder} holds columns of something else: {different}. Name another folder in data.columns, or delete it"
+        )
+
+
+def state(folder: Path, identities: Mapping[str, Identity], computed: Mapping[str, Any]) -> None:
+    """Writes columns.json before the first column, or adds where more of them are computed. See `check_stated`."""
+    stated = read_stated(folder) or {"identities": identities, "computed": []}
+    if dict(computed) not in stated["computed"]:
+        stated["computed"].append(dict(computed))
+    write_whole(folder / STATED, json.dumps(stated, indent=2).encode() + b"\n")
+
+
+def differences(stated: Mapping[str, Any], identities: Mapping[str, Identity]) -> str:
+    """What the stated identities have else than these, for people; empty where they are equal."""
+    found = []
+    for kind in KINDS:
+        there, wanted = stated["identities"].get(kind, {}), json.loads(json.dumps(identities[kind]))
+        for name in sorted(there.keys() | wanted.keys()):
+            if there.get(name) != wanted.get(name):
+                found.append(f"{kind} have {name}={there.get(name)!r} there, and here {wanted.get(name)!r}")
+    return "; ".join(found)
+
+
+def latents_parts(dtype: str, flipped: bool) -> list[str]:
+    """Extensions of mean and standard deviation."""
+    mirrored = "flipped." if flipped else ""
+    return [f"{name}.{mirrored}{dtype}.npy" for name in ("mean", "std")]
+
+
+def text_parts(dtype: str, caption: int, pooled: bool) -> list[str]:
+    """Extensions of the hidden states, and of the pooled embedding where there is one, of a sample's caption."""
+    return [f"{name}.{caption}.{dtype}.npy" for name in ("hidden_states", "pooled")[: 1 + pooled]]
+
+
+def stored_bytes(arrays: Sequence[np.ndarray]) -> int:
+    """What these arrays take in a column shard and its index."""
+    return sum(BLOCK + -(-len(_npy(array)) // BLOCK) * BLOCK + PART.itemsize for array in arrays) + SAMPLE.itemsize
+
+
+Add = Callable[[int, str, Mapping[str, np.ndarray]], None]
+"""(row of the original's index, key, extension -> array)"""
+
+
+@contextmanager
+def written_column(path: Path, original: ShardIndex, stated: Mapping[str, Any]) -> Iterator[Add]:
+    """A column shard that gets its name when the block ends well, and otherwise leaves nothing behind.
+
+    original: of the shard whose rows are added, each at most once and in any order. stated: kept in the tar under a
+    name that is no sample's. Raises OSError with a remedy on a full disk.
+    """
+    for leftover in path.parent.glob(f"{path.name}.*.tmp"):  # of a killed one; nobody else computes this shard
+        leftover.unlink(missing_ok=True)
+    temporary = temporary_path(path)
+    rows: dict[int, tuple[int, int, dict[str, tuple[int, int, int]]]] = {}
+    try:
+        with open(temporary, "wb") as file:
+            with tarfile.open(fileobj=file, mode="w") as tar:
+                _add(tar, "__columns__", json.dumps(stated).encode())
+
+                def add(row: int, key: str, arrays: Mapping[str, np.ndarray]) -> None:
+                    start, parts = tar.offset, {}
+                    for extension, array in arrays.items():
+                        data = _npy(array)
+                        payload = _add(tar, f"{key}.{extension}", data)
+                        parts[extension] = (payload - start, len(data), zlib.crc32(data))
+                    rows[row] = (start, tar.offset - start, parts)
+
+                yield add
+            file.flush()
+            os.fsync(file.fileno())
+            size = file.tell()
+        index_path(path).unlink(missing_ok=True)  # of a damaged one: nothing is whole until its own index is there
+        os.replace(temporary, path)
+        write_index(_index(size, original, rows), index_path(path))
+    except OSError as error:
+        if error.errno is not None and error.filename is None:  # of a write, which names no file
+            said = f"{os.strerror(error.errno)}. What is finished is kept: make room and start again"
+            raise OSError(error.errno, said, str(temporary)) from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
+    """-> the byte at which the payload begins."""
+    member = tarfile.TarInfo(name)
+    member.size, member.mode = len(data), 0o444
+    tar.addfile(member, io.BytesIO(data))
+    return tar.offset - -(-len(data) // BLOCK) * BLOCK
+
+
+def _index(size: int, original: ShardIndex, rows: Mapping[int, tuple[int, int, Mapping]]) -> ShardIndex:
+    extensions = tuple(sorted({extension for _, _, parts in rows.values() for extension in parts}))
+    samples = np.zeros(len(original.samples), SAMPLE)
+    samples["key_hash"] = original.samples["key_hash"]
+    parts = np.zeros((len(samples), len(extensions)), PART)
+    for row, (start, length, found) in rows.items():
+        samples[row]["offset"], samples[row]["size"] = start, length
+        for extension, part in found.items():
+            parts[row, extensions.index(extension)] = part
+    return make_index(size, extensions, samples, parts)
+
+
+class _OpenColumn:
+    """A column shard and its index, closed when the last thread that reads from it has let it go."""
+
+    def __init__(self, path: Path):
+        self.path, self.index = path, load_index(index_path(path), REPAIR)
+        self.column = {extension: i for i, extension in enumerate(self.index.extensions)}
+        self.descriptor = os.open(path, os.O_RDONLY)
+        size = os.fstat(self.descriptor).st_size
+        if size != self.index.shard_bytes:
+            raise UserError(f"{path} has {size} bytes, its index says {self.index.shard_bytes}: {REPAIR}")
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+REPAIR = "run `controlbooth data precompute` again, which finds what is damaged and computes it anew"
+
+
+class ColumnReader:
+    """Reads columns from any thread; keeps the `most_open` column shards that were used last open."""
+
+    def __init__(self, columns: Columns, most_open: int = 256):
+        self.columns, self.most_open = columns, most_open
+        self.latents_stored = STORED[columns.identities["latents"]["dtype"]]
+        self._open: OrderedDict[Path, _OpenColumn] = OrderedDict()
+        self._lock = Lock()
+
+    def latents(self, shard: int, row: int, key: str, key_hash: int, flipped: bool) -> list[np.ndarray]:
+        """Mean and standard deviation, (C, h, w) each. row: of the original's index.
+
+        Raises BadSample where the picture could not be encoded, since then a substitute is taken without columns too,
+        and ValueError where the column shard is damaged or of another one.
+        """
+        parts = latents_parts(self.columns.identities["latents"]["dtype"], flipped)
+        return self._read("latents", shard, row, key, key_hash, parts)
+
+    def text(self, shard: int, row: int, key: str, key_hash: int, caption: int) -> list[np.ndarray]:
+        """Hidden states (L, D) of a caption of the sample, and the pooled embedding (P,) where the base has one."""
+        identity = self.columns.identities["text"]
+        return self._read("text", shard, row, key, key_hash, text_parts(identity["dtype"], caption, identity["pooled"]))
+
+    def close(self) -> None:
+        with self._lock:
+            self._open.clear()
+
+    def _read(
+        self, kind: str, shard: int, row: int, key: str, key_hash: int, extensions: Sequence[str]
+    ) -> list[np.ndarray]:
+        opened = self._opened(self.columns.paths[kind][shard])
+        sample = opened.index.samples[row]
+        if int(sample["key_hash"]) != key_hash:
+            raise UserError(f"{opened.path}: row {row} is not of {key!r}: {REPAIR}")
+        parts = [opened.index.parts[row, opened.column[name]] for name in extensions if name in opened.column]
+        if len(parts) < len(extensions) or not all(part["offset"] for part in parts):
+            raise BadSample(key, extensions[0], f"it could not be encoded when {opened.path.name} was computed")
+        payloads = [_read_part(opened, sample, part) for part in parts]
+        return [np.lib.format.read_array(io.BytesIO(data), allow_pickle=False) for data in payloads]
+
+    def _opened(self, path: Path) -> _OpenColumn:
+        with self._lock:
+            if path not in self._open:
+                self._open[path] = _OpenColumn(path)
+            self._open.move_to_end(path)
+            while len(self._open) > self.most_open:
+                self._open.popitem(last=False)
+            return self._open[path]
+
+
+def _read_part(opened: _OpenColumn, sample: np.void, part: np.void) -> bytes:
+    """The bytes of one array. Raises ValueError where they are not those that were written."""
+    at = int(sample["offset"]) + int(part["offset"])
+    data = _pread(opened, int(part["size"]), at)
+    if zlib.crc32(data) != part["crc"]:
+        raise UserError(f"{opened.path}: the bytes from {at} have changed since they were written: {REPAIR}")
+    return data
+
+
+def _pread(opened: _OpenColumn, length: int, offset: int) -> bytes:
+    data = b""
+    while len(data) < length:  # a read may be short, on network disks above all
+        more = os.pread(opened.descriptor, length - len(data), offset + len(data))
+        if not more:
+            raise UserError(f"{opened.path} became shorter while it was open: {REPAIR}")
+        data += more
+    return data
+
+
+def _npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.lib.format.write_array(file, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
+    return file.getvalue()
+
+
+def _fingerprint(tree: Any) -> str:
+    return hashlib.blake2b(json.dumps(tree, sort_keys=True).encode(), digest_size=8).hexdigest()

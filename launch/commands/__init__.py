@@ -1,0 +1,1 @@
+"""The verbs of the command line: a parser each, and what it starts."""

@@ -1,0 +1,1 @@
+"""Where jobs run: the background of this machine, Slurm, Kubernetes."""

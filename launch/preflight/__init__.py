@@ -1,0 +1,1 @@
+"""What keeps a job from being worth anything, found before it is started."""

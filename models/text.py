@@ -1,0 +1,129 @@
+"""What differs between base models: how a family is recognised, and how its prompts become what the U-Net reads.
+
+Adding a family: an Architecture where single files are to be read, one entry in FAMILIES, one branch in `identify`
+(both in recognition.py), and a text encoding in TEXT_ENCODINGS.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from controlbooth.data.errors import UserError
+
+if TYPE_CHECKING:
+    from controlbooth.models.base import Base
+
+
+@dataclass(frozen=True)
+class TextEncoding:
+    """What a prompt becomes, on the base's device."""
+
+    encoder_hidden_states: Tensor
+    """(B, L, D) in the base's dtype: one vector a token, read by cross-attention."""
+    added_cond_kwargs: dict[str, Tensor] = field(default_factory=dict)
+    """SDXL: text_embeds (B, P), the pooled embedding, and time_ids (B, 6) float32, see `time_ids_of`. Others: empty."""
+
+
+def encode_prompts(
+    base: "Base",
+    prompts: Sequence[str],
+    *,
+    picture_size: tuple[int, int] | None = None,
+    original_sizes: Tensor | None = None,
+    crops: Tensor | None = None,
+) -> TextEncoding:
+    """Sends every prompt, empty ones too, through the text encoder. Prompts are cut at the tokenizer's length.
+
+    picture_size (height, width) of the picture in pixels, original_sizes (B, 2) before resizing and crops (B, 2), top
+    and left, are read by SDXL only, which is conditioned on them; other families ignore them. See `time_ids_of`.
+    """
+    hidden_states, pooled = TEXT_ENCODINGS[base.family.name](base, list(prompts))
+    return _with_sizes(base, hidden_states, pooled, picture_size, original_sizes, crops)
+
+
+def encode_with_dropout(
+    base: "Base",
+    captions: Sequence[str],
+    *,
+    picture_size: tuple[int, int] | None = None,
+    original_sizes: Tensor | None = None,
+    crops: Tensor | None = None,
+) -> TextEncoding:
+    """Captions -> the same encoding as `encode_prompts`, at the price of the non-empty ones.
+
+    A dropped prompt is the empty string. Half of a ControlNet's prompts are, so its embedding is computed once and kept
+    on the base. Sizes as in `encode_prompts`.
+    """
+    kept = [row for row, caption in enumerate(captions) if caption]
+    empty_states, empty_pooled = base.empty_prompt(TEXT_ENCODINGS[base.family.name])
+    hidden_states = empty_states.repeat(len(captions), 1, 1)
+    pooled = None if empty_pooled is None else empty_pooled.repeat(len(captions), 1)
+    if kept:
+        kept_states, kept_pooled = TEXT_ENCODINGS[base.family.name](base, [captions[row] for row in kept])
+        hidden_states[kept] = kept_states
+        if pooled is not None:
+            pooled[kept] = kept_pooled
+    return _with_sizes(base, hidden_states, pooled, picture_size, original_sizes, crops)
+
+
+def time_ids_of(
+    count: int,
+    picture_size: tuple[int, int],
+    original_sizes: Tensor | None = None,
+    crops: Tensor | None = None,
+) -> Tensor:
+    """SDXL's size conditioning (arXiv 2307.01952, section 2.2): (count, 6) float32, in pixels, of each sample
+    original height and width, crop's top and left, and target height and width.
+
+    Without original_sizes (count, 2) the picture was not resized, without crops (count, 2) it was not cropped.
+    """
+    target = torch.tensor(picture_size, dtype=torch.float32).repeat(count, 1)
+    originals = target if original_sizes is None else original_sizes.to("cpu", torch.float32)
+    corners = torch.zeros(count, 2) if crops is None else crops.to("cpu", torch.float32)
+    for name, tensor in (("original_sizes", originals), ("crops", corners)):
+        if tensor.shape != (count, 2):
+            raise UserError(f"{name} has shape {tuple(tensor.shape)}, but {count} prompts need ({count}, 2)")
+    return torch.cat([originals, corners, target], dim=1)
+
+
+def _with_sizes(base, hidden_states, pooled, picture_size, original_sizes, crops) -> TextEncoding:
+    if pooled is None:
+        return TextEncoding(hidden_states)
+    if picture_size is None:
+        raise UserError(
+            f"{base.family.title} is conditioned on the size of the picture: "
+            "give picture_size=(height, width) in pixels with the prompts."
+        )
+    time_ids = time_ids_of(len(hidden_states), picture_size, original_sizes, crops)
+    time_ids = time_ids.to(hidden_states.device)  # not in half precision: bf16 has no 1001
+    return TextEncoding(hidden_states, {"text_embeds": pooled, "time_ids": time_ids})
+
+
+def _tokens(base: "Base", index: int, prompts: list[str]) -> Tensor:
+    """(B, L) int64 on the base's device, padded and cut to the tokenizer's model_max_length."""
+    tokenizer = base.tokenizers[index]
+    encoded = tokenizer(
+        prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+    )
+    return encoded.input_ids.to(base.device)
+
+
+def _last_layer(base: "Base", prompts: list[str]) -> tuple[Tensor, None]:
+    """SD1.5, SD2.1, miniature: the encoder's last layer, normalised. (B, L, D)."""
+    return base.text_encoders[0](_tokens(base, 0, prompts)).last_hidden_state, None
+
+
+def _two_encoders(base: "Base", prompts: list[str]) -> tuple[Tensor, Tensor]:
+    """SDXL: the penultimate layers of both encoders side by side (B, L, D1 + D2), and the second's pooled (B, P)."""
+    outputs = [
+        encoder(_tokens(base, index, prompts), output_hidden_states=True)
+        for index, encoder in enumerate(base.text_encoders)
+    ]
+    return torch.cat([output.hidden_states[-2] for output in outputs], dim=-1), outputs[1].text_embeds
+
+
+TEXT_ENCODINGS = {"sd15": _last_layer, "sd21": _last_layer, "miniature": _last_layer, "sdxl": _two_encoders}
+"""Family name -> (base, prompts) -> hidden states (B, L, D) and pooled embedding (B, P) or None."""

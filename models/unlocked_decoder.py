@@ -1,0 +1,113 @@
+"""The unlocked mode of a ControlNet (`sd_locked=False` of the released code): the U-Net's decoder learns too.
+
+The encoder and the middle block of the base stay locked. A `Base` is never changed: the decoder that learns is a copy,
+in a U-Net of its own that shares the locked modules with the base's.
+"""
+
+import copy
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+from controlbooth.data.errors import UserError
+from controlbooth.models.base import Base
+from controlbooth.models.controlnet import predict
+from controlbooth.models.loading import fill, load_module, read_tensors
+from controlbooth.models.pretrained import DECODER_FILE, UNET_FOLDER, WEIGHTS_STEM, read_controlnet
+from controlbooth.models.text import TextEncoding
+from controlbooth.models.weights import save_weights
+
+DECODER = ("up_blocks", "conv_norm_out", "conv_out")
+"""Modules of a U-Net that learn when it is unlocked."""
+
+
+class UnlockedNetwork(nn.Module):
+    """What learns: a ControlNet, and a copy of the base's decoder, in float32 as it is made."""
+
+    def __init__(self, controlnet: nn.Module, base: Base):
+        super().__init__()
+        self.controlnet = controlnet
+        self.base = replace(base, unet=with_own_decoder(base.unet, torch.float32))
+        """The base with the decoder that learns. It is no module, so what is locked is not among the parameters."""
+        self.decoder = nn.ModuleDict(decoder_modules(self.base.unet))
+        self.decoder.requires_grad_(True)
+
+    def forward(self, noisy_latents: Tensor, timesteps: Tensor, text: TextEncoding, conditioning: Tensor) -> Tensor:
+        """As `controlnet.predict`. The whole prediction is one call, as an engine around the network expects."""
+        return predict(self.base.unet, self.controlnet, noisy_latents, timesteps, text, conditioning)
+
+
+def with_own_decoder(unet: UNet2DConditionModel, dtype: torch.dtype) -> UNet2DConditionModel:
+    """A U-Net that shares the locked modules of `unet` and has a copy of its decoder, in `dtype`."""
+    own: Any = copy.copy(unet)
+    own._modules = dict(unet._modules)
+    for name, module in decoder_modules(unet).items():
+        setattr(own, name, copy.deepcopy(module).to(dtype))
+    return own
+
+
+def decoder_modules(unet: UNet2DConditionModel) -> dict[str, nn.Module]:
+    return {name: getattr(unet, name) for name in DECODER if getattr(unet, name, None) is not None}
+
+
+def decoder_state(unet: UNet2DConditionModel) -> dict[str, Tensor]:
+    """The decoder's weights under their names in the U-Net."""
+    return {name: tensor for name, tensor in unet.state_dict().items() if name.split(".")[0] in DECODER}
+
+
+def networks_of(base: Base, network: nn.Module) -> tuple[Base, nn.Module]:
+    """The base and the ControlNet that pictures under control are drawn with."""
+    return (network.base, network.controlnet) if isinstance(network, UnlockedNetwork) else (base, network)
+
+
+def controlled_prediction(
+    base: Base,
+    network: nn.Module,
+    noisy_latents: Tensor,
+    timesteps: Tensor,
+    text: TextEncoding,
+    conditioning: Tensor,
+) -> Tensor:
+    """(B, C, h, w): as `controlnet.predict`. network: a ControlNet, an UnlockedNetwork, or an engine around one."""
+    if isinstance(getattr(network, "module", network), UnlockedNetwork):
+        return network(noisy_latents, timesteps, text, conditioning)
+    return predict(base.unet, network, noisy_latents, timesteps, text, conditioning)
+
+
+def save_decoder(weights: dict[str, Tensor], folder: Path) -> None:
+    """Writes a decoder into a ControlNet's folder. weights: under their names in the U-Net."""
+    save_weights(weights, folder / DECODER_FILE)
+
+
+def load_networks(path: str | os.PathLike[str], base: Base, dtype: torch.dtype = torch.float32) -> tuple[Base, Any]:
+    """A ControlNet, and the base as it was trained with: with the decoder that learned, where the folder holds one.
+
+    path: as for `load_controlnet`; a checkpoint's controlnet/ or an export. The ControlNet is on the CPU, in dtype
+    and trainable; the base is on its device, in its dtype and frozen, and `base` itself is left as it is. Raises
+    ValueError for a decoder or ControlNet of another base.
+    """
+    path = Path(path)
+    controlnet, empty = read_controlnet(path, base.unet, dtype), base.device.type == "meta"
+    if (path / DECODER_FILE).is_file():
+        weights = read_tensors([path / DECODER_FILE], empty)
+    elif (path / UNET_FOLDER).is_dir():
+        unet = load_module(UNet2DConditionModel, path / UNET_FOLDER, torch.float32, WEIGHTS_STEM, empty=empty)
+        weights = decoder_state(unet)
+    else:
+        return base, controlnet
+    wanted = {name: tensor.shape for name, tensor in decoder_state(base.unet).items()}
+    if {name: tensor.shape for name, tensor in weights.items()} != wanted:
+        raise UserError(f"the decoder in {path} was made for another base than {base.path}")
+    unet = with_own_decoder(base.unet, base.dtype)
+    for name, module in decoder_modules(unet).items():
+        own = {key.removeprefix(f"{name}."): value for key, value in weights.items() if key.startswith(f"{name}.")}
+        fill(module, own, base.dtype, f"{name} of the decoder in {path}")
+        module.to(base.device)
+    for module in decoder_modules(unet).values():
+        module.requires_grad_(False).eval()
+    return replace(base, unet=unet), controlnet

@@ -1,0 +1,69 @@
+import pytest
+import torch
+
+from controlbooth.trainer.config.loading import build_config
+from controlbooth.trainer.config.run import OptimizerConfig
+from controlbooth.trainer.engine.deepspeed import batch_sizes, deepspeed_config, learning_rate, resolve_precision
+
+
+def config(**changes):
+    tree = dict(
+        name="t", max_steps=10, global_batch_size=8, micro_batch_size=2,
+        model=dict(base="b"), data=dict(shards="s", condition="edges"),
+    )  # fmt: skip
+    return build_config(tree | changes)
+
+
+def settings(run, world_size):
+    sizes = batch_sizes(run, world_size)
+    return deepspeed_config(run.engine, sizes, run.optimizer.max_grad_norm, "bf16", load_universal=False)
+
+
+def test_learning_rate_warms_up_and_ends_at_zero():
+    cosine = OptimizerConfig(learning_rate=1.0, schedule="cosine", warmup_steps=4)
+    assert [learning_rate(cosine, step, 100) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert learning_rate(cosine, 52, 100) == pytest.approx(0.5)
+    assert learning_rate(cosine, 100, 100) == pytest.approx(0.0)
+    linear = OptimizerConfig(learning_rate=2.0, schedule="linear")
+    assert learning_rate(linear, 25, 100) == pytest.approx(1.5)
+    assert learning_rate(OptimizerConfig(learning_rate=3.0), 99, 100) == 3.0
+
+
+def test_batch_arithmetic_reaches_deepspeed():
+    tree = settings(config(), world_size=2)
+    assert tree["train_batch_size"] == 8
+    assert tree["train_micro_batch_size_per_gpu"] == 2
+    assert tree["gradient_accumulation_steps"] == 2
+    assert tree["bf16"]["enabled"] and "fp16" not in tree
+    assert tree["zero_optimization"]["stage"] == 2
+
+
+def test_offload_reaches_deepspeed_without_its_compiled_optimizer():
+    offloaded = config(engine=dict(zero_stage=3, offload_optimizer=True, offload_parameters=True))
+    tree = settings(offloaded, world_size=1)
+    assert tree["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}
+    assert tree["zero_optimization"]["offload_param"] == {"device": "cpu"}
+    assert tree["zero_force_ds_cpu_optimizer"] is False
+
+
+def test_half_precision_gradients_are_added_up_in_fp32_over_micro_batches_and_ranks():
+    tree = settings(config(), world_size=2)
+    assert tree["data_types"] == {"grad_accum_dtype": "fp32"} and tree["communication_data_type"] == "fp32"
+    accumulated = settings(config(engine=dict(zero_stage=1)), world_size=1)
+    assert accumulated["data_types"] == {"grad_accum_dtype": "fp32"}
+    for nothing_to_add in (config(micro_batch_size=8, engine=dict(zero_stage=1)), config()):  # SingleRankGradients adds
+        tree = settings(nothing_to_add, world_size=1)
+        assert "data_types" not in tree and "communication_data_type" not in tree
+
+
+def test_fp16_where_losses_are_not_scaled_is_refused_with_what_can_be_used():
+    with pytest.raises(ValueError, match="needs a GPU. On a CPU use bf16, fp32, or auto"):
+        resolve_precision("fp16", torch.device("cpu"), zero_stage=2)
+    with pytest.raises(ValueError, match="needs engine.zero_stage 1, 2 or 3"):
+        resolve_precision("fp16", torch.device("cuda"), zero_stage=0)
+
+
+def test_a_precision_that_is_asked_for_is_taken():
+    assert resolve_precision("bf16", torch.device("cpu"), 2) == "bf16"
+    assert resolve_precision("fp32", torch.device("cpu"), 2) == "fp32"
+    assert resolve_precision("auto", torch.device("cpu"), 2) in ("bf16", "fp32")

@@ -1,0 +1,322 @@
+"""Columns are computed with tiny real bases, and a step on them is compared with a step without, bit for bit."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import stores
+import torch
+import webdataset
+
+from controlbooth.data.scenes import render
+from controlbooth.data.shards.columns import check_stated, missing, open_columns, plan_columns, state
+from controlbooth.data.shards.index import ensure_index
+from controlbooth.data.shards.manifest import open_dataset
+from controlbooth.data.shards.sidecar import index_path
+from controlbooth.launch.cli import main
+from controlbooth.launch.commands import data_index
+from controlbooth.models.controlnet import build_controlnet
+from controlbooth.models.pretrained import load_base
+from controlbooth.trainer.config.loading import build_config
+from controlbooth.trainer.config.section import ConfigError
+from controlbooth.trainer.controlnet.build import make_loader
+from controlbooth.trainer.controlnet.precompute import (
+    all_damaged,
+    check_apart,
+    check_room,
+    compute,
+    lacking_kinds,
+    only_writer,
+    report,
+    run_buckets,
+    sample_bytes,
+)
+from controlbooth.trainer.controlnet.step import prediction_and_target, to_device
+from controlbooth.trainer.encoding import column_identities, computed_here, module_digest, tokenizer_digest
+from controlbooth.trainer.engine.distributed import World, join, leave
+
+ALONE = World(0, 1, 0, torch.device("cpu"))
+PER_SHARD, SHARDS = 7, 3  # 7: the last batch of a shard is not full
+
+
+def encode(extension, pixels):
+    return cv2.imencode(f".{extension}", pixels if pixels.ndim == 2 else pixels[..., ::-1])[1].tobytes()
+
+
+def write_shards(folder, size, damaged=()):
+    """Scenes of `size(i)` (height, width); every third has two captions, every fifth an empty one."""
+    folder.mkdir()
+    for shard in range(SHARDS):
+        path = folder / f"{shard}.tar"
+        with webdataset.TarWriter(str(path), encoder=False, mtime=0) as writer:
+            for i in range(shard * PER_SHARD, (shard + 1) * PER_SHARD):
+                drawn = render.render(render.scene(3, i), 48)
+                height, width = size(i)
+                image, edges = (cv2.resize(one, (width, height)) for one in (drawn.image, drawn.edges))
+                png = encode("png", image)
+                captions = ["" if i % 5 == 0 else render.scene(3, i).caption] + ["another one"] * (i % 3 == 0)
+                parts = {"png": png[:90] + b"junk" if i in damaged else png, "cond.edges.png": encode("png", edges)}
+                writer.write({"__key__": f"k{i:03d}", "json": json.dumps({"captions": captions}).encode(), **parts})
+        ensure_index(path)
+    return folder
+
+
+def run_config(base, folder, **data):
+    changes = dict(shards=str(folder / "shards"), condition="edges", resolution=32, columns=str(folder / "columns"))
+    return build_config(
+        dict(
+            name="run", output=str(folder / "runs"), max_steps=1, global_batch_size=4, micro_batch_size=2,
+            model=dict(base=str(base), hint_channels=[8, 8, 8, 8]), data=changes | data, engine=dict(precision="fp32"),
+        )
+    )  # fmt: skip
+
+
+def computed(config, base):
+    """-> data set and its columns, as `precompute` writes them."""
+    dataset = open_dataset(config.data.shards)
+    buckets = run_buckets(config, dataset)
+    identities = column_identities(config, base, buckets.shapes)
+    config.data.columns.mkdir(exist_ok=True)
+    state(config.data.columns, identities, computed_here(config, ALONE.device))
+    planned = plan_columns(config.data.columns, dataset, buckets, identities)
+    jobs = lacking_kinds(planned, all_damaged(planned, ALONE))
+    compute(config, ALONE, base, dataset, buckets, planned, jobs)
+    return dataset, open_columns(config.data.columns, dataset, buckets, identities)
+
+
+def both(config, base, dataset, columns, steps):
+    """The micro-batches without and with columns."""
+    config.output.mkdir(exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        plain, cached = (
+            stack.enter_context(make_loader(config, ALONE, base, dataset, 0, config.output, columns=chosen))
+            for chosen in (None, columns)
+        )
+        for _ in range(steps):
+            yield from zip(next(plain).micro_batches, next(cached).micro_batches, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("family", "flip"), [("sd15", True), ("sd15", False), ("sd21", False), ("sdxl", False), ("miniature", False)]
+)
+def test_a_step_on_columns_is_bitwise_the_step_without(base_folder, tmp_path, family, flip):
+    write_shards(tmp_path / "shards", lambda i: (40, 48))
+    config = run_config(base_folder(family), tmp_path, random_flip=flip)
+    base = load_base(config.model.base)
+    dataset, columns = computed(config, base)
+    torch.manual_seed(0)
+    controlnet = build_controlnet(base.unet, config.model.hint_channels)
+    seen, kept = set(), 0
+    with torch.no_grad():
+        for one, other in both(config, base, dataset, columns, steps=6):
+            assert other.pixel_values is None and one.keys == other.keys and one.captions == other.captions
+            assert np.array_equal(one.dropped, other.dropped)
+            plain, cached = (to_device(batch, config.seed, ALONE.device) for batch in (one, other))
+            for a, b in zip(
+                prediction_and_target(base, controlnet, plain),
+                prediction_and_target(base, controlnet, cached),
+                strict=True,
+            ):
+                assert torch.equal(a, b)
+            seen |= set(one.keys)
+            kept += sum(map(bool, one.captions))
+    assert len(seen) > 16 and 0 < kept < 24
+
+
+def test_the_steps_of_a_bfloat16_base_are_bitwise_equal_too(base_folder, tmp_path):
+    write_shards(tmp_path / "shards", lambda i: (32, 32))
+    config = run_config(base_folder("sd15"), tmp_path)
+    base = load_base(config.model.base, dtype=torch.bfloat16)
+    dataset, columns = computed(config, base)
+    assert columns.identities["latents"]["dtype"] == "bfloat16"
+    controlnet = build_controlnet(base.unet, config.model.hint_channels).to(torch.bfloat16)
+    with torch.no_grad():
+        for one, other in both(config, base, dataset, columns, steps=5):
+            found = [
+                prediction_and_target(base, controlnet, to_device(batch, 0, ALONE.device)) for batch in (one, other)
+            ]
+            assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_latents_of_aspect_ratio_buckets_have_the_shapes_of_their_pictures(base_folder, tmp_path):
+    write_shards(tmp_path / "shards", lambda i: (16, 64) if i % 2 else (48, 48))
+    config = run_config(base_folder("sd15"), tmp_path, max_aspect_ratio=4.0, aspect_step=16)
+    base = load_base(config.model.base)
+    dataset, columns = computed(config, base)
+    controlnet = build_controlnet(base.unet, config.model.hint_channels)
+    shapes = set()
+    with torch.no_grad():
+        for one, other in both(config, base, dataset, columns, steps=8):
+            shapes.add(other.columns.mean.shape[2:])
+            found = [
+                prediction_and_target(base, controlnet, to_device(batch, 0, ALONE.device)) for batch in (one, other)
+            ]
+            assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert len(shapes) == 2
+
+
+def test_undecodable_pictures_are_replaced_by_the_same_samples_with_columns(base_folder, tmp_path):
+    write_shards(tmp_path / "shards", lambda i: (32, 32), damaged=(2, 9, 10))
+    config = run_config(base_folder("sd15"), tmp_path, max_bad_rate=1.0)
+    base = load_base(config.model.base)
+    dataset, columns = computed(config, base)
+    pairs = list(both(config, base, dataset, columns, steps=10))
+    assert all(one.keys == other.keys and np.array_equal(one.weights, other.weights) for one, other in pairs)
+    assert not {"k002", "k009", "k010"} & {key for one, _ in pairs for key in one.keys}
+
+
+def test_what_is_whole_is_not_computed_again(base_folder, tmp_path):
+    write_shards(tmp_path / "shards", lambda i: (32, 32))
+    config = run_config(base_folder("sd15"), tmp_path)
+    base = load_base(config.model.base)
+    _, columns = computed(config, base)
+    files = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (tmp_path / "columns").glob("*.tar")}
+    assert len(files) == 2 * SHARDS and missing(columns) == []
+    gone = columns.paths["latents"][2]
+    gone.unlink()
+    computed(config, base)
+    again = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+    assert {path for path in files if again[path][0] != files[path][0]} == {gone}
+    assert again[gone][1] == files[gone][1]  # computed anew with the same bytes
+
+
+def test_what_is_damaged_is_told_and_computed_again(base_folder, tmp_path, capsys):
+    write_shards(tmp_path / "shards", lambda i: (32, 32))
+    config = run_config(base_folder("sd15"), tmp_path)
+    base = load_base(config.model.base)
+    _, columns = computed(config, base)
+    files = {path: path.read_bytes() for path in (tmp_path / "columns").glob("*.tar*")}
+    cut, unindexed = columns.paths["latents"][1], columns.paths["text"][0]
+    cut.write_bytes(files[cut][:1000])
+    index_path(unindexed).write_bytes(b"")
+    capsys.readouterr()
+    computed(config, base)
+    said = capsys.readouterr().err
+    assert f"to be computed again: {cut} has 1000 bytes, its index says {len(files[cut])}\n" in said
+    assert f"to be computed again: {index_path(unindexed)} is not a whole index\n" in said
+    assert {path: path.read_bytes() for path in (tmp_path / "columns").glob("*.tar*")} == files
+
+
+def test_two_ranks_write_the_bytes_that_one_writes(base_folder, tmp_path):
+    write_shards(tmp_path / "shards", lambda i: (32, 32))
+    config = run_config(base_folder("sd15"), tmp_path)
+    base = load_base(config.model.base)
+    _, columns = computed(config, base)
+    alone = {path.name: path.read_bytes() for path in (tmp_path / "columns").glob("*.tar")}
+    for path in (tmp_path / "columns").glob("*.tar*"):
+        path.unlink()
+    dataset = open_dataset(config.data.shards)
+    jobs, buckets = lacking_kinds(columns), run_buckets(config, dataset)
+    for rank in range(2):
+        compute(config, World(rank, 2, rank, torch.device("cpu")), base, dataset, buckets, columns, jobs)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "columns").glob("*.tar")} == alone
+
+
+def test_columns_of_shards_on_a_web_server_are_those_of_the_same_shards_on_a_disk(base_folder, tmp_path):
+    write_shards(tmp_path / "shards", lambda i: (32, 32))
+    local = run_config(base_folder("sd15"), tmp_path)
+    base = load_base(local.model.base)
+    _, columns = computed(local, base)
+    served = {f"/{path.name}": path.read_bytes() for path in (tmp_path / "shards").glob("*.tar")}
+    manifest, there = tmp_path / "remote.jsonl", dict(cache=str(tmp_path / "cache"), columns=str(tmp_path / "others"))
+    with stores.web_server(served) as url:
+        names = f"{url}/{{0..{SHARDS - 1}}}.tar"
+        assert data_index.main([names, "--manifest", str(manifest), "--workers", "1"]) == 0
+        remote = run_config(base_folder("sd15"), tmp_path, shards=str(manifest), **there)
+        dataset, others = computed(remote, base)
+        pairs = list(both(remote, base, dataset, others, steps=3))
+    for kind, paths in columns.paths.items():
+        for path, other in zip(paths, others.paths[kind], strict=True):
+            assert path.name == other.name and path.read_bytes() == other.read_bytes()
+    assert all(one.keys == other.keys for one, other in pairs)
+
+
+def test_the_bytes_that_are_announced_are_about_those_that_are_written(base_folder, tmp_path, capsys):
+    write_shards(tmp_path / "shards", lambda i: (32, 32))
+    config = run_config(base_folder("sdxl"), tmp_path)
+    base = load_base(config.model.base)
+    dataset, columns = computed(config, base)
+    jobs = {shard: ["latents", "text"] for shard in range(SHARDS)}
+    announced = report(base, dataset, columns, jobs)
+    assert announced == 21 * sum(sample_bytes(base, columns).values())
+    latents = sum(path.stat().st_size for path in columns.paths["latents"])
+    assert 0 < latents - 21 * sample_bytes(base, columns)["latents"] < SHARDS * 12_000  # tars end on 10 KiB
+    said = capsys.readouterr().out
+    assert "3 of 3 shards to compute: 21 samples" in said and "several captions" in said
+
+
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_computed(tmp_path):
+    with pytest.raises(ConfigError, match="the columns need 1048576.000 GiB, and the disk of"):
+        check_room(tmp_path / "not" / "there", 2**50)
+
+
+def test_another_resolution_precision_or_encoder_is_another_identity(base_folder, tmp_path):
+    write_shards(tmp_path / "shards", lambda i: (32, 32))
+    config = run_config(base_folder("sd15"), tmp_path)
+    base = load_base(config.model.base)
+    computed(config, base)
+    changed = column_identities(config, base, ((64, 64),))
+    with pytest.raises(ValueError, match="shapes"):
+        check_stated(tmp_path / "columns", changed)
+    half = column_identities(config, load_base(config.model.base, dtype=torch.bfloat16), ((32, 32),))
+    with pytest.raises(ValueError, match="dtype='float32' there, and here 'bfloat16'"):
+        check_stated(tmp_path / "columns", half)
+    with torch.no_grad():
+        next(base.vae.parameters()).flatten()[0] += 1e-3
+    with pytest.raises(ValueError, match="latents have vae="):
+        check_stated(tmp_path / "columns", column_identities(config, base, ((32, 32),)))
+
+
+def test_digests_do_not_depend_on_where_a_base_lies_nor_on_what_was_tokenized(load_tiny, base_folder, tmp_path):
+    copied = shutil.copytree(base_folder("sd15"), tmp_path / "elsewhere")
+    one, other = load_tiny("sd15"), load_base(copied)
+    one.tokenizers[0](["a dog"], padding="max_length", truncation=True)
+    assert module_digest(one.vae) == module_digest(other.vae)
+    assert module_digest(one.text_encoders[0]) == module_digest(other.text_encoders[0])
+    assert tokenizer_digest(one.tokenizers[0]) == tokenizer_digest(other.tokenizers[0])
+    assert tokenizer_digest(one.tokenizers[0]) != module_digest(one.vae) != module_digest(one.text_encoders[0])
+
+
+def test_columns_among_the_shards_are_refused(tmp_path):
+    dataset = open_dataset(write_shards(tmp_path / "shards", lambda i: (32, 32)))
+    check_apart(tmp_path / "shards" / "columns", dataset)
+    with pytest.raises(ConfigError, match="would be taken for shards: name a folder of their own"):
+        check_apart(tmp_path / "shards", dataset)
+
+
+def test_the_command_asks_for_the_folder_that_it_writes_to(capsys):
+    config = Path(__file__).parents[3] / "launch" / "configs" / "quickstart.yaml"
+    assert main(["data", "precompute", str(config), "--dry-run"]) == 2
+    assert "data.columns is not set: name the folder to write to" in capsys.readouterr().err
+
+
+def test_random_crops_are_refused_where_columns_are_named(base_folder, tmp_path):
+    with pytest.raises(ConfigError, match="set data.random_crop=false, or leave data.columns out"):
+        run_config(base_folder("sd15"), tmp_path, random_crop=True)
+
+
+def test_a_disk_without_locks_takes_columns_and_one_that_fails_is_heard(tmp_path, monkeypatch):
+    def disk_says(number):
+        def flock(file, operation):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(fcntl, "flock", flock)
+
+    world = join()
+    try:
+        for number in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+            disk_says(number)
+            with only_writer(tmp_path, world, dry_run=False):
+                pass
+        disk_says(errno.EIO)
+        with pytest.raises(OSError, match="Input/output error"), only_writer(tmp_path, world, dry_run=False):
+            pass
+    finally:
+        leave()

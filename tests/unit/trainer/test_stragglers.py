@@ -1,0 +1,46 @@
+import time
+
+import pytest
+import torch
+
+from controlbooth.trainer.engine.distributed import World
+from controlbooth.trainer.run.stragglers import FACTOR, MOSTLY, WINDOW, Pace, slowest
+
+
+@pytest.fixture
+def pace():
+    one = Pace(World(0, 1, 0, torch.device("cpu")))
+    one.world, one.hosts = World(0, 3, 0, torch.device("cpu")), ["a", "b", "c"]
+    return one
+
+
+def test_the_slowest_rank_is_compared_with_the_median_of_the_others():
+    assert slowest([1.0, 3.0]) == (1, 3.0)
+    assert slowest([4.0, 1.0, 1.0, 100.0]) == (3, 100.0)
+    assert slowest([0.0, 0.0]) == (0, 1.0)
+
+
+def test_a_persistently_slow_rank_is_named_once_and_once_more_when_it_keeps_up(pace):
+    said = [pace.note([1.0, 1.0, 2.0], 4.0) for _ in range(30)]
+    assert [line for line in said if line] == [said[MOSTLY - 1]]
+    assert said[MOSTLY - 1].startswith(f"rank 2 on c holds the others up in {MOSTLY} of {WINDOW} steps: 2.00 s before")
+    said = [line for line in (pace.note([1.0, 1.0, 1.0], 4.0) for _ in range(30)) if line]
+    assert said == ["rank 2 on c keeps up again"]
+
+
+def test_a_rank_that_is_seldom_slow_or_by_little_or_by_what_does_not_matter_is_not_named(pace):
+    assert not any(pace.note([1.0, 1.0, 5.0 if step % 2 else 1.0], 4.0) for step in range(100))
+    assert not any(pace.note([1.0, 1.0, FACTOR - 0.1], 4.0) for _ in range(100))
+    assert not any(pace.note([0.001, 0.001, 0.002], 4.0) for _ in range(100))
+    assert not any(pace.note([5.0 if step % 3 == rank else 1.0 for rank in range(3)], 9.0) for step in range(100))
+
+
+def test_a_ranks_own_work_ends_at_its_first_backward_pass(pace):
+    calls = []
+    backward = pace.before(calls.append)
+    pace.begin()
+    backward(torch.tensor(1.0))
+    (first,) = {seconds for seconds in pace.shares() if seconds}
+    time.sleep(0.05)
+    backward(torch.tensor(2.0))
+    assert len(calls) == 2 and pace.shares() == [first, 0.0, 0.0] and first < 0.05

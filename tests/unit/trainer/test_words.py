@@ -1,0 +1,84 @@
+"""What tokenizers cut off prompts is told, and subjects of which nothing could be learnt for it are refused."""
+
+import pytest
+
+from controlbooth.data.loading.tokens import cut_prompts, equal_prompts, told_of_cut
+from controlbooth.trainer.config.subjects import SubjectRunConfig
+from controlbooth.trainer.dreambooth.manifest import Task
+from controlbooth.trainer.dreambooth.words import check_words
+
+TOKENS = 12  # of conftest's tokenizers, whose words are single letters, begin and end included
+NINE = "a b c d e f g h i"
+
+
+def task(name, identifier, prompt, class_prompt="a d"):
+    return Task(name, (), "d", identifier, prompt, class_prompt, 1, 1.0, 1)
+
+
+@pytest.fixture
+def config(base_folder):
+    def make(family="sd15", **changes):
+        return SubjectRunConfig(name="x", model={"base": str(base_folder(family))}, **changes)
+
+    return make
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_an_identifier_that_the_tokenizer_cuts_off_is_a_fault_of_its_subject_alone(family, config):
+    tasks = [task("late", "z", f"{NINE} j z"), task("last", "y", f"{NINE} y"), task("none", "x", "a b c")]
+    faults, warnings = check_words(tasks, config(family))
+    assert faults.keys() == {"late"} and warnings.keys() == {"late"}
+    assert faults["late"].startswith(
+        "its instance_prompt has 13 tokens, and the identifier 'z' is not among the first 12, which are all that the"
+    )
+
+
+def test_a_prompt_that_is_cut_behind_its_identifier_is_told(config):
+    tasks = [task("one", "z", f"z {NINE} j k", class_prompt=f"{NINE} j k l")]
+    faults, warnings = check_words(tasks, config(validation=dict(prompts=[f"{{identifier}} {NINE} l m n"])))
+    assert not faults
+    assert (
+        "its instance_prompt 'z a b c d e f g h i j k' has 14 tokens, and the base reads the first 12"
+        in warnings["one"]
+    )
+    assert "its class_prompt 'a b c d e f g h i j k l' has 14 tokens" in warnings["one"]
+    assert "its validation.prompts 'z a b c d e f g h i l m n' has 15 tokens" in warnings["one"]
+
+
+def test_subjects_that_are_one_to_the_base_are_refused_with_each_others_names(config):
+    tasks = [task("small", "z", "a z"), task("large", "Z", "a Z"), task("other", "y", "a y")]
+    faults, _ = check_words(tasks, config())
+    assert faults.keys() == {"small", "large"}
+    assert faults["small"].startswith("its identifier is 'z', which is the same to the base as 'Z' of large: its ")
+    tasks = [task("one", "z", f"a z b c d e f g h i {end}") for end in "j"]
+    tasks += [task("two", "y", f"a z b c d e f g h i {end}") for end in "k"]
+    faults, _ = check_words(tasks, config())
+    assert faults.keys() == {"one", "two"}
+    assert "its tokenizer keeps 12 tokens. Change one of them" in faults["one"]
+
+
+def test_equal_prompts_of_several_subjects_are_no_fault(config):
+    """Each has an adapter of its own, and may be trained under the same words."""
+    assert check_words([task("one", "z", "a d"), task("two", "y", "a d")], config()) == ({}, {})
+
+
+def test_what_is_cut_is_counted_and_told_once(load_tiny):
+    tokenizers = load_tiny("sdxl").tokenizers
+    assert told_of_cut(tokenizers, ["a", "", NINE], "captions") is None
+    assert told_of_cut(tokenizers, [], "captions") is None
+    long = f"{NINE} j k"
+    (cut,) = cut_prompts(tokenizers, [long, "a", long])
+    assert (cut.prompt, cut.tokens, cut.kept) == (long, 13, TOKENS)
+    line = told_of_cut(tokenizers, [long, "a", long], "captions")
+    assert line == (
+        "2 of 3 captions are longer than the base reads and are cut, such as 'a b c d e f g h i j k': "
+        "it has 13 tokens, and the tokenizer keeps 12"
+    )
+
+
+def test_prompts_are_equal_only_where_all_tokenizers_take_them_for_one(load_tiny):
+    first, second = load_tiny("sdxl").tokenizers
+    prompts = [f"{NINE} j k", f"{NINE} j l", "a b", "A B"]
+    assert equal_prompts((first, second), prompts) == [(prompts[0], prompts[1]), ("a b", "A B")]
+    second.model_max_length = 20
+    assert equal_prompts((first, second), prompts) == [("a b", "A B")]

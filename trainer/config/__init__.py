@@ -1,0 +1,1 @@
+"""What a run is: every field, its default and its checks. Free of torch."""

@@ -1,0 +1,158 @@
+"""Reads a run from YAML, sets fields from the command line, and explains what is wrong in terms of the file."""
+
+import difflib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from controlbooth.data.files.records import Damaged, parse_yaml, read_yaml
+from controlbooth.data.secrets import without_secrets
+from controlbooth.trainer.config.file_kinds import RUN, kind_of, mistaken_for
+from controlbooth.trainer.config.run import RESOLVED, RunConfig
+from controlbooth.trainer.config.section import ConfigError
+
+
+def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a run file and applies `section.key=value` overrides, the last one winning.
+
+    Raises ConfigError for a missing or malformed file, an unknown key, a wrong type, or numbers that contradict.
+    """
+    return build_config(read_tree(path, overrides), source=str(path))
+
+
+def read_tree(path: str | os.PathLike[str], overrides: Sequence[str] = (), kind: str = RUN) -> dict[str, Any]:
+    """A run file and its overrides, before anything is checked but that it is a mapping, and of this kind."""
+    path = Path(path)
+    try:
+        tree = read_yaml(path, "Correct it, or put a whole copy back")
+    except FileNotFoundError:
+        configs = sorted((Path(__file__).parents[2] / "launch/configs").glob("*.yaml"))
+        shipped = ", ".join(one.name for one in configs if kind_of(yaml.safe_load(one.read_text())) == kind)
+        raise ConfigError(f"run file {path} does not exist. Runs to start from, in launch/configs: {shipped}") from None
+    except Damaged as error:
+        raise ConfigError(f"run file {path} is not readable as YAML: {error.reason}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"run file {path} holds {type(tree).__name__}, but a run is a mapping of keys to values")
+    refuse_other_kind(tree, path, kind)
+    if path.name == RESOLVED:
+        _forget_secrets(tree)
+    for override in overrides:
+        _override(tree, override)
+    return tree
+
+
+def _forget_secrets(tree: dict[str, Any]) -> None:
+    """Of what a run begun before wrote down. Its file cannot be mended: a checkpoint knows the sizes of its files."""
+    tracking = tree.get("tracking")
+    if isinstance(tracking, dict) and isinstance(tracking.get("uri"), str):
+        tracking["uri"] = without_secrets(tracking["uri"])
+
+
+def refuse_other_kind(tree: Any, path: Path, kind: str) -> None:
+    """Raises ConfigError, with the verb to use, for a file that is plainly of another kind of `file_kinds`."""
+    if message := mistaken_for(tree, kind, str(path)):
+        raise ConfigError(message)
+
+
+def build_config(tree: dict[str, Any], source: str = "the run config") -> RunConfig:
+    """A nested dict -> RunConfig; every error of the tree in one ConfigError."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {explain_errors(error, RunConfig)}") from None
+
+
+def explain_errors(error: ValidationError, model: type[BaseModel]) -> str:
+    """All that is wrong with a tree, with the values and what to do. model: the class that refused it."""
+    told: list[str] = []
+    strange: dict[tuple[Any, ...], list[Any]] = {}
+    for one in error.errors():
+        if one["type"] == "extra_forbidden" and _nearest_key(one["loc"], model) is None:
+            strange.setdefault(one["loc"][:-1], []).append(one["loc"])
+        else:
+            told.append(_explain(one, model))
+    for locations in strange.values():  # the known keys of a section are listed once
+        names = ", ".join(f"'{_dotted(location)}'" for location in locations)
+        known = ", ".join(_keys_beside(locations[0], model))
+        told.append(f"unknown key{'s' if len(locations) > 1 else ''} {names}; known keys: {known}")
+    return "; ".join(told)
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override {override!r} is not section.key=value, e.g. optimizer.learning_rate=1e-5")
+    *parents, leaf = key.split(".")
+    node = tree
+    for depth, parent in enumerate(parents):
+        if node.get(parent) is None:  # not in the file, or a section without a key
+            node[parent] = {}
+        node = node[parent]
+        if not isinstance(node, dict):
+            raise ConfigError(f"override {override!r}: {'.'.join(parents[: depth + 1])} is a value, not a section")
+    try:
+        node[leaf] = parse_yaml(value, repr(value), "Give a YAML value")
+    except Damaged as error:
+        raise ConfigError(f"override {override!r}: {value!r} is not a YAML value: {error.reason}") from error
+
+
+def _explain(error: Any, model: type[BaseModel]) -> str:
+    where = _dotted(error["loc"])
+    if error["type"] == "extra_forbidden":
+        meant = _dotted((*error["loc"][:-1], _nearest_key(error["loc"], model)))
+        return f"unknown key '{where}'; did you mean '{meant}'?"
+    if error["type"] == "missing" and isinstance(error["loc"][-1], int):
+        return f"'{where.rpartition('.')[0]}' has {error['loc'][-1]} values, and needs more"
+    if error["type"] == "missing":
+        return f"'{where}' is missing; set it in the file, or give {where}=VALUE on the command line"
+    message = error["msg"].removeprefix("Value error, ")
+    given = error["input"]
+    given = without_secrets(given) if isinstance(given, str) else given
+    hidden = "environment" in error["loc"] and not isinstance(given, bool | int | float | None)
+    if isinstance(given, dict) or hidden:  # values that may be secrets; the message has the key
+        return f"'{where}': {message}" if where else message
+    return f"'{where}' is {given!r}: {message}" if where else message
+
+
+def _dotted(location: tuple[Any, ...]) -> str:
+    return ".".join(map(str, location))
+
+
+def _nearest_key(location: tuple[Any, ...], model: type[BaseModel]) -> str | None:
+    """What an unknown key may have been meant for."""
+    close = difflib.get_close_matches(str(location[-1]), _keys_beside(location, model), n=1)
+    return close[0] if close else None
+
+
+def _keys_beside(location: tuple[Any, ...], model: type[BaseModel]) -> list[str]:
+    section: Any = model
+    for part in location[:-1]:
+        if isinstance(part, int):
+            continue  # an element of a list, whose type is in the list's
+        section = section.model_fields[part].annotation
+        section = next(iter(get_args(section)), section)
+    return list(section.model_fields)
+
+
+def dump(config: RunConfig) -> str:
+    """The resolved tree as YAML, in the order of the fields."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def changes(before: str, now: str) -> list[str]:
+    """`section.key: old -> new` of each field that differs between two dumps."""
+    old, new = (dict(_leaves(yaml.safe_load(text))) for text in (before, now))
+    names = [*new, *(name for name in old if name not in new)]
+    return [f"{n}: {old.get(n)} -> {new.get(n)}" for n in names if old.get(n) != new.get(n)]
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if not isinstance(tree, dict):
+        yield prefix, without_secrets(tree) if isinstance(tree, str) else tree
+        return
+    for key, value in tree.items():
+        yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))

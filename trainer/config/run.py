@@ -1,0 +1,409 @@
+"""Every field of a run. YAML files and `section.key=value` overrides fill this one tree; unknown keys are refused.
+
+Free of torch, so that the launcher can check a run before anything heavy is imported. The tree is frozen, and the
+resolved one is saved with each checkpoint. Numbers that follow from others are functions at the end of this file.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal, Protocol
+
+from pydantic import Field, field_validator, model_validator
+
+from controlbooth.data.arguments import SEEDS
+from controlbooth.data.condition_names import COMPUTED, MAX_PIXELS, computed_kind, tells_sides
+from controlbooth.data.errors import UserError
+from controlbooth.data.order.settings import OrderSettings
+from controlbooth.data.secrets import without_secrets
+from controlbooth.models.architectures import MINIATURE
+from controlbooth.trainer.config.section import ConfigError, Section
+
+RESOLVED = "config.yaml"
+"""What a run's folder and its checkpoints hold: the resolved tree, as the run wrote it."""
+BUILT_IN = "miniature"
+"""As model.base: the base model that is shipped with controlbooth."""
+
+
+class ModelConfig(Section):
+    base: str
+    """A diffusers folder, a single .safetensors file, or `miniature` for the model shipped with controlbooth."""
+    family: Literal["auto", "sd15", "sd21", "sdxl", "miniature"] = "auto"
+    """What the base is; `auto` reads it from the base's own configuration."""
+    controlnet: str = "unet"
+    """`unet` copies the trainable half from the base; a diffusers ControlNet folder continues from those weights."""
+    hint_channels: tuple[Annotated[int, Field(gt=0)], ...] = (16, 32, 96, 256)
+    """Widths of the network that turns the condition image into the latent grid; one stride of 2 between neighbours."""
+    hint_network: Literal["released", "paper"] = "released"
+    """That of the released code, or the smaller one of the paper's text, whose widths are [16, 32, 64, 128]."""
+    trainable_copy: Literal["full", "lite"] = "full"
+    """`lite` puts one convolution in place of each block of the copy: the paper's ablation."""
+    connections: Literal["zero", "gaussian"] = "zero"
+    """How the convolutions that tie the copy to the base start: `gaussian` is the paper's other ablation."""
+    only_mid_control: bool = False
+    """Train the middle block's residual alone, and leave the others at zero."""
+    unlock_decoder_at: int | None = Field(default=None, ge=0)
+    """From this optimizer step on, train the base's decoder too (the released code's `sd_locked=False`, which is for
+    more than a million pairs, after 50,000 steps or more); 0 from the start. Default: it stays locked."""
+    attention: Literal["auto", "xformers", "flash", "cudnn", "efficient", "math", "plain"] = "auto"
+    """Memory-efficient attention: `xformers` needs CUDA and the package; the others are PyTorch's kernels, of which
+    `cudnn` and `efficient` need CUDA; `plain` is matrix products alone. `auto` takes the fastest."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+
+class SourceConfig(Section):
+    """One of several data sets that a run draws from."""
+
+    shards: str
+    """As data.shards."""
+    weight: float | None = Field(default=None, ge=0.0)
+    """Its share of every batch, relative to the other weights; given for all sources or for none. It may be changed
+    between two starts of a run: the new share holds from the step where the run goes on, and checkpoints record it."""
+    repeat: int = Field(default=1, gt=0)
+    """Without weights: how often each of its samples is seen while those of a source with repeat=1 are seen once."""
+
+
+class DataConfig(Section):
+    shards: str | None = None
+    """A manifest.jsonl, a folder of tar shards, a glob, or a brace expression such as train-{000..099}.tar. Shards in
+    http(s)://, s3:// or gs:// are named by the manifest that `controlbooth data index` wrote of them. Or, instead,
+    `sources`."""
+    sources: tuple[SourceConfig, ...] = ()
+    """Several such data sets, mixed by weight or in proportion to their samples."""
+    condition: str
+    """Which condition of a sample to train on: `edges` reads key.cond.edges.png. `computed:canny_random` needs none: it
+    is made of the cut and mirrored picture at each presentation, with other thresholds each time. So can be: canny,
+    canny_random, soft_edges, scribble, lineart, lines, gray, blur."""
+    held_out: str | None = None
+    """Shards that are never trained on, for validation. Without them nothing is validated."""
+    resolution: int = Field(default=512, gt=0)
+    """Side of the square training picture in pixels; a multiple of 8, the VAE's factor."""
+    max_aspect_ratio: float = Field(default=1.0, ge=1.0, le=8.0)
+    """Above 1: train on several shapes of about resolution**2 pixels, whose long side is at most so many short ones.
+    Each picture goes to the nearest shape, and each step has one, on all ranks. 1 cuts squares out of all pictures."""
+    aspect_step: int = Field(default=64, gt=0)
+    """Sides of these shapes are multiples of it: 64 for Stable Diffusion, 16 for the miniature."""
+    prompt_dropout: float = Field(default=0.5, ge=0.0, le=1.0)
+    """Share of presentations whose prompt is replaced by the empty string (ControlNet: 0.5)."""
+    random_flip: bool = False
+    """Mirror half of the presentations, picture and condition alike. Wrong where captions say left and right, and
+    refused for poses and key points, whose colours do."""
+    random_crop: bool = False
+    """Crop at a random place rather than at the centre where a picture is not square."""
+    lanes: int | None = Field(default=None, gt=0)
+    """Streams into which an epoch is cut; every world size of a run divides it. Default: global_batch_size."""
+    shards_per_block: int = Field(default=2, gt=0)
+    """Shards that each lane permutes as one block."""
+    threads: int = Field(default=2, gt=0)
+    """Threads of each rank that read and decode."""
+    prefetch_steps: int = Field(default=4, gt=0)
+    """Steps of decoded batches that each rank holds ready."""
+    cache: Path | None = None
+    """Folder on a local disk of each node for shards of http(s), s3 or gs, which need one; ranks and runs share it."""
+    cache_gib: float = Field(default=100.0, gt=0.0)
+    """What the cache may hold; the shards used last stay. Room for lanes * shards_per_block shards over the nodes is
+    needed, and twice that lets each next shard be fetched before its lane reaches it."""
+    columns: Path | None = None
+    """Folder of latents and text embeddings, which `controlbooth data precompute` writes there and the run then takes
+    instead of running the VAE and the text encoder. Not with random_crop."""
+    max_pixels: int = Field(default=MAX_PIXELS, gt=0)
+    """A sample with a larger picture, target or condition, is bad: it would take 3 bytes of memory for each pixel."""
+    max_bad_rate: float = Field(default=0.01, ge=0.0, le=1.0)
+    """Share of undecodable samples at which the run stops instead of replacing them."""
+
+    @property
+    def condition_name(self) -> str:
+        """The kind of condition, wherever it comes from."""
+        return self.condition.removeprefix(COMPUTED)
+
+    @field_validator("condition")
+    @classmethod
+    def _can_be_computed(cls, value: str) -> str:
+        computed_kind(value)
+        return value
+
+    @field_validator("resolution")
+    @classmethod
+    def _divides(cls, value: int) -> int:
+        if value % 8:
+            near = sorted({max(8, value // 8 * 8), -(-value // 8) * 8})
+            raise UserError(f"not a multiple of 8, the VAE's factor. Use {' or '.join(map(str, near))}")
+        return value
+
+
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+"""Of a folder: most disks take 255 bytes, and names of files in the making are some longer."""
+
+
+class OptimizerConfig(Section):
+    learning_rate: float = Field(default=1e-5, gt=0.0)
+    """Peak learning rate, reached after warmup_steps (ControlNet: 1e-5)."""
+    decoder_learning_rate: float = Field(default=2e-6, gt=0.0)
+    """The same of the decoder, from model.unlock_decoder_at on. The released code advises 2e-6 once it is unlocked, and
+    has one rate for all: set learning_rate to it too for that."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rate goes on after the warmup; linear and cosine end at 0 at max_steps."""
+    warmup_steps: int = Field(default=0, ge=0)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    weight_decay: float = Field(default=1e-2, ge=0.0)
+    epsilon: float = Field(default=1e-8, gt=0.0)
+    max_grad_norm: float = Field(default=1.0, gt=0.0, allow_inf_nan=True)  # .inf does not clip
+    """Gradients are scaled down to this norm, taken over all trained parameters and all ranks."""
+    max_skipped_steps: int = Field(default=10, ge=0)
+    """Steps with a non-finite loss or gradient that are skipped and reported before the run stops."""
+    min_snr_gamma: float | None = Field(default=None, gt=0.0)
+    """Min-SNR weighting of the loss (arXiv 2303.09556; the paper takes 5)."""
+    ema_decay: float | None = Field(default=None, gt=0.0, lt=1.0)
+    """Keep an exponential moving average of the trained weights, and validate and export that."""
+
+
+class EngineConfig(Section):
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Of weights and activations under DeepSpeed. `auto` takes bf16 where the device multiplies in it, else fp32."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """DeepSpeed ZeRO: 1 splits optimizer states over ranks, 2 gradients too, 3 parameters too."""
+    offload_optimizer: bool = False
+    """Keep optimizer states in CPU memory (stages 1 to 3)."""
+    offload_parameters: bool = False
+    """Keep parameters in CPU memory (stage 3)."""
+    hang_timeout_seconds: float = Field(default=900.0, gt=0.0, allow_inf_nan=True)  # .inf waits for ever
+    """A step that takes longer is taken for one that hangs: the ranks write their stacks and end. The start, the first
+    step, validations and checkpoints may take six times as long, and anything ten times the slowest of its kind. The
+    default is more than a store of shards may be away."""
+
+
+class CheckpointConfig(Section):
+    every_steps: int = Field(default=1000, gt=0)
+    keep: int = Field(default=2, gt=0)
+    """Latest checkpoints that are kept; an older one is deleted only after a newer one is complete."""
+    keep_best: int = Field(default=1, ge=0)
+    """Checkpoints kept besides, by the validation's figure of control: that of the trained kind, or edge F1."""
+
+
+class ValidationConfig(Section):
+    every_steps: int = Field(default=1000, gt=0)
+    samples: int = Field(default=16, gt=0)
+    """Held-out conditions that are sampled and measured, spread over ranks."""
+    grid: int = Field(default=4, gt=0)
+    """How many of them are shown in the picture."""
+    sampling_steps: int = Field(default=20, gt=0)
+    guidance_scale: float = Field(default=7.5, ge=1.0)
+    micro_batch_size: int = Field(default=8, gt=0)
+    prompts: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Prompts of your own: each validation draws them too, under the held-out conditions that are shown, as a picture
+    beside the one of the captions (samples/prompts/). They are not measured."""
+    at_start: bool = True
+    """Validate before the first step too: the figures without control."""
+    stop_after_convergence: int | None = Field(default=None, ge=0)
+    """End the run so many steps after the one for which control is announced. Default: go on to max_steps."""
+
+
+class TrackingConfig(Section):
+    uri: str | None = None
+    """An MLflow server or store, e.g. http://host:5000. Default: SQLite in the folder that holds the runs. Users and
+    passwords are refused here; MLflow takes them from MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or a token
+    from MLFLOW_TRACKING_TOKEN, in the environment of whatever starts."""
+    experiment: str = "controlbooth"
+    system_metrics_seconds: float = Field(default=10.0, gt=0.0)
+    """How often memory and processor load are logged."""
+
+    @field_validator("uri")
+    @classmethod
+    def _has_no_secret(cls, value: str | None) -> str | None:
+        if value is not None:
+            refuse_secrets(value)
+        return value
+
+
+class RunConfig(Section):
+    name: Name
+    """Names the folder of the run below `output`, and the run in MLflow."""
+    output: Path = Path("runs")
+    seed: int = Field(default=0, ge=0, lt=SEEDS)
+    """With the configuration and the data set's fingerprint it determines the run."""
+    max_steps: int = Field(gt=0)
+    global_batch_size: int = Field(gt=0)
+    """Samples per optimizer step over all ranks; the number that the learning rate was tuned for."""
+    micro_batch_size: int = Field(gt=0)
+    """Samples per forward pass on one rank; lower it when memory runs out."""
+    model: ModelConfig
+    data: DataConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    engine: EngineConfig = EngineConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    validation: ValidationConfig = ValidationConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "RunConfig":
+        if (self.data.shards is None) == (not self.data.sources):
+            raise UserError(
+                "'data.shards' is missing; set it in the file, or give data.shards=VALUE on the command line"
+                if self.data.shards is None
+                else "data.shards and data.sources are both set: move the shards into a source of their own"
+            )
+        given = [source.weight for source in self.data.sources if source.weight is not None]
+        if given and (len(given) < len(self.data.sources) or not any(given)):
+            raise UserError(
+                f"data.sources have the weights {[source.weight for source in self.data.sources]}: give one to every "
+                "source, not all of them 0, or to none, which takes them by their samples"
+            )
+        if given and any(source.repeat != 1 for source in self.data.sources):
+            raise UserError("data.sources have weights and a repeat: a weight says it all, leave repeat out")
+        if self.data.random_flip and tells_sides(self.data.condition):
+            raise UserError(
+                f"data.condition={self.data.condition} tells left from right by colour, and data.random_flip would "
+                "mirror its places and not its colours: set data.random_flip=false"
+            )
+        if self.data.columns and computed_kind(self.data.condition):
+            raise UserError(
+                f"data.condition={self.data.condition} is made of the pictures, which data.columns={self.data.columns} "
+                "stands for: leave data.columns out, or write the condition into shards by `controlbooth data annotate`"
+            )
+        if self.data.columns and self.data.random_crop:
+            raise UserError(
+                f"data.columns={self.data.columns} has latents of pictures cut at the centre, and data.random_crop "
+                "wants others at every presentation: set data.random_crop=false, or leave data.columns out"
+            )
+        lanes = self.data.lanes or self.global_batch_size
+        if lanes % self.global_batch_size:
+            raise UserError(
+                f"data.lanes={lanes} is not a multiple of global_batch_size={self.global_batch_size}. "
+                f"Leave data.lanes out, or use {self.global_batch_size * max(1, lanes // self.global_batch_size)}"
+            )
+        if self.model.controlnet != "unet":
+            for key in ("trainable_copy", "connections", "hint_network"):
+                if getattr(self.model, key) != ModelConfig.model_fields[key].default:
+                    raise UserError(
+                        f"model.{key}={getattr(self.model, key)} is how a new ControlNet starts, and "
+                        f"model.controlnet={self.model.controlnet} has started: leave one of them out"
+                    )
+        unlock = self.model.unlock_decoder_at
+        if unlock is not None and unlock >= self.max_steps:
+            raise UserError(
+                f"model.unlock_decoder_at={unlock} is never reached: the run ends at max_steps={self.max_steps}. Raise "
+                "max_steps, or leave the decoder locked by leaving it out"
+            )
+        rate, default = self.optimizer.decoder_learning_rate, OptimizerConfig().decoder_learning_rate
+        if unlock is None and rate != default:
+            raise UserError(
+                f"optimizer.decoder_learning_rate={rate:g} is for a decoder that learns, and it stays locked: say from "
+                "which step by model.unlock_decoder_at, or leave the rate out"
+            )
+        if self.engine.offload_parameters and self.engine.zero_stage != 3:
+            raise UserError(
+                f"engine.offload_parameters needs engine.zero_stage=3, and it is {self.engine.zero_stage}. "
+                "Set engine.zero_stage=3, or offload the optimizer only"
+            )
+        if self.engine.offload_optimizer and self.engine.zero_stage == 0:
+            raise UserError("engine.offload_optimizer needs engine.zero_stage 1, 2 or 3, and it is 0")
+        if self.optimizer.warmup_steps > self.max_steps:
+            raise UserError(
+                f"optimizer.warmup_steps={self.optimizer.warmup_steps} is more than max_steps={self.max_steps}"
+            )
+        if self.validation.stop_after_convergence is not None and not self.data.held_out:
+            raise UserError(
+                f"validation.stop_after_convergence={self.validation.stop_after_convergence} needs validations, and "
+                "data.held_out is not set: name held-out shards, or leave it out"
+            )
+        if self.validation.grid > self.validation.samples:
+            raise UserError(
+                f"validation.grid={self.validation.grid} pictures cannot be shown of "
+                f"validation.samples={self.validation.samples}. Lower the one or raise the other"
+            )
+        return self
+
+
+def gradient_accumulation_steps(config: RunConfig, world_size: int) -> int:
+    """Forward passes that each rank makes per optimizer step. Raises ConfigError where the numbers do not divide."""
+    samples_per_pass = config.micro_batch_size * world_size
+    if config.global_batch_size % samples_per_pass:
+        passes = config.global_batch_size / config.micro_batch_size
+        ranks = [str(n) for n in range(1, int(passes) + 1) if passes % n == 0]
+        possible = ", ".join(ranks) or "none with this micro_batch_size"
+        raise ConfigError(
+            f"global_batch_size={config.global_batch_size} is not a multiple of micro_batch_size * world_size = "
+            f"{config.micro_batch_size} * {world_size} = {samples_per_pass}. "
+            f"Change micro_batch_size, or start on another number of ranks (possible: {possible})."
+        )
+    return config.global_batch_size // samples_per_pass
+
+
+def sources(config: RunConfig) -> tuple[SourceConfig, ...]:
+    """What the run draws from; data.shards is a single source."""
+    return (SourceConfig(shards=config.data.shards),) if config.data.shards else config.data.sources
+
+
+def data_set_name(config: RunConfig) -> str:
+    """The sources as a person would write them."""
+    return ", ".join(
+        source.shards
+        + (f" (weight {source.weight:g})" if source.weight is not None else "")
+        + (f" (x {source.repeat})" if source.repeat > 1 else "")
+        for source in sources(config)
+    )
+
+
+def lanes(config: RunConfig) -> int:
+    return config.data.lanes or config.global_batch_size
+
+
+def order_settings(config: RunConfig) -> OrderSettings:
+    """Returns what, beside the data, decides in which order samples come and in which shapes."""
+    data = config.data
+    return OrderSettings(
+        seed=config.seed,
+        lanes=lanes(config),
+        shards_per_block=data.shards_per_block,
+        global_batch_size=config.global_batch_size,
+        resolution=data.resolution,
+        condition=data.condition,
+        max_aspect_ratio=data.max_aspect_ratio,
+        aspect_step=data.aspect_step,
+    )
+
+
+def run_folder(config: RunConfig) -> Path:
+    return config.output / config.name
+
+
+def base_path(config: RunConfig) -> Path:
+    """The folder or file of the run's base model."""
+    return base_folder(config.model.base)
+
+
+def base_folder(name: str) -> Path:
+    """The folder or file of a base model; `miniature` is the one shipped with controlbooth."""
+    return MINIATURE if name == BUILT_IN else Path(name)
+
+
+class Tracked(Protocol):
+    """A run of whatever kind, as MLflow keeps it."""
+
+    @property
+    def output(self) -> Path: ...
+
+    @property
+    def tracking(self) -> TrackingConfig: ...
+
+
+def tracking_uri(config: Tracked) -> str:
+    """Where MLflow keeps this run: the configured server, or mlflow.db beside the runs."""
+    return config.tracking.uri or f"sqlite:///{(config.output / 'mlflow.db').absolute()}"
+
+
+FOR_SERVERS = "give them to MLflow in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+
+
+FOR_DATABASES = "give the password to the database's client, for PostgreSQL in PGPASSWORD or ~/.pgpass"
+
+
+def refuse_secrets(uri: str) -> None:
+    """Raises ValueError, which does not show it, for a URI with a password in it."""
+    clean = without_secrets(uri)
+    if clean != uri:
+        remedy = FOR_SERVERS if clean.startswith("http") else FOR_DATABASES
+        raise UserError(
+            f"a user or a password was given in it, not shown here, which would be kept in the run's files. "
+            f"Write {clean}, and {remedy}"
+        )

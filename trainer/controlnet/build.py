@@ -1,0 +1,357 @@
+"""Builds all that a ControlNet run names, checked, on this rank's device, at its latest checkpoint if it has one."""
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from controlbooth.data.arguments import quoted
+from controlbooth.data.loading.loader import Loader
+from controlbooth.data.loading.long_captions import cut_captions
+from controlbooth.data.loading.plan import check_version, continued_history, resume_position, source_weights
+from controlbooth.data.loading.tokens import told_of_cut
+from controlbooth.data.order.settings import DrawSettings
+from controlbooth.data.shards.cache import Cache
+from controlbooth.data.shards.columns import Columns, open_columns
+from controlbooth.data.shards.manifest import Dataset, open_dataset
+from controlbooth.models.attention import AttentionChoice, AttentionShape, apply_attention, attention_shapes
+from controlbooth.models.base import Base
+from controlbooth.models.controlnet import (
+    ParameterReport,
+    build_controlnet,
+    denoise,
+    keep_only_mid_control,
+    parameter_report,
+)
+from controlbooth.models.pretrained import load_base, load_controlnet
+from controlbooth.models.text import encode_with_dropout
+from controlbooth.models.unlocked_decoder import UnlockedNetwork
+from controlbooth.trainer.config.loading import changes, dump
+from controlbooth.trainer.config.run import OptimizerConfig, RunConfig, base_path, order_settings, sources
+from controlbooth.trainer.config.section import ConfigError
+from controlbooth.trainer.controlnet import unlock as unlocking
+from controlbooth.trainer.controlnet.data import open_data, run_buckets
+from controlbooth.trainer.controlnet.session import Run
+from controlbooth.trainer.encoding import column_identities, computed_here
+from controlbooth.trainer.engine import deepspeed as engines
+from controlbooth.trainer.engine import ema
+from controlbooth.trainer.engine.device import device_name
+from controlbooth.trainer.engine.distributed import World
+from controlbooth.trainer.evaluation.extract import Extract, extractor, tells_control
+from controlbooth.trainer.evaluation.held_out import HeldOutSet
+from controlbooth.trainer.evaluation.verdict import cannot_announce
+from controlbooth.trainer.run import checkpoint as checkpoints
+from controlbooth.trainer.run import saving as savings
+from controlbooth.trainer.run.attempt import Attempt
+from controlbooth.trainer.run.attention import choose_once
+from controlbooth.trainer.run.continuing import SHAPING, check_position, check_same_run, check_unlocked
+from controlbooth.trainer.run.process import say
+from controlbooth.trainer.run.same_base import back_or_anew, check_same_base, told_of_base
+from controlbooth.trainer.run.watchdog import Watchdog
+from controlbooth.trainer.tracking.open import open_tracker, tell_page
+from controlbooth.trainer.tracking.run_page import describe_training, inputs, training_tags
+from controlbooth.trainer.tracking.tracker import Tracker
+
+
+def build(config: RunConfig, world: World, attempt: Attempt, watchdog: Watchdog, latest: Path | None) -> Run:
+    """Builds everything that the run names, checked, on this rank's device, and at the latest checkpoint if any."""
+    saved = checkpoints.read_state(latest) if latest else None
+    if saved and latest:
+        check_version(saved["order"], str(latest))
+    precision = settle_precision(config, world, saved)
+    base = load_base(base_path(config), config.model.family, engines.DTYPES[precision], world.device)
+    dataset, held, extract = open_inputs(config, world, base)
+    columns = open_run_columns(config, world, base, dataset)
+    controlnet, chosen = load_networks(config, world, attempt, base, precision)
+    report = parameter_report(controlnet)
+    unlocked = bool(saved and latest and check_saved(saved, latest, config, world, base, precision))
+    engine, average = make_engine(config, world, attempt, base, controlnet, precision, saved, latest, unlocked)
+    step = saved["step"] if saved else 0
+    loader = make_loader(config, world, base, dataset, step, attempt.run, saved and saved["order"], columns)
+    if saved:
+        check_position(resume_position(saved["order"], loader.order, dataset.fingerprint), step, config)
+    run = Run(
+        config, world, attempt, watchdog, attempt.run, precision, chosen.name, base, engine, average, dataset, loader,
+        held, extract, tracker=None, step=step,
+    )  # fmt: skip
+    announce(run, report, chosen, latest)
+    if world.rank == 0:
+        run.tracker = make_tracker(run, report.total)
+        run.tracker.cut_back(step if latest else -1)
+    return run
+
+
+def settle_precision(config: RunConfig, world: World, saved: Mapping[str, Any] | None) -> str:
+    """Settles fp32, fp16 or bf16. saved: of the checkpoint; a resume goes on in what the run was started with."""
+    request = config.engine.precision
+    if saved and request == "auto":
+        request = saved["precision"]
+    return engines.resolve_precision(request, world.device, config.engine.zero_stage)
+
+
+def open_inputs(config: RunConfig, world: World, base: Base) -> tuple[Dataset, HeldOutSet | None, Extract | None]:
+    """Opens what the run trains on and what it is measured on, and tells of captions that the base cuts."""
+    dataset, held = open_data(config, world)
+    if world.rank == 0 and (cut := cut_captions(dataset, base.tokenizers, config.validation.prompts)):
+        say(world, f"warning: {cut}")
+    if held is None:
+        return dataset, None, None
+    extract = extractor(held, {}, str(world.device))
+    check_told(config, held, extract, world)
+    if world.rank == 0 and (line := told_of_cut(base.tokenizers, held.captions, "held-out captions")):
+        say(world, f"warning: {line}")
+    return dataset, held, extract
+
+
+def load_networks(
+    config: RunConfig, world: World, attempt: Attempt, base: Base, precision: str
+) -> tuple[Any, AttentionChoice]:
+    """Makes the ControlNet, and sets the attention kernels of both networks, alike on every rank."""
+    chosen = choose_once(config.model.attention, world, precision, attempt, lambda: unet_attention_shapes(config, base))
+    torch.manual_seed(config.seed)  # the hint network, alike on every rank
+    controlnet = make_controlnet(config, base)
+    for module in (base.unet, controlnet):
+        apply_attention(module, chosen)
+    if config.model.gradient_checkpointing:
+        controlnet.enable_gradient_checkpointing()
+        base.unet.enable_gradient_checkpointing()
+    return controlnet, chosen
+
+
+def check_saved(
+    saved: Mapping[str, Any], latest: Path, config: RunConfig, world: World, base: Base, precision: str
+) -> bool:
+    """Raises ConfigError where a checkpoint is of another run or base; -> whether the decoder learns in it already."""
+    begun = f"at step {saved['step']}"
+    check_same_base(saved, base, begun, back_or_anew(latest))
+    for line in told_of_base(saved, begun):
+        say(world, line)
+    identity = dict(
+        zero_stage=config.engine.zero_stage,
+        precision=precision,
+        base_digest=base.digest,
+        condition=config.data.condition,
+        model=config.model.model_dump(mode="json", include=SHAPING),
+    )
+    check_same_run(saved, identity, latest)
+    return check_unlocked(saved, config, latest)
+
+
+def make_engine(
+    config: RunConfig,
+    world: World,
+    attempt: Attempt,
+    base: Base,
+    controlnet: Any,
+    precision: str,
+    saved: Mapping[str, Any] | None,
+    latest: Path | None,
+    unlocked: bool,
+) -> tuple[Any, ema.Average | None]:
+    """Makes DeepSpeed's engine and the weights' average, both as the checkpoint has them where there is one."""
+    universal = bool(saved) and checkpoints.needs_universal(saved, world.world_size)
+    sizes = engines.batch_sizes(config, world.world_size)
+    network = (UnlockedNetwork(controlnet, base) if unlocked else controlnet).to(world.device)
+    groups = unlocking.parameter_groups(network)
+    engine = engines.initialize(network, config.engine, config.optimizer, sizes, precision, universal, groups)
+    savings.check_space(engine, attempt.run, world)  # now, and not after all steps up to the first checkpoint
+    average = None if config.optimizer.ema_decay is None else ema.Average(engine, config.optimizer.ema_decay)
+    if saved and latest:
+        read = unlocking.read_networks if unlocked else checkpoints.read_controlnet
+        checkpoints.load_checkpoint(engine, latest, average, world, attempt, read)
+        engines.apply_settings(engine, config.optimizer)
+        if unlocked:
+            unlocking.restore_moment_steps(engine, saved["moment_steps"])
+    return engine, average
+
+
+def announce(run: Run, report: ParameterReport, chosen: AttentionChoice, latest: Path | None) -> None:
+    """Says what is trained, how, and from where it goes on."""
+    config, world = run.config, run.world
+    say(
+        world,
+        f"ControlNet {report.total:,} parameters (copy {report.copy:,}, zero convolutions "
+        f"{report.zero_convolutions:,}, hint {report.hint:,}) on {run.base.family.title}; "
+        f"{run.precision}, ZeRO-{config.engine.zero_stage}, "
+        f"{world.world_size} ranks on {world.device.type}; attention {chosen.name}: {chosen.reason}",
+    )
+    if run.precision == "fp32" and config.engine.precision == "auto" and world.device.type == "cpu":
+        say(
+            world,
+            "engine.precision=auto: this processor has no bf16 units, so the run is in fp32 (bf16 would be slower)",
+        )
+    if latest:
+        say(world, f"going on from {latest} at step {run.step}")
+        say_changes(world, config, (latest / "config.yaml").read_text(), run.step)
+
+
+def say_changes(world: World, config: RunConfig, before: str, step: int) -> None:
+    """What was set anew since the checkpoint, as that holds from here on. before: the configuration that it holds."""
+    if changed := changes(before, dump(config)):
+        say(world, f"changed since step {step}: {'; '.join(changed)}")
+    saved = yaml.safe_load(before)
+    old = OptimizerConfig(**{name: saved["optimizer"][name] for name in ("learning_rate", "schedule", "warmup_steps")})
+    was = engines.learning_rate(old, step, saved["max_steps"])
+    now = engines.learning_rate(config.optimizer, step, config.max_steps)
+    if not math.isclose(was, now):
+        say(world, f"warning: by that the learning rate of step {step} is {now:.4g}, and was to be {was:.4g}")
+
+
+def unet_attention_shapes(config: RunConfig, base: Base) -> tuple[AttentionShape, ...]:
+    """Those of one micro-batch's pass, for choosing the kernel by timing it."""
+    resolution = config.data.resolution
+    size = resolution // base.family.vae_factor
+    latents = torch.zeros(config.micro_batch_size, base.unet.config["in_channels"], size, size, device=base.device)
+    text = encode_with_dropout(base, [""] * len(latents), picture_size=(resolution, resolution))
+    timesteps = torch.zeros(len(latents), dtype=torch.int64, device=base.device)
+    return attention_shapes(base.unet, lambda: denoise(base.unet, latents, timesteps, text))
+
+
+def check_told(config: RunConfig, held: HeldOutSet, extract: Extract | None, world: World) -> None:
+    """Says where control can never be announced. Raises ConfigError where the run is to end by that."""
+    patience = config.validation.stop_after_convergence
+    if why := cannot_announce(config):
+        if patience is not None:
+            raise ConfigError(f"validation.stop_after_convergence={patience} would never end the run: {why}")
+        say(world, f"warning: {why}")
+    elif patience is not None and not tells_control(held, extract):
+        raise ConfigError(
+            f"validation.stop_after_convergence={patience} would never end the run: no figure tells control of "
+            f"{held.kind} in pictures of {config.data.held_out}. Leave it out, or put edges there too, which are "
+            f"always measured: `controlbooth data annotate {quoted(config.data.held_out)} -o FOLDER --condition canny`"
+        )
+
+
+def make_controlnet(config: RunConfig, base: Base) -> Any:
+    model = config.model
+    if model.controlnet == "unet":
+        return build_controlnet(
+            base.unet,
+            model.hint_channels,
+            trainable_copy=model.trainable_copy,
+            connections=model.connections,
+            hint_network=model.hint_network,
+            only_mid_control=model.only_mid_control,
+        ).float()
+    controlnet = load_controlnet(model.controlnet, base.unet)
+    if model.only_mid_control:
+        keep_only_mid_control(controlnet)
+    return controlnet
+
+
+def make_loader(
+    config: RunConfig,
+    world: World,
+    base: Base,
+    dataset: Dataset,
+    step: int,
+    folder: Path,
+    order: dict[str, Any] | None = None,
+    columns: Columns | None = None,
+) -> Loader:
+    """order: the data order of the checkpoint that the run goes on from."""
+    data = config.data
+    size = data.resolution // base.family.vae_factor
+    check_aspect_step(config, base)
+    mixed = sources(config)
+    weights = source_weights(
+        dataset, data.condition, [source.weight for source in mixed], [source.repeat for source in mixed]
+    )
+    history = continued_history(order, weights)
+    if order is not None and len(history) > len(order["weights"]):
+        say(world, f"from step {step} on the sources have the weights {weights}, before {order['weights'][-1][1]}")
+    return Loader(
+        dataset,
+        order_settings(config),
+        DrawSettings(
+            data.prompt_dropout,
+            data.random_flip,
+            data.random_crop,
+            int(base.noise_scheduler.config["num_train_timesteps"]),
+        ),
+        micro_batch_size=config.micro_batch_size,
+        rank=world.rank,
+        world_size=world.world_size,
+        latent_shape=(base.unet.config["in_channels"], size, size),
+        threads=data.threads,
+        prefetch_steps=data.prefetch_steps,
+        start_step=step,
+        max_bad_rate=data.max_bad_rate,
+        ledger_path=folder / f"bad-samples-{world.rank}.jsonl",
+        cache=Cache(data.cache, int(data.cache_gib * 2**30)) if data.cache else None,
+        ranks_per_node=world.ranks_per_node,
+        history=history,
+        columns=columns,
+        max_pixels=data.max_pixels,
+    )
+
+
+def open_run_columns(config: RunConfig, world: World, base: Base, dataset: Dataset) -> Columns | None:
+    """The columns that the run names, all there and of its encoders, pictures and shards; None where it names none."""
+    folder = config.data.columns
+    if folder is None:
+        return None
+    buckets = run_buckets(config, dataset)
+    columns = open_columns(folder, dataset, buckets, column_identities(config, base, buckets.shapes))
+    here, there = computed_here(config, world.device), columns.computed
+    if list(there) == [here]:
+        say(world, f"columns of {folder}: bitwise what this run would compute")
+    else:
+        facts = f"computed with {', '.join(map(str, there))}, where this run would compute with {here}"
+        say(world, f"columns of {folder}: {facts}; last bits may differ")
+    return columns
+
+
+def check_aspect_step(config: RunConfig, base: Base) -> None:
+    """Raises ConfigError where the U-Net cannot halve the latents of the planned shapes as often as it does."""
+    needed = base.family.vae_factor * 2 ** (len(base.unet.config["block_out_channels"]) - 1)
+    if config.data.max_aspect_ratio > 1.0 and config.data.aspect_step % needed:
+        raise ConfigError(
+            f"data.aspect_step={config.data.aspect_step} is not a multiple of {needed}, by which {base.family.title} "
+            f"shrinks a picture. Set data.aspect_step={needed}"
+        )
+
+
+def unlock_decoder(run: Run) -> None:
+    """From here on the base's decoder learns too. Called by every rank, between two steps."""
+    controlnet, shares = unlocking.take_out(run.engine, run.average)
+    run.engine = run.average = None
+    run.engine, run.average = unlocking.unlocked_engine(
+        controlnet, shares, run.base, run.config, run.precision, run.world.world_size
+    )
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in run.engine.module.decoder.parameters())
+    rate = run.config.optimizer.decoder_learning_rate
+    say(run.world, f"step {run.step}: the base's decoder learns from here on, {parameters:,} parameters at {rate:g}")
+
+
+def make_tracker(run: Run, parameters: int) -> Tracker:
+    config, world = run.config, run.world
+    held_out = open_dataset(config.data.held_out) if config.data.held_out else None
+    device = device_name(world.device)
+    tags = training_tags(
+        config,
+        run.base.family.name,
+        {
+            "dataset_fingerprint": run.dataset.fingerprint,
+            "base_digest": run.base.digest,
+            "attention": run.attention,
+            "precision": run.precision,
+            "world_size": world.world_size,
+            "zero_stage": config.engine.zero_stage,
+            "device": device,
+            "controlnet_parameters": parameters,
+        },
+    )
+    tracker = open_tracker(run.folder, config, tags, run.attempt, partial(tell_page, world))
+    tracker.log_inputs(inputs(config, run.dataset, held_out))
+    machine = (
+        f"{world.world_size} rank{'s' * (world.world_size > 1)} on {device}, {run.precision}, "
+        f"ZeRO-{config.engine.zero_stage}, attention {run.attention}; {parameters:,} parameters"
+    )
+    title = run.base.family.title
+    tracker.describe(**describe_training(config, run.folder, title, run.dataset, held_out, machine))
+    return tracker

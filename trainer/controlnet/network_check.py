@@ -1,0 +1,63 @@
+"""What a run's base and ControlNet lack, told before anything is written, from their files' headers.
+
+The networks are made without memory and every tensor that their files name is compared with them, so it takes seconds
+where reading gigabytes takes minutes. What values there are is seen when they are read. Importing this file is cheap;
+calling it imports torch.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from controlbooth.data.files.records import read_json
+from controlbooth.trainer.config.run import RunConfig, run_folder
+from controlbooth.trainer.run.continuing import latest_readable, step_of
+from controlbooth.trainer.run.integrity import STATE
+from controlbooth.trainer.run.network_check import base_or_problem, problem
+
+
+def network_problems(config: RunConfig) -> Iterator[str]:
+    """Why a ControlNet run cannot work with its base and its ControlNet as they are now."""
+    base = yield from base_or_problem(config.model.base, config.model.family)
+    if base is None:
+        return
+    yield from problem(f"model.controlnet is {config.model.controlnet!r}", lambda: _controlnet(config, base))
+    yield from problem("", lambda: _check_latest(config, base))
+    yield from _prompt_problems(base, config.validation.prompts)
+
+
+def _controlnet(config: RunConfig, base: Any) -> None:
+    from controlbooth.models.controlnet import build_controlnet
+    from controlbooth.models.pretrained import load_controlnet
+
+    model = config.model
+    if model.controlnet != "unet":
+        load_controlnet(model.controlnet, base.unet)
+        return
+    build_controlnet(
+        base.unet,
+        model.hint_channels,
+        device="meta",
+        trainable_copy=model.trainable_copy,
+        connections=model.connections,
+        hint_network=model.hint_network,
+    )
+
+
+def _check_latest(config: RunConfig, base: Any) -> None:
+    """Raises ConfigError where the base has changed since the latest checkpoint, of which weights are not compared."""
+    from controlbooth.trainer.run.same_base import back_or_anew, check_same_base
+
+    latest, _ = latest_readable(run_folder(config))
+    if latest is not None and step_of(latest) < config.max_steps:
+        saved = read_json(latest / STATE, "Delete the checkpoint")
+        check_same_base(saved, base, f"at step {step_of(latest)}", back_or_anew(latest))
+
+
+def _prompt_problems(base: Any, prompts: tuple[str, ...]) -> Iterator[str]:
+    from controlbooth.data.loading.tokens import equal_prompts, shortened
+
+    for one, other in equal_prompts(base.tokenizers, prompts):
+        yield (
+            f"validation.prompts: {shortened(one)!r} and {shortened(other)!r} are one prompt to the base, whose "
+            f"tokenizer keeps {min(t.model_max_length for t in base.tokenizers)} tokens. Shorten them, or leave one out"
+        )

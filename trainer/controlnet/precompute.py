@@ -1,0 +1,400 @@
+"""Writes the column caches of a run.
+
+    torchrun ... -m controlbooth.trainer.controlnet.precompute run.yaml [section.key=value ...]
+
+Each rank takes every world_size-th shard that has no columns yet, and no rank waits for another. A column shard gets
+its name when it is whole, so a killed command loses the shards in work and is started again, on any number of ranks.
+Latents are computed in batches of exactly micro_batch_size and in the precision of the run: see trainer/encoding.py.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are folders; nothing here may reach a hub
+os.environ.setdefault("DS_LOG_LEVEL", "error")
+
+import cv2
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from controlbooth.data.files.locks import open_lock, take_lock
+from controlbooth.data.files.whole import write_whole
+from controlbooth.data.order.buckets import Buckets
+from controlbooth.data.pictures.images import BadSample, decode_image, memory_named, prepare_target, write_planes
+from controlbooth.data.secrets import error_text
+from controlbooth.data.shards.cache import Cache
+from controlbooth.data.shards.captions import read_captions
+from controlbooth.data.shards.columns import (
+    REPAIR,
+    Add,
+    Columns,
+    check_stated,
+    damaged,
+    latents_parts,
+    missing,
+    plan_columns,
+    read_stated,
+    state,
+    stored_bytes,
+    text_parts,
+    written_column,
+)
+from controlbooth.data.shards.manifest import Dataset
+from controlbooth.data.shards.reader import ShardReader
+from controlbooth.data.shards.sidecar import ShardIndex, index_path, load_index
+from controlbooth.models.base import Base
+from controlbooth.models.pretrained import load_base
+from controlbooth.trainer.config.loading import load_config
+from controlbooth.trainer.config.run import RunConfig, base_path
+from controlbooth.trainer.config.section import ConfigError
+from controlbooth.trainer.controlnet.data import open_data, run_buckets
+from controlbooth.trainer.encoding import (
+    as_array,
+    column_identities,
+    computed_here,
+    encode_batch,
+    encode_captions,
+    encode_posterior,
+    to_pixel_values,
+)
+from controlbooth.trainer.engine import deepspeed as engines
+from controlbooth.trainer.engine.distributed import (
+    DistError,
+    World,
+    from_first_rank,
+    gather_objects,
+    join,
+    leave,
+    patient_group,
+)
+from controlbooth.trainer.run.process import say
+
+LOCK = ".lock"
+Shape = tuple[int, int]
+"""(height, width) of a picture in pixels."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all shards of a rank are computed with."""
+
+    batch: int
+    """Pictures in one pass of the VAE, neither more nor fewer."""
+    base: Base
+    dataset: Dataset
+    buckets: Buckets
+    columns: Columns
+    reader: ShardReader
+    pool: ThreadPoolExecutor
+    max_pixels: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What is read of one sample; None where it cannot be."""
+
+    row: int
+    """Of the shard's index."""
+    key: str
+    picture: np.ndarray | None
+    """(3, H, W) uint8; None too where the run has no shape for it."""
+    captions: list[str] | None
+    bad: bool
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m controlbooth.trainer.controlnet.precompute",
+        description="One rank of a precomputation. Start it with torchrun, or `controlbooth data precompute`.",
+    )
+    parser.add_argument("run", metavar="RUN.yaml")
+    parser.add_argument("overrides", metavar="section.key=value", nargs="*")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be written")
+    options = parser.parse_intermixed_args(argv)
+    rank, folder = int(os.environ.get("RANK", "0")), None
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))  # unfinished shards are deleted on the way out
+    try:
+        config = load_config(options.run, options.overrides)
+        folder = config.data.columns
+        return precompute(config, join(), options.dry_run)
+    except (ValueError, OSError, DistError) as error:
+        if folder is not None and (folder / LOCK).exists():  # the command that started the ranks repeats it at the end
+            with contextlib.suppress(OSError):  # a full disk may be what failed; the message on the terminal remains
+                note = dict(rank=rank, error=error_text(error), time=time.time())
+                write_whole(folder / f"failed-{rank}.json", json.dumps(note).encode())
+        print(f"rank {rank}: {error_text(error)}", file=sys.stderr, flush=True)
+        os._exit(2)  # the other ranks may be inside a collective; torchrun ends them when this one is gone
+    finally:
+        leave()
+
+
+def precompute(config: RunConfig, world: World, dry_run: bool = False) -> int:
+    """Computes the columns that are missing in data.columns. Raises ConfigError, ValueError and OSError."""
+    folder = config.data.columns
+    if folder is None:
+        raise ConfigError("data.columns is not set: name the folder to write to, e.g. data.columns=shards/columns")
+    precision = engines.resolve_precision(config.engine.precision, world.device, config.engine.zero_stage)
+    base = load_base(base_path(config), config.model.family, engines.DTYPES[precision], world.device)
+    without_held_out = config.model_copy(update={"data": config.data.model_copy(update={"held_out": None})})
+    dataset, _ = open_data(without_held_out, world)
+    check_apart(folder, dataset)
+    buckets = run_buckets(config, dataset)
+    identities = column_identities(config, base, buckets.shapes)
+    columns = plan_columns(folder, dataset, buckets, identities)
+    with only_writer(folder, world, dry_run):
+        jobs: dict[int, list[str]] = {}
+        spoiled = all_damaged(columns, world)
+        if world.rank == 0:  # by one alone: who asks later sees what others have finished meanwhile
+            check_stated(folder, identities)
+            jobs = lacking_kinds(columns, spoiled)
+            check_room(folder, report(base, dataset, columns, jobs))
+            if not dry_run and (jobs or read_stated(folder) is None):
+                state(folder, identities, computed_here(config, world.device))
+        jobs = from_first_rank(jobs)
+        if dry_run:
+            return 0
+        bad = compute(config, world, base, dataset, buckets, columns, jobs)
+    if bad:
+        print(f"rank {world.rank}: {bad} samples cannot be read, and have no columns", file=sys.stderr)
+    say(world, f"wrote {folder}" + ("" if world.world_size == 1 else " (rank 0; torchrun waits for the others)"))
+    return 0
+
+
+@contextlib.contextmanager
+def only_writer(folder: Path, world: World, dry_run: bool) -> Iterator[None]:
+    """Makes the folder and holds its lock: two commands would take each other's unfinished shards for leftovers."""
+    lock, free = None, True
+    if world.rank == 0 and not dry_run:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open_lock(folder / LOCK)
+        free = take_lock(lock, "start no second command that computes columns there")
+    try:
+        if not from_first_rank(free):
+            raise ConfigError(f"another command computes columns in {folder}. Wait for it, or stop it")
+        yield
+        (folder / f"failed-{world.rank}.json").unlink(missing_ok=True)  # of an earlier attempt
+    finally:
+        if lock is not None:
+            lock.close()
+
+
+def check_apart(folder: Path, dataset: Dataset) -> None:
+    """Raises ConfigError where columns would lie among shards, and be taken for some."""
+    among = {path.resolve().parent for path in dataset.paths if isinstance(path, Path)}
+    if folder.resolve() in among:
+        raise ConfigError(
+            f"data.columns={folder} holds shards of the data, and columns beside them would be taken for shards: "
+            f"name a folder of their own, e.g. data.columns={folder / 'columns'}"
+        )
+
+
+def all_damaged(columns: Columns, world: World) -> list[tuple[str, int]]:
+    """(kind, shard) of what is there and damaged, on every rank; each has read its share, and told what it found."""
+    group = patient_group() if world.world_size > 1 else None  # a share may be terabytes
+    mine = damaged(columns, world.rank, world.world_size)
+    for fault in mine.values():
+        print(f"to be computed again: {fault.removesuffix(f': {REPAIR}')}", file=sys.stderr, flush=True)
+    return [one for part in gather_objects(list(mine), world, group) for one in part]
+
+
+def lacking_kinds(columns: Columns, spoiled: Sequence[tuple[str, int]] = ()) -> dict[int, list[str]]:
+    """Shard -> kinds of columns that it lacks, or has damaged; equal shards of two sources share theirs."""
+    jobs = {columns.paths[kind][shard]: (kind, shard) for kind, shard in (*missing(columns), *spoiled)}
+    kinds: dict[int, list[str]] = {}
+    for kind, shard in jobs.values():
+        kinds.setdefault(shard, []).append(kind)
+    return kinds
+
+
+def report(base: Base, dataset: Dataset, columns: Columns, jobs: dict[int, list[str]]) -> int:
+    """Says what is there and what is to be written; -> bytes of that. One caption a sample is reckoned with."""
+    needed = 0
+    for kind, size in sample_bytes(base, columns).items():
+        lacking = [shard for shard, kinds in jobs.items() if kind in kinds]
+        samples = sum(dataset.rows[shard].usable for shard in lacking)
+        needed += samples * size
+        print(
+            f"{kind:8} {len(lacking)} of {len(dataset.rows)} shards to compute: {samples} samples of {size:,} bytes, "
+            f"{samples * size / 2**30:.3f} GiB",
+            flush=True,
+        )
+    if any("json" in row.extensions for row in dataset.rows):
+        print("samples with several captions take as many text embeddings, which are not reckoned with", flush=True)
+    return needed
+
+
+def sample_bytes(base: Base, columns: Columns) -> dict[str, int]:
+    """Bytes of a sample in each kind of column shard, of its largest picture and with one caption."""
+    height, width = max(columns.identities["latents"]["shapes"], key=lambda shape: shape[0] * shape[1])
+    posterior = encode_posterior(base, torch.zeros(1, 3, height, width, device=base.device))
+    text = [tensor for tensor in encode_captions(base, [""]) if tensor is not None]
+    return {
+        "latents": stored_bytes([as_array(tensor[0]) for tensor in posterior] * (1 + columns.flips)),
+        "text": stored_bytes([as_array(tensor[0]) for tensor in text]),
+    }
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Raises ConfigError where the disk has less than what is to be written."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise ConfigError(
+            f"the columns need {needed / 2**30:.3f} GiB, and the disk of {existing} has {free / 2**30:.3f} GiB free. "
+            "Free some, or name another folder in data.columns"
+        )
+
+
+def compute(
+    config: RunConfig,
+    world: World,
+    base: Base,
+    dataset: Dataset,
+    buckets: Buckets,
+    columns: Columns,
+    jobs: dict[int, list[str]],
+) -> int:
+    """This rank's share of the shards; -> how many of their samples lack some column."""
+    data = config.data
+    mine = sorted(jobs)[world.rank :: world.world_size]
+    cv2.setNumThreads(1)
+    cache = Cache(data.cache, int(data.cache_gib * 2**30)) if data.cache else None
+    name = "precompute" if world.world_size == 1 else f"precompute, rank 0 of {world.world_size}"
+    total, bad = sum(dataset.rows[shard].usable for shard in mine), 0
+    with (
+        contextlib.closing(ShardReader(dataset, None, most_open=2, cache=cache)) as reader,
+        ThreadPoolExecutor(data.threads) as pool,
+        tqdm(total=total, unit="sample", desc=name, disable=world.rank != 0) as bar,
+    ):
+        work = Work(config.micro_batch_size, base, dataset, buckets, columns, reader, pool, data.max_pixels)
+        for shard in mine:
+            bad += compute_shard(work, shard, jobs[shard], bar)
+    return bad
+
+
+def compute_shard(work: Work, shard: int, kinds: Sequence[str], bar: tqdm) -> int:
+    """Commits the column shards of these kinds of one shard; -> how many of its samples cannot be read."""
+    path, bad = work.dataset.paths[shard], 0
+    index = load_index(index_path(path))
+    waiting: dict[Shape, list[Sample]] = {}
+    told: list[Sample] = []
+    with contextlib.ExitStack() as stack:
+        adds: dict[str, Add] = {}
+        for kind in kinds:
+            stated = {"shard": path.name, "index": index.digest, **work.columns.identities[kind]}
+            adds[kind] = stack.enter_context(written_column(work.columns.paths[kind][shard], index, stated))
+        for sample in read_shard(work, shard, index):
+            bad += sample.bad
+            if "latents" in adds and sample.picture is not None:
+                height, width = sample.picture.shape[1:]
+                group = waiting.setdefault((height, width), [])
+                group.append(sample)
+                if len(group) == work.batch:
+                    add_latents(adds["latents"], work, waiting.pop((height, width)))
+            if "text" in adds and sample.captions is not None:
+                told.append(sample)
+                if len(told) == work.batch:
+                    add_text(adds["text"], work, told)
+                    told.clear()
+            bar.update(1)
+        for group in waiting.values():
+            add_latents(adds["latents"], work, group)
+        if told:
+            add_text(adds["text"], work, told)
+    return bad
+
+
+def read_shard(work: Work, shard: int, index: ShardIndex) -> Iterator[Sample]:
+    """The usable samples, decoded in threads a few batches ahead of who takes them."""
+    shapes = row_shapes(work, shard, index.aspect_bins())
+    rows = index.usable().tolist()
+    ahead: deque[Future[Sample]] = deque()
+    for ordinal, (row, shape) in enumerate(zip(rows, shapes, strict=True)):
+        ahead.append(work.pool.submit(read_sample, work.reader, shard, ordinal, row, shape, work.max_pixels))
+        if len(ahead) > 2 * work.batch:
+            yield ahead.popleft().result()
+    while ahead:
+        yield ahead.popleft().result()
+
+
+def row_shapes(work: Work, shard: int, bins: np.ndarray) -> list[Shape | None]:
+    """The shape of each usable sample; None where the run's condition has no sample of that bin, and so no shape."""
+    shapes = work.buckets.shapes
+    if len(shapes) == 1:
+        return [shapes[0]] * len(bins)
+    sources = work.dataset.sources or (work.dataset,)
+    first = np.cumsum([len(source.rows) for source in sources])
+    table = work.buckets.assigned[int(np.searchsorted(first, shard, side="right"))]
+    return [shapes[table[bin]] if bin in table else None for bin in bins.tolist()]
+
+
+def read_sample(
+    reader: ShardReader, shard: int, ordinal: int, row: int, shape: Shape | None, max_pixels: int
+) -> Sample:
+    """Runs in a thread. Pictures are cut as the loader cuts them without random crops and flips."""
+    try:
+        sample = reader.read(shard, ordinal)
+    except BadSample as error:
+        return Sample(row, error.key, None, None, bad=True)
+    picture = captions = None
+    with contextlib.suppress(BadSample):  # the run itself will meet it, and take a substitute
+        captions = read_captions(sample.caption, sample.caption_extension, sample.key)
+    if shape is None:
+        return Sample(row, sample.key, None, captions, bad=captions is None)
+    with contextlib.suppress(BadSample), memory_named(sample.key, sample.image_extension, sample.size[::-1]):
+        image = decode_image(sample.image, sample.key, sample.image_extension, max_pixels=max_pixels)
+        picture = write_planes(prepare_target(image, shape), np.empty((3, *shape), np.uint8))
+    return Sample(row, sample.key, picture, captions, bad=captions is None or picture is None)
+
+
+def add_latents(add: Add, work: Work, samples: list[Sample]) -> None:
+    """Encodes up to a batch of pictures of one shape; a batch that is not full is filled with its last picture."""
+    pictures = [sample.picture for sample in samples if sample.picture is not None]
+    pictures += pictures[-1:] * (work.batch - len(pictures))
+    pixels = torch.from_numpy(np.stack(pictures)).to(work.base.device)
+    dtype = work.columns.identities["latents"]["dtype"]
+    arrays: list[dict[str, np.ndarray]] = [{} for _ in samples]
+    for flipped in (False, True)[: 1 + work.columns.flips]:
+        posterior = encode_posterior(work.base, to_pixel_values(pixels.flip(3) if flipped else pixels))
+        for name, tensor in zip(latents_parts(dtype, flipped), posterior, strict=True):
+            for array, sample in zip(as_array(tensor), arrays, strict=False):
+                sample[name] = array
+    for sample, parts in zip(samples, arrays, strict=True):
+        add(sample.row, sample.key, parts)
+
+
+def add_text(add: Add, work: Work, samples: list[Sample]) -> None:
+    """Encodes the captions of these samples that are not empty: the empty prompt is kept with the base."""
+    identity = work.columns.identities["text"]
+    captions = [
+        (at, number, caption)
+        for at, sample in enumerate(samples)
+        for number, caption in enumerate(sample.captions or [])
+        if caption
+    ]
+    arrays: list[dict[str, np.ndarray]] = [{} for _ in samples]
+    for first in range(0, len(captions), work.batch):
+        part = captions[first : first + work.batch]
+        hidden_states, pooled = encode_batch(work.base, [caption for _, _, caption in part], work.batch)
+        encoded = [hidden_states] if pooled is None else [hidden_states, pooled]
+        for row, (at, number, _) in enumerate(part):
+            names = text_parts(identity["dtype"], number, identity["pooled"])
+            arrays[at] |= {name: as_array(tensor[row]) for name, tensor in zip(names, encoded, strict=True)}
+    for sample, parts in zip(samples, arrays, strict=True):
+        add(sample.row, sample.key, parts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""One micro-batch, from bytes to gradients, in one function."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import record_function
+
+from controlbooth.data.errors import UserError
+from controlbooth.data.loading.batches import MicroBatch
+from controlbooth.data.order import draws
+from controlbooth.models.base import Base, Encoded
+from controlbooth.models.unlocked_decoder import controlled_prediction
+from controlbooth.trainer.encoding import (
+    captions_of,
+    encode_kept,
+    encode_posterior,
+    posterior_of,
+    sample_posterior,
+    to_pixel_values,
+    with_empty_prompts,
+)
+from controlbooth.trainer.losses import min_snr_weights, training_target, weighted_mse
+
+
+@dataclass(frozen=True)
+class DeviceBatch:
+    """A micro-batch of B samples on the device, in the network's ranges."""
+
+    pixel_values: Tensor | None
+    """(B, 3, H, W) float32 in [-1, 1]; None where the posterior is known."""
+    conditioning_pixel_values: Tensor
+    """(B, 3, H, W) float32 in [0, 1]."""
+    captions: list[str]
+    timesteps: Tensor
+    """(B,) int64."""
+    noise: Tensor
+    """(B, C, h, w) float32."""
+    posterior_noise: Tensor
+    """(B, C, h, w) float32, for the sample that is taken of the VAE's posterior."""
+    weights: Tensor
+    """(B,) float32: 0 where no sample could be read."""
+    posterior: tuple[Tensor, Tensor] | None = None
+    """Mean and standard deviation (B, C, h, w) in the VAE's dtype, from columns."""
+    text: Encoded | None = None
+    """Of the captions that are not empty, from columns; None too where all are empty."""
+
+
+def to_device(batch: MicroBatch, seed: int, device: torch.device) -> DeviceBatch:
+    """uint8 to the device, and there into the networks' ranges. All that is random comes from (seed, position)."""
+    if batch.conditioning is None:
+        raise UserError("a ControlNet is trained on conditions, and the loader was made without a condition kind")
+    posterior_noise = draws.noise(draws.hash64(seed, "vae posterior"), batch.positions, batch.noise.shape[1:])
+
+    def on_device(array) -> Tensor:
+        return torch.from_numpy(array).to(device, non_blocking=True)
+
+    columns = batch.columns
+    return DeviceBatch(
+        pixel_values=None if batch.pixel_values is None else to_pixel_values(on_device(batch.pixel_values)),
+        conditioning_pixel_values=on_device(batch.conditioning).float() / 255.0,
+        captions=batch.captions,
+        timesteps=on_device(batch.timesteps),
+        noise=on_device(batch.noise),
+        posterior_noise=on_device(posterior_noise),
+        weights=on_device(batch.weights),
+        posterior=None if columns is None else posterior_of(columns, device),
+        text=None if columns is None else captions_of(columns, device),
+    )
+
+
+def prediction_and_target(base: Base, controlnet: nn.Module, batch: DeviceBatch) -> tuple[Tensor, Tensor]:
+    """What the controlled network says of the noisy latents, and what it should say; (B, C, h, w) each."""
+    with torch.no_grad():
+        with record_function("encode picture"):
+            posterior = batch.posterior if batch.pixel_values is None else encode_posterior(base, batch.pixel_values)
+            assert posterior is not None, "a batch has pictures, or what the VAE made of them"
+            latents = sample_posterior(base, *posterior, batch.posterior_noise).float()  # (B, C, h, w)
+        with record_function("encode prompt"):  # dropped prompts share one cached embedding
+            height, width = batch.conditioning_pixel_values.shape[-2:]
+            encoded = encode_kept(base, batch.captions) if batch.posterior is None else batch.text
+            text = with_empty_prompts(base, batch.captions, encoded, picture_size=(height, width))
+        noisy_latents = base.noise_scheduler.add_noise(latents, batch.noise, batch.timesteps)  # type: ignore[arg-type]
+        alphas_cumprod = base.noise_scheduler.alphas_cumprod.to(batch.noise.device)
+        target = training_target(base.prediction_type, latents, batch.noise, batch.timesteps, alphas_cumprod)
+
+    with record_function("predict"):  # the copy and its zero convolutions take gradients, what is locked none
+        prediction = controlled_prediction(
+            base, controlnet, noisy_latents, batch.timesteps, text, batch.conditioning_pixel_values
+        )
+    return prediction, target
+
+
+def controlnet_loss(base: Base, controlnet: nn.Module, batch: DeviceBatch, min_snr_gamma: float | None) -> Tensor:
+    """The loss of one micro-batch, a float32 scalar: how well controlled noise prediction undoes what was added."""
+    prediction, target = prediction_and_target(base, controlnet, batch)
+    weights = batch.weights
+    if min_snr_gamma is not None:
+        alphas_cumprod = base.noise_scheduler.alphas_cumprod.to(weights.device)
+        weights = weights * min_snr_weights(base.prediction_type, batch.timesteps, alphas_cumprod, min_snr_gamma)
+    return weighted_mse(prediction, target, weights)
+
+
+def controlnet_step(
+    base: Base,
+    engine: nn.Module,
+    backward: Callable[[Tensor], None],
+    micro_batches: list[MicroBatch],
+    seed: int,
+    min_snr_gamma: float | None,
+    device: torch.device,
+) -> list[float]:
+    """This rank's share of one optimizer step: forward and backward over its micro-batches.
+
+    `backward` takes a micro-batch's loss and accumulates its gradients, divided by the number of micro-batches.
+    Returns the loss of each micro-batch. The optimizer is not moved: engine.apply_gradients does that.
+    """
+    losses = []
+    for micro_batch in micro_batches:
+        batch = to_device(micro_batch, seed, device)
+        loss = controlnet_loss(base, engine, batch, min_snr_gamma)
+        with record_function("backward"):
+            backward(loss)
+        losses.append(loss.detach())
+    return torch.stack(losses).tolist()

@@ -1,0 +1,60 @@
+"""One step of DreamBooth: instance loss and prior loss of every subject in a batch."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from controlbooth.models.base import Base
+from controlbooth.models.text import TextEncoding
+from controlbooth.trainer.losses import min_snr_weights, squared_error, training_target
+
+
+@dataclass(frozen=True)
+class SubjectBatch:
+    """One step of K subjects with b rows each, subject after subject; a subject's own pictures, then its class's."""
+
+    latents: Tensor
+    """(K * b, C, h, w) float32, sampled from the VAE's posterior and scaled."""
+    text: TextEncoding | list[str]
+    """K * b rows; prompts where the text encoder learns too."""
+    timesteps: Tensor
+    """(K * b,) int64. Those of class pictures are drawn independently, arXiv 2208.12242, eq. 2."""
+    noise: Tensor
+    """(K * b, C, h, w) float32."""
+    instance_rows: int
+    """Of each subject's b rows; the rest are class pictures."""
+
+
+def dreambooth_step(
+    base: Base,
+    network: Callable[[Tensor, Tensor, TextEncoding | list[str]], Tensor],
+    backward: Callable[[Tensor], None],
+    batch: SubjectBatch,
+    subjects: int,
+    prior_loss_weight: float,
+    min_snr_gamma: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Forward and backward of one step of K subjects. Returns their instance and prior losses, (K,) float32 each.
+
+    network(noisy latents, timesteps, text) holds what learns: the stacked adapters of K subjects, or for one subject
+    all layers. `backward` leaves its gradients; the optimizer is not moved. What is differentiated is the sum over
+    subjects, so a subject's gradient does not know how many others there are.
+    """
+    noisy_latents = base.noise_scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)  # type: ignore[arg-type]
+    alphas_cumprod = base.noise_scheduler.alphas_cumprod.to(batch.noise.device)
+    target = training_target(base.prediction_type, batch.latents, batch.noise, batch.timesteps, alphas_cumprod)
+
+    prediction = network(noisy_latents, batch.timesteps, batch.text)  # (K * b, C, h, w)
+    errors = squared_error(prediction, target)  # (K * b,)
+    if min_snr_gamma is not None:  # by each row's own timestep
+        errors = errors * min_snr_weights(base.prediction_type, batch.timesteps, alphas_cumprod, min_snr_gamma)
+    errors = errors.view(subjects, -1)
+
+    instance_losses = errors[:, : batch.instance_rows].mean(1)
+    prior_losses = torch.zeros_like(instance_losses)
+    if errors.shape[1] > batch.instance_rows:
+        prior_losses = errors[:, batch.instance_rows :].mean(1)
+    backward((instance_losses + prior_loss_weight * prior_losses).sum())
+    return instance_losses.detach(), prior_losses.detach()

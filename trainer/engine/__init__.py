@@ -1,0 +1,1 @@
+"""DeepSpeed, ranks and collectives, averages of weights, the device."""

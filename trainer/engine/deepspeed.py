@@ -1,0 +1,318 @@
+"""DeepSpeed: its configuration from ours, the engine, and what the loop asks of it.
+
+Only what is trained is handed over. Frozen networks stay outside, so that no optimizer state, gradient or master copy
+is kept for them. The optimizer is PyTorch's AdamW, which needs no compiler on the machine.
+"""
+
+import gc
+import inspect
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from controlbooth.data.errors import UserError
+from controlbooth.trainer.config.run import EngineConfig, OptimizerConfig, RunConfig, gradient_accumulation_steps
+from controlbooth.trainer.engine.single_rank import SingleRankGradients
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def resolve_precision(requested: str, device: torch.device, zero_stage: int) -> str:
+    """`auto` -> bf16 where the device multiplies in it, else fp16 on a GPU and fp32 on a CPU.
+
+    Raises ValueError for fp16 on a CPU, on which DeepSpeed has no loss scaling, and for fp16 at stage 0, at which
+    DeepSpeed 0.19 divides gradients by a scale that it has not multiplied the loss with.
+    """
+    precision = requested
+    if requested == "auto" and device.type == "cuda":
+        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    elif requested == "auto":
+        precision = "bf16" if cpu_multiplies_bf16() else "fp32"
+    if precision == "fp16" and device.type == "cpu":
+        raise UserError("engine.precision=fp16 needs a GPU. On a CPU use bf16, fp32, or auto")
+    if precision == "fp16" and zero_stage == 0:
+        raise UserError("engine.precision=fp16 needs engine.zero_stage 1, 2 or 3: DeepSpeed scales no loss at stage 0")
+    return precision
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Whether this CPU has bf16 dot products or matrix units (AVX512-BF16, AMX)."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # no public question exists
+
+
+@dataclass(frozen=True)
+class BatchSizes:
+    """Of one optimizer step: over all ranks, of one forward pass, and how many of these a rank makes."""
+
+    global_batch_size: int
+    micro_batch_size: int
+    accumulation_steps: int
+
+    @property
+    def ranks(self) -> int:
+        return self.global_batch_size // (self.micro_batch_size * self.accumulation_steps)
+
+
+def batch_sizes(config: RunConfig, world_size: int) -> BatchSizes:
+    return BatchSizes(
+        config.global_batch_size, config.micro_batch_size, gradient_accumulation_steps(config, world_size)
+    )
+
+
+def sums_gradients(zero_stage: int, global_batch_size: int, micro_batch_size: int) -> bool:
+    """Whether DeepSpeed adds up gradients of several micro-batches or ranks, in fp32 whatever the precision.
+
+    Where one rank takes the whole batch at once, stages 1 and 2 have nothing to add, and keep gradients as they come.
+    """
+    return zero_stage not in (1, 2) or global_batch_size > micro_batch_size
+
+
+def is_single_rank(engine: EngineConfig, ranks: int) -> bool:
+    """Whether SingleRankGradients take the place of DeepSpeed's reduction."""
+    return ranks == 1 and engine.zero_stage == 2 and not engine.offload_optimizer
+
+
+def deepspeed_config(
+    engine: EngineConfig, sizes: BatchSizes, max_grad_norm: float, precision: str, load_universal: bool
+) -> dict[str, Any]:
+    """The JSON tree that deepspeed.initialize takes."""
+    zero: dict[str, Any] = {"stage": engine.zero_stage}
+    if engine.zero_stage:
+        # Small models: whole buckets, reduced at the end of the backward pass, in the order of the parameters.
+        zero |= {"overlap_comm": False, "contiguous_gradients": True, "round_robin_gradients": False}
+    if engine.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if engine.offload_parameters:
+        zero["offload_param"] = {"device": "cpu"}
+    tree: dict[str, Any] = {
+        "train_batch_size": sizes.global_batch_size,
+        "train_micro_batch_size_per_gpu": sizes.micro_batch_size,
+        "gradient_accumulation_steps": sizes.accumulation_steps,
+        "gradient_clipping": max_grad_norm,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # PyTorch's AdamW on offloaded states: no compiled op is needed
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+        "checkpoint": {"load_universal": load_universal},
+    }
+    if precision == "bf16":
+        tree["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        sums = sums_gradients(engine.zero_stage, sizes.global_batch_size, sizes.micro_batch_size)
+        if engine.zero_stage and sums and not is_single_rank(engine, sizes.ranks):
+            # else every micro-batch and every rank that is added rounds to 8 bits
+            tree["data_types"] = {"grad_accum_dtype": "fp32"}
+            tree["communication_data_type"] = "fp32"
+    if precision == "fp16":
+        tree["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 16}
+    return tree
+
+
+def initialize(
+    network: nn.Module,
+    engine_config: EngineConfig,
+    optimizer_config: OptimizerConfig,
+    sizes: BatchSizes,
+    precision: str,
+    load_universal: bool,
+    groups: Sequence[list[nn.Parameter]] = (),
+) -> Any:
+    """Wraps what is trained, in fp32, in a DeepSpeed engine. The process group must have been joined.
+
+    groups: parameters that each have a learning rate of their own; default all in one.
+    """
+    with _without_mlflow():
+        import deepspeed  # costs seconds, and `--help` should not pay them
+
+    optimizer = torch.optim.AdamW(
+        [{"params": group} for group in groups] or network.parameters(),
+        lr=optimizer_config.learning_rate,
+        betas=optimizer_config.betas,
+        eps=optimizer_config.epsilon,
+        weight_decay=optimizer_config.weight_decay,
+        fused=True,
+    )
+    # Compiled at the first start, for a minute, where there is a compiler: gloo does the same everywhere.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_init_required=False)
+    engine: Any
+    engine, *_ = deepspeed.initialize(
+        model=network,
+        optimizer=optimizer,
+        config=deepspeed_config(engine_config, sizes, optimizer_config.max_grad_norm, precision, load_universal),
+        dist_init_required=False,
+    )
+    if engine.zero_optimization_stage() == 0 and precision != "fp32":
+        engine.optimizer.optimizer.state.clear()  # DeepSpeed has made a step with zeros, to allocate
+    if hasattr(engine.optimizer, "has_overflow_partitioned_grads_serial"):
+        # DeepSpeed's own asks each gradient by itself, with five kernels: 40 ms of a 275 ms step of SD1.5 on an H200
+        engine.optimizer.has_overflow_partitioned_grads_serial = partial(_any_not_finite, engine.optimizer)
+    if is_single_rank(engine_config, sizes.ranks):
+        SingleRankGradients(engine.optimizer)
+    return engine
+
+
+@contextmanager
+def _without_mlflow() -> Iterator[None]:
+    """DeepSpeed's autotuner imports MLflow if it can: 0.9 s and 0.1 GiB of every rank, where only rank 0 tracks."""
+    absent = "deepspeed" not in sys.modules and "mlflow" not in sys.modules
+    if absent:
+        sys.modules["mlflow"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if absent:
+            del sys.modules["mlflow"]
+
+
+def _any_not_finite(optimizer: Any) -> Tensor:
+    """(1,) bool: whether a gradient that this rank holds has no finite norm. optimizer: of stage 1 or 2.
+
+    Without one it could not be clipped either, and stage 0 asks the same. The Euclidean norm has a fast kernel
+    everywhere; on a CPU the largest magnitude takes sixty times as long.
+    """
+    gradients = [one for own in optimizer.averaged_gradients.values() if own for one in own if one.numel()]
+    return ~torch.stack(torch._foreach_norm(gradients)).isfinite().all().reshape(1)
+
+
+def apply_settings(engine: Any, config: OptimizerConfig) -> None:
+    """To be called after a checkpoint was loaded: the run's settings count, not those that were saved."""
+    for group in engine.optimizer.param_groups:
+        group |= dict(betas=config.betas, eps=config.epsilon, weight_decay=config.weight_decay)
+    if hasattr(engine.optimizer, "clip_grad"):
+        engine.optimizer.clip_grad = config.max_grad_norm
+    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    # The universal format's counts are on the CPU. The fused kernel wants each where what it moves is: on the GPU, or
+    # on the CPU under offload.
+    for parameter, state in inner.state.items():
+        if torch.is_tensor(state.get("step")):
+            state["step"] = state["step"].to(parameter.device, copy=True)
+
+
+def learning_rate(config: OptimizerConfig, step: int, max_steps: int) -> float:
+    """Of optimizer step `step`, counted from 0. A function of the step alone, so there is nothing to resume."""
+    warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    progress = max(0.0, step - config.warmup_steps) / max(1, max_steps - config.warmup_steps)
+    shape = {
+        "constant": 1.0,
+        "linear": 1.0 - progress,
+        "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
+    }[config.schedule]
+    return config.learning_rate * warmup * shape
+
+
+def accumulate(engine: Any, loss: Tensor) -> None:
+    """Backward of one micro-batch's mean loss; DeepSpeed divides it by the number of micro-batches."""
+    engine.backward(loss)
+    if not engine.is_gradient_accumulation_boundary():
+        engine.step()  # which only counts: the optimizer is moved by apply_gradients
+
+
+def apply_gradients(engine: Any, *rates: float) -> tuple[float, bool]:
+    """One optimizer step with what backward has accumulated. Returns (gradient norm before clipping, skipped).
+
+    rates: one for each group of parameters. A step whose gradients are not finite is skipped on all ranks alike:
+    weights and optimizer stay as they were.
+    """
+    for group, rate in zip(engine.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    plain = not hasattr(
+        engine.optimizer, "overflow"
+    )  # stage 0 in fp32: PyTorch's optimizer itself, which checks nothing
+    if plain:
+        norm = float(_gradient_norm(engine.module))
+        if not math.isfinite(norm):
+            engine.zero_grad()
+            engine.set_gradient_accumulation_boundary(False)  # so that step only counts this micro-batch
+            engine.step()
+            engine.set_gradient_accumulation_boundary(None)
+            return norm, True
+    engine.step()
+    if plain:
+        return norm, False
+    return float(engine.get_global_grad_norm()), bool(engine.optimizer.overflow)
+
+
+def _gradient_norm(module: nn.Module) -> Tensor:
+    return torch.linalg.vector_norm(
+        torch.stack([torch.linalg.vector_norm(p.grad.float()) for p in module.parameters() if p.grad is not None])
+    )
+
+
+def masters(engine: Any) -> list[Tensor]:
+    """The fp32 tensors that the optimizer moves, as this rank holds them: its share, flat, under ZeRO."""
+    optimizer = engine.optimizer
+    if engine.zero_optimization_stage() == 3:
+        return list(optimizer.fp32_partitioned_groups_flat)
+    if engine.zero_optimization_stage() == 0:
+        if hasattr(optimizer, "fp32_groups"):
+            return [tensor for group in optimizer.fp32_groups for tensor in group]
+        return list(engine.module.parameters())
+    if hasattr(optimizer, "fp32_groups_flat_partition"):  # stage 1 in bf16
+        return list(optimizer.fp32_groups_flat_partition)
+    return list(optimizer.single_partition_of_fp32_groups)
+
+
+def optimizer_state(engine: Any) -> list[dict[str, Any]]:
+    """What the optimizer keeps of each of `masters`, as this rank holds it: the very dicts, which may be written to."""
+    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    return [inner.state[master] for master in masters(engine)]
+
+
+def release(engine: Any) -> None:
+    """Ends an engine and empties it, so that whoever still refers to it holds little; `reclaim` once it is dropped."""
+    from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    held, states = masters(engine), optimizer_state(engine)
+    held += [parameter.ds_tensor for parameter in engine.module.parameters() if hasattr(parameter, "ds_tensor")]
+    engine.destroy()
+    for state in states:
+        state.clear()
+    for tensor in held:
+        tensor.grad, tensor.data = None, tensor.new_empty(0)
+    vars(engine.optimizer).clear()
+    # At stage 3 DeepSpeed puts a network here when its engine is made and never takes it out, so that it would live,
+    # with its hooks and through them the engine, for as long as the process does.
+    stack = parameter_offload.FWD_MODULE_STACK
+    stack[:] = [module for module in stack if module is not engine.module]
+    # Nor does it take them out of the cache of a method, which is the class's and has the coordinator of a network in
+    # its keys once that was run twice, as a validation does before the first step.
+    release_method = vars(PartitionedParameterCoordinator)["_PartitionedParameterCoordinator__params_to_release"]
+    inspect.getclosurevars(release_method).nonlocals["func"].cache_clear()
+
+
+def reclaim(device: torch.device) -> None:
+    """Gives back the memory of engines that were released and that nobody holds any more."""
+    gc.collect()  # they refer to themselves
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def full_state(engine: Any) -> dict[str, Tensor]:
+    """The masters by parameter name, whole, fp32, on the CPU of every rank. Every rank calls this."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    if engine.zero_optimization_stage() == 0:
+        wholes: dict[str, Any] = dict(zip(_names_of_masters(engine), masters(engine), strict=True))
+    else:
+        wholes = {name: safe_get_full_fp32_param(p) for name, p in engine.module.named_parameters()}
+    return {
+        name: wholes[name].detach().float().reshape(getattr(p, "ds_shape", p.shape)).cpu().clone()
+        for name, p in engine.module.named_parameters()
+    }
+
+
+def _names_of_masters(engine: Any) -> list[str]:
+    """At stage 0, where each parameter has a whole master."""
+    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+    if hasattr(engine.optimizer, "fp16_groups"):  # bf16's too
+        return [names[id(parameter)] for group in engine.optimizer.fp16_groups for parameter in group]
+    return list(names.values())

@@ -1,0 +1,1 @@
+"""Measuring control against chance, and showing it: figures, curves, verdicts, reports."""

@@ -1,0 +1,166 @@
+"""`controlbooth compare A B`: what B gains over A, sample by sample."""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from controlbooth.data.arguments import quoted
+from controlbooth.data.files.whole import write_whole
+from controlbooth.models.identity import describe_differences
+from controlbooth.models.identity import differences as base_differences
+from controlbooth.trainer.config.section import ConfigError
+from controlbooth.trainer.evaluation.figures import title
+from controlbooth.trainer.evaluation.kinds import LOWER_IS_BETTER
+from controlbooth.trainer.evaluation.record import DISCS, NOISE, REAL, WITHOUT, read_result, read_samples
+from controlbooth.trainer.evaluation.statistics import LEVEL, mean_and_interval, per_picture, share_difference
+
+SAME = (
+    "data_fingerprint",
+    "condition",
+    "resolution",
+    "base_digest",
+    "base_identity",
+    "sampler",
+    "networks",
+    "metrics_version",
+)
+"""What two evaluations must have in common for their pictures to be paired: contents, wherever they lie."""
+
+
+def run(options: argparse.Namespace) -> int:
+    """Does what `controlbooth compare` is asked, and returns its exit status."""
+    differences = compare(read_evaluation(options.a), read_evaluation(options.b))
+    print(table(differences, options.a, options.b))
+    if options.json:
+        write_whole(options.json, json.dumps(differences, indent=2).encode())
+    return 0
+
+
+Figures = dict[tuple[str, tuple[int, int]], dict[str, Any]]
+"""(way, place of the sample in its data set) -> what was measured of a picture."""
+
+
+def read_evaluation(where: Path) -> tuple[dict[str, Any], Figures]:
+    """-> what was measured, and the figures of each picture. Raises ConfigError where there is none.
+
+    Samples are told by their places, as keys repeat: evaluations are compared on one data set alone.
+    """
+    folder = where if (where / "evaluation.json").is_file() else where / "evaluation"
+    result = read_result(folder)
+    if result is None:
+        raise ConfigError(f"{where} holds no evaluation: run `controlbooth evaluate {quoted(where)}` first")
+    rows = read_samples(folder)
+    if any("place" not in row for row in rows):
+        raise ConfigError(
+            f"{folder} was measured by an older version, which told samples by keys that may repeat. Measure it by "
+            f"`controlbooth evaluate {quoted(where)}` again. One in a retraining's evaluations/ is measured by "
+            "the next tick when it is deleted"
+        )
+    figures = {(row["way"], tuple(row["place"])): row for row in rows}
+    return result, figures
+
+
+def compare(
+    a: tuple[dict[str, Any], Figures],
+    b: tuple[dict[str, Any], Figures],
+    level: float = LEVEL,
+) -> dict[str, dict[str, dict[str, float]]]:
+    """way -> figure -> mean of A and of B, mean of B - A with its interval, and the share of samples where B is better.
+
+    level: of the intervals. Raises ConfigError where they were measured differently, or by a version that did not note
+    how, or have no sample in common.
+    """
+    for letter, (facts, _) in (("A", a), ("B", b)):
+        if unknown := [name for name in SAME if name not in facts]:
+            raise ConfigError(
+                f"{letter} was measured by an older version, which did not note {', '.join(unknown)}. Measure it by "
+                f"`controlbooth evaluate {quoted(facts['where'])}` again. One in a retraining's evaluations/ is "
+                "measured by the next tick when it is deleted"
+            )
+    for name in (name for name in SAME if name != "base_identity"):
+        if a[0][name] != b[0][name]:
+            raise ConfigError(
+                f"the two were not measured alike: {name} is {told(a[0], name)} in A and {told(b[0], name)} in B. "
+                "Evaluate one of them again as the other one was"
+            )
+    if changed := base_differences(a[0]["base_identity"], b[0]["base_identity"]):
+        what = describe_differences(changed, "in A", "in B it is")
+        raise ConfigError(f"the two were not measured alike: {what}. Evaluate one of them again as the other one was")
+    result: dict[str, dict[str, dict[str, float]]] = {}
+    for way in dict.fromkeys(way for way, _ in a[1]):
+        if way in (WITHOUT, DISCS, NOISE, REAL):  # the same in both
+            continue
+        shared = [place for one, place in a[1] if one == way and (way, place) in b[1]]
+        if not shared:
+            raise ConfigError("the two evaluations have no sample in common: were they made of other shards?")
+        result[way] = compare_way(a[1], b[1], way, shared, level)
+    return result
+
+
+def compare_way(
+    a: Figures, b: Figures, way: str, shared: Sequence[tuple[int, int]], level: float
+) -> dict[str, dict[str, float]]:
+    """What B gains over A in the samples of one way that both have.
+
+    A figure NAME of control has chance_a and chance_b too, and beside it stands NAME_share, the share of what is
+    possible (`statistics.share_of_possible`), where real pictures are certainly better than chance.
+    """
+    result: dict[str, dict[str, float]] = {}
+    first, other = a[way, shared[0]], b[way, shared[0]]
+    for name in [name for name, value in first.items() if isinstance(value, float) and name in other]:
+        lower = name in LOWER_IS_BETTER
+        ours, theirs = (np.array([one[way, place][name] for place in shared]) for one in (a, b))
+        result[name] = differences(ours, theirs, lower) | named(mean_and_interval(theirs - ours, level))
+        if name not in first["chance"]:
+            continue
+        chances = [np.array([one[way, place]["chance"][name] for place in shared]) for one in (a, b)]
+        result[name] |= dict(chance_a=float(chances[0].mean()), chance_b=float(chances[1].mean()))
+        reals = np.array([a[REAL, place][name] for place in shared])
+        more = share_difference((ours, chances[0]), (theirs, chances[1]), reals, level, lower)
+        if not np.isfinite(more["mean"]):
+            continue
+        shares = (per_picture(*one, reals) for one in ((ours, chances[0]), (theirs, chances[1])))
+        result[f"{name}_share"] = differences(*shares, lower_is_better=False) | named(more)
+    return result
+
+
+def differences(ours: np.ndarray, theirs: np.ndarray, lower_is_better: bool) -> dict[str, float]:
+    """(N,) each, of A and of B: their means, and the share of samples where B is better."""
+    better = theirs < ours if lower_is_better else theirs > ours
+    return dict(a=float(ours.mean()), b=float(theirs.mean()), samples=len(ours), better=float(better.mean()))
+
+
+def named(interval: Mapping[str, float]) -> dict[str, float]:
+    return {f"difference_{key}": value for key, value in interval.items()}
+
+
+def told(facts: dict[str, Any], name: str) -> str:
+    """For people: a digest with the path that it is of."""
+    of = {"data_fingerprint": "data", "base_digest": "base"}.get(name)
+    return repr(facts[name]) if of is None else f"{facts[name]:.12} ({facts[of]})"
+
+
+def table(differences: dict[str, dict[str, dict[str, float]]], a: Path, b: Path) -> str:
+    rows = [(f"{way}, {title(name)}", one) for way, figures in differences.items() for name, one in figures.items()]
+    width = max((len(label) for label, _ in rows), default=0)
+    heads = f"{'A':>8}{'chance':>8}{'B':>8}{'chance':>8}{'B - A':>9}   95 % interval     B better"
+    lines = [f"A {a}", f"B {b}", f"{'':<{width}}{heads}"]
+    for label, one in rows:
+        low, high = one["difference_low"], one["difference_high"]
+        mark = " *" if low > 0 or high < 0 else "  "
+        chance_a, chance_b = (f"{one[end]:.3f}" if end in one else "" for end in ("chance_a", "chance_b"))
+        lines.append(
+            f"{label:<{width}}{one['a']:>8.3f}{chance_a:>8}{one['b']:>8.3f}{chance_b:>8}{one['difference_mean']:>+9.3f}"
+            f"   {low:+.3f} to {high:+.3f}{mark}{one['better']:>9.0%}"
+        )
+    lines.append("* the interval excludes 0")
+    if any("chance_a" in one for _, one in rows):
+        lines.append(
+            "chance: the same pictures under the conditions of other samples; share: (value - chance) / (real pictures "
+            "- chance)"
+        )
+    return "\n".join(lines)

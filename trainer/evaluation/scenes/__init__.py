@@ -1,0 +1,1 @@
+"""Networks that read the rendered scenes: attributes and conditions."""

@@ -1,0 +1,384 @@
+"""What one micro-batch of a run takes: bytes by category and floating-point operations, found without doing the work.
+
+The run's own modules and its own step run on fake tensors, which have shapes and dtypes and no memory. A dispatch mode
+sees every operation: it counts what does work, and follows the storage of every tensor that is made until Python lets
+go of it, as it would on a device. PyTorch's own FlopCounterMode is not used beside it: the modules that it tracks keep
+what gradient checkpointing recomputes alive. Its formulas are.
+Only what the engine adds (gradient buckets, masters, optimizer states) is arithmetic, in `rank_memory`.
+"""
+
+import weakref
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from controlbooth.models.architectures import PUBLISHED
+from controlbooth.models.attention import AttentionChoice, apply_attention
+from controlbooth.models.base import Base, vae_dtype
+from controlbooth.models.controlnet import build_controlnet
+from controlbooth.models.pretrained import controlnet_class
+from controlbooth.models.recognition import (
+    FAMILIES,
+    Family,
+    check_part,
+    check_scheduler,
+    recognise_folder,
+    scheduler_file,
+)
+from controlbooth.models.weight_files import read_json
+from controlbooth.trainer.config.run import RunConfig, base_path
+from controlbooth.trainer.config.section import ConfigError
+from controlbooth.trainer.controlnet.step import DeviceBatch, controlnet_loss
+from controlbooth.trainer.encoding import encode_captions, encode_kept, encode_posterior
+from controlbooth.trainer.engine.deepspeed import DTYPES
+
+WITHOUT_SCORES = ("auto", "xformers", "efficient", "flash")
+"""Attention kernels that keep no matrix of tokens by tokens; `auto` takes one of them where such a matrix is large."""
+
+aten = torch.ops.aten
+FLASH, FLASH_BACKWARD = (
+    (aten._scaled_dot_product_flash_attention, aten._scaled_dot_product_flash_attention_for_cpu),
+    (aten._scaled_dot_product_flash_attention_backward, aten._scaled_dot_product_flash_attention_for_cpu_backward),
+)
+
+
+def attention_backward_flops(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    """Twice those of the forward pass, as of every product. PyTorch's formula has a fifth product more, of the scores
+    that these kernels compute again: how they save memory, and no work that is asked for."""
+    return 2 * flop_registry[FLASH[0]](query, key, value, out_val=gradient)
+
+
+PRODUCTS: dict[Any, Any] = (
+    dict(flop_registry)
+    | dict.fromkeys(FLASH, flop_registry[FLASH[0]])
+    | dict.fromkeys(FLASH_BACKWARD, attention_backward_flops)
+)
+"""Matrix products, convolutions and attention -> the formula of their floating-point operations. Of the attention that
+a CPU takes, on which a step is planned, PyTorch has none."""
+ALLOCATIONS = (aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided)
+"""Memory that nothing is written to."""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Of one micro-batch on one rank, forward and backward."""
+
+    micro_batch_size: int
+    frozen_bytes: int
+    """The base: U-Net, and VAE and text encoders, which are loaded whether or not columns stand for them."""
+    trained_parameters: int
+    largest_parameter: int
+    """Elements of the largest trained tensor."""
+    trained_modules: int
+    """Modules with trained weights of their own, around each of which ZeRO-3 gathers them."""
+    profile: tuple[tuple[int, int], ...]
+    """(activation bytes, gradient bytes) at the moments where neither is exceeded later with more of the other: weights
+    excluded, gradients in the dtype of the run."""
+    encoder_flops: int
+    """VAE and text encoders, of the whole micro-batch; 0 with columns."""
+    training_flops: int
+    """ControlNet and U-Net, forward and backward, recomputation included."""
+    traffic_bytes: int
+    """Read and written by operations other than products: normalisation, activations, copies. These take their time by
+    the memory's bandwidth."""
+    operations: int
+    """Operations that run a kernel, forward and backward, encoders included: each costs the host its launch."""
+    batch_bytes: int
+    """What the loader hands over and the device holds of one micro-batch."""
+    column_bytes: int
+    """What of that is latents and hidden states from columns, as they are stored; 0 with online encoders."""
+
+    @property
+    def activation_bytes(self) -> int:
+        return max(activations for activations, _ in self.profile)
+
+    @property
+    def flops(self) -> int:
+        return self.encoder_flops + self.training_flops
+
+
+def scaled(one: Footprint, micro_batch_size: int) -> Footprint:
+    """The same at another micro-batch: activations and work have the batch as a factor, weights and gradients not."""
+    times = micro_batch_size / one.micro_batch_size
+    return replace(
+        one,
+        micro_batch_size=micro_batch_size,
+        profile=tuple((round(activations * times), gradients) for activations, gradients in one.profile),
+        **{
+            name: round(getattr(one, name) * times)
+            for name in ("encoder_flops", "training_flops", "traffic_bytes", "batch_bytes", "column_bytes")
+        },
+    )
+
+
+def runs_a_kernel(func: Any, arguments: Iterable[Tensor], results: Iterable[Tensor]) -> bool:
+    """Whether an operation reads or writes elements: it makes new ones, or changes what it was given.
+
+    Questions (device, size, stride), views, `detach`, `lift` and allocations do not; `_unsafe_view` is a view that is
+    not called one, so results are told from arguments by their memory.
+    """
+    if func._overloadpacket in ALLOCATIONS or func.is_view or torch.Tag.inplace_view in func.tags:
+        return False
+    if func._schema.is_mutable:
+        return True
+    given = {tensor.untyped_storage()._cdata for tensor in arguments}
+    return any(tensor.untyped_storage()._cdata not in given for tensor in results)
+
+
+class LiveStorages(TorchDispatchMode):
+    """Follows the storages of all tensors made inside, each from its making until its last tensor is gone, and counts
+    the operations between: all of them, what products multiply and add, and the bytes that the others move."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live, self.gradients, self.traffic, self.operations, self.flops = 0, 0, 0, 0, 0
+        self.moments: list[tuple[int, int]] = []
+        self._known: dict[int, Any] = {}
+
+    def ignore(self, tensors: Iterable[Tensor]) -> None:
+        """What was there before and is counted elsewhere, such as weights."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            self._known[storage._cdata] = storage  # held, so that its address is not used again
+
+    def is_gradient(self, tensor: Tensor) -> None:
+        """From now on this tensor counts as a gradient, not as an activation."""
+        size = tensor.untyped_storage().nbytes()
+        self.gradients += size
+        self.live -= size
+        self.moments.append((self.live, self.gradients))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        results = [value for value in tree_iter(made) if isinstance(value, Tensor)]
+        inputs = [value for value in tree_iter((args, kwargs)) if isinstance(value, Tensor)]
+        if runs_a_kernel(func, inputs, results):
+            self.operations += 1
+            if formula := PRODUCTS.get(func._overloadpacket):
+                self.flops += formula(*args, **(kwargs or {}), out_val=made)
+            else:
+                self.traffic += sum(tensor.numel() * tensor.element_size() for tensor in (*inputs, *results))
+        for tensor in results:
+            self._follow(tensor)
+        return made
+
+    def _follow(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        address, size = storage._cdata, storage.nbytes()
+        if address in self._known or tensor.device.type == "meta":  # DeepSpeed keeps shapes as such tensors
+            return
+
+        def gone(_: Any) -> None:
+            self.live -= size
+            del self._known[address]
+
+        self._known[address] = weakref.ref(storage, gone)
+        self.live += size
+        self.moments.append((self.live, self.gradients))
+
+
+def worst_moments(moments: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Those of (activations, gradients) for which no other has as much of both: whatever a gradient costs, the peak is
+    at one of them."""
+    kept: list[tuple[int, int]] = []
+    for activations, gradients in sorted(set(moments), reverse=True):
+        if not kept or gradients > kept[-1][1]:
+            kept.append((activations, gradients))
+    return tuple(kept)
+
+
+def shapes_of(config: RunConfig, precision: str, shapes: str | None = None) -> tuple[Base, Any]:
+    """The base and the ControlNet of a run on the meta device. shapes: a family's name, in place of model.base.
+
+    Raises ConfigError and ValueError for a base that cannot be read, and for a family of which nothing is known.
+    """
+    family, modules = _architecture(config, shapes)
+    dtype = DTYPES[precision]
+    with torch.device("meta"):
+        unet: Any = UNet2DConditionModel.from_config(dict(modules["unet"]))
+        vae: Any = AutoencoderKL.from_config(dict(modules["vae"]))
+        classes = (CLIPTextModel, CLIPTextModelWithProjection)
+        encoders = [cls(CLIPTextConfig(**one)) for cls, one in zip(classes, modules["text_encoders"], strict=False)]
+    for module, own in ((unet, dtype), (vae, vae_dtype(vae.config, dtype)), *((one, dtype) for one in encoders)):
+        nn.Module.to(module.requires_grad_(False).eval(), own)  # diffusers' own `to` warns of what does not apply
+    noise_scheduler: Any = DDPMScheduler.from_config(dict(modules["noise_scheduler"]))
+    base = Base(
+        family=family,
+        path=Path(shapes or config.model.base),
+        vae=vae,
+        text_encoders=tuple(encoders),
+        tokenizers=tuple(Tokenizer(encoder.config.max_position_embeddings) for encoder in encoders),
+        unet=unet,
+        noise_scheduler=noise_scheduler,
+        digest="",
+    )
+    return base, nn.Module.to(_controlnet(config, unet), dtype)
+
+
+def _architecture(config: RunConfig, shapes: str | None) -> tuple[Family, Mapping[str, Any]]:
+    """The family and the module configurations: the published ones, or those that the base's folder holds."""
+    folder = base_path(config)
+    if shapes is None and folder.is_dir():
+        family = recognise_folder(folder, config.model.family)
+        for part in family.parts:
+            check_part(folder, part)
+        scheduler = read_json(scheduler_file(folder))
+        check_scheduler(scheduler, str(scheduler_file(folder)))
+        return family, dict(
+            unet=read_json(folder / "unet" / "config.json"),
+            vae=read_json(folder / "vae" / "config.json"),
+            text_encoders=[read_json(folder / part.folder / "config.json") for part in family.parts[2:]],
+            noise_scheduler=scheduler,
+        )
+    name = shapes or config.model.family
+    if name not in PUBLISHED:
+        raise ConfigError(
+            f"model.base is {config.model.base!r}, which is no diffusers folder that could be read here. Give such a "
+            f"folder, or plan by the published shapes of a family: --shapes {' or '.join(PUBLISHED)}"
+        )
+    family = FAMILIES[name]
+    return family, vars(family.architecture)
+
+
+def _controlnet(config: RunConfig, unet: Any) -> Any:
+    """On the meta device. One to go on from is read for its configuration, not for its weights."""
+    model = config.model
+    if model.controlnet != "unet" and Path(model.controlnet).is_dir():
+        folder = Path(model.controlnet)
+        with torch.device("meta"):
+            controlnet: Any = controlnet_class(folder).from_config(read_json(folder / "config.json"))
+            return controlnet.train()
+    return build_controlnet(
+        unet,
+        model.hint_channels,
+        trainable_copy=model.trainable_copy,
+        connections=model.connections,
+        hint_network=model.hint_network,
+        only_mid_control=model.only_mid_control,
+    )
+
+
+class Tokenizer:
+    """Stands for a base's: every prompt has as many tokens, since prompts are padded to that."""
+
+    def __init__(self, length: int) -> None:
+        self.model_max_length = length
+
+    def __call__(self, prompts: list[str], **_: Any) -> Any:
+        return SimpleNamespace(input_ids=torch.zeros(len(prompts), self.model_max_length, dtype=torch.int64))
+
+
+def footprint(
+    config: RunConfig, precision: str, micro_batch_size: int, attention: str, shapes: str | None = None
+) -> Footprint:
+    """Runs one micro-batch, forward and backward, on fake tensors. Seconds for SD1.5.
+
+    attention: a kernel, or auto; those WITHOUT_SCORES count as one.
+    shapes: as in `shapes_of`, and its errors.
+    """
+    base, controlnet = shapes_of(config, precision, shapes)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for module in (base.vae, base.unet, controlnet, *base.text_encoders):
+            without_memory(module)
+        choice = AttentionChoice("flash" if attention in WITHOUT_SCORES else attention, "planned")
+        for module in (base.unet, controlnet):
+            apply_attention(module, choice)
+        if config.model.gradient_checkpointing:
+            controlnet.enable_gradient_checkpointing()
+            base.unet.enable_gradient_checkpointing()
+        base.empty_prompt(encode_captions)  # once, not in every step
+        return _measured(config, base, controlnet, micro_batch_size)
+
+
+def _measured(config: RunConfig, base: Base, controlnet: Any, micro_batch_size: int) -> Footprint:
+    trained = list(controlnet.parameters())
+    frozen = [t for module in (base.vae, base.unet, *base.text_encoders) for t in tensors_of(module)]
+    live, encoders = LiveStorages(), LiveStorages()
+    live.ignore([*frozen, *tensors_of(controlnet)])
+    handles = [p.register_post_accumulate_grad_hook(lambda p: live.is_gradient(p.grad)) for p in trained]
+    batch = fake_batch(config, base, micro_batch_size)
+    if batch.pixel_values is not None:
+        with encoders, torch.no_grad():
+            encode_posterior(base, batch.pixel_values)
+            encode_kept(base, batch.captions)
+    with live:
+        batch = fake_batch(config, base, micro_batch_size)
+        size, live.traffic, live.operations = live.live, 0, 0
+        controlnet_loss(base, controlnet, batch, config.optimizer.min_snr_gamma).backward()
+    for handle in handles:
+        handle.remove()
+    for parameter in trained:
+        parameter.grad = None
+    return Footprint(
+        micro_batch_size=micro_batch_size,
+        frozen_bytes=sum(tensor.untyped_storage().nbytes() for tensor in frozen),
+        trained_parameters=sum(parameter.numel() for parameter in trained),
+        largest_parameter=max(parameter.numel() for parameter in trained),
+        trained_modules=modules_with_weights(controlnet),
+        profile=worst_moments(live.moments),
+        encoder_flops=encoders.flops,
+        training_flops=live.flops - encoders.flops,
+        traffic_bytes=live.traffic,
+        operations=live.operations,
+        batch_bytes=size,
+        column_bytes=sum(
+            t.numel() * t.element_size() for t in (*(batch.posterior or ()), *(batch.text or ())) if t is not None
+        ),
+    )
+
+
+def fake_batch(config: RunConfig, base: Base, size: int) -> DeviceBatch:
+    """A micro-batch as `to_device` leaves it: of pictures, or of what columns hold."""
+    side = config.data.resolution
+    latent = side // base.family.vae_factor
+    shape = (size, base.unet.config["in_channels"], latent, latent)
+    pixel_values, posterior, text = None, None, None
+    if config.data.columns is None:
+        pixel_values = torch.zeros(size, 3, side, side)
+    else:
+        posterior = (torch.zeros(shape, dtype=base.vae.dtype), torch.zeros(shape, dtype=base.vae.dtype))
+        assert base._empty is not None
+        states, pooled = base._empty
+        text = (states.repeat(size, 1, 1), None if pooled is None else pooled.repeat(size, 1))
+    return DeviceBatch(
+        pixel_values=pixel_values,
+        conditioning_pixel_values=torch.zeros(size, 3, side, side),
+        captions=["a caption"] * size,
+        timesteps=torch.zeros(size, dtype=torch.int64),
+        noise=torch.zeros(shape),
+        posterior_noise=torch.zeros(shape),
+        weights=torch.ones(size),
+        posterior=posterior,
+        text=text,
+    )
+
+
+def modules_with_weights(module: nn.Module) -> int:
+    return sum(any(True for _ in one.parameters(recurse=False)) for one in module.modules())
+
+
+def tensors_of(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def without_memory(module: nn.Module) -> None:
+    """Fake tensors in place of those on the meta device, which operations with others would refuse."""
+    for part in module.modules():
+        for name, parameter in list(part._parameters.items()):
+            if parameter is not None:
+                empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+                part._parameters[name] = nn.Parameter(empty, parameter.requires_grad)
+        for name, buffer in list(part._buffers.items()):
+            if buffer is not None:
+                part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)

@@ -1,0 +1,270 @@
+"""Checkpoints: committed whole or not at all, found again, loaded at any world size, pruned.
+
+    checkpoints/step-00000400/deepspeed/     DeepSpeed's files, one set a rank: weights, master copies, optimizer
+                              controlnet/    the trained weights (or their moving average) in fp32, as diffusers reads
+                                             them
+                              config.yaml    the resolved configuration that the step was trained with
+                              state.json     step, position in the data, fingerprint, figures, digest of the weights
+                              COMPLETE       sizes and digests of all files; written last, before the folder gets its
+                                             name
+
+A checkpoint is made in the folder of this start of the run (attempt.py) and moved to its place after every rank has
+finished, so a name that is seen is a whole checkpoint, and a start that a newer one has replaced cannot put one there.
+A copy that lost a file, or of which a byte has changed, is recognised by COMPLETE and passed over (integrity.py).
+Reading one runs no code: what is no tensor and no plain value in PyTorch's files is refused.
+
+Training stands still only while the states are copied, in `begin_save`. Threads write the copies, and `finish_save`,
+at the boundary of a later step, makes the checkpoint of them: no thread takes part in a collective.
+"""
+
+import contextlib
+import io
+import os
+import pickle
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ControlNetModel
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
+from torch import Tensor
+
+from controlbooth.data.files.records import Damaged, read_json
+from controlbooth.trainer.engine.deepspeed import full_state
+from controlbooth.trainer.engine.distributed import World, barrier, from_first_rank, gather_objects
+from controlbooth.trainer.engine.ema import Average
+from controlbooth.trainer.run.attempt import Attempt, move
+from controlbooth.trainer.run.best import best_by
+from controlbooth.trainer.run.continuing import AllDamaged, CheckpointError, all_damaged, checkpoint_folders, damaged
+from controlbooth.trainer.run.integrity import (
+    STATE,
+    files_damage,
+    first_damage,
+    records_damage,
+    weights_damage,
+    what_is_missing,
+    write_marker,
+)
+
+_TAG = "deepspeed"
+_UNIVERSAL = "universal"
+_TENSORS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+
+
+def folder_of(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def complete_checkpoints(run: Path) -> list[Path]:
+    """Whole checkpoints of a run, oldest first."""
+    return [path for path in checkpoint_folders(run) if is_complete(path)]
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether every file that was committed is there in its size. What is generated later may come besides."""
+    return what_is_missing(checkpoint) is None
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """What was saved beside the weights. Raises CheckpointError where that, or config.yaml, is damaged."""
+    if damage := records_damage(checkpoint):
+        raise CheckpointError(f"{checkpoint} is damaged, in {damage}. Delete it to use an older one")
+    return read_json(checkpoint / STATE, "Delete the checkpoint to use an older one")
+
+
+def check_weights(checkpoint: Path) -> None:
+    """Raises CheckpointError where the trained weights are not the ones that were saved."""
+    if damage := weights_damage(checkpoint):
+        raise CheckpointError(f"{checkpoint} is damaged, in {damage}. Delete it to use an older one")
+
+
+def latest_checkpoint(run: Path, world: World, say: Callable[[str], None]) -> Path | None:
+    """The same on every rank: the last one that rank 0 sees whole and that no rank finds damaged. None: there is none.
+
+    Ranks that looked for themselves would go on from different steps where a node's view of a shared disk is old. They
+    compare the checksums of all files, each of its share. say: told on rank 0 of a checkpoint that is passed over.
+    Raises CheckpointError where another rank does not see what rank 0 sees, and AllDamaged where all are damaged.
+    """
+    folders = [(path, what_is_missing(path)) for path in checkpoint_folders(run)]
+    there: list[tuple[Path, str | None]] = from_first_rank(folders)
+    damages: list[str] = []
+
+    def pass_over(checkpoint: Path, damage: str) -> None:
+        damages.append(damaged(checkpoint, damage))
+        if world.rank == 0:
+            say(f"warning: {damages[-1]}; it is passed over")
+
+    for checkpoint, missing in reversed(there):
+        if missing is not None:
+            pass_over(checkpoint, missing)
+            continue
+        seen = gather_objects(is_complete(checkpoint), world)
+        if not all(seen):
+            others = [rank for rank, complete in enumerate(seen) if not complete]
+            raise CheckpointError(
+                f"{checkpoint} is whole on rank 0 and not on ranks {others}. "
+                "Every node must see the same `output`: put it on a shared disk"
+            )
+        own = first_damage(checkpoint, world.rank, world.world_size)
+        found = next(filter(None, gather_objects(own, world)), None)
+        if found is None:
+            return checkpoint
+        pass_over(checkpoint, found)
+    if damages:
+        raise AllDamaged(all_damaged(damages))
+    return None
+
+
+def read_controlnet(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / SAFETENSORS_WEIGHTS_NAME)
+
+
+def load_checkpoint(
+    engine: Any,
+    checkpoint: Path,
+    average: Average | None,
+    world: World,
+    attempt: Attempt,
+    read_weights: Callable[[Path], dict[str, Tensor]] = read_controlnet,
+) -> None:
+    """Every rank calls this, on an engine made with load_universal = `needs_universal`.
+
+    read_weights(folder) undoes what write_weights of `save_checkpoint` wrote.
+    An average that the checkpoint does not hold begins at its weights.
+    """
+    state, tag = read_state(checkpoint), _TAG
+    if needs_universal(state, world.world_size):
+        tag = _UNIVERSAL
+        # A marker of an older version is empty, and vouches for nothing: what it is of is made again too.
+        if any(gather_objects(files_damage(checkpoint / _UNIVERSAL, world.rank, world.world_size), world)):
+            if world.rank == 0:
+                _make_universal(checkpoint, attempt)
+            barrier()
+    with _quiet(), tensors_only(checkpoint):
+        path, _ = engine.load_checkpoint(str(checkpoint), tag=tag, load_lr_scheduler_states=False)
+    if path is None:
+        raise CheckpointError(
+            f"DeepSpeed could not read {checkpoint / tag}. Delete {checkpoint} to resume from an older one"
+        )
+    if average is not None:
+        held = state.get("average", False)
+        average.load(read_weights(checkpoint / "controlnet") if held else full_state(engine))
+
+
+def needs_universal(state: Mapping[str, Any], world_size: int) -> bool:
+    """Whether states that were split over the saved world's ranks must be split anew."""
+    return state["zero_stage"] > 0 and state["world_size"] != world_size
+
+
+def prune(run: Path, keep: int, keep_best: int, attempt: Attempt, committed: Path) -> None:
+    """Deletes all but the `keep` latest checkpoints and the `keep_best` best by the figure that tells control. Rank 0
+    calls it after a commit.
+
+    committed: the one of now. Those of later steps do not count: they were damaged, or it would not be the one of now.
+    Raises Superseded, and deletes nothing of the newer start's.
+    """
+    whole = [path for path in complete_checkpoints(run) if path.name <= committed.name]
+    metrics = {path: _metrics(path) for path in whole}
+    metric = best_by(metrics.values())
+    scored = [(own[metric], path) for path, own in metrics.items() if metric in own]
+    best = sorted(scored, key=lambda pair: pair[0])[-keep_best:] if keep_best else []
+    kept = {*whole[-keep:], *(path for _, path in best)}
+    for path in whole:
+        if path not in kept:
+            delete(path, attempt)
+
+
+def _metrics(checkpoint: Path) -> dict[str, float]:
+    """Empty of one that was not measured, or whose state.json is damaged: the best is another one then."""
+    try:
+        return read_state(checkpoint).get("metrics") or {}
+    except (CheckpointError, Damaged):
+        return {}
+
+
+def as_module(trained: Any, weights: dict[str, Tensor]) -> ControlNetModel:
+    """A ControlNet like the trained one, with these weights."""
+    with torch.device("meta"):
+        module: Any = type(trained).from_config(trained.config)
+    module.load_state_dict(weights, assign=True)
+    return module
+
+
+def delete(folder: Path, attempt: Attempt) -> None:
+    """A checkpoint, or another folder of the run. Moved away first: half a deletion must not look like a checkpoint.
+
+    Raises Superseded.
+    """
+    doomed = attempt.folder / f"{folder.name}.deleted"
+    move(attempt, folder, doomed)
+    shutil.rmtree(doomed)
+
+
+def _make_universal(checkpoint: Path, attempt: Attempt) -> None:
+    """Splits DeepSpeed's files by parameter, so that a world of another size can put them together."""
+    import argparse
+
+    from deepspeed.checkpoint import ds_to_universal
+
+    target = attempt.folder / _UNIVERSAL
+    shutil.rmtree(checkpoint / _UNIVERSAL, ignore_errors=True)  # a copy of the checkpoint may hold a part of it
+    arguments = argparse.Namespace(
+        input_folder=str(checkpoint / _TAG),
+        output_folder=str(target),
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )
+    print(f"the world's size changed: splitting {checkpoint / _TAG} by parameter", file=sys.stderr, flush=True)
+    with _quiet(), tensors_only(checkpoint):
+        ds_to_universal.main(arguments)
+    write_marker(target)
+    move(attempt, target, checkpoint / _UNIVERSAL)
+
+
+@contextlib.contextmanager
+def tensors_only(checkpoint: Path) -> Iterator[None]:
+    """Inside, torch.load makes tensors, plain values and DeepSpeed's own records, whatever its callers ask for.
+
+    DeepSpeed reads its files as pickles without limits, and a pickle can call anything. PyTorch's own switch overrides
+    that; it is a variable of the environment, which is set for no longer than this. Raises CheckpointError for a file
+    that holds anything else.
+    """
+    before = os.environ.get(_TENSORS_ONLY)
+    os.environ[_TENSORS_ONLY] = "1"
+    try:
+        with torch.serialization.safe_globals(_deepspeed_records()):
+            yield
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"a file of {checkpoint} holds more than tensors and plain values, and could run code when it is read: it "
+            f"is refused ({str(error).splitlines()[0]}). Delete {checkpoint} to use an older one"
+        ) from error
+    finally:
+        if before is None:
+            del os.environ[_TENSORS_ONLY]
+        else:
+            os.environ[_TENSORS_ONLY] = before
+
+
+def _deepspeed_records() -> list[Any]:
+    """Classes that DeepSpeed's states are made of besides tensors: values and their names, without any behaviour when
+    they are read."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+
+
+@contextlib.contextmanager
+def _quiet():
+    """DeepSpeed prints its progress; an error still carries its own message."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield

@@ -1,0 +1,40 @@
+"""Opens a run's tracker as its configuration says."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from controlbooth.trainer.config.run import RunConfig, tracking_uri
+from controlbooth.trainer.engine.distributed import World
+from controlbooth.trainer.run.attempt import Attempt
+from controlbooth.trainer.run.process import say
+from controlbooth.trainer.tracking.tracker import Status, Tracker
+
+IN_MLFLOW: dict[str, Status] = {"failed": "FAILED", "stopped": "KILLED", "finished": "FINISHED"}
+
+
+def tell_page(world: World, ways: Sequence[str]) -> None:
+    say(world, f"MLflow: {', then '.join(ways)}")
+
+
+def open_tracker(
+    folder: Path,
+    config: RunConfig,
+    tags: dict[str, str],
+    attempt: Attempt | None = None,
+    tell: Callable[[Sequence[str]], None] | None = None,
+) -> Tracker:
+    """attempt: the start that has taken the run; without one, what is logged goes beside what a training may log.
+
+    tell: as Tracker has it.
+    """
+    return Tracker(
+        folder,
+        tracking_uri(config),
+        config.tracking.experiment,
+        config.name,
+        params=config.model_dump(mode="json"),
+        tags=tags,
+        system_metrics_seconds=config.tracking.system_metrics_seconds,
+        made_in=attempt.folder if attempt else None,
+        tell=tell,
+    )
