@@ -4,6 +4,8 @@ There is no root package: a folder `controlbooth/` in the checkout would break `
 repository root. Everything else about the project that tools read is in pyproject.toml.
 """
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 NAMESPACE = "controlbooth"
@@ -43,6 +45,22 @@ setup(
     name=NAMESPACE,
     version="0.1.0",
     description="Trains ControlNets and DreamBooth subjects on one machine or many, reproducibly",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=["ControlNet", "DreamBooth", "LoRA", "diffusion models", "DeepSpeed", "ZeRO", "WebDataset", "MLflow"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Processing",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.11",
     package_dir={f"{NAMESPACE}.{folder}": folder for folder in FOLDERS},
     packages=[f"{NAMESPACE}.{folder}" for folder in FOLDERS]
@@ -66,6 +84,10 @@ setup(
             "botocore>=1.34",
             "gcsfs>=2026.2",
             "s3fs>=2026.2",
+        ],
+        "docs": [  # the site of docs/; make docs installs it
+            "mkdocs>=1.6,<2",
+            "mkdocs-material>=9.7,<10",
         ],
         "dev": [
             "hypothesis>=6.100",
