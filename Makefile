@@ -4,7 +4,7 @@
 # make test-cluster   a run on a real Slurm of two nodes, disturbed; needs root and Debian's slurm-wlm, munge, iproute2
 # make test-tracking  MLflow on PostgreSQL as deploy/compose.yaml has it, killed and back; needs Debian's postgresql
 # make bench        the benchmarks that need no run   make clean    delete what tools made; .venv and runs stay
-# make setup        only install; runs once
+# make docs         the site of docs/, in build/site  make setup    only install; runs once
 #
 # Variables: PYTHON=python3.12  DEVICE=cpu|cuda  JOBS=2 (test processes)
 #   PEER="--peer-diffusers CHECKOUT --peer-python PYTHON"   times diffusers' own program beside ours in `make bench`
@@ -17,7 +17,7 @@ JOBS ?= 2
 BIN := .venv/bin
 READY := .venv/ready-$(DEVICE)
 
-.PHONY: quickstart dreambooth-demo test test-cluster test-tracking check bench clean setup
+.PHONY: quickstart dreambooth-demo test test-cluster test-tracking check docs bench clean setup
 .DELETE_ON_ERROR:
 
 quickstart: setup
@@ -40,6 +40,14 @@ check: setup
 	$(BIN)/ruff check .
 	@mkdir -p build/namespace && ln -sfn "$(CURDIR)" build/namespace/controlbooth
 	$(BIN)/pyright -p build/namespace/controlbooth --pythonpath $(BIN)/python
+
+# The pages of the reference are made of the code of this checkout, which the link makes controlbooth.
+docs: setup
+	@$(BIN)/python -c 'import material, mkdocs' 2>/dev/null \
+	  || $(BIN)/python -m pip install -q -c constraints-$(DEVICE).txt -e ".[docs]"
+	@mkdir -p build/namespace && ln -sfn "$(CURDIR)" build/namespace/controlbooth
+	PYTHONPATH=build/namespace NO_MKDOCS_2_WARNING=true $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "build/site/index.html"
 
 bench: setup
 	$(BIN)/python tests/benchmarks/exactness.py

@@ -159,7 +159,7 @@ def limits(metadata: typing.Sequence[Any]) -> str:
             told.append(f"and a multiple of {one.multiple_of}")
         elif isinstance(one, FieldInfo):
             told.append(limits(one.metadata))
-    return " ".join(part for part in told if part)
+    return ", ".join(part for part in told if part)
 
 
 def type_name(annotation: Any, metadata: typing.Sequence[Any] = ()) -> str:
@@ -536,7 +536,7 @@ LAYOUTS = (  # title, module with the layout in its docstring, how the layout be
 
 def run_folder_page() -> str:
     """Writes the page of a run's files: the overview that is written by hand, and the layouts of the code."""
-    overview = (ROOT / "docs" / "reference" / "run-folder.in.md").read_text()
+    overview = (ROOT / "docs" / "reference" / "run-folder.md").read_text()
     parts = [NOTE, overview.rstrip() + "\n"]
     for title, path, begins in LAYOUTS:
         parts.append(f"## {title}\n\nFrom `{path}`:\n\n```text\n{layout_of(path, begins)}\n```\n")
@@ -560,6 +560,8 @@ def on_files(files: Any, config: Any) -> Any:
     from mkdocs.structure.files import File
 
     for path, write in pages().items():
+        if by_hand := files.get_file_from_path(path):  # to which the generated page adds
+            files.remove(by_hand)
         files.append(File.generated(config, path, content=write()))
     return files
 

@@ -43,7 +43,7 @@ def tracked_files() -> list[str]:
 def wheel(tmp_path_factory) -> Path:
     """Built from a copy of the tracked files, so that nothing else on this disk can slip in."""
     source = tmp_path_factory.mktemp("source")
-    for name in [*tracked_files(), "setup.py", "pyproject.toml"]:
+    for name in [*tracked_files(), "setup.py", "pyproject.toml", "README.md", "LICENSE"]:
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, source / name)
     build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", "dist", "."]
@@ -96,6 +96,15 @@ def test_the_wheel_has_the_command(unpacked):
     assert "controlbooth = controlbooth.launch.cli:main" in entry_points.read_text()
 
 
+def test_the_wheel_says_what_it_is_and_under_which_licence(unpacked):
+    (path,) = unpacked.glob("*.dist-info/METADATA")
+    metadata = email.message_from_string(path.read_text())
+    assert metadata["License-Expression"] == "Apache-2.0" and metadata["License-File"] == "LICENSE"
+    assert list(unpacked.glob("*.dist-info/licenses/LICENSE"))
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    assert str(metadata.get_payload()).strip() == (ROOT / "README.md").read_text().strip()
+
+
 def third_party_imports(folders: tuple[str, ...]) -> dict[str, Path]:
     """Top-level name -> a file that imports it."""
     found: dict[str, Path] = {}
@@ -142,7 +151,7 @@ def test_every_requirement_is_pinned_to_one_version(name, requirements):
     pinned = {re.sub(r"[_.]", "-", pin.lower()) for pin, _ in pins}
     lines = [line for line in (ROOT / name).read_text().splitlines() if line and not line.startswith("#")]
     assert len(pins) == len(lines)
-    extras = ["", "dev", "mlflow", "remote", *(["cuda"] if "cuda" in name else [])]
+    extras = ["", "dev", "docs", "mlflow", "remote", *(["cuda"] if "cuda" in name else [])]
     wanted = set().union(*(requirements[extra] for extra in extras))
     assert wanted <= pinned, f"{name} lacks {wanted - pinned}"
 
