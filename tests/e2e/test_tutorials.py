@@ -1,4 +1,4 @@
-"""The commands of the tutorials work. tests/support/tutorial_blocks.py says how each block is marked, and what that means."""
+"""The commands of the tutorials work. tests/support/tutorial_blocks.py says how each block is marked, and why."""
 
 import re
 

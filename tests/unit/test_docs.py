@@ -125,6 +125,14 @@ def test_every_link_leads_somewhere(path, pages):
             assert anchor in found, f"{path.relative_to(ROOT)} links to {link}, and there is {sorted(found)}"
 
 
+@pytest.mark.parametrize("path", WRITTEN, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_file_of_the_repository_that_a_page_names_is_there(path):
+    named = re.findall(
+        r"(?<![\w./-])(?:data|deploy|docs|launch|models|tests|trainer)/[\w./-]+\.(?:py|yaml|svg)", path.read_text()
+    )
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
 def test_the_readme_is_short_and_every_page_is_in_the_navigation(pages):
     assert len((ROOT / "README.md").read_text().splitlines()) < 130
     listed = re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text().partition("\nnav:")[2])
