@@ -13,16 +13,16 @@ ROOT = Path(__file__).parents[1]
 TARGET = ROOT / "docs" / "concepts" / "architecture.svg"
 PACKAGES = {  # from above to below, with what each is for
     "deploy": "retraining by itself",
-    "launch": "starts work, imports no torch",
+    "launch": "starts work, on this machine or a cluster",
     "trainer": "config in, weights out",
     "data": "which sample, and what it looks like",
     "models": "networks and their weights",
 }
 ROWS = (("deploy",), ("launch",), ("trainer",), ("data", "models"))
 BOX, BOX_HEIGHT, ROW = 96, 32, 44
-GAP, MARGIN, HEAD = 16, 20, 38
+GAP, MARGIN, HEAD = 34, 20, 38
 LONGEST_PITCH = 190
-WIDE, NARROW = 1080, 196
+WIDE, NARROW = 1098, 196
 
 Graph = dict[str, set[str]]
 Place = tuple[float, float, float, float]
@@ -206,7 +206,13 @@ def inside(graph: Graph, place: Place) -> list[str]:
 
 
 def straight(one: Place, other: Place) -> str:
-    """Draws an arrow from one package to the one below it."""
+    """Draws an arrow from one package to the one below it, or beside it on the left."""
+    if one[1] == other[1]:
+        y = one[1] + one[3] / 2
+        return (
+            f'<path d="M{one[0]:.0f} {y:.0f} L{other[0] + other[2] + 3:.0f} {y:.0f}" stroke="#475569" stroke-width="3" '
+            'marker-end="url(#head)"/>'
+        )
     x = (max(one[0], other[0]) + min(one[0] + one[2], other[0] + other[2])) / 2
     return (
         f'<path d="M{x:.0f} {one[1] + one[3]:.0f} L{x:.0f} {other[1] - 3:.0f}" stroke="#475569" stroke-width="3" '

@@ -24,7 +24,7 @@ from controlbooth.data import condition_names
 from controlbooth.data.shards import sidecar
 from controlbooth.deploy.retrain.policy import Policy
 from controlbooth.launch import cli
-from controlbooth.launch.commands.ablations import Ablations
+from controlbooth.launch.commands.ablate import Ablations
 from controlbooth.launch.job.cluster import Cluster
 from controlbooth.trainer.config.run import RunConfig
 from controlbooth.trainer.config.section import Section
@@ -368,7 +368,7 @@ def logged_names() -> dict[str, set[str]]:
         if name.startswith("train/")
     }
     return {
-        "step": {*dict_keys("trainer/controlnet/train.py", is_assigned("metrics"))},
+        "step": {*dict_keys("trainer/controlnet/meter.py", is_assigned("metrics"))},
         "system": {*dict_keys("trainer/tracking/system.py", is_function("system_metrics"))},
         "subjects": subjects,
         "figures": {*BEST, *LOWER_IS_BETTER},

@@ -38,7 +38,7 @@ def pages(generate) -> dict[str, str]:
 
 
 def sections(generate) -> list:
-    """All sections of all files that the reference describes."""
+    """Finds all sections of the files that the reference describes."""
     found, left = [], [root for _, _, roots in generate.FIELDS.values() for root in roots.values()]
     while left:
         section = left.pop()
@@ -102,7 +102,7 @@ def test_the_drawing_of_the_imports_is_of_this_code():
 
 
 def anchors(text: str) -> set[str]:
-    """Names of the headings of a page, as MkDocs and forges make them."""
+    """Returns the names of the headings of a page, as MkDocs and forges make them."""
     headings = re.findall(
         r"^#+ (.*?)(?: \{ #([\w-]+) \})?$", re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S), re.M
     )
