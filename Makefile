@@ -47,7 +47,7 @@ docs: setup
 	  || $(BIN)/python -m pip install -q -c constraints-$(DEVICE).txt -e ".[docs]"
 	@mkdir -p build/namespace && ln -sfn "$(CURDIR)" build/namespace/controlbooth
 	PYTHONPATH=build/namespace NO_MKDOCS_2_WARNING=true $(BIN)/python -m mkdocs build --strict --quiet
-	@echo "build/site/index.html"
+	@echo "build/site/index.html, or with its search: $(BIN)/python -m http.server -d build/site"
 
 bench: setup
 	$(BIN)/python tests/benchmarks/exactness.py
