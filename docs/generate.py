@@ -321,7 +321,8 @@ SUBJECT_VALIDATION = {
     "instance_loss": "loss on the subject's pictures, with noise and timesteps that never change",
     "prior_loss": "the same on class pictures",
     "held_out_loss": "the same on pictures that `validation.hold_out` keeps out of training",
-    "dino": "mean similarity of drawn and own pictures (with `validation.encoders.efficientnet` its names end with `efficientnet_lite0`)",
+    "dino": "mean similarity of drawn and own pictures; with `validation.encoders.efficientnet` names end with "
+    "`efficientnet_lite0`",
     "nearest_dino": "similarity to the nearest own picture; it rises when pictures are copied",
     "real_dino": "similarity of the own pictures among themselves",
     "real_nearest_dino": "the same, each to its nearest",
