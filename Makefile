@@ -70,7 +70,7 @@ setup: $(READY)
 ifeq ($(DEVICE),cuda)
 
 $(READY): setup.py constraints-cuda.txt | .venv/bin/python
-	@echo "Installing the CUDA set. These very versions have not run on a GPU yet, see README; DEVICE=cpu takes a set that has run."
+	@echo "Installing the CUDA set. These very versions have not run on a GPU yet, see docs/results/h200.md; DEVICE=cpu takes a set that has run."
 	$(BIN)/python -m pip install -q -c constraints-cuda.txt -e ".[dev,measure,mlflow,remote,cuda]"
 	@$(BIN)/python -c 'import torch; raise SystemExit(None if torch.version.cuda else \
 	  f"torch {torch.__version__} has no CUDA: pip is configured for CPU builds. Change that, or use DEVICE=cpu")'

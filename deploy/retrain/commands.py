@@ -32,7 +32,7 @@ def main_tick(arguments: Sequence[str] | None = None) -> int:
         "outlives it: processes of this machine (under a systemd timer: KillMode=process), or with `engine: slurm` or "
         "`engine: kubernetes` in the policy a job, which `controlbooth launch status RUN_FOLDER` tells about.",
         "controlbooth retrain tick policy.yaml\n  controlbooth retrain tick policy.yaml --dry-run\n"
-        "  */10 * * * *  cd /work && controlbooth retrain tick policy.yaml        (a line of a crontab)",
+        "  */10 * * * *  cd /srv/retraining && controlbooth retrain tick policy.yaml        (a line of a crontab)",
     )
     parser.add_argument(
         "--dry-run",

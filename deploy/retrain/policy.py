@@ -99,7 +99,7 @@ class Evaluation(Section):
     fingerprint: str | None = None
     """Of these shards, as `controlbooth data info` prints it. Default: what the first tick finds."""
     samples: int = Field(default=64, gt=1)
-    """The first ones of the set; more of them make smaller gains certain."""
+    """Of the set, chosen by their contents; more of them make smaller gains certain."""
     sampling_steps: int | None = Field(default=None, gt=0)
     """Default: those of the run's validation."""
     guidance_scale: float | None = Field(default=None, ge=1.0)

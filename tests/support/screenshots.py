@@ -1,4 +1,4 @@
-"""What a reader sees of a run in MLflow's own pages, as pictures: `python tests/tracking/screenshots.py RUN_URL OUT`.
+"""What a reader sees of a run in MLflow's own pages, as pictures: `python tests/support/screenshots.py RUN_URL OUT`.
 
 RUN_URL is the address that `controlbooth` prints, .../#/experiments/ID/runs/RUN_ID, of a server that runs. Needs
 Debian's chromium and chromium-driver.
