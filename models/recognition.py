@@ -2,6 +2,10 @@
 
 What a folder's JSON files and a file's tensor names tell is enough to refuse a base before anything is loaded, so the
 launcher asks here too.
+
+Adding a family: an entry in FAMILIES and a branch in `identify` here; a text encoding in TEXT_ENCODINGS of text.py; its
+name in `model.family` of trainer/config/run.py and subjects.py and in PIPELINES of trainer/model_card.py. Where single
+files are to be read, also an Architecture in PUBLISHED of architectures.py, and the keys that tell it in this file.
 """
 
 import math

@@ -1,8 +1,4 @@
-"""What differs between base models: how a family is recognised, and how its prompts become what the U-Net reads.
-
-Adding a family: an Architecture where single files are to be read, one entry in FAMILIES, one branch in `identify`
-(both in recognition.py), and a text encoding in TEXT_ENCODINGS.
-"""
+"""How a family's prompts become what its U-Net reads; recognition.py tells what adding a family takes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

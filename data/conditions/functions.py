@@ -1,7 +1,7 @@
 """Condition images that are computed from a picture by classical image processing.
 
-A new kind is one function and one line of CONDITIONS; packing, and the measurement of how well a model obeys its
-condition, find it there.
+A new kind is one function, one line of CONDITIONS and its name in `data/condition_names.py`; packing, and the
+measurement of how well a model obeys its condition, find it there.
 """
 
 from collections.abc import Callable

@@ -121,6 +121,12 @@ def check_shards(config: RunConfig, node: Node) -> Iterator[str]:
                 f"data.condition is {stored!r}, and no sample of {location} has it; conditions there are: {there}. "
                 f"Change it, or add it: `controlbooth data annotate {quoted(location)} -o FOLDER --condition {stored}`"
             )
+        elif key == "data.held_out" and samples < config.validation.samples:
+            yield (
+                f"validation.samples={config.validation.samples}, and {location} holds {samples} usable samples out: "
+                f"hold out more, as `controlbooth data pack --held-out {config.validation.samples}` does, or lower "
+                "validation.samples, which makes control harder to tell"
+            )
         elif key != "data.held_out" and samples < lanes(config):
             yield (
                 f"{key} is {location!r} with {samples} usable samples, and each of the {lanes(config)} lanes needs "

@@ -299,6 +299,13 @@ def test_a_run_of_a_version_that_drew_otherwise_is_told_how_to_go_on(good, tmp_p
     assert begun(2, step=10)[1] == []  # it is finished
 
 
+def test_more_held_out_samples_than_there_are_are_refused_with_what_to_pack(good, tmp_path):
+    manifest_of(tmp_path / "held_out", conditions={"edges": 5})
+    problem = only_problem(good, validation__samples=8)
+    assert problem.startswith("validation.samples=8, and ") and "holds 5 usable samples out" in problem
+    assert "--held-out 8" in problem
+
+
 def test_a_run_without_held_out_shards_is_allowed(good):
     assert preflight(config(good, data__held_out=None), node()) == []
 
