@@ -11,12 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stores import forget_stores, web_server
 
-from controlbooth.data.files.whole import write_whole
+from controlbooth.data.files.whole import replaced, write_whole
 from controlbooth.data.pictures.images import encode_png
 from controlbooth.data.secrets import error_text, is_secret, shown, shown_script, without_secrets
 from controlbooth.data.shards import storage
 from controlbooth.launch.cli import main as controlbooth
-from controlbooth.launch.job import job as jobs
 from controlbooth.launch.job.cluster import load_cluster
 from controlbooth.launch.job.job import Job, job_texts, restore_job, write_job
 from controlbooth.trainer.config.loading import build_config
@@ -214,10 +213,14 @@ def test_a_jobs_files_with_an_environment_are_their_owners_also_where_they_are_w
     assert {mode(folder / name) for name in modes} == {0o600} and not (folder / "more").exists()
 
 
-def test_what_a_start_that_was_killed_has_left_half_written_is_not_written_into(tmp_path):
-    (tmp_path / "script.sh.partial").write_text("a file that all may read")
-    jobs.write_text(tmp_path / "script.sh", SECRET, private=True)
-    assert mode(tmp_path / "script.sh") == 0o600 and not (tmp_path / "script.sh.partial").exists()
+def test_a_private_file_is_private_from_its_first_byte_on_also_in_the_place_of_one_that_all_may_read(tmp_path):
+    path = tmp_path / "script.sh"
+    path.write_text("a file that all may read")
+    write_whole(path, SECRET.encode(), private=True)
+    assert mode(path) == 0o600 and path.read_text() == SECRET and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(ZeroDivisionError), replaced(path) as beside:
+        beside.write_text(f"{1 / 0}")
+    assert path.read_text() == SECRET and list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("engine", ["local", "slurm"])

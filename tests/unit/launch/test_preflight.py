@@ -240,7 +240,7 @@ def test_shards_that_a_folder_holds_beside_its_manifest_are_named(good, tmp_path
 
 def test_a_condition_that_no_sample_has_is_found_in_the_manifests(good, tmp_path):
     manifest_of(tmp_path / "train")
-    manifest_of(tmp_path / "held_out", conditions={"depth": 3})
+    manifest_of(tmp_path / "held_out", conditions={"depth": 3}, usable=20)
     assert f"no sample of {tmp_path / 'held_out'} has it; conditions there are: depth" in only_problem(good)
     assert f"no sample of {tmp_path / 'train'} has it" in only_problem(good, data__condition="depth")
     assert preflight(config(good, data__condition="computed:canny"), node()) == []
@@ -301,7 +301,7 @@ def test_a_run_of_a_version_that_drew_otherwise_is_told_how_to_go_on(good, tmp_p
 
 def test_more_held_out_samples_than_there_are_are_refused_with_what_to_pack(good, tmp_path):
     manifest_of(tmp_path / "held_out", conditions={"edges": 5})
-    problem = only_problem(good, validation__samples=8)
+    problem = only_problem(good, validation={"samples": 8})
     assert problem.startswith("validation.samples=8, and ") and "holds 5 usable samples out" in problem
     assert "--held-out 8" in problem
 
