@@ -240,7 +240,7 @@ def test_shards_that_a_folder_holds_beside_its_manifest_are_named(good, tmp_path
 
 def test_a_condition_that_no_sample_has_is_found_in_the_manifests(good, tmp_path):
     manifest_of(tmp_path / "train")
-    manifest_of(tmp_path / "held_out", conditions={"depth": 3}, usable=20)
+    manifest_of(tmp_path / "held_out", conditions={"depth": 20}, usable=20)
     assert f"no sample of {tmp_path / 'held_out'} has it; conditions there are: depth" in only_problem(good)
     assert f"no sample of {tmp_path / 'train'} has it" in only_problem(good, data__condition="depth")
     assert preflight(config(good, data__condition="computed:canny"), node()) == []
