@@ -303,6 +303,7 @@ def mlflow(folder: Path, away: float = 60.0) -> None:
         time.sleep(away)
         back = last_step(run)
         server = mlflow_server.start(folder, port)
+        wait(lambda: newest_point(run, tracking["uri"]) > back, process)  # a slow machine's server takes its time
         further(run, 10, process)
         for one in everybody(process)[1:]:
             one.send_signal(signal.SIGTERM)
@@ -310,6 +311,18 @@ def mlflow(folder: Path, away: float = 60.0) -> None:
         report_points(run, tracking["uri"], killed, back)
     finally:
         mlflow_server.stop(server)
+
+
+def newest_point(run: Path, uri: str) -> int:
+    """Returns the last step whose loss MLflow has, a second after it was asked."""
+    from mlflow import MlflowClient
+
+    from controlbooth.trainer.tracking.mlflow_run import metric_name
+
+    run_id = json.loads((run / "tracking.json").read_text())["run_id"]
+    points = MlflowClient(uri).get_metric_history(run_id, metric_name("loss"))
+    time.sleep(1.0)
+    return max((point.step for point in points), default=-1)
 
 
 def report_points(run: Path, uri: str, killed: int, back: int) -> None:

@@ -134,7 +134,7 @@ def runs(folder: Path) -> dict[str, tuple[str, dict[str, Any], int]]:
         checkpoint_every_steps=3, prior=dict(images=4, sampling_steps=2),
     )  # fmt: skip
     trees["subjects-stacked"] = ("subjects", subjects, 1)
-    trees["subjects-full"] = ("subjects", subjects | dict(method="full", learning_rate=1e-4), 2)
+    trees["subjects-full"] = ("subjects", subjects | dict(method="full", learning_rate=1e-4, instance_batch_size=2), 2)
     return trees
 
 
