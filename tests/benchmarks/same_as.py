@@ -1,6 +1,6 @@
 """Whether this version makes bit for bit what another commit makes, and goes on with what that one has begun.
 
-    .venv/bin/python tests/benchmarks/same_as.py COMMIT            about fifteen minutes on 2 cores
+    .venv/bin/python tests/benchmarks/same_as.py COMMIT            about twenty minutes on 2 cores
     .venv/bin/python tests/benchmarks/same_as.py COMMIT --only subjects
 
 Both versions are started through their `controlbooth` command, each from a checkout of its own, on one tiny base and
@@ -144,6 +144,33 @@ def start(code: Path, folder: Path, kind: str, tree: dict[str, Any], ranks: int)
     return call(code, *words, "--processes", ranks)
 
 
+def retrain(before: Path, now: Path, folder: Path) -> bool:
+    """Has COMMIT train and promote the first round of a policy, and this version the second; -> whether it can."""
+    from retrainings import Retraining
+
+    place = folder / "retraining"
+    place.mkdir()
+    policy = Retraining(folder, place, "same")
+
+    def tick_until(code: Path, decided: int) -> None:
+        for _ in range(60):
+            status, said, _ = call(code, "retrain", "tick", policy.path)
+            if status not in (0, 3) or len([one for one in policy.decisions if one[1] == "promoted"]) >= decided:
+                print(f"  {said.strip().splitlines()[-1]}" if said.strip() else "", flush=True)
+                return
+            time.sleep(2.0)
+
+    policy.add_shard(0)
+    tick_until(before, 1)
+    known = policy.aliases()
+    status, said, _ = call(now, "retrain", "status", policy.path)
+    print(f"retraining: after COMMIT's round {known}; this version's status ends with {status}")
+    policy.add_shard(1)
+    tick_until(now, 2)
+    print(f"retraining: after a round of this version {policy.aliases()}; decisions {policy.decisions}")
+    return status == 0 and policy.aliases()["champion"] != known["champion"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("commit")
@@ -181,6 +208,8 @@ def main() -> None:
                 if begun[0] or ended[0]:
                     sys.exit(f"{name} does not go on:\n{begun[1][-1500:]}\n{ended[1][-3000:]}")
                 right &= compare(f"  {name} goes on", folder / "both" / name, made["now"])
+        if options.only in "retraining":
+            right &= retrain(other, here, folder)
     sys.exit(0 if right else 1)
 
 
