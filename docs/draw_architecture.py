@@ -4,10 +4,14 @@ A box is a folder of modules. An arrow leads from a folder to one that it import
 left out. tests/unit/test_docs.py says when the drawing no longer shows the code.
 """
 
-import ast
+import sys
 from collections.abc import Iterable, Mapping
 from html import escape
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
+
+from imports import imported_names
 
 ROOT = Path(__file__).parents[1]
 TARGET = ROOT / "docs" / "concepts" / "architecture.svg"
@@ -48,14 +52,8 @@ def module_file(name: str) -> Path | None:
 
 def imported(path: Path) -> Iterable[Path]:
     """Finds the files of this project that a file imports, at its top or in its functions."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("controlbooth."):
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names if alias.name.startswith("controlbooth.")]
-        else:
-            continue
-        yield from (file for name in names if (file := module_file(name)) is not None)
+    names = sorted(name for name in imported_names(path) if name.startswith("controlbooth."))
+    return [file for name in names if (file := module_file(name)) is not None]
 
 
 def read_imports() -> tuple[Graph, Graph]:

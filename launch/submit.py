@@ -17,7 +17,6 @@ from controlbooth.data.arguments import verb_parser, whole_number
 from controlbooth.data.errors import UserError
 from controlbooth.data.files.whole import write_whole
 from controlbooth.data.secrets import HIDDEN, is_secret, shown_script
-from controlbooth.launch.commands import dreambooth_run
 from controlbooth.launch.engines import background, kubernetes, slurm
 from controlbooth.launch.job.cluster import CLUSTER_FILE, Cluster, Engine, dump_cluster, load_cluster
 from controlbooth.launch.job.job import (
@@ -159,7 +158,7 @@ def subjects_job(
     if config.method != "lora":
         raise UserError("method=full trains one subject with all ranks: use `controlbooth dreambooth run`")
     seen_here = () if cluster.engine == "kubernetes" else subjects.folder_problems(config)
-    if problems := [*seen_here, *dreambooth_run.run_problems(config)]:
+    if problems := [*seen_here, *subjects.run_problems(config)]:
         raise UserError("; ".join(problems))
     if open_pictures and (problems := list(subjects_network_problems(config))):
         raise UserError("; ".join(problems))

@@ -299,6 +299,8 @@ def check_tokenizer(folder: Path, name: str) -> None:
         )
 
 
+SAMPLERS = ("ddim", "unipc", "dpm++", "euler")
+"""Names of the samplers of noise_schedule.py, for command lines, which do without diffusers."""
 NOISE_SCHEDULERS = frozenset(
     f"{name}Scheduler"
     for name in (

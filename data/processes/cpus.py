@@ -4,4 +4,5 @@ import os
 
 
 def usable_cpus() -> int:
+    """Counts those that this process may use: fewer than the machine's inside a container or under taskset."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

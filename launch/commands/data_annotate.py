@@ -34,6 +34,6 @@ examples:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = command_line().parse_args(arguments)
-    from controlbooth.data.packing.annotate import run  # after the words are known to be right, as it takes its time
+    from controlbooth.data.packing.annotate import run
 
     return run(options)

@@ -28,8 +28,6 @@ def command_line() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = command_line().parse_args(arguments)
-    from controlbooth.trainer.dreambooth.export import (
-        run,  # after the words are known to be right, as it takes its time
-    )
+    from controlbooth.trainer.dreambooth.export import run
 
     return run(options)

@@ -9,11 +9,7 @@ from controlbooth.launch.preflight.subjects import checked_subjects, folder_prob
 from controlbooth.launch.ranks.local import run, start_of, this_node
 from controlbooth.launch.ranks.torchrun import SUBJECTS_WORKER
 from controlbooth.trainer.config.subjects import SubjectRunConfig, load_run
-from controlbooth.trainer.dreambooth.manifest import (
-    Task,
-    check_full,
-    share_of_rank,
-)
+from controlbooth.trainer.dreambooth.manifest import Task, check_full, share_of_rank
 from controlbooth.trainer.dreambooth.network_check import subjects_network_problems
 
 

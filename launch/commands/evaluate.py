@@ -5,10 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from controlbooth.data.arguments import finite_number, folder_to_write, verb_parser, whole_number
+from controlbooth.models.recognition import SAMPLERS
 from controlbooth.trainer.evaluation.record import USUAL_SAMPLES
-
-SCHEDULERS = ("ddim", "unipc", "dpm++", "euler")
-"""Those of models.sampling."""
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -36,7 +34,7 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--step", type=whole_number(0), help="of the run's checkpoint (default: the latest)")
     parser.add_argument("--steps", type=whole_number(), help="of the sampler (default: the run's validation, or 20)")
     parser.add_argument("--guidance", type=finite_number(1), help="(default: the run's validation, or 7.5)")
-    parser.add_argument("--scheduler", choices=SCHEDULERS, default="ddim", help="(default: ddim)")
+    parser.add_argument("--scheduler", choices=SAMPLERS, default="ddim", help="(default: ddim)")
     parser.add_argument(
         "--network", action="append", default=[], metavar="KIND=FOLDER", help="finds the condition in photographs"
     )
@@ -50,8 +48,6 @@ def command_line() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = command_line().parse_args(arguments)
-    from controlbooth.trainer.evaluation.evaluate import (
-        run,  # after the words are known to be right, as it takes its time
-    )
+    from controlbooth.trainer.evaluation.evaluate import run
 
     return run(options)

@@ -56,6 +56,6 @@ def command_line() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = command_line().parse_intermixed_args(arguments)
-    from controlbooth.trainer.planning.plan import run  # after the words are known to be right, as it takes its time
+    from controlbooth.trainer.planning.plan import run
 
     return run(options)

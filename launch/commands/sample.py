@@ -6,9 +6,7 @@ from pathlib import Path
 
 from controlbooth.data.arguments import finite_number, folder_to_write, seed_number, verb_parser, whole_number
 from controlbooth.models.control_schedules import CONDITIONAL, SCHEDULES
-
-SCHEDULERS = ("ddim", "unipc", "dpm++", "euler")
-"""Those of models.sampling."""
+from controlbooth.models.recognition import SAMPLERS
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -51,7 +49,7 @@ examples:
     parser.add_argument("--seed", type=seed_number, default=0, help="of the first picture (default: 0)")
     parser.add_argument("--steps", type=whole_number(), default=25, help="(default: 25)")
     parser.add_argument("--guidance", type=finite_number(1), default=5.0, help="1 is without (default: 5)")
-    parser.add_argument("--scheduler", choices=SCHEDULERS, default="ddim", help="(default: ddim)")
+    parser.add_argument("--scheduler", choices=SAMPLERS, default="ddim", help="(default: ddim)")
     parser.add_argument("--base", help="a diffusers folder, a single file or miniature (default: that of the run)")
     parser.add_argument("-o", "--out", type=folder_to_write, default=Path("samples"), help="folder (default: samples)")
     return parser
@@ -59,8 +57,6 @@ examples:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = command_line().parse_args(arguments)
-    from controlbooth.trainer.evaluation.sample import (
-        run,  # after the words are known to be right, as it takes its time
-    )
+    from controlbooth.trainer.evaluation.sample import run
 
     return run(options)

@@ -12,8 +12,9 @@ import yaml
 from pydantic import Field, ValidationError, field_validator
 
 from controlbooth.data.errors import UserError
+from controlbooth.data.processes.cpus import usable_cpus
 from controlbooth.data.secrets import is_secret, shown_script
-from controlbooth.launch.ranks.local import core_count, gpu_count
+from controlbooth.launch.ranks.local import gpu_count
 from controlbooth.launch.ranks.torchrun import Node
 from controlbooth.trainer.config.file_kinds import CLUSTER
 from controlbooth.trainer.config.loading import explain_errors, refuse_other_kind
@@ -170,7 +171,7 @@ def _filled_in_here(cluster: Cluster) -> Cluster:
     if not left_out:
         return cluster
     gpus = gpu_count() if "gpus_per_node" in left_out else cluster.gpus_per_node
-    here = dict(processes_per_node=max(1, gpus), gpus_per_node=gpus, cores_per_node=core_count())
+    here = dict(processes_per_node=max(1, gpus), gpus_per_node=gpus, cores_per_node=usable_cpus())
     return cluster.model_copy(update={field: here[field] for field in left_out})
 
 

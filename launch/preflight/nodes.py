@@ -21,10 +21,11 @@ from typing import Any
 
 from controlbooth.data.arguments import finite_number, verb_parser, whole_number
 from controlbooth.data.errors import UserError
+from controlbooth.data.processes.cpus import usable_cpus
 from controlbooth.launch.job.job import code_version
 from controlbooth.launch.job.outcome import EXIT_CODES
 from controlbooth.launch.preflight.run import preflight
-from controlbooth.launch.ranks.local import core_count, gpu_count
+from controlbooth.launch.ranks.local import gpu_count
 from controlbooth.launch.ranks.torchrun import Node
 from controlbooth.trainer.config.loading import load_config
 from controlbooth.trainer.config.run import RunConfig, data_set_name, run_folder
@@ -106,7 +107,7 @@ def node_problems(config: RunConfig, nodes: int, processes: int | None, gpus_exp
             "if its driver is at fault"
         )
         gpus = gpus_expected  # said once
-    node = Node(processes=processes or max(1, gpus), cores=core_count(), gpus=gpus, head_port=0, nodes=nodes)
+    node = Node(processes=processes or max(1, gpus), cores=usable_cpus(), gpus=gpus, head_port=0, nodes=nodes)
     yield from preflight(config, node)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 
 from controlbooth.data.errors import UserError
+from controlbooth.data.processes.cpus import usable_cpus
 from controlbooth.data.processes.parent import LAUNCHER, adopt
 from controlbooth.launch.ranks import child_process
 from controlbooth.launch.ranks.torchrun import (
@@ -44,12 +45,7 @@ def this_node(processes: int | None = None) -> Node:
     gpus = gpu_count()
     if processes is not None and processes < 1:
         raise UserError(f"--processes is {processes}, but a run has at least one rank")
-    return Node(processes=processes or max(1, gpus), cores=core_count(), gpus=gpus, head_port=head_port())
-
-
-def core_count() -> int:
-    """Cores that this process may use, which is less than the machine's inside a container or under taskset."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Node(processes=processes or max(1, gpus), cores=usable_cpus(), gpus=gpus, head_port=head_port())
 
 
 def gpu_count() -> int:

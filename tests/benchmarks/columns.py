@@ -124,9 +124,9 @@ def compare_epoch(overrides: list[str]) -> int:
 
 
 def node() -> Node:
-    from controlbooth.launch.ranks.local import core_count
+    from controlbooth.data.processes.cpus import usable_cpus
 
-    return Node(processes=RANKS, cores=core_count(), gpus=0, head_port=0)
+    return Node(processes=RANKS, cores=usable_cpus(), gpus=0, head_port=0)
 
 
 def command(*arguments: str) -> None:

@@ -313,22 +313,25 @@ def mlflow(folder: Path, away: float = 60.0) -> None:
         mlflow_server.stop(server)
 
 
-def newest_point(run: Path, uri: str) -> int:
-    """Returns the last step whose loss MLflow has, a second after it was asked."""
+def history(run: Path, uri: str, name: str) -> list[tuple[int, float]]:
+    """(step, value) of every point of a metric that MLflow has; its client asks for all pages."""
     from mlflow import MlflowClient
 
     from controlbooth.trainer.tracking.mlflow_run import metric_name
 
     run_id = json.loads((run / "tracking.json").read_text())["run_id"]
-    points = MlflowClient(uri).get_metric_history(run_id, metric_name("loss"))
+    return [(point.step, point.value) for point in MlflowClient(uri).get_metric_history(run_id, metric_name(name))]
+
+
+def newest_point(run: Path, uri: str) -> int:
+    """Returns the last step whose loss MLflow has, a second after it was asked."""
+    newest = max((step for step, _ in history(run, uri, "loss")), default=-1)
     time.sleep(1.0)
-    return max((point.step for point in points), default=-1)
+    return newest
 
 
 def report_points(run: Path, uri: str, killed: int, back: int) -> None:
     from mlflow import MlflowClient
-
-    from controlbooth.trainer.tracking.mlflow_run import metric_name
 
     client, seconds = MlflowClient(uri), trainings.logged(run, "step_seconds")
     run_id = json.loads((run / "tracking.json").read_text())["run_id"]
@@ -336,13 +339,7 @@ def report_points(run: Path, uri: str, killed: int, back: int) -> None:
     losses = trainings.logged(run, "loss")
     names = ("loss", "step_seconds", "grad_norm")
     for name in names:
-        there, token = [], None
-        while True:
-            page = client.get_metric_history(run_id, metric_name(name))
-            there += [(point.step, point.value) for point in page]
-            token = getattr(page, "token", None)
-            if not token:
-                break
+        there = history(run, uri, name)
         ours = trainings.logged(run, name)
         lost += len(set(ours.items()) - set(there))
         twice += len(there) - len(set(there))

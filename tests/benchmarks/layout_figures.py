@@ -11,6 +11,10 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+
+from imports import imported_names
+
 FOLDERS = ("data", "models", "trainer", "launch", "deploy")
 
 
@@ -22,16 +26,7 @@ def modules_of(root: Path) -> dict[str, Path]:
 
 def imported(path: Path, modules: dict[str, Path]) -> set[str]:
     """Modules of the project that a file imports anywhere."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-        elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        else:
-            continue
-        found |= {name.removeprefix("controlbooth.") for name in names} & modules.keys()
-    return found
+    return {name.removeprefix("controlbooth.") for name in imported_names(path)} & modules.keys()
 
 
 def in_circles(arrows: dict[str, set[str]]) -> int:

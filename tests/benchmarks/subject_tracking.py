@@ -78,7 +78,6 @@ def cost(folder: Path, rounds: int, seconds: float) -> None:
             stack = make_stack(ours, tasks, {}, tasks)
             fill_slots(ours, stack)
 
-            stack.tracking = tracking
             for _ in range(WARM_UP):
                 step_stack(config, stack)
                 log_stack(ours, stack, 1.0, 0.0, {"loss": 0.0, "prior_loss": 0.0})

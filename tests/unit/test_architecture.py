@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from imports import imported_names
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("data", "models", "trainer", "launch", "deploy")
@@ -63,18 +64,6 @@ FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.p
 EVERY_FILE = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 
 
-def imports(path: Path) -> set[str]:
-    """Names that a file imports, at its top or in its functions: modules, and what is taken from them."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert not node.level, f"{path}, line {node.lineno}: write the import with its whole name"
-            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module or ""}
-    return names
-
-
 def starts_with(name: str, package: str) -> bool:
     return name == package or name.startswith(f"{package}.")
 
@@ -88,7 +77,7 @@ MODULES = {module_name(path): path for path in FILES if path.name != "__init__.p
 
 def imported_modules(path: Path) -> set[str]:
     """Modules of this project that a file imports, at its top or in its functions."""
-    return {name for name in imports(path) if name in MODULES and name != module_name(path)}
+    return {name for name in imported_names(path) if name in MODULES and name != module_name(path)}
 
 
 def reachable(directions: dict[str, tuple[str, ...]], start: str) -> set[str]:
@@ -98,7 +87,7 @@ def reachable(directions: dict[str, tuple[str, ...]], start: str) -> set[str]:
 @EVERY_FILE
 def test_imports_point_downwards(path):
     folder, room = path.relative_to(ROOT).with_suffix("").parts[:2]
-    for name in imports(path):
+    for name in imported_names(path):
         assert name.split(".")[0] not in FOLDERS, f"write controlbooth.{name}: the bare name loads the file twice"
     if room == "__init__":
         return
@@ -133,7 +122,7 @@ def test_torch_distributed_is_used_in_one_module():
             for node in ast.walk(ast.parse(path.read_text()))
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
         }
-        names = imports(path) | attributes
+        names = imported_names(path) | attributes
         if any(starts_with(name, package) for name in names for package in ("torch.distributed", "deepspeed.comm")):
             users.add(str(path.relative_to(ROOT)))
     assert users <= {"trainer/engine/distributed.py", "trainer/run/checkpoint.py"}

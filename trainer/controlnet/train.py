@@ -35,14 +35,7 @@ from controlbooth.trainer.controlnet.starting import refusals
 from controlbooth.trainer.controlnet.step import controlnet_step
 from controlbooth.trainer.controlnet.validation import converged_long_ago, note_verdict, validate_and_log
 from controlbooth.trainer.engine import deepspeed as engines
-from controlbooth.trainer.engine.distributed import (
-    DistError,
-    World,
-    end_process,
-    from_first_rank,
-    join,
-    leave,
-)
+from controlbooth.trainer.engine.distributed import DistError, World, end_process, from_first_rank, join, leave
 from controlbooth.trainer.run import checkpoint as checkpoints
 from controlbooth.trainer.run.attempt import Superseded, only_run, write_text
 from controlbooth.trainer.run.continuing import compared_with, describe_finished, is_finished

@@ -90,7 +90,7 @@ def make_stack(run: SubjectRun, tasks: Sequence[Task], faults: dict[str, str], l
     adapters = attach_adapters(run.base.unet, LAYERS[run.config.adapter.layers], len(trainings), rank)
     optimizer = StackedAdamW(adapters, weight_decay=run.config.weight_decay)
     queue += share_of_rank(new, run.world.rank, run.world.world_size)
-    stack = Stack(run.base, adapters, optimizer, trainings, queue, waiting, run.tracking, run.studio)
+    stack = Stack(run.base, adapters, optimizer, trainings, queue, waiting)
     for slot, saved in enumerate(slots):
         restore_slot(stack, slot, saved)
         recall(run.studio, trainings[slot])
@@ -146,7 +146,7 @@ def run_stack(run: SubjectRun, stack: Stack) -> None:
             since_saved = 0
         if stop.requested:
             for training in stack.trainings:
-                stack.tracking.end(training.task, "stopped")
+                run.tracking.end(training.task, "stopped")
             break
     bar.close()
 
@@ -168,7 +168,7 @@ def validate_due(run: SubjectRun, stack: Stack) -> float:
         save_lora(run.attempt, weights, own / BEST_LORA)
 
     validate_subjects(
-        stack.studio,
+        run.studio,
         stack.base,
         lambda *inputs: denoise(stack.base.unet, *inputs),
         [trainings[slot] for slot in due],
@@ -187,9 +187,9 @@ def log_stack(run: SubjectRun, stack: Stack, seconds: float, stalled: float, met
         losses = {"train/instance_loss": training.instance_loss}
         if training.prior is not None:
             losses["train/prior_loss"] = training.prior_loss
-        stack.tracking.log(training.task.name, training.step, losses)
+        run.tracking.log(training.task.name, training.step, losses)
     pictures = len(stack.trainings) * run.config.instance_batch_size * (2 if run.config.prior.weight else 1)
-    stack.tracking.log_step(
+    run.tracking.log_step(
         {
             "train/instance_loss": metrics["loss"],
             "train/prior_loss": metrics["prior_loss"],
@@ -223,8 +223,8 @@ def fill_slots(run: SubjectRun, stack: Stack) -> None:
             restore_slot(stack, slot, stack.waiting.pop(task.name))
         else:
             reset_subject(stack.adapters, slot, task.rank, seed=subject_seed(run.config, task))
-        recall(stack.studio, training)
-        stack.tracking.begin(task, training.step)
+        recall(run.studio, training)
+        run.tracking.begin(task, training.step)
         run.write_status(task.name, state="training", step=training.step, steps=task.steps)
 
 
@@ -264,11 +264,11 @@ def end_training(run: SubjectRun, stack: Stack, training: Training) -> None:
     finite = all(bool(tensor.isfinite().all()) for tensor in weights.values())
     if (error := divergence(task, training.step, training.skipped, training.loss, finite)) is not None:
         run.write_status(task.name, state="failed", step=training.step, error=error)
-        stack.tracking.end(task, "failed", error)
+        run.tracking.end(task, "failed", error)
         return
     save_lora(run.attempt, weights, run.folder / "subjects" / task.name / LORA_FILE)
     run.write_status(task.name, state="finished", step=training.step, prompt=task.instance_prompt)
-    stack.tracking.end(task, "finished")
+    run.tracking.end(task, "finished")
 
 
 def save_lora(attempt: Attempt, weights: dict[str, Tensor], path: Path) -> None:

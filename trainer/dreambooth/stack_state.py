@@ -18,8 +18,6 @@ from controlbooth.models.weights import save_weights
 from controlbooth.trainer.config.subjects import SubjectRunConfig
 from controlbooth.trainer.dreambooth.batches import Training
 from controlbooth.trainer.dreambooth.manifest import Task, share_of_rank
-from controlbooth.trainer.dreambooth.tracking import Untracked
-from controlbooth.trainer.dreambooth.validation import Studio
 from controlbooth.trainer.engine.distributed import World
 from controlbooth.trainer.run.attempt import Attempt, write_file, write_text
 
@@ -36,8 +34,6 @@ class Stack:
     waiting: dict[str, dict[str, Tensor]]
     """Of subjects that have begun already: in the queue, under another number of ranks, or failed and to be tried
     again."""
-    tracking: Untracked
-    studio: Studio
 
 
 def plan_ranks(

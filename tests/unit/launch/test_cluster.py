@@ -10,6 +10,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from controlbooth.data.processes.cpus import usable_cpus
 from controlbooth.launch.job import job as jobs
 from controlbooth.launch.job.cluster import Cluster, Storage, dump_cluster, load_cluster, one_node, shutdown_seconds
 from controlbooth.launch.job.job import code_version, settled_manifest
@@ -27,7 +28,6 @@ from controlbooth.launch.preflight.cluster import (
     server_problems,
     time_problems,
 )
-from controlbooth.launch.ranks.local import core_count
 from controlbooth.trainer.config.loading import build_config
 from controlbooth.trainer.config.section import ConfigError
 from controlbooth.trainer.config.subjects import load_run
@@ -62,7 +62,7 @@ def test_the_engine_local_takes_this_machine_where_the_file_says_nothing_else(tm
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
-    cores = core_count()
+    cores = usable_cpus()
 
     def taken(text: str) -> tuple[int, int, int | None]:
         cluster = load_cluster(write(tmp_path, text), "local")

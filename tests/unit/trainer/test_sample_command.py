@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from controlbooth.launch.commands.data_pack import main as pack
-from controlbooth.launch.commands.sample import SCHEDULERS as OFFERED
 from controlbooth.launch.commands.sample import main
 from controlbooth.models.controlnet import build_controlnet
 from controlbooth.models.pretrained import load_base, load_controlnet, save_controlnet
+from controlbooth.models.recognition import SAMPLERS
 from controlbooth.models.sampling import SCHEDULERS, Control, residuals_of
 from controlbooth.models.text import encode_with_dropout
 from controlbooth.trainer.evaluation.sample import parse_control, to_conditioning
@@ -131,4 +131,4 @@ def test_a_scale_is_what_follows_the_last_colon_if_it_is_a_number():
 
 
 def test_the_command_line_knows_the_schedulers_that_there_are():
-    assert OFFERED == tuple(SCHEDULERS)
+    assert SAMPLERS == tuple(SCHEDULERS)
