@@ -254,24 +254,29 @@ class Tracker:
     def send_pending(self, at_once: bool) -> bool:
         """Sends what is there, each stream at its own pace; -> whether the server has taken all of it.
 
+        The streams take turns, one artifact at a time: those of an hour without a server take minutes, in which the
+        curves go on.
+
         at_once: without waiting for the pause to end that follows a failure.
         """
-        for stream in STREAMS:
-            if time.monotonic() < self._retry_at[stream] and not at_once:
-                continue
-            try:
-                while self._send_some(stream):
-                    pass
-            except Exception as error:  # of the server, a proxy or a library: the lines are kept, and sent later
-                if not self._spool.is_ours():
-                    return False
-                self._report(stream, error, again=self._pause[stream] > 0)
-                self._pause[stream] = min(max(FIRST_RETRY_SECONDS, 2 * self._pause[stream]), LAST_RETRY_SECONDS)
-                self._retry_at[stream] = time.monotonic() + self._pause[stream]
-            else:
-                if self._pause[stream]:
-                    logger.warning("MLflow takes %s again", stream)
-                self._pause[stream] = 0.0
+        due = [stream for stream in STREAMS if at_once or time.monotonic() >= self._retry_at[stream]]
+        sent = True
+        while sent:
+            sent = False
+            for stream in list(due):
+                try:
+                    sent |= self._send_some(stream)
+                except Exception as error:  # of the server, a proxy or a library: the lines are kept, and sent later
+                    if not self._spool.is_ours():
+                        return False
+                    due.remove(stream)
+                    self._report(stream, error, again=self._pause[stream] > 0)
+                    self._pause[stream] = min(max(FIRST_RETRY_SECONDS, 2 * self._pause[stream]), LAST_RETRY_SECONDS)
+                    self._retry_at[stream] = time.monotonic() + self._pause[stream]
+                else:
+                    if self._pause[stream]:
+                        logger.warning("MLflow takes %s again", stream)
+                    self._pause[stream] = 0.0
         return not any(self._pause.values())
 
     def connect(self) -> str:
@@ -292,7 +297,7 @@ class Tracker:
 
     def _send_some(self, stream: str) -> bool:
         """Sends the next records that go together, and returns whether there were any."""
-        records, generation = self._spool.read(stream, METRICS_PER_CALL)
+        records, generation = self._spool.read(stream, METRICS_PER_CALL if stream == "metrics" else 1)
         if not records:
             return False
         run = self._connect(generation)

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from controlbooth.data.files.records import Damaged
 from controlbooth.trainer.config.loading import build_config, dump
 from controlbooth.trainer.tracking import tracker as tracking
-from controlbooth.trainer.tracking.mlflow_run import EVALUATION
+from controlbooth.trainer.tracking.mlflow_run import EVALUATION, MlflowRun
 from controlbooth.trainer.tracking.spool import STREAMS, Spool, read_metrics
 from controlbooth.trainer.tracking.system import system_metrics
 from controlbooth.trainer.tracking.tracker import Input, Tracker, flatten, table_json
@@ -600,6 +600,27 @@ def test_artifacts_that_cannot_be_stored_do_not_hold_back_metrics(tmp_path, uri)
     assert start(folder, uri).close(60) == 0
     client, run = client_and_run(uri)
     assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["run.yaml"]
+
+
+def test_metrics_that_are_logged_while_a_long_row_of_artifacts_is_sent_wait_for_one_of_them(tmp_path, uri, monkeypatch):
+    """After an outage artifacts take minutes: the curves go on, and a run that ends in them leaves nothing behind."""
+    settings = dict(system_metrics_seconds=NEVER, threads=False)
+    tracker = Tracker(tmp_path / "run", uri, "tests", "a run", {"seed": 0}, {}, **settings)
+    for number in range(3):
+        (tmp_path / f"{number}.txt").write_text("a picture")
+        tracker.log_artifact(tmp_path / f"{number}.txt")
+    sent, send = [], MlflowRun.send
+
+    def send_and_train_on(run, records):
+        send(run, records)
+        sent.extend(kind for record in records for kind in ("step", "artifact") if kind in record)
+        if "artifact" in records[0]:
+            tracker.log(len(sent), {"loss": 1.0})
+
+    monkeypatch.setattr(MlflowRun, "send", send_and_train_on)
+    assert tracker.send_pending(at_once=True) and tracker.is_sent()
+    assert sent == 3 * ["artifact", "step"]
+    assert [step for step, _ in history(uri, "train/loss")] == [1, 3, 5]
 
 
 def test_another_store_gets_the_run_from_its_first_line(tmp_path, uri, empty_store):
