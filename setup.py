@@ -21,6 +21,7 @@ REQUIRED = [
     "deepspeed>=0.19,<0.20",
     "diffusers>=0.42,<0.43",
     "fsspec>=2026.2",
+    "jinja2>=3.1,<4",
     "mlflow-skinny>=3.17,<3.18",
     "numpy>=2.0,<3",
     "opencv-python-headless>=4.10",
@@ -65,7 +66,7 @@ setup(
     package_dir={f"{NAMESPACE}.{folder}": folder for folder in FOLDERS},
     packages=[f"{NAMESPACE}.{folder}" for folder in FOLDERS]
     + [f"{NAMESPACE}.{folder}.{inner}" for folder in FOLDERS for inner in find_packages(folder)],
-    package_data={f"{NAMESPACE}.{folder}": ["py.typed", "**/*.yaml"] for folder in FOLDERS}
+    package_data={f"{NAMESPACE}.{folder}": ["py.typed", "**/*.css", "**/*.html", "**/*.yaml"] for folder in FOLDERS}
     | {f"{NAMESPACE}.models": ["py.typed", "miniature/**"]},
     exclude_package_data={"": ["*.pyc"]},
     install_requires=REQUIRED,

@@ -1,11 +1,13 @@
 """`controlbooth report RUN ...`: one page that shows what a run was, how it went and whether it obeys.
 
 Several runs stand side by side, on the same axes. The page needs no other file and no network: pictures and curves are
-inside it.
+inside it. report.html is its template; here is gathered what it shows.
 """
 
 import argparse
-import html
+import base64
+import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from PIL import Image
 from controlbooth.data.arguments import quoted
 from controlbooth.data.files.records import each, having, is_figure, is_text, is_whole, maybe, read_note
 from controlbooth.data.files.whole import write_whole
+from controlbooth.data.pages.rendering import render_page
 from controlbooth.trainer.config.loading import dump, load_config
 from controlbooth.trainer.config.run import data_set_name
 from controlbooth.trainer.config.section import ConfigError
@@ -29,7 +32,6 @@ from controlbooth.trainer.evaluation.curves import (
     read_figures,
     share_at,
 )
-from controlbooth.trainer.evaluation.page import figures_table, page, picture, prose, side_by_side
 from controlbooth.trainer.evaluation.record import read_result
 from controlbooth.trainer.evaluation.strips import STRIPS, read_strips
 from controlbooth.trainer.evaluation.verdict import (
@@ -55,15 +57,9 @@ MOST_STEPS_BESIDE = 4
 """Of the pictures over the steps: of a run alone, and of each of several."""
 WITH, WITHOUT = "with control", "without control"
 """Rows of an evaluation: the one that is asked about, and what the captions reach alone."""
-NOT_MEASURED = (
-    "<p>Not measured yet: <code>controlbooth evaluate {run}</code> measures control on more samples, beside random "
-    "noise, the base alone and real pictures.</p>"
-)
-READING = (
-    "<p><small>Each cell: the figure with its 95 % interval; what the same pictures score against the conditions of "
-    "other samples (chance); and the share of what is possible, from 0 % at chance to 100 % at the real "
-    "pictures.</small></p>"
-)
+TILE = 112
+"""Pixels on the page of a picture of the evaluation."""
+TEMPLATE = Path(__file__).with_name("report.html")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -77,24 +73,29 @@ def run(options: argparse.Namespace) -> int:
 
 
 def write_report(runs: Sequence[Path], path: Path) -> None:
-    """The page, whole or not at all. Raises ConfigError for a folder that is no run."""
+    """Writes the page, whole or not at all. Raises ConfigError for a folder that is no run."""
     for run in runs:
         if not (run / "config.yaml").is_file():
             raise ConfigError(
                 f"{run} holds no config.yaml, so it is no run: give the folder that `controlbooth train` made"
             )
-    parts = [obeys, convergence, fidelity, over_the_steps, ends, configuration]
-    sections = [part(runs) for part in parts]
-    names = [load_config(run / "config.yaml").name for run in runs]
-    made = page(" and ".join(names), heading(runs), [one for one in sections if one], wide=len(runs) > 1)
-    write_whole(path, made.encode())
+    most = MOST_STEPS if len(runs) == 1 else MOST_STEPS_BESIDE
+    shown = [
+        dict(
+            heading=heading(run),
+            obeys=obeys(run),
+            curves=curves,
+            fidelity=fidelity(run),
+            strips=over_the_steps(run, most),
+            ends=ends(run),
+            configuration=configuration(run),
+        )
+        for run, curves in zip(runs, convergence(runs), strict=True)
+    ]
+    write_whole(path, render_page(TEMPLATE, runs=shown).encode())
 
 
-def heading(runs: Sequence[Path]) -> str:
-    return f"<header>{side_by_side([_heading(run) for run in runs])}</header>"
-
-
-def _heading(run: Path) -> str:
+def heading(run: Path) -> dict[str, Any]:
     config = load_config(run / "config.yaml")
     speed = read_note(run / "speed.json", ANEW, SPEED)
     status = read_note(run / "status.json", ANEW, {"state": maybe(is_text), "step": maybe(is_whole)})
@@ -105,35 +106,31 @@ def _heading(run: Path) -> str:
     ]
     if speed:
         facts.append(f"{speed['samples_per_second']:.1f} samples/s, {speed['peak_memory_gib']:.2f} GiB a rank")
-    return f"<h1>{html.escape(config.name)}</h1><p>{html.escape(' · '.join(facts))}</p>"
+    return dict(name=config.name, facts=facts)
 
 
-def obeys(runs: Sequence[Path]) -> str:
-    """The verdict, and where the pictures stand between chance and the real ones."""
-    boxes, drawn = zip(*map(_obeys, runs), strict=True)
-    return f"<h2>Does it obey?</h2>{side_by_side(boxes)}{side_by_side(drawn)}"
-
-
-def _obeys(run: Path) -> tuple[str, str]:
-    """(the box with the verdict, the drawing below it)."""
+def obeys(run: Path) -> dict[str, Any]:
+    """Returns the verdict in words, and a drawing of where the pictures stand between chance and the real ones."""
     verdict, measured = read_verdict(run), read_result(run / "evaluation", *SHOWN) or {}
     kind, largest = headline(verdict)
-    told = f"<p>{prose(describe_run(run))}.</p>"
+    told = describe_run(run)
     figure, shares = standing(measured, verdict)
     bound = bound_beyond(shares[WITHOUT]["mean"] if WITHOUT in shares else 0.0)
+    evaluated = drawn = None
     if figure and WITH in shares and measured:
         share = shares[WITH]
         agrees = "obeys" if share["low"] > bound else "does not obey"
         seen = in_words(share["mean"], share["low"], share["high"])
-        told += (
-            f"<p>Evaluated at step {measured['step']} on {measured['samples']} held-out samples: {seen} of what is "
-            f"possible in {html.escape(title(figure))}: it {agrees}.</p>"
+        evaluated = (
+            f"Evaluated at step {measured['step']} on {measured['samples']} held-out samples: {seen} of what is "
+            f"possible in {title(figure)}: it {agrees}."
         )
-    drawn = ""
     if shares:
         caption = f"{title(figure)}, from chance to the real pictures, with 95 % intervals"
-        drawn = f'<h3>{html.escape(caption)}</h3><div class="standing">{plot_standing(shares, WITH, bound)}</div>'
-    return f'<div class="told {kind}"><b>{largest}</b>{told}</div>', drawn
+        drawn = dict(caption=caption, svg=plot_standing(shares, WITH, bound))
+    # What stands in backquotes is code: every second part.
+    parts = re.split("`([^`]*)`", f"{told[:1].upper()}{told[1:]}.")
+    return dict(kind=kind, headline=largest, told=parts, evaluated=evaluated, standing=drawn)
 
 
 def headline(verdict: Verdict | None) -> tuple[str, str]:
@@ -163,79 +160,61 @@ def standing(measured: dict[str, Any], verdict: Verdict | None) -> tuple[str, di
     return "", {}
 
 
-def convergence(runs: Sequence[Path]) -> str:
-    """The curves of the validations, the runs on the same axes; the named step is marked."""
+def convergence(runs: Sequence[Path]) -> list[list[str]]:
+    """Returns each run's curves of its validations, as SVG, on the same axes; the named step is marked."""
     figures = [read_figures(run) for run in runs]
     losses = [{step: m["loss"] for step, _, m in read_metrics(run) if "loss" in m} for run in runs]
     last = max([step for curve in losses for step in curve] + [1])
     axes = {name: limits(f for own in figures for f in own if f.name == name) for own in figures for name in names(own)}
     parts = []
     for run, own, loss in zip(runs, figures, losses, strict=True):
-        drawn = []
         shared = [one for one in own if "_share" in one.series]
-        if shared:
-            drawn.append(plot_shares(shared[0], read_verdict(run), last))
+        drawn = [plot_shares(shared[0], read_verdict(run), last)] if shared else []
         drawn += [plot_figure(one, last, axes[one.name]) for one in own]
         drawn += [plot_loss(loss, last)] if loss else []
-        parts.append(f'<div class="curves">{"".join(drawn)}</div>' if drawn else "<p>nothing was logged</p>")
-    return f"<h2>Over the steps</h2>{side_by_side(parts)}"
+        parts.append(drawn)
+    return parts
 
 
 def names(figures: Sequence[Figure]) -> list[str]:
     return [one.name for one in figures]
 
 
-def fidelity(runs: Sequence[Path]) -> str:
-    return f"<h2>Fidelity</h2>{side_by_side([_fidelity(run) for run in runs])}"
-
-
-def _fidelity(run: Path) -> str:
+def fidelity(run: Path) -> dict[str, Any]:
     result = read_result(run / "evaluation", *SHOWN)
     if not result:
-        return NOT_MEASURED.format(run=html.escape(quoted(run)))
-    sampler = result["sampler"]
+        return dict(measured=False, run=quoted(run))
+    sampler, figures = result["sampler"], result["figures"]
     what = (
         f"{result['samples']} held-out conditions at step {result['step']}; {sampler['scheduler']}, {sampler['steps']} "
         f"steps, guidance {sampler['guidance']:g}; 95 % bootstrap intervals"
     )
-    sets = "".join(
-        f"<tr><td>{html.escape(name)}<td>{', '.join(f'{html.escape(w)} {v:.4f}' for w, v in one['values'].items())}"
-        f"<td><small>{html.escape(one.get('note') or '')}</small>"
-        for name, one in result["sets"].items()
-    )
-    encoders = "<br>".join(f"{html.escape(name)}: {html.escape(text)}" for name, text in result["encoders"].items())
-    beside = any("chance" in figure for own in result["figures"].values() for figure in own.values())
-    old = "<p>Measured before chance was: evaluate again to have it beside each figure.</p>"
-    beside_them = f"<h3>Sets of pictures</h3><table>{sets}</table><p><small>{encoders}</small></p>" if sets else ""
-    return (
-        f"<p><small>{html.escape(what)}</small></p>{figures_table(result['figures'], WITH)}{READING if beside else old}"
-        f"{beside_them}"
+    return dict(
+        measured=True,
+        what=what,
+        figures=figures,
+        titles={name: title(name) for own in figures.values() for name in own},
+        marked=WITH,
+        beside=any("chance" in figure for own in figures.values() for figure in own.values()),
+        sets=result["sets"],
+        encoders=result["encoders"],
     )
 
 
-def over_the_steps(runs: Sequence[Path]) -> str:
-    """One row a held-out condition, one column a validation."""
-    most = MOST_STEPS if len(runs) == 1 else MOST_STEPS_BESIDE
-    parts = [_over_the_steps(run, most) for run in runs]
-    return f"<h2>Pictures over the steps</h2>{side_by_side(parts)}" if any(parts) else ""
-
-
-def _over_the_steps(run: Path, most: int) -> str:
+def over_the_steps(run: Path, most: int) -> dict[str, Any] | None:
+    """Returns one row a held-out condition, one column a validation; None where none has been drawn."""
     strips, verdict = read_strips(run / STRIPS), read_verdict(run)
     if strips is None or not strips.steps:
-        return ""
+        return None
     announced = verdict.announced if verdict else None
     around = [announced.step, *([] if announced.after is None else [announced.after])] if announced else []
     columns = {"condition": strips.conditions, "target": strips.targets}
     columns |= {f"step {step}": strips.steps[step] for step in shown_steps(sorted(strips.steps), around, most)}
-    mark = f"step {announced.step}" if announced else None
-    head = "".join(f'<th class="mark">{name}' if name == mark else f"<th>{name}" for name in columns)
-    rows = "".join(
-        f'<tr><td class="caption">{html.escape(caption)}'
-        + "".join(f"<td>{picture(images[row])}" for images in columns.values())
+    rows = [
+        dict(caption=caption, pictures=[encode_picture(images[row]) for images in columns.values()])
         for row, caption in enumerate(strips.captions)
-    )
-    return f'<div class="grid"><table><tr><th>{head}{rows}</table></div>'
+    ]
+    return dict(columns=list(columns), marked=f"step {announced.step}" if announced else None, rows=rows)
 
 
 def shown_steps(steps: Sequence[int], around: Sequence[int], most: int) -> list[int]:
@@ -246,33 +225,24 @@ def shown_steps(steps: Sequence[int], around: Sequence[int], most: int) -> list[
     return sorted({*chosen, *(others[i] for i in np.linspace(0, len(others) - 1, count).round().astype(int))})
 
 
-def ends(runs: Sequence[Path]) -> str:
-    parts = [_ends(run) for run in runs]
-    return side_by_side(parts) if any(parts) else ""
-
-
-def _ends(run: Path) -> str:
-    """Best and worst pictures of the evaluation."""
+def ends(run: Path) -> dict[str, Any]:
+    """Returns the best and the worst pictures of the evaluation; nothing where none were chosen."""
     folder = run / "evaluation"
     chosen = read_note(folder / "ends.json", "Measure again by `controlbooth evaluate`", {"best": ENDS, "worst": ENDS})
-    if not chosen:
-        return ""
-    parts = []
-    for name in ("best", "worst"):
-        figures = []
-        for one in chosen[name]:
-            pictures = "".join(picture(np.asarray(Image.open(folder / "ends" / file))) for file in one["pictures"])
-            text = f"{one['figure'].replace('_', ' ')} {one['value']:.3f} · {one['caption']}"
-            figures.append(f"<figure><div>{pictures}</div><figcaption>{html.escape(text)}</figcaption></figure>")
-        parts.append(f'<h2>{name.capitalize()} samples</h2><div class="ends">{"".join(figures)}</div>')
-    return "<p><small>condition, with control, target</small></p>" + "<br>".join(parts)
+    return {
+        name: [
+            dict(
+                text=f"{one['figure'].replace('_', ' ')} {one['value']:.3f} · {one['caption']}",
+                pictures=[encode_picture(np.asarray(Image.open(folder / "ends" / file))) for file in one["pictures"]],
+            )
+            for one in chosen[name]
+        ]
+        for name in ("best", "worst")
+        if chosen
+    }
 
 
-def configuration(runs: Sequence[Path]) -> str:
-    return f"<h2>Configuration</h2>{side_by_side([_configuration(run) for run in runs])}"
-
-
-def _configuration(run: Path) -> str:
+def configuration(run: Path) -> dict[str, Any]:
     config = load_config(run / "config.yaml")
     whole = complete_checkpoints(run)
     facts = {"data": data_set_name(config), "held out": config.data.held_out or "nothing"}
@@ -285,6 +255,13 @@ def _configuration(run: Path) -> str:
             "checkpoint": f"{whole[-1].name}, {state['precision']}, ZeRO-{state['zero_stage']}, "
             f"{state['world_size']} ranks",
         }
-    rows = "".join(f"<tr><th>{name}<td>{html.escape(str(value))}" for name, value in facts.items())
-    text = html.escape(dump(config))
-    return f"<table>{rows}</table><details><summary>all of it</summary><pre>{text}</pre></details>"
+    return dict(facts=facts, text=dump(config))
+
+
+def encode_picture(image: np.ndarray) -> str:
+    """Returns a PNG as base64, at most twice as wide as it is shown."""
+    made = Image.fromarray(image)
+    made.thumbnail((2 * TILE, 2 * TILE))
+    data = io.BytesIO()
+    made.save(data, format="PNG")
+    return base64.b64encode(data.getvalue()).decode()

@@ -4,12 +4,15 @@ import html
 import json
 import re
 
+import numpy as np
 import pytest
 
 from controlbooth.launch.commands.report import main
 from controlbooth.trainer.config.loading import build_config, dump
 from controlbooth.trainer.config.section import ConfigError
+from controlbooth.trainer.evaluation.drawing import write_png
 from controlbooth.trainer.evaluation.report import shown_steps, write_report
+from controlbooth.trainer.evaluation.strips import STRIPS, write_strip
 from controlbooth.trainer.evaluation.verdict import CONTROL, as_tree, describe, judge_run
 
 OBEYS = [0.02, 0.05, 0.41, 0.70, 0.78, 0.83]
@@ -104,6 +107,41 @@ def test_a_run_from_before_chance_was_measured_has_a_page_that_announces_nothing
         and "<code>controlbooth" in text
     )
     assert "Measured before chance was" in text and "It obeys" not in text
+
+
+def add_pictures(run, caption):
+    """Strips of three steps, and one picture at either end of the evaluation, all with this caption."""
+    (run / STRIPS).mkdir(parents=True)
+    (run / STRIPS / "captions.json").write_text(json.dumps([caption]))
+    for name in ("conditions", "targets", "step-00000000", "step-00000050", "step-00000100"):
+        write_strip(run / STRIPS / f"{name}.png", np.zeros((1, 8, 8, 3), np.uint8))
+    (run / "evaluation" / "ends").mkdir()
+    write_png(run / "evaluation" / "ends" / "one.png", np.zeros((8, 8, 3), np.uint8))
+    one = dict(pictures=["one.png"], figure="edge_f1", value=0.5, caption=caption)
+    (run / "evaluation" / "ends.json").write_text(json.dumps(dict(best=[one], worst=[one])))
+
+
+def test_pictures_are_in_the_page_and_captions_are_shown_letter_by_letter(tmp_path):
+    runs = [make_run(tmp_path, "drawn", OBEYS), make_run(tmp_path, "bare", OBEYS)]
+    add_pictures(runs[0], "<script>alert('{{ 1 }}')</script>")
+    for shown in (runs[:1], runs):
+        write_report(shown, tmp_path / "page.html")
+        text = (tmp_path / "page.html").read_text()
+        assert text.count('src="data:image/png;base64,') == 5 + 2
+        assert "<script" not in text and text.count("&lt;script&gt;alert(&#39;{{ 1 }}&#39;)&lt;/script&gt;") == 1 + 2
+        assert text.count("Pictures over the steps") == 1 and '<th class="mark">step 100</th>' in text
+        assert text.index("Best samples") < text.index("Worst samples") < text.index("Configuration")
+
+
+def test_sets_of_pictures_stand_below_the_figures(tmp_path):
+    run = make_run(tmp_path, "obeys", OBEYS)
+    measured = evaluation(0.8, True)
+    measured["sets"] = {"with control": {"values": {"FID": 12.34567, "KID": 0.1}, "note": "of few"}}
+    measured["encoders"] = {"one": "which it is", "two": "another"}
+    (run / "evaluation" / "evaluation.json").write_text(json.dumps(measured))
+    text = page([run], tmp_path / "page.html")
+    assert "<td>FID 12.3457, KID 0.1000</td>" in text and "<small>of few</small>" in text
+    assert re.search(r"one: which it is\s*<br>\s*two: another", text)
 
 
 def test_a_run_without_any_validation_has_a_page(tmp_path):
