@@ -15,11 +15,10 @@ With few shards the mixing is bounded by the data: a shard that is cut between l
 across pieces. Have at least as many shards as lanes where the order within a shard means something.
 """
 
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from threading import Lock
-from typing import Any, NamedTuple
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -85,10 +84,11 @@ class Order:
             )
         self.samples_per_lane = self.samples // lanes
         self.samples_per_epoch = lanes * self.samples_per_lane
-        # Positions of one step lie in at most two epochs; a lane needs its current block and its table.
-        self._epochs = _Recent(3)
-        self._lanes = _Recent(2 * lanes + 64)
-        self._blocks = _Recent(lanes + 64)
+        # Positions of one step lie in at most two epochs; a lane needs its current block and its table. Threads may
+        # build the same one twice, which is equal and harmless.
+        self._epoch = lru_cache(3)(self._build_epoch)
+        self._lane = lru_cache(2 * lanes + 64)(self._build_lane)
+        self._block_permutation = lru_cache(lanes + 64)(self._permute_block)
 
     def locate(self, position: int) -> Place:
         """The sample at a position >= 0 of the endless sequence."""
@@ -150,7 +150,7 @@ class Order:
         """-> the epoch's table, the lane, the number of the block in it, and the place inside the block."""
         if position < 0:
             raise UserError(f"position {position} is negative; positions count samples from 0")
-        number, rest = divmod(position, self.samples_per_epoch)
+        number, rest = divmod(int(position), self.samples_per_epoch)  # lru_cache tells an int from a NumPy one
         i, lane = divmod(rest, self.lanes)
         table = self._lane(number, lane)
         i = (i + table.rotation) % self.samples_per_lane
@@ -165,9 +165,6 @@ class Order:
         if ordinal >= epoch.hole_start[shard]:
             ordinal += int(epoch.hole_length[shard])
         return Place(epoch.number, shard, ordinal)
-
-    def _epoch(self, number: int) -> Epoch:
-        return self._epochs.get(number, lambda: self._build_epoch(number))
 
     def _build_epoch(self, number: int) -> Epoch:
         counts = self.samples_per_shard
@@ -190,10 +187,8 @@ class Order:
         first = min(turn * size, self.samples - size)
         return first, first + size
 
-    def _lane(self, number: int, lane: int) -> Lane:
-        return self._lanes.get((number, lane), lambda: self._build_lane(self._epoch(number), lane))
-
-    def _build_lane(self, epoch: Epoch, lane: int) -> Lane:
+    def _build_lane(self, number: int, lane: int) -> Lane:
+        epoch = self._epoch(number)
         begin, end = lane * self.samples_per_lane, (lane + 1) * self.samples_per_lane
         low = int(np.searchsorted(epoch.starts, begin, side="right")) - 1
         high = int(np.searchsorted(epoch.starts, end, side="left"))
@@ -212,13 +207,10 @@ class Order:
             rotation=fraction * int(blocks[1]) >> 32,
         )
 
-    def _block_permutation(self, number: int, lane: int, block: int) -> np.ndarray:
-        def build() -> np.ndarray:
-            starts = self._lane(number, lane).block_starts
-            size = int(starts[block + 1] - starts[block])
-            return permutation(hash64(self.seed, number, lane, block), size).astype(np.uint32)
-
-        return self._blocks.get((number, lane, block), build)
+    def _permute_block(self, number: int, lane: int, block: int) -> np.ndarray:
+        starts = self._lane(number, lane).block_starts
+        size = int(starts[block + 1] - starts[block])
+        return permutation(hash64(self.seed, number, lane, block), size).astype(np.uint32)
 
 
 def rank_unit(lanes: int, global_batch_size: int, world_size: int) -> int:
@@ -235,24 +227,3 @@ def rank_unit(lanes: int, global_batch_size: int, world_size: int) -> int:
             f"among world_size={world_size} ranks. Start on a number of ranks that divides {unit}."
         )
     return unit
-
-
-class _Recent:
-    """The results that were used last, by key. Threads may build the same one twice, which is equal and harmless."""
-
-    def __init__(self, capacity: int):
-        self.capacity = capacity
-        self.entries: OrderedDict[Hashable, Any] = OrderedDict()
-        self.lock = Lock()
-
-    def get(self, key: Hashable, build: Callable[[], Any]) -> Any:
-        with self.lock:
-            if key in self.entries:
-                self.entries.move_to_end(key)
-                return self.entries[key]
-        value = build()
-        with self.lock:
-            self.entries[key] = value
-            while len(self.entries) > self.capacity:
-                self.entries.popitem(last=False)
-        return value

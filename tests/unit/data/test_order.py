@@ -38,6 +38,18 @@ def test_the_order_is_pinned():
     assert [order.substitute(5, attempt)[1:] for attempt in (1, 2, 3)] == [(0, 2), (0, 3), (0, 1)]
 
 
+def test_few_tables_are_kept_and_numpy_positions_find_those_of_plain_ones():
+    order = Order([5, 0, 7, 3, 4], seed=42, lanes=4, shards_per_block=2)
+    for number in range(100):
+        epoch_of(order, number)
+    tables = (order._epoch, order._lane, order._block_permutation)
+    built = [table.cache_info().misses for table in tables]
+    assert [table.cache_info().currsize for table in tables] == [3, 2 * 4 + 64, 4 + 64]
+    last = 99 * order.samples_per_epoch
+    assert order.locate(np.int64(last)) == order.locate(last)
+    assert [table.cache_info().misses for table in tables] == built
+
+
 @given(
     st.lists(st.integers(0, 30), min_size=1, max_size=12).filter(any),
     st.integers(0, 2**62),
