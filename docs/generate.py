@@ -513,7 +513,7 @@ def shards_page() -> str:
             *table(("field", "what it is"), {name: text or ROW[name] for name, text in fields.items()}),
             "## The latent cache\n",
             "Written by `controlbooth data precompute`, see [the latent cache](../concepts/latent-cache.md).\n",
-            f"```text\n{layout_of('data/shards/columns.py', 'columns.json')}\n```\n",
+            f"```text\n{layout_of('data/shards/latent_cache.py', 'columns.json')}\n```\n",
         ]
     )
 

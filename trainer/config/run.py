@@ -102,9 +102,9 @@ class DataConfig(Section):
     cache_gib: float = Field(default=100.0, gt=0.0)
     """What the cache may hold; the shards used last stay. Room for lanes * shards_per_block shards over the nodes is
     needed, and twice that lets each next shard be fetched before its lane reaches it."""
-    columns: Path | None = None
-    """Folder of latents and text embeddings, which `controlbooth data precompute` writes there and the run then takes
-    instead of running the VAE and the text encoder. Not with random_crop."""
+    latent_cache: Path | None = None
+    """Folder of the latent and text-embedding cache, which `controlbooth data precompute` writes there and the run then
+    takes instead of running the VAE and the text encoder. Not with random_crop."""
     max_pixels: int = Field(default=MAX_PIXELS, gt=0)
     """A sample with a larger picture, target or condition, is bad: it would take 3 bytes of memory for each pixel."""
     max_bad_rate: float = Field(default=0.01, ge=0.0, le=1.0)
@@ -255,15 +255,17 @@ class RunConfig(Section):
                 f"data.condition={self.data.condition} tells left from right by colour, and data.random_flip would "
                 "mirror its places and not its colours: set data.random_flip=false"
             )
-        if self.data.columns and computed_kind(self.data.condition):
+        if self.data.latent_cache and computed_kind(self.data.condition):
             raise UserError(
-                f"data.condition={self.data.condition} is made of the pictures, which data.columns={self.data.columns} "
-                "stands for: leave data.columns out, or write the condition into shards by `controlbooth data annotate`"
+                f"data.condition={self.data.condition} is made of the pictures, which "
+                f"data.latent_cache={self.data.latent_cache} stands for: leave data.latent_cache out, or write the "
+                "condition into shards by `controlbooth data annotate`"
             )
-        if self.data.columns and self.data.random_crop:
+        if self.data.latent_cache and self.data.random_crop:
             raise UserError(
-                f"data.columns={self.data.columns} has latents of pictures cut at the centre, and data.random_crop "
-                "wants others at every presentation: set data.random_crop=false, or leave data.columns out"
+                f"data.latent_cache={self.data.latent_cache} has latents of pictures cut at the centre, and "
+                "data.random_crop wants others at every presentation: set data.random_crop=false, or leave "
+                "data.latent_cache out"
             )
         lanes = self.data.lanes or self.global_batch_size
         if lanes % self.global_batch_size:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import psutil
 
 from controlbooth.data.secrets import without_secrets
+from controlbooth.trainer.config.renamed import with_new_names
 from controlbooth.trainer.config.run import refuse_secrets
 from controlbooth.trainer.tracking.mlflow_address import how_to_open_saved
 from controlbooth.trainer.tracking.mlflow_run import (
@@ -226,7 +227,7 @@ class Tracker:
 
     def _log_params(self, params: dict[str, str]) -> bool:
         """Returns whether any has another value than before."""
-        before = self._spool.state.params
+        before = with_new_names(self._spool.state.params)
         new = {name: value for name, value in params.items() if name not in before}
         changed = {name: value for name, value in params.items() if before.get(name, value) != value}
         if new:

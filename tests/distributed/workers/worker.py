@@ -385,7 +385,7 @@ def peaks_of_engine(stage: int, precision: str, world: World) -> tuple[int, int]
         traffic_bytes=0,
         operations=0,
         batch_bytes=0,
-        column_bytes=0,
+        cached_bytes=0,
     )
     memory = rank_memory(one, config, precision, world.world_size, "cpu")
     planned = memory.peak - memory.device["runtime"]

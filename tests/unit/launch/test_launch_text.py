@@ -214,7 +214,7 @@ def test_control_characters_in_names_and_paths_are_refused_by_field(text):
         "output": run_tree(output=text),
         "name": run_tree(name=text),
         "data.shards": run_tree(data=dict(shards=text, condition="edges")),
-        "data.columns": run_tree(data=dict(shards="s", condition="edges", columns=text)),
+        "data.latent_cache": run_tree(data=dict(shards="s", condition="edges", latent_cache=text)),
         "data.sources.0.shards": run_tree(data=dict(sources=[dict(shards=text)], condition="edges")),
         "model.base": run_tree(model=dict(base=text)),
         "tracking.experiment": run_tree(tracking=dict(experiment=text)),
