@@ -144,7 +144,7 @@ def test_variables_of_the_cluster_file_have_the_values_that_were_given(value):
 def test_a_printed_command_starts_what_it_shows(words):
     with tempfile.TemporaryDirectory() as made:
         for text in (
-            str(Start(["printf", r"%s\0", *words], {"A": "b c"}, lone=True)),
+            str(Start(["printf", r"%s\0", *words], {"A": "b c"}, single_rank=True)),
             shell(["printf", r"%s\0", *words]),
         ):
             done = subprocess.run(["bash", "-c", text], capture_output=True, cwd=made)
