@@ -71,7 +71,7 @@ class DataConfig(Section):
     """Several such data sets, mixed by weight or in proportion to their samples."""
     condition: str
     """Which condition of a sample to train on: `edges` reads key.cond.edges.png. `computed:canny_random` needs none: it
-    is made of the cut and mirrored picture at each presentation, with other thresholds each time. So can be: canny,
+    is made of the cut and mirrored picture at each visit, with other thresholds each time. So can be: canny,
     canny_random, soft_edges, scribble, lineart, lines, gray, blur."""
     held_out: str | None = None
     """Shards that are never trained on, for validation. Without them nothing is validated."""
@@ -83,9 +83,9 @@ class DataConfig(Section):
     aspect_step: int = Field(default=64, gt=0)
     """Sides of these shapes are multiples of it: 64 for Stable Diffusion, 16 for the miniature."""
     prompt_dropout: float = Field(default=0.5, ge=0.0, le=1.0)
-    """Share of presentations whose prompt is replaced by the empty string (ControlNet: 0.5)."""
+    """Share of sample visits whose prompt is replaced by the empty string (ControlNet: 0.5)."""
     random_flip: bool = False
-    """Mirror half of the presentations, picture and condition alike. Wrong where captions say left and right, and
+    """Mirror half of the sample visits, picture and condition alike. Wrong where captions say left and right, and
     refused for poses and key points, whose colours do."""
     random_crop: bool = False
     """Crop at a random place rather than at the centre where a picture is not square."""
@@ -264,7 +264,7 @@ class RunConfig(Section):
         if self.data.latent_cache and self.data.random_crop:
             raise UserError(
                 f"data.latent_cache={self.data.latent_cache} has latents of pictures cut at the centre, and "
-                "data.random_crop wants others at every presentation: set data.random_crop=false, or leave "
+                "data.random_crop wants others at every visit: set data.random_crop=false, or leave "
                 "data.latent_cache out"
             )
         lanes = self.data.lanes or self.global_batch_size
