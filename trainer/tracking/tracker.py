@@ -107,7 +107,8 @@ class Tracker:
         self._run: MlflowRun | None = None
         self._generation = -1  # of the lines that it was told about
         self._logged: dict[str, tuple[int, float]] = {}  # metric -> step and time of its last record
-        self._retry_at, self._pause = dict.fromkeys(STREAMS, 0.0), dict.fromkeys(STREAMS, 0.0)
+        self._retry_at: dict[str, float] = dict.fromkeys(STREAMS, 0.0)
+        self._pause: dict[str, float] = dict.fromkeys(STREAMS, 0.0)
         if status is not None:
             self._spool.append({"status": status})
         self._values_changed = self._log_params(flatten(params))
