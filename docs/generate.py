@@ -527,7 +527,7 @@ def table_plain(head: tuple[str, str], rows: dict[str, str]) -> list[str]:
 
 LAYOUTS = (  # title, module with the layout in its docstring, how the layout begins
     ("Checkpoints", "trainer/run/checkpoint.py", "checkpoints/"),
-    ("Which start may write", "trainer/run/attempt.py", "RUN/attempt.json"),
+    ("Which attempt may write", "trainer/run/attempt.py", "RUN/attempt.json"),
     ("A job", "launch/job/job.py", "job/run.yaml"),
     ("Validations of a subject", "trainer/dreambooth/validation.py", "RUN/subjects"),
     ("Tracking of subjects", "trainer/dreambooth/tracking.py", "RUN/metrics.jsonl"),

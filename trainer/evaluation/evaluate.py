@@ -35,7 +35,7 @@ from controlbooth.trainer.engine.distributed import World, barrier, gather_objec
 from controlbooth.trainer.evaluation.chance import METRICS_VERSION
 from controlbooth.trainer.evaluation.distribution import Measures, measure_sets, open_measures
 from controlbooth.trainer.evaluation.drawing import (
-    discs,
+    disc_baseline,
     draw,
     noise_pictures,
     read_png,
@@ -122,7 +122,7 @@ def evaluate(target: Evaluated, options: argparse.Namespace, world: World) -> in
     seconds = time.perf_counter() - began
     scenes = scenes_of(held)
     if scenes:
-        drawn_discs = [render(discs(scenes[row], side), side).image for row in mine]
+        drawn_discs = [render(disc_baseline(scenes[row], side), side).image for row in mine]
         images[DISCS] = np.stack(drawn_discs) if drawn_discs else images[WITH]  # a rank without rows
     images[NOISE] = noise_pictures(mine, held.picture_size)
     images[REAL] = held.targets[mine]

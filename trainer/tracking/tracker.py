@@ -88,7 +88,7 @@ class Tracker:
     ):
         """params: may be nested; changed ones of a resumed run become tags, since MLflow refuses to change a param.
 
-        made_in: the folder of the start that has taken the run (attempt.py). When it is gone, nothing more is sent.
+        made_in: the folder of the attempt that has taken the run (attempt.py). When it is gone, nothing more is sent.
         tell: is called once, from a thread, with how to open the run, when MLflow has it.
         parent: whose run in MLflow is that of this one's parent. shared: the folder of a run that several processes log
         to, each through a run_folder of its own. status: None leaves it as it is. threads: send by itself, and log the
