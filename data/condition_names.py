@@ -6,7 +6,7 @@ from typing import Literal
 from controlbooth.data.errors import UserError
 
 COMPUTED = "computed:"
-"""Before the kind of a condition that no shard holds: it is made of the target at each presentation."""
+"""Before the kind of a condition that no shard holds: it is made of the target at each visit of a sample."""
 COMPUTABLE = ("canny", "canny_random", "soft_edges", "scribble", "lineart", "lines", "gray", "blur")
 """Kinds that `data.conditions.functions` makes of a picture without a network."""
 SIDED = ("pose", "keypoint", "skeleton")

@@ -513,7 +513,7 @@ def shards_page() -> str:
             *table(("field", "what it is"), {name: text or ROW[name] for name, text in fields.items()}),
             "## The latent cache\n",
             "Written by `controlbooth data precompute`, see [the latent cache](../concepts/latent-cache.md).\n",
-            f"```text\n{layout_of('data/shards/columns.py', 'columns.json')}\n```\n",
+            f"```text\n{layout_of('data/shards/latent_cache.py', 'columns.json')}\n```\n",
         ]
     )
 
@@ -527,7 +527,7 @@ def table_plain(head: tuple[str, str], rows: dict[str, str]) -> list[str]:
 
 LAYOUTS = (  # title, module with the layout in its docstring, how the layout begins
     ("Checkpoints", "trainer/run/checkpoint.py", "checkpoints/"),
-    ("Which start may write", "trainer/run/attempt.py", "RUN/attempt.json"),
+    ("Which attempt may write", "trainer/run/attempt.py", "RUN/attempt.json"),
     ("A job", "launch/job/job.py", "job/run.yaml"),
     ("Validations of a subject", "trainer/dreambooth/validation.py", "RUN/subjects"),
     ("Tracking of subjects", "trainer/dreambooth/tracking.py", "RUN/metrics.jsonl"),

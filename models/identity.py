@@ -1,6 +1,6 @@
 """What a base is, by name: all of it that decides on a result, so that a change can be told and nothing stale is used.
 
-A run's checkpoints, class pictures, columns and evaluations keep it, and compare. It is JSON: {"family": ...,
+A run's checkpoints, class pictures, latent caches and evaluations keep it, and compare. It is JSON: {"family": ...,
 "scheduler": {...}, "tokenizer": {...}, "unet": {field: value, "weights": digest}, "vae": {...}, ...}.
 """
 

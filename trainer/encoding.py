@@ -1,10 +1,10 @@
-"""What the frozen encoders make of a micro-batch, computed here or taken from columns; and what it depends on.
+"""What the frozen encoders make of a micro-batch, computed here or taken from the latent cache; and what it depends on.
 
-The same arithmetic serves both, so that a run with columns takes the steps of one without. What it cannot make equal is
-the rounding of another batch: kernels are chosen by size, so a picture that is encoded alone has other last bits than
-among others, while its place and its neighbours change nothing. So both encode batches of exactly micro_batch_size,
-filled up where there is less, and what else decides on kernels (`computed_here`) is kept with the columns.
-"""
+The same arithmetic serves both, so that a run with a latent cache takes the steps of one without. What it cannot make
+equal is the rounding of another batch: kernels are chosen by size, so a picture that is encoded alone has other last
+bits than among others, while its place and its neighbours change nothing. So both encode batches of exactly
+micro_batch_size, filled up where there is less, and what else decides on kernels (`computed_here`) is kept in the
+latent cache."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from controlbooth.data.shards.columns import EncodedBatch
+from controlbooth.data.shards.latent_cache import EncodedBatch
 from controlbooth.models.base import Base, Encoded
 from controlbooth.models.identity import libraries, module_digest, tokenizer_digest
 from controlbooth.models.text import TEXT_ENCODINGS, TextEncoding, time_ids_of
@@ -33,7 +33,7 @@ def sample_posterior(base: Base, mean: Tensor, std: Tensor, noise: Tensor) -> Te
     """Scaled latents (B, C, h, w) in the base's dtype; noise: (B, C, h, w), standard normal."""
     latents = mean + std * noise.to(mean)
     shift = base.vae.config["shift_factor"] or 0.0
-    # Some of the VAE's kernels leave channels last, and a U-Net that went on so would round otherwise than on columns.
+    # Some of the VAE's kernels leave channels last, and a U-Net that went on so would round otherwise than on a cache.
     return ((latents - shift) * base.vae.config["scaling_factor"]).to(base.dtype).contiguous()
 
 
@@ -80,20 +80,20 @@ def with_empty_prompts(
     return TextEncoding(hidden_states, {"text_embeds": pooled, "time_ids": time_ids})
 
 
-def posterior_of(columns: EncodedBatch, device: torch.device) -> tuple[Tensor, Tensor]:
+def posterior_of(encoded: EncodedBatch, device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (B, C, h, w) on the device, in the dtype in which they were computed."""
-    return as_tensor(columns.mean, columns.latents_dtype, device), as_tensor(columns.std, columns.latents_dtype, device)
+    return as_tensor(encoded.mean, encoded.latents_dtype, device), as_tensor(encoded.std, encoded.latents_dtype, device)
 
 
-def captions_of(columns: EncodedBatch, device: torch.device) -> Encoded | None:
-    if columns.hidden_states is None:
+def captions_of(encoded: EncodedBatch, device: torch.device) -> Encoded | None:
+    if encoded.hidden_states is None:
         return None
-    pooled = None if columns.pooled is None else as_tensor(columns.pooled, columns.text_dtype, device)
-    return as_tensor(columns.hidden_states, columns.text_dtype, device), pooled
+    pooled = None if encoded.pooled is None else as_tensor(encoded.pooled, encoded.text_dtype, device)
+    return as_tensor(encoded.hidden_states, encoded.text_dtype, device), pooled
 
 
 def as_tensor(array: np.ndarray, dtype: str, device: torch.device) -> Tensor:
-    """An array of columns on the device; bfloat16 from its bits."""
+    """An array of the latent cache on the device; bfloat16 from its bits."""
     tensor = torch.from_numpy(array)
     return (tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor).to(device, non_blocking=True)
 
@@ -108,8 +108,10 @@ def dtype_name(module: Any) -> str:
     return str(module.dtype).removeprefix("torch.")
 
 
-def column_identities(config: RunConfig, base: Base, shapes: tuple[tuple[int, int], ...]) -> dict[str, dict[str, Any]]:
-    """What the run's columns depend on. shapes: (height, width) in pixels of the pictures of each bucket."""
+def latent_cache_identities(
+    config: RunConfig, base: Base, shapes: tuple[tuple[int, int], ...]
+) -> dict[str, dict[str, Any]]:
+    """What the run's latent cache depends on. shapes: (height, width) in pixels of the pictures of each bucket."""
     return {
         "latents": {
             "version": IDENTITY_VERSION,
@@ -130,7 +132,7 @@ def column_identities(config: RunConfig, base: Base, shapes: tuple[tuple[int, in
 
 
 def computed_here(config: RunConfig, device: torch.device) -> dict[str, Any]:
-    """What decides how sums are rounded, as far as it can be told: with equal facts, columns equal what is computed."""
+    """What decides how sums are rounded, as far as it can be told: with equal facts, a cache has what is computed."""
     cuda = device.type == "cuda"
     return {
         "batch": config.micro_batch_size,

@@ -86,7 +86,7 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Presentation:
+class Visit:
     """One time at which a run sees a sample."""
 
     position: int
@@ -189,7 +189,7 @@ def _found(key: str, index: ShardIndex, shard: int, row: int, usable: np.ndarray
     return replace(place, bucket=bucket, ordinal=int(np.flatnonzero(usable[numbers == bucket] == row)[0]))
 
 
-def presentations(order: Mixture, numbers: RunNumbers, found: Found, captions: int) -> Iterator[Presentation | int]:
+def visits(order: Mixture, numbers: RunNumbers, found: Found, captions: int) -> Iterator[Visit | int]:
     """Each time that a run of these numbers sees the sample, in order; the number of an epoch that leaves it out.
 
     found must have an ordinal. captions: how many the sample has.
@@ -207,7 +207,7 @@ def presentations(order: Mixture, numbers: RunNumbers, found: Found, captions: i
                 slack = crop_slack(found.size[1], found.size[0], order.shapes[found.bucket])
                 top, left = draws.crops(numbers.order.seed, at, np.array([slack]))[0].tolist()
                 crop = (top, left)
-            yield Presentation(
+            yield Visit(
                 position=position,
                 step=position // numbers.order.global_batch_size,
                 epoch=epoch,
@@ -254,7 +254,7 @@ def run(arguments: argparse.Namespace) -> int:
         for one in found:
             captions = _print_sample(dataset, reader, one)
             if one.ordinal is not None:
-                _print_presentations(order, numbers, one, captions, done)
+                _print_visits(order, numbers, one, captions, done)
             if arguments.run:
                 _print_substitutions(arguments.run, dataset, one)
     finally:
@@ -309,10 +309,10 @@ def _print_sample(dataset: Dataset, reader: ShardReader, found: Found) -> int:
     return len(captions)
 
 
-def _print_presentations(order: Mixture, numbers: RunNumbers, found: Found, captions: int, done: int | None) -> None:
+def _print_visits(order: Mixture, numbers: RunNumbers, found: Found, captions: int, done: int | None) -> None:
     left_out = []
     print(f"  {'step':>10} {'epoch':>6} {'position':>12}  {'prompt':9}  {'flip':4}  {'crop':>9}  {'timestep':>8}")
-    for item in presentations(order, numbers, found, captions):
+    for item in visits(order, numbers, found, captions):
         if isinstance(item, int):
             left_out.append(item)
             continue

@@ -21,7 +21,7 @@ MEANINGS = {
     "blank condition": "the condition shows nothing",
     "blank image": "the target has one colour",
     "small": "the target has fewer pixels than asked for",
-    "empty caption": "the caption is empty: every presentation trains the empty prompt",
+    "empty caption": "the caption is empty: every visit trains the empty prompt",
     "cut captions": "the tokenizer cuts them off; what stands last is not learned",
     "exact copy": "several samples have the same target, byte for byte",
     "near copy": "several samples have nearly the same target",
@@ -72,16 +72,18 @@ def _flagged(dataset: Dataset) -> Iterator[Finding]:
 
 def _pairing(scanned: Scan) -> Iterator[Finding]:
     for kind, scores in scanned.scores.items():
-        pairing = judge_pairing(scores, scanned.strangers[kind])
+        pairing = judge_pairing(scores, scanned.negatives[kind])
         if pairing is None or kind in KINDS_WITHOUT_EDGES:
             continue
         if pairing.standing_out < SEPARABLE:
             message = (
-                f"condition {kind}: only {pairing.standing_out:.0%} of the pairs agree better than 95 % of strangers"
+                f"condition {kind}: only {pairing.standing_out:.0%} of the pairs agree better than 95 % of "
+                "negative pairs"
             )
             yield Finding("pairing", (), message)
         for sample in pairing.weak.tolist():
-            message = f"condition {kind} agrees {scores[sample]:.2f} with its target; strangers {pairing.threshold:.2f}"
+            least = pairing.threshold
+            message = f"condition {kind} agrees {scores[sample]:.2f} with its target; negative pairs {least:.2f}"
             yield Finding("unpaired", (sample,), message, kind)
 
 

@@ -13,14 +13,14 @@ import numpy as np
 GRID = 32
 """Side of the edge maps that pairing compares."""
 SEPARABLE = 0.5
-"""Share of pairs that must stand out from strangers' before single ones are judged by their score."""
+"""Share of pairs that must stand out from negative pairs' before single ones are judged by their score."""
 
 
 def edge_map(pixels: np.ndarray) -> np.ndarray:
     """Where a picture has edges, coarsely, as a unit vector. (H, W) or (H, W, 3) uint8 -> (GRID * GRID,) float32.
 
     The local mean is taken off, since pictures of all kinds have more edges in their middle. Zeros where there are no
-    edges. The scalar product of two maps is in [-1, 1], about 0 for strangers.
+    edges. The scalar product of two maps is in [-1, 1], about 0 for negative pairs, of two samples.
     """
     gray = pixels if pixels.ndim == 2 else cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
     scale = 8 * GRID / max(gray.shape)
@@ -41,22 +41,22 @@ class Pairing:
     """How well the conditions of one kind agree with their targets, against how they agree with others' targets."""
 
     threshold: float
-    """The 95th percentile of strangers' scores."""
+    """The 95th percentile of negative pairs' scores."""
     standing_out: float
     """Share of pairs above it: 0.05 where the conditions have nothing to do with the pictures."""
     weak: np.ndarray
     """Indices of pairs at or below the threshold; none where less than SEPARABLE stand out."""
 
 
-def judge_pairing(scores: np.ndarray, strangers: np.ndarray) -> Pairing | None:
-    """scores: (n,) products of edge maps, NaN for pairs that were not compared. strangers: (m,) those of other pairs.
+def judge_pairing(scores: np.ndarray, negatives: np.ndarray) -> Pairing | None:
+    """scores: (n,) products of edge maps, NaN for pairs that were not compared. negatives: (m,) of negative pairs.
 
     None where there is nothing to compare.
     """
     compared = np.flatnonzero(~np.isnan(scores))
-    if not len(compared) or not len(strangers):
+    if not len(compared) or not len(negatives):
         return None
-    threshold = float(np.percentile(strangers, 95))
+    threshold = float(np.percentile(negatives, 95))
     above = scores[compared] > threshold
     share = float(above.mean())
     return Pairing(threshold, share, compared[~above] if share >= SEPARABLE else compared[:0])

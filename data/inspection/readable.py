@@ -27,8 +27,8 @@ LOOKED_AT = 16
 def check_readable(dataset: Dataset, kind: str | None, max_pixels: int = MAX_PIXELS, pictures: bool = True) -> None:
     """Raises ValueError where no sample can be used, or LOOKED_AT of them cannot be read; OSError as the reader does.
 
-    kind: of condition, as of a run. pictures: whether targets are read, which they are not where columns stand for
-    them.
+    kind: of condition, as of a run. pictures: whether targets are read, which they are not where a latent cache stands
+    for them.
     """
     counts = dataset.samples_per_shard(kind)
     if not counts.any():

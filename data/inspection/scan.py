@@ -33,7 +33,7 @@ from controlbooth.data.shards.manifest import Dataset, shard_names
 from controlbooth.data.shards.reader import SampleBytes, ShardReader
 from controlbooth.data.shards.sidecar import ShardIndex, index_path, load_index
 
-STRANGERS = 4
+NEGATIVES = 4
 """Other targets of the shard that each condition is compared with."""
 
 
@@ -57,7 +57,7 @@ class Scan:
     """(m,) int64"""
     scores: dict[str, np.ndarray] = field(default_factory=dict)
     """condition kind -> (n,) float32 pairing scores, NaN where there is none."""
-    strangers: dict[str, np.ndarray] = field(default_factory=dict)
+    negatives: dict[str, np.ndarray] = field(default_factory=dict)
     """condition kind -> (k,) float32 scores with other samples' targets."""
     faults: list[tuple[int, str, str, str | None]] = field(default_factory=list)
     """sample, kind of fault ("broken", "frame", "blank image", "blank condition"), message, kind of condition"""
@@ -127,9 +127,9 @@ def _scan_shard(shard: int) -> Scan:
     result = _empty(n, kinds)
     result.sizes[:] = np.stack([index.samples["width"][rows], index.samples["height"][rows]], axis=1)
     ordinals = {kind: _ordinals(index, kind) for kind in kinds}
-    recent: deque[np.ndarray] = deque(maxlen=STRANGERS)
+    recent: deque[np.ndarray] = deque(maxlen=NEGATIVES)
     captions: list[tuple[int, int, int, int]] = []
-    strangers: dict[str, list[float]] = {kind: [] for kind in kinds}
+    negatives: dict[str, list[float]] = {kind: [] for kind in kinds}
     for at, row in enumerate(rows.tolist()):
         try:
             sample = _work.readers[None].read(shard, at)
@@ -154,12 +154,12 @@ def _scan_shard(shard: int) -> Scan:
                     result.faults.append((at, *fault, kind))
                 if drawn is not None and target_map is not None:
                     result.scores[kind][at] = drawn @ target_map
-                    strangers[kind] += [float(drawn @ other) for other in recent]
+                    negatives[kind] += [float(drawn @ other) for other in recent]
             if target_map is not None:
                 recent.append(target_map)
         except BadSample as bad:
             result.faults.append((at, "broken", f"{bad.part}: {bad.reason}", None))
-    result.strangers = {kind: np.array(values, np.float32) for kind, values in strangers.items()}
+    result.negatives = {kind: np.array(values, np.float32) for kind, values in negatives.items()}
     columns = np.array(captions, np.uint64).reshape(-1, 4).T
     result.caption_owners, result.caption_hashes = columns[0].astype(np.int64), columns[1]
     result.caption_characters, result.caption_words = columns[2].astype(np.int64), columns[3].astype(np.int64)
@@ -217,7 +217,7 @@ def _empty(n: int, kinds: Sequence[str]) -> Scan:
         caption_characters=none,
         caption_words=none,
         scores={kind: np.full(n, np.nan, np.float32) for kind in kinds},
-        strangers={kind: np.empty(0, np.float32) for kind in kinds},
+        negatives={kind: np.empty(0, np.float32) for kind in kinds},
     )
 
 
@@ -232,7 +232,7 @@ def _join(scans: Sequence[Scan], kinds: Sequence[str]) -> Scan:
         **{name: joined(name) for name in ("caption_hashes", "caption_characters", "caption_words")},
         caption_owners=np.concatenate([one.caption_owners + start for one, start in zip(scans, starts, strict=False)]),
         scores={kind: np.concatenate([one.scores[kind] for one in scans]) for kind in kinds},
-        strangers={kind: np.concatenate([one.strangers[kind] for one in scans]) for kind in kinds},
+        negatives={kind: np.concatenate([one.negatives[kind] for one in scans]) for kind in kinds},
         faults=[
             (at + start, finding, detail, kind)
             for one, start in zip(scans, starts, strict=False)

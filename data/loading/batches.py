@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from controlbooth.data.shards.columns import EncodedBatch
+from controlbooth.data.shards.latent_cache import EncodedBatch
 
 
 @dataclass(frozen=True)
@@ -19,11 +19,11 @@ class MicroBatch:
     """(B, 2) int64: the number of each one's shard, and its row in the index of that; -1 where no sample could be read.
     No two samples of a data set have one place."""
     pixel_values: np.ndarray | None
-    """(B, 3, H, W) uint8; None with columns, which stand for them."""
+    """(B, 3, H, W) uint8; None with a latent cache, which stands for them."""
     conditioning: np.ndarray | None
     """(B, 3, H, W) uint8; None without a condition kind."""
-    columns: EncodedBatch | None
-    """What the encoders made of pictures and prompts, where that was computed before."""
+    encoded: EncodedBatch | None
+    """What the encoders made of pictures and prompts, from the latent cache; None without one."""
     captions: list[str]
     """The prompts to train on, "" where dropped."""
     dropped: np.ndarray

@@ -43,7 +43,7 @@ from controlbooth.data.pictures.images import (
 )
 from controlbooth.data.shards.cache import Cache
 from controlbooth.data.shards.captions import prompt, read_captions
-from controlbooth.data.shards.columns import ColumnReader, Columns, EncodedBatch
+from controlbooth.data.shards.latent_cache import EncodedBatch, LatentCache, LatentCacheReader
 from controlbooth.data.shards.manifest import Dataset
 from controlbooth.data.shards.prefetch import Prefetcher, upcoming_shards
 from controlbooth.data.shards.reader import SampleBytes, ShardReader
@@ -65,7 +65,7 @@ class _Step:
     """(height, width) of the pictures."""
     pixel_values: np.ndarray | None
     posterior: np.ndarray | None
-    """(2, n, C, h, w): mean and standard deviation, from columns."""
+    """(2, n, C, h, w): mean and standard deviation, from the latent cache."""
     conditioning: np.ndarray | None
     noise: np.ndarray
     rows: list[Future] = field(default_factory=list)
@@ -82,7 +82,8 @@ class _Row:
     weight: float
     faults: list[dict]
     text: list[np.ndarray] | None = None
-    """From columns, of a prompt that is not empty: hidden states (L, D), and (P,) where there is a pooled embedding."""
+    """From the latent cache, of a prompt that is not empty: hidden states (L, D), and (P,) where there is a pooled
+    embedding."""
     fetch_seconds: float = 0.0
     decode_seconds: float = 0.0
     bytes_read: int = 0
@@ -111,7 +112,7 @@ class Loader:
         cache: Cache | None = None,
         ranks_per_node: int = 1,
         history: History | None = None,
-        columns: Columns | None = None,
+        latent_cache: LatentCache | None = None,
         max_pixels: int = MAX_PIXELS,
     ):
         """Prefetching begins at once, so make the loader before the model.
@@ -121,10 +122,10 @@ class Loader:
         repeat certain batches). max_bad_rate: the share of substituted samples above which the run stops.
         ledger_path: a JSONL file to which each bad sample is appended, one file a rank; `ledger` has the same lines.
         cache: for the shards that lie in a store, shared by ranks_per_node ranks of this machine.
-        history: see `plan_order`. latent_shape: (C, h, w) of a square picture. columns: of this data set, whole; then
-        target pictures are neither read nor decoded. A condition that is "computed:" is made of each cut and mirrored
-        target; what is random about it is drawn from (seed, position). max_pixels: a sample with a larger picture is
-        bad.
+        history: see `plan_order`. latent_shape: (C, h, w) of a square picture. latent_cache: of this data set, whole;
+        then target pictures are neither read nor decoded. A condition that is "computed:" is made of each cut and
+        mirrored target; what is random about it is drawn from (seed, position). max_pixels: a sample with a larger
+        picture is bad.
         """
         self.order, buckets = plan_order(dataset, order, history)
         self.dataset, self.settings, self.drawn, self.seed = dataset, order, drawn, order.seed
@@ -135,15 +136,17 @@ class Loader:
         self.slots = self.order.rank_slots(0, order.global_batch_size, rank, world_size)
         self.positions = None if positions is None else np.asarray(positions, np.int64)
         self._check_arguments(world_size, threads)
-        if columns is not None and (drawn.random_crop or drawn.random_flip != columns.flips):
+        if latent_cache is not None and (drawn.random_crop or drawn.random_flip != latent_cache.flips):
             raise UserError(
-                f"{columns.folder} has latents of pictures cut at the centre, {'and' if columns.flips else 'not'} "
-                f"mirrored, and the loader has random_crop={drawn.random_crop}, random_flip={drawn.random_flip}"
+                f"{latent_cache.folder} has latents of pictures cut at the centre, "
+                f"{'and' if latent_cache.flips else 'not'} mirrored, and the loader has "
+                f"random_crop={drawn.random_crop}, random_flip={drawn.random_flip}"
             )
-        if columns is not None and self._compute is not None:
+        if latent_cache is not None and self._compute is not None:
             raise UserError(
-                f"condition {order.condition!r} is made of target pictures, which are not read where columns stand for "
-                f"them: leave out data.columns, or write the condition into shards with `controlbooth data annotate`"
+                f"condition {order.condition!r} is made of target pictures, which are not read where a latent cache "
+                "stands for them: leave out data.latent_cache, or write the condition into shards with "
+                "`controlbooth data annotate`"
             )
         live_shards = order.lanes // world_size * order.shards_per_block * self.order.streams
         self._check_cache(cache, live_shards, ranks_per_node)
@@ -157,10 +160,15 @@ class Loader:
         self._buffers = Buffers()
         self._closed = False
         cv2.setNumThreads(1)  # the loader's threads share the cores; OpenCV's own would compete with them
-        files = _affordable_files((2 if columns is None else 6) * live_shards + 64)
-        self._columns = None if columns is None else ColumnReader(columns, files * 2 // 3)
+        files = _affordable_files((2 if latent_cache is None else 6) * live_shards + 64)
+        self._latent_cache = None if latent_cache is None else LatentCacheReader(latent_cache, files * 2 // 3)
         self._reader = ShardReader(
-            dataset, order.condition, files if columns is None else files // 3, cache, buckets, columns is None
+            dataset,
+            order.condition,
+            files if latent_cache is None else files // 3,
+            cache,
+            buckets,
+            latent_cache is None,
         )
         self._values = ConditionValues(dataset, order.condition, self._reader.closing, max_pixels)
         self._prefetcher = None
@@ -216,8 +224,8 @@ class Loader:
         self._threads.shutdown(wait=True, cancel_futures=True)
         self._queue.clear()
         self._reader.close()
-        if self._columns is not None:
-            self._columns.close()
+        if self._latent_cache is not None:
+            self._latent_cache.close()
 
     def __enter__(self) -> "Loader":
         return self
@@ -292,8 +300,10 @@ class Loader:
             positions,
             flips=draws.flips(self.seed, positions) & self.drawn.random_flip,
             shape=(height, width),
-            pixel_values=self._buffers.empty(pixels) if self._columns is None else None,
-            posterior=None if self._columns is None else np.zeros((2, *latents), self._columns.latents_stored),
+            pixel_values=self._buffers.empty(pixels) if self._latent_cache is None else None,
+            posterior=None
+            if self._latent_cache is None
+            else np.zeros((2, *latents), self._latent_cache.latents_stored),
             conditioning=None if self.settings.condition is None else self._buffers.empty(pixels),
             noise=np.empty(latents, np.float32),
         )
@@ -334,7 +344,7 @@ class Loader:
     def _decode(self, step: _Step, at: int, sample: SampleBytes, place: Place) -> _Row:
         began = time.perf_counter()
         image = condition = conditioning = crop = None
-        if self._columns is None:
+        if self._latent_cache is None:
             image = decode_image(sample.image, sample.key, sample.image_extension, max_pixels=self._max_pixels)
         size = sample.size if image is None else (image.shape[0], image.shape[1])
         if sample.condition is not None:
@@ -364,7 +374,9 @@ class Loader:
         )
         # From here on the step's arrays are written: a bad sample has been raised.
         seconds = (
-            0.0 if self._columns is None else self._read_columns(self._columns, step, at, sample, place.shard, row)
+            0.0
+            if self._latent_cache is None
+            else self._read_latent_cache(self._latent_cache, step, at, sample, place.shard, row)
         )
         if image is not None and step.pixel_values is not None:
             target = prepare_target(image, step.shape, crop, flip)
@@ -378,17 +390,17 @@ class Loader:
         row.decode_seconds = time.perf_counter() - began - seconds
         return row
 
-    def _read_columns(
-        self, columns: ColumnReader, step: _Step, at: int, sample: SampleBytes, shard: int, row: _Row
+    def _read_latent_cache(
+        self, latent_cache: LatentCacheReader, step: _Step, at: int, sample: SampleBytes, shard: int, row: _Row
     ) -> float:
         """The posterior into the step, the text into the row where it is not dropped; -> seconds spent."""
         began = time.perf_counter()
         assert step.posterior is not None
         where = (shard, sample.row, sample.key, sample.key_hash)
-        posterior = columns.latents(*where, flipped=bool(step.flips[at]))
+        posterior = latent_cache.latents(*where, flipped=bool(step.flips[at]))
         dropped, choice = self._prompt_draws(step.positions[at : at + 1], [row])
         if prompt(row.captions, int(choice[0]), bool(dropped[0])):
-            row.text = columns.text(*where, caption=int(choice[0]))
+            row.text = latent_cache.text(*where, caption=int(choice[0]))
         step.posterior[:, at] = posterior
         return time.perf_counter() - began
 
@@ -459,7 +471,7 @@ class Loader:
                     places=np.array([row.place for row in rows[part]], np.int64),
                     pixel_values=None if step.pixel_values is None else step.pixel_values[part],
                     conditioning=None if step.conditioning is None else step.conditioning[part],
-                    columns=self._encoded(step, rows, part),
+                    encoded=self._encoded(step, rows, part),
                     captions=prompts[part],
                     dropped=dropped[part],
                     timesteps=timesteps[part],
@@ -470,10 +482,10 @@ class Loader:
         return batches
 
     def _encoded(self, step: _Step, rows: list[_Row], part: slice) -> EncodedBatch | None:
-        if step.posterior is None or self._columns is None:
+        if step.posterior is None or self._latent_cache is None:
             return None
         text = [row.text for row in rows[part] if row.text is not None]
-        identities = self._columns.columns.identities
+        identities = self._latent_cache.cache.identities
         return EncodedBatch(
             mean=step.posterior[0, part],
             std=step.posterior[1, part],

@@ -1,1 +1,1 @@
-"""Tar shards: reading, indexing, manifests, object stores, the cache on disk, latent columns."""
+"""Tar shards: reading, indexing, manifests, object stores, the cache on disk, the latent cache."""

@@ -76,7 +76,7 @@ class ShardReader:
         pictures: bool = True,
     ):
         """buckets: of the order whose places are read; None where all samples are in one. pictures: read the targets;
-        not where columns stand for them.
+        not where a latent cache stands for them.
         """
         self.dataset, self.condition_kind, self.most_open = dataset, stored_kind(condition_kind), most_open
         self.cache, self.closing = cache, Event()

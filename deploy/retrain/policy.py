@@ -223,7 +223,7 @@ def round_config(policy: Policy, name: str, shards: str, controlnet: str | None)
     data = tree.get("data") if isinstance(tree.get("data"), dict) else {}
     for key, why in (
         ("sources", "the policy's `data` is the one data set; list all its shards in one manifest"),
-        ("columns", "columns belong to one state of a data set, and this one grows; leave them out"),
+        ("latent_cache", "a latent cache belongs to one state of a data set, and this one grows; leave it out"),
     ):
         if data and data.get(key):
             raise ConfigError(f"{policy.run} has data.{key}, which cannot be retrained: {why}")

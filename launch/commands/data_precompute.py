@@ -1,4 +1,4 @@
-"""`controlbooth data precompute`: starts the ranks that compute a run's column caches on this machine."""
+"""`controlbooth data precompute`: starts the ranks that compute a run's latent cache on this machine."""
 
 import sys
 import time
@@ -19,13 +19,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = verb_parser(
         "data precompute",
         "Computes the VAE's mean and standard deviation of each picture and the embedding of each caption "
-        "once, for the base, data, resolution and flips of a run, and writes them as column shards into its "
-        "data.columns. The run then takes the same steps without these encoders. Started again, it computes what is "
-        "missing. With as many --processes as the training has, the latents are bitwise those of the training.",
-        "examples:\n  controlbooth data precompute run.yaml data.columns=shards/columns --dry-run\n"
-        "  controlbooth data precompute run.yaml data.columns=shards/columns --processes 8\n"
-        "  controlbooth train run.yaml data.columns=shards/columns --processes 8\n"
-        f"  torchrun --nnodes=4 --nproc-per-node=8 ... -m {WORKER} run.yaml data.columns=/shared/columns",
+        "once, for the base, data, resolution and flips of a run, and writes them into its data.latent_cache, the "
+        "latent and text-embedding cache. The run then takes the same steps without these encoders. Started again, it "
+        "computes what is missing. With as many --processes as the training has, the latents are bitwise those "
+        "of the training.",
+        "examples:\n  controlbooth data precompute run.yaml data.latent_cache=shards/latents --dry-run\n"
+        "  controlbooth data precompute run.yaml data.latent_cache=shards/latents --processes 8\n"
+        "  controlbooth train run.yaml data.latent_cache=shards/latents --processes 8\n"
+        f"  torchrun --nnodes=4 --nproc-per-node=8 ... -m {WORKER} run.yaml data.latent_cache=/shared/latents",
     )
     parser.add_argument("run", metavar="RUN.yaml", help="the run, or one of several that share data and base")
     parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="a field of the run, set here")
@@ -33,8 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="tell how many bytes it will take; write nothing")
     options = parser.parse_intermixed_args(arguments)
     config = load_config(options.run, options.overrides)
-    if config.data.columns is None:
-        raise UserError("data.columns is not set: name the folder to write to, e.g. data.columns=shards/columns")
+    if config.data.latent_cache is None:
+        raise UserError(
+            "data.latent_cache is not set: name the folder to write to, e.g. data.latent_cache=shards/latents"
+        )
     node = this_node(1 if options.dry_run else options.processes)
     checks = (check_data, check_shards, check_cache, check_base)
     problems = [problem for check in checks for problem in check(config, node)]
@@ -47,5 +50,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     start = start_of(node, options.run, arguments, config.name, WORKER)
     status = run(start, stopping="with the shards that are finished")
     if status not in (0, *(128 + number for number in STOP_SIGNALS)):
-        say_again("controlbooth data precompute", start, failures(config.data.columns, began))
+        say_again("controlbooth data precompute", start, failures(config.data.latent_cache, began))
     return status

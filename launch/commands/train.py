@@ -49,8 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def train(run_file: str, overrides: Sequence[str] = (), processes: int | None = None, dry_run: bool = False) -> int:
-    """Runs to the end and returns the exit status: of the rank if it is alone (trainer/run/failures.py), else
-    torchrun's; 2 where the checks found problems; 128 + signal if stopped.
+    """Runs to the end and returns the exit status: of a single rank (trainer/run/failures.py), else torchrun's;
+    2 where the checks found problems; 128 + signal if stopped.
 
     processes: ranks on this machine; None for one per GPU, or 1 without. Raises ConfigError and ValueError.
     """
@@ -82,9 +82,10 @@ def train(run_file: str, overrides: Sequence[str] = (), processes: int | None = 
     if status not in (0, *(128 + number for number in STOP_SIGNALS)):
         told = early | failures(run_folder(config), began)
         say_again("controlbooth train", start, told)
-        reason = stopped_well(run_folder(config), began) if not start.lone and not told else None
-        by_signal = signal_of(status) if start.lone else "SIGKILL"  # torchrun has named it above
-        if reason is None and by_signal and (start.lone or status < 128):  # else its agent's, which `run` has told
+        reason = stopped_well(run_folder(config), began) if not start.single_rank and not told else None
+        by_signal = signal_of(status) if start.single_rank else "SIGKILL"  # torchrun has named it above
+        is_own = start.single_rank or status < 128  # else its agent's, which `run` has told
+        if reason is None and by_signal and is_own:
             reason = why_silent(config, told, world_size(node), out_of_memory_kills() - killed, by_signal)
         if reason:
             print(f"controlbooth train: {reason}", file=sys.stderr)
@@ -148,8 +149,8 @@ def failures(folder: Path, since: float) -> dict[int, str]:
 
 
 def say_again(program: str, start: "Start", told: dict[int, str]) -> None:
-    """What the ranks have said, below torchrun's own report; what a rank alone has said stands last already."""
-    if not start.lone:
+    """What the ranks have said, below torchrun's own report; what a single rank has said stands last already."""
+    if not start.single_rank:
         for rank, error in told.items():
             print(f"{program}: rank {rank}: {error}", file=sys.stderr)
 

@@ -155,9 +155,9 @@ def partition_problems(cluster: Cluster, partitions: list[Partition]) -> Iterato
 
 def paths(config: RunConfig) -> dict[str, Path]:
     """Files and folders of a run that its nodes must see, by field."""
-    named = {"output": str(run_folder(config)), "data.held_out": config.data.held_out, "data.columns": None}
-    if config.data.columns:
-        named["data.columns"] = str(config.data.columns)
+    named = {"output": str(run_folder(config)), "data.held_out": config.data.held_out, "data.latent_cache": None}
+    if config.data.latent_cache:
+        named["data.latent_cache"] = str(config.data.latent_cache)
     if config.model.base != BUILT_IN:
         named["model.base"] = config.model.base
     if config.model.controlnet != "unet":

@@ -1,4 +1,4 @@
-"""Cheap checks of what a run reads: its shards, their manifests and indexes, its cache and its columns.
+"""Cheap checks of what a run reads: its shards, their manifests and indexes, its cache and its latent cache.
 
 As in preflight.py, whose part this is: without torch, and reading no more than it takes to see that something can be
 read at all.
@@ -140,7 +140,7 @@ def check_readable(config: RunConfig, node: Node) -> Iterator[str]:
     from controlbooth.data.inspection.readable import problem  # imports numpy and OpenCV: not for every command
 
     for location in dict.fromkeys(source.shards for source in sources(config)):
-        found = problem(location, config.data.condition, config.data.max_pixels, config.data.columns is None)
+        found = problem(location, config.data.condition, config.data.max_pixels, config.data.latent_cache is None)
         if found is not None:
             yield f"data.shards is {location!r}: {found}"
 
@@ -285,28 +285,28 @@ def check_cache(config: RunConfig, node: Node) -> Iterator[str]:
         )
 
 
-def check_columns(config: RunConfig, node: Node) -> Iterator[str]:
+def check_latent_cache(config: RunConfig, node: Node) -> Iterator[str]:
     """Whether there are any, and of the size that their indexes say; the trainer compares what they are of."""
-    folder = config.data.columns
+    folder = config.data.latent_cache
     if folder is None:
         return
     if not (folder / "columns.json").is_file():
         yield (
-            f"data.columns is {folder}, which holds no column caches: write them with `controlbooth data precompute` "
-            "and the arguments of this run, or leave data.columns out"
+            f"data.latent_cache is {folder}, which holds no latent cache: write it with `controlbooth data precompute` "
+            "and the arguments of this run, or leave data.latent_cache out"
         )
         return
     with ThreadPoolExecutor(16) as pool:
-        faults = [fault for fault in pool.map(_column_fault, sorted(folder.glob("*.tar"))) if fault]
+        faults = [fault for fault in pool.map(_cache_shard_fault, sorted(folder.glob("*.tar"))) if fault]
     if faults:
         yield (
-            f"data.columns is {folder}, and {len(faults)} of its column shards are damaged ({_some(faults)}): run "
+            f"data.latent_cache is {folder}, and {len(faults)} of its shards are damaged ({_some(faults)}): run "
             "`controlbooth data precompute` again, which computes them anew, and delete those that it leaves"
         )
 
 
-def _column_fault(path: Path) -> str | None:
-    """Of a column shard. One without an index was never finished, and is none yet."""
+def _cache_shard_fault(path: Path) -> str | None:
+    """Of a shard of the latent cache. One without an index was never finished, and is none yet."""
     index = path.with_name(f"{path.name}.idx")
     if not index.exists():
         return None

@@ -15,7 +15,14 @@ from pathlib import Path
 
 from controlbooth.data.files.locks import is_locked
 from controlbooth.data.files.records import Damaged
-from controlbooth.launch.preflight.data import check_cache, check_columns, check_data, check_readable, check_shards, gib
+from controlbooth.launch.preflight.data import (
+    check_cache,
+    check_data,
+    check_latent_cache,
+    check_readable,
+    check_shards,
+    gib,
+)
 from controlbooth.launch.ranks.torchrun import Node, world_size
 from controlbooth.models.recognition import (
     UNET,
@@ -221,7 +228,7 @@ CHECKS = (
     check_shards,
     check_readable,
     check_cache,
-    check_columns,
+    check_latent_cache,
     check_base,
     check_start,
     check_room,

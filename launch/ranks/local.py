@@ -21,8 +21,8 @@ from controlbooth.launch.ranks.torchrun import (
     GRACE_SECONDS,
     WORKER,
     Node,
-    lone_command,
-    lone_environment,
+    single_rank_command,
+    single_rank_environment,
     torchrun_command,
     torchrun_environment,
     world_size,
@@ -89,7 +89,7 @@ class Start:
     command: list[str]
     environment: dict[str, str]
     """To be set on top of this process's."""
-    lone: bool
+    single_rank: bool
     """Whether what is started is the rank, and not torchrun."""
 
     def __str__(self) -> str:
@@ -102,8 +102,10 @@ def start_of(node: Node, run_file: str, overrides: Sequence[str], name: str, wor
     """name: of the run. worker: the module that each rank runs."""
     environment = torchrun_environment(node, os.environ)
     if world_size(node) == 1:
-        return Start(lone_command(run_file, overrides, worker), environment | lone_environment(), lone=True)
-    return Start(torchrun_command(run_file, overrides, name, node, worker), environment, lone=False)
+        return Start(
+            single_rank_command(run_file, overrides, worker), environment | single_rank_environment(), single_rank=True
+        )
+    return Start(torchrun_command(run_file, overrides, name, node, worker), environment, single_rank=False)
 
 
 def run(
@@ -118,7 +120,7 @@ def run(
     Returns the exit status; 128 + signal where a signal stopped a run that ended well. No rank is left then: those of
     an agent that was killed have been asked to stop, waited for, and after GRACE_SECONDS been killed.
     """
-    with adopting(not start.lone) as left_behind:
+    with adopting(not start.single_rank) as left_behind:
         started = child_process.start(start.command, os.environ | start.environment | {LAUNCHER: str(os.getpid())})
         received: list[int] = []
         too_late = False
@@ -134,7 +136,7 @@ def run(
                 print(f"controlbooth: {OVER}", file=sys.stderr)
             else:
                 print(f"controlbooth: stopping {stopping}; once more stops now", file=sys.stderr)
-                _terminate(started, start.lone)
+                _terminate(started, start.single_rank)
 
         with handling_stops(forward):
             status = started.wait()
@@ -143,7 +145,7 @@ def run(
     if received and status <= 0 and not (too_late and status == 0):
         return 128 + received[0]
     if status < 0:  # of several ranks, torchrun says it
-        what = "rank 0" if start.lone else "torchrun"
+        what = "rank 0" if start.single_rank else "torchrun"
         print(f"controlbooth: {what} was ended by {signal_of(128 - status)}", file=sys.stderr)
     return status if status >= 0 else 128 - status
 
@@ -198,10 +200,10 @@ def _end_ranks(ranks: Sequence[psutil.Process], why: str, stopping: str) -> None
     psutil.wait_procs(left, timeout=GRACE_SECONDS)
 
 
-def _terminate(started: subprocess.Popen, lone: bool) -> None:
+def _terminate(started: subprocess.Popen, single_rank: bool) -> None:
     """SIGTERM to the ranks: torchrun itself would end with status 1 and a traceback although all of them ended well."""
     try:
-        ranks = [] if lone else psutil.Process(started.pid).children()
+        ranks = [] if single_rank else psutil.Process(started.pid).children()
     except psutil.NoSuchProcess:
         return
     for process in ranks:

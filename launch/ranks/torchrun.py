@@ -68,7 +68,7 @@ def torchrun_command(run_file: str, overrides: Sequence[str], name: str, node: N
     return [sys.executable, *torchrun_arguments(node, meeting, name, worker, [run_file, *overrides])]
 
 
-def lone_command(run_file: str, overrides: Sequence[str], worker: str = WORKER) -> list[str]:
+def single_rank_command(run_file: str, overrides: Sequence[str], worker: str = WORKER) -> list[str]:
     """The argument list that starts the only rank of a run, which meets nobody.
 
     torchrun's own process would take 0.3 GiB beside it and two seconds before it.
@@ -76,7 +76,7 @@ def lone_command(run_file: str, overrides: Sequence[str], worker: str = WORKER) 
     return [sys.executable, "-u", "-m", worker, run_file, *overrides]  # unbuffered, as torchrun has it
 
 
-def lone_environment() -> dict[str, str]:
+def single_rank_environment() -> dict[str, str]:
     """What torchrun would tell the only rank, whatever the variables of the process that starts it say."""
     return {
         "RANK": "0",

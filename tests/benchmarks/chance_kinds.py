@@ -20,7 +20,7 @@ from controlbooth.data.condition_names import COMPUTABLE, COMPUTED
 from controlbooth.data.scenes.render import render
 from controlbooth.data.shards.manifest import open_dataset
 from controlbooth.launch.commands.data_pack import main as pack
-from controlbooth.trainer.evaluation.drawing import discs, noise_pictures
+from controlbooth.trainer.evaluation.drawing import disc_baseline, noise_pictures
 from controlbooth.trainer.evaluation.extract import extractor, fidelity
 from controlbooth.trainer.evaluation.figures import OF_ALL_KINDS
 from controlbooth.trainer.evaluation.held_out import EDGE_KINDS, HeldOutSet, load_held_out, scenes_of
@@ -62,7 +62,7 @@ def measure(held: HeldOutSet, shown_already: bool) -> dict[str, dict[str, float]
     """A row for each figure of the kind; those that every kind has only with the first one."""
     rows = range(len(held.keys))
     extract = extractor(held, {}, "cpu")
-    round_ones = np.stack([render(discs(one, SIDE), SIDE).image for one in scenes_of(held)])
+    round_ones = np.stack([render(disc_baseline(one, SIDE), SIDE).image for one in scenes_of(held)])
     real, noise, disc = (
         fidelity(images, held, rows, extract)
         for images in (held.targets, noise_pictures(rows, (SIDE, SIDE)), round_ones)

@@ -31,7 +31,7 @@ from equal_work import small_unet
 from record import write
 from sd15_step import random_module
 
-from controlbooth.launch.ranks.torchrun import Node, lone_environment, torchrun_environment
+from controlbooth.launch.ranks.torchrun import Node, single_rank_environment, torchrun_environment
 from controlbooth.models.architectures import SD15
 from controlbooth.models.controlnet import build_controlnet, control_residuals
 from controlbooth.models.text import TextEncoding
@@ -131,7 +131,7 @@ def run(program: str, options: argparse.Namespace) -> dict[str, float]:
     environment = dict(os.environ)
     if program == "ours":
         node = Node(processes=1, cores=os.cpu_count() or 1, gpus=torch.cuda.device_count(), head_port=0)
-        environment |= torchrun_environment(node, environment) | lone_environment()
+        environment |= torchrun_environment(node, environment) | single_rank_environment()
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     shutil.rmtree(folder)
     if done.returncode:

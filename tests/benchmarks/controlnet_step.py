@@ -3,8 +3,8 @@
     .venv/bin/python tests/benchmarks/controlnet_step.py [--peer-diffusers CHECKOUT --peer-python PYTHON] [--rounds 3]
 
 Both read the base and the pairs of equal_work.py and train at 128 px with batch 8 in one process on all cores: ours
-through `controlbooth train` with the encoders in the step and with columns, theirs through accelerate, in turns. To
-time both on the same torch, run this with the peer's Python, in which controlbooth is installed too.
+through `controlbooth train` with the encoders in the step and with the latent cache, theirs through accelerate, in
+turns. To time both on the same torch, run this with the peer's Python, in which controlbooth is installed too.
 
 Speed is measured from outside, from the end of step `--warm` to the last one; `cpu_seconds` is what all processes
 computed for a step, which a busy machine changes less than the time. Memory is the most that all processes of the
@@ -113,12 +113,12 @@ def computed(process: psutil.Process) -> float:
         return 0.0
 
 
-def our_run(folder: Path, precision: str, steps: int, columns: Path | None) -> list[str]:
+def our_run(folder: Path, precision: str, steps: int, latent_cache: Path | None) -> list[str]:
     tree = dict(
         name=f"ours-{time.monotonic_ns()}", output=str(folder / "runs"), max_steps=steps, global_batch_size=BATCH,
         micro_batch_size=BATCH, model=dict(base=str(folder / "base")), optimizer=dict(learning_rate=1e-5),
         data=dict(shards=str(folder / "shards"), condition="outline", resolution=SIZE,
-                  columns=None if columns is None else str(columns)),
+                  latent_cache=None if latent_cache is None else str(latent_cache)),
         engine=dict(precision=precision), checkpoint=dict(every_steps=10**6),
     )  # fmt: skip
     path = folder / f"{tree['name']}.yaml"
@@ -222,14 +222,14 @@ def compare(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
         pairs = loss_pairs(folder, precision)
         apart = max(abs(ours - plain) / plain for ours, plain in pairs)
         print(f"{precision}: losses on the same draws differ by at most {apart:.1e} of their size", flush=True)
-        cached = folder / f"columns-{precision}"
+        cached = folder / f"latents-{precision}"
         run_file = our_run(folder, precision, options.steps, cached)[4]
         controlbooth("data", "precompute", run_file, "--processes", "1")
-        measured: dict[str, list[Measured]] = {"ours, encoders in the step": [], "ours, columns": []}
+        measured: dict[str, list[Measured]] = {"ours, encoders in the step": [], "ours, latent cache": []}
         for number in range(options.rounds):
-            for name in ("ours, encoders in the step", "ours, columns"):
+            for name in ("ours, encoders in the step", "ours, latent cache"):
                 found = measured[name]
-                command = our_run(folder, precision, options.steps, cached if "columns" in name else None)
+                command = our_run(folder, precision, options.steps, cached if "latent cache" in name else None)
                 steps_done = our_steps(folder, command)
                 found.append(measure(command, steps_done, folder / "log", options.steps, options.warm))
                 print(f"{precision} {number} {name}: {found[-1]}", file=sys.stderr, flush=True)

@@ -239,7 +239,7 @@ COMMANDS = (
     Command(
         "ranks-precompute",
         lambda folder, world: ["-m", "controlbooth.trainer.controlnet.precompute", str(run_file(folder, world)),
-                               f"data.columns={folder / 'out'}"],
+                               f"data.latent_cache={folder / 'out'}"],
         any_file("out/*"),
         of_shards,
         ("agent", "rank"),
@@ -294,8 +294,8 @@ COMMANDS = (
     ),  # fmt: skip
     Command(
         "precompute",
-        lambda folder, world: ["data", "precompute", str(run_file(folder, world)), f"data.columns={folder / 'out'}",
-                               "--processes", "2"],
+        lambda folder, world: ["data", "precompute", str(run_file(folder, world)),
+                               f"data.latent_cache={folder / 'out'}", "--processes", "2"],
         any_file("out/*"),
         of_shards,
         THREE,

@@ -19,7 +19,7 @@ def plain_loss(base: Base, controlnet: Any, batch: DeviceBatch, autocast: bool) 
     """
     unet: Any = base.unet
     with torch.no_grad():
-        assert batch.pixel_values is not None, "the plain step has no columns"
+        assert batch.pixel_values is not None, "the plain step has no latent cache"
         posterior = base.vae.encode(batch.pixel_values.to(base.dtype)).latent_dist
         latents = posterior.mean + posterior.std * batch.posterior_noise.to(base.dtype)
         latents = latents * base.vae.config.scaling_factor

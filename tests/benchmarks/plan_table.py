@@ -53,7 +53,9 @@ def run_of(resolution: int, checkpointing: bool = False, precision: str = "bf16"
             global_batch_size=GLOBAL_BATCH,
             micro_batch_size=4,
             model=dict(base="published", family="sd15", gradient_checkpointing=checkpointing),
-            data=dict(shards="none", condition="edges", resolution=resolution, columns="columns" if cached else None),
+            data=dict(
+                shards="none", condition="edges", resolution=resolution, latent_cache="latents" if cached else None
+            ),
             engine=dict(precision=precision),
         )
     )
@@ -129,7 +131,7 @@ def unet_training(architecture: Any, precision: torch.dtype, size: int, resoluti
         traffic_bytes=live.traffic,
         operations=live.operations,
         batch_bytes=0,
-        column_bytes=0,
+        cached_bytes=0,
     )
 
 

@@ -257,7 +257,7 @@ def plant_and_run(trial: Trial, port: int) -> None:
     trial.run("train", "lost.yaml", expect=(1, 2))
     # What is made of a run
     trial.run("data", "pack", "pictures", "-o", "packed", "--condition", "canny", "--caption", "a {folder}")
-    trial.run("data", "precompute", "signed.yaml", "data.columns=columns", "data.held_out=null")
+    trial.run("data", "precompute", "signed.yaml", "data.latent_cache=latents", "data.held_out=null")
     trial.run("evaluate", "runs/signed", "--samples", "4", "--steps", "2")
     trial.run("report", "runs/signed", "-o", "report.html")
     trial.run("export", "runs/signed", "exported")

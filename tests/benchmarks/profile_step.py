@@ -63,7 +63,7 @@ def main() -> None:
         config = load_config(options.run, overrides)
         run = build.build(config, world, attempt, watchdog, None)
         steps = {"after": partial(our_step, run)}
-        if config.data.columns is None and config.global_batch_size == config.micro_batch_size:
+        if config.data.latent_cache is None and config.global_batch_size == config.micro_batch_size:
             steps = {"before": plain_step(config, run.precision, run.loader, world)} | steps
         for step in steps.values():
             for _ in range(3):

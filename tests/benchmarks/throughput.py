@@ -33,7 +33,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from controlbooth.data.loading.batches import MicroBatch
 from controlbooth.data.order import draws
-from controlbooth.data.shards.columns import EncodedBatch
+from controlbooth.data.shards.latent_cache import EncodedBatch
 from controlbooth.models.attention import AttentionChoice, apply_attention, attention_shapes, choose_attention
 from controlbooth.models.base import Base
 from controlbooth.models.controlnet import build_controlnet, denoise
@@ -60,7 +60,7 @@ class Case:
     attention: str = "auto"
     gradient_checkpointing: bool = False
     cached: bool = False
-    """Latents and text from columns instead of encoders in the step."""
+    """Latents and text from a latent cache instead of encoders in the step."""
     settings: str = "default"
     """A name of SETTINGS."""
 
@@ -187,13 +187,13 @@ def make_batch(case: Case, base: Base) -> MicroBatch:
     random = np.random.default_rng(0)
     pictures = random.integers(0, 256, (2, count, 3, case.resolution, case.resolution), np.uint8)
     captions = [CAPTIONS[row % 2] for row in range(count)]
-    columns = None
+    encoded = None
     if case.cached:
         pixels = to_pixel_values(torch.from_numpy(pictures[0]).to(base.device))
         posterior = [encode_posterior(base, picture[None]) for picture in pixels]
         mean, std = (torch.cat(parts) for parts in zip(*posterior, strict=True))
         text = encode_kept(base, captions)
-        columns = EncodedBatch(
+        encoded = EncodedBatch(
             mean=as_array(mean),
             std=as_array(std),
             latents_dtype=dtype_name(base.vae),
@@ -207,7 +207,7 @@ def make_batch(case: Case, base: Base) -> MicroBatch:
         places=np.stack([positions * 0, positions], axis=1),
         pixel_values=None if case.cached else pictures[0],
         conditioning=pictures[1],
-        columns=columns,
+        encoded=encoded,
         captions=captions,
         dropped=np.array([not caption for caption in captions]),
         timesteps=draws.timesteps(0, positions, 1000),

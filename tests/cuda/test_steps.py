@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import run_tree, weights
 
-from controlbooth.data.shards.columns import EncodedBatch
+from controlbooth.data.shards.latent_cache import EncodedBatch
 from controlbooth.data.shards.manifest import open_dataset
 from controlbooth.models.attention import AttentionChoice, apply_attention
 from controlbooth.models.controlnet import build_controlnet, denoise, predict
@@ -93,14 +93,14 @@ def test_losses_and_gradients_are_those_of_the_cpu(folder, world):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_columns_give_the_loss_that_encoding_in_the_step_gives_bit_for_bit(folder, world, dtype):
-    config = config_of(folder, "columns")
+def test_a_latent_cache_gives_the_loss_that_encoding_in_the_step_gives_bit_for_bit(folder, world, dtype):
+    config = config_of(folder, "latents")
     base = base_on(folder, world.device, dtype)
     controlnet = controlnet_of(base, moved=0.02).to(dtype)
     (micro, *_), *_ = batches(folder, world, base, config, 1)
     mean, std = encode_posterior(base, to_pixel_values(torch.from_numpy(micro.pixel_values).to(base.device)))
     text = encode_kept(base, micro.captions)
-    columns = EncodedBatch(
+    encoded = EncodedBatch(
         as_array(mean),
         as_array(std),
         dtype_name(base.vae),
@@ -108,7 +108,7 @@ def test_columns_give_the_loss_that_encoding_in_the_step_gives_bit_for_bit(folde
         None,
         dtype_name(base.text_encoders[0]),
     )
-    stored = micro.__class__(**{**vars(micro), "columns": columns, "pixel_values": None})
+    stored = micro.__class__(**{**vars(micro), "encoded": encoded, "pixel_values": None})
     with torch.no_grad():
         losses = [controlnet_loss(base, controlnet, to_device(one, 0, world.device), None) for one in (micro, stored)]
     assert torch.equal(*losses)

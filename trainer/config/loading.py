@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from controlbooth.data.files.records import Damaged, parse_yaml, read_yaml
 from controlbooth.data.secrets import without_secrets
 from controlbooth.trainer.config.file_kinds import RUN, kind_of, mistaken_for
+from controlbooth.trainer.config.renamed import rename_keys, renamed, with_new_names
 from controlbooth.trainer.config.run import RESOLVED, RunConfig
 from controlbooth.trainer.config.section import ConfigError
 
@@ -40,8 +41,10 @@ def read_tree(path: str | os.PathLike[str], overrides: Sequence[str] = (), kind:
     refuse_other_kind(tree, path, kind)
     if path.name == RESOLVED:
         _forget_secrets(tree)
+    if kind == RUN:  # before the overrides, which may have either name too, and win over both
+        rename_keys(tree, f"run file {path}")
     for override in overrides:
-        _override(tree, override)
+        _override(tree, override, kind)
     return tree
 
 
@@ -60,6 +63,7 @@ def refuse_other_kind(tree: Any, path: Path, kind: str) -> None:
 
 def build_config(tree: dict[str, Any], source: str = "the run config") -> RunConfig:
     """A nested dict -> RunConfig; every error of the tree in one ConfigError."""
+    rename_keys(tree, source)
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
@@ -82,11 +86,11 @@ def explain_errors(error: ValidationError, model: type[BaseModel]) -> str:
     return "; ".join(told)
 
 
-def _override(tree: dict[str, Any], override: str) -> None:
+def _override(tree: dict[str, Any], override: str, kind: str) -> None:
     key, separator, value = override.partition("=")
     if not separator or not key:
         raise ConfigError(f"override {override!r} is not section.key=value, e.g. optimizer.learning_rate=1e-5")
-    *parents, leaf = key.split(".")
+    *parents, leaf = (renamed(key) if kind == RUN else key).split(".")
     node = tree
     for depth, parent in enumerate(parents):
         if node.get(parent) is None:  # not in the file, or a section without a key
@@ -145,7 +149,7 @@ def dump(config: RunConfig) -> str:
 
 def changes(before: str, now: str) -> list[str]:
     """`section.key: old -> new` of each field that differs between two dumps."""
-    old, new = (dict(_leaves(yaml.safe_load(text))) for text in (before, now))
+    old, new = (with_new_names(dict(_leaves(yaml.safe_load(text)))) for text in (before, now))
     names = [*new, *(name for name in old if name not in new)]
     return [f"{n}: {old.get(n)} -> {new.get(n)}" for n in names if old.get(n) != new.get(n)]
 

@@ -71,7 +71,7 @@ class DataConfig(Section):
     """Several such data sets, mixed by weight or in proportion to their samples."""
     condition: str
     """Which condition of a sample to train on: `edges` reads key.cond.edges.png. `computed:canny_random` needs none: it
-    is made of the cut and mirrored picture at each presentation, with other thresholds each time. So can be: canny,
+    is made of the cut and mirrored picture at each visit, with other thresholds each time. So can be: canny,
     canny_random, soft_edges, scribble, lineart, lines, gray, blur."""
     held_out: str | None = None
     """Shards that are never trained on, for validation. Without them nothing is validated."""
@@ -83,9 +83,9 @@ class DataConfig(Section):
     aspect_step: int = Field(default=64, gt=0)
     """Sides of these shapes are multiples of it: 64 for Stable Diffusion, 16 for the miniature."""
     prompt_dropout: float = Field(default=0.5, ge=0.0, le=1.0)
-    """Share of presentations whose prompt is replaced by the empty string (ControlNet: 0.5)."""
+    """Share of sample visits whose prompt is replaced by the empty string (ControlNet: 0.5)."""
     random_flip: bool = False
-    """Mirror half of the presentations, picture and condition alike. Wrong where captions say left and right, and
+    """Mirror half of the sample visits, picture and condition alike. Wrong where captions say left and right, and
     refused for poses and key points, whose colours do."""
     random_crop: bool = False
     """Crop at a random place rather than at the centre where a picture is not square."""
@@ -102,9 +102,9 @@ class DataConfig(Section):
     cache_gib: float = Field(default=100.0, gt=0.0)
     """What the cache may hold; the shards used last stay. Room for lanes * shards_per_block shards over the nodes is
     needed, and twice that lets each next shard be fetched before its lane reaches it."""
-    columns: Path | None = None
-    """Folder of latents and text embeddings, which `controlbooth data precompute` writes there and the run then takes
-    instead of running the VAE and the text encoder. Not with random_crop."""
+    latent_cache: Path | None = None
+    """Folder of the latent and text-embedding cache, which `controlbooth data precompute` writes there and the run then
+    takes instead of running the VAE and the text encoder. Not with random_crop."""
     max_pixels: int = Field(default=MAX_PIXELS, gt=0)
     """A sample with a larger picture, target or condition, is bad: it would take 3 bytes of memory for each pixel."""
     max_bad_rate: float = Field(default=0.01, ge=0.0, le=1.0)
@@ -255,15 +255,17 @@ class RunConfig(Section):
                 f"data.condition={self.data.condition} tells left from right by colour, and data.random_flip would "
                 "mirror its places and not its colours: set data.random_flip=false"
             )
-        if self.data.columns and computed_kind(self.data.condition):
+        if self.data.latent_cache and computed_kind(self.data.condition):
             raise UserError(
-                f"data.condition={self.data.condition} is made of the pictures, which data.columns={self.data.columns} "
-                "stands for: leave data.columns out, or write the condition into shards by `controlbooth data annotate`"
+                f"data.condition={self.data.condition} is made of the pictures, which "
+                f"data.latent_cache={self.data.latent_cache} stands for: leave data.latent_cache out, or write the "
+                "condition into shards by `controlbooth data annotate`"
             )
-        if self.data.columns and self.data.random_crop:
+        if self.data.latent_cache and self.data.random_crop:
             raise UserError(
-                f"data.columns={self.data.columns} has latents of pictures cut at the centre, and data.random_crop "
-                "wants others at every presentation: set data.random_crop=false, or leave data.columns out"
+                f"data.latent_cache={self.data.latent_cache} has latents of pictures cut at the centre, and "
+                "data.random_crop wants others at every visit: set data.random_crop=false, or leave "
+                "data.latent_cache out"
             )
         lanes = self.data.lanes or self.global_batch_size
         if lanes % self.global_batch_size:

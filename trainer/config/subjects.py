@@ -131,7 +131,7 @@ class SubjectRunConfig(Section):
     max_grad_norm: float = Field(default=1.0, gt=0.0)
     min_snr_gamma: float | None = Field(default=None, gt=0.0)
     random_flip: bool = False
-    """Mirror half of the presentations. Wrong for subjects that carry writing."""
+    """Mirror half of the sample visits. Wrong for subjects that carry writing."""
     instance_prompt: str = "a {identifier} {class_noun}"
     class_prompt: str = "a {class_noun}"
     identifiers: tuple[str, ...] = ()

@@ -16,7 +16,7 @@ from controlbooth.data.loading.plan import check_version, continued_history, res
 from controlbooth.data.loading.tokens import told_of_cut
 from controlbooth.data.order.settings import DrawSettings
 from controlbooth.data.shards.cache import Cache
-from controlbooth.data.shards.columns import Columns, open_columns
+from controlbooth.data.shards.latent_cache import LatentCache, open_latent_cache
 from controlbooth.data.shards.manifest import Dataset, open_dataset
 from controlbooth.models.attention import AttentionChoice, AttentionShape, apply_attention, attention_shapes
 from controlbooth.models.base import Base
@@ -36,7 +36,7 @@ from controlbooth.trainer.config.section import ConfigError
 from controlbooth.trainer.controlnet import unlock as unlocking
 from controlbooth.trainer.controlnet.data import open_data, run_buckets
 from controlbooth.trainer.controlnet.session import Run
-from controlbooth.trainer.encoding import column_identities, computed_here
+from controlbooth.trainer.encoding import computed_here, latent_cache_identities
 from controlbooth.trainer.engine import deepspeed as engines
 from controlbooth.trainer.engine import ema
 from controlbooth.trainer.engine.device import device_name
@@ -65,13 +65,13 @@ def build(config: RunConfig, world: World, attempt: Attempt, watchdog: Watchdog,
     precision = settle_precision(config, world, saved)
     base = load_base(base_path(config), config.model.family, engines.DTYPES[precision], world.device)
     dataset, held, extract = open_inputs(config, world, base)
-    columns = open_run_columns(config, world, base, dataset)
+    latent_cache = open_run_latent_cache(config, world, base, dataset)
     controlnet, chosen = load_networks(config, world, attempt, base, precision)
     report = parameter_report(controlnet)
     unlocked = bool(saved and latest and check_saved(saved, latest, config, world, base, precision))
     engine, average = make_engine(config, world, attempt, base, controlnet, precision, saved, latest, unlocked)
     step = saved["step"] if saved else 0
-    loader = make_loader(config, world, base, dataset, step, attempt.run, saved and saved["order"], columns)
+    loader = make_loader(config, world, base, dataset, step, attempt.run, saved and saved["order"], latent_cache)
     if saved:
         check_position(resume_position(saved["order"], loader.order, dataset.fingerprint), step, config)
     run = Run(
@@ -251,7 +251,7 @@ def make_loader(
     step: int,
     folder: Path,
     order: dict[str, Any] | None = None,
-    columns: Columns | None = None,
+    latent_cache: LatentCache | None = None,
 ) -> Loader:
     """order: the data order of the checkpoint that the run goes on from."""
     data = config.data
@@ -285,25 +285,25 @@ def make_loader(
         cache=Cache(data.cache, int(data.cache_gib * 2**30)) if data.cache else None,
         ranks_per_node=world.ranks_per_node,
         history=history,
-        columns=columns,
+        latent_cache=latent_cache,
         max_pixels=data.max_pixels,
     )
 
 
-def open_run_columns(config: RunConfig, world: World, base: Base, dataset: Dataset) -> Columns | None:
-    """The columns that the run names, all there and of its encoders, pictures and shards; None where it names none."""
-    folder = config.data.columns
+def open_run_latent_cache(config: RunConfig, world: World, base: Base, dataset: Dataset) -> LatentCache | None:
+    """Opens the latent cache of the run, whole and of its encoders, pictures and shards; None where it names none."""
+    folder = config.data.latent_cache
     if folder is None:
         return None
     buckets = run_buckets(config, dataset)
-    columns = open_columns(folder, dataset, buckets, column_identities(config, base, buckets.shapes))
-    here, there = computed_here(config, world.device), columns.computed
+    latent_cache = open_latent_cache(folder, dataset, buckets, latent_cache_identities(config, base, buckets.shapes))
+    here, there = computed_here(config, world.device), latent_cache.computed
     if list(there) == [here]:
-        say(world, f"columns of {folder}: bitwise what this run would compute")
+        say(world, f"latent cache in {folder}: bitwise what this run would compute")
     else:
         facts = f"computed with {', '.join(map(str, there))}, where this run would compute with {here}"
-        say(world, f"columns of {folder}: {facts}; last bits may differ")
-    return columns
+        say(world, f"latent cache in {folder}: {facts}; last bits may differ")
+    return latent_cache
 
 
 def check_aspect_step(config: RunConfig, base: Base) -> None:

@@ -22,7 +22,7 @@ def open_data(config: RunConfig, world: World) -> tuple[Dataset, HeldOutSet | No
                 open_dataset(location, index_missing=True)
     barrier()
     dataset = join_datasets([open_dataset(location) for location in locations])
-    check_readable(dataset, config.data.condition, config.data.max_pixels, pictures=config.data.columns is None)
+    check_readable(dataset, config.data.condition, config.data.max_pixels, pictures=config.data.latent_cache is None)
     if world.rank == 0 and (lines := shrunk_lines(dataset, config.data.condition, config.data.resolution)):
         say(world, f"warning: {lines}")
     if not config.data.held_out:

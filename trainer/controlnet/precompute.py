@@ -1,9 +1,10 @@
-"""Writes the column caches of a run.
+"""Writes the latent cache of a run.
 
     torchrun ... -m controlbooth.trainer.controlnet.precompute run.yaml [section.key=value ...]
 
-Each rank takes every world_size-th shard that has no columns yet, and no rank waits for another. A column shard gets
-its name when it is whole, so a killed command loses the shards in work and is started again, on any number of ranks.
+Each rank takes every world_size-th shard that is not in the cache yet, and no rank waits for another. A shard of
+the cache gets its name when it is whole, so a killed command loses the shards in work and is started again, on any
+number of ranks.
 Latents are computed in batches of exactly micro_batch_size and in the precision of the run: see trainer/encoding.py.
 """
 
@@ -36,20 +37,20 @@ from controlbooth.data.pictures.images import BadSample, decode_image, memory_na
 from controlbooth.data.secrets import error_text
 from controlbooth.data.shards.cache import Cache
 from controlbooth.data.shards.captions import read_captions
-from controlbooth.data.shards.columns import (
+from controlbooth.data.shards.latent_cache import (
     REPAIR,
     Add,
-    Columns,
+    LatentCache,
     check_stated,
     damaged,
     latents_parts,
     missing,
-    plan_columns,
+    plan_latent_cache,
     read_stated,
     state,
     stored_bytes,
     text_parts,
-    written_column,
+    written_cache_shard,
 )
 from controlbooth.data.shards.manifest import Dataset
 from controlbooth.data.shards.reader import ShardReader
@@ -62,11 +63,11 @@ from controlbooth.trainer.config.section import ConfigError
 from controlbooth.trainer.controlnet.data import open_data, run_buckets
 from controlbooth.trainer.encoding import (
     as_array,
-    column_identities,
     computed_here,
     encode_batch,
     encode_captions,
     encode_posterior,
+    latent_cache_identities,
     to_pixel_values,
 )
 from controlbooth.trainer.engine import deepspeed as engines
@@ -95,7 +96,7 @@ class Work:
     base: Base
     dataset: Dataset
     buckets: Buckets
-    columns: Columns
+    latent_cache: LatentCache
     reader: ShardReader
     pool: ThreadPoolExecutor
     max_pixels: int
@@ -127,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))  # unfinished shards are deleted on the way out
     try:
         config = load_config(options.run, options.overrides)
-        folder = config.data.columns
+        folder = config.data.latent_cache
         return precompute(config, join(), options.dry_run)
     except (ValueError, OSError, DistError) as error:
         if folder is not None and (folder / LOCK).exists():  # the command that started the ranks repeats it at the end
@@ -141,33 +142,35 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def precompute(config: RunConfig, world: World, dry_run: bool = False) -> int:
-    """Computes the columns that are missing in data.columns. Raises ConfigError, ValueError and OSError."""
-    folder = config.data.columns
+    """Computes what is missing in data.latent_cache. Raises ConfigError, ValueError and OSError."""
+    folder = config.data.latent_cache
     if folder is None:
-        raise ConfigError("data.columns is not set: name the folder to write to, e.g. data.columns=shards/columns")
+        raise ConfigError(
+            "data.latent_cache is not set: name the folder to write to, e.g. data.latent_cache=shards/latents"
+        )
     precision = engines.resolve_precision(config.engine.precision, world.device, config.engine.zero_stage)
     base = load_base(base_path(config), config.model.family, engines.DTYPES[precision], world.device)
     without_held_out = config.model_copy(update={"data": config.data.model_copy(update={"held_out": None})})
     dataset, _ = open_data(without_held_out, world)
     check_apart(folder, dataset)
     buckets = run_buckets(config, dataset)
-    identities = column_identities(config, base, buckets.shapes)
-    columns = plan_columns(folder, dataset, buckets, identities)
+    identities = latent_cache_identities(config, base, buckets.shapes)
+    latent_cache = plan_latent_cache(folder, dataset, buckets, identities)
     with only_writer(folder, world, dry_run):
         jobs: dict[int, list[str]] = {}
-        spoiled = all_damaged(columns, world)
+        spoiled = all_damaged(latent_cache, world)
         if world.rank == 0:  # by one alone: who asks later sees what others have finished meanwhile
             check_stated(folder, identities)
-            jobs = lacking_kinds(columns, spoiled)
-            check_room(folder, report(base, dataset, columns, jobs))
+            jobs = lacking_kinds(latent_cache, spoiled)
+            check_room(folder, report(base, dataset, latent_cache, jobs))
             if not dry_run and (jobs or read_stated(folder) is None):
                 state(folder, identities, computed_here(config, world.device))
         jobs = from_first_rank(jobs)
         if dry_run:
             return 0
-        bad = compute(config, world, base, dataset, buckets, columns, jobs)
+        bad = compute(config, world, base, dataset, buckets, latent_cache, jobs)
     if bad:
-        print(f"rank {world.rank}: {bad} samples cannot be read, and have no columns", file=sys.stderr)
+        print(f"rank {world.rank}: {bad} samples cannot be read, and are not in the latent cache", file=sys.stderr)
     say(world, f"wrote {folder}" + ("" if world.world_size == 1 else " (rank 0; torchrun waits for the others)"))
     return 0
 
@@ -179,10 +182,10 @@ def only_writer(folder: Path, world: World, dry_run: bool) -> Iterator[None]:
     if world.rank == 0 and not dry_run:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open_lock(folder / LOCK)
-        free = take_lock(lock, "start no second command that computes columns there")
+        free = take_lock(lock, "start no second command that computes a latent cache there")
     try:
         if not from_first_rank(free):
-            raise ConfigError(f"another command computes columns in {folder}. Wait for it, or stop it")
+            raise ConfigError(f"another command computes the latent cache in {folder}. Wait for it, or stop it")
         yield
         (folder / f"failed-{world.rank}.json").unlink(missing_ok=True)  # of an earlier attempt
     finally:
@@ -191,37 +194,37 @@ def only_writer(folder: Path, world: World, dry_run: bool) -> Iterator[None]:
 
 
 def check_apart(folder: Path, dataset: Dataset) -> None:
-    """Raises ConfigError where columns would lie among shards, and be taken for some."""
+    """Raises ConfigError where the latent cache would lie among shards, and be taken for some."""
     among = {path.resolve().parent for path in dataset.paths if isinstance(path, Path)}
     if folder.resolve() in among:
         raise ConfigError(
-            f"data.columns={folder} holds shards of the data, and columns beside them would be taken for shards: "
-            f"name a folder of their own, e.g. data.columns={folder / 'columns'}"
+            f"data.latent_cache={folder} holds shards of the data, and a latent cache beside them would be taken for "
+            f"shards: name a folder of its own, e.g. data.latent_cache={folder / 'latents'}"
         )
 
 
-def all_damaged(columns: Columns, world: World) -> list[tuple[str, int]]:
+def all_damaged(latent_cache: LatentCache, world: World) -> list[tuple[str, int]]:
     """(kind, shard) of what is there and damaged, on every rank; each has read its share, and told what it found."""
     group = patient_group() if world.world_size > 1 else None  # a share may be terabytes
-    mine = damaged(columns, world.rank, world.world_size)
+    mine = damaged(latent_cache, world.rank, world.world_size)
     for fault in mine.values():
         print(f"to be computed again: {fault.removesuffix(f': {REPAIR}')}", file=sys.stderr, flush=True)
     return [one for part in gather_objects(list(mine), world, group) for one in part]
 
 
-def lacking_kinds(columns: Columns, spoiled: Sequence[tuple[str, int]] = ()) -> dict[int, list[str]]:
-    """Shard -> kinds of columns that it lacks, or has damaged; equal shards of two sources share theirs."""
-    jobs = {columns.paths[kind][shard]: (kind, shard) for kind, shard in (*missing(columns), *spoiled)}
+def lacking_kinds(latent_cache: LatentCache, spoiled: Sequence[tuple[str, int]] = ()) -> dict[int, list[str]]:
+    """Shard -> kinds of cache shards that it lacks, or has damaged; equal shards of two sources share theirs."""
+    jobs = {latent_cache.paths[kind][shard]: (kind, shard) for kind, shard in (*missing(latent_cache), *spoiled)}
     kinds: dict[int, list[str]] = {}
     for kind, shard in jobs.values():
         kinds.setdefault(shard, []).append(kind)
     return kinds
 
 
-def report(base: Base, dataset: Dataset, columns: Columns, jobs: dict[int, list[str]]) -> int:
+def report(base: Base, dataset: Dataset, latent_cache: LatentCache, jobs: dict[int, list[str]]) -> int:
     """Says what is there and what is to be written; -> bytes of that. One caption a sample is reckoned with."""
     needed = 0
-    for kind, size in sample_bytes(base, columns).items():
+    for kind, size in sample_bytes(base, latent_cache).items():
         lacking = [shard for shard, kinds in jobs.items() if kind in kinds]
         samples = sum(dataset.rows[shard].usable for shard in lacking)
         needed += samples * size
@@ -235,13 +238,13 @@ def report(base: Base, dataset: Dataset, columns: Columns, jobs: dict[int, list[
     return needed
 
 
-def sample_bytes(base: Base, columns: Columns) -> dict[str, int]:
-    """Bytes of a sample in each kind of column shard, of its largest picture and with one caption."""
-    height, width = max(columns.identities["latents"]["shapes"], key=lambda shape: shape[0] * shape[1])
+def sample_bytes(base: Base, latent_cache: LatentCache) -> dict[str, int]:
+    """Bytes of a sample in each kind of cache shard, of its largest picture and with one caption."""
+    height, width = max(latent_cache.identities["latents"]["shapes"], key=lambda shape: shape[0] * shape[1])
     posterior = encode_posterior(base, torch.zeros(1, 3, height, width, device=base.device))
     text = [tensor for tensor in encode_captions(base, [""]) if tensor is not None]
     return {
-        "latents": stored_bytes([as_array(tensor[0]) for tensor in posterior] * (1 + columns.flips)),
+        "latents": stored_bytes([as_array(tensor[0]) for tensor in posterior] * (1 + latent_cache.flips)),
         "text": stored_bytes([as_array(tensor[0]) for tensor in text]),
     }
 
@@ -252,8 +255,8 @@ def check_room(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise ConfigError(
-            f"the columns need {needed / 2**30:.3f} GiB, and the disk of {existing} has {free / 2**30:.3f} GiB free. "
-            "Free some, or name another folder in data.columns"
+            f"the latent cache needs {needed / 2**30:.3f} GiB, and the disk of {existing} has {free / 2**30:.3f} GiB "
+            "free. Free some, or name another folder in data.latent_cache"
         )
 
 
@@ -263,10 +266,10 @@ def compute(
     base: Base,
     dataset: Dataset,
     buckets: Buckets,
-    columns: Columns,
+    latent_cache: LatentCache,
     jobs: dict[int, list[str]],
 ) -> int:
-    """This rank's share of the shards; -> how many of their samples lack some column."""
+    """This rank's share of the shards; -> how many of their samples lack something."""
     data = config.data
     mine = sorted(jobs)[world.rank :: world.world_size]
     cv2.setNumThreads(1)
@@ -278,14 +281,14 @@ def compute(
         ThreadPoolExecutor(data.threads) as pool,
         tqdm(total=total, unit="sample", desc=name, disable=world.rank != 0) as bar,
     ):
-        work = Work(config.micro_batch_size, base, dataset, buckets, columns, reader, pool, data.max_pixels)
+        work = Work(config.micro_batch_size, base, dataset, buckets, latent_cache, reader, pool, data.max_pixels)
         for shard in mine:
             bad += compute_shard(work, shard, jobs[shard], bar)
     return bad
 
 
 def compute_shard(work: Work, shard: int, kinds: Sequence[str], bar: tqdm) -> int:
-    """Commits the column shards of these kinds of one shard; -> how many of its samples cannot be read."""
+    """Commits the cache shards of these kinds of one shard; -> how many of its samples cannot be read."""
     path, bad = work.dataset.paths[shard], 0
     index = load_index(index_path(path))
     waiting: dict[Shape, list[Sample]] = {}
@@ -293,8 +296,8 @@ def compute_shard(work: Work, shard: int, kinds: Sequence[str], bar: tqdm) -> in
     with contextlib.ExitStack() as stack:
         adds: dict[str, Add] = {}
         for kind in kinds:
-            stated = {"shard": path.name, "index": index.digest, **work.columns.identities[kind]}
-            adds[kind] = stack.enter_context(written_column(work.columns.paths[kind][shard], index, stated))
+            stated = {"shard": path.name, "index": index.digest, **work.latent_cache.identities[kind]}
+            adds[kind] = stack.enter_context(written_cache_shard(work.latent_cache.paths[kind][shard], index, stated))
         for sample in read_shard(work, shard, index):
             bad += sample.bad
             if "latents" in adds and sample.picture is not None:
@@ -364,9 +367,9 @@ def add_latents(add: Add, work: Work, samples: list[Sample]) -> None:
     pictures = [sample.picture for sample in samples if sample.picture is not None]
     pictures += pictures[-1:] * (work.batch - len(pictures))
     pixels = torch.from_numpy(np.stack(pictures)).to(work.base.device)
-    dtype = work.columns.identities["latents"]["dtype"]
+    dtype = work.latent_cache.identities["latents"]["dtype"]
     arrays: list[dict[str, np.ndarray]] = [{} for _ in samples]
-    for flipped in (False, True)[: 1 + work.columns.flips]:
+    for flipped in (False, True)[: 1 + work.latent_cache.flips]:
         posterior = encode_posterior(work.base, to_pixel_values(pixels.flip(3) if flipped else pixels))
         for name, tensor in zip(latents_parts(dtype, flipped), posterior, strict=True):
             for array, sample in zip(as_array(tensor), arrays, strict=False):
@@ -377,7 +380,7 @@ def add_latents(add: Add, work: Work, samples: list[Sample]) -> None:
 
 def add_text(add: Add, work: Work, samples: list[Sample]) -> None:
     """Encodes the captions of these samples that are not empty: the empty prompt is kept with the base."""
-    identity = work.columns.identities["text"]
+    identity = work.latent_cache.identities["text"]
     captions = [
         (at, number, caption)
         for at, sample in enumerate(samples)

@@ -42,9 +42,9 @@ class DeviceBatch:
     weights: Tensor
     """(B,) float32: 0 where no sample could be read."""
     posterior: tuple[Tensor, Tensor] | None = None
-    """Mean and standard deviation (B, C, h, w) in the VAE's dtype, from columns."""
+    """Mean and standard deviation (B, C, h, w) in the VAE's dtype, from the latent cache."""
     text: Encoded | None = None
-    """Of the captions that are not empty, from columns; None too where all are empty."""
+    """Of the captions that are not empty, from the latent cache; None too where all are empty."""
 
 
 def to_device(batch: MicroBatch, seed: int, device: torch.device) -> DeviceBatch:
@@ -56,7 +56,7 @@ def to_device(batch: MicroBatch, seed: int, device: torch.device) -> DeviceBatch
     def on_device(array) -> Tensor:
         return torch.from_numpy(array).to(device, non_blocking=True)
 
-    columns = batch.columns
+    encoded = batch.encoded
     return DeviceBatch(
         pixel_values=None if batch.pixel_values is None else to_pixel_values(on_device(batch.pixel_values)),
         conditioning_pixel_values=on_device(batch.conditioning).float() / 255.0,
@@ -65,8 +65,8 @@ def to_device(batch: MicroBatch, seed: int, device: torch.device) -> DeviceBatch
         noise=on_device(batch.noise),
         posterior_noise=on_device(posterior_noise),
         weights=on_device(batch.weights),
-        posterior=None if columns is None else posterior_of(columns, device),
-        text=None if columns is None else captions_of(columns, device),
+        posterior=None if encoded is None else posterior_of(encoded, device),
+        text=None if encoded is None else captions_of(encoded, device),
     )
 
 

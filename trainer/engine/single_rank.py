@@ -1,4 +1,4 @@
-"""Gradients of a rank that is alone, under DeepSpeed's stage 2.
+"""Gradients of a single rank, under DeepSpeed's stage 2.
 
 DeepSpeed copies each gradient into a bucket, out of it again after a reduction that has nothing to reduce, together
 into one flat tensor, and that to fp32: on a CPU a tenth of a ControlNet's step, on a GPU a gigabyte for the bucket.

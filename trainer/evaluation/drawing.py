@@ -160,7 +160,7 @@ def sample_rows(
     return rows
 
 
-def discs(what: Scene, size: int) -> Scene:
+def disc_baseline(what: Scene, size: int) -> Scene:
     """The scene with each object replaced by a disc of its area at its centre of mass: place and size, no outline."""
     rendering = render(what, size)
     objects = []

@@ -35,7 +35,7 @@ from controlbooth.trainer.engine.distributed import World, barrier, gather_objec
 from controlbooth.trainer.evaluation.chance import METRICS_VERSION
 from controlbooth.trainer.evaluation.distribution import Measures, measure_sets, open_measures
 from controlbooth.trainer.evaluation.drawing import (
-    discs,
+    disc_baseline,
     draw,
     noise_pictures,
     read_png,
@@ -54,7 +54,7 @@ from controlbooth.trainer.evaluation.kinds import LOWER_IS_BETTER
 from controlbooth.trainer.evaluation.publish import publish
 from controlbooth.trainer.evaluation.record import DISCS, NO_PROMPT, NOISE, REAL, WITH, WITHOUT
 from controlbooth.trainer.evaluation.report import write_report
-from controlbooth.trainer.evaluation.scenes.judge import load_judge, obedience_by_picture, read
+from controlbooth.trainer.evaluation.scenes.judge import load_judge, prompt_accuracy_by_picture, read
 from controlbooth.trainer.evaluation.statistics import mean_and_interval, share_of_possible
 from controlbooth.trainer.evaluation.target import Evaluated, named_networks, resolve, samples_to_draw
 from controlbooth.trainer.evaluation.verdict import as_tree, describe_run, read_verdict
@@ -122,7 +122,7 @@ def evaluate(target: Evaluated, options: argparse.Namespace, world: World) -> in
     seconds = time.perf_counter() - began
     scenes = scenes_of(held)
     if scenes:
-        drawn_discs = [render(discs(scenes[row], side), side).image for row in mine]
+        drawn_discs = [render(disc_baseline(scenes[row], side), side).image for row in mine]
         images[DISCS] = np.stack(drawn_discs) if drawn_discs else images[WITH]  # a rank without rows
     images[NOISE] = noise_pictures(mine, held.picture_size)
     images[REAL] = held.targets[mine]
@@ -133,7 +133,7 @@ def evaluate(target: Evaluated, options: argparse.Namespace, world: World) -> in
     everything = gather_objects(drawn, world)
     if world.rank == 0:
         for way, own in seen.items():
-            add_obedience([row for row in samples if row["way"] == way], own, scenes)
+            add_prompt_accuracy([row for row in samples if row["way"] == way], own, scenes)
         of_way = {way: [row for row in samples if row["way"] == way] for way in images}
         figures = {way: summary(rows, of_way[REAL]) for way, rows in of_way.items()}
         measured_by = {kind: str(Path(folder).resolve()) for kind, folder in networks.items() if kind == held.kind}
@@ -224,9 +224,12 @@ def judged(images: dict[str, np.ndarray], mine: Sequence[int], world: World) -> 
     return found
 
 
-def add_obedience(rows: Sequence[dict[str, Any]], seen: np.ndarray, scenes: list[Scene]) -> None:
-    """Puts each picture's own shares into its row; the figures are means over pictures, here and in a comparison."""
-    shares = obedience_by_picture(seen, scenes)
+def add_prompt_accuracy(rows: Sequence[dict[str, Any]], seen: np.ndarray, scenes: list[Scene]) -> None:
+    """Puts each picture's prompt accuracy into its row, as says_*, which is its name on disk and in MLflow.
+
+    The figures are means over pictures, here and in a comparison.
+    """
+    shares = prompt_accuracy_by_picture(seen, scenes)
     for row in rows:
         row |= {f"says_{name}": round(float(values[row["row"]]), 6) for name, values in shares.items()}
 

@@ -8,7 +8,7 @@ import numpy as np
 from controlbooth.data.conditions.functions import CONDITIONS
 from controlbooth.data.conditions.networks import NETWORKS, open_network
 from controlbooth.data.packing.sources import SEGMENTATION_STEP
-from controlbooth.trainer.evaluation.chance import strangers
+from controlbooth.trainer.evaluation.chance import negatives
 from controlbooth.trainer.evaluation.control import edge_f1, edge_map, line_map, mask_iou, object_mask
 from controlbooth.trainer.evaluation.held_out import HeldOutSet, scenes_of
 from controlbooth.trainer.evaluation.kinds import AGREEMENT
@@ -46,7 +46,7 @@ class Fidelity(NamedTuple):
     values: dict[str, np.ndarray]
     """(N,) float64: each picture against the condition that it was made under."""
     chances: dict[str, np.ndarray]
-    """(N,) float64: each picture against the conditions of its strangers, in the mean. Empty where the set holds one
+    """(N,) float64: each picture against the conditions of its negatives, in the mean. Empty where the set holds one
     sample: of that there is no chance."""
 
 
@@ -84,7 +84,7 @@ def fidelity(images: np.ndarray, held: HeldOutSet, rows: Sequence[int], extract:
     beside those of edges and masks. Chance is told by all samples of the set, whichever rows are asked for, so that
     ranks that share the pictures find the same.
     """
-    others = strangers(len(held.keys))
+    others = negatives(len(held.keys))
     values: dict[str, list[float]] = {}
     chances: dict[str, list[float]] = {}
     for find, given, prepare, agree in comparisons(held, extract):

@@ -10,7 +10,7 @@ OF_ALL_KINDS = ("edge_f1", "mask_iou")
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """result: as in evaluation.json. One block for each figure of control, and one table of all that captions say."""
+    """result: as in evaluation.json. One block for each figure of control, and one table of prompt accuracy."""
     figures = result["figures"]
     names = list(dict.fromkeys(name for own in figures.values() for name in own))
     control = [name for name in names if not name.startswith("says_")]
@@ -28,7 +28,7 @@ def table(result: Mapping[str, Any]) -> str:
     for name in control:
         lines += control_block(name, {way: own[name] for way, own in figures.items() if name in own})
     if says := [name for name in names if name.startswith("says_")]:
-        lines += ["", *says_block(says, figures)]
+        lines += ["", *prompt_accuracy_block(says, figures)]
     return "\n".join([*lines, *remarks(result)])
 
 
@@ -45,10 +45,10 @@ def control_block(name: str, figures: Mapping[str, Mapping[str, Any]]) -> list[s
     return lines
 
 
-def says_block(names: Sequence[str], figures: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What of the captions the pictures show; the real pictures and noise bound it."""
+def prompt_accuracy_block(names: Sequence[str], figures: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Writes the prompt accuracy: what of the captions the pictures show; the real pictures and noise bound it."""
     width = max(map(len, figures)) + 4
-    lines = ["shown of the captions".ljust(width) + "".join(f"{title(name):>20}" for name in names)]
+    lines = ["prompt accuracy".ljust(width) + "".join(f"{title(name):>20}" for name in names)]
     for way, own in figures.items():
         if any(name in own for name in names):
             cells = [cell(own[name]) if name in own else "-" for name in names]

@@ -16,7 +16,7 @@ from controlbooth.models.sampling import sample, to_uint8
 from controlbooth.trainer.evaluation.control import control_fidelity
 from controlbooth.trainer.evaluation.grids import draw_grid
 from controlbooth.trainer.evaluation.kinds import NEAR
-from controlbooth.trainer.evaluation.scenes.judge import load_judge, obedience, read
+from controlbooth.trainer.evaluation.scenes.judge import load_judge, prompt_accuracy, read
 from controlbooth.trainer.evaluation.scenes.reader import load_reader
 from controlbooth.trainer.miniature.pictures import to_tensor
 from controlbooth.trainer.miniature.readers import reading_real
@@ -97,9 +97,9 @@ def score(out: Path, count: int = 128) -> dict[str, float]:
         torch.cat([base.decode_latents(base.encode_latents(to_tensor(real[list(rows)]))) for rows in batches])
     ).numpy()
     error = np.square(restored.astype(float) - real).mean(axis=(1, 2, 3))
-    figures = {f"samples_{k}": v for k, v in obedience(read(judge, pictures), scenes).items()}
-    figures |= {f"real_{k}": v for k, v in obedience(read(judge, real), scenes).items()}
-    figures |= {f"restored_{k}": v for k, v in obedience(read(judge, restored), scenes).items()}
+    figures = {f"samples_{k}": v for k, v in prompt_accuracy(read(judge, pictures), scenes).items()}
+    figures |= {f"real_{k}": v for k, v in prompt_accuracy(read(judge, real), scenes).items()}
+    figures |= {f"restored_{k}": v for k, v in prompt_accuracy(read(judge, restored), scenes).items()}
     figures |= {f"reader_{k}": v for k, v in reading_real(load_reader(out / "reader.safetensors")).items()}
     figures["vae_psnr"] = float((10 * np.log10(255.0**2 / error)).mean())
     figures |= {f"restored_{k}": float(v.mean()) for k, v in _control_of(restored, scenes).items()}

@@ -14,7 +14,7 @@ from controlbooth.data.processes.parent import end_with_parent
 from controlbooth.data.scenes.render import HELD_OUT_SEED, LANDMARK_COLOURS, render, scene
 from controlbooth.models.weights import save_weights
 from controlbooth.trainer.evaluation.kinds import agreement
-from controlbooth.trainer.evaluation.scenes.judge import Judge, facts, obedience, read, split
+from controlbooth.trainer.evaluation.scenes.judge import Judge, facts, prompt_accuracy, read, split
 from controlbooth.trainer.evaluation.scenes.reader import KINDS, Reader, Reading, load_reader
 from controlbooth.trainer.evaluation.scenes.reader import read as read_condition
 from controlbooth.trainer.miniature.pictures import SIZE, pictures, to_tensor
@@ -46,7 +46,7 @@ def train_judge(work: Path, minutes: float) -> None:
     judge.eval()
     held_out = [scene(HELD_OUT_SEED, i) for i in range(1024)]
     seen = read(judge, np.stack([render(what).image for what in held_out]))
-    print("real held-out scenes:", {k: round(v, 4) for k, v in obedience(seen, held_out).items()})
+    print("real held-out scenes:", {k: round(v, 4) for k, v in prompt_accuracy(seen, held_out).items()})
     save_weights({k: v.half() for k, v in judge.state_dict().items()}, work / "judge.safetensors")
 
 

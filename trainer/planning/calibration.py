@@ -117,7 +117,7 @@ def _in_words(name: str, facts: Mapping[str, Any]) -> str:
         kernel = facts.get("attention", "auto")
         return f"attention {kernel}, which keeps {'its scores' if value else 'no scores'}"
     if name == "cached":
-        return "columns" if value else "encoders in the step"
+        return "latent cache" if value else "encoders in the step"
     if name == "gradient_checkpointing":
         return "gradient checkpointing" if value else "all activations kept"
     if name == "resolution":
@@ -207,7 +207,7 @@ def planned_facts(
         "precision": precision,
         "attention": config.model.attention,
         "gradient_checkpointing": config.model.gradient_checkpointing,
-        "cached": config.data.columns is not None,
+        "cached": config.data.latent_cache is not None,
     }
 
 
@@ -256,8 +256,8 @@ def config_of_row(config: RunConfig, row: Mapping[str, Any]) -> tuple[RunConfig,
     model = config.model.model_copy(
         update={"attention": facts.get("attention", "auto"), "gradient_checkpointing": facts["gradient_checkpointing"]}
     )
-    columns = Path("columns") if facts["cached"] else None
-    data = config.data.model_copy(update={"resolution": facts["resolution"], "columns": columns})
+    latent_cache = Path("latent-cache") if facts["cached"] else None
+    data = config.data.model_copy(update={"resolution": facts["resolution"], "latent_cache": latent_cache})
     same = facts["family"] == family_of(config) and base_path(config).is_dir()
     if not same and FAMILIES[facts["family"]].architecture is None:
         raise ConfigError(

@@ -289,14 +289,14 @@ def data_of(config: RunConfig, one: Footprint, storage_bandwidth: float) -> tupl
     """What a run reads, and whether its size was counted in shards that are here."""
     size, counted = sample_size(config, one)
     decoded = config.data.threads * DECODED_PER_CORE * (512 / config.data.resolution) ** 2
-    return Data(size, storage_bandwidth, math.inf if config.data.columns else decoded), counted
+    return Data(size, storage_bandwidth, math.inf if config.data.latent_cache else decoded), counted
 
 
 def sample_size(config: RunConfig, one: Footprint) -> tuple[float, bool]:
     """Bytes of a sample that come over the network, and whether they were counted in shards that are here."""
     picture = STORED_BYTES_PER_PIXEL * config.data.resolution**2
-    if config.data.columns is not None:  # beside the condition, about a third of picture and condition
-        return one.column_bytes / one.micro_batch_size + picture / 3, False
+    if config.data.latent_cache is not None:  # beside the condition, about a third of picture and condition
+        return one.cached_bytes / one.micro_batch_size + picture / 3, False
     try:
         dataset = join_datasets([open_dataset(source.shards) for source in sources(config)])
     except FileNotFoundError:

@@ -76,7 +76,7 @@ class Footprint:
 
     micro_batch_size: int
     frozen_bytes: int
-    """The base: U-Net, and VAE and text encoders, which are loaded whether or not columns stand for them."""
+    """The base: U-Net, and VAE and text encoders, which are loaded whether or not a latent cache stands for them."""
     trained_parameters: int
     largest_parameter: int
     """Elements of the largest trained tensor."""
@@ -86,7 +86,7 @@ class Footprint:
     """(activation bytes, gradient bytes) at the moments where neither is exceeded later with more of the other: weights
     excluded, gradients in the dtype of the run."""
     encoder_flops: int
-    """VAE and text encoders, of the whole micro-batch; 0 with columns."""
+    """VAE and text encoders, of the whole micro-batch; 0 with a latent cache."""
     training_flops: int
     """ControlNet and U-Net, forward and backward, recomputation included."""
     traffic_bytes: int
@@ -96,8 +96,8 @@ class Footprint:
     """Operations that run a kernel, forward and backward, encoders included: each costs the host its launch."""
     batch_bytes: int
     """What the loader hands over and the device holds of one micro-batch."""
-    column_bytes: int
-    """What of that is latents and hidden states from columns, as they are stored; 0 with online encoders."""
+    cached_bytes: int
+    """What of that is latents and hidden states from the latent cache, as they are stored; 0 with online encoders."""
 
     @property
     def activation_bytes(self) -> int:
@@ -117,7 +117,7 @@ def scaled(one: Footprint, micro_batch_size: int) -> Footprint:
         profile=tuple((round(activations * times), gradients) for activations, gradients in one.profile),
         **{
             name: round(getattr(one, name) * times)
-            for name in ("encoder_flops", "training_flops", "traffic_bytes", "batch_bytes", "column_bytes")
+            for name in ("encoder_flops", "training_flops", "traffic_bytes", "batch_bytes", "cached_bytes")
         },
     )
 
@@ -332,19 +332,19 @@ def _measured(config: RunConfig, base: Base, controlnet: Any, micro_batch_size: 
         traffic_bytes=live.traffic,
         operations=live.operations,
         batch_bytes=size,
-        column_bytes=sum(
+        cached_bytes=sum(
             t.numel() * t.element_size() for t in (*(batch.posterior or ()), *(batch.text or ())) if t is not None
         ),
     )
 
 
 def fake_batch(config: RunConfig, base: Base, size: int) -> DeviceBatch:
-    """A micro-batch as `to_device` leaves it: of pictures, or of what columns hold."""
+    """A micro-batch as `to_device` leaves it: of pictures, or of what the latent cache holds."""
     side = config.data.resolution
     latent = side // base.family.vae_factor
     shape = (size, base.unet.config["in_channels"], latent, latent)
     pixel_values, posterior, text = None, None, None
-    if config.data.columns is None:
+    if config.data.latent_cache is None:
         pixel_values = torch.zeros(size, 3, side, side)
     else:
         posterior = (torch.zeros(shape, dtype=base.vae.dtype), torch.zeros(shape, dtype=base.vae.dtype))

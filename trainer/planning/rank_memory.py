@@ -11,11 +11,11 @@ precision, N ranks and B = min(P, bucket) elements that are reduced at once:
     1, 2; fp32   4P       4P/N     8P/N  4P, in the bucket            4B                   8P/N
     2, bf16      2P       4P/N     8P/N  2P, in the bucket            6B + 4P/N            4P/N
     1, at once   2P       4P       8P    2P, in the bucket            2B                   8P
-    2, alone     bP       4P       8P    4P in fp32, always           -                    -
+    2, single    bP       4P       8P    4P in fp32, always           -                    -
     3            bP/N     4P/N     8P/N  4P/N, always                 gathered bP, (8-b)B  4P/N
 
 at once: one rank that takes the whole batch at once, in bf16 or fp16, so that nothing is added up in fp32.
-alone: one rank, whose gradients SingleRankGradients takes.
+single: a single rank, whose gradients SingleRankGradients takes.
 
 A bucket is allocated whole: 5e8 elements, whatever is in it. A CPU's memory is only taken where something was written.
 The three moments are compared, since activations are gone when the optimizer steps. On a CPU their memory is not: glibc
@@ -101,7 +101,7 @@ def rank_memory(
     width = 4 if fp32 else 2
     batch = global_batch_size or ranks * one.micro_batch_size
     native = fp32 or not sums_gradients(stage, batch, one.micro_batch_size)  # gradients have the weights' dtype
-    lone = is_single_rank(engine, ranks)
+    single_rank = is_single_rank(engine, ranks)
     share = total if stage == 0 else -(-total // ranks)
     masters = 0 if stage == 0 and fp32 else MASTER * share
     weights = width * (share if stage == 3 else total)
@@ -110,10 +110,10 @@ def rank_memory(
         "trained weights": weights,
         "optimizer": masters + MOMENTS * share,
         "moving average": MASTER * share if averaged else 0,
-        "gradients": ACCUMULATED * total if lone else _kept_gradients(stage, native, total, share),
+        "gradients": ACCUMULATED * total if single_rank else _kept_gradients(stage, native, total, share),
         "runtime": RUNTIME_BYTES[kind] + (ZERO_BYTES[kind] if stage else 0),
     }
-    if lone:
+    if single_rank:
         moments = {
             "backward": {"activations": one.activation_bytes, "gradients": width * one.largest_parameter},
             "optimizer": {},

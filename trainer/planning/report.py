@@ -83,7 +83,7 @@ def _heading(plan: Plan) -> str:
     size = one.micro_batch_size
     parts = [
         f"{config.name}: {config.data.resolution} px, {plan.precision}, shapes of {plan.shapes}",
-        "columns" if config.data.columns else "online encoders",
+        "latent cache" if config.data.latent_cache else "online encoders",
         "gradient checkpointing" if config.model.gradient_checkpointing else "all activations kept",
         f"{_cards(plan.layout)}, {plan.layout.accelerator.title}",
     ]
@@ -198,7 +198,7 @@ def storage_lines(plan: Plan) -> list[str]:
     a_second = step.samples_per_second * data.sample_bytes
     cores = step.samples_per_second / plan.layout.ranks * (plan.config.data.resolution / 512) ** 2 / DECODED_PER_CORE
     where = "counted in the shards" if plan.data_is_measured else "assumed"
-    decoding = "" if plan.config.data.columns else f"; decoding keeps {cores:.2f} cores of each rank busy"
+    decoding = "" if plan.config.data.latent_cache else f"; decoding keeps {cores:.2f} cores of each rank busy"
     network, storage = first_limits(plan.curve, data.storage_bandwidth)
     return [
         f"checkpoint    {size / GIB:.2f} GiB, {size / WRITE_BYTES:.0f} s at {WRITE_BYTES / 1e9:g} GB/s, every "

@@ -1,18 +1,19 @@
-"""Which start of a run may write in its folder: the newest one, and no other.
+"""Which attempt at a run may write in its folder: the newest one, and no other.
 
-    RUN/attempt.json      the number of the newest start, and where it runs
-    RUN/.attempt-N-ID/    what start N is making: a checkpoint, a status, a subject's LoRA, a cut metrics.jsonl
-    RUN/.lock             held by start N where the disk knows locks
+    RUN/attempt.json      the number of the newest attempt, and where it runs
+    RUN/.attempt-N-ID/    what attempt N is making: a checkpoint, a status, a subject's LoRA, a cut metrics.jsonl
+    RUN/.lock             held by attempt N where the disk knows locks
 
-Each start takes a larger number than all before it, and makes everything in a folder of its own, from which a finished
-thing is moved to its place. A new start empties and removes the folders of all older ones before it looks for the
-latest checkpoint. After that an older start cannot put anything in place, whatever it had read or checked before:
-nothing can be made in a folder that is gone, and nothing moved out of it or into it. So there is no moment between a
-check and a move at which a process that was asleep could do harm. What it had moved before that moment is there for
-its successor to go on from.
+Each attempt takes a larger number than all before it, and makes everything in a folder of its own, from which a
+finished thing is moved to its place. A new attempt empties and removes the folders of all older ones before it looks
+for the latest checkpoint. After that an older attempt cannot put anything in place, whatever it had read or checked
+before: nothing can be made in a folder that is gone, and nothing moved out of it or into it. So there is no moment
+between a check and a move at which a process that was asleep could do harm. What it had moved before that moment is
+there for its successor to go on from.
 
-Two starts at the same instant: both make their folder first and list the others' afterwards, so at least the lower one
-sees the higher one and gives up. The ID is drawn, so that no folder comes back under the name of one that was removed.
+Two attempts at the same instant: both make their folder first and list the others' afterwards, so at least the lower
+one sees the higher one and gives up. The ID is drawn, so that no folder comes back under the name of one that was
+removed.
 
 This needs of a disk what POSIX says of rename, mkdir and rmdir, each done as one by the machine that holds the disk:
 local disks, NFS, Lustre, GPFS and CephFS do so. It does not hold for an object store that is mounted as a disk. Beside
@@ -41,16 +42,16 @@ from controlbooth.trainer.run.continuing import RECORD, holder_of, read_record
 from controlbooth.trainer.run.disk_full import named_when_full
 
 GIVEN = "CONTROLBOOTH_ATTEMPT"
-"""Environment: the number that an engine gives to this start; larger at each restart of the same job."""
+"""Environment: the number that an engine gives to this attempt; larger at each restart of the same job."""
 WITHOUT_LOCKS = "a second start of this run is not refused: it takes the run over, and the first one ends"
 
 
 _DESCRIPTORS: dict[Path, int] = {}
-"""Of the folders of this process's starts, open."""
+"""Of the folders of this process's attempts, open."""
 
 
 class Superseded(RuntimeError):
-    """A newer start holds the run's folder. This one must end, and write nothing there."""
+    """A newer attempt holds the run's folder. This one must end, and write nothing there."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Attempt:
     run: Path
     number: int
     identity: str
-    """Drawn; settles which of two starts with one number is the newer."""
+    """Drawn; settles which of two attempts with one number is the newer."""
 
     @property
     def order(self) -> tuple[int, str]:
@@ -66,7 +67,7 @@ class Attempt:
 
     @property
     def folder(self) -> Path:
-        """Of its own, below the run's. It is gone as soon as a newer start has taken the run."""
+        """Of its own, below the run's. It is gone as soon as a newer attempt has taken the run."""
         return self.run / f".attempt-{self.number:06d}-{self.identity}"
 
 
@@ -76,7 +77,7 @@ def only_run(run: Path, world: World) -> Iterator[Attempt]:
 
     Every rank calls this. Raises ConfigError on all ranks where another training holds the lock, unless the engine has
     given a larger number than to that one, and so says that it is to be replaced. Inside, whatever fails because a
-    newer start has taken the folder is raised as Superseded.
+    newer attempt has taken the folder is raised as Superseded.
     """
     lock, answer = None, None
     if world.rank == 0:
@@ -109,12 +110,12 @@ def only_run(run: Path, world: World) -> Iterator[Attempt]:
 
 
 def is_superseded(attempt: Attempt) -> bool:
-    """Whether a newer start has begun to take the run, or has done so."""
+    """Whether a newer attempt has begun to take the run, or has done so."""
     return _newest(attempt.run) > attempt.order
 
 
 def check_still_ours(attempt: Attempt) -> None:
-    """Raises Superseded where a newer start has taken the run: an early notice, on which nothing depends."""
+    """Raises Superseded where a newer attempt has taken the run: an early notice, on which nothing depends."""
     if is_superseded(attempt) and not _is_there(attempt):
         raise _superseded(attempt)
 
@@ -210,7 +211,7 @@ def _given() -> int | None:
 
 
 def _remove(old: Attempt, new: Attempt) -> None:
-    """Takes away what an older start was making, until its folder is gone for good."""
+    """Takes away what an older attempt was making, until its folder is gone for good."""
     count = 0
     while True:
         if not new.folder.is_dir():
@@ -233,7 +234,7 @@ def _remove(old: Attempt, new: Attempt) -> None:
 
 
 def _names(folder: Path) -> list[str]:
-    """Of what is in it; none where another start has just taken the folder away."""
+    """Of what is in it; none where another attempt has just taken the folder away."""
     try:
         return os.listdir(folder)
     except FileNotFoundError:
@@ -255,7 +256,7 @@ def _starts(run: Path) -> list[Attempt]:
 
 
 def _newest(run: Path) -> tuple[int, str]:
-    """The order of the newest start. It has a folder before it has a record, and a record before its folder goes."""
+    """The order of the newest attempt. It has a folder before it has a record, and a record before its folder goes."""
     folders = [attempt.order for attempt in _starts(run)]
     record = read_record(run)
     return max([*folders, (record.get("number", 0), record.get("identity") or "")])

@@ -8,10 +8,10 @@
                               COMPLETE       sizes and digests of all files; written last, before the folder gets its
                                              name
 
-A checkpoint is made in the folder of this start of the run (attempt.py) and moved to its place after every rank has
-finished, so a name that is seen is a whole checkpoint, and a start that a newer one has replaced cannot put one there.
-A copy that lost a file, or of which a byte has changed, is recognised by COMPLETE and passed over (integrity.py).
-Reading one runs no code: what is no tensor and no plain value in PyTorch's files is refused.
+A checkpoint is made in the folder of this attempt at the run (attempt.py) and moved to its place after every rank has
+finished, so a name that is seen is a whole checkpoint, and an attempt that a newer one has replaced cannot put one
+there. A copy that lost a file, or of which a byte has changed, is recognised by COMPLETE and passed over
+(integrity.py). Reading one runs no code: what is no tensor and no plain value in PyTorch's files is refused.
 
 Training stands still only while the states are copied, in `begin_save`. Threads write the copies, and `finish_save`,
 at the boundary of a later step, makes the checkpoint of them: no thread takes part in a collective.

@@ -28,7 +28,7 @@ SHAPING = {"hint_channels", "hint_network", "trainable_copy", "only_mid_control"
 
 
 RECORD = "attempt.json"
-"""In a run's folder: which start has taken it last; attempt.py."""
+"""In a run's folder: which attempt has taken it last; attempt.py."""
 ATTEMPT = {
     **{"number": is_whole, "identity": maybe(is_text), "given": maybe(is_whole)},
     **{"host": maybe(is_text), "process": maybe(is_whole), "time": maybe(is_moment)},

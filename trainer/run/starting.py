@@ -7,7 +7,7 @@ from controlbooth.data.files.locks import know_locks
 from controlbooth.trainer.config.section import ConfigError
 
 WRITTEN = ("checkpoints", "samples", "job")
-"""Folders of a run's folder that a start writes to."""
+"""Folders of a run's folder that an attempt writes to."""
 
 
 def folder_problems(folder: Path) -> Iterator[str]:

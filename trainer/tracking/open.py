@@ -23,7 +23,7 @@ def open_tracker(
     attempt: Attempt | None = None,
     tell: Callable[[Sequence[str]], None] | None = None,
 ) -> Tracker:
-    """attempt: the start that has taken the run; without one, what is logged goes beside what a training may log.
+    """attempt: the one that has taken the run; without one, what is logged goes beside what a training may log.
 
     tell: as Tracker has it.
     """

@@ -144,7 +144,7 @@ class Spool:
     ):
         """Opens or starts them. Another server or experiment than before gets everything from the first line.
 
-        shared: of `shared_state`, where several writers log to one MLflow run. made_in: the folder of the start that
+        shared: of `shared_state`, where several writers log to one MLflow run. made_in: the folder of the attempt that
         has taken the run (attempt.py), in which new versions of the files are made. metrics.jsonl is then a fresh copy,
         so that an older start that still has the old one open writes into nothing; and this one can replace neither
         file when its own folder is gone. Raises ValueError for a tracking.json that cannot be read.

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import psutil
 
 from controlbooth.data.secrets import without_secrets
+from controlbooth.trainer.config.renamed import with_new_names
 from controlbooth.trainer.config.run import refuse_secrets
 from controlbooth.trainer.tracking.mlflow_address import how_to_open_saved
 from controlbooth.trainer.tracking.mlflow_run import (
@@ -87,7 +88,7 @@ class Tracker:
     ):
         """params: may be nested; changed ones of a resumed run become tags, since MLflow refuses to change a param.
 
-        made_in: the folder of the start that has taken the run (attempt.py). When it is gone, nothing more is sent.
+        made_in: the folder of the attempt that has taken the run (attempt.py). When it is gone, nothing more is sent.
         tell: is called once, from a thread, with how to open the run, when MLflow has it.
         parent: whose run in MLflow is that of this one's parent. shared: the folder of a run that several processes log
         to, each through a run_folder of its own. status: None leaves it as it is. threads: send by itself, and log the
@@ -106,7 +107,8 @@ class Tracker:
         self._run: MlflowRun | None = None
         self._generation = -1  # of the lines that it was told about
         self._logged: dict[str, tuple[int, float]] = {}  # metric -> step and time of its last record
-        self._retry_at, self._pause = dict.fromkeys(STREAMS, 0.0), dict.fromkeys(STREAMS, 0.0)
+        self._retry_at: dict[str, float] = dict.fromkeys(STREAMS, 0.0)
+        self._pause: dict[str, float] = dict.fromkeys(STREAMS, 0.0)
         if status is not None:
             self._spool.append({"status": status})
         self._values_changed = self._log_params(flatten(params))
@@ -226,7 +228,7 @@ class Tracker:
 
     def _log_params(self, params: dict[str, str]) -> bool:
         """Returns whether any has another value than before."""
-        before = self._spool.state.params
+        before = with_new_names(self._spool.state.params)
         new = {name: value for name, value in params.items() if name not in before}
         changed = {name: value for name, value in params.items() if before.get(name, value) != value}
         if new:

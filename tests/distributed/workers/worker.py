@@ -302,7 +302,7 @@ class Forked(nn.Module):
         return x + self.second(x) if x.abs().max() > 2 else x
 
 
-def lone(folder: Path, world: World, precision: str) -> dict:
+def single_rank(folder: Path, world: World, precision: str) -> dict:
     """Seven steps of two micro-batches on one rank at stage 2, beside the same in plain PyTorch.
 
     Says how far their weights are apart after each step, which steps were skipped, and whether MLflow was imported. The
@@ -385,7 +385,7 @@ def peaks_of_engine(stage: int, precision: str, world: World) -> tuple[int, int]
         traffic_bytes=0,
         operations=0,
         batch_bytes=0,
-        column_bytes=0,
+        cached_bytes=0,
     )
     memory = rank_memory(one, config, precision, world.world_size, "cpu")
     planned = memory.peak - memory.device["runtime"]

@@ -13,8 +13,8 @@ from controlbooth.data.inspection.explain import (
     numbers_of_run,
     open_sources,
     order_of_run,
-    presentations,
     steps_done,
+    visits,
 )
 from controlbooth.data.order.draws import crops, hash64
 from controlbooth.data.packing.pack import pack
@@ -76,10 +76,10 @@ def explained(run, key):
     dataset = open_sources(numbers)
     order, buckets = order_of_run(dataset, numbers)
     [found] = find_samples(dataset, key, "edges", buckets)
-    return list(presentations(order, numbers, found, 1))
+    return list(visits(order, numbers, found, 1))
 
 
-def test_every_presentation_that_the_loader_gives_is_foretold(run):
+def test_every_visit_that_the_loader_gives_is_foretold(run):
     seen = seen_by_the_loader(run)
     for number in [number for number in range(60) if number != 24]:
         told = [item for item in explained(run, key_of(number)) if not isinstance(item, int)]
@@ -105,7 +105,7 @@ def test_flips_and_crops_are_those_of_the_position(run):
     order, buckets = order_of_run(dataset, numbers)
     [found] = find_samples(dataset, key_of(0), "edges", buckets)
     wide = replace(found, size=(48, 24))
-    [first, *_] = presentations(order, numbers, wide, 1)
+    [first, *_] = visits(order, numbers, wide, 1)
     assert first.crop == tuple(crops(3, np.array([first.position]), np.array([[0, 16]]))[0].tolist())
 
 
@@ -187,7 +187,7 @@ def test_what_an_older_version_drew_is_not_told_wrongly(run):
 
 def test_without_a_run_the_numbers_are_given(run, capsys):
     assert main([key_of(3), "--shards", str(run / "shards"), "--global-batch-size", "8", "--steps", "7"]) == 0
-    assert capsys.readouterr().out.count("caption 0") == 2  # of the sample, and of its only presentation
+    assert capsys.readouterr().out.count("caption 0") == 2  # of the sample, and of its only visit
     with pytest.raises(ValueError, match="give --run, or the shards with --global-batch-size and steps"):
         main([key_of(3)])
 

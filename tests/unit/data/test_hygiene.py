@@ -126,9 +126,9 @@ def test_a_condition_agrees_with_its_own_picture_and_with_no_other(kind):
     targets = np.stack([edge_map(picture.image) for picture in PICTURES])
     conditions = np.stack([edge_map(draw(picture)) for picture in PICTURES])
     agreement = conditions @ targets.T
-    own, strangers = np.diag(agreement), agreement[~np.eye(len(PICTURES), dtype=bool)]
-    assert np.median(own) > 0.6 and np.median(strangers) < 0.15
-    assert np.mean(own > np.percentile(strangers, 95)) > 0.95
+    own, negatives = np.diag(agreement), agreement[~np.eye(len(PICTURES), dtype=bool)]
+    assert np.median(own) > 0.6 and np.median(negatives) < 0.15
+    assert np.mean(own > np.percentile(negatives, 95)) > 0.95
 
 
 def test_edge_maps_do_not_depend_on_the_size_and_plain_pictures_have_none():
@@ -140,11 +140,11 @@ def test_edge_maps_do_not_depend_on_the_size_and_plain_pictures_have_none():
 
 def test_conditions_of_other_pictures_are_judged_weak():
     rng = np.random.default_rng(0)
-    strangers = rng.normal(0, 0.1, 2000)
+    negatives = rng.normal(0, 0.1, 2000)
     scores = rng.normal(0.8, 0.05, 500)
     scores[[3, 77]] = 0.0
     scores[100] = np.nan
-    pairing = judge_pairing(scores, strangers)
+    pairing = judge_pairing(scores, negatives)
     assert pairing is not None and pairing.weak.tolist() == [3, 77]
     assert pairing.standing_out == pytest.approx(497 / 499) and 0.1 < pairing.threshold < 0.25
 

@@ -157,7 +157,7 @@ def test_processes_find_what_one_does(tmp_path, clean_samples):
         assert np.array_equal(getattr(one, name), getattr(two, name)), name
     assert np.allclose(one.scores["edges"], two.scores["edges"], atol=1e-5, equal_nan=True)
     assert one.faults == two.faults and len(one.faults) == 1
-    assert np.isnan(one.scores["edges"]).sum() == 1 and len(one.strangers["edges"]) > 200
+    assert np.isnan(one.scores["edges"]).sum() == 1 and len(one.negatives["edges"]) > 200
 
 
 def test_samples_are_read_again_by_their_number(tmp_path, clean_samples):

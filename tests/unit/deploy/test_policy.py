@@ -109,7 +109,7 @@ def test_a_storage_that_pods_see_elsewhere_than_the_tick_is_refused(tmp_path):
     ("data", "message"),
     [
         (dict(condition="edges", sources=[dict(shards="a"), dict(shards="b")]), "has data.sources, which cannot"),
-        (dict(condition="edges", columns="c"), "has data.columns, which cannot"),
+        (dict(condition="edges", latent_cache="c"), "has data.latent_cache, which cannot"),
     ],
 )
 def test_a_run_whose_data_cannot_grow_is_refused(tmp_path, data, message):

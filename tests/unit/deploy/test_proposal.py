@@ -1,5 +1,7 @@
 """Whether a round is proposed, on real shards, with a registry that was told what to say."""
 
+import hashlib
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -125,6 +127,15 @@ def test_an_identity_is_of_what_determines_the_weights(world):
     assert identity_of(config, "data", "scratch") == identity_of(named, "data", "scratch")
     different = [(longer, "data", "scratch"), (config, "others", "scratch"), (config, "data", "digest")]
     assert len({identity_of(*one) for one in [(config, "data", "scratch"), *different]}) == 4
+
+
+def test_an_identity_is_the_one_that_was_kept_before_keys_were_renamed(world):
+    config = world.propose().config
+    tree = config.model_dump(mode="json", exclude={"name", "output", "tracking"})
+    tree["data"]["columns"] = tree["data"].pop("latent_cache")
+    tree["data"]["shards"], tree["model"]["controlnet"] = "data", "scratch"
+    before = hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+    assert identity_of(config, "data", "scratch") == before
 
 
 def test_the_clock_counts_from_the_last_round_whatever_became_of_it(world):

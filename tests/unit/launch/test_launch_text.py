@@ -144,7 +144,7 @@ def test_variables_of_the_cluster_file_have_the_values_that_were_given(value):
 def test_a_printed_command_starts_what_it_shows(words):
     with tempfile.TemporaryDirectory() as made:
         for text in (
-            str(Start(["printf", r"%s\0", *words], {"A": "b c"}, lone=True)),
+            str(Start(["printf", r"%s\0", *words], {"A": "b c"}, single_rank=True)),
             shell(["printf", r"%s\0", *words]),
         ):
             done = subprocess.run(["bash", "-c", text], capture_output=True, cwd=made)
@@ -214,7 +214,7 @@ def test_control_characters_in_names_and_paths_are_refused_by_field(text):
         "output": run_tree(output=text),
         "name": run_tree(name=text),
         "data.shards": run_tree(data=dict(shards=text, condition="edges")),
-        "data.columns": run_tree(data=dict(shards="s", condition="edges", columns=text)),
+        "data.latent_cache": run_tree(data=dict(shards="s", condition="edges", latent_cache=text)),
         "data.sources.0.shards": run_tree(data=dict(sources=[dict(shards=text)], condition="edges")),
         "model.base": run_tree(model=dict(base=text)),
         "tracking.experiment": run_tree(tracking=dict(experiment=text)),

@@ -470,20 +470,20 @@ def test_a_header_is_read_without_the_data(tmp_path):
     assert {name: entry["shape"] for name, entry in header.items()} == {"a": [2, 3], "b": []}
 
 
-def test_columns_that_were_never_computed_are_found_before_a_start(good, tmp_path):
-    good["data"]["columns"] = str(tmp_path / "columns")
+def test_a_latent_cache_that_was_never_computed_is_found_before_a_start(good, tmp_path):
+    good["data"]["latent_cache"] = str(tmp_path / "latents")
     (problem,) = preflight(config(good), node())
-    assert f"data.columns is {tmp_path / 'columns'}" in problem and "`controlbooth data precompute`" in problem
-    (tmp_path / "columns").mkdir()
-    (tmp_path / "columns" / "columns.json").write_text("{}")
+    assert f"data.latent_cache is {tmp_path / 'latents'}" in problem and "`controlbooth data precompute`" in problem
+    (tmp_path / "latents").mkdir()
+    (tmp_path / "latents" / "columns.json").write_text("{}")
     assert preflight(config(good), node()) == []
 
 
-def test_a_column_shard_that_is_not_as_long_as_its_index_says_is_found_before_a_start(good, tmp_path):
-    folder = tmp_path / "columns"
+def test_a_shard_of_a_latent_cache_that_is_not_as_long_as_its_index_says_is_found_before_a_start(good, tmp_path):
+    folder = tmp_path / "latents"
     folder.mkdir()
     (folder / "columns.json").write_text("{}")
-    good["data"]["columns"] = str(folder)
+    good["data"]["latent_cache"] = str(folder)
     none = np.zeros(0, SAMPLE), np.zeros((0, 0), PART)
     for name in ("a", "b"):
         (folder / f"{name}.latents-0.tar").write_bytes(bytes(512))
@@ -493,7 +493,7 @@ def test_a_column_shard_that_is_not_as_long_as_its_index_says_is_found_before_a_
     (folder / "a.latents-0.tar").write_bytes(bytes(100))
     (folder / "b.latents-0.tar.idx").write_bytes(b"")
     problem = only_problem(good)
-    assert "2 of its column shards are damaged" in problem
+    assert "2 of its shards are damaged" in problem
     assert "a.latents-0.tar has 100 bytes, its index says 512" in problem
     assert "b.latents-0.tar.idx is not a whole index" in problem and "`controlbooth data precompute`" in problem
 

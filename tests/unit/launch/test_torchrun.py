@@ -183,7 +183,7 @@ def test_the_run_gets_the_environment_and_its_status_is_returned(run_file, monke
 def test_one_rank_is_started_without_torchrun_and_several_with_it(monkeypatch):
     monkeypatch.setenv("RANK", "3")  # as in a shell on a cluster
     alone = local.start_of(node(processes=1), "run.yaml", ["seed=1"], "first")
-    assert alone.lone and alone.command[1:] == [
+    assert alone.single_rank and alone.command[1:] == [
         "-u",
         "-m",
         "controlbooth.trainer.controlnet.train",
@@ -196,16 +196,18 @@ def test_one_rank_is_started_without_torchrun_and_several_with_it(monkeypatch):
     }.items()  # fmt: skip
     assert str(alone).endswith(f" {sys.executable} -u -m controlbooth.trainer.controlnet.train run.yaml seed=1")
     together = local.start_of(node(), "run.yaml", [], "first")
-    assert not together.lone and "torch.distributed.run" in together.command and "RANK" not in together.environment
+    assert not together.single_rank
+    assert "torch.distributed.run" in together.command and "RANK" not in together.environment
 
 
 def launcher(
-    tmp_path: Path, command: list[str], environment: dict[str, str] | None = None, lone: bool = False
+    tmp_path: Path, command: list[str], environment: dict[str, str] | None = None, single_rank: bool = False
 ) -> subprocess.Popen:
     """local.run in a process of its own, as it is when a person starts it."""
     program = (  # a shell leaves Ctrl-C ignored in what it starts in the background, the tests perhaps
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        f"from controlbooth.launch.ranks.local import Start, run; sys.exit(run(Start(sys.argv[1:], {{}}, {lone})))"
+        "from controlbooth.launch.ranks.local import Start, run; "
+        f"sys.exit(run(Start(sys.argv[1:], {{}}, {single_rank})))"
     )
     return subprocess.Popen(
         [sys.executable, "-c", program, *command],
@@ -260,7 +262,7 @@ def test_a_stop_signal_reaches_a_rank_that_is_alone_and_not_what_it_has_started(
     helper = "import signal, subprocess, sys; subprocess.Popen([sys.executable, 'rank.py'], env={'RANK': '1'})\n"
     (tmp_path / "rank.py").write_text(RANK)
     (tmp_path / "alone.py").write_text(helper + RANK + "time.sleep(120)")
-    process = launcher(tmp_path, [sys.executable, "alone.py"], {"RANK": "0"}, lone=True)
+    process = launcher(tmp_path, [sys.executable, "alone.py"], {"RANK": "0"}, single_rank=True)
     wait_for_files(tmp_path, "ready.*", 2)
     process.send_signal(signal.SIGTERM)
     wait_for_files(tmp_path, "checkpoint.0", 1)
@@ -292,7 +294,7 @@ def test_ranks_end_with_a_checkpoint_when_the_command_that_started_them_is_kille
     command = torchrun_command("run.yaml", [], "first", node(head_port=local.head_port()))
     command = [*command[: command.index("controlbooth.trainer.controlnet.train") - 1], "rank.py"]
     command = command if ranks > 1 else [sys.executable, "rank.py"]
-    process = launcher(tmp_path, command, {"OMP_NUM_THREADS": "1"}, lone=ranks == 1)
+    process = launcher(tmp_path, command, {"OMP_NUM_THREADS": "1"}, single_rank=ranks == 1)
     wait_for_files(tmp_path, "ready.*", ranks)
     family = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGKILL)
@@ -399,7 +401,7 @@ def test_the_status_of_a_run_that_ends_by_itself_is_passed_on(tmp_path, program,
 
 @pytest.mark.parametrize(("program", "said"), [("os.kill(os.getpid(), 11)", "SIGSEGV"), ("sys.exit(3)", None)])
 def test_a_rank_alone_that_a_signal_ends_is_not_passed_over_in_silence(run_file, monkeypatch, capfd, program, said):
-    start = local.Start([sys.executable, "-c", f"import os, sys; {program}"], {}, lone=True)
+    start = local.Start([sys.executable, "-c", f"import os, sys; {program}"], {}, single_rank=True)
     monkeypatch.setattr(train, "start_of", lambda *_: start)
     assert train.main([str(run_file)]) == (139 if said else 3)
     errors = capfd.readouterr().err
@@ -407,7 +409,7 @@ def test_a_rank_alone_that_a_signal_ends_is_not_passed_over_in_silence(run_file,
 
 
 def test_whatever_is_started_says_which_signal_ended_its_only_rank(tmp_path):
-    process = launcher(tmp_path, [sys.executable, "-c", "import os; os.abort()"], lone=True)
+    process = launcher(tmp_path, [sys.executable, "-c", "import os; os.abort()"], single_rank=True)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 134 and "controlbooth: rank 0 was ended by SIGABRT" in errors
 

@@ -13,8 +13,8 @@ from controlbooth.trainer.evaluation.scenes.judge import (
     ATTRIBUTES,
     facts,
     load_judge,
-    obedience,
-    obedience_by_picture,
+    prompt_accuracy,
+    prompt_accuracy_by_picture,
     read,
 )
 
@@ -50,21 +50,21 @@ def test_every_word_of_the_captions_is_one_token(base):
 def test_the_judge_reads_real_held_out_scenes_at_97_percent():
     scenes = [scene(HELD_OUT_SEED, 5000 + i) for i in range(256)]
     seen = read(load_judge(), np.stack([render(what).image for what in scenes]))
-    figures = obedience(seen, scenes)
+    figures = prompt_accuracy(seen, scenes)
     assert min(figures[name] for name in ("object_class", "object_colour", "background", "count")) >= 0.97, figures
 
 
-def test_obedience_counts_what_is_there_by_hand():
+def test_prompt_accuracy_counts_what_is_there_by_hand():
     scenes = [scene(0, 0), scene(0, 1)]  # two objects on two tones; one object on one
     truth = np.array([facts(what) for what in scenes])
-    assert obedience(truth, scenes) == dict.fromkeys(
+    assert prompt_accuracy(truth, scenes) == dict.fromkeys(
         ("object_class", "object_colour", "object_size", "background", "count"), 1.0
     )
     wrong = truth.copy()
     wrong[0, list(ATTRIBUTES).index("right_class")] += 1
-    assert obedience(wrong, scenes)["object_class"] == pytest.approx(2 / 3)
-    assert obedience_by_picture(wrong, scenes)["object_class"].tolist() == [0.5, 1.0]
-    assert obedience_by_picture(wrong, scenes)["background"].tolist() == [1.0, 1.0]
+    assert prompt_accuracy(wrong, scenes)["object_class"] == pytest.approx(2 / 3)
+    assert prompt_accuracy_by_picture(wrong, scenes)["object_class"].tolist() == [0.5, 1.0]
+    assert prompt_accuracy_by_picture(wrong, scenes)["background"].tolist() == [1.0, 1.0]
 
 
 def test_latents_have_unit_variance_so_that_noise_levels_mean_what_the_schedule_says(base):

@@ -11,7 +11,7 @@ from controlbooth.data.conditions.functions import CONDITIONS
 from controlbooth.data.scenes.render import HELD_OUT_SEED, render, scene
 from controlbooth.trainer.controlnet.validation import fidelity_figures, told
 from controlbooth.trainer.evaluation.ablations import describe_table, means
-from controlbooth.trainer.evaluation.chance import STRANGERS, strangers
+from controlbooth.trainer.evaluation.chance import NEGATIVES, negatives
 from controlbooth.trainer.evaluation.drawing import noise_pictures
 from controlbooth.trainer.evaluation.extract import fidelity
 from controlbooth.trainer.evaluation.held_out import HeldOutSet
@@ -36,13 +36,13 @@ def scenes_held_out(count: int, size: int = 64) -> HeldOutSet:
 
 
 @given(st.integers(0, 200))
-def test_a_stranger_is_never_oneself_and_everyone_is_one_equally_often(count):
-    others = strangers(count)
-    assert others.shape == (count, max(0, min(STRANGERS, count - 1)))
+def test_a_negative_is_never_of_the_sample_itself_and_every_sample_is_one_equally_often(count):
+    others = negatives(count)
+    assert others.shape == (count, max(0, min(NEGATIVES, count - 1)))
     assert not (others == np.arange(count)[:, None]).any()
     assert all(len(set(row)) == len(row) for row in others.tolist())
     assert all(sorted(column) == list(range(count)) for column in others.T.tolist())
-    assert np.array_equal(others, strangers(count))
+    assert np.array_equal(others, negatives(count))
 
 
 def test_chance_does_not_depend_on_how_ranks_share_the_pictures():
@@ -86,7 +86,7 @@ def test_of_a_single_sample_there_is_no_chance_and_so_no_share():
 
 def test_a_validation_has_chance_and_share_with_its_interval_beside_each_figure():
     held = scenes_held_out(8)
-    strange = held.targets[strangers(8)[:, 0]]
+    strange = held.targets[negatives(8)[:, 0]]
     figures = fidelity_figures(held.targets, strange, strange, held, None)
     for name in ("edge_f1", "mask_iou"):
         assert figures[name] == figures[f"{name}_real"] > figures[f"{name}_chance"]

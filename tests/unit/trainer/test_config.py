@@ -194,6 +194,32 @@ def test_what_a_resumed_run_has_set_anew_is_told_and_so_is_a_schedule_that_is_st
     assert capsys.readouterr().err == ""
 
 
+def test_a_key_that_was_renamed_is_taken_under_its_old_name_too(tmp_path):
+    path = write(tmp_path, RUN.replace("condition: edges", "condition: edges, columns: old"))
+    assert load_config(path) == load_config(write(tmp_path), ["data.latent_cache=old"])
+    path = write(tmp_path, RUN.replace("condition: edges", "condition: edges, columns: old"))
+    for name in ("data.columns", "data.latent_cache"):
+        assert load_config(path, [f"{name}=given"]).data.latent_cache == Path("given")
+    assert load_config(path, ["data={shards: s, condition: edges, columns: given}"]).data.latent_cache == Path("given")
+    assert "columns" not in dump(load_config(path))
+
+
+def test_a_key_under_both_of_its_names_is_refused(tmp_path):
+    path = write(tmp_path, RUN.replace("condition: edges", "condition: edges, columns: old, latent_cache: new"))
+    with pytest.raises(ConfigError, match="run.yaml has data.columns and data.latent_cache, .* leave data.columns out"):
+        load_config(path)
+
+
+def test_the_configuration_of_an_old_run_folder_is_the_same_as_that_of_its_run_now(tmp_path):
+    now = load_config(write(tmp_path), ["data.latent_cache=latents"])
+    for old, new in (("columns: latents", now), ("columns: null", load_config(tmp_path / "run.yaml"))):
+        text = dump(now).replace("latent_cache: latents", old)
+        assert old in text and changes(text, dump(new)) == []
+        (tmp_path / "config.yaml").write_text(text)
+        assert load_config(tmp_path / "config.yaml") == new
+    assert changes(text, dump(now)) == ["data.latent_cache: None -> latents"]
+
+
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
 def test_every_shipped_run_is_complete_and_is_told_how_to_be_started(path):
     header = path.read_text().partition("\nname:")[0]

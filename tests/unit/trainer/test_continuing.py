@@ -71,6 +71,20 @@ def test_a_run_that_goes_on_is_told_from_where_and_with_which_changes(folder):
     assert told[1] == "changed since step 50: optimizer.learning_rate: 0.0003 -> 0.0001"
 
 
+def test_a_run_from_before_a_key_was_renamed_goes_on_without_a_change(folder):
+    save(folder, 50)
+    saved = folder / "checkpoints" / "step-00000050"
+    text = (saved / "config.yaml").read_text()
+    assert "latent_cache: null" in text
+    (saved / "config.yaml").write_text(text.replace("latent_cache: null", "columns: latents"))
+    write_marker(saved)
+    data = dict(shards="t", held_out="h", condition="edges", resolution=64)
+    for name in ("columns", "latent_cache"):
+        assert describe_start(config(data=data | {name: "latents"}))[1:] == []
+    changed = describe_start(config(data=data | {"latent_cache": "others"}))[1]
+    assert changed == "changed since step 50: data.latent_cache: latents -> others"
+
+
 def test_the_plan_warns_of_a_run_that_can_never_announce_and_refuses_one_that_is_to_end_by_it(folder):
     assert "warning" not in plan(config(), HERE)
     few = config(validation=dict(every_steps=25, samples=4))

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from controlbooth.data.scenes.render import HELD_OUT_SEED, render, scene
 from controlbooth.trainer.evaluation.control import control_fidelity, edge_f1, edge_map, line_map, mask_iou, object_mask
-from controlbooth.trainer.evaluation.drawing import discs
+from controlbooth.trainer.evaluation.drawing import disc_baseline
 from controlbooth.trainer.evaluation.grids import draw_grid
 
 
@@ -22,7 +22,9 @@ def test_real_pictures_reach_the_top_and_discs_stay_below_on_outlines():
     figures = control_fidelity(np.stack([r.image for r in real]), edges, segmentation)
     assert figures["mask_iou"].mean() > 0.97
     assert figures["edge_f1"].mean() > 0.93
-    round_ones = control_fidelity(np.stack([render(discs(what, 64)).image for what in scenes]), edges, segmentation)
+    round_ones = control_fidelity(
+        np.stack([render(disc_baseline(what, 64)).image for what in scenes]), edges, segmentation
+    )
     assert 0.7 < round_ones["mask_iou"].mean() < 0.86
     assert round_ones["edge_f1"].mean() < figures["edge_f1"].mean() - 0.15
 

@@ -31,7 +31,7 @@ def test_chance_and_share_stand_beside_each_figure_and_those_of_the_trained_kind
     assert all(len(line) <= 120 for line in lines)
     depth, edges, captions = (
         next(number for number, line in enumerate(lines) if line.startswith(name))
-        for name in ("depth rmse (lower is better)", "edge f1", "shown of the captions")
+        for name in ("depth rmse (lower is better)", "edge f1", "prompt accuracy")
     )
     assert depth < edges < captions
     row = lines[edges + 1].split()

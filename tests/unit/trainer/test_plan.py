@@ -66,7 +66,7 @@ ONE = Footprint(
     traffic_bytes=10**8,
     operations=100,
     batch_bytes=64,
-    column_bytes=0,
+    cached_bytes=0,
 )
 """A step in fp32 of round numbers."""
 SPEED = Speed(device=1.0, launch_seconds=1e-5)
@@ -128,25 +128,27 @@ def test_activations_and_work_grow_with_the_micro_batch_and_gradients_do_not(bas
 
 
 def test_gradient_checkpointing_keeps_less_and_computes_more(bases):
-    config = run(bases, data=dict(columns="columns"))
-    cheap = run(bases, data=dict(columns="columns"), model=dict(gradient_checkpointing=True))
+    config = run(bases, data=dict(latent_cache="latents"))
+    cheap = run(bases, data=dict(latent_cache="latents"), model=dict(gradient_checkpointing=True))
     plain, recomputed = (footprint(one, "fp32", 4, "flash") for one in (config, cheap))
     assert recomputed.activation_bytes < plain.activation_bytes
     assert recomputed.training_flops > 1.1 * plain.training_flops
 
 
-def test_columns_leave_the_encoders_out_of_the_work_and_not_out_of_the_memory(bases):
+def test_a_latent_cache_leaves_the_encoders_out_of_the_work_and_not_out_of_the_memory(bases):
     online, cached = footprint(run(bases), "fp32", 2, "flash"), None
-    cached = footprint(run(bases, data=dict(columns="columns")), "fp32", 2, "flash")
+    cached = footprint(run(bases, data=dict(latent_cache="latents")), "fp32", 2, "flash")
     assert online.encoder_flops > 0 and cached.encoder_flops == 0
     assert cached.training_flops == online.training_flops
-    assert online.column_bytes == 0  # columns hold mean and deviation, 4 channels of 4 x 4, and 12 tokens of 16 numbers
-    assert cached.column_bytes == 2 * 4 * (2 * 4 * 4 * 4 + 12 * 16)
+    assert (
+        online.cached_bytes == 0
+    )  # a cache holds mean and deviation, 4 channels of 4 x 4, and 12 tokens of 16 numbers
+    assert cached.cached_bytes == 2 * 4 * (2 * 4 * 4 * 4 + 12 * 16)
     assert cached.frozen_bytes == online.frozen_bytes
 
 
 def test_attention_that_keeps_scores_takes_more_memory(bases):
-    config = run(bases, data=dict(columns="columns", resolution=64))
+    config = run(bases, data=dict(latent_cache="latents", resolution=64))
     flash, math = (footprint(config, "fp32", 2, kernel) for kernel in ("flash", "math"))
     assert math.activation_bytes > flash.activation_bytes
 

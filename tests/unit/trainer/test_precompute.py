@@ -1,4 +1,4 @@
-"""Columns are computed with tiny real bases, and a step on them is compared with a step without, bit for bit."""
+"""Latent caches are computed with tiny real bases, and a step on one is compared with a step without, bit for bit."""
 
 import contextlib
 import errno
@@ -16,8 +16,8 @@ import torch
 import webdataset
 
 from controlbooth.data.scenes import render
-from controlbooth.data.shards.columns import check_stated, missing, open_columns, plan_columns, state
 from controlbooth.data.shards.index import ensure_index
+from controlbooth.data.shards.latent_cache import check_stated, missing, open_latent_cache, plan_latent_cache, state
 from controlbooth.data.shards.manifest import open_dataset
 from controlbooth.data.shards.sidecar import index_path
 from controlbooth.launch.cli import main
@@ -39,7 +39,7 @@ from controlbooth.trainer.controlnet.precompute import (
     sample_bytes,
 )
 from controlbooth.trainer.controlnet.step import prediction_and_target, to_device
-from controlbooth.trainer.encoding import column_identities, computed_here, module_digest, tokenizer_digest
+from controlbooth.trainer.encoding import computed_here, latent_cache_identities, module_digest, tokenizer_digest
 from controlbooth.trainer.engine.distributed import World, join, leave
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
@@ -69,7 +69,9 @@ def write_shards(folder, size, damaged=()):
 
 
 def run_config(base, folder, **data):
-    changes = dict(shards=str(folder / "shards"), condition="edges", resolution=32, columns=str(folder / "columns"))
+    changes = dict(
+        shards=str(folder / "shards"), condition="edges", resolution=32, latent_cache=str(folder / "latents")
+    )
     return build_config(
         dict(
             name="run", output=str(folder / "runs"), max_steps=1, global_batch_size=4, micro_batch_size=2,
@@ -79,25 +81,25 @@ def run_config(base, folder, **data):
 
 
 def computed(config, base):
-    """-> data set and its columns, as `precompute` writes them."""
+    """-> data set and its latent cache, as `precompute` writes them."""
     dataset = open_dataset(config.data.shards)
     buckets = run_buckets(config, dataset)
-    identities = column_identities(config, base, buckets.shapes)
-    config.data.columns.mkdir(exist_ok=True)
-    state(config.data.columns, identities, computed_here(config, ALONE.device))
-    planned = plan_columns(config.data.columns, dataset, buckets, identities)
+    identities = latent_cache_identities(config, base, buckets.shapes)
+    config.data.latent_cache.mkdir(exist_ok=True)
+    state(config.data.latent_cache, identities, computed_here(config, ALONE.device))
+    planned = plan_latent_cache(config.data.latent_cache, dataset, buckets, identities)
     jobs = lacking_kinds(planned, all_damaged(planned, ALONE))
     compute(config, ALONE, base, dataset, buckets, planned, jobs)
-    return dataset, open_columns(config.data.columns, dataset, buckets, identities)
+    return dataset, open_latent_cache(config.data.latent_cache, dataset, buckets, identities)
 
 
-def both(config, base, dataset, columns, steps):
-    """The micro-batches without and with columns."""
+def both(config, base, dataset, latent_cache, steps):
+    """The micro-batches without and with a latent cache."""
     config.output.mkdir(exist_ok=True)
     with contextlib.ExitStack() as stack:
         plain, cached = (
-            stack.enter_context(make_loader(config, ALONE, base, dataset, 0, config.output, columns=chosen))
-            for chosen in (None, columns)
+            stack.enter_context(make_loader(config, ALONE, base, dataset, 0, config.output, latent_cache=chosen))
+            for chosen in (None, latent_cache)
         )
         for _ in range(steps):
             yield from zip(next(plain).micro_batches, next(cached).micro_batches, strict=True)
@@ -106,16 +108,16 @@ def both(config, base, dataset, columns, steps):
 @pytest.mark.parametrize(
     ("family", "flip"), [("sd15", True), ("sd15", False), ("sd21", False), ("sdxl", False), ("miniature", False)]
 )
-def test_a_step_on_columns_is_bitwise_the_step_without(base_folder, tmp_path, family, flip):
+def test_a_step_on_a_latent_cache_is_bitwise_the_step_without(base_folder, tmp_path, family, flip):
     write_shards(tmp_path / "shards", lambda i: (40, 48))
     config = run_config(base_folder(family), tmp_path, random_flip=flip)
     base = load_base(config.model.base)
-    dataset, columns = computed(config, base)
+    dataset, latent_cache = computed(config, base)
     torch.manual_seed(0)
     controlnet = build_controlnet(base.unet, config.model.hint_channels)
     seen, kept = set(), 0
     with torch.no_grad():
-        for one, other in both(config, base, dataset, columns, steps=6):
+        for one, other in both(config, base, dataset, latent_cache, steps=6):
             assert other.pixel_values is None and one.keys == other.keys and one.captions == other.captions
             assert np.array_equal(one.dropped, other.dropped)
             plain, cached = (to_device(batch, config.seed, ALONE.device) for batch in (one, other))
@@ -134,11 +136,11 @@ def test_the_steps_of_a_bfloat16_base_are_bitwise_equal_too(base_folder, tmp_pat
     write_shards(tmp_path / "shards", lambda i: (32, 32))
     config = run_config(base_folder("sd15"), tmp_path)
     base = load_base(config.model.base, dtype=torch.bfloat16)
-    dataset, columns = computed(config, base)
-    assert columns.identities["latents"]["dtype"] == "bfloat16"
+    dataset, latent_cache = computed(config, base)
+    assert latent_cache.identities["latents"]["dtype"] == "bfloat16"
     controlnet = build_controlnet(base.unet, config.model.hint_channels).to(torch.bfloat16)
     with torch.no_grad():
-        for one, other in both(config, base, dataset, columns, steps=5):
+        for one, other in both(config, base, dataset, latent_cache, steps=5):
             found = [
                 prediction_and_target(base, controlnet, to_device(batch, 0, ALONE.device)) for batch in (one, other)
             ]
@@ -149,12 +151,12 @@ def test_latents_of_aspect_ratio_buckets_have_the_shapes_of_their_pictures(base_
     write_shards(tmp_path / "shards", lambda i: (16, 64) if i % 2 else (48, 48))
     config = run_config(base_folder("sd15"), tmp_path, max_aspect_ratio=4.0, aspect_step=16)
     base = load_base(config.model.base)
-    dataset, columns = computed(config, base)
+    dataset, latent_cache = computed(config, base)
     controlnet = build_controlnet(base.unet, config.model.hint_channels)
     shapes = set()
     with torch.no_grad():
-        for one, other in both(config, base, dataset, columns, steps=8):
-            shapes.add(other.columns.mean.shape[2:])
+        for one, other in both(config, base, dataset, latent_cache, steps=8):
+            shapes.add(other.encoded.mean.shape[2:])
             found = [
                 prediction_and_target(base, controlnet, to_device(batch, 0, ALONE.device)) for batch in (one, other)
             ]
@@ -162,12 +164,12 @@ def test_latents_of_aspect_ratio_buckets_have_the_shapes_of_their_pictures(base_
     assert len(shapes) == 2
 
 
-def test_undecodable_pictures_are_replaced_by_the_same_samples_with_columns(base_folder, tmp_path):
+def test_undecodable_pictures_are_replaced_by_the_same_samples_with_a_latent_cache(base_folder, tmp_path):
     write_shards(tmp_path / "shards", lambda i: (32, 32), damaged=(2, 9, 10))
     config = run_config(base_folder("sd15"), tmp_path, max_bad_rate=1.0)
     base = load_base(config.model.base)
-    dataset, columns = computed(config, base)
-    pairs = list(both(config, base, dataset, columns, steps=10))
+    dataset, latent_cache = computed(config, base)
+    pairs = list(both(config, base, dataset, latent_cache, steps=10))
     assert all(one.keys == other.keys and np.array_equal(one.weights, other.weights) for one, other in pairs)
     assert not {"k002", "k009", "k010"} & {key for one, _ in pairs for key in one.keys}
 
@@ -176,10 +178,10 @@ def test_what_is_whole_is_not_computed_again(base_folder, tmp_path):
     write_shards(tmp_path / "shards", lambda i: (32, 32))
     config = run_config(base_folder("sd15"), tmp_path)
     base = load_base(config.model.base)
-    _, columns = computed(config, base)
-    files = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (tmp_path / "columns").glob("*.tar")}
-    assert len(files) == 2 * SHARDS and missing(columns) == []
-    gone = columns.paths["latents"][2]
+    _, latent_cache = computed(config, base)
+    files = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (tmp_path / "latents").glob("*.tar")}
+    assert len(files) == 2 * SHARDS and missing(latent_cache) == []
+    gone = latent_cache.paths["latents"][2]
     gone.unlink()
     computed(config, base)
     again = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
@@ -191,9 +193,9 @@ def test_what_is_damaged_is_told_and_computed_again(base_folder, tmp_path, capsy
     write_shards(tmp_path / "shards", lambda i: (32, 32))
     config = run_config(base_folder("sd15"), tmp_path)
     base = load_base(config.model.base)
-    _, columns = computed(config, base)
-    files = {path: path.read_bytes() for path in (tmp_path / "columns").glob("*.tar*")}
-    cut, unindexed = columns.paths["latents"][1], columns.paths["text"][0]
+    _, latent_cache = computed(config, base)
+    files = {path: path.read_bytes() for path in (tmp_path / "latents").glob("*.tar*")}
+    cut, unindexed = latent_cache.paths["latents"][1], latent_cache.paths["text"][0]
     cut.write_bytes(files[cut][:1000])
     index_path(unindexed).write_bytes(b"")
     capsys.readouterr()
@@ -201,38 +203,41 @@ def test_what_is_damaged_is_told_and_computed_again(base_folder, tmp_path, capsy
     said = capsys.readouterr().err
     assert f"to be computed again: {cut} has 1000 bytes, its index says {len(files[cut])}\n" in said
     assert f"to be computed again: {index_path(unindexed)} is not a whole index\n" in said
-    assert {path: path.read_bytes() for path in (tmp_path / "columns").glob("*.tar*")} == files
+    assert {path: path.read_bytes() for path in (tmp_path / "latents").glob("*.tar*")} == files
 
 
 def test_two_ranks_write_the_bytes_that_one_writes(base_folder, tmp_path):
     write_shards(tmp_path / "shards", lambda i: (32, 32))
     config = run_config(base_folder("sd15"), tmp_path)
     base = load_base(config.model.base)
-    _, columns = computed(config, base)
-    alone = {path.name: path.read_bytes() for path in (tmp_path / "columns").glob("*.tar")}
-    for path in (tmp_path / "columns").glob("*.tar*"):
+    _, latent_cache = computed(config, base)
+    alone = {path.name: path.read_bytes() for path in (tmp_path / "latents").glob("*.tar")}
+    for path in (tmp_path / "latents").glob("*.tar*"):
         path.unlink()
     dataset = open_dataset(config.data.shards)
-    jobs, buckets = lacking_kinds(columns), run_buckets(config, dataset)
+    jobs, buckets = lacking_kinds(latent_cache), run_buckets(config, dataset)
     for rank in range(2):
-        compute(config, World(rank, 2, rank, torch.device("cpu")), base, dataset, buckets, columns, jobs)
-    assert {path.name: path.read_bytes() for path in (tmp_path / "columns").glob("*.tar")} == alone
+        compute(config, World(rank, 2, rank, torch.device("cpu")), base, dataset, buckets, latent_cache, jobs)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "latents").glob("*.tar")} == alone
 
 
-def test_columns_of_shards_on_a_web_server_are_those_of_the_same_shards_on_a_disk(base_folder, tmp_path):
+def test_the_latent_cache_of_shards_on_a_web_server_is_that_of_the_same_shards_on_a_disk(base_folder, tmp_path):
     write_shards(tmp_path / "shards", lambda i: (32, 32))
     local = run_config(base_folder("sd15"), tmp_path)
     base = load_base(local.model.base)
-    _, columns = computed(local, base)
+    _, latent_cache = computed(local, base)
     served = {f"/{path.name}": path.read_bytes() for path in (tmp_path / "shards").glob("*.tar")}
-    manifest, there = tmp_path / "remote.jsonl", dict(cache=str(tmp_path / "cache"), columns=str(tmp_path / "others"))
+    manifest, there = (
+        tmp_path / "remote.jsonl",
+        dict(cache=str(tmp_path / "cache"), latent_cache=str(tmp_path / "others")),
+    )
     with stores.web_server(served) as url:
         names = f"{url}/{{0..{SHARDS - 1}}}.tar"
         assert data_index.main([names, "--manifest", str(manifest), "--workers", "1"]) == 0
         remote = run_config(base_folder("sd15"), tmp_path, shards=str(manifest), **there)
         dataset, others = computed(remote, base)
         pairs = list(both(remote, base, dataset, others, steps=3))
-    for kind, paths in columns.paths.items():
+    for kind, paths in latent_cache.paths.items():
         for path, other in zip(paths, others.paths[kind], strict=True):
             assert path.name == other.name and path.read_bytes() == other.read_bytes()
     assert all(one.keys == other.keys for one, other in pairs)
@@ -242,18 +247,18 @@ def test_the_bytes_that_are_announced_are_about_those_that_are_written(base_fold
     write_shards(tmp_path / "shards", lambda i: (32, 32))
     config = run_config(base_folder("sdxl"), tmp_path)
     base = load_base(config.model.base)
-    dataset, columns = computed(config, base)
+    dataset, latent_cache = computed(config, base)
     jobs = {shard: ["latents", "text"] for shard in range(SHARDS)}
-    announced = report(base, dataset, columns, jobs)
-    assert announced == 21 * sum(sample_bytes(base, columns).values())
-    latents = sum(path.stat().st_size for path in columns.paths["latents"])
-    assert 0 < latents - 21 * sample_bytes(base, columns)["latents"] < SHARDS * 12_000  # tars end on 10 KiB
+    announced = report(base, dataset, latent_cache, jobs)
+    assert announced == 21 * sum(sample_bytes(base, latent_cache).values())
+    latents = sum(path.stat().st_size for path in latent_cache.paths["latents"])
+    assert 0 < latents - 21 * sample_bytes(base, latent_cache)["latents"] < SHARDS * 12_000  # tars end on 10 KiB
     said = capsys.readouterr().out
     assert "3 of 3 shards to compute: 21 samples" in said and "several captions" in said
 
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_computed(tmp_path):
-    with pytest.raises(ConfigError, match="the columns need 1048576.000 GiB, and the disk of"):
+    with pytest.raises(ConfigError, match="the latent cache needs 1048576.000 GiB, and the disk of"):
         check_room(tmp_path / "not" / "there", 2**50)
 
 
@@ -262,16 +267,16 @@ def test_another_resolution_precision_or_encoder_is_another_identity(base_folder
     config = run_config(base_folder("sd15"), tmp_path)
     base = load_base(config.model.base)
     computed(config, base)
-    changed = column_identities(config, base, ((64, 64),))
+    changed = latent_cache_identities(config, base, ((64, 64),))
     with pytest.raises(ValueError, match="shapes"):
-        check_stated(tmp_path / "columns", changed)
-    half = column_identities(config, load_base(config.model.base, dtype=torch.bfloat16), ((32, 32),))
+        check_stated(tmp_path / "latents", changed)
+    half = latent_cache_identities(config, load_base(config.model.base, dtype=torch.bfloat16), ((32, 32),))
     with pytest.raises(ValueError, match="dtype='float32' there, and here 'bfloat16'"):
-        check_stated(tmp_path / "columns", half)
+        check_stated(tmp_path / "latents", half)
     with torch.no_grad():
         next(base.vae.parameters()).flatten()[0] += 1e-3
     with pytest.raises(ValueError, match="latents have vae="):
-        check_stated(tmp_path / "columns", column_identities(config, base, ((32, 32),)))
+        check_stated(tmp_path / "latents", latent_cache_identities(config, base, ((32, 32),)))
 
 
 def test_digests_do_not_depend_on_where_a_base_lies_nor_on_what_was_tokenized(load_tiny, base_folder, tmp_path):
@@ -284,25 +289,25 @@ def test_digests_do_not_depend_on_where_a_base_lies_nor_on_what_was_tokenized(lo
     assert tokenizer_digest(one.tokenizers[0]) != module_digest(one.vae) != module_digest(one.text_encoders[0])
 
 
-def test_columns_among_the_shards_are_refused(tmp_path):
+def test_a_latent_cache_among_the_shards_is_refused(tmp_path):
     dataset = open_dataset(write_shards(tmp_path / "shards", lambda i: (32, 32)))
-    check_apart(tmp_path / "shards" / "columns", dataset)
-    with pytest.raises(ConfigError, match="would be taken for shards: name a folder of their own"):
+    check_apart(tmp_path / "shards" / "latents", dataset)
+    with pytest.raises(ConfigError, match="would be taken for shards: name a folder of its own"):
         check_apart(tmp_path / "shards", dataset)
 
 
 def test_the_command_asks_for_the_folder_that_it_writes_to(capsys):
     config = Path(__file__).parents[3] / "launch" / "configs" / "quickstart.yaml"
     assert main(["data", "precompute", str(config), "--dry-run"]) == 2
-    assert "data.columns is not set: name the folder to write to" in capsys.readouterr().err
+    assert "data.latent_cache is not set: name the folder to write to" in capsys.readouterr().err
 
 
-def test_random_crops_are_refused_where_columns_are_named(base_folder, tmp_path):
-    with pytest.raises(ConfigError, match="set data.random_crop=false, or leave data.columns out"):
+def test_random_crops_are_refused_where_a_latent_cache_is_named(base_folder, tmp_path):
+    with pytest.raises(ConfigError, match="set data.random_crop=false, or leave data.latent_cache out"):
         run_config(base_folder("sd15"), tmp_path, random_crop=True)
 
 
-def test_a_disk_without_locks_takes_columns_and_one_that_fails_is_heard(tmp_path, monkeypatch):
+def test_a_disk_without_locks_takes_a_latent_cache_and_one_that_fails_is_heard(tmp_path, monkeypatch):
     def disk_says(number):
         def flock(file, operation):
             raise OSError(number, os.strerror(number))

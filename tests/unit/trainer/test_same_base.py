@@ -17,7 +17,7 @@ from controlbooth.trainer.config.subjects import PriorConfig, SubjectRunConfig
 from controlbooth.trainer.controlnet.network_check import network_problems
 from controlbooth.trainer.dreambooth.network_check import subjects_network_problems
 from controlbooth.trainer.dreambooth.prior import class_folder
-from controlbooth.trainer.encoding import column_identities
+from controlbooth.trainer.encoding import latent_cache_identities
 from controlbooth.trainer.evaluation.sample import Source, check_bases
 from controlbooth.trainer.run import same_base
 from controlbooth.trainer.run.integrity import write_marker
@@ -119,12 +119,12 @@ def test_a_change_of_a_base_is_refused_by_name_and_renames_all_that_is_kept(told
         ("text", lambda base: edit(base / "tokenizer" / "tokenizer_config.json", pad_token="a")),
     ],
 )
-def test_columns_depend_on_what_their_encoders_are_made_of(kind, change, base_copy, load_tiny):
+def test_a_latent_cache_depends_on_what_its_encoders_are_made_of(kind, change, base_copy, load_tiny):
     config = build_config(run_tree(base_copy))
-    before = column_identities(config, load_tiny("sd15"), ((32, 32),))
-    assert column_identities(config, load_base(base_copy), ((32, 32),)) == before
+    before = latent_cache_identities(config, load_tiny("sd15"), ((32, 32),))
+    assert latent_cache_identities(config, load_base(base_copy), ((32, 32),)) == before
     change(base_copy)
-    after = column_identities(config, load_base(base_copy), ((32, 32),))
+    after = latent_cache_identities(config, load_base(base_copy), ((32, 32),))
     assert {name for name in before if before[name] != after[name]} == {kind}
 
 

@@ -464,6 +464,20 @@ def test_changed_params_become_tags_and_repeated_steps_are_then_sent_again(tmp_p
     assert history(uri, "train/loss") == [(1, 1.0), (2, 2.0), (2, 20.0)]
 
 
+def test_a_param_that_was_renamed_is_no_changed_one(tmp_path, uri):
+    tracker = start(tmp_path / "run", uri, {"data": {"columns": "latents"}})
+    assert tracker.close(60) == 0
+    tracker = start(tmp_path / "run", uri, {"data": {"latent_cache": "latents"}})
+    assert tracker.close(60) == 0
+    _, run = client_and_run(uri)
+    assert run.data.params == {"data.columns": "latents"}
+    assert not [name for name in run.data.tags if name.startswith("changed.")]
+    tracker = start(tmp_path / "run", uri, {"data": {"latent_cache": "others"}})
+    assert tracker.close(60) == 0
+    _, run = client_and_run(uri)
+    assert run.data.tags["changed.data.latent_cache"] == "others"
+
+
 def test_evaluations_arrive_in_any_order_of_steps_and_again_and_none_twice(tmp_path, uri):
     name = f"{EVALUATION}with-control/edge_f1"
     for step, value in ((800, 0.8), (400, 0.4), (800, 0.81)):

@@ -76,19 +76,19 @@ def read(judge: Judge, images: np.ndarray) -> np.ndarray:
     return torch.stack([one.argmax(dim=1) for one in split(judge(pixels))], dim=1).numpy()
 
 
-def obedience(seen: np.ndarray, scenes: list[Scene]) -> dict[str, float]:
-    """Shares of what captions ask for that pictures show. seen: (B, 8), as `read` returns it.
+def prompt_accuracy(seen: np.ndarray, scenes: list[Scene]) -> dict[str, float]:
+    """Returns shares of what captions ask for that pictures show. seen: (B, 8), as `read` returns it.
 
     object_class, object_colour and object_size are over all objects, the others over pictures.
     """
     objects = [len(scene.objects) for scene in scenes]
     return {
         name: float(np.average(shares, weights=objects if name.startswith("object_") else None))
-        for name, shares in obedience_by_picture(seen, scenes).items()
+        for name, shares in prompt_accuracy_by_picture(seen, scenes).items()
     }
 
 
-def obedience_by_picture(seen: np.ndarray, scenes: list[Scene]) -> dict[str, np.ndarray]:
+def prompt_accuracy_by_picture(seen: np.ndarray, scenes: list[Scene]) -> dict[str, np.ndarray]:
     """name -> (B,) float64 in [0, 1]: what of each caption its picture shows. seen: (B, 8), as `read` returns it.
 
     object_class, object_colour and object_size are shares of the picture's objects; background asks for every colour

@@ -1,16 +1,19 @@
-"""Column caches: what the frozen encoders make of a shard's samples, in tars of their own, aligned by ordinal.
+"""The latent cache: what the frozen encoders make of a shard's samples, in tars of their own, aligned by ordinal.
 
-Of each shard x.tar a folder holds two column shards, each whole once its index stands beside it:
+Of each shard x.tar the folder holds two cache shards, each whole once its index stands beside it:
 
-    columns.json                     what the columns are of, and where they were computed
+    columns.json                     what the cache is of, and where it was computed
     x.latents-<fingerprint>.tar      KEY.mean.DTYPE.npy, KEY.std.DTYPE.npy       of the VAE's posterior
     x.text-<fingerprint>.tar         KEY.hidden_states.I.DTYPE.npy (and .pooled.) of caption I; "" has none
-    x.latents-<fingerprint>.tar.idx  row i is of row i of x.tar.idx, without parts where the sample has no columns
+    x.latents-<fingerprint>.tar.idx  row i is of row i of x.tar.idx, without parts where the sample could not be encoded
 
 These are plain tars of npy arrays under the keys of the originals, so webdataset reads them beside those. numpy has no
 bfloat16: its bits are kept as uint16. The fingerprint is a hash of what the values depend on: encoders, their dtype,
 the shapes and flips of the pictures, and the index of x.tar. So a sample that was quarantined since, or packed anew,
-asks for new columns of its shard and of no other.
+asks for new cache shards of its shard and of no other.
+
+The folder's columns.json and the name __columns__ in the tars stay as they were first written: what is on disk keeps
+its names, whatever we call it.
 """
 
 import hashlib
@@ -49,13 +52,13 @@ Identity = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Columns:
-    """Where the columns of a data set lie, there or not."""
+class LatentCache:
+    """Where the latents and text embeddings of a data set lie, there or not."""
 
     folder: Path
     identities: Mapping[str, Identity]
     paths: Mapping[str, tuple[Path, ...]]
-    """Kind -> the column shard of each shard of the data set."""
+    """Kind -> the cache shard of each shard of the data set."""
     computed: Sequence[Mapping[str, Any]] = ()
     """Facts of the machines that computed what is there, none twice."""
 
@@ -67,7 +70,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """The columns of B samples, K of which have a prompt that is not empty. bfloat16 as its bits, uint16."""
+    """What the cache has of B samples, K of which have a prompt that is not empty. bfloat16 as its bits, uint16."""
 
     mean: np.ndarray
     """(B, C, h, w) of the VAE's posterior; 0 where no sample could be read."""
@@ -81,7 +84,9 @@ class EncodedBatch:
     text_dtype: str
 
 
-def plan_columns(folder: Path, dataset: Dataset, buckets: Buckets, identities: Mapping[str, Identity]) -> Columns:
+def plan_latent_cache(
+    folder: Path, dataset: Dataset, buckets: Buckets, identities: Mapping[str, Identity]
+) -> LatentCache:
     """The paths that follow from the data set and the identities; nothing is looked at.
 
     buckets: of the run's order; their shapes belong to the identity of the latents.
@@ -96,35 +101,37 @@ def plan_columns(folder: Path, dataset: Dataset, buckets: Buckets, identities: M
             fingerprint = _fingerprint([kind, identities[kind], row.index_hash, shapes])
             names.append(folder / f"{shard.name.removesuffix('.tar')}.{kind}-{fingerprint}.tar")
         paths[kind] = tuple(names)
-    return Columns(folder, identities, paths)
+    return LatentCache(folder, identities, paths)
 
 
-def open_columns(folder: Path, dataset: Dataset, buckets: Buckets, identities: Mapping[str, Identity]) -> Columns:
-    """Columns that are all there and are what they have to be. Raises ValueError that names what differs or lacks."""
-    remedy = "run `controlbooth data precompute` with the arguments of this run, or leave data.columns out"
+def open_latent_cache(
+    folder: Path, dataset: Dataset, buckets: Buckets, identities: Mapping[str, Identity]
+) -> LatentCache:
+    """Opens a cache that is whole and is what it has to be. Raises ValueError that names what differs or lacks."""
+    remedy = "run `controlbooth data precompute` with the arguments of this run, or leave data.latent_cache out"
     stated = read_stated(folder)
     if stated is None:
-        raise UserError(f"{folder} holds no column caches: {remedy}")
+        raise UserError(f"{folder} holds no latent cache: {remedy}")
     if different := differences(stated, identities):
         raise UserError(
-            f"the columns in {folder} are others than this run computes: {different}. "
-            f"Set that back, or name another folder in data.columns and {remedy}"
+            f"the latent cache in {folder} is another than this run computes: {different}. "
+            f"Set that back, or name another folder in data.latent_cache and {remedy}"
         )
-    columns = replace(plan_columns(folder, dataset, buckets, identities), computed=tuple(stated["computed"]))
-    if lacking := missing(columns):
+    latent_cache = replace(plan_latent_cache(folder, dataset, buckets, identities), computed=tuple(stated["computed"]))
+    if lacking := missing(latent_cache):
         kind, shard = lacking[0]
         raise UserError(
-            f"{len(lacking)} of {sum(map(len, columns.paths.values()))} column shards are missing in {folder}, first "
-            f"{columns.paths[kind][shard].name} of {dataset.paths[shard]}: {remedy}"
+            f"{len(lacking)} of {sum(map(len, latent_cache.paths.values()))} shards of the latent cache are missing in "
+            f"{folder}, first {latent_cache.paths[kind][shard].name} of {dataset.paths[shard]}: {remedy}"
         )
-    return columns
+    return latent_cache
 
 
-def missing(columns: Columns) -> list[tuple[str, int]]:
+def missing(latent_cache: LatentCache) -> list[tuple[str, int]]:
     """(kind, shard) of all that are not whole."""
-    wanted = [(kind, shard) for shard in range(len(columns.paths[KINDS[0]])) for kind in KINDS]
+    wanted = [(kind, shard) for shard in range(len(latent_cache.paths[KINDS[0]])) for kind in KINDS]
     with ThreadPoolExecutor(16) as pool:  # a network disk answers one question in milliseconds, and many at once
-        there = list(pool.map(lambda one: _is_whole(columns.paths[one[0]][one[1]]), wanted))
+        there = list(pool.map(lambda one: _is_whole(latent_cache.paths[one[0]][one[1]]), wanted))
     return [one for one, whole in zip(wanted, there, strict=True) if not whole]
 
 
@@ -133,22 +140,22 @@ def _is_whole(path: Path) -> bool:
     return index_path(path).exists() and path.exists()
 
 
-def damaged(columns: Columns, rank: int = 0, world_size: int = 1) -> dict[tuple[str, int], str]:
+def damaged(latent_cache: LatentCache, rank: int = 0, world_size: int = 1) -> dict[tuple[str, int], str]:
     """(kind, shard) -> what is wrong with it, of a rank's share of those that are there.
 
     Reads all their bytes, on the first rank with a progress bar.
     """
-    lacking = set(missing(columns))
+    lacking = set(missing(latent_cache))
     there = {
         path: (kind, shard)
         for kind in KINDS
-        for shard, path in enumerate(columns.paths[kind])
+        for shard, path in enumerate(latent_cache.paths[kind])
         if (kind, shard) not in lacking
     }
     mine = list(there.items())[rank::world_size]
     with (
         ThreadPoolExecutor(16) as pool,  # reading and checksums let other threads run
-        tqdm(total=len(mine), unit="shard", desc="check columns", disable=rank > 0 or len(mine) < 2) as bar,
+        tqdm(total=len(mine), unit="shard", desc="check latent cache", disable=rank > 0 or len(mine) < 2) as bar,
     ):
         found = {}
         for (_, where), fault in zip(mine, pool.map(_fault, (path for path, _ in mine)), strict=True):
@@ -159,9 +166,9 @@ def damaged(columns: Columns, rank: int = 0, world_size: int = 1) -> dict[tuple[
 
 
 def _fault(path: Path) -> str | None:
-    """What a column shard has else than when it was written."""
+    """What a cache shard has else than when it was written."""
     try:
-        opened = _OpenColumn(path)
+        opened = _OpenShard(path)
         for sample, parts in zip(opened.index.samples, opened.index.parts, strict=True):
             for part in parts[parts["offset"] > 0]:
                 _read_part(opened, sample, part)
@@ -181,16 +188,17 @@ def read_stated(folder: Path) -> dict[str, Any] | None:
 
 
 def check_stated(folder: Path, identities: Mapping[str, Identity]) -> None:
-    """Raises ValueError where the folder has columns of another identity, which would stay as bytes nobody reads."""
+    """Raises ValueError where the folder has a cache of another identity, which would stay as bytes nobody reads."""
     stated = read_stated(folder)
     if stated and (different := differences(stated, identities)):
         raise UserError(
-            f"{folder} holds columns of something else: {different}. Name another folder in data.columns, or delete it"
+            f"{folder} holds a latent cache of something else: {different}. Name another folder in data.latent_cache, "
+            "or delete it"
         )
 
 
 def state(folder: Path, identities: Mapping[str, Identity], computed: Mapping[str, Any]) -> None:
-    """Writes columns.json before the first column, or adds where more of them are computed. See `check_stated`."""
+    """Writes columns.json before the first cache shard, or adds where more of them are computed. See `check_stated`."""
     stated = read_stated(folder) or {"identities": identities, "computed": []}
     if dict(computed) not in stated["computed"]:
         stated["computed"].append(dict(computed))
@@ -220,7 +228,7 @@ def text_parts(dtype: str, caption: int, pooled: bool) -> list[str]:
 
 
 def stored_bytes(arrays: Sequence[np.ndarray]) -> int:
-    """What these arrays take in a column shard and its index."""
+    """What these arrays take in a cache shard and its index."""
     return sum(BLOCK + -(-len(_npy(array)) // BLOCK) * BLOCK + PART.itemsize for array in arrays) + SAMPLE.itemsize
 
 
@@ -229,8 +237,8 @@ Add = Callable[[int, str, Mapping[str, np.ndarray]], None]
 
 
 @contextmanager
-def written_column(path: Path, original: ShardIndex, stated: Mapping[str, Any]) -> Iterator[Add]:
-    """A column shard that gets its name when the block ends well, and otherwise leaves nothing behind.
+def written_cache_shard(path: Path, original: ShardIndex, stated: Mapping[str, Any]) -> Iterator[Add]:
+    """A cache shard that gets its name when the block ends well, and otherwise leaves nothing behind.
 
     original: of the shard whose rows are added, each at most once and in any order. stated: kept in the tar under a
     name that is no sample's. Raises OSError with a remedy on a full disk.
@@ -288,8 +296,8 @@ def _index(size: int, original: ShardIndex, rows: Mapping[int, tuple[int, int, M
     return make_index(size, extensions, samples, parts)
 
 
-class _OpenColumn:
-    """A column shard and its index, closed when the last thread that reads from it has let it go."""
+class _OpenShard:
+    """A cache shard and its index, closed when the last thread that reads from it has let it go."""
 
     def __init__(self, path: Path):
         self.path, self.index = path, load_index(index_path(path), REPAIR)
@@ -307,27 +315,27 @@ class _OpenColumn:
 REPAIR = "run `controlbooth data precompute` again, which finds what is damaged and computes it anew"
 
 
-class ColumnReader:
-    """Reads columns from any thread; keeps the `most_open` column shards that were used last open."""
+class LatentCacheReader:
+    """Reads a latent cache from any thread; keeps the `most_open` shards that were used last open."""
 
-    def __init__(self, columns: Columns, most_open: int = 256):
-        self.columns, self.most_open = columns, most_open
-        self.latents_stored = STORED[columns.identities["latents"]["dtype"]]
-        self._open: OrderedDict[Path, _OpenColumn] = OrderedDict()
+    def __init__(self, latent_cache: LatentCache, most_open: int = 256):
+        self.cache, self.most_open = latent_cache, most_open
+        self.latents_stored = STORED[latent_cache.identities["latents"]["dtype"]]
+        self._open: OrderedDict[Path, _OpenShard] = OrderedDict()
         self._lock = Lock()
 
     def latents(self, shard: int, row: int, key: str, key_hash: int, flipped: bool) -> list[np.ndarray]:
         """Mean and standard deviation, (C, h, w) each. row: of the original's index.
 
-        Raises BadSample where the picture could not be encoded, since then a substitute is taken without columns too,
-        and ValueError where the column shard is damaged or of another one.
+        Raises BadSample where the picture could not be encoded, since then a substitute is taken without the cache too,
+        and ValueError where the cache shard is damaged or of another one.
         """
-        parts = latents_parts(self.columns.identities["latents"]["dtype"], flipped)
+        parts = latents_parts(self.cache.identities["latents"]["dtype"], flipped)
         return self._read("latents", shard, row, key, key_hash, parts)
 
     def text(self, shard: int, row: int, key: str, key_hash: int, caption: int) -> list[np.ndarray]:
         """Hidden states (L, D) of a caption of the sample, and the pooled embedding (P,) where the base has one."""
-        identity = self.columns.identities["text"]
+        identity = self.cache.identities["text"]
         return self._read("text", shard, row, key, key_hash, text_parts(identity["dtype"], caption, identity["pooled"]))
 
     def close(self) -> None:
@@ -337,7 +345,7 @@ class ColumnReader:
     def _read(
         self, kind: str, shard: int, row: int, key: str, key_hash: int, extensions: Sequence[str]
     ) -> list[np.ndarray]:
-        opened = self._opened(self.columns.paths[kind][shard])
+        opened = self._opened(self.cache.paths[kind][shard])
         sample = opened.index.samples[row]
         if int(sample["key_hash"]) != key_hash:
             raise UserError(f"{opened.path}: row {row} is not of {key!r}: {REPAIR}")
@@ -347,17 +355,17 @@ class ColumnReader:
         payloads = [_read_part(opened, sample, part) for part in parts]
         return [np.lib.format.read_array(io.BytesIO(data), allow_pickle=False) for data in payloads]
 
-    def _opened(self, path: Path) -> _OpenColumn:
+    def _opened(self, path: Path) -> _OpenShard:
         with self._lock:
             if path not in self._open:
-                self._open[path] = _OpenColumn(path)
+                self._open[path] = _OpenShard(path)
             self._open.move_to_end(path)
             while len(self._open) > self.most_open:
                 self._open.popitem(last=False)
             return self._open[path]
 
 
-def _read_part(opened: _OpenColumn, sample: np.void, part: np.void) -> bytes:
+def _read_part(opened: _OpenShard, sample: np.void, part: np.void) -> bytes:
     """The bytes of one array. Raises ValueError where they are not those that were written."""
     at = int(sample["offset"]) + int(part["offset"])
     data = _pread(opened, int(part["size"]), at)
@@ -366,7 +374,7 @@ def _read_part(opened: _OpenColumn, sample: np.void, part: np.void) -> bytes:
     return data
 
 
-def _pread(opened: _OpenColumn, length: int, offset: int) -> bytes:
+def _pread(opened: _OpenShard, length: int, offset: int) -> bytes:
     data = b""
     while len(data) < length:  # a read may be short, on network disks above all
         more = os.pread(opened.descriptor, length - len(data), offset + len(data))

@@ -14,19 +14,19 @@ from controlbooth.data.order.draws import hash64
 from controlbooth.data.packing.pack import pack
 from controlbooth.data.packing.sources import open_scenes
 from controlbooth.data.pictures.images import BadSample
-from controlbooth.data.shards import columns as cols
-from controlbooth.data.shards.columns import (
-    ColumnReader,
+from controlbooth.data.shards import latent_cache as caches
+from controlbooth.data.shards.latent_cache import (
+    LatentCacheReader,
     check_stated,
     damaged,
     latents_parts,
     missing,
-    open_columns,
-    plan_columns,
+    open_latent_cache,
+    plan_latent_cache,
     state,
     stored_bytes,
     text_parts,
-    written_column,
+    written_cache_shard,
 )
 from controlbooth.data.shards.manifest import Dataset, join_datasets, open_dataset
 from controlbooth.data.shards.sidecar import index_path, load_index
@@ -60,18 +60,18 @@ def values(kind, row, shard, flipped=False):
 
 
 def write(shards, folder, known, without=(), buckets=SQUARE):
-    """Columns of all shards, in an order of their own; `without` some (shard, row). -> Columns"""
+    """Writes the cache of all shards, in an order of their own; `without` some (shard, row). -> LatentCache"""
     dataset = open_dataset(shards)
     folder.mkdir(exist_ok=True)
     state(folder, known, HERE)
-    columns = plan_columns(folder, dataset, buckets, known)
-    for kind, shard in missing(columns):
+    latent_cache = plan_latent_cache(folder, dataset, buckets, known)
+    for kind, shard in missing(latent_cache):
         index = load_index(index_path(dataset.paths[shard]))
-        with written_column(columns.paths[kind][shard], index, {}) as add:
+        with written_cache_shard(latent_cache.paths[kind][shard], index, {}) as add:
             for row in reversed(index.usable().tolist()):
                 if (shard, row) not in without:
                     add(row, f"scene-0-{shard * 8 + row:08d}", arrays_of(kind, known, row, shard))
-    return columns
+    return latent_cache
 
 
 def arrays_of(kind, known, row, shard):
@@ -85,17 +85,17 @@ def arrays_of(kind, known, row, shard):
     }
 
 
-def batches(shards, columns=None, **changes):
+def batches(shards, latent_cache=None, **changes):
     arguments = dict(
         seed=1, lanes=G, shards_per_block=2, global_batch_size=G, micro_batch_size=4, rank=0, world_size=1,
         condition="edges", resolution=SIZE, prompt_dropout=0.5, random_flip=False, random_crop=False,
-        num_train_timesteps=1000, latent_shape=(4, 2, 2), threads=2, prefetch_steps=1, columns=columns,
+        num_train_timesteps=1000, latent_shape=(4, 2, 2), threads=2, prefetch_steps=1, latent_cache=latent_cache,
     )  # fmt: skip
     return make_loader(shards if isinstance(shards, Dataset) else open_dataset(shards), **(arguments | changes))
 
 
-def take(shards, steps, columns=None, **changes):
-    with batches(shards, columns, **changes) as loader:
+def take(shards, steps, latent_cache=None, **changes):
+    with batches(shards, latent_cache, **changes) as loader:
         return [batch for _ in range(steps) for batch in next(loader).micro_batches], loader.ledger
 
 
@@ -103,7 +103,7 @@ def place_of(key):
     return divmod(int(key[-8:]), 8)
 
 
-def test_each_sample_gets_its_own_columns_and_only_kept_prompts_have_text(shards, tmp_path):
+def test_each_sample_gets_its_own_latents_and_only_kept_prompts_have_text(shards, tmp_path):
     found, _ = take(shards, 6, write(shards, tmp_path / "c", identities()))
     kept = 0
     for batch in found:
@@ -112,77 +112,77 @@ def test_each_sample_gets_its_own_columns_and_only_kept_prompts_have_text(shards
         for i, key in enumerate(batch.keys):
             shard, row = place_of(key)
             mean, std = values("latents", row, shard)
-            assert np.array_equal(batch.columns.mean[i], mean) and np.array_equal(batch.columns.std[i], std)
+            assert np.array_equal(batch.encoded.mean[i], mean) and np.array_equal(batch.encoded.std[i], std)
             told += [] if batch.dropped[i] else [values("text", row, shard)]
         kept += len(told)
         if told:
-            assert np.array_equal(batch.columns.hidden_states, [hidden for hidden, _ in told])
-            assert np.array_equal(batch.columns.pooled, [pooled for _, pooled in told])
+            assert np.array_equal(batch.encoded.hidden_states, [hidden for hidden, _ in told])
+            assert np.array_equal(batch.encoded.pooled, [pooled for _, pooled in told])
         else:
-            assert batch.columns.hidden_states is None and batch.columns.pooled is None
+            assert batch.encoded.hidden_states is None and batch.encoded.pooled is None
     assert 0 < kept < 48  # some prompts were dropped and some were not
 
 
-def test_samples_of_one_key_get_their_own_columns_and_equal_shards_of_two_sources_the_same(tmp_path):
+def test_samples_of_one_key_get_their_own_latents_and_equal_shards_of_two_sources_the_same(tmp_path):
     """Names of samples repeat in every shard, and names of shards from source to source."""
     for name, seed in (("a", 1), ("b", 2)):
         write_repeated(tmp_path / name, shards=3, size=SIZE, seed=seed)
     dataset = join_datasets([open_dataset(tmp_path / name) for name in "aba"])
-    columns = plan_columns(tmp_path / "c", dataset, Buckets(((SIZE, SIZE),), ({}, {}, {})), identities())
+    latent_cache = plan_latent_cache(tmp_path / "c", dataset, Buckets(((SIZE, SIZE),), ({}, {}, {})), identities())
     (tmp_path / "c").mkdir()
-    for kind in cols.KINDS:
-        assert columns.paths[kind][:3] == columns.paths[kind][6:] and len(set(columns.paths[kind])) == 6
+    for kind in caches.KINDS:
+        assert latent_cache.paths[kind][:3] == latent_cache.paths[kind][6:] and len(set(latent_cache.paths[kind])) == 6
         for shard in range(6):
             index = load_index(index_path(dataset.paths[shard]))
-            with written_column(columns.paths[kind][shard], index, {}) as add:
+            with written_cache_shard(latent_cache.paths[kind][shard], index, {}) as add:
                 for row in range(6):
                     add(row, f"{row:09d}", arrays_of(kind, identities(), row, shard))
-    found, _ = take(dataset, 9, columns)
+    found, _ = take(dataset, 9, latent_cache)
     for batch in found:
         for i, (shard, row) in enumerate(batch.places.tolist()):
-            assert np.array_equal(batch.columns.mean[i], values("latents", row, shard % 6)[0])
+            assert np.array_equal(batch.encoded.mean[i], values("latents", row, shard % 6)[0])
 
 
-def test_all_but_the_pictures_is_as_it_is_without_columns(shards, tmp_path):
+def test_all_but_the_pictures_is_as_it_is_without_a_latent_cache(shards, tmp_path):
     plain, _ = take(shards, 6)
     cached, _ = take(shards, 6, write(shards, tmp_path / "c", identities()))
-    names = [item.name for item in fields(plain[0]) if item.name not in ("pixel_values", "columns")]
+    names = [item.name for item in fields(plain[0]) if item.name not in ("pixel_values", "encoded")]
     assert {"dropped", "captions", "timesteps", "noise", "conditioning", "keys", "weights"} <= set(names)
     for one, other in zip(plain, cached, strict=True):
         assert all(np.array_equal(getattr(one, name), getattr(other, name)) for name in names)
 
 
 def test_a_mirrored_sample_gets_the_latents_of_its_mirrored_picture(shards, tmp_path):
-    columns = write(shards, tmp_path / "c", identities(flips=True))
-    found, _ = take(shards, 3, columns, random_flip=True)
+    latent_cache = write(shards, tmp_path / "c", identities(flips=True))
+    found, _ = take(shards, 3, latent_cache, random_flip=True)
     flips = draws.flips(1, np.concatenate([batch.positions for batch in found]))
     assert 0 < flips.sum() < len(flips)
     for batch in found:
         for i, (key, flipped) in enumerate(zip(batch.keys, draws.flips(1, batch.positions), strict=True)):
             shard, row = place_of(key)
-            assert np.array_equal(batch.columns.mean[i], values("latents", row, shard, bool(flipped))[0])
+            assert np.array_equal(batch.encoded.mean[i], values("latents", row, shard, bool(flipped))[0])
 
 
 @pytest.mark.parametrize("changes", [{"random_flip": True}, {"random_crop": True}])
 def test_crops_and_flips_that_have_no_latents_are_refused(shards, tmp_path, changes):
-    columns = write(shards, tmp_path / "c", identities())
+    latent_cache = write(shards, tmp_path / "c", identities())
     with pytest.raises(ValueError, match="cut at the centre, not mirrored"):
-        batches(shards, columns, **changes)
+        batches(shards, latent_cache, **changes)
 
 
 def test_a_sample_that_could_not_be_encoded_is_replaced_as_a_bad_one(shards, tmp_path):
     without = {(0, 3), (2, 1)}
-    columns = write(shards, tmp_path / "c", identities(), without)
-    found, ledger = take(shards, 9, columns, max_bad_rate=1.0)
+    latent_cache = write(shards, tmp_path / "c", identities(), without)
+    found, ledger = take(shards, 9, latent_cache, max_bad_rate=1.0)
     assert {place_of(fault["key"]) for fault in ledger} == without
     assert not without & {place_of(key) for batch in found for key in batch.keys}
-    assert all(batch.columns.mean.any() for batch in found)
+    assert all(batch.encoded.mean.any() for batch in found)
 
 
-def test_webdataset_reads_columns_beside_their_samples(shards, tmp_path):
-    columns = write(shards, tmp_path / "c", identities())
+def test_webdataset_reads_latents_beside_their_samples(shards, tmp_path):
+    latent_cache = write(shards, tmp_path / "c", identities())
     read = {}
-    for path in columns.paths["text"]:
+    for path in latent_cache.paths["text"]:
         for sample in webdataset.WebDataset(str(path), shardshuffle=False).decode():
             read[place_of(sample["__key__"])] = sample["hidden_states.0.float32.npy"]
     assert len(read) == 24
@@ -190,9 +190,9 @@ def test_webdataset_reads_columns_beside_their_samples(shards, tmp_path):
 
 
 def test_what_is_reckoned_is_what_is_written(shards, tmp_path):
-    columns = write(shards, tmp_path / "c", identities())
+    latent_cache = write(shards, tmp_path / "c", identities())
     for kind in ("latents", "text"):
-        path = columns.paths[kind][0]
+        path = latent_cache.paths[kind][0]
         reckoned = 8 * stored_bytes(values(kind, 0, 0))
         assert reckoned < path.stat().st_size + index_path(path).stat().st_size < reckoned + 20_000  # tars are padded
 
@@ -200,22 +200,26 @@ def test_what_is_reckoned_is_what_is_written(shards, tmp_path):
 def test_a_shard_without_its_index_is_computed_again_and_others_are_not(shards, tmp_path):
     """As after kill -9 between the two names, with what a killed writer leaves."""
     known = identities()
-    columns = write(shards, tmp_path / "c", known)
-    index_path(columns.paths["latents"][1]).unlink()
-    leftover = columns.paths["latents"][1].with_name(f"{columns.paths['latents'][1].name}.123.tmp")
+    latent_cache = write(shards, tmp_path / "c", known)
+    index_path(latent_cache.paths["latents"][1]).unlink()
+    leftover = latent_cache.paths["latents"][1].with_name(f"{latent_cache.paths['latents'][1].name}.123.tmp")
     leftover.write_bytes(b"half")
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "c").glob("*.tar")}
-    assert missing(columns) == [("latents", 1)]
+    assert missing(latent_cache) == [("latents", 1)]
     write(shards, tmp_path / "c", known)
-    assert missing(columns) == [] and not leftover.exists()
+    assert missing(latent_cache) == [] and not leftover.exists()
     changed = {path for path, time in kept.items() if path.stat().st_mtime_ns != time}
-    assert changed == {columns.paths["latents"][1]}
+    assert changed == {latent_cache.paths["latents"][1]}
 
 
-def test_damaged_column_shards_are_found_by_their_size_their_index_and_their_contents(shards, tmp_path):
-    columns = write(shards, tmp_path / "columns", identities())
-    assert damaged(columns) == {}
-    cut, changed, unindexed = columns.paths["latents"][0], columns.paths["latents"][2], columns.paths["text"][1]
+def test_damaged_cache_shards_are_found_by_their_size_their_index_and_their_contents(shards, tmp_path):
+    latent_cache = write(shards, tmp_path / "latents", identities())
+    assert damaged(latent_cache) == {}
+    cut, changed, unindexed = (
+        latent_cache.paths["latents"][0],
+        latent_cache.paths["latents"][2],
+        latent_cache.paths["text"][1],
+    )
     cut.write_bytes(cut.read_bytes()[:1000])
     data = bytearray(changed.read_bytes())
     index = load_index(index_path(changed))
@@ -223,30 +227,30 @@ def test_damaged_column_shards_are_found_by_their_size_their_index_and_their_con
     data[at] ^= 255
     changed.write_bytes(data)
     index_path(unindexed).write_bytes(b"")
-    found = damaged(columns)
-    assert set(found) == {("latents", 0), ("latents", 2), ("text", 1)} and missing(columns) == []
-    shares = [damaged(columns, rank, 2) for rank in range(2)]
+    found = damaged(latent_cache)
+    assert set(found) == {("latents", 0), ("latents", 2), ("text", 1)} and missing(latent_cache) == []
+    shares = [damaged(latent_cache, rank, 2) for rank in range(2)]
     assert shares[0] | shares[1] == found and not shares[0].keys() & shares[1].keys()
     assert f"{cut} has 1000 bytes, its index says" in found["latents", 0]
     assert f"{changed}: the bytes from" in found["latents", 2]
     assert f"{index_path(unindexed)} is not a whole index: run `controlbooth data precompute`" in found["text", 1]
 
 
-def test_a_damaged_column_shard_has_no_index_until_it_is_whole_again(shards, tmp_path, monkeypatch):
-    columns = write(shards, tmp_path / "columns", identities())
-    path, index = columns.paths["text"][0], load_index(index_path(open_dataset(shards).paths[0]))
+def test_a_damaged_cache_shard_has_no_index_until_it_is_whole_again(shards, tmp_path, monkeypatch):
+    latent_cache = write(shards, tmp_path / "latents", identities())
+    path, index = latent_cache.paths["text"][0], load_index(index_path(open_dataset(shards).paths[0]))
     path.write_bytes(b"")
-    monkeypatch.setattr(cols, "write_index", lambda index, path: 1 / 0)
-    with pytest.raises(ZeroDivisionError), written_column(path, index, {}):
+    monkeypatch.setattr(caches, "write_index", lambda index, path: 1 / 0)
+    with pytest.raises(ZeroDivisionError), written_cache_shard(path, index, {}):
         pass
-    assert missing(columns) == [("text", 0)]
+    assert missing(latent_cache) == [("text", 0)]
 
 
 def test_a_writer_that_fails_leaves_nothing(shards, tmp_path):
     dataset = open_dataset(shards)
-    columns = plan_columns(tmp_path, dataset, SQUARE, identities())
-    path, index = columns.paths["text"][0], load_index(index_path(dataset.paths[0]))
-    with pytest.raises(KeyboardInterrupt), written_column(path, index, {}) as add:
+    latent_cache = plan_latent_cache(tmp_path, dataset, SQUARE, identities())
+    path, index = latent_cache.paths["text"][0], load_index(index_path(dataset.paths[0]))
+    with pytest.raises(KeyboardInterrupt), written_cache_shard(path, index, {}) as add:
         add(0, "000000000", arrays_of("text", identities(), 0, 0))
         raise KeyboardInterrupt
     assert list(tmp_path.glob("*.tar*")) == []
@@ -255,70 +259,70 @@ def test_a_writer_that_fails_leaves_nothing(shards, tmp_path):
 def test_a_full_disk_says_what_to_do_and_keeps_nothing_half(shards, tmp_path):
     """A limit on the size of files stands for the disk: the same write fails, with another number."""
     dataset = open_dataset(shards)
-    path = plan_columns(tmp_path, dataset, SQUARE, identities()).paths["text"][0]
+    path = plan_latent_cache(tmp_path, dataset, SQUARE, identities()).paths["text"][0]
     index = load_index(index_path(dataset.paths[0]))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
-        with pytest.raises(OSError, match="make room and start again"), written_column(path, index, {}) as add:
+        with pytest.raises(OSError, match="make room and start again"), written_cache_shard(path, index, {}) as add:
             add(0, "000000000", {"hidden_states.0.float32.npy": np.zeros((1024, 1024), np.float32)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list(tmp_path.glob("*.tar*")) == []
 
 
-def test_a_replaced_shard_wants_new_columns_of_its_own_only(shards, tmp_path):
+def test_a_replaced_shard_wants_new_latents_of_its_own_only(shards, tmp_path):
     known = identities()
-    before = plan_columns(tmp_path / "c", open_dataset(shards), SQUARE, known)
+    before = plan_latent_cache(tmp_path / "c", open_dataset(shards), SQUARE, known)
     write(shards, tmp_path / "c", known)
     again = tmp_path / "again"
     assert pack(open_scenes(8, 7, 0, SIZE, ["edges"]), again, 8) == []
     for name in ("shards-000000.tar", "shards-000000.tar.idx"):
         (shards / name.replace("000000", "000001")).write_bytes((again / name).read_bytes())
     (shards / "manifest.jsonl").unlink()
-    now = plan_columns(tmp_path / "c", open_dataset(shards), SQUARE, known)
+    now = plan_latent_cache(tmp_path / "c", open_dataset(shards), SQUARE, known)
     assert missing(now) == [("latents", 1), ("text", 1)]
     assert now.paths["latents"][0] == before.paths["latents"][0]
-    with pytest.raises(ValueError, match="2 of 6 column shards are missing.*precompute"):
-        open_columns(tmp_path / "c", open_dataset(shards), SQUARE, known)
+    with pytest.raises(ValueError, match="2 of 6 shards of the latent cache are missing.*precompute"):
+        open_latent_cache(tmp_path / "c", open_dataset(shards), SQUARE, known)
 
 
-def test_columns_of_other_encoders_are_refused_with_what_differs(shards, tmp_path):
+def test_a_latent_cache_of_other_encoders_is_refused_with_what_differs(shards, tmp_path):
     write(shards, tmp_path / "c", identities())
     other = identities(vae="w", flips=True)
     with pytest.raises(ValueError, match="flips=False there, and here True; latents have vae='v' there, and here 'w'"):
-        open_columns(tmp_path / "c", open_dataset(shards), SQUARE, other)
-    with pytest.raises(ValueError, match="holds columns of something else: latents have flips"):
+        open_latent_cache(tmp_path / "c", open_dataset(shards), SQUARE, other)
+    with pytest.raises(ValueError, match="holds a latent cache of something else: latents have flips"):
         check_stated(tmp_path / "c", other)
-    with pytest.raises(ValueError, match="holds no column caches.*controlbooth data precompute"):
-        open_columns(tmp_path / "nowhere", open_dataset(shards), SQUARE, other)
+    with pytest.raises(ValueError, match="holds no latent cache.*controlbooth data precompute"):
+        open_latent_cache(tmp_path / "nowhere", open_dataset(shards), SQUARE, other)
 
 
 def test_machines_that_computed_are_named_once_each(shards, tmp_path):
     known = identities()
     write(shards, tmp_path / "c", known)
     state(tmp_path / "c", known, HERE)
-    assert open_columns(tmp_path / "c", open_dataset(shards), SQUARE, known).computed == (HERE,)
+    assert open_latent_cache(tmp_path / "c", open_dataset(shards), SQUARE, known).computed == (HERE,)
     state(tmp_path / "c", known, HERE | {"threads": 2})
-    assert len(open_columns(tmp_path / "c", open_dataset(shards), SQUARE, known).computed) == 2
+    assert len(open_latent_cache(tmp_path / "c", open_dataset(shards), SQUARE, known).computed) == 2
 
 
 def test_latents_have_other_names_where_samples_go_to_other_buckets(shards):
     dataset, known = open_dataset(shards), identities()
-    one = plan_columns(shards, dataset, Buckets(((16, 16), (8, 32)), ({0: 0, 32: 1},)), known)
-    other = plan_columns(shards, dataset, Buckets(((16, 16), (8, 32)), ({0: 0, 32: 0},)), known)
+    one = plan_latent_cache(shards, dataset, Buckets(((16, 16), (8, 32)), ({0: 0, 32: 1},)), known)
+    other = plan_latent_cache(shards, dataset, Buckets(((16, 16), (8, 32)), ({0: 0, 32: 0},)), known)
     assert one.paths["latents"] != other.paths["latents"] and one.paths["text"] == other.paths["text"]
 
 
-def test_damaged_columns_stop_a_run_instead_of_replacing_samples(shards, tmp_path):
-    columns = write(shards, tmp_path / "c", identities())
-    path = columns.paths["latents"][0]
+def test_damaged_latents_stop_a_run_instead_of_replacing_samples(shards, tmp_path):
+    latent_cache = write(shards, tmp_path / "c", identities())
+    path = latent_cache.paths["latents"][0]
     index = load_index(index_path(path))
     data = bytearray(path.read_bytes())
     part = index.parts[2][index.extensions.index("mean.bfloat16.npy")]
     data[int(index.samples[2]["offset"]) + int(part["offset"]) + 130] ^= 1
     path.write_bytes(data)
-    reader = ColumnReader(columns)
+    reader = LatentCacheReader(latent_cache)
     assert reader.latents(0, 1, "k", int(index.samples[1]["key_hash"]), False)[0].shape == (4, 2, 2)
     with pytest.raises(ValueError, match="have changed since they were written: run `controlbooth data precompute`"):
         reader.latents(0, 2, "k", int(index.samples[2]["key_hash"]), False)
@@ -326,26 +330,26 @@ def test_damaged_columns_stop_a_run_instead_of_replacing_samples(shards, tmp_pat
         reader.latents(0, 1, "k", hash64("another"), False)
     path.write_bytes(data[:-512])
     with pytest.raises(ValueError, match="bytes, its index says"):
-        ColumnReader(columns).latents(0, 1, "k", int(index.samples[1]["key_hash"]), False)
+        LatentCacheReader(latent_cache).latents(0, 1, "k", int(index.samples[1]["key_hash"]), False)
 
 
-def test_a_caption_without_a_column_is_a_bad_sample(shards, tmp_path):
-    columns = write(shards, tmp_path / "c", identities())
-    index = load_index(index_path(columns.paths["text"][0]))
+def test_a_caption_without_an_embedding_is_a_bad_sample(shards, tmp_path):
+    latent_cache = write(shards, tmp_path / "c", identities())
+    index = load_index(index_path(latent_cache.paths["text"][0]))
     with pytest.raises(BadSample, match="could not be encoded"):
-        ColumnReader(columns).text(0, 1, "k", int(index.samples[1]["key_hash"]), caption=1)
+        LatentCacheReader(latent_cache).text(0, 1, "k", int(index.samples[1]["key_hash"]), caption=1)
 
 
-def test_fewer_open_columns_than_shards_read_the_same(shards, tmp_path):
-    columns = write(shards, tmp_path / "c", identities())
-    reader = ColumnReader(columns, most_open=1)
+def test_fewer_open_cache_shards_than_shards_read_the_same(shards, tmp_path):
+    latent_cache = write(shards, tmp_path / "c", identities())
+    reader = LatentCacheReader(latent_cache, most_open=1)
     for shard in (0, 1, 2, 0):
-        hashes = load_index(index_path(columns.paths["latents"][shard])).samples["key_hash"]
+        hashes = load_index(index_path(latent_cache.paths["latents"][shard])).samples["key_hash"]
         assert np.array_equal(reader.latents(shard, 5, "k", int(hashes[5]), False), values("latents", 5, shard))
     reader.close()
 
 
 def test_what_is_stated_can_be_read_by_people(shards, tmp_path):
     write(shards, tmp_path / "c", identities())
-    tree = json.loads((tmp_path / "c" / cols.STATED).read_text())
+    tree = json.loads((tmp_path / "c" / caches.STATED).read_text())
     assert tree["identities"]["latents"]["vae"] == "v" and tree["computed"] == [HERE]

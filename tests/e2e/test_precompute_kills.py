@@ -19,7 +19,7 @@ SHARDS = 24
 
 def precompute(folder, *arguments):
     config = yaml.safe_load(CONFIG.read_text())
-    config["data"] |= {"shards": str(folder / "shards"), "held_out": None, "columns": str(folder / "columns")}
+    config["data"] |= {"shards": str(folder / "shards"), "held_out": None, "latent_cache": str(folder / "latents")}
     (folder / "run.yaml").write_text(yaml.safe_dump(config | {"output": str(folder / "runs")}))
     command = [sys.executable, "-m", "controlbooth.launch.cli", "data", "precompute", str(folder / "run.yaml")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -27,8 +27,8 @@ def precompute(folder, *arguments):
 
 
 def finished(folder):
-    """Column shards that have their index, and when each was written."""
-    tars = (folder / "columns").glob("*.tar")
+    """Cache shards that have their index, and when each was written."""
+    tars = (folder / "latents").glob("*.tar")
     return {path.name: path.stat().st_mtime_ns for path in tars if index_path(path).exists()}
 
 
@@ -39,12 +39,12 @@ def kill_all(process):
     psutil.wait_procs(family, timeout=30)
 
 
-def test_columns_of_two_killed_ranks_are_completed_by_the_same_command(tmp_path):
+def test_the_latent_cache_of_two_killed_ranks_is_completed_by_the_same_command(tmp_path):
     assert pack(open_scenes(16 * SHARDS, 0, 0, 64, ["edges"]), tmp_path / "shards", 16) == []
     dry = precompute(tmp_path, "--dry-run")
     said = dry.communicate(timeout=300)[0].decode()
     assert dry.returncode == 0 and f"{SHARDS} of {SHARDS} shards to compute" in said and "GiB" in said
-    assert not (tmp_path / "columns").exists()
+    assert not (tmp_path / "latents").exists()
 
     killed = precompute(tmp_path, "--processes", "2")
     until = time.monotonic() + 300
@@ -59,4 +59,4 @@ def test_columns_of_two_killed_ranks_are_completed_by_the_same_command(tmp_path)
     assert again.returncode == 0, said
     after = finished(tmp_path)
     assert len(after) == 2 * SHARDS and {name: after[name] for name in before} == before
-    assert not list((tmp_path / "columns").glob("*.tmp"))
+    assert not list((tmp_path / "latents").glob("*.tmp"))
