@@ -90,6 +90,49 @@ class KernelAttnProcessor(AttnProcessor2_0):
             return super().__call__(attn, hidden_states, encoder_hidden_states, *args, **kwargs)
 
 
+class KernelOf:
+    """A transformer layer's own processor, held to the kernel of our choice around its call.
+
+    What a joint layer does with two streams is its own processor's; which kernel PyTorch takes is decided here.
+    """
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __init__(self, inner: Any, name: str, by_shape: Mapping[str, str] | None = None) -> None:
+        self.inner, self.name, self.by_shape = inner, name, dict(by_shape or {})
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Any = None,
+    ) -> Any:
+        """Names what the processors of SD3 and FLUX.1 take: layers hand on only what a processor names."""
+        given = {"attention_mask": attention_mask, "image_rotary_emb": image_rotary_emb}
+        name = self.by_shape.get(joint_shape(attn, hidden_states, encoder_hidden_states).key, self.name)
+        with sdpa_kernel(SDP_KERNELS[name]):
+            return self.inner(
+                attn,
+                hidden_states,
+                encoder_hidden_states,
+                **{key: value for key, value in given.items() if value is not None},
+            )
+
+
+def joint_shape(layer: Any, hidden_states: Tensor, context: Tensor | None) -> AttentionShape:
+    """Of a call of a transformer's layer, whose text and picture tokens are one row. Both: (B, tokens, D)."""
+    tokens = hidden_states.shape[1] + (0 if context is None else context.shape[1])
+    return AttentionShape(hidden_states.shape[0], layer.heads, tokens, tokens, layer.inner_dim // layer.heads)
+
+
+def is_joint(layer: nn.Module) -> bool:
+    """Tells whether a module is an attention layer of a transformer of two streams."""
+    return getattr(layer, "add_q_proj", None) is not None or type(layer).__name__ == "FluxAttention"
+
+
 def shape_of(layer: Attention, hidden_states: Tensor, context: Tensor | None) -> AttentionShape:
     """Of a call of this layer. hidden_states: (B, tokens, D) or (B, D, h, w); context: (B, tokens, D)."""
     tokens = hidden_states.shape[1] if hidden_states.ndim == 3 else hidden_states.shape[2] * hidden_states.shape[3]
@@ -102,6 +145,7 @@ def choose_attention(
     device: str | torch.device,
     dtype: torch.dtype = torch.float32,
     shapes: Sequence[AttentionShape] = TYPICAL_SHAPES,
+    kernels: Sequence[str] = ("xformers", *KERNELS),
 ) -> AttentionChoice:
     """The kernel to use for `shapes`, see `attention_shapes`.
 
@@ -110,13 +154,19 @@ def choose_attention(
     takes less than MUCH_FASTER of its time, that one. Kernels that keep all scores are not asked where there are more
     than MOST_SCORES. Kernels round differently and timings vary: a run that is to resume bit for bit keeps its first
     choice's name and asks for that, and so do all its ranks.
-    Raises ValueError for an unknown name, and for a kernel that cannot run here, with why and what can.
+    kernels: those that the network's layers can be called with. Raises ValueError for an unknown name, and for a kernel
+    that cannot run here, with why and what can.
     """
     device = torch.device(device)
     if request not in ("auto", "xformers", *KERNELS):
         raise UserError(f"attention {request!r} is not known. Use auto, xformers, {', '.join(KERNELS)}.")
     why_not = _reason_against if request == "auto" else _obstacle
-    found = {name: {shape: why_not(name, device, dtype, shape) for shape in shapes} for name in ("xformers", *KERNELS)}
+    if request not in ("auto", *kernels):
+        raise UserError(
+            f"attention {request!r} is for U-Nets: a transformer's layers are called by PyTorch's kernels. Use "
+            f"{', '.join(kernels)}, or 'auto'"
+        )
+    found = {name: {shape: why_not(name, device, dtype, shape) for shape in shapes} for name in kernels}
     obstacles = {name: next(filter(None, own.values()), None) for name, own in found.items()}
     usable = [name for name, obstacle in obstacles.items() if obstacle is None]
     if request != "auto":
@@ -154,10 +204,27 @@ def choose_attention(
     return AttentionChoice(fastest, reason, by_shape)
 
 
+JOINT_KERNELS = tuple(SDP_KERNELS)
+"""Those that a transformer's layers can be called with."""
+JOINT = ("JointAttn", "FluxAttn", "KernelOf")
+"""Beginnings of the names of processors of transformers."""
+
+
 def apply_attention(module: Any, choice: AttentionChoice) -> None:
-    """Puts the chosen kernel into every attention layer of a U-Net, ControlNet or VAE. TypeError for other modules."""
+    """Puts the chosen kernel into every attention layer of a base's network, a ControlNet or VAE.
+
+    A transformer's was chosen among JOINT_KERNELS. Raises TypeError for other modules.
+    """
     if not hasattr(module, "set_attn_processor"):
         raise TypeError(f"{type(module).__name__} has no attention processors to set; give a U-Net, ControlNet or VAE")
+    if any(type(one).__name__.startswith(JOINT) for one in module.attn_processors.values()):
+        module.set_attn_processor(
+            {
+                place: KernelOf(getattr(own, "inner", own), choice.name, choice.by_shape)
+                for place, own in module.attn_processors.items()
+            }
+        )
+        return
     processor = (
         XFormersAttnProcessor() if choice.name == "xformers" else KernelAttnProcessor(choice.name, choice.by_shape)
     )
@@ -168,12 +235,12 @@ def attention_shapes(module: nn.Module, run: Callable[[], Any]) -> tuple[Attenti
     """The distinct shapes, largest first, with which attention layers of `module` are called when `run()` uses it."""
     found: set[AttentionShape] = set()
 
-    def note(layer: nn.Module, args: tuple, kwargs: dict) -> None:
-        assert isinstance(layer, Attention)
+    def note(layer: Any, args: tuple, kwargs: dict) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
-        found.add(shape_of(layer, hidden, kwargs.get("encoder_hidden_states")))
+        context = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
+        found.add((joint_shape if is_joint(layer) else shape_of)(layer, hidden, context))
 
-    layers = [layer for layer in module.modules() if isinstance(layer, Attention)]
+    layers = [layer for layer in module.modules() if isinstance(layer, Attention) or is_joint(layer)]
     handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
     try:
         with torch.no_grad():

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 
 from controlbooth.data.errors import UserError
+from controlbooth.models.process import Process
 from controlbooth.models.recognition import Family
 
 Encoded = tuple[Tensor, Tensor | None]
@@ -35,37 +35,55 @@ class Base:
     vae: Any
     """An AutoencoderKL."""
     text_encoders: tuple[Any, ...]
-    """A CLIPTextModel; of SDXL also a CLIPTextModelWithProjection."""
+    """A CLIPTextModel; of SDXL also a CLIPTextModelWithProjection; of SD3 two of these, and a T5EncoderModel where the
+    run has it; of FLUX.1 a CLIPTextModel and a T5EncoderModel."""
     tokenizers: tuple[Any, ...]
-    unet: UNet2DConditionModel
-    noise_scheduler: DDPMScheduler
+    denoiser: Any
+    """The network that is controlled: a UNet2DConditionModel, SD3Transformer2DModel or FluxTransformer2DModel."""
+    process: Process
+    """How it was trained to denoise."""
     digest: str
     """SHA-256 over the names and bytes of the weights files that were read."""
     identity: dict[str, Any] = field(default_factory=dict, repr=False)
     """All that its results depend on, by name: `identity.base_identity`."""
+    text_tokens: int = 0
+    """Of T5, to which prompts are filled up or cut; 0 where the family has none."""
     zero_empty_prompt: bool = False
     """SDXL: a sampling pipeline without a negative prompt guides away from zeros, not from the empty prompt."""
     _empty: Encoded | None = field(default=None, repr=False)
 
     @property
     def device(self) -> torch.device:
-        return self.unet.device
+        return self.denoiser.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.unet.dtype
+        return self.denoiser.dtype
 
     @property
     def prediction_type(self) -> str:
-        """epsilon or v_prediction."""
-        return self.noise_scheduler.config["prediction_type"]
+        """epsilon, v_prediction or flow."""
+        return self.process.prediction_type
 
     @property
     def picture_size(self) -> tuple[int, int]:
         """Height and width in pixels of the pictures that the U-Net was made for."""
-        size = self.unet.config["sample_size"]
+        size = self.denoiser.config.get("sample_size", 128)  # FLUX.1 names none, and was made for 1024 pixels
         height, width = (size, size) if isinstance(size, int) else size
         return height * self.family.vae_factor, width * self.family.vae_factor
+
+    @property
+    def latent_channels(self) -> int:
+        """Of the VAE."""
+        return int(self.vae.config["latent_channels"])
+
+    @property
+    def pixel_multiple(self) -> int:
+        """What the sides of a picture, in pixels, are multiples of, so that latents can be halved or packed."""
+        config = self.denoiser.config
+        if self.family.is_transformer:
+            return self.family.vae_factor * (config["patch_size"] if "sample_size" in config else 2)
+        return self.family.vae_factor * 2 ** (len(config["block_out_channels"]) - 1)
 
     @torch.no_grad()
     def posterior(self, pixel_values: Tensor) -> Any:
@@ -82,12 +100,12 @@ class Base:
         """
         posterior = self.posterior(pixel_values)
         latents = posterior.mean if noise is None else posterior.mean + posterior.std * noise.to(posterior.mean)
-        return ((latents - self._shift) * self.vae.config["scaling_factor"]).to(self.dtype)
+        return ((latents - self.latent_shift) * self.vae.config["scaling_factor"]).to(self.dtype)
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, C, h, w) -> pixel values (B, 3, 8h, 8w) about [-1, 1], not clipped, in the VAE's dtype."""
-        latents = latents.to(self.vae.device, self.vae.dtype) / self.vae.config["scaling_factor"] + self._shift
+        latents = latents.to(self.vae.device, self.vae.dtype) / self.vae.config["scaling_factor"] + self.latent_shift
         return self.vae.decode(for_convolutions(latents)).sample
 
     def empty_prompt(self, encode: Callable[["Base", list[str]], Encoded]) -> Encoded:
@@ -98,7 +116,8 @@ class Base:
         return self._empty
 
     @property
-    def _shift(self) -> float:
+    def latent_shift(self) -> float:
+        """What is taken from latents before they are scaled; 0 but for SD3's and FLUX.1's."""
         return self.vae.config["shift_factor"] or 0.0
 
 
@@ -107,16 +126,16 @@ def vae_dtype(config: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 and config.get("force_upcast", True) else dtype
 
 
-def _check_numbers(vae: Mapping[str, Any], unet: Mapping[str, Any], where: Path) -> None:
+def _check_numbers(vae: Mapping[str, Any], denoiser: Mapping[str, Any], network: str, where: Path) -> None:
     """Raises ValueError where a configuration holds no number where one is reckoned with, which no shape tells."""
-    scaling, shift, size = vae["scaling_factor"], vae.get("shift_factor"), unet["sample_size"]
+    scaling, shift, size = vae["scaling_factor"], vae.get("shift_factor"), denoiser.get("sample_size", 128)
     if not _is_number(scaling) or scaling <= 0:
         raise UserError(f"{where}: the VAE's scaling_factor is {scaling!r}, and a number above 0 belongs there")
     if shift is not None and not _is_number(shift):
         raise UserError(f"{where}: the VAE's shift_factor is {shift!r}, and a number or null belongs there")
     sides = size if isinstance(size, list | tuple) else [size, size]
     if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
-        raise UserError(f"{where}: the U-Net's sample_size is {size!r}, and a size of latents belongs there")
+        raise UserError(f"{where}: the {network}'s sample_size is {size!r}, and a size of latents belongs there")
 
 
 def _is_number(value: object) -> bool:
@@ -125,31 +144,58 @@ def _is_number(value: object) -> bool:
 
 def check_parts_fit(base: Base) -> None:
     """Raises ValueError where the parts of a folder are of different models, which would fail inside the first step."""
-    vae, unet, where = base.vae.config, base.unet.config, base.path
-    _check_numbers(vae, unet, where)
-    if vae["latent_channels"] != unet["in_channels"]:
+    vae, denoiser, where = base.vae.config, base.denoiser.config, base.path
+    name = "transformer" if base.family.is_transformer else "U-Net"
+    _check_numbers(vae, denoiser, name, where)
+    channels = denoiser["in_channels"] // (4 if base.family.packs_latents else 1)
+    if vae["latent_channels"] != channels:
         raise UserError(
-            f"{where}: the VAE has {vae['latent_channels']} latent channels and the U-Net takes {unet['in_channels']}"
+            f"{where}: the VAE has {vae['latent_channels']} latent channels and the {name} takes {channels}"
         )
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
     if factor != base.family.vae_factor:
         raise UserError(f"{where}: the VAE's factor is {factor}; {base.family.title} has {base.family.vae_factor}")
     if vae.get("latents_mean") is not None:
         raise UserError(f"{where}: the VAE's latents_mean (Playground's normalisation) is not supported")
-    if base.prediction_type not in ("epsilon", "v_prediction"):
-        raise UserError(f"{where}: prediction_type {base.prediction_type!r} is neither epsilon nor v_prediction")
-    width = sum(encoder.config.hidden_size for encoder in base.text_encoders)
-    if width != unet["cross_attention_dim"]:
-        raise UserError(
-            f"{where}: the text encoders give {width} features, the U-Net's cross_attention_dim is "
-            f"{unet['cross_attention_dim']}"
-        )
+    _check_texts_fit(base)
     for tokenizer, encoder in zip(base.tokenizers, base.text_encoders, strict=True):
-        positions, words = encoder.config.max_position_embeddings, encoder.config.vocab_size
-        if tokenizer.model_max_length > positions:
+        positions, words = getattr(encoder.config, "max_position_embeddings", None), encoder.config.vocab_size
+        if positions is not None and tokenizer.model_max_length > positions:
             raise UserError(
                 f"{where}: the tokenizer's model_max_length is {tokenizer.model_max_length}, but the text encoder has "
                 f"{positions} positions. Set model_max_length to {positions} in tokenizer_config.json."
             )
         if len(tokenizer) > words:
             raise UserError(f"{where}: the tokenizer has {len(tokenizer)} tokens and the text encoder {words}")
+
+
+def _check_texts_fit(base: Base) -> None:
+    """Raises ValueError where what the text encoders give is not what the denoiser takes."""
+    denoiser, where = base.denoiser.config, base.path
+    clips = [encoder for encoder in base.text_encoders if encoder.config.model_type != "t5"]
+    if not base.family.is_transformer:
+        width = sum(encoder.config.hidden_size for encoder in base.text_encoders)
+        if width != denoiser["cross_attention_dim"]:
+            raise UserError(
+                f"{where}: the text encoders give {width} features, the U-Net's cross_attention_dim is "
+                f"{denoiser['cross_attention_dim']}"
+            )
+        return
+    pools = [
+        encoder.config.projection_dim if "Projection" in type(encoder).__name__ else encoder.config.hidden_size
+        for encoder in clips
+    ]
+    if sum(pools) != denoiser["pooled_projection_dim"]:
+        raise UserError(
+            f"{where}: the CLIP text encoders pool {sum(pools)} features, and the transformer's pooled_projection_dim "
+            f"is {denoiser['pooled_projection_dim']}"
+        )
+    joint = denoiser["joint_attention_dim"]
+    for encoder in base.text_encoders:
+        if encoder.config.model_type == "t5" and encoder.config.d_model != joint:
+            raise UserError(
+                f"{where}: T5 gives {encoder.config.d_model} features, and the transformer's joint_attention_dim is "
+                f"{joint}"
+            )
+    if base.family.name == "sd3" and sum(encoder.config.hidden_size for encoder in clips) > joint:
+        raise UserError(f"{where}: the CLIP text encoders give more features than joint_attention_dim={joint}")

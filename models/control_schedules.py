@@ -53,6 +53,8 @@ SCHEDULES: dict[str, Callable[[Heights], list[float]]] = {
 }
 """name -> weights of residuals with these heights."""
 
+BY_HEIGHT = ("resolution", "resolution/8")
+"""Those that have a meaning where residuals have different heights, as a U-Net's have."""
 CONDITIONAL = ("resolution", "resolution/8")
 """Those that were published for control of the conditional branch alone."""
 

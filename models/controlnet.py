@@ -9,7 +9,7 @@ convolutions.
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
@@ -19,6 +19,7 @@ from controlbooth.data.errors import UserError
 from controlbooth.models.architectures import VAE_FACTOR
 from controlbooth.models.base import for_convolutions
 from controlbooth.models.controlnet_variants import HintNetwork, TrainableCopy, VariantControlNet, start_gaussian
+from controlbooth.models.residuals import Residuals
 from controlbooth.models.text import TextEncoding
 
 COPIED = ("conv_in", "time_embedding", "class_embedding", "add_embedding", "down_blocks", "mid_block")
@@ -48,15 +49,6 @@ _NOT_IN_A_CONTROLNET: dict[str, Any] = dict(  # a U-Net's options that ControlNe
     mid_block_only_cross_attention=None,
     cross_attention_norm=None,
 )
-
-
-class Residuals(NamedTuple):
-    """What a ControlNet adds to the U-Net, in the ControlNet's dtype. Several ControlNets' residuals are summed."""
-
-    down: tuple[Tensor, ...]
-    """One for each skip connection, shallow to deep (SD1.5: 12), of that connection's shape."""
-    mid: Tensor
-    """Of the middle block's output shape."""
 
 
 @dataclass(frozen=True)
@@ -195,7 +187,7 @@ def control_residuals(
     conditioning: Tensor,
     conditioning_scale: float = 1.0,
 ) -> Residuals:
-    """Runs a ControlNet, or an engine around one.
+    """Runs a ControlNet of a U-Net, or an engine around one.
 
     noisy_latents (B, C, h, w); timesteps (B,) or () int64; conditioning (B, 3, 8h, 8w), RGB in [0, 1]. Inputs of any
     floating dtype are brought to the ControlNet's. conditioning_scale multiplies every residual.
@@ -216,7 +208,12 @@ def control_residuals(
         added_cond_kwargs=text.added_cond_kwargs,
         return_dict=False,
     )
-    return Residuals(tuple(down), mid)
+    return Residuals((tuple(down), (mid,)))
+
+
+def encode_condition(base: Any, controlnet: nn.Module, conditioning: Tensor) -> Tensor:
+    """Returns the condition pictures as they are: the hint network reads them."""
+    return conditioning
 
 
 def denoise(
@@ -224,7 +221,7 @@ def denoise(
     noisy_latents: Tensor,
     timesteps: Tensor,
     text: TextEncoding,
-    residuals: Residuals | None = None,
+    residuals: Residuals | None,
 ) -> Tensor:
     """The locked U-Net's prediction (B, C, h, w) in its dtype: the noise, or v, as the base's prediction_type says.
 
@@ -234,8 +231,9 @@ def denoise(
     dtype = unet.dtype
     added: dict[str, Any] = {}
     if residuals is not None:
-        added["down_block_additional_residuals"] = tuple(residual.to(dtype) for residual in residuals.down)
-        added["mid_block_additional_residual"] = residuals.mid.to(dtype)
+        down, (mid,) = residuals.groups
+        added["down_block_additional_residuals"] = tuple(residual.to(dtype) for residual in down)
+        added["mid_block_additional_residual"] = mid.to(dtype)
     return unet(
         noisy_latents.to(dtype),
         timesteps,
@@ -244,27 +242,6 @@ def denoise(
         return_dict=False,
         **added,
     )[0]
-
-
-def predict(
-    unet: UNet2DConditionModel,
-    controlnet: nn.Module | None,
-    noisy_latents: Tensor,
-    timesteps: Tensor,
-    text: TextEncoding,
-    conditioning: Tensor | None,
-    conditioning_scale: float = 1.0,
-) -> Tensor:
-    """(B, C, h, w): what the U-Net predicts under control, eq. 2; without a ControlNet, what it predicts by itself.
-
-    Shapes and dtypes as in `control_residuals` and `denoise`.
-    """
-    if controlnet is None:
-        return denoise(unet, noisy_latents, timesteps, text)
-    if conditioning is None:
-        raise UserError("a ControlNet was given without a condition picture")
-    residuals = control_residuals(controlnet, noisy_latents, timesteps, text, conditioning, conditioning_scale)
-    return denoise(unet, noisy_latents, timesteps, text, residuals)
 
 
 def _plain(value: Any) -> Any:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from controlbooth.models.noise_schedule import FIELDS, given_fields
 from controlbooth.models.recognition import Family
 
 ORIGIN = ("transformers_version", "dtype", "torch_dtype")
@@ -47,7 +46,7 @@ def base_identity(
     family: Family,
     modules: Mapping[str, nn.Module],
     tokenizers: Iterable[Any],
-    noise_scheduler: Any,
+    process: Any,
     scheduler_class: str,
     zero_empty_prompt: bool,
     digests: Mapping[str, str],
@@ -56,12 +55,9 @@ def base_identity(
 
     scheduler_class: as its file names it, "" where there is none.
     """
-    config = noise_scheduler.config
-    spacing = given_fields(noise_scheduler).get("timestep_spacing", "the sampler's own")  # the classes' defaults differ
-    schedule = {name: config[name] for name in FIELDS if name in config} | {"timestep_spacing": spacing}
     identity: dict[str, Any] = {
         "family": family.name,
-        "scheduler": {"class": scheduler_class, **schedule},
+        "scheduler": {"class": scheduler_class, **process.facts()},
         "force_zeros_for_empty_prompt": zero_empty_prompt,
     }
     for name, tokenizer in zip(family.tokenizers, tokenizers, strict=True):

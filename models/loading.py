@@ -99,7 +99,7 @@ def fill(
     Names that libraries have changed since are followed. Raises ValueError with the tensors that do not fit.
     """
     parameters = module.state_dict(keep_vars=True)
-    weights = _with_tied(_renamed(module, weights, where), parameters)
+    weights = _with_tied(_renamed(module, weights, where), parameters, getattr(module, "_tied_weights_keys", None))
     faults = _misfits(parameters, weights)
     if faults:
         raise UserError(f"{where} does not fit {type(module).__name__}: {', '.join(faults)}. {remedy}")
@@ -158,8 +158,15 @@ def _renamed(module: Any, weights: Mapping[str, Tensor], where: str) -> dict[str
     return result
 
 
-def _with_tied(weights: dict[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A parameter that a module has under two names may lie in a file under one of them."""
+def _with_tied(weights: dict[str, Tensor], parameters: Mapping[str, Tensor], declared: Any) -> dict[str, Tensor]:
+    """A parameter that a module has under two names may lie in a file under one of them.
+
+    declared: what a class of transformers says of it, name -> the other name; without memory both are parameters.
+    """
+    for name, other in declared.items() if isinstance(declared, Mapping) else ():
+        one = next((one for one in (name, other) if one in weights), None)
+        if one is not None and {name, other} <= parameters.keys():
+            weights |= {each: weights[one] for each in (name, other) if each not in weights}
     names: dict[int, list[str]] = {}
     for name, parameter in parameters.items():
         names.setdefault(id(parameter), []).append(name)

@@ -3,6 +3,7 @@
 Nothing here opens a network connection: what a base lacks is an error that says which file to put where.
 """
 
+import inspect
 import json
 import os
 from collections.abc import Mapping
@@ -12,7 +13,14 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers import ControlNetModel, DDPMScheduler, UNet2DConditionModel
+from diffusers import (
+    ControlNetModel,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxControlNetModel,
+    SD3ControlNetModel,
+    UNet2DConditionModel,
+)
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoTokenizer
@@ -21,17 +29,20 @@ from controlbooth.data.errors import MissingFile, UserError
 from controlbooth.models import single_file
 from controlbooth.models.architectures import MINIATURE
 from controlbooth.models.base import Base, check_parts_fit, vae_dtype
-from controlbooth.models.controlnet import build_controlnet, check_fits
+from controlbooth.models.controlnet import build_controlnet
 from controlbooth.models.controlnet_variants import VariantControlNet
+from controlbooth.models.denoisers import DENOISERS, check_fits, denoiser_of
 from controlbooth.models.identity import base_identity, weights_digests
 from controlbooth.models.loading import fill, load_module, read_tensors
 from controlbooth.models.noise_schedule import make_noise_scheduler, read_noise_scheduler
+from controlbooth.models.process import Diffusion, FlowMatching, Process
 from controlbooth.models.recognition import (
     VAE,
     Family,
     Part,
     check_condition_channels,
     check_controlnet,
+    check_flow_scheduler,
     check_part,
     check_tokenizer,
     recognise_file,
@@ -52,11 +63,16 @@ def load_base(
     family: str = "auto",
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
+    *,
+    t5: bool = True,
+    text_tokens: int | None = None,
 ) -> Base:
     """Reads a base model, frozen, every tensor of its networks from its files.
 
     path: a diffusers folder (its full-precision files, or where there are none a variant such as *.fp16.safetensors),
     a single .safetensors file in the original layout with a tokenizer/ folder beside it, or "miniature".
+    t5: whether SD3's third text encoder is read; without it zeros stand for its states, as in the pipelines.
+    text_tokens: to which T5's prompts are filled up or cut; None for what the family's pipelines take.
     Under fp16 a VAE that asks for it (SDXL's overflows) stays in float32. On the device "meta" no weight is read: all
     is checked but values, in a second or two, and the base is good for nothing else.
     Raises FileNotFoundError for what is missing and ValueError for a base of another or an unknown family, or one of
@@ -64,23 +80,27 @@ def load_base(
     """
     path, empty = MINIATURE if os.fspath(path) == "miniature" else Path(path), torch.device(device).type == "meta"
     if path.is_dir():
-        base = _load_folder(path, family, dtype, empty)
+        base = _load_folder(path, family, dtype, empty, t5)
     elif path.is_file():
         base = _load_single_file(path, family, dtype, empty)
     else:
         raise MissingFile(
             f"base model {path} does not exist. Give a diffusers folder, a single .safetensors file, or 'miniature'."
         )
+    base.text_tokens = base.family.text_tokens if text_tokens is None else text_tokens
     check_parts_fit(base)
-    modules: list[Any] = [base.vae, base.unet, *base.text_encoders]
+    modules: list[Any] = [base.vae, base.denoiser, *base.text_encoders]
     for module in modules:
         module.requires_grad_(False).eval().to(device)
     return base
 
 
-def _load_folder(folder: Path, requested: str, dtype: torch.dtype, empty: bool) -> Base:
+def _load_folder(folder: Path, requested: str, dtype: torch.dtype, empty: bool, t5: bool) -> Base:
     family = recognise_folder(folder, requested)
-    noise_scheduler = read_noise_scheduler(scheduler_file(folder))
+    family = family if t5 else family.without_t5()
+    if dtype == torch.float16 and any(part.kind == "T5EncoderModel" for part in family.parts):
+        raise UserError(f"{folder}: T5, a text encoder of {family.title}, overflows in fp16. Use bf16 or fp32")
+    process = read_process(family, scheduler_file(folder))
     tokenizers = tuple(_load_tokenizer(folder, name) for name in family.tokenizers)
     modules: dict[str, Any] = {}
     files: dict[str, list[Path]] = {}
@@ -100,12 +120,24 @@ def _load_folder(folder: Path, requested: str, dtype: torch.dtype, empty: bool) 
         vae=modules["vae"],
         text_encoders=tuple(module for name, module in modules.items() if name.startswith("text_encoder")),
         tokenizers=tokenizers,
-        unet=modules["unet"],
-        noise_scheduler=noise_scheduler,
+        denoiser=modules[family.denoiser.folder],
+        process=process,
         digest=digest,
-        identity=base_identity(family, modules, tokenizers, noise_scheduler, scheduler, zero_empty_prompt, digests),
+        identity=base_identity(family, modules, tokenizers, process, scheduler, zero_empty_prompt, digests),
         zero_empty_prompt=zero_empty_prompt,
     )
+
+
+def read_process(family: Family, file: Path) -> Process:
+    """Reads how a base was trained to denoise from its scheduler_config.json. Raises ValueError, naming the file."""
+    if not family.is_transformer:
+        return Diffusion(read_noise_scheduler(file))
+    config = read_json(file)
+    check_flow_scheduler(config, str(file))
+    known = inspect.signature(FlowMatchEulerDiscreteScheduler.__init__).parameters
+    settings = {name: value for name, value in config.items() if name in known}
+    scheduler: Any = FlowMatchEulerDiscreteScheduler(**settings)
+    return FlowMatching(scheduler)
 
 
 def class_of(part: Part) -> Any:
@@ -116,14 +148,16 @@ def class_of(part: Part) -> Any:
 def parts_of(base: Base) -> dict[str, Any]:
     """Folder's name -> network, of all that a diffusers folder of this base holds."""
     encoders = (part.folder for part in base.family.parts if part.folder.startswith("text_encoder"))
-    return {"unet": base.unet, "vae": base.vae} | dict(zip(encoders, base.text_encoders, strict=True))
+    return {base.family.denoiser.folder: base.denoiser, "vae": base.vae} | dict(
+        zip(encoders, base.text_encoders, strict=True)
+    )
 
 
 def load_tokenizers(path: str | os.PathLike[str]) -> tuple[Any, ...]:
-    """The tokenizers of a base and nothing else of it: one, or two of SDXL. path: as for `load_base`."""
+    """The tokenizers of a base and nothing else of it: one to three. path: as for `load_base`."""
     path = MINIATURE if os.fspath(path) == "miniature" else Path(path)
     folder = path if path.is_dir() else path.parent
-    names = [name for name in ("tokenizer", "tokenizer_2") if (folder / name).is_dir()]
+    names = [name for name in ("tokenizer", "tokenizer_2", "tokenizer_3") if (folder / name).is_dir()]
     return tuple(_load_tokenizer(folder, name) for name in names or ["tokenizer"])
 
 
@@ -163,7 +197,7 @@ def _load_single_file(path: Path, requested: str, dtype: torch.dtype, empty: boo
     state = read_tensors([path], empty)
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
-    noise_scheduler = _single_file_scheduler(path, family, state, metadata)
+    process = Diffusion(_single_file_scheduler(path, family, state, metadata))
     assert family.architecture is not None  # only families whose single files can be read are found in them
     unet, vae, text_encoders = single_file.build_base(state, family.architecture, dtype, str(path))
     zero_empty_prompt = family.name == "sdxl"
@@ -176,10 +210,10 @@ def _load_single_file(path: Path, requested: str, dtype: torch.dtype, empty: boo
         vae=vae,
         text_encoders=text_encoders,
         tokenizers=tokenizers,
-        unet=unet,
-        noise_scheduler=noise_scheduler,
+        denoiser=unet,
+        process=process,
         digest=digest,
-        identity=base_identity(family, modules, tokenizers, noise_scheduler, "", zero_empty_prompt, digests),
+        identity=base_identity(family, modules, tokenizers, process, "", zero_empty_prompt, digests),
         zero_empty_prompt=zero_empty_prompt,
     )
 
@@ -207,9 +241,7 @@ def _single_file_scheduler(
     return make_noise_scheduler(config, str(path))
 
 
-def load_controlnet(
-    path: str | os.PathLike[str], unet: UNet2DConditionModel, dtype: torch.dtype = torch.float32
-) -> ControlNetModel:
+def load_controlnet(path: str | os.PathLike[str], unet: Any, dtype: torch.dtype = torch.float32) -> Any:
     """A ControlNet to continue from: a diffusers folder, or a single .safetensors file in either layout.
 
     It is on the CPU and trainable. Raises ValueError if it was not made for such a U-Net, and if a decoder has learned
@@ -224,8 +256,11 @@ def load_controlnet(
     return read_controlnet(path, unet, dtype)
 
 
-def read_controlnet(path: Path, unet: UNet2DConditionModel, dtype: torch.dtype = torch.float32) -> ControlNetModel:
-    """`load_controlnet` for those who read the decoder too. With a U-Net on "meta" all is checked but values."""
+def read_controlnet(path: Path, unet: Any, dtype: torch.dtype = torch.float32) -> Any:
+    """`load_controlnet` for those who read the decoder too. With a base on "meta" all is checked but values.
+
+    unet: the base's network, a transformer too.
+    """
     empty = unet.device.type == "meta"
     if path.is_dir():
         controlnet = read_controlnet_folder(path, dtype, empty)
@@ -233,6 +268,11 @@ def read_controlnet(path: Path, unet: UNet2DConditionModel, dtype: torch.dtype =
         return controlnet.train()
     if not path.is_file():
         raise MissingFile(f"ControlNet {path} does not exist. Give a diffusers folder or a .safetensors file.")
+    if not isinstance(unet, UNet2DConditionModel):
+        raise UserError(
+            f"{path} is a single file, and ControlNets of {type(unet).__name__} are read from diffusers folders: give "
+            "the folder with config.json and diffusion_pytorch_model.safetensors"
+        )
     weights = read_tensors([path], empty)
     widths = single_file.hint_channels(weights, str(path))
     check_condition_channels(single_file.condition_channels(weights), str(path))
@@ -247,21 +287,28 @@ CONTROLNET_REMEDY = "It was made for another base, or is incomplete"
 def read_controlnet_folder(folder: Path, dtype: torch.dtype = torch.float32, empty: bool = False) -> Any:
     """A ControlNet's folder as it is, without a base to compare it with, on the CPU. Raises as `load_controlnet`."""
     kind = controlnet_class(folder)
-    return load_module(kind, folder, dtype, WEIGHTS_STEM, empty=empty, remedy=CONTROLNET_REMEDY)
+    controlnet = load_module(kind, folder, dtype, WEIGHTS_STEM, empty=empty, remedy=CONTROLNET_REMEDY)
+    file: Any = denoiser_of(controlnet).file
+    return file.finish_reading(controlnet) if hasattr(file, "finish_reading") else controlnet
 
 
+CLASSES: tuple[Any, ...] = (ControlNetModel, VariantControlNet, SD3ControlNetModel, FluxControlNetModel)
+"""Of ControlNets."""
 WEIGHTS_STEM = "diffusion_pytorch_model"
 """What diffusers calls the weights of its networks."""
 
 
-def controlnet_class(folder: Path) -> type[ControlNetModel]:
+def controlnet_class(folder: Path) -> Any:
     """Of what a folder holds, as its config.json names it. Raises ValueError for anything but a ControlNet of RGB."""
     if not (folder / "config.json").is_file():
         raise MissingFile(f"{folder / 'config.json'} does not exist, so {folder} is no ControlNet's folder")
     config = read_json(folder / "config.json")
     check_controlnet(config, str(folder))
-    classes: tuple[type[ControlNetModel], ...] = (ControlNetModel, VariantControlNet)
-    return next(one for one in classes if one.__name__ == config["_class_name"])
+    kind = next(one for one in CLASSES if one.__name__ == config["_class_name"])
+    file: Any = DENOISERS[kind.__name__].file
+    if hasattr(file, "check_usable"):
+        file.check_usable(config, str(folder))
+    return kind
 
 
 def save_controlnet(controlnet: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -280,9 +327,9 @@ def save_single_file(controlnet: nn.Module, path: str | os.PathLike[str]) -> Non
     single_file.save(_unwrapped(controlnet), Path(path))
 
 
-def _unwrapped(controlnet: nn.Module) -> ControlNetModel:
+def _unwrapped(controlnet: nn.Module) -> Any:
     """A DeepSpeed engine or DistributedDataParallel holds the network as `.module`."""
     module = getattr(controlnet, "module", controlnet)
-    if not isinstance(module, ControlNetModel):
+    if not isinstance(module, CLASSES):
         raise TypeError(f"expected a ControlNetModel, or an engine around one, and got {type(module).__name__}")
     return module

@@ -3,14 +3,15 @@
 What a folder's JSON files and a file's tensor names tell is enough to refuse a base before anything is loaded, so the
 launcher asks here too.
 
-Adding a family: an entry in FAMILIES and a branch in `identify` here; a text encoding in TEXT_ENCODINGS of text.py; its
-name in `model.family` of trainer/config/run.py and subjects.py and in PIPELINES of trainer/model_card.py. Where single
-files are to be read, also an Architecture in PUBLISHED of architectures.py, and the keys that tell it in this file.
+Adding a family: an entry in FAMILIES and a branch in `identify` here; a text encoding in TEXT_ENCODINGS of text.py;
+for an architecture that is new, a file beside sd3.py and its entry in DENOISERS of denoisers.py; its name in
+`model.family` of trainer/config/run.py and subjects.py and in PIPELINES of trainer/model_card.py. Where single files
+are to be read, also an Architecture in PUBLISHED of architectures.py, and the keys that tell it in this file.
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,42 +36,92 @@ class Part:
 UNET = Part("unet", "UNet2DConditionModel", "diffusion_pytorch_model")
 VAE = Part("vae", "AutoencoderKL", "diffusion_pytorch_model")
 CLIP = ("clip_text_model", "clip")
-TEXT_ENCODERS = (
-    Part("text_encoder", "CLIPTextModel", "model", CLIP),
-    Part("text_encoder_2", "CLIPTextModelWithProjection", "model", CLIP),
-)
+CLIP_L = Part("text_encoder", "CLIPTextModel", "model", CLIP)
+PROJECTED = "CLIPTextModelWithProjection"
+SD3_PART = Part("transformer", "SD3Transformer2DModel", "diffusion_pytorch_model")
+FLUX_PART = Part("transformer", "FluxTransformer2DModel", "diffusion_pytorch_model")
+
+
+def _t5(folder: str) -> Part:
+    return Part(folder, "T5EncoderModel", "model", ("t5",))
 
 
 @dataclass(frozen=True)
 class Family:
     name: str
     title: str
-    text_encoder_count: int
     prediction_type: str
     """What the family's published base predicts; a folder's own scheduler configuration overrules it."""
     architecture: architectures.Architecture | None
     """Module configurations for single files; None: the family exists only as folders, which bring their own."""
+    text_encoders: tuple[Part, ...] = (CLIP_L,)
+    denoiser: Part = UNET
     vae_factor: int = 8
     """Pixels of a picture per latent position, on each side."""
+    packs_latents: bool = False
+    """Whether the network takes each square of 2x2 latent positions as one token with all their channels."""
+    text_tokens: int = 0
+    """Of T5 in the family's pipelines; 0 without T5."""
+    embeds_guidance: bool = False
+    """Whether guidance is a number that the network is told, in place of a second prediction."""
 
     @property
     def parts(self) -> tuple[Part, ...]:
         """The networks of a folder, the one that learns to denoise first."""
-        return (UNET, VAE, *TEXT_ENCODERS[: self.text_encoder_count])
+        return (self.denoiser, VAE, *self.text_encoders)
+
+    @property
+    def is_transformer(self) -> bool:
+        """Whether it is of flow matching, with a transformer in the U-Net's place."""
+        return self.denoiser != UNET
 
     @property
     def tokenizers(self) -> tuple[str, ...]:
         """The folders of its tokenizers, one for each text encoder."""
-        return ("tokenizer", "tokenizer_2")[: self.text_encoder_count]
+        return tuple(part.folder.replace("text_encoder", "tokenizer") for part in self.text_encoders)
+
+    def without_t5(self) -> "Family":
+        """Returns the same family for a run that leaves T5 out."""
+        return replace(self, text_encoders=tuple(part for part in self.text_encoders if part.kind != "T5EncoderModel"))
 
 
 FAMILIES = {
     family.name: family
     for family in (
-        Family("sd15", "Stable Diffusion 1.x", 1, "epsilon", architectures.SD15),
-        Family("sd21", "Stable Diffusion 2.x", 1, "v_prediction", architectures.SD21),
-        Family("sdxl", "Stable Diffusion XL", 2, "epsilon", architectures.SDXL),
-        Family("miniature", "the miniature shipped with controlbooth", 1, "v_prediction", None),
+        Family("sd15", "Stable Diffusion 1.x", "epsilon", architectures.SD15),
+        Family("sd21", "Stable Diffusion 2.x", "v_prediction", architectures.SD21),
+        Family(
+            "sdxl",
+            "Stable Diffusion XL",
+            "epsilon",
+            architectures.SDXL,
+            text_encoders=(CLIP_L, Part("text_encoder_2", PROJECTED, "model", CLIP)),
+        ),
+        Family("miniature", "the miniature shipped with controlbooth", "v_prediction", None),
+        Family(
+            "sd3",
+            "Stable Diffusion 3",
+            "flow",
+            None,
+            denoiser=SD3_PART,
+            text_tokens=256,
+            text_encoders=(
+                Part("text_encoder", PROJECTED, "model", CLIP),
+                Part("text_encoder_2", PROJECTED, "model", CLIP),
+                _t5("text_encoder_3"),
+            ),
+        ),
+        Family(
+            "flux",
+            "FLUX.1-dev",
+            "flow",
+            None,
+            denoiser=FLUX_PART,
+            text_tokens=512,
+            packs_latents=True,
+            embeds_guidance=True,
+            text_encoders=(CLIP_L, _t5("text_encoder_2")),
+        ),
     )
 }
 
@@ -88,7 +139,39 @@ def identify(config_or_shapes: Mapping[str, Any]) -> Family:
     """
     if any("." in key for key in config_or_shapes):
         return _identify_single_file(config_or_shapes)
+    if str(config_or_shapes.get("_class_name", "")) in _TRANSFORMERS:
+        return _identify_transformer_config(config_or_shapes)
     return _identify_unet_config(config_or_shapes)
+
+
+_TRANSFORMERS = ("SD3Transformer2DModel", "FluxTransformer2DModel")
+_FLUX_INPUTS = {128: "FLUX.1 Canny or Depth, which takes its condition beside the latents", 384: "FLUX.1 Fill"}
+"""Features of a token that a relative of FLUX.1 takes where the text-to-image model takes 64."""
+
+
+def _identify_transformer_config(config: Mapping[str, Any]) -> Family:
+    """The family of a transformer's configuration. That of FLUX.1 Kontext is equal to FLUX.1-dev's."""
+    inputs = config.get("in_channels", 64 if config["_class_name"].startswith("Flux") else 16)
+    if type(inputs) is not int:
+        raise UserError(f"the transformer's in_channels is {inputs!r}, and a number of channels belongs there")
+    if config["_class_name"] == "SD3Transformer2DModel":
+        outputs = config.get("out_channels", inputs)
+        if outputs not in (inputs, None):
+            raise UserError(
+                f"the transformer takes {inputs} channels and predicts {outputs}: no text-to-image model. Give the "
+                f"text-to-image base that it was made from. {_SUPPORTED}"
+            )
+        return FAMILIES["sd3"]
+    outputs = config.get("out_channels") or inputs
+    if outputs != inputs:
+        kind = _FLUX_INPUTS.get(inputs, "no text-to-image model")
+        raise UserError(f"the transformer takes {inputs} features a token and predicts {outputs}: {kind}. {_SUPPORTED}")
+    if not config.get("guidance_embeds", False):
+        raise UserError(
+            "the transformer is told no guidance (guidance_embeds is false): FLUX.1-schnell, which is distilled to a "
+            f"few steps and cannot be trained on as it is. Give FLUX.1-dev. {_SUPPORTED}"
+        )
+    return FAMILIES["flux"]
 
 
 def check_family(requested: str, found: Family, where: str) -> Family:
@@ -228,7 +311,8 @@ def recognise_folder(folder: Path, requested: str = "auto") -> Family:
     if config.is_file():
         tree = read_json(config)
         try:
-            return check_family(requested, identify(tree), str(folder))
+            family = check_family(requested, identify(tree), str(folder))
+            return family.without_t5() if _leaves_t5_out(index, family) else family
         except ValueError as error:
             title = title or next(
                 (title for start, title in _TITLES.items() if str(tree.get("_class_name", "")).startswith(start)), None
@@ -247,6 +331,14 @@ def recognise_folder(folder: Path, requested: str = "auto") -> Family:
         f"there is no {missing}, so {folder} is no diffusers folder of a base model: give the folder of a whole Stable "
         "Diffusion model, which holds unet/, vae/, text_encoder/ and tokenizer/"
     )
+
+
+def _leaves_t5_out(index: Path, family: Family) -> bool:
+    """Whether model_index.json says that the folder has no T5, as a pipeline that was saved without it does."""
+    if family.name != "sd3" or not index.is_file():
+        return False
+    entry = read_json(index).get("text_encoder_3")
+    return not isinstance(entry, list) or None in entry
 
 
 def recognise_file(file: Path, requested: str = "auto") -> Family:
@@ -299,7 +391,17 @@ def check_tokenizer(folder: Path, name: str) -> None:
         )
 
 
-SAMPLERS = ("ddim", "unipc", "dpm++", "euler")
+def refuse_for_subjects(family: Family, where: str) -> None:
+    """Raises ValueError for a base on which DreamBooth cannot be trained."""
+    if family.is_transformer:
+        raise UserError(
+            f"{where} is {family.title}, and subjects are trained on U-Nets so far: "
+            + ", ".join(one.title for one in FAMILIES.values() if not one.is_transformer)
+            + ". ControlNets are trained on it"
+        )
+
+
+SAMPLERS = ("ddim", "unipc", "dpm++", "euler", "heun")
 """Names of the samplers of noise_schedule.py, for command lines, which do without diffusers."""
 NOISE_SCHEDULERS = frozenset(
     f"{name}Scheduler"
@@ -325,6 +427,42 @@ def scheduler_file(folder: Path) -> Path:
             "diffusers release."
         )
     return path
+
+
+FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
+"""Classes of diffusers whose noise is that of flow matching."""
+
+
+def check_flow_scheduler(config: Mapping[str, Any], where: str) -> None:
+    """Raises ValueError for a scheduler's configuration by which a base of flow matching cannot have been trained."""
+    name = str(config.get("_class_name", FLOW_SCHEDULERS[0]))
+    if name not in FLOW_SCHEDULERS:
+        raise UserError(
+            f"{where}: the scheduler is a {name}, and this base is of flow matching, whose folder names a "
+            f"{FLOW_SCHEDULERS[0]}. Put the base's own scheduler_config.json there"
+        )
+    if config.get("num_train_timesteps", 1000) != 1000:
+        raise UserError(
+            f"{where}: num_train_timesteps is {config['num_train_timesteps']!r}, and flow matching has 1000"
+        )
+    for field, least in (("shift", 0.0), ("base_shift", None), ("max_shift", None)):
+        value = config.get(field)
+        if value is not None and (not _is_number(value) or (least is not None and value <= least)):
+            raise UserError(
+                f"{where}: {field} is {value!r}, and a number{' above 0' if least == 0 else ''} belongs there"
+            )
+    for field in ("base_image_seq_len", "max_image_seq_len"):
+        if field in config and (type(config[field]) is not int or config[field] < 1):
+            raise UserError(f"{where}: {field} is {config[field]!r}, and a number of tokens belongs there")
+    if type(config.get("use_dynamic_shifting", False)) is not bool:
+        raise UserError(
+            f"{where}: use_dynamic_shifting is {config['use_dynamic_shifting']!r}, and true or false belong there"
+        )
+
+
+def check_noise(family: Family, config: Mapping[str, Any], where: str) -> None:
+    """Raises ValueError for a scheduler's configuration by which no base of this family can have been trained."""
+    (check_flow_scheduler if family.is_transformer else check_scheduler)(config, where)
 
 
 def check_scheduler(config: Mapping[str, Any], where: str) -> None:
@@ -384,7 +522,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-CONTROLNETS = ("ControlNetModel", "VariantControlNet")
+CONTROLNETS = ("ControlNetModel", "VariantControlNet", "SD3ControlNetModel", "FluxControlNetModel")
 """Classes of ControlNets that are read: diffusers', and one of ours."""
 
 

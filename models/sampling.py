@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from controlbooth.data.errors import UserError
 from controlbooth.models.base import Base, for_convolutions
-from controlbooth.models.control_schedules import weights_of
-from controlbooth.models.controlnet import Residuals, control_residuals, denoise
+from controlbooth.models.control_schedules import BY_HEIGHT, SCHEDULES, weights_of
+from controlbooth.models.denoisers import control_residuals, denoise, encode_condition
 from controlbooth.models.identity import identity_digest, libraries
-from controlbooth.models.noise_schedule import SCHEDULERS, make_sampler
+from controlbooth.models.residuals import Residuals
 from controlbooth.models.text import TextEncoding, encode_with_dropout
 
 VERSION = 1
@@ -62,7 +62,7 @@ def sample(
     seeds: Sequence[int],
     steps: int,
     guidance_scale: float,
-    scheduler: str = "ddim",
+    scheduler: str | None = None,
     negative_prompt: str | None = None,
     picture_size: tuple[int, int] | None = None,
 ) -> Tensor:
@@ -75,23 +75,25 @@ def sample(
     pipelines. Modules are in eval mode meanwhile and then as they were. Under ZeRO-3 every rank calls this. Raises
     ValueError for numbers that do not match, and for an unknown scheduler or schedule.
     """
-    _check(prompts, seeds, steps, controls, scheduler)
+    scheduler = scheduler or base.process.samplers[0]
+    _check(base, prompts, seeds, steps, controls, scheduler)
     height, width = _picture_size(base, controls, picture_size)
-    guided = guidance_scale > 1.0
-    text = _text_of_both_branches(base, prompts, negative_prompt, (height, width), guided)
-    noise_scheduler = make_sampler(scheduler, base.noise_scheduler)
-    noise_scheduler.set_timesteps(steps, device=base.device)
-    latents = initial_noise(base, seeds, height, width) * noise_scheduler.init_noise_sigma
-    controls = [_with_rows_for(control, text, len(prompts)) for control in controls]
+    guided = guidance_scale > 1.0 and not base.family.embeds_guidance
+    text = _text_of_both_branches(base, prompts, negative_prompt, (height, width), guided, guidance_scale)
+    latents = initial_noise(base, seeds, height, width)
+    sampler = base.process.sampler(scheduler, steps, latents.shape, base.device)
+    latents = latents * getattr(sampler, "init_noise_sigma", 1.0)
+    controls = [_with_rows_for(_encoded(control, base), text, len(prompts)) for control in controls]
     with ExitStack() as modes:
         for network in {id(control.network): control.network for control in controls}.values():
             modes.enter_context(_eval_mode(network))
             modes.enter_context(_hints_kept(network))
-        for number, timestep in enumerate(noise_scheduler.timesteps):
-            model_input = noise_scheduler.scale_model_input(latents, timestep)
-            acting = [control for control in controls if _acts(control, number, len(noise_scheduler.timesteps))]
+        for number, timestep in enumerate(sampler.timesteps):
+            scale = getattr(sampler, "scale_model_input", None)
+            model_input = latents if scale is None else scale(latents, timestep)
+            acting = [control for control in controls if _acts(control, number, len(sampler.timesteps))]
             prediction = guided_prediction(base, acting, model_input, timestep, text, guidance_scale)
-            latents = noise_scheduler.step(prediction, timestep, latents, return_dict=False)[0]
+            latents = sampler.step(prediction, timestep, latents, return_dict=False)[0]
     return to_uint8(base.decode_latents(latents))
 
 
@@ -110,7 +112,7 @@ def guided_prediction(
     branches = len(text.encoder_hidden_states) // len(model_input)
     doubled = torch.cat([model_input] * branches)
     added = [residuals_of(control, model_input, timestep, text) for control in controls]
-    prediction = denoise(base.unet, doubled, timestep, text, _sum(added) if added else None)
+    prediction = denoise(base.denoiser, doubled, timestep, text, _sum(added) if added else None)
     if branches == 1:
         return prediction
     unconditional, conditional = prediction.chunk(2)
@@ -138,13 +140,18 @@ def residuals_of(control: Control, model_input: Tensor, timestep: Tensor, text: 
         conditioning,
         control.scale,
     )
-    residuals = [*made.down, made.mid]
+    residuals = made.each()
     if control.schedule != "uniform":
         weights = weights_of(control.schedule, [residual.shape[-2] for residual in residuals])
         residuals = [weight * residual for weight, residual in zip(weights, residuals, strict=True)]
     if alone:
         residuals = [torch.cat([torch.zeros_like(residual), residual]) for residual in residuals]
-    return Residuals(tuple(residuals[:-1]), residuals[-1])
+    return made.with_each(residuals)
+
+
+def _encoded(control: Control, base: Base) -> Control:
+    """With what its network takes of the condition, which is the same in all steps."""
+    return replace(control, conditioning=encode_condition(base, control.network, control.conditioning))
 
 
 def _with_rows_for(control: Control, text: TextEncoding, pictures: int) -> Control:
@@ -152,13 +159,16 @@ def _with_rows_for(control: Control, text: TextEncoding, pictures: int) -> Contr
     branches = 1 if control.branches == "conditional" else len(text.encoder_hidden_states) // pictures
     dtype = next(control.network.parameters()).dtype
     conditioning = torch.cat([control.conditioning] * branches).to(text.encoder_hidden_states.device, dtype)
-    return replace(control, conditioning=for_convolutions(conditioning))
+    return replace(control, conditioning=for_convolutions(conditioning) if conditioning.ndim == 4 else conditioning)
 
 
 @contextmanager
 def _hints_kept(network: nn.Module) -> Iterator[None]:
     """Inside, a ControlNet's hint network runs once for a condition: what it makes of it is the same in all steps."""
-    hint: Any = getattr(network, "module", network).controlnet_cond_embedding
+    hint: Any = getattr(getattr(network, "module", network), "controlnet_cond_embedding", None)
+    if hint is None:  # conditions are latents, and encoded already
+        yield
+        return
     forward = hint.forward
     made: dict[tuple, tuple[Tensor, Tensor]] = {}  # with the condition, so that no other one gets its memory
 
@@ -177,12 +187,10 @@ def _hints_kept(network: nn.Module) -> Iterator[None]:
 
 def _sum(several: Sequence[Residuals]) -> Residuals:
     """ControlNets that were trained apart are combined by adding what they add (arXiv 2302.05543, section 3.4)."""
-    first, *others = several
-    down, mid = list(first.down), first.mid
+    total, *others = several
     for other in others:
-        down = [one + two for one, two in zip(down, other.down, strict=True)]
-        mid = mid + other.mid
-    return Residuals(tuple(down), mid)
+        total = total.with_each(one + two for one, two in zip(total.each(), other.each(), strict=True))
+    return total
 
 
 def _picture_size(base: Base, controls: Sequence[Control], asked: tuple[int, int] | None) -> tuple[int, int]:
@@ -192,7 +200,7 @@ def _picture_size(base: Base, controls: Sequence[Control], asked: tuple[int, int
             raise UserError(f"pictures of {asked} pixels cannot be controlled by conditions of {(height, width)}")
         return height, width
     height, width = asked or base.picture_size
-    factor = base.family.vae_factor
+    factor = base.pixel_multiple if base.family.is_transformer else base.family.vae_factor
     if height % factor or width % factor:
         raise UserError(f"pictures of {(height, width)} pixels: {base.family.title} makes multiples of {factor}")
     return height, width
@@ -209,7 +217,7 @@ def initial_noise(base: Base, seeds: Sequence[int], height: int, width: int) -> 
     Drawn in float32 on the CPU, so that a seed is the same noise on every machine and in every precision.
     """
     factor = base.family.vae_factor
-    shape = (base.unet.config["in_channels"], height // factor, width // factor)
+    shape = (base.latent_channels, height // factor, width // factor)
     rows = [torch.randn(shape, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds]
     return torch.stack(rows).to(base.device, base.dtype)
 
@@ -221,10 +229,15 @@ def to_uint8(pixel_values: Tensor) -> Tensor:
 
 
 def _text_of_both_branches(
-    base: Base, prompts: Sequence[str], negative_prompt: str | None, picture_size: tuple[int, int], guided: bool
+    base: Base,
+    prompts: Sequence[str],
+    negative_prompt: str | None,
+    picture_size: tuple[int, int],
+    guided: bool,
+    guidance_scale: float,
 ) -> TextEncoding:
     """B rows, or with guidance 2 B: the negative prompt's, then the prompts'."""
-    text = encode_with_dropout(base, prompts, picture_size=picture_size)
+    text = encode_with_dropout(base, prompts, picture_size=picture_size, guidance=guidance_scale)
     if not guided:
         return text
     negative = encode_with_dropout(base, [negative_prompt or ""] * len(prompts), picture_size=picture_size)
@@ -239,14 +252,19 @@ def _text_of_both_branches(
 
 
 def _check(
-    prompts: Sequence[str], seeds: Sequence[int], steps: int, controls: Sequence[Control], scheduler: str
+    base: Base,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    steps: int,
+    controls: Sequence[Control],
+    scheduler: str,
 ) -> None:
     if len(seeds) != len(prompts):
         raise UserError(f"{len(prompts)} prompts need {len(prompts)} seeds, and there are {len(seeds)}")
     if steps < 1:
         raise UserError(f"steps is {steps}; at least one is needed")
-    if scheduler not in SCHEDULERS:
-        raise UserError(f"scheduler {scheduler!r} is not known. Use {', '.join(SCHEDULERS)}.")
+    if scheduler not in base.process.samplers:
+        raise UserError(f"scheduler {scheduler!r} is not known. Use {', '.join(base.process.samplers)}.")
     for control in controls:
         conditioning, first = control.conditioning, controls[0].conditioning
         if conditioning.ndim != 4 or conditioning.shape[1] != 3:
@@ -264,6 +282,11 @@ def _check(
                 f"a control acts from a start to a later end in [0, 1], not {control.start} to {control.end}"
             )
         weights_of(control.schedule, [1])
+        if base.family.is_transformer and control.schedule in BY_HEIGHT:
+            raise UserError(
+                f"control schedule {control.schedule!r} weighs by the residuals' heights, which are all equal in a "
+                f"transformer. Use {', '.join(name for name in SCHEDULES if name not in BY_HEIGHT)}"
+            )
 
 
 @contextmanager

@@ -20,7 +20,8 @@ class TextEncoding:
     encoder_hidden_states: Tensor
     """(B, L, D) in the base's dtype: one vector a token, read by cross-attention."""
     added_cond_kwargs: dict[str, Tensor] = field(default_factory=dict)
-    """SDXL: text_embeds (B, P), the pooled embedding, and time_ids (B, 6) float32, see `time_ids_of`. Others: empty."""
+    """SDXL: text_embeds (B, P), the pooled embedding, and time_ids (B, 6) float32, see `time_ids_of`. SD3 and FLUX.1:
+    pooled_projections (B, P), and of FLUX.1 guidance (B,) float32. Others: empty."""
 
 
 def encode_prompts(
@@ -37,7 +38,7 @@ def encode_prompts(
     and left, are read by SDXL only, which is conditioned on them; other families ignore them. See `time_ids_of`.
     """
     hidden_states, pooled = TEXT_ENCODINGS[base.family.name](base, list(prompts))
-    return _with_sizes(base, hidden_states, pooled, picture_size, original_sizes, crops)
+    return with_rest(base, hidden_states, pooled, picture_size, original_sizes, crops)
 
 
 def encode_with_dropout(
@@ -47,11 +48,12 @@ def encode_with_dropout(
     picture_size: tuple[int, int] | None = None,
     original_sizes: Tensor | None = None,
     crops: Tensor | None = None,
+    guidance: float | None = None,
 ) -> TextEncoding:
     """Captions -> the same encoding as `encode_prompts`, at the price of the non-empty ones.
 
     A dropped prompt is the empty string. Half of a ControlNet's prompts are, so its embedding is computed once and kept
-    on the base. Sizes as in `encode_prompts`.
+    on the base. Sizes as in `encode_prompts`. guidance: what FLUX.1 is told; default what it is trained with.
     """
     kept = [row for row, caption in enumerate(captions) if caption]
     empty_states, empty_pooled = base.empty_prompt(TEXT_ENCODINGS[base.family.name])
@@ -62,7 +64,7 @@ def encode_with_dropout(
         hidden_states[kept] = kept_states
         if pooled is not None:
             pooled[kept] = kept_pooled
-    return _with_sizes(base, hidden_states, pooled, picture_size, original_sizes, crops)
+    return with_rest(base, hidden_states, pooled, picture_size, original_sizes, crops, guidance)
 
 
 def time_ids_of(
@@ -85,9 +87,24 @@ def time_ids_of(
     return torch.cat([originals, corners, target], dim=1)
 
 
-def _with_sizes(base, hidden_states, pooled, picture_size, original_sizes, crops) -> TextEncoding:
+def with_rest(
+    base: "Base",
+    hidden_states: Tensor,
+    pooled: Tensor | None,
+    picture_size: tuple[int, int] | None,
+    original_sizes: Tensor | None = None,
+    crops: Tensor | None = None,
+    guidance: float | None = None,
+) -> TextEncoding:
+    """Puts what else a family's network is told beside the encoded text: see TextEncoding.added_cond_kwargs."""
     if pooled is None:
         return TextEncoding(hidden_states)
+    if base.family.is_transformer:
+        added = {"pooled_projections": pooled}
+        if base.family.embeds_guidance:
+            told = base.process.settings.embedded_guidance if guidance is None else guidance  # type: ignore[union-attr]
+            added["guidance"] = torch.full((len(pooled),), told, dtype=torch.float32, device=pooled.device)
+        return TextEncoding(hidden_states, added)
     if picture_size is None:
         raise UserError(
             f"{base.family.title} is conditioned on the size of the picture: "
@@ -121,5 +138,43 @@ def _two_encoders(base: "Base", prompts: list[str]) -> tuple[Tensor, Tensor]:
     return torch.cat([output.hidden_states[-2] for output in outputs], dim=-1), outputs[1].text_embeds
 
 
-TEXT_ENCODINGS = {"sd15": _last_layer, "sd21": _last_layer, "miniature": _last_layer, "sdxl": _two_encoders}
+def _t5(base: "Base", index: int, prompts: list[str]) -> Tensor:
+    """T5's last layer, (B, base.text_tokens, D). Filled up without a mask: fillings take part, as in the pipelines."""
+    encoded = base.tokenizers[index](
+        prompts, padding="max_length", max_length=base.text_tokens, truncation=True, return_tensors="pt"
+    )
+    return base.text_encoders[index](encoded.input_ids.to(base.device))[0]
+
+
+def _three_encoders(base: "Base", prompts: list[str]) -> tuple[Tensor, Tensor]:
+    """SD3: the penultimate layers of two CLIPs side by side, filled up with zeros to T5's width, before T5's states,
+    (B, L + T, D), or zeros where the run has no T5; and both pooled projections (B, P1 + P2)."""
+    outputs = [
+        encoder(_tokens(base, index, prompts), output_hidden_states=True)
+        for index, encoder in enumerate(base.text_encoders[:2])
+    ]
+    clip = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+    pooled = torch.cat([output.text_embeds for output in outputs], dim=-1)
+    width = int(base.denoiser.config["joint_attention_dim"])
+    if len(base.text_encoders) == 3:
+        long = _t5(base, 2, prompts)
+    else:
+        long = clip.new_zeros(len(prompts), base.text_tokens, width)
+    clip = torch.nn.functional.pad(clip, (0, width - clip.shape[-1]))
+    return torch.cat([clip, long], dim=-2), pooled
+
+
+def _clip_and_t5(base: "Base", prompts: list[str]) -> tuple[Tensor, Tensor]:
+    """FLUX.1: T5's states (B, T, D), and CLIP's pooled output (B, P)."""
+    return _t5(base, 1, prompts), base.text_encoders[0](_tokens(base, 0, prompts)).pooler_output
+
+
+TEXT_ENCODINGS = {
+    "sd15": _last_layer,
+    "sd21": _last_layer,
+    "miniature": _last_layer,
+    "sdxl": _two_encoders,
+    "sd3": _three_encoders,
+    "flux": _clip_and_t5,
+}
 """Family name -> (base, prompts) -> hidden states (B, L, D) and pooled embedding (B, P) or None."""

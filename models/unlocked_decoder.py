@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from controlbooth.data.errors import UserError
 from controlbooth.models.base import Base
-from controlbooth.models.controlnet import predict
+from controlbooth.models.denoisers import predict
 from controlbooth.models.loading import fill, load_module, read_tensors
 from controlbooth.models.pretrained import DECODER_FILE, UNET_FOLDER, WEIGHTS_STEM, read_controlnet
 from controlbooth.models.text import TextEncoding
@@ -32,14 +32,14 @@ class UnlockedNetwork(nn.Module):
     def __init__(self, controlnet: nn.Module, base: Base):
         super().__init__()
         self.controlnet = controlnet
-        self.base = replace(base, unet=with_own_decoder(base.unet, torch.float32))
+        self.base = replace(base, denoiser=with_own_decoder(base.denoiser, torch.float32))
         """The base with the decoder that learns. It is no module, so what is locked is not among the parameters."""
-        self.decoder = nn.ModuleDict(decoder_modules(self.base.unet))
+        self.decoder = nn.ModuleDict(decoder_modules(self.base.denoiser))
         self.decoder.requires_grad_(True)
 
     def forward(self, noisy_latents: Tensor, timesteps: Tensor, text: TextEncoding, conditioning: Tensor) -> Tensor:
         """As `controlnet.predict`. The whole prediction is one call, as an engine around the network expects."""
-        return predict(self.base.unet, self.controlnet, noisy_latents, timesteps, text, conditioning)
+        return predict(self.base.denoiser, self.controlnet, noisy_latents, timesteps, text, conditioning)
 
 
 def with_own_decoder(unet: UNet2DConditionModel, dtype: torch.dtype) -> UNet2DConditionModel:
@@ -76,7 +76,7 @@ def controlled_prediction(
     """(B, C, h, w): as `controlnet.predict`. network: a ControlNet, an UnlockedNetwork, or an engine around one."""
     if isinstance(getattr(network, "module", network), UnlockedNetwork):
         return network(noisy_latents, timesteps, text, conditioning)
-    return predict(base.unet, network, noisy_latents, timesteps, text, conditioning)
+    return predict(base.denoiser, network, noisy_latents, timesteps, text, conditioning)
 
 
 def save_decoder(weights: dict[str, Tensor], folder: Path) -> None:
@@ -92,7 +92,7 @@ def load_networks(path: str | os.PathLike[str], base: Base, dtype: torch.dtype =
     ValueError for a decoder or ControlNet of another base.
     """
     path = Path(path)
-    controlnet, empty = read_controlnet(path, base.unet, dtype), base.device.type == "meta"
+    controlnet, empty = read_controlnet(path, base.denoiser, dtype), base.device.type == "meta"
     if (path / DECODER_FILE).is_file():
         weights = read_tensors([path / DECODER_FILE], empty)
     elif (path / UNET_FOLDER).is_dir():
@@ -100,14 +100,14 @@ def load_networks(path: str | os.PathLike[str], base: Base, dtype: torch.dtype =
         weights = decoder_state(unet)
     else:
         return base, controlnet
-    wanted = {name: tensor.shape for name, tensor in decoder_state(base.unet).items()}
+    wanted = {name: tensor.shape for name, tensor in decoder_state(base.denoiser).items()}
     if {name: tensor.shape for name, tensor in weights.items()} != wanted:
         raise UserError(f"the decoder in {path} was made for another base than {base.path}")
-    unet = with_own_decoder(base.unet, base.dtype)
+    unet = with_own_decoder(base.denoiser, base.dtype)
     for name, module in decoder_modules(unet).items():
         own = {key.removeprefix(f"{name}."): value for key, value in weights.items() if key.startswith(f"{name}.")}
         fill(module, own, base.dtype, f"{name} of the decoder in {path}")
         module.to(base.device)
     for module in decoder_modules(unet).values():
         module.requires_grad_(False).eval()
-    return replace(base, unet=unet), controlnet
+    return replace(base, denoiser=unet), controlnet

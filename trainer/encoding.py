@@ -15,7 +15,7 @@ from torch import Tensor
 from controlbooth.data.shards.latent_cache import EncodedBatch
 from controlbooth.models.base import Base, Encoded
 from controlbooth.models.identity import libraries, module_digest, tokenizer_digest
-from controlbooth.models.text import TEXT_ENCODINGS, TextEncoding, time_ids_of
+from controlbooth.models.text import TEXT_ENCODINGS, TextEncoding, with_rest
 from controlbooth.trainer.config.run import RunConfig
 
 IDENTITY_VERSION = 2
@@ -32,9 +32,8 @@ def encode_posterior(base: Base, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
 def sample_posterior(base: Base, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
     """Scaled latents (B, C, h, w) in the base's dtype; noise: (B, C, h, w), standard normal."""
     latents = mean + std * noise.to(mean)
-    shift = base.vae.config["shift_factor"] or 0.0
     # Some of the VAE's kernels leave channels last, and a U-Net that went on so would round otherwise than on a cache.
-    return ((latents - shift) * base.vae.config["scaling_factor"]).to(base.dtype).contiguous()
+    return ((latents - base.latent_shift) * base.vae.config["scaling_factor"]).to(base.dtype).contiguous()
 
 
 def to_pixel_values(pictures: Tensor) -> Tensor:
@@ -74,10 +73,7 @@ def with_empty_prompts(
         hidden_states[kept] = encoded[0]
         if pooled is not None and encoded[1] is not None:
             pooled[kept] = encoded[1]
-    if pooled is None:
-        return TextEncoding(hidden_states)
-    time_ids = time_ids_of(len(captions), picture_size).to(hidden_states.device)
-    return TextEncoding(hidden_states, {"text_embeds": pooled, "time_ids": time_ids})
+    return with_rest(base, hidden_states, pooled, picture_size)
 
 
 def posterior_of(encoded: EncodedBatch, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -127,6 +123,7 @@ def latent_cache_identities(
             "tokenizers": [tokenizer_digest(tokenizer) for tokenizer in base.tokenizers],
             "dtype": dtype_name(base.text_encoders[0]),
             "pooled": base.empty_prompt(TEXT_ENCODINGS[base.family.name])[1] is not None,
+            **({"text_tokens": base.text_tokens} if base.text_tokens else {}),
         },
     }
 

@@ -105,9 +105,7 @@ def _write(run: Path, checkpoint: Path, folder: Path, format: str, dtype: str) -
             f"{checkpoint.name} has a decoder that has learned with the ControlNet, and a single file has no place for "
             "it: export it with --format diffusers, which writes the U-Net beside the ControlNet"
         )
-    # a ControlNet's configuration says of its base all that tells families apart
-    unet_like = dict(controlnet.config) | {"_class_name": "UNet2DConditionModel"}
-    family = identify(unet_like | {"out_channels": unet_like["in_channels"]})
+    family = identify(base_like(controlnet))
     if format == "single-file" and family.architecture is None:
         raise UserError(
             f"{run} has {family.title} as its base, which has no original layout; a single file is in that layout, and "
@@ -129,6 +127,14 @@ def _write(run: Path, checkpoint: Path, folder: Path, format: str, dtype: str) -
     (folder / "README.md").write_text(model_card(exported))
 
 
+def base_like(controlnet: Any) -> dict[str, Any]:
+    """A ControlNet's configuration as one of its base, of which it says all that tells families apart."""
+    config = dict(controlnet.config)
+    kinds = {"SD3ControlNetModel": "SD3Transformer2DModel", "FluxControlNetModel": "FluxTransformer2DModel"}
+    kind = kinds.get(type(controlnet).__name__, "UNet2DConditionModel")
+    return config | {"_class_name": kind, "out_channels": config["in_channels"]}
+
+
 def _write_unet(config: RunConfig, state: dict[str, Any], checkpoint: Path, folder: Path, dtype: Any) -> None:
     """The whole U-Net: locked parts from the base, which must be there and the one that was trained on."""
     from controlbooth.models.pretrained import UNET_FOLDER, load_base
@@ -144,7 +150,7 @@ def _write_unet(config: RunConfig, state: dict[str, Any], checkpoint: Path, fold
         )
     own = {"base": {"unet": state["base"]["unet"]}} if "unet" in state.get("base", {}) else {}  # of no other part
     check_same_base(own, base, f"at step {state['step']}", "The U-Net is made of both: put that base back")
-    unet: Any = load_networks(checkpoint / "controlnet", base)[0].unet
+    unet: Any = load_networks(checkpoint / "controlnet", base)[0].denoiser
     save_pretrained(unet, folder / UNET_FOLDER)
 
 

@@ -9,14 +9,19 @@ from typing import Any
 
 import yaml
 
-from controlbooth.models.recognition import recognise_folder
+from controlbooth.models.recognition import FAMILIES, recognise_folder
 from controlbooth.models.weight_files import variant_of, weights_files
 from controlbooth.trainer.config.run import BUILT_IN, RunConfig, base_folder, data_set_name
 from controlbooth.trainer.evaluation.figures import _markdown_table, _title, evaluation_table
 from controlbooth.trainer.markdown import block, code, plain
 
-PIPELINES = {"sdxl": "StableDiffusionXLControlNetPipeline"}
-TAGS = {"sdxl": "stable-diffusion-xl"}
+PIPELINES = {
+    "sdxl": "StableDiffusionXLControlNetPipeline",
+    "sd3": "StableDiffusion3ControlNetPipeline",
+    "flux": "FluxControlNetPipeline",
+}
+CLASSES = {"sd3": "SD3ControlNetModel", "flux": "FluxControlNetModel"}
+TAGS = {"sdxl": "stable-diffusion-xl", "sd3": "stable-diffusion-3", "flux": "flux"}
 UNPUBLISHED = ("output", "tracking")
 """Sections of a run's configuration that say where it ran, not what it is, and may hold addresses and passwords."""
 
@@ -85,6 +90,8 @@ def usage(exported: Exported) -> str:
     load = "from_single_file" if base.endswith(".safetensors") else "from_pretrained"
     size = config.data.resolution
     model = config.model
+    if exported.family in CLASSES:
+        return transformer_usage(exported, base_name, variant)
     if model.trainable_copy == "full" and model.hint_network == "released":
         own_line, name = "", "ControlNetModel"
         imported = f"ControlNetModel, DDIMScheduler, {pipeline}"
@@ -112,6 +119,35 @@ assert condition.size == ({size}, {size}), "make the condition at {size} x {size
 picture = pipeline(
     "a prompt like the captions of the training set",
     image=condition,
+    num_inference_steps={config.validation.sampling_steps},
+    guidance_scale={config.validation.guidance_scale},
+    generator=torch.Generator().manual_seed(0),
+).images[0]
+picture.save("picture.png")
+"""
+
+
+def transformer_usage(exported: Exported, base_name: str, variant: str) -> str:
+    """The same for a base of flow matching, whose scheduler is used as the base's folder has it."""
+    config, name, pipeline = exported.config, CLASSES[exported.family], PIPELINES[exported.family]
+    size, tokens = config.data.resolution, config.model.text_tokens or FAMILIES[exported.family].text_tokens
+    return f"""\
+import torch
+from diffusers import {name}, {pipeline}
+from diffusers.utils import load_image
+
+controlnet = {name}.from_pretrained(".", torch_dtype=torch.bfloat16)
+pipeline = {pipeline}.from_pretrained(
+    {base_name}, controlnet=controlnet, torch_dtype=torch.bfloat16{variant}
+)
+condition = load_image("condition.png")
+assert condition.size == ({size}, {size}), "make the condition at {size} x {size} pixels: shrinking blurs lines"
+picture = pipeline(
+    "a prompt like the captions of the training set",
+    control_image=condition,
+    height={size},
+    width={size},
+    max_sequence_length={tokens},
     num_inference_steps={config.validation.sampling_steps},
     guidance_scale={config.validation.guidance_scale},
     generator=torch.Generator().manual_seed(0),

@@ -214,7 +214,7 @@ def visits(order: Mixture, numbers: RunNumbers, found: Found, captions: int) -> 
                 dropped=bool(draws.prompt_dropped(numbers.order.seed, at, numbers.drawn.prompt_dropout)[0]),
                 flipped=numbers.drawn.random_flip and bool(draws.flips(numbers.order.seed, at)[0]),
                 crop=crop,
-                timestep=int(draws.timesteps(numbers.order.seed, at, numbers.drawn.num_train_timesteps)[0]),
+                timestep=int(draws.noise_levels(numbers.order.seed, at, numbers.drawn)[0]),
                 caption=int(draws.caption_choice(numbers.order.seed, at, np.array([captions]))[0]),
             )
 

@@ -455,7 +455,7 @@ class Loader:
 
     def _micro_batches(self, step: _Step, rows: list[_Row]) -> list[MicroBatch]:
         dropped, choices = self._prompt_draws(step.positions, rows)
-        timesteps = draws.timesteps(self.seed, step.positions, self.drawn.num_train_timesteps)
+        timesteps = draws.noise_levels(self.seed, step.positions, self.drawn)
         weights = np.array([row.weight for row in rows], np.float32)
         prompts = [
             prompt(row.captions, choice, drop)

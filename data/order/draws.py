@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from controlbooth.data.errors import UserError
+from controlbooth.data.order.settings import DrawSettings
 
 _MASK = 2**64 - 1
 
@@ -104,6 +105,22 @@ def timesteps(seed: int, positions: np.ndarray, num_train_timesteps: int) -> np.
     if num_train_timesteps < 1:
         raise UserError(f"num_train_timesteps is {num_train_timesteps}; use the noise scheduler's number, mostly 1000")
     return _below(random_bits(hash64(seed, "timestep"), positions), np.int64(num_train_timesteps))
+
+
+def levels_by_density(seed: int, positions: np.ndarray, thresholds: Sequence[int]) -> np.ndarray:
+    """Noise levels by a density: as many of `thresholds` as are at most 64 random bits. (B,) int64 -> (B,) int64.
+
+    thresholds: of each level but the last, the share of draws at or below it times 2**64, ascending.
+    """
+    bits = random_bits(hash64(seed, "level"), positions)
+    return np.searchsorted(np.asarray(thresholds, np.uint64), bits, side="right").astype(np.int64)
+
+
+def noise_levels(seed: int, positions: np.ndarray, drawn: DrawSettings) -> np.ndarray:
+    """The level of noise at each position, uniform or by the run's density. (B,) int64 -> (B,) int64."""
+    if drawn.level_thresholds is None:
+        return timesteps(seed, positions, drawn.num_train_timesteps)
+    return levels_by_density(seed, positions, drawn.level_thresholds)
 
 
 def noise(seed: int, positions: np.ndarray, shape: Sequence[int]) -> np.ndarray:

@@ -28,3 +28,6 @@ class DrawSettings:
     random_flip: bool
     random_crop: bool
     num_train_timesteps: int
+    """How many levels of noise there are, of which one is drawn uniformly..."""
+    level_thresholds: tuple[int, ...] | None = None
+    """...or by these, as `draws.levels_by_density` takes them."""

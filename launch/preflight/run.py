@@ -28,14 +28,15 @@ from controlbooth.models.recognition import (
     UNET,
     Family,
     check_controlnet,
+    check_noise,
     check_part,
-    check_scheduler,
     check_tokenizer,
     recognise_file,
     recognise_folder,
     scheduler_file,
 )
 from controlbooth.models.weight_files import read_json, safetensors_header, shapes_of, weights_files
+from controlbooth.trainer.config.families import misplaced
 from controlbooth.trainer.config.run import (
     BUILT_IN,
     RunConfig,
@@ -96,7 +97,7 @@ def check_ranks(config: RunConfig, node: Node) -> Iterator[str]:
 
 
 def check_base(config: RunConfig, node: Node) -> Iterator[str]:
-    yield from base_problems(config.model.base, config.model.family)
+    yield from base_problems(config.model.base, config.model.family, config)
     if config.model.controlnet != "unet":
         yield from controlnet_problems(Path(config.model.controlnet))
 
@@ -121,8 +122,10 @@ def controlnet_problems(path: Path) -> Iterator[str]:
         yield from problem_of(named, partial(_read_headers, path, UNET.stem))
 
 
-def base_problems(name: str, family: str) -> Iterator[str]:
+def base_problems(name: str, family: str, config: RunConfig | None = None) -> Iterator[str]:
     """Why the base of this name cannot be taken as a model of this family, as far as its files' headers tell.
+
+    config: of a ControlNet run, of which it is told what has no meaning with the base's family.
 
     The trainer compares every tensor with the network that it belongs to, and so does a dry run (network_check.py).
     """
@@ -140,15 +143,17 @@ def base_problems(name: str, family: str) -> Iterator[str]:
             "read: convert the model with save_pretrained(..., safe_serialization=True)"
         )
     else:
-        yield from _part_problems(named, base, family)
+        yield from _part_problems(named, base, family, config)
 
 
-def _part_problems(named: str, base: Path, requested: str) -> Iterator[str]:
+def _part_problems(named: str, base: Path, requested: str, config: RunConfig | None) -> Iterator[str]:
     """Of a folder or a single file that is there: which family it is of, and whether all of its parts are."""
     found: list[Family] = []
     recognise = recognise_folder if base.is_dir() else recognise_file
     yield from problem_of(named, lambda: found.append(recognise(base, requested)))
     for family in found:
+        yield from [] if config is None else misplaced(config, family)
+        family = family if config is None or config.model.t5 else family.without_t5()
         beside = base if base.is_dir() else base.parent
         scheduler = beside / "scheduler" / "scheduler_config.json"
         if base.is_dir():
@@ -157,7 +162,7 @@ def _part_problems(named: str, base: Path, requested: str) -> Iterator[str]:
                 yield from problem_of(named, partial(check_part, base, part))
                 yield from problem_of(named, partial(_read_headers, base / part.folder, part.stem))
         if scheduler.is_file():
-            yield from problem_of(named, partial(_check_scheduler_file, scheduler))
+            yield from problem_of(named, partial(_check_scheduler_file, family, scheduler))
         for name in family.tokenizers:
             yield from problem_of(named, partial(check_tokenizer, beside, name))
 
@@ -166,8 +171,8 @@ def _read_headers(folder: Path, stem: str) -> None:
     shapes_of(weights_files(folder, stem))
 
 
-def _check_scheduler_file(path: Path) -> None:
-    check_scheduler(read_json(path), str(path))
+def _check_scheduler_file(family: Family, path: Path) -> None:
+    check_noise(family, read_json(path), str(path))
 
 
 def problem_of(named: str, check: Callable[[], object]) -> Iterator[str]:
@@ -175,7 +180,7 @@ def problem_of(named: str, check: Callable[[], object]) -> Iterator[str]:
     try:
         check()
     except (ValueError, OSError) as error:
-        yield f"{named}: {error}"
+        yield f"{named}: {error}" if named else str(error)
 
 
 def check_room(config: RunConfig, node: Node) -> Iterator[str]:

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from controlbooth.data.errors import UserError
-from controlbooth.launch.preflight.run import base_problems
+from controlbooth.launch.preflight.run import base_problems, problem_of
 from controlbooth.models.architectures import VAE_FACTOR
+from controlbooth.models.recognition import identify, refuse_for_subjects
+from controlbooth.models.weight_files import read_json
 from controlbooth.trainer.config.run import base_folder
 from controlbooth.trainer.config.subjects import SubjectRunConfig
 from controlbooth.trainer.dreambooth.manifest import Task, check_pictures, load_subjects, settle
@@ -19,6 +21,10 @@ from controlbooth.trainer.tracking.mlflow_address import tracking_problems
 def run_problems(config: SubjectRunConfig) -> Iterator[str]:
     """What would stop all subjects, wherever they are trained."""
     problems = list(base_problems(config.model.base, config.model.family))
+    transformer = base_folder(config.model.base) / "transformer" / "config.json"
+    if not problems and transformer.is_file():
+        family = identify(read_json(transformer))
+        problems += problem_of("", lambda: refuse_for_subjects(family, f"model.base {config.model.base!r}"))
     yield from problems
     unet, size = base_folder(config.model.base) / "unet" / "config.json", config.resolution
     if problems or config.prior.weight == 0 or not unet.is_file():  # of a single file the trainer knows it

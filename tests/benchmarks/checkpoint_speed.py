@@ -33,7 +33,8 @@ from sd15_step import random_module
 
 from controlbooth.launch.ranks.torchrun import Node, single_rank_environment, torchrun_environment
 from controlbooth.models.architectures import SD15
-from controlbooth.models.controlnet import build_controlnet, control_residuals
+from controlbooth.models.controlnet import build_controlnet
+from controlbooth.models.denoisers import control_residuals
 from controlbooth.models.text import TextEncoding
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -48,7 +49,7 @@ def loss_of(controlnet: Any, width: int) -> torch.Tensor:
         text, timesteps = TextEncoding(torch.zeros(1, 77, width)), torch.zeros(1, dtype=torch.int64)
         latents, picture = torch.zeros(1, 4, 8, 8), torch.zeros(1, 3, 64, 64)
     residuals = control_residuals(controlnet, latents, timesteps, text, picture)
-    return torch.stack([one.float().mean() for one in (*residuals.down, residuals.mid)]).sum()
+    return torch.stack([one.float().mean() for one in residuals.each()]).sum()
 
 
 def ours(shapes: str, precision: str, folder: Path) -> dict[str, float]:

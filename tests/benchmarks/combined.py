@@ -75,7 +75,9 @@ def finish(*arguments: str) -> None:
 def measure(folder: Path, samples: int, out: Path) -> None:
     base = load_base(MINIATURE, "miniature", device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     networks: dict[str, Any] = {
-        kind: load_controlnet(complete_checkpoints(folder / kind)[-1] / "controlnet", base.unet).eval().to(base.device)
+        kind: load_controlnet(complete_checkpoints(folder / kind)[-1] / "controlnet", base.denoiser)
+        .eval()
+        .to(base.device)
         for kind in KINDS
     }
     dataset = open_dataset(folder / "held-out")

@@ -172,7 +172,7 @@ def losses(folder: Path, precision: str) -> list[tuple[float, float]]:
     watchdog = stack.enter_context(watching(attempt, world, 3600.0))
     run = build.build(load_config(run_file), world, attempt, watchdog, None)
     base, controlnet = run.base, run.engine.module
-    unet: Any = base.unet
+    unet: Any = base.denoiser
     with torch.no_grad():
         for block in [*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block]:
             block.weight += 0.02

@@ -55,7 +55,7 @@ def main() -> None:
         open_dataset(str(config.data.held_out)), options.samples, config.data.condition, config.data.resolution
     )
     base = load_base(base_path(config), config.model.family)
-    network: Any = load_controlnet(checkpoint / "controlnet", base.unet).eval()
+    network: Any = load_controlnet(checkpoint / "controlnet", base.denoiser).eval()
     conditioning = torch.from_numpy(held.conditions).permute(0, 3, 1, 2).float() / 255.0
     columns: dict[str, np.ndarray] = {"condition": np.repeat(held.conditions, 2, axis=0)}
     print(f"\n{options.samples} held-out samples, guidance {options.guidance:g}: edge F1 with the prompt, without")

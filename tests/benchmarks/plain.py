@@ -17,13 +17,13 @@ def plain_loss(base: Base, controlnet: Any, batch: DeviceBatch, autocast: bool) 
 
     autocast: the ControlNet is in fp32 and runs in the base's dtype, which is how that program trains in bf16.
     """
-    unet: Any = base.unet
+    unet: Any = base.denoiser
     with torch.no_grad():
         assert batch.pixel_values is not None, "the plain step has no latent cache"
         posterior = base.vae.encode(batch.pixel_values.to(base.dtype)).latent_dist
         latents = posterior.mean + posterior.std * batch.posterior_noise.to(base.dtype)
         latents = latents * base.vae.config.scaling_factor
-        noisy = base.noise_scheduler.add_noise(latents.float(), batch.noise, batch.timesteps).to(base.dtype)  # type: ignore[arg-type]
+        noisy = base.process.scheduler.add_noise(latents.float(), batch.noise, batch.timesteps).to(base.dtype)  # type: ignore[arg-type]
         tokenizer = base.tokenizers[0]
         length = tokenizer.model_max_length
         words = tokenizer(batch.captions, max_length=length, padding="max_length", truncation=True, return_tensors="pt")

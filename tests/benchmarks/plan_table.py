@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from controlbooth.models.architectures import SD15, SD21
 from controlbooth.models.attention import AttentionChoice, apply_attention
-from controlbooth.models.controlnet import denoise
+from controlbooth.models.denoisers import denoise
 from controlbooth.models.text import TextEncoding
 from controlbooth.trainer.config.loading import build_config
 from controlbooth.trainer.config.run import RunConfig

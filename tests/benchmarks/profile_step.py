@@ -98,7 +98,7 @@ def plain_step(config: RunConfig, precision: str, loader, world: World) -> Calla
     """On modules of its own, as diffusers makes them."""
     dtype = engines.DTYPES[precision]
     base = load_base(base_path(config), config.model.family, dtype, world.device)
-    controlnet = ControlNetModel.from_unet(base.unet, conditioning_channels=3).float().train()
+    controlnet = ControlNetModel.from_unet(base.denoiser, conditioning_channels=3).float().train()
     settings = config.optimizer
     optimizer = torch.optim.AdamW(
         controlnet.parameters(), settings.learning_rate, settings.betas, settings.epsilon, settings.weight_decay

@@ -34,7 +34,7 @@ def main() -> None:
         open_dataset(str(config.data.held_out)), options.samples, config.data.condition, config.data.resolution
     )
     base = load_base(base_path(config), config.model.family, torch.float32, "cpu")
-    ours_from = load_controlnet(checkpoint / "controlnet", base.unet).eval()
+    ours_from = load_controlnet(checkpoint / "controlnet", base.denoiser).eval()
     conditioning = torch.from_numpy(held.conditions).permute(0, 3, 1, 2).float() / 255.0
     seeds = range(options.samples)
     arguments = dict(guidance_scale=3.0)

@@ -55,7 +55,7 @@ def measure(folder: Path, precision: str, size: int, batch: int, steps: int, rou
 
     pipeline = StableDiffusionControlNetPipeline(
         vae=plain.vae, text_encoder=plain.text_encoders[0], tokenizer=plain.tokenizers[0], unet=plain.unet,
-        controlnet=theirs_controls, scheduler=DDIMScheduler.from_config(plain.noise_scheduler.config),
+        controlnet=theirs_controls, scheduler=DDIMScheduler.from_config(plain.process.scheduler.config),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)

@@ -20,7 +20,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from controlbooth.models.architectures import SD15
 from controlbooth.models.attention import AttentionChoice, apply_attention
-from controlbooth.models.controlnet import build_controlnet, control_residuals, denoise, parameter_report
+from controlbooth.models.controlnet import build_controlnet, parameter_report
+from controlbooth.models.denoisers import control_residuals, denoise
 from controlbooth.models.text import TextEncoding
 from controlbooth.trainer.config.loading import build_config
 from controlbooth.trainer.engine import deepspeed as engines
@@ -86,7 +87,7 @@ def main() -> None:
     with torch.no_grad():
         text = TextEncoding(text_encoder(torch.randint(0, 49406, (batch, 77), generator=generator)).last_hidden_state)
         residuals = control_residuals(controlnet.to(dtype), noise, timesteps, text, pixels)
-        say("residuals", [tuple(r.shape) for r in (*residuals.down, residuals.mid)])
+        say("residuals", [tuple(r.shape) for r in residuals.each()])
         plain = denoise(unet, noise, timesteps, text)
         same = torch.equal(plain, denoise(unet, noise, timesteps, text, residuals))
         verdict = "equals" if same else "DIFFERS FROM"

@@ -36,8 +36,10 @@ from controlbooth.data.order import draws
 from controlbooth.data.shards.latent_cache import EncodedBatch
 from controlbooth.models.attention import AttentionChoice, apply_attention, attention_shapes, choose_attention
 from controlbooth.models.base import Base
-from controlbooth.models.controlnet import build_controlnet, denoise
+from controlbooth.models.controlnet import build_controlnet
+from controlbooth.models.denoisers import denoise
 from controlbooth.models.pretrained import load_base
+from controlbooth.models.process import Diffusion
 from controlbooth.models.recognition import FAMILIES
 from controlbooth.models.text import encode_with_dropout
 from controlbooth.trainer.config.loading import build_config
@@ -93,7 +95,7 @@ def cudnn_benchmark(base: Base, engine: Any) -> Iterator[None]:
 @contextmanager
 def channels_last(base: Base, engine: Any) -> Iterator[None]:
     """Frozen weights in this layout, and the ControlNet's input: its own weights lie in DeepSpeed's flat buffers."""
-    modules = [base.unet, base.vae]
+    modules = [base.denoiser, base.vae]
     for module in modules:
         module.to(memory_format=torch.channels_last)
     hook = engine.module.conv_in.register_forward_pre_hook(
@@ -164,7 +166,7 @@ def random_base(name: str, device: torch.device, dtype: torch.dtype) -> Base:
         ),
         tokenizers=(tokenizer,) * len(architecture.text_encoders),
         unet=make(lambda: UNet2DConditionModel(**architecture.unet)),
-        noise_scheduler=DDPMScheduler(**architecture.noise_scheduler),
+        process=Diffusion(DDPMScheduler(**architecture.noise_scheduler)),
         digest="",
     )
 
@@ -176,7 +178,7 @@ def make_engine(base: Base, precision: str) -> Any:
     config = build_config(tree | dict(model=dict(base="random"), data=dict(shards="none", condition="edges")))
     sizes = engines.batch_sizes(config, 1)  # what DeepSpeed reckons with; its engine takes any batch
     torch.manual_seed(0)
-    controlnet = build_controlnet(base.unet, hint).float()
+    controlnet = build_controlnet(base.denoiser, hint).float()
     return engines.initialize(controlnet, config.engine, config.optimizer, sizes, precision, False)
 
 
@@ -211,7 +213,7 @@ def make_batch(case: Case, base: Base) -> MicroBatch:
         captions=captions,
         dropped=np.array([not caption for caption in captions]),
         timesteps=draws.timesteps(0, positions, 1000),
-        noise=draws.noise(0, positions, (base.unet.config["in_channels"], size, size)),
+        noise=draws.noise(0, positions, (base.latent_channels, size, size)),
         weights=np.ones(count, np.float32),
     )
 
@@ -219,15 +221,15 @@ def make_batch(case: Case, base: Base) -> MicroBatch:
 def choose(case: Case, base: Base) -> AttentionChoice:
     """As a run of the product does. Raises ValueError where the kernel cannot run."""
     size, device = case.resolution // base.family.vae_factor, base.device
-    latents = torch.zeros(case.micro_batch_size, base.unet.config["in_channels"], size, size, device=device)
+    latents = torch.zeros(case.micro_batch_size, base.latent_channels, size, size, device=device)
     text = encode_with_dropout(base, [""] * len(latents), picture_size=(case.resolution, case.resolution))
     timesteps = torch.zeros(len(latents), dtype=torch.int64, device=device)
-    shapes = attention_shapes(base.unet, lambda: denoise(base.unet, latents, timesteps, text))
+    shapes = attention_shapes(base.denoiser, lambda: denoise(base.denoiser, latents, timesteps, text))
     return choose_attention(case.attention, device, base.dtype, shapes)
 
 
 def prepare(base: Base, engine: Any, attention: AttentionChoice, gradient_checkpointing: bool) -> None:
-    for module in (base.unet, engine.module):
+    for module in (base.denoiser, engine.module):
         apply_attention(module, attention)
         if gradient_checkpointing:
             module.enable_gradient_checkpointing()

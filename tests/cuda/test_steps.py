@@ -12,7 +12,8 @@ from tiny import run_tree, weights
 from controlbooth.data.shards.latent_cache import EncodedBatch
 from controlbooth.data.shards.manifest import open_dataset
 from controlbooth.models.attention import AttentionChoice, apply_attention
-from controlbooth.models.controlnet import build_controlnet, denoise, predict
+from controlbooth.models.controlnet import build_controlnet
+from controlbooth.models.denoisers import denoise, predict
 from controlbooth.models.pretrained import load_base
 from controlbooth.models.sampling import Control, sample
 from controlbooth.models.text import encode_prompts
@@ -38,14 +39,14 @@ class Never:
 
 def base_on(folder, device, dtype=torch.float32):
     base = load_base(folder / "base", "auto", dtype, device)
-    apply_attention(base.unet, AttentionChoice("math", "the same on every device"))
+    apply_attention(base.denoiser, AttentionChoice("math", "the same on every device"))
     return base
 
 
 def controlnet_of(base, moved=0.0):
     """Alike on every device; moved: what is added to all weights, so that residuals are not zero."""
     torch.manual_seed(0)
-    controlnet = build_controlnet(base.unet, HINT, "cpu")
+    controlnet = build_controlnet(base.denoiser, HINT, "cpu")
     apply_attention(controlnet, AttentionChoice("math", "the same on every device"))
     with torch.no_grad():
         for parameter in controlnet.parameters():
@@ -71,8 +72,8 @@ def test_at_step_0_the_controlled_prediction_is_the_bases_own_bit_for_bit(folder
     timesteps, conditioning = torch.tensor([10, 700], device=world.device), torch.rand(2, 3, 64, 64).to(world.device)
     with torch.no_grad():
         text = encode_prompts(base, ["a red star", ""])
-        plain = denoise(base.unet, latents, timesteps, text)
-        controlled = predict(base.unet, controlnet, latents, timesteps, text, conditioning)
+        plain = denoise(base.denoiser, latents, timesteps, text)
+        controlled = predict(base.denoiser, controlnet, latents, timesteps, text, conditioning)
     assert plain.device.type == world.device.type and torch.equal(plain, controlled)
 
 

@@ -324,7 +324,7 @@ def test_what_is_exported_draws_the_same_picture_in_diffusers_own_pipeline(studi
         for key, value in weights(studio, whole, NAMES[0]).items()
     }
     plain = sample(ours, ["a red star"], seeds=[3], steps=4, guidance_scale=2.0)
-    load_subject(attach_adapters(ours.unet, ATTENTION, 1, 4), 0, saved)
+    load_subject(attach_adapters(ours.denoiser, ATTENTION, 1, 4), 0, saved)
     made = sample(ours, ["a red star"], seeds=[3], steps=4, guidance_scale=2.0)
     assert not torch.equal(made, plain)
 

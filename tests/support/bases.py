@@ -52,6 +52,19 @@ UNETS = {
         addition_embed_type_num_heads=4,
     ),
 }
+T5_LETTERS = "abcdefghijklmnopqrstuvwxyz,"
+SD3 = dict(
+    sample_size=4, patch_size=2, in_channels=4, out_channels=4, num_layers=4, attention_head_dim=8,
+    num_attention_heads=2, joint_attention_dim=48, caption_projection_dim=16, pooled_projection_dim=40,
+    pos_embed_max_size=8, dual_attention_layers=(0, 1), qk_norm="rms_norm",
+)  # fmt: skip
+FLUX = dict(
+    in_channels=16, num_layers=4, num_single_layers=4, attention_head_dim=8, num_attention_heads=2,
+    joint_attention_dim=32, pooled_projection_dim=16, guidance_embeds=True, axes_dims_rope=(2, 2, 4),
+)  # fmt: skip
+T5_TOKENS = 20
+UNET_FAMILIES = tuple(UNETS)
+TRANSFORMER_FAMILIES = ("sd3", "flux")
 PREDICTION = {"sd15": "epsilon", "sd21": "v_prediction", "sdxl": "epsilon", "miniature": "v_prediction"}
 
 
@@ -79,8 +92,74 @@ def tokenizer():
     return CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=TOKENS)
 
 
+def t5_tokenizer():
+    from transformers import T5TokenizerFast
+
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -10.0), ("▁", -2.0), *((one, -3.0) for one in T5_LETTERS)]
+    tokenizer = T5TokenizerFast(vocab=pieces, extra_ids=0)
+    tokenizer.model_max_length = 512
+    return tokenizer
+
+
+def t5(width: int):
+    from transformers import T5Config, T5EncoderModel
+
+    sizes = dict(vocab_size=len(T5_LETTERS) + 4, d_model=width, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    return T5EncoderModel(T5Config(**sizes, feed_forward_proj="gated-gelu"))
+
+
+def write_transformer_base(folder: Path, family: str) -> Path:
+    """A diffusers folder of SD3's or FLUX.1's classes with some 50,000 parameters. Equal weights at every call.
+
+    Modulations and the last layer are drawn anew, since diffusers starts some of them at zero, and a picture would
+    depend on nothing.
+    """
+    import torch
+    from diffusers import (
+        AutoencoderKL,
+        FlowMatchEulerDiscreteScheduler,
+        FluxTransformer2DModel,
+        SD3Transformer2DModel,
+    )
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    torch.manual_seed(0)
+    transformer = SD3Transformer2DModel(**SD3) if family == "sd3" else FluxTransformer2DModel(**FLUX)
+    for parameter in transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.1 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5)
+    transformer.save_pretrained(folder / "transformer")
+    vae = AutoencoderKL(
+        **VAE, latent_channels=4, scaling_factor=1.5, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False
+    )
+    vae.save_pretrained(folder / "vae")
+    if family == "sd3":
+        clips = [CLIPTextModelWithProjection(text_config(width)) for width in (16, 24)]
+    else:
+        clips = [CLIPTextModel(text_config(16))]
+    encoders = [*clips, t5((SD3 if family == "sd3" else FLUX)["joint_attention_dim"])]
+    parts = {
+        "transformer": ["diffusers", type(transformer).__name__],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    }
+    for number, encoder in enumerate(encoders, 1):
+        name = "text_encoder" if number == 1 else f"text_encoder_{number}"
+        beside = name.replace("text_encoder", "tokenizer")
+        encoder.save_pretrained(folder / name)
+        (t5_tokenizer() if encoder is encoders[-1] else tokenizer()).save_pretrained(folder / beside)
+        parts[name] = ["transformers", type(encoder).__name__]
+        parts[beside] = ["transformers", "T5TokenizerFast" if encoder is encoders[-1] else "CLIPTokenizer"]
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=family == "flux")
+    scheduler.save_pretrained(folder / "scheduler")
+    pipeline = "StableDiffusion3Pipeline" if family == "sd3" else "FluxPipeline"
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": pipeline} | parts))
+    return folder
+
+
 def write_base(folder: Path, family: str) -> Path:
     """A diffusers folder of about 100,000 parameters. Equal weights at every call."""
+    if family in TRANSFORMER_FAMILIES:
+        return write_transformer_base(folder, family)
     import torch
     from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection

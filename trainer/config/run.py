@@ -26,10 +26,19 @@ BUILT_IN = "miniature"
 class ModelConfig(Section):
     base: str
     """A diffusers folder, a single .safetensors file, or `miniature` for the model shipped with controlbooth."""
-    family: Literal["auto", "sd15", "sd21", "sdxl", "miniature"] = "auto"
+    family: Literal["auto", "sd15", "sd21", "sdxl", "miniature", "sd3", "flux"] = "auto"
     """What the base is; `auto` reads it from the base's own configuration."""
     controlnet: str = "unet"
-    """`unet` copies the trainable half from the base; a diffusers ControlNet folder continues from those weights."""
+    """`unet`, or `base`, copies the trainable part from the base; a diffusers ControlNet folder continues from those
+    weights."""
+    copied_blocks: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    """How many of the base's first blocks a ControlNet of a transformer copies: [12] for SD3, [4, 4] for FLUX.1 (double
+    and single ones). Default: these, or up to half of a smaller base."""
+    t5: bool = True
+    """Whether SD3's third text encoder, T5, is used; without it zeros stand in its place, as in the pipelines."""
+    text_tokens: int | None = Field(default=None, ge=1, le=512)
+    """To which T5's prompts are filled up or cut. Default: as in the pipelines, 256 for SD3 and 512 for FLUX.1. What
+    fills up is read as words are, so inference wants the same number."""
     hint_channels: tuple[Annotated[int, Field(gt=0)], ...] = (16, 32, 96, 256)
     """Widths of the network that turns the condition image into the latent grid; one stride of 2 between neighbours."""
     hint_network: Literal["released", "paper"] = "released"
@@ -48,6 +57,31 @@ class ModelConfig(Section):
     `cudnn` and `efficient` need CUDA; `plain` is matrix products alone. `auto` takes the fastest."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+
+    @field_validator("controlnet")
+    @classmethod
+    def _has_one_name(cls, value: str) -> str:
+        return "unet" if value == "base" else value
+
+
+class FlowConfig(Section):
+    """Of bases of flow matching (SD3, FLUX.1) alone."""
+
+    density: Literal["logit-normal", "mode", "uniform"] = "logit-normal"
+    """How levels of noise are drawn (arXiv 2403.03206, section 3.1)."""
+    mean: float = Field(default=0.0, ge=-5.0, le=5.0)
+    """Of the logit-normal density: above 0 draws less noise."""
+    std: float = Field(default=1.0, gt=0.0, le=5.0)
+    """Of the logit-normal density: a larger one draws more of the ends."""
+    mode_scale: float = Field(default=1.29, ge=0.0, le=1.75)
+    """Of the mode density."""
+    shift: Literal["base"] | Annotated[float, Field(gt=0.0)] = "base"
+    """Moves levels towards noise: sigma becomes s sigma / (1 + (s - 1) sigma). `base` takes the s of the base's own
+    scheduler, which FLUX.1's makes of the picture's size; sampling always does."""
+    weighting: Literal["none", "sigma_sqrt", "cosmap"] = "none"
+    """Of the loss, by level."""
+    embedded_guidance: float = Field(default=3.5, ge=0.0)
+    """What FLUX.1-dev, which was distilled for guidance, is told in training."""
 
 
 class SourceConfig(Section):
@@ -229,6 +263,7 @@ class RunConfig(Section):
     model: ModelConfig
     data: DataConfig
     optimizer: OptimizerConfig = OptimizerConfig()
+    flow: FlowConfig = FlowConfig()
     engine: EngineConfig = EngineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: ValidationConfig = ValidationConfig()

@@ -18,20 +18,22 @@ from controlbooth.data.order.settings import DrawSettings
 from controlbooth.data.shards.cache import Cache
 from controlbooth.data.shards.latent_cache import LatentCache, open_latent_cache
 from controlbooth.data.shards.manifest import Dataset, open_dataset
-from controlbooth.models.attention import AttentionChoice, AttentionShape, apply_attention, attention_shapes
-from controlbooth.models.base import Base
-from controlbooth.models.controlnet import (
-    ParameterReport,
-    build_controlnet,
-    denoise,
-    keep_only_mid_control,
-    parameter_report,
+from controlbooth.models.attention import (
+    JOINT_KERNELS,
+    KERNELS,
+    AttentionChoice,
+    AttentionShape,
+    apply_attention,
+    attention_shapes,
 )
-from controlbooth.models.pretrained import load_base, load_controlnet
+from controlbooth.models.base import Base
+from controlbooth.models.controlnet import ParameterReport, build_controlnet, keep_only_mid_control
+from controlbooth.models.denoisers import denoise, denoiser_of, parameter_report
+from controlbooth.models.pretrained import load_controlnet
 from controlbooth.models.text import encode_with_dropout
 from controlbooth.models.unlocked_decoder import UnlockedNetwork
 from controlbooth.trainer.config.loading import changes, dump
-from controlbooth.trainer.config.run import OptimizerConfig, RunConfig, base_path, order_settings, sources
+from controlbooth.trainer.config.run import ModelConfig, OptimizerConfig, RunConfig, order_settings, sources
 from controlbooth.trainer.config.section import ConfigError
 from controlbooth.trainer.controlnet import unlock as unlocking
 from controlbooth.trainer.controlnet.data import open_data, run_buckets
@@ -48,6 +50,7 @@ from controlbooth.trainer.run import checkpoint as checkpoints
 from controlbooth.trainer.run import saving as savings
 from controlbooth.trainer.run.attempt import Attempt
 from controlbooth.trainer.run.attention import choose_once
+from controlbooth.trainer.run.base import open_base
 from controlbooth.trainer.run.continuing import SHAPING, check_position, check_same_run, check_unlocked
 from controlbooth.trainer.run.process import say
 from controlbooth.trainer.run.same_base import back_or_anew, check_same_base, told_of_base
@@ -63,7 +66,7 @@ def build(config: RunConfig, world: World, attempt: Attempt, watchdog: Watchdog,
     if saved and latest:
         check_version(saved["order"], str(latest))
     precision = settle_precision(config, world, saved)
-    base = load_base(base_path(config), config.model.family, engines.DTYPES[precision], world.device)
+    base = open_base(config, engines.DTYPES[precision], world.device)
     dataset, held, extract = open_inputs(config, world, base)
     latent_cache = open_run_latent_cache(config, world, base, dataset)
     controlnet, chosen = load_networks(config, world, attempt, base, precision)
@@ -111,14 +114,16 @@ def load_networks(
     config: RunConfig, world: World, attempt: Attempt, base: Base, precision: str
 ) -> tuple[Any, AttentionChoice]:
     """Makes the ControlNet, and sets the attention kernels of both networks, alike on every rank."""
-    chosen = choose_once(config.model.attention, world, precision, attempt, lambda: unet_attention_shapes(config, base))
+    kernels = JOINT_KERNELS if base.family.is_transformer else ("xformers", *KERNELS)
+    shapes = partial(base_attention_shapes, config, base)
+    chosen = choose_once(config.model.attention, world, precision, attempt, shapes, kernels)
     torch.manual_seed(config.seed)  # the hint network, alike on every rank
     controlnet = make_controlnet(config, base)
-    for module in (base.unet, controlnet):
+    for module in (base.denoiser, controlnet):
         apply_attention(module, chosen)
     if config.model.gradient_checkpointing:
         controlnet.enable_gradient_checkpointing()
-        base.unet.enable_gradient_checkpointing()
+        base.denoiser.enable_gradient_checkpointing()
     return controlnet, chosen
 
 
@@ -201,14 +206,15 @@ def say_changes(world: World, config: RunConfig, before: str, step: int) -> None
         say(world, f"warning: by that the learning rate of step {step} is {now:.4g}, and was to be {was:.4g}")
 
 
-def unet_attention_shapes(config: RunConfig, base: Base) -> tuple[AttentionShape, ...]:
+def base_attention_shapes(config: RunConfig, base: Base) -> tuple[AttentionShape, ...]:
     """Those of one micro-batch's pass, for choosing the kernel by timing it."""
     resolution = config.data.resolution
     size = resolution // base.family.vae_factor
-    latents = torch.zeros(config.micro_batch_size, base.unet.config["in_channels"], size, size, device=base.device)
+    latents = torch.zeros(config.micro_batch_size, base.latent_channels, size, size, device=base.device)
     text = encode_with_dropout(base, [""] * len(latents), picture_size=(resolution, resolution))
-    timesteps = torch.zeros(len(latents), dtype=torch.int64, device=base.device)
-    return attention_shapes(base.unet, lambda: denoise(base.unet, latents, timesteps, text))
+    levels = torch.zeros(len(latents), dtype=torch.int64, device=base.device)
+    times = base.process.noised(latents, latents, levels).times
+    return attention_shapes(base.denoiser, lambda: denoise(base.denoiser, latents, times, text))
 
 
 def check_told(config: RunConfig, held: HeldOutSet, extract: Extract | None, world: World) -> None:
@@ -229,18 +235,26 @@ def check_told(config: RunConfig, held: HeldOutSet, extract: Extract | None, wor
 def make_controlnet(config: RunConfig, base: Base) -> Any:
     model = config.model
     if model.controlnet == "unet":
-        return build_controlnet(
-            base.unet,
-            model.hint_channels,
-            trainable_copy=model.trainable_copy,
-            connections=model.connections,
-            hint_network=model.hint_network,
-            only_mid_control=model.only_mid_control,
-        ).float()
-    controlnet = load_controlnet(model.controlnet, base.unet)
+        return new_controlnet(base.denoiser, model).float()
+    controlnet = load_controlnet(model.controlnet, base.denoiser)
     if model.only_mid_control:
         keep_only_mid_control(controlnet)
     return controlnet
+
+
+def new_controlnet(network: Any, model: ModelConfig, device: str | torch.device | None = None) -> Any:
+    """Makes the ControlNet that a run begins with, on the device of the base's network unless another is named."""
+    if (denoiser := denoiser_of(network)).is_transformer:
+        return denoiser.file.build_controlnet(network, model.copied_blocks, device)
+    return build_controlnet(
+        network,
+        model.hint_channels,
+        device,
+        trainable_copy=model.trainable_copy,
+        connections=model.connections,
+        hint_network=model.hint_network,
+        only_mid_control=model.only_mid_control,
+    )
 
 
 def make_loader(
@@ -271,12 +285,13 @@ def make_loader(
             data.prompt_dropout,
             data.random_flip,
             data.random_crop,
-            int(base.noise_scheduler.config["num_train_timesteps"]),
+            base.process.levels,
+            base.process.thresholds,
         ),
         micro_batch_size=config.micro_batch_size,
         rank=world.rank,
         world_size=world.world_size,
-        latent_shape=(base.unet.config["in_channels"], size, size),
+        latent_shape=(base.latent_channels, size, size),
         threads=data.threads,
         prefetch_steps=data.prefetch_steps,
         start_step=step,
@@ -308,7 +323,7 @@ def open_run_latent_cache(config: RunConfig, world: World, base: Base, dataset: 
 
 def check_aspect_step(config: RunConfig, base: Base) -> None:
     """Raises ConfigError where the U-Net cannot halve the latents of the planned shapes as often as it does."""
-    needed = base.family.vae_factor * 2 ** (len(base.unet.config["block_out_channels"]) - 1)
+    needed = base.pixel_multiple
     if config.data.max_aspect_ratio > 1.0 and config.data.aspect_step % needed:
         raise ConfigError(
             f"data.aspect_step={config.data.aspect_step} is not a multiple of {needed}, by which {base.family.title} "

@@ -12,35 +12,39 @@ from controlbooth.data.files.records import read_json
 from controlbooth.trainer.config.run import RunConfig, run_folder
 from controlbooth.trainer.run.continuing import latest_readable, step_of
 from controlbooth.trainer.run.integrity import STATE
-from controlbooth.trainer.run.network_check import base_or_problem, problem
+from controlbooth.trainer.run.network_check import problem
 
 
 def network_problems(config: RunConfig) -> Iterator[str]:
     """Why a ControlNet run cannot work with its base and its ControlNet as they are now."""
-    base = yield from base_or_problem(config.model.base, config.model.family)
-    if base is None:
+    found: list[Any] = []
+    yield from problem(f"model.base is {config.model.base!r}", lambda: found.append(_base(config)))
+    if not found:
         return
+    base = found[0]
     yield from problem(f"model.controlnet is {config.model.controlnet!r}", lambda: _controlnet(config, base))
     yield from problem("", lambda: _check_latest(config, base))
     yield from _prompt_problems(base, config.validation.prompts)
 
 
+def _base(config: RunConfig) -> Any:
+    import torch
+
+    from controlbooth.trainer.engine.deepspeed import DTYPES
+    from controlbooth.trainer.run.base import open_base
+
+    return open_base(config, DTYPES.get(config.engine.precision, torch.float32), "meta")
+
+
 def _controlnet(config: RunConfig, base: Any) -> None:
-    from controlbooth.models.controlnet import build_controlnet
     from controlbooth.models.pretrained import load_controlnet
+    from controlbooth.trainer.controlnet.build import new_controlnet
 
     model = config.model
     if model.controlnet != "unet":
-        load_controlnet(model.controlnet, base.unet)
+        load_controlnet(model.controlnet, base.denoiser)
         return
-    build_controlnet(
-        base.unet,
-        model.hint_channels,
-        device="meta",
-        trainable_copy=model.trainable_copy,
-        connections=model.connections,
-        hint_network=model.hint_network,
-    )
+    new_controlnet(base.denoiser, model, device="meta")
 
 
 def _check_latest(config: RunConfig, base: Any) -> None:

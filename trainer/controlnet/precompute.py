@@ -56,9 +56,8 @@ from controlbooth.data.shards.manifest import Dataset
 from controlbooth.data.shards.reader import ShardReader
 from controlbooth.data.shards.sidecar import ShardIndex, index_path, load_index
 from controlbooth.models.base import Base
-from controlbooth.models.pretrained import load_base
 from controlbooth.trainer.config.loading import load_config
-from controlbooth.trainer.config.run import RunConfig, base_path
+from controlbooth.trainer.config.run import RunConfig
 from controlbooth.trainer.config.section import ConfigError
 from controlbooth.trainer.controlnet.data import open_data, run_buckets
 from controlbooth.trainer.encoding import (
@@ -80,6 +79,7 @@ from controlbooth.trainer.engine.distributed import (
     leave,
     patient_group,
 )
+from controlbooth.trainer.run.base import open_base
 from controlbooth.trainer.run.process import say
 
 LOCK = ".lock"
@@ -149,7 +149,7 @@ def precompute(config: RunConfig, world: World, dry_run: bool = False) -> int:
             "data.latent_cache is not set: name the folder to write to, e.g. data.latent_cache=shards/latents"
         )
     precision = engines.resolve_precision(config.engine.precision, world.device, config.engine.zero_stage)
-    base = load_base(base_path(config), config.model.family, engines.DTYPES[precision], world.device)
+    base = open_base(config, engines.DTYPES[precision], world.device)
     without_held_out = config.model_copy(update={"data": config.data.model_copy(update={"held_out": None})})
     dataset, _ = open_data(without_held_out, world)
     check_apart(folder, dataset)

@@ -11,6 +11,7 @@ from controlbooth.data.errors import UserError
 from controlbooth.data.loading.batches import MicroBatch
 from controlbooth.data.order import draws
 from controlbooth.models.base import Base, Encoded
+from controlbooth.models.denoisers import encode_condition
 from controlbooth.models.unlocked_decoder import controlled_prediction
 from controlbooth.trainer.encoding import (
     captions_of,
@@ -21,7 +22,7 @@ from controlbooth.trainer.encoding import (
     to_pixel_values,
     with_empty_prompts,
 )
-from controlbooth.trainer.losses import min_snr_weights, training_target, weighted_mse
+from controlbooth.trainer.losses import weighted_mse
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class DeviceBatch:
     conditioning_pixel_values: Tensor
     """(B, 3, H, W) float32 in [0, 1]."""
     captions: list[str]
-    timesteps: Tensor
-    """(B,) int64."""
+    levels: Tensor
+    """Of noise, (B,) int64."""
     noise: Tensor
     """(B, C, h, w) float32."""
     posterior_noise: Tensor
@@ -61,7 +62,7 @@ def to_device(batch: MicroBatch, seed: int, device: torch.device) -> DeviceBatch
         pixel_values=None if batch.pixel_values is None else to_pixel_values(on_device(batch.pixel_values)),
         conditioning_pixel_values=on_device(batch.conditioning).float() / 255.0,
         captions=batch.captions,
-        timesteps=on_device(batch.timesteps),
+        levels=on_device(batch.timesteps),
         noise=on_device(batch.noise),
         posterior_noise=on_device(posterior_noise),
         weights=on_device(batch.weights),
@@ -81,25 +82,19 @@ def prediction_and_target(base: Base, controlnet: nn.Module, batch: DeviceBatch)
             height, width = batch.conditioning_pixel_values.shape[-2:]
             encoded = encode_kept(base, batch.captions) if batch.posterior is None else batch.text
             text = with_empty_prompts(base, batch.captions, encoded, picture_size=(height, width))
-        noisy_latents = base.noise_scheduler.add_noise(latents, batch.noise, batch.timesteps)  # type: ignore[arg-type]
-        alphas_cumprod = base.noise_scheduler.alphas_cumprod.to(batch.noise.device)
-        target = training_target(base.prediction_type, latents, batch.noise, batch.timesteps, alphas_cumprod)
+        condition = encode_condition(base, controlnet, batch.conditioning_pixel_values)  # a U-Net's stays as it is
+        noisy = base.process.noised(latents, batch.noise, batch.levels)
 
-    with record_function("predict"):  # the copy and its zero convolutions take gradients, what is locked none
-        prediction = controlled_prediction(
-            base, controlnet, noisy_latents, batch.timesteps, text, batch.conditioning_pixel_values
-        )
-    return prediction, target
+    with record_function("predict"):  # the copy and its zero layers take gradients, what is locked none
+        prediction = controlled_prediction(base, controlnet, noisy.latents, noisy.times, text, condition)
+    return prediction, noisy.target
 
 
 def controlnet_loss(base: Base, controlnet: nn.Module, batch: DeviceBatch, min_snr_gamma: float | None) -> Tensor:
     """The loss of one micro-batch, a float32 scalar: how well controlled noise prediction undoes what was added."""
     prediction, target = prediction_and_target(base, controlnet, batch)
-    weights = batch.weights
-    if min_snr_gamma is not None:
-        alphas_cumprod = base.noise_scheduler.alphas_cumprod.to(weights.device)
-        weights = weights * min_snr_weights(base.prediction_type, batch.timesteps, alphas_cumprod, min_snr_gamma)
-    return weighted_mse(prediction, target, weights)
+    weights, by_level = batch.weights, base.process.loss_weights(batch.levels, target.shape, min_snr_gamma)
+    return weighted_mse(prediction, target, weights if by_level is None else weights * by_level)
 
 
 def controlnet_step(

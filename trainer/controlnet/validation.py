@@ -123,8 +123,8 @@ def fixed_noise_loss(base: Base, controlnet: nn.Module, held: HeldOutSet, size: 
     between steps and between runs, which the training loss is not."""
     count = len(held.keys)
     mine = [i % count for i in range(world.rank, -(-count // world.world_size) * world.world_size, world.world_size)]
-    factor, steps = base.family.vae_factor, int(base.noise_scheduler.config["num_train_timesteps"])
-    shape = (base.unet.config["in_channels"], held.targets.shape[1] // factor, held.targets.shape[2] // factor)
+    factor = base.family.vae_factor
+    shape = (base.latent_channels, held.targets.shape[1] // factor, held.targets.shape[2] // factor)
     losses: dict[int, float] = {}
     for first in range(0, len(mine), size):
         rows = mine[first : first + size]
@@ -137,7 +137,7 @@ def fixed_noise_loss(base: Base, controlnet: nn.Module, held: HeldOutSet, size: 
             pixel_values=on_device(held.targets[rows]).permute(0, 3, 1, 2).float() / 127.5 - 1.0,
             conditioning_pixel_values=on_device(held.conditions[rows]).permute(0, 3, 1, 2).float() / 255.0,
             captions=[held.captions[row] for row in rows],
-            timesteps=on_device((positions * 2 + 1) * steps // (2 * count)),  # evenly over all noise levels
+            levels=on_device(base.process.even_levels(positions, count)),
             noise=on_device(draws.noise(0, positions, shape)),
             posterior_noise=torch.zeros(len(rows), *shape, device=world.device),
             weights=torch.ones(len(rows), device=world.device),

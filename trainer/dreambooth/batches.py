@@ -128,7 +128,7 @@ def _rows(
 
     posterior_noise = on_device(draws.noise(draws.hash64(seed, "vae posterior"), positions, shape))
     latents = sample_posterior(base, pictures.mean[chosen], pictures.std[chosen], posterior_noise).float()
-    steps = int(base.noise_scheduler.config["num_train_timesteps"])
+    steps = base.process.levels
     text = pictures.text
     return (
         latents,

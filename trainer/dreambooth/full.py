@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from controlbooth.models.attention import apply_attention
 from controlbooth.models.base import Base
-from controlbooth.models.controlnet import denoise
+from controlbooth.models.denoisers import denoise
 from controlbooth.models.pretrained import load_base
 from controlbooth.models.text import TextEncoding, encode_prompts
 from controlbooth.trainer.config.run import OptimizerConfig, base_folder
@@ -50,7 +50,7 @@ class FullNetwork(nn.Module):
 
     def __init__(self, base: Base, train_text_encoder: bool, picture_size: tuple[int, int]):
         super().__init__()
-        self.unet = base.unet
+        self.unet = base.denoiser
         self.text_encoders = nn.ModuleList(base.text_encoders if train_text_encoder else ())
         self.base, self.picture_size = base, picture_size
         self.requires_grad_(True)
@@ -58,7 +58,7 @@ class FullNetwork(nn.Module):
     def forward(self, noisy_latents: Tensor, timesteps: Tensor, text: TextEncoding | list[str]) -> Tensor:
         if isinstance(text, list):
             text = encode_prompts(self.base, text, picture_size=self.picture_size)
-        return denoise(self.base.unet, noisy_latents, timesteps, text)
+        return denoise(self.base.denoiser, noisy_latents, timesteps, text)
 
 
 @dataclass
@@ -76,10 +76,10 @@ def begin_full(run: SubjectRun, task: Task) -> FullTraining:
     """Begins a subject with the base's own weights, or those of the subject's latest checkpoint."""
     config, world = run.config, run.world
     base = load_base(base_folder(config.model.base), config.model.family, torch.float32, world.device)
-    apply_attention(base.unet, run.attention)
+    apply_attention(base.denoiser, run.attention)
     if config.model.gradient_checkpointing:
-        base.unet.enable_gradient_checkpointing()
-        base.unet.train()
+        base.denoiser.enable_gradient_checkpointing()
+        base.denoiser.train()
     network = FullNetwork(base, config.train_text_encoder, (config.resolution, config.resolution))
     share = config.instance_batch_size // world.world_size
     own = run.folder / "subjects" / task.name

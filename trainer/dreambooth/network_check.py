@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from controlbooth.models.recognition import refuse_for_subjects
 from controlbooth.trainer.config.subjects import SubjectRunConfig
 from controlbooth.trainer.run.network_check import base_or_problem, problem
 
@@ -12,6 +13,7 @@ def subjects_network_problems(config: SubjectRunConfig) -> Iterator[str]:
 
     base = yield from base_or_problem(config.model.base, config.model.family)
     if base is not None:
+        yield from problem("", lambda: refuse_for_subjects(base.family, f"model.base {config.model.base!r}"))
         folder = config.output / config.name
         remedy = f"Put it back as it was, or give the run another name: {folder} holds subjects that were trained on it"
         saved = read_base_facts(folder) or {}

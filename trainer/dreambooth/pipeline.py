@@ -95,4 +95,4 @@ def without_variant(folder: Path) -> None:
 def base_of_subject(config: SubjectRunConfig, base: Base, pipeline: Path) -> Base:
     """The trained networks of a finished subject, with the rest of `base`."""
     own = load_base(pipeline, config.model.family, base.dtype, base.device)
-    return replace(base, unet=own.unet, text_encoders=own.text_encoders, _empty=None)
+    return replace(base, denoiser=own.denoiser, text_encoders=own.text_encoders, _empty=None)

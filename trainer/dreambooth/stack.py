@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from controlbooth.models.attention import AttentionShape, attention_shapes
 from controlbooth.models.base import Base
-from controlbooth.models.controlnet import denoise
+from controlbooth.models.denoisers import denoise
 from controlbooth.models.lora import (
     ATTENTION,
     CONVOLUTIONS,
@@ -87,7 +87,7 @@ def make_stack(run: SubjectRun, tasks: Sequence[Task], faults: dict[str, str], l
             trainings.append(training)
             slots.append(saved)
     rank = max([task.rank for task in tasks], default=run.config.adapter.rank)
-    adapters = attach_adapters(run.base.unet, LAYERS[run.config.adapter.layers], len(trainings), rank)
+    adapters = attach_adapters(run.base.denoiser, LAYERS[run.config.adapter.layers], len(trainings), rank)
     optimizer = StackedAdamW(adapters, weight_decay=run.config.weight_decay)
     queue += share_of_rank(new, run.world.rank, run.world.world_size)
     stack = Stack(run.base, adapters, optimizer, trainings, queue, waiting)
@@ -170,7 +170,7 @@ def validate_due(run: SubjectRun, stack: Stack) -> float:
     validate_subjects(
         run.studio,
         stack.base,
-        lambda *inputs: denoise(stack.base.unet, *inputs),
+        lambda *inputs: denoise(stack.base.denoiser, *inputs),
         [trainings[slot] for slot in due],
         lambda branches: chosen_subjects(stack.adapters, due * branches),
         keep_best,
@@ -236,7 +236,7 @@ def step_stack(config: SubjectRunConfig, stack: Stack) -> dict[str, float]:
     batch = make_batch(config, stack.base, trainings)
     instance, prior = dreambooth_step(
         stack.base,
-        lambda *inputs: denoise(stack.base.unet, *inputs),
+        lambda *inputs: denoise(stack.base.denoiser, *inputs),
         torch.Tensor.backward,
         batch,
         len(trainings),
@@ -281,7 +281,7 @@ def stack_attention_shapes(config: SubjectRunConfig, base: Base) -> tuple[Attent
     """Those of one step of a whole stack, for choosing the kernels by timing them."""
     size = config.resolution // base.family.vae_factor
     rows = config.subjects_per_batch * config.instance_batch_size * (2 if config.prior.weight else 1)
-    latents = torch.zeros(rows, base.unet.config["in_channels"], size, size, device=base.device)
+    latents = torch.zeros(rows, base.latent_channels, size, size, device=base.device)
     text = encode_prompts(base, [""] * rows, picture_size=(config.resolution, config.resolution))
     timesteps = torch.zeros(rows, dtype=torch.int64, device=base.device)
-    return attention_shapes(base.unet, lambda: denoise(base.unet, latents, timesteps, text))
+    return attention_shapes(base.denoiser, lambda: denoise(base.denoiser, latents, timesteps, text))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from controlbooth.models.base import Base
 from controlbooth.models.text import TextEncoding
-from controlbooth.trainer.losses import min_snr_weights, squared_error, training_target
+from controlbooth.trainer.losses import squared_error
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,12 @@ def dreambooth_step(
     all layers. `backward` leaves its gradients; the optimizer is not moved. What is differentiated is the sum over
     subjects, so a subject's gradient does not know how many others there are.
     """
-    noisy_latents = base.noise_scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)  # type: ignore[arg-type]
-    alphas_cumprod = base.noise_scheduler.alphas_cumprod.to(batch.noise.device)
-    target = training_target(base.prediction_type, batch.latents, batch.noise, batch.timesteps, alphas_cumprod)
-
-    prediction = network(noisy_latents, batch.timesteps, batch.text)  # (K * b, C, h, w)
-    errors = squared_error(prediction, target)  # (K * b,)
-    if min_snr_gamma is not None:  # by each row's own timestep
-        errors = errors * min_snr_weights(base.prediction_type, batch.timesteps, alphas_cumprod, min_snr_gamma)
+    noisy = base.process.noised(batch.latents, batch.noise, batch.timesteps)
+    prediction = network(noisy.latents, noisy.times, batch.text)  # (K * b, C, h, w)
+    errors = squared_error(prediction, noisy.target)  # (K * b,)
+    weights = base.process.loss_weights(batch.timesteps, noisy.target.shape, min_snr_gamma)
+    if weights is not None:  # by each row's own level
+        errors = errors * weights
     errors = errors.view(subjects, -1)
 
     instance_losses = errors[:, : batch.instance_rows].mean(1)

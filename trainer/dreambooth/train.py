@@ -31,6 +31,7 @@ from controlbooth.data.secrets import error_text
 from controlbooth.models.attention import apply_attention
 from controlbooth.models.base import Base
 from controlbooth.models.pretrained import load_base
+from controlbooth.models.recognition import refuse_for_subjects
 from controlbooth.trainer.config.run import base_folder
 from controlbooth.trainer.config.section import ConfigError
 from controlbooth.trainer.config.subjects import SubjectRunConfig, load_run
@@ -150,14 +151,15 @@ def train_subjects(
     if config.method == "full":
         check_full(config, world.world_size)
     base = load_base(base_folder(config.model.base), config.model.family, DTYPES[precision], world.device)
+    refuse_for_subjects(base.family, f"model.base {config.model.base!r}")
     go_on_with_base(attempt, folder, base, world)
     attention = choose_once(
         config.model.attention, world, precision, attempt, lambda: stack_attention_shapes(config, base)
     )
-    apply_attention(base.unet, attention)
+    apply_attention(base.denoiser, attention)
     if config.model.gradient_checkpointing:
-        base.unet.enable_gradient_checkpointing()
-        base.unet.train()  # without which it is passed over; the U-Net has no dropout
+        base.denoiser.enable_gradient_checkpointing()
+        base.denoiser.train()  # without which it is passed over; the U-Net has no dropout
     if world.rank == 0:
         if own == folder:  # of an array all subjects are in the record, which who submitted it has written
             for name, text in record_texts(config, tasks).items():

@@ -45,7 +45,7 @@ from controlbooth.trainer.evaluation.encoders import (
     substitute_encoder,
 )
 from controlbooth.trainer.evaluation.grids import draw_grid
-from controlbooth.trainer.losses import squared_error, training_target
+from controlbooth.trainer.losses import squared_error
 from controlbooth.trainer.run.attempt import Attempt, write_file, write_text
 
 FILE, BEST, BEST_LORA, BEST_PIPELINE = "validation.json", "best.json", "best.safetensors", "best"
@@ -180,7 +180,7 @@ def fixed_losses(
     They can be compared between steps, which those of training cannot. The latents are the posterior's means.
     """
     kinds = ["instance", *(["prior"] if trainings[0].prior else []), *(["held_out"] if trainings[0].held_out else [])]
-    count, steps = len(kinds), int(base.noise_scheduler.config["num_train_timesteps"])
+    count, steps = len(kinds), base.process.levels
     parts = []
     for training in trainings:
         for kind in kinds:
@@ -191,10 +191,13 @@ def fixed_losses(
     added = {key: torch.cat([text.added_cond_kwargs[key] for text in texts]) for key in texts[0].added_cond_kwargs}
     text = TextEncoding(torch.cat([text.encoder_hidden_states for text in texts]), added)
     every = [torch.cat(part) for part in (latents, noise, timesteps)]
-    noisy = base.noise_scheduler.add_noise(*every)  # type: ignore[arg-type]
-    alphas_cumprod = base.noise_scheduler.alphas_cumprod.to(base.device)
-    target = training_target(base.prediction_type, every[0], every[1], every[2], alphas_cumprod)
-    errors = squared_error(network(noisy, every[2], text), target).view(len(trainings), count, ROWS).mean(2).tolist()
+    noisy = base.process.noised(*every)
+    errors = (
+        squared_error(network(noisy.latents, noisy.times, text), noisy.target)
+        .view(len(trainings), count, ROWS)
+        .mean(2)
+        .tolist()
+    )
     return {
         training.task.name: {f"{kind}_loss": value for kind, value in zip(kinds, own, strict=True)}
         for training, own in zip(trainings, errors, strict=True)

@@ -26,11 +26,10 @@ from controlbooth.data.files.whole import replaced, write_whole
 from controlbooth.data.secrets import error_text
 from controlbooth.data.shards.manifest import open_dataset
 from controlbooth.models.base import Base
-from controlbooth.models.pretrained import load_base
 from controlbooth.models.sampling import drawn_by
 from controlbooth.models.unlocked_decoder import load_networks
 from controlbooth.trainer.config.loading import load_config
-from controlbooth.trainer.config.run import RunConfig, base_path
+from controlbooth.trainer.config.run import RunConfig
 from controlbooth.trainer.config.section import ConfigError
 from controlbooth.trainer.engine.distributed import World
 from controlbooth.trainer.evaluation.drawing import generate
@@ -40,6 +39,7 @@ from controlbooth.trainer.evaluation.held_out import HeldOutSet, load_held_out
 from controlbooth.trainer.evaluation.kinds import LOWER_IS_BETTER
 from controlbooth.trainer.evaluation.statistics import share_of_possible
 from controlbooth.trainer.evaluation.verdict import describe_run
+from controlbooth.trainer.run.base import open_base
 from controlbooth.trainer.run.checkpoint import complete_checkpoints, read_state
 from controlbooth.trainer.run.same_base import check_same_base
 
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runs = [(one["variant"], one["seed"], options.folder / one["run"]) for one in entries]
     config = load_config(runs[0][2] / "config.yaml")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    base = load_base(base_path(config), config.model.family, torch.float32, device)
+    base = open_base(config, torch.float32, device)
     assert config.data.held_out
     held = load_held_out(
         open_dataset(config.data.held_out), options.samples, config.data.condition, config.data.resolution

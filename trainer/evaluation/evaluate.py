@@ -15,6 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from controlbooth.data.files.whole import write_whole
 from controlbooth.data.loading.tokens import told_of_cut
 from controlbooth.data.scenes.render import Scene, render
 from controlbooth.data.shards.manifest import Dataset, open_dataset
+from controlbooth.models.base import Base
 from controlbooth.models.pretrained import load_base
 from controlbooth.models.unlocked_decoder import load_networks
 from controlbooth.trainer.config.run import base_folder
@@ -58,6 +60,7 @@ from controlbooth.trainer.evaluation.scenes.judge import load_judge, prompt_accu
 from controlbooth.trainer.evaluation.statistics import mean_and_interval, share_of_possible
 from controlbooth.trainer.evaluation.target import Evaluated, named_networks, resolve, samples_to_draw
 from controlbooth.trainer.evaluation.verdict import as_tree, describe_run, read_verdict
+from controlbooth.trainer.run.base import open_base
 from controlbooth.trainer.run.best import FIGURES
 from controlbooth.trainer.run.process import quiet_libraries
 from controlbooth.trainer.run.same_base import check_same_base
@@ -80,15 +83,24 @@ def run(options: argparse.Namespace) -> int:
         leave()
 
 
+def base_of(target: Evaluated, world: World) -> Base:
+    """Reads the base that pictures are drawn with: a run's as the run uses it."""
+    if target.config is None:
+        return load_base(base_folder(target.base), target.family, torch.float32, world.device)
+    model = target.config.model.model_copy(update={"base": target.base, "family": target.family})
+    return open_base(target.config.model_copy(update={"model": model}), torch.float32, world.device)
+
+
 def evaluate(target: Evaluated, options: argparse.Namespace, world: World) -> int:
     out = options.out or target.where / "evaluation"
     began = time.perf_counter()
     dataset = open_dataset(target.data)
     count = samples_to_draw(target, dataset)
-    base = load_base(base_folder(target.base), target.family, torch.float32, world.device)
+    base = base_of(target, world)
     if target.saved is not None:
         remedy = f"Put it back as it was, or say --base {target.base} to measure on what it is now"
         check_same_base(target.saved, base, f"at step {target.step}", remedy)
+    target = replace(target, scheduler=target.scheduler or base.process.samplers[0])
     controlled, controlnet = load_networks(target.weights, base)
     controlnet.eval().requires_grad_(False).to(world.device)
     side = target.resolution or base.picture_size[0]

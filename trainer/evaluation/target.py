@@ -34,7 +34,8 @@ class Evaluated:
     """Held-out conditions; None where nobody said how many."""
     steps: int
     guidance: float
-    scheduler: str
+    scheduler: str | None
+    """None: the first of the base's own."""
     config: RunConfig | None
     """Of the run, where it is one."""
     saved: Mapping[str, Any] | None = None

@@ -28,6 +28,7 @@ from controlbooth.models.attention import AttentionChoice, apply_attention
 from controlbooth.models.base import Base, vae_dtype
 from controlbooth.models.controlnet import build_controlnet
 from controlbooth.models.pretrained import controlnet_class
+from controlbooth.models.process import Diffusion
 from controlbooth.models.recognition import (
     FAMILIES,
     Family,
@@ -212,15 +213,15 @@ def shapes_of(config: RunConfig, precision: str, shapes: str | None = None) -> t
         encoders = [cls(CLIPTextConfig(**one)) for cls, one in zip(classes, modules["text_encoders"], strict=False)]
     for module, own in ((unet, dtype), (vae, vae_dtype(vae.config, dtype)), *((one, dtype) for one in encoders)):
         nn.Module.to(module.requires_grad_(False).eval(), own)  # diffusers' own `to` warns of what does not apply
-    noise_scheduler: Any = DDPMScheduler.from_config(dict(modules["noise_scheduler"]))
+    scheduler: Any = DDPMScheduler.from_config(dict(modules["noise_scheduler"]))
     base = Base(
         family=family,
         path=Path(shapes or config.model.base),
         vae=vae,
         text_encoders=tuple(encoders),
         tokenizers=tuple(Tokenizer(encoder.config.max_position_embeddings) for encoder in encoders),
-        unet=unet,
-        noise_scheduler=noise_scheduler,
+        denoiser=unet,
+        process=Diffusion(scheduler),
         digest="",
     )
     return base, nn.Module.to(_controlnet(config, unet), dtype)
@@ -289,21 +290,21 @@ def footprint(
     """
     base, controlnet = shapes_of(config, precision, shapes)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        for module in (base.vae, base.unet, controlnet, *base.text_encoders):
+        for module in (base.vae, base.denoiser, controlnet, *base.text_encoders):
             without_memory(module)
         choice = AttentionChoice("flash" if attention in WITHOUT_SCORES else attention, "planned")
-        for module in (base.unet, controlnet):
+        for module in (base.denoiser, controlnet):
             apply_attention(module, choice)
         if config.model.gradient_checkpointing:
             controlnet.enable_gradient_checkpointing()
-            base.unet.enable_gradient_checkpointing()
+            base.denoiser.enable_gradient_checkpointing()
         base.empty_prompt(encode_captions)  # once, not in every step
         return _measured(config, base, controlnet, micro_batch_size)
 
 
 def _measured(config: RunConfig, base: Base, controlnet: Any, micro_batch_size: int) -> Footprint:
     trained = list(controlnet.parameters())
-    frozen = [t for module in (base.vae, base.unet, *base.text_encoders) for t in tensors_of(module)]
+    frozen = [t for module in (base.vae, base.denoiser, *base.text_encoders) for t in tensors_of(module)]
     live, encoders = LiveStorages(), LiveStorages()
     live.ignore([*frozen, *tensors_of(controlnet)])
     handles = [p.register_post_accumulate_grad_hook(lambda p: live.is_gradient(p.grad)) for p in trained]
@@ -342,7 +343,7 @@ def fake_batch(config: RunConfig, base: Base, size: int) -> DeviceBatch:
     """A micro-batch as `to_device` leaves it: of pictures, or of what the latent cache holds."""
     side = config.data.resolution
     latent = side // base.family.vae_factor
-    shape = (size, base.unet.config["in_channels"], latent, latent)
+    shape = (size, base.latent_channels, latent, latent)
     pixel_values, posterior, text = None, None, None
     if config.data.latent_cache is None:
         pixel_values = torch.zeros(size, 3, side, side)
@@ -355,7 +356,7 @@ def fake_batch(config: RunConfig, base: Base, size: int) -> DeviceBatch:
         pixel_values=pixel_values,
         conditioning_pixel_values=torch.zeros(size, 3, side, side),
         captions=["a caption"] * size,
-        timesteps=torch.zeros(size, dtype=torch.int64),
+        levels=torch.zeros(size, dtype=torch.int64),
         noise=torch.zeros(shape),
         posterior_noise=torch.zeros(shape),
         weights=torch.ones(size),

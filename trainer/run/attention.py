@@ -19,7 +19,12 @@ ATTENTION = {
 
 
 def choose_once(
-    request: str, world: World, precision: str, attempt: Attempt, shapes: Callable[[], Sequence[AttentionShape]]
+    request: str,
+    world: World,
+    precision: str,
+    attempt: Attempt,
+    shapes: Callable[[], Sequence[AttentionShape]],
+    kernels: Sequence[str] = ("xformers", *KERNELS),
 ) -> AttentionChoice:
     """The kernels, chosen on rank 0, and with `auto` only at the run's first start: others round otherwise.
 
@@ -30,7 +35,7 @@ def choose_once(
     if world.rank == 0:
         before = read_note(remembered, "The kernels are chosen anew", ATTENTION) if request == "auto" else {}
         dtype = engines.DTYPES[precision]
-        chosen = asdict(choose_attention(before.get("name", request), world.device, dtype, shapes()))
+        chosen = asdict(choose_attention(before.get("name", request), world.device, dtype, shapes(), kernels))
         if before:
             chosen |= {"by_shape": before.get("by_shape") or {}, "reason": "as at the run's first start"}
         write_text(attempt, remembered, json.dumps({**chosen, "reason": before.get("reason") or chosen["reason"]}))

@@ -28,12 +28,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import ControlNetModel
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 from torch import Tensor
 
 from controlbooth.data.files.records import Damaged, read_json
+from controlbooth.models.transformer_copy import fixed_tensors
 from controlbooth.trainer.engine.deepspeed import full_state
 from controlbooth.trainer.engine.distributed import World, barrier, from_first_rank, gather_objects
 from controlbooth.trainer.engine.ema import Average
@@ -186,11 +186,11 @@ def _metrics(checkpoint: Path) -> dict[str, float]:
         return {}
 
 
-def as_module(trained: Any, weights: dict[str, Tensor]) -> ControlNetModel:
+def as_module(trained: Any, weights: dict[str, Tensor]) -> Any:
     """A ControlNet like the trained one, with these weights."""
     with torch.device("meta"):
         module: Any = type(trained).from_config(trained.config)
-    module.load_state_dict(weights, assign=True)
+    module.load_state_dict(weights | fixed_tensors(trained), assign=True)
     return module
 
 

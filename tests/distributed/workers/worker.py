@@ -75,7 +75,7 @@ def plain(folder: Path, world: World) -> dict:
     base = load_base(config.model.base, "auto", torch.float32, "cpu")
     torch.manual_seed(config.seed)
     controlnet = build.make_controlnet(config, base)
-    for module in (base.unet, controlnet):
+    for module in (base.denoiser, controlnet):
         apply_attention(module, AttentionChoice("math", "the same for all"))
     o = config.optimizer
     optimizer = torch.optim.AdamW(controlnet.parameters(), o.learning_rate, o.betas, o.epsilon, o.weight_decay)
@@ -135,7 +135,7 @@ def unlocking_plain(folder: Path, world: World) -> dict:
     base = load_base(config.model.base, "auto", torch.float32, "cpu")
     torch.manual_seed(config.seed)
     controlnet = build.make_controlnet(config, base)
-    for module in (base.unet, controlnet):
+    for module in (base.denoiser, controlnet):
         apply_attention(module, AttentionChoice("math", "the same for all"))
     unlocked = UnlockedNetwork(controlnet, base)
     o = config.optimizer

@@ -9,28 +9,29 @@ from controlbooth.models.attention import (
     attention_shapes,
     choose_attention,
 )
-from controlbooth.models.controlnet import build_controlnet, predict
+from controlbooth.models.controlnet import build_controlnet
+from controlbooth.models.denoisers import predict
 from controlbooth.models.text import encode_prompts
 
 
 def forward(base, controlnet=None):
     draw = torch.Generator().manual_seed(0)
-    latents = torch.randn(2, base.unet.config["in_channels"], 4, 4, generator=draw)
+    latents = torch.randn(2, base.denoiser.config["in_channels"], 4, 4, generator=draw)
     conditioning = torch.rand(2, 3, 32, 32, generator=draw)
     text = encode_prompts(base, ["a cat", "red dog"], picture_size=(32, 32))
-    return predict(base.unet, controlnet, latents, torch.tensor([10, 700]), text, conditioning)
+    return predict(base.denoiser, controlnet, latents, torch.tensor([10, 700]), text, conditioning)
 
 
 @pytest.mark.parametrize("family", ["sd15", "miniature"])
 def test_kernels_agree_within_rounding_forward_and_backward(family, load_tiny):
     base = load_tiny(family)
-    controlnet = build_controlnet(base.unet)
+    controlnet = build_controlnet(base.denoiser)
     with torch.no_grad():
         for parameter in controlnet.parameters():
             parameter += 0.05
     results = {}
     for name in ("flash", "math", "plain"):
-        for module in (base.unet, controlnet, base.vae):
+        for module in (base.denoiser, controlnet, base.vae):
             apply_attention(module, AttentionChoice(name, "test"))
         controlnet.zero_grad()
         prediction = forward(base, controlnet)
@@ -51,9 +52,9 @@ def test_the_chosen_kernel_is_the_one_that_runs(load_tiny):
         "plain": set(),
     }
     for name, expected in operators.items():
-        apply_attention(base.unet, AttentionChoice(name, "test"))
+        apply_attention(base.denoiser, AttentionChoice(name, "test"))
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile, torch.no_grad():
-            base.unet(latents, 1, states)
+            base.denoiser(latents, 1, states)
         assert {event.key for event in profile.key_averages() if "scaled_dot_product" in event.key} == expected
 
 
@@ -70,11 +71,11 @@ def test_auto_takes_no_kernel_that_keeps_tens_of_millions_of_scores():
 
 def test_a_shape_can_have_a_kernel_of_its_own(load_tiny):
     base = load_tiny("sd15")
-    shapes = attention_shapes(base.unet, lambda: forward(base))
-    apply_attention(base.unet, AttentionChoice("flash", "test"))
+    shapes = attention_shapes(base.denoiser, lambda: forward(base))
+    apply_attention(base.denoiser, AttentionChoice("flash", "test"))
     with torch.profiler.profile() as alone:
         forward(base)
-    apply_attention(base.unet, AttentionChoice("flash", "test", {shapes[0].key: "math"}))
+    apply_attention(base.denoiser, AttentionChoice("flash", "test", {shapes[0].key: "math"}))
     with torch.profiler.profile() as mixed:
         forward(base)
 
@@ -114,7 +115,7 @@ def test_a_kernel_that_cannot_run_is_refused_with_what_can(request_, message):
 
 def test_shapes_are_those_of_the_modules_own_calls(load_tiny):
     base = load_tiny("sd15")
-    shapes = attention_shapes(base.unet, lambda: forward(base))
+    shapes = attention_shapes(base.denoiser, lambda: forward(base))
     level, middle = dict(batch=2, heads=2, query_tokens=16, width=4), dict(batch=2, heads=2, query_tokens=4, width=8)
     assert shapes == (
         AttentionShape(**level, key_tokens=16),
@@ -122,7 +123,7 @@ def test_shapes_are_those_of_the_modules_own_calls(load_tiny):
         AttentionShape(**middle, key_tokens=12),
         AttentionShape(**middle, key_tokens=4),
     )
-    assert not any(module._forward_pre_hooks for module in base.unet.modules())
+    assert not any(module._forward_pre_hooks for module in base.denoiser.modules())
     vae = attention_shapes(base.vae, lambda: base.encode_latents(torch.zeros(1, 3, 32, 32)))
     assert vae == (AttentionShape(1, 1, 16, 16, 8),)
 

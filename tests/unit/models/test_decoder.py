@@ -11,9 +11,11 @@ from PIL import Image
 
 from controlbooth.launch.commands.export import main as export_main
 from controlbooth.launch.commands.sample import main as sample_main
-from controlbooth.models.controlnet import build_controlnet, predict
+from controlbooth.models.controlnet import build_controlnet
+from controlbooth.models.denoisers import predict
+from controlbooth.models.noise_schedule import SCHEDULERS
 from controlbooth.models.pretrained import load_controlnet, save_controlnet
-from controlbooth.models.sampling import SCHEDULERS, Control, initial_noise, sample
+from controlbooth.models.sampling import Control, initial_noise, sample
 from controlbooth.models.text import encode_with_dropout
 from controlbooth.models.unlocked_decoder import (
     DECODER,
@@ -32,7 +34,7 @@ SIZE = 32
 
 
 def a_batch(base):
-    channels = base.unet.config["in_channels"]
+    channels = base.latent_channels
     torch.manual_seed(1)
     text = encode_with_dropout(base, ["a cat", "red dog"], picture_size=(SIZE, SIZE))
     return torch.randn(2, channels, 4, 4), torch.tensor([3, 700]), text, torch.rand(2, 3, SIZE, SIZE)
@@ -50,32 +52,36 @@ def disturb(*modules):
 @pytest.mark.parametrize("family", ["sd15", "sdxl", "miniature"])
 def test_an_unlocked_network_begins_as_the_locked_one_and_learns_in_its_own_decoder_alone(family, load_tiny):
     base = load_tiny(family)
-    before = {name: tensor.clone() for name, tensor in base.unet.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in base.denoiser.state_dict().items()}
     torch.manual_seed(0)
-    controlnet = build_controlnet(base.unet)
+    controlnet = build_controlnet(base.denoiser)
     network, batch = UnlockedNetwork(controlnet, base), a_batch(base)
     prediction = controlled_prediction(base, network, *batch)
-    assert torch.equal(prediction, predict(base.unet, controlnet, *batch))
-    own = networks_of(base, network)[0].unet
-    assert own.down_blocks is base.unet.down_blocks and own.mid_block is base.unet.mid_block  # shared, not copied
+    assert torch.equal(prediction, predict(base.denoiser, controlnet, *batch))
+    own = networks_of(base, network)[0].denoiser
+    assert (
+        own.down_blocks is base.denoiser.down_blocks and own.mid_block is base.denoiser.mid_block
+    )  # shared, not copied
     named = dict(network.named_parameters())
     assert {name.split(".")[1] for name in named if name.startswith("decoder.")} == set(DECODER)
-    assert len(named) == len(list(controlnet.parameters())) + len(decoder_state(base.unet))
+    assert len(named) == len(list(controlnet.parameters())) + len(decoder_state(base.denoiser))
     prediction.square().mean().backward()
     assert all(p.grad is not None and p.grad.any() for name, p in named.items() if name.startswith("decoder.up_blocks"))
     torch.optim.AdamW(network.parameters(), lr=0.1).step()
     assert not torch.equal(controlled_prediction(base, network, *batch), prediction)
-    for name, tensor in base.unet.state_dict().items():
+    for name, tensor in base.denoiser.state_dict().items():
         assert torch.equal(tensor, before[name]), name
-    assert all(parameter.grad is None for parameter in base.unet.parameters())
+    assert all(parameter.grad is None for parameter in base.denoiser.parameters())
     changed = own.state_dict()
-    assert all(torch.equal(changed[name], before[name]) == (name not in decoder_state(base.unet)) for name in before)
+    assert all(
+        torch.equal(changed[name], before[name]) == (name not in decoder_state(base.denoiser)) for name in before
+    )
 
 
 def trained(folder, base):
     """A checkpoint's controlnet/ with a decoder, and the networks that it holds."""
     torch.manual_seed(0)
-    controlnet, unet = build_controlnet(base.unet), with_own_decoder(base.unet, torch.float32)
+    controlnet, unet = build_controlnet(base.denoiser), with_own_decoder(base.denoiser, torch.float32)
     disturb(controlnet, unet.up_blocks, unet.conv_out)
     save_controlnet(controlnet, folder)
     save_decoder(decoder_state(unet), folder)
@@ -84,14 +90,14 @@ def trained(folder, base):
 
 def test_both_networks_are_read_back_and_the_base_stays_as_it_is(load_tiny, tmp_path):
     base = load_tiny("sd15")
-    original = {name: tensor.clone() for name, tensor in base.unet.state_dict().items()}
+    original = {name: tensor.clone() for name, tensor in base.denoiser.state_dict().items()}
     controlnet, unet = trained(tmp_path / "net", base)
     changed, again = load_networks(tmp_path / "net", base)
     for name, tensor in unet.state_dict().items():
-        assert torch.equal(changed.unet.state_dict()[name], tensor), name
+        assert torch.equal(changed.denoiser.state_dict()[name], tensor), name
     assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in controlnet.state_dict().items())
-    assert all(torch.equal(base.unet.state_dict()[name], tensor) for name, tensor in original.items())
-    assert not any(parameter.requires_grad for parameter in changed.unet.parameters())
+    assert all(torch.equal(base.denoiser.state_dict()[name], tensor) for name, tensor in original.items())
+    assert not any(parameter.requires_grad for parameter in changed.denoiser.parameters())
     save_controlnet(controlnet, tmp_path / "locked")
     assert load_networks(tmp_path / "locked", base)[0] is base
 
@@ -100,8 +106,8 @@ def test_a_controlnet_is_not_read_without_its_decoder_nor_with_another_base(load
     base = load_tiny("sd15")
     trained(tmp_path / "net", base)
     with pytest.raises(ValueError, match="trained with an unlocked decoder.* Go on with its run by raising max_steps"):
-        load_controlnet(tmp_path / "net", base.unet)
-    save_decoder(decoder_state(load_tiny("miniature").unet), tmp_path / "net")
+        load_controlnet(tmp_path / "net", base.denoiser)
+    save_decoder(decoder_state(load_tiny("miniature").denoiser), tmp_path / "net")
     with pytest.raises(ValueError, match="the decoder in .*net was made for another base"):
         load_networks(tmp_path / "net", base)
 

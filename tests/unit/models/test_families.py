@@ -25,8 +25,18 @@ def test_tiny_folders_are_recognised(name, load_tiny):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"_class_name": "SD3Transformer2DModel"}, "denoiser is a SD3Transformer2DModel.*Supported bases: Stable"),
-        ({"_class_name": "FluxTransformer2DModel"}, "FluxTransformer2DModel, not a UNet2DConditionModel"),
+        (
+            {"_class_name": "PixArtTransformer2DModel"},
+            "denoiser is a PixArtTransformer2DModel.*Supported bases: Stable",
+        ),
+        ({"_class_name": "Flux2Transformer2DModel"}, "Flux2Transformer2DModel, not a UNet2DConditionModel"),
+        ({"_class_name": "FluxTransformer2DModel"}, "guidance_embeds is false.: FLUX.1-schnell.*Give FLUX.1-dev"),
+        ({"_class_name": "FluxTransformer2DModel", "in_channels": 384, "out_channels": 64}, "FLUX.1 Fill"),
+        ({"_class_name": "FluxTransformer2DModel", "in_channels": 128, "out_channels": 64}, "FLUX.1 Canny or Depth"),
+        (
+            {"_class_name": "SD3Transformer2DModel", "in_channels": 33, "out_channels": 16},
+            "33 channels and predicts 16",
+        ),
         ({"in_channels": 9, "out_channels": 4}, "takes 9 channels and predicts 4: an inpainting model"),
         ({"in_channels": 8, "out_channels": 4}, "an instruction-editing model"),
         ({"num_class_embeds": 1000}, "num_class_embeds is 1000"),
@@ -78,8 +88,8 @@ def test_a_base_of_another_family_than_asked_for_is_refused():
     assert check_family("auto", FAMILIES["sd15"], "/bases/x") is FAMILIES["sd15"]
     with pytest.raises(ValueError, match="family is 'sd21' .Stable Diffusion 2.x., but /bases/x holds .* 1.x.*'sd15'"):
         check_family("sd21", FAMILIES["sd15"], "/bases/x")
-    with pytest.raises(ValueError, match="'sd3' is not known. Use auto, sd15, sd21, sdxl, miniature"):
-        check_family("sd3", FAMILIES["sd15"], "/bases/x")
+    with pytest.raises(ValueError, match="'sd4' is not known. Use auto, sd15, sd21, sdxl, miniature, sd3, flux"):
+        check_family("sd4", FAMILIES["sd15"], "/bases/x")
 
 
 @pytest.mark.parametrize("name", FAMILIES)

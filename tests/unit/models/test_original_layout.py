@@ -80,7 +80,7 @@ def test_the_shared_half_of_every_full_size_unet_key_survives_diffusers_conversi
 def test_diffusers_own_conversion_reads_our_single_files(family, load_tiny, tmp_path):
     """SDXL is left out: diffusers' conversion has no rule for a ControlNet's label_emb."""
     base = load_tiny(family)
-    controlnet = build_controlnet(base.unet)
+    controlnet = build_controlnet(base.denoiser)
     path = tmp_path / "control.safetensors"
     save_single_file(controlnet, path)
     converted = convert_controlnet_checkpoint(load_file(path), controlnet.config)

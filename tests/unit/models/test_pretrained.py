@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from bases import UNET_FAMILIES
 from diffusers import ControlNetModel
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -29,12 +30,12 @@ def edit_json(path, **changes):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_loaded_base_is_frozen(family, load_tiny):
     base = load_tiny(family)
-    for module in (base.unet, base.vae, *base.text_encoders):
+    for module in (base.denoiser, base.vae, *base.text_encoders):
         assert not module.training
         assert not any(parameter.requires_grad for parameter in module.parameters())
-    assert len(base.text_encoders) == len(base.tokenizers) == base.family.text_encoder_count
+    assert len(base.text_encoders) == len(base.tokenizers) == len(base.family.text_encoders)
     assert base.prediction_type == base.family.prediction_type
-    assert base.picture_size == (32, 32)
+    assert base.picture_size == ((1024, 1024) if family == "flux" else (32, 32))  # FLUX.1 names no size
 
 
 def test_the_digest_follows_the_weights_and_not_the_place(base_folder, tmp_path):
@@ -50,7 +51,7 @@ def test_the_digest_follows_the_weights_and_not_the_place(base_folder, tmp_path)
 def test_the_scheduler_of_the_folder_is_read_as_one_for_training(base_folder, tmp_path):
     folder = copied(base_folder("sd15"), tmp_path)
     edit_json(folder / "scheduler" / "scheduler_config.json", _class_name="PNDMScheduler", clip_sample=True)
-    scheduler = load_base(folder).noise_scheduler
+    scheduler = load_base(folder).process.scheduler
     assert type(scheduler).__name__ == "DDPMScheduler"
     assert scheduler.config["beta_end"] == 0.012 and scheduler.config["steps_offset"] == 1
     assert scheduler.config["clip_sample"] is False  # latents are not pixels
@@ -66,16 +67,16 @@ def test_a_half_precision_variant_is_read_where_there_is_nothing_else(base_folde
     base, original = load_base(folder), load_base(base_folder("sdxl"))
     assert base.dtype == torch.float32
     for name in ("conv_in.weight", "mid_block.resnets.0.conv1.weight"):
-        expected = original.unet.state_dict()[name].half().float()
-        assert torch.equal(base.unet.state_dict()[name], expected)
+        expected = original.denoiser.state_dict()[name].half().float()
+        assert torch.equal(base.denoiser.state_dict()[name], expected)
     assert torch.equal(base.vae.encoder.conv_in.weight, original.vae.encoder.conv_in.weight)  # full precision first
 
 
 def test_dtype_reaches_every_module_but_a_vae_that_overflows_in_half(base_folder):
     base = load_base(base_folder("sdxl"), dtype=torch.bfloat16)
-    assert {base.unet.dtype, base.vae.dtype, *(e.dtype for e in base.text_encoders)} == {torch.bfloat16}
+    assert {base.denoiser.dtype, base.vae.dtype, *(e.dtype for e in base.text_encoders)} == {torch.bfloat16}
     base = load_base(base_folder("sdxl"), dtype=torch.float16)
-    assert base.unet.dtype == torch.float16 and base.vae.dtype == torch.float32
+    assert base.denoiser.dtype == torch.float16 and base.vae.dtype == torch.float32
     latents = base.encode_latents(torch.zeros(1, 3, 16, 16))
     assert latents.dtype == torch.float16 and base.decode_latents(latents).shape == (1, 3, 16, 16)
 
@@ -135,7 +136,7 @@ def spoil(folder, what):
         shutil.rmtree(folder / "unet")
     elif what == "transformer":
         (folder / "unet").rename(folder / "transformer")
-        edit_json(folder / "transformer" / "config.json", _class_name="SD3Transformer2DModel")
+        edit_json(folder / "transformer" / "config.json", _class_name="PixArtTransformer2DModel")
     elif what == "long tokenizer":
         edit_json(folder / "tokenizer" / "tokenizer_config.json", model_max_length=77)
     elif what == "sample":
@@ -150,7 +151,7 @@ def spoil(folder, what):
         ("pickle", FileNotFoundError, "is a pickle.*safe_serialization=True"),
         ("two variants", ValueError, "holds the variants ema, fp16; keep the one"),
         ("no unet", FileNotFoundError, "no diffusers folder of a base model"),
-        ("transformer", ValueError, "denoiser is a SD3Transformer2DModel"),
+        ("transformer", ValueError, "denoiser is a PixArtTransformer2DModel"),
         ("long tokenizer", ValueError, "model_max_length is 77, but the text encoder has 12 positions"),
         ("sample", ValueError, "prediction_type 'sample' is neither epsilon nor v_prediction"),
     ],
@@ -266,7 +267,7 @@ def original_open_clip(encoder: nn.Module, prefix: str) -> dict[str, torch.Tenso
 
 def original_state(base) -> dict[str, torch.Tensor]:
     """A base's weights as the original code would have saved them."""
-    state = original_unet(base.unet, base.unet.config["layers_per_block"])
+    state = original_unet(base.denoiser, base.denoiser.config["layers_per_block"])
     state |= original_vae(base.vae, len(base.vae.config["block_out_channels"]))
     if base.family.name == "sd15":
         return state | original_clip(base.text_encoders[0], "cond_stage_model.transformer.")
@@ -284,7 +285,7 @@ def single_file(load_tiny, base_folder, tmp_path, monkeypatch):
         base = load_tiny(family)
         scheduler = FAMILIES[family].architecture.noise_scheduler
         encoders = tuple(encoder.config.to_dict() for encoder in base.text_encoders)
-        tiny = Architecture(dict(base.unet.config), dict(base.vae.config), encoders, scheduler)
+        tiny = Architecture(dict(base.denoiser.config), dict(base.vae.config), encoders, scheduler)
         monkeypatch.setitem(FAMILIES, family, dataclasses.replace(FAMILIES[family], architecture=tiny))
         for name in ("tokenizer", "tokenizer_2")[: len(base.tokenizers)]:
             shutil.copytree(base_folder(family) / name, tmp_path / name)
@@ -301,9 +302,11 @@ def test_a_single_file_gives_the_same_base_as_the_folder(family, single_file):
     path, expected = single_file(family, metadata={"modelspec.prediction_type": "epsilon"})
     base = load_base(path)
     assert base.family.name == family and base.prediction_type == "epsilon"
-    assert not any(parameter.requires_grad for parameter in base.unet.parameters())
+    assert not any(parameter.requires_grad for parameter in base.denoiser.parameters())
     pairs = zip(
-        (base.unet, base.vae, *base.text_encoders), (expected.unet, expected.vae, *expected.text_encoders), strict=True
+        (base.denoiser, base.vae, *base.text_encoders),
+        (expected.denoiser, expected.vae, *expected.text_encoders),
+        strict=True,
     )
     for ours, theirs in pairs:
         theirs = theirs.state_dict()
@@ -326,7 +329,7 @@ def test_an_sdxl_file_marked_for_v_prediction_is_read_as_such(single_file):
     path, _ = single_file("sdxl", extra=("v_pred", "ztsnr"))
     base = load_base(path)
     assert base.prediction_type == "v_prediction"
-    assert base.noise_scheduler.config["rescale_betas_zero_snr"] is True
+    assert base.process.scheduler.config["rescale_betas_zero_snr"] is True
 
 
 def test_a_single_file_without_its_tokenizer_says_where_to_put_it(single_file):
@@ -353,7 +356,7 @@ def test_an_incomplete_single_file_is_refused(single_file):
 
 def random_controlnet(base):
     torch.manual_seed(0)
-    controlnet = build_controlnet(base.unet)
+    controlnet = build_controlnet(base.denoiser)
     with torch.no_grad():
         for parameter in controlnet.parameters():
             parameter.normal_()
@@ -366,19 +369,19 @@ def assert_same_weights(ours: nn.Module, theirs: nn.Module):
     assert all(torch.equal(tensor, expected[key]) for key, tensor in ours.state_dict().items())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", UNET_FAMILIES)
 def test_a_controlnet_folder_is_what_diffusers_reads(family, load_tiny, tmp_path):
     base = load_tiny(family)
     controlnet = random_controlnet(base)
     save_controlnet(controlnet, tmp_path / "net")
     theirs = ControlNetModel.from_pretrained(tmp_path / "net", local_files_only=True)
     assert_same_weights(theirs, controlnet)
-    assert theirs.config["resnet_time_scale_shift"] == base.unet.config["resnet_time_scale_shift"]
-    ours = load_controlnet(tmp_path / "net", base.unet)
+    assert theirs.config["resnet_time_scale_shift"] == base.denoiser.config["resnet_time_scale_shift"]
+    ours = load_controlnet(tmp_path / "net", base.denoiser)
     assert_same_weights(ours, controlnet)
     assert ours.training and all(parameter.requires_grad for parameter in ours.parameters())
     single_file = tmp_path / "net" / "diffusion_pytorch_model.safetensors"
-    assert_same_weights(load_controlnet(single_file, base.unet), controlnet)
+    assert_same_weights(load_controlnet(single_file, base.denoiser), controlnet)
 
 
 @pytest.mark.parametrize("family", ["sd15", "sd21", "sdxl"])
@@ -386,7 +389,7 @@ def test_a_single_file_controlnet_returns_unchanged(family, load_tiny, tmp_path)
     base = load_tiny(family)
     controlnet = random_controlnet(base)
     save_single_file(controlnet, tmp_path / "control.safetensors")
-    again = load_controlnet(tmp_path / "control.safetensors", base.unet)
+    again = load_controlnet(tmp_path / "control.safetensors", base.denoiser)
     assert_same_weights(again, controlnet)
     assert again.config["conditioning_embedding_out_channels"] == (16, 32, 96, 256)
 
@@ -400,12 +403,12 @@ def test_the_miniature_has_no_single_file(load_tiny, tmp_path):
 def test_a_controlnet_file_of_another_base_is_refused(load_tiny, tmp_path):
     save_single_file(random_controlnet(load_tiny("sdxl")), tmp_path / "control.safetensors")
     with pytest.raises(ValueError, match="does not fit ControlNetModel: .* It was made for another base"):
-        load_controlnet(tmp_path / "control.safetensors", load_tiny("sd15").unet)
+        load_controlnet(tmp_path / "control.safetensors", load_tiny("sd15").denoiser)
     save_file({"weight": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="not a ControlNet in the original or the diffusers layout"):
-        load_controlnet(tmp_path / "other.safetensors", load_tiny("sd15").unet)
+        load_controlnet(tmp_path / "other.safetensors", load_tiny("sd15").denoiser)
     with pytest.raises(FileNotFoundError, match="does not exist. Give a diffusers folder or a .safetensors file"):
-        load_controlnet(tmp_path / "nothing", load_tiny("sd15").unet)
+        load_controlnet(tmp_path / "nothing", load_tiny("sd15").denoiser)
 
 
 def test_only_a_controlnet_is_saved(tmp_path):

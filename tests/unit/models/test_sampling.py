@@ -8,10 +8,11 @@ import torch
 from diffusers import StableDiffusionControlNetPipeline, StableDiffusionXLControlNetPipeline
 
 from controlbooth.models.controlnet import build_controlnet
-from controlbooth.models.noise_schedule import read_noise_scheduler
+from controlbooth.models.noise_schedule import SCHEDULERS, read_noise_scheduler
 from controlbooth.models.pretrained import load_controlnet, save_controlnet
+from controlbooth.models.process import Diffusion
 from controlbooth.models.recognition import FAMILIES
-from controlbooth.models.sampling import SCHEDULERS, Control, initial_noise, sample
+from controlbooth.models.sampling import Control, initial_noise, sample
 
 PROMPTS = ["a cat", "red dog", "", "a blue cat"]
 SEEDS = [3, 1, 4, 1]
@@ -25,7 +26,7 @@ def conditions(count=4):
 def trained_controlnet(base):
     """One whose residuals are not zero."""
     torch.manual_seed(0)
-    controlnet = build_controlnet(base.unet)
+    controlnet = build_controlnet(base.denoiser)
     with torch.no_grad():
         for parameter in controlnet.parameters():
             parameter += 0.1 * torch.randn(parameter.shape)
@@ -38,7 +39,7 @@ def pipeline_pictures(folder, controlnet_folder, base, controlnet, scheduler, ne
     pipeline_class = StableDiffusionXLControlNetPipeline if is_sdxl else StableDiffusionControlNetPipeline
     extra = {} if is_sdxl else dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     save_controlnet(controlnet, controlnet_folder)
-    controlnet = load_controlnet(controlnet_folder, base.unet).eval()
+    controlnet = load_controlnet(controlnet_folder, base.denoiser).eval()
     pipeline = pipeline_class.from_pretrained(folder, controlnet=controlnet, local_files_only=True, **extra)
     pipeline.scheduler = SCHEDULERS[scheduler].from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
@@ -107,7 +108,7 @@ def test_only_the_noise_schedule_of_a_bases_scheduler_reaches_a_picture(schedule
 
     def drawn(changes):
         file.write_text(json.dumps(plain | changes))
-        base.noise_scheduler = read_noise_scheduler(file)
+        base.process = Diffusion(read_noise_scheduler(file))
         options: dict = dict(seeds=[1, 2], steps=3, guidance_scale=2.0, scheduler=scheduler)
         return [sample(base, ["a cat", "red dog"], **options) for _ in range(2)]
 
@@ -158,7 +159,7 @@ def test_the_condition_changes_the_picture_and_an_untrained_controlnet_does_not(
     options = dict(seeds=[1], steps=2, guidance_scale=3.0)
     without = sample(base, ["a cat"], **options)
     assert without.shape == (1, SIZE, SIZE, 3)  # the size that the U-Net was made for
-    untrained = sample(base, ["a cat"], [Control(build_controlnet(base.unet), conditions(1))], **options)
+    untrained = sample(base, ["a cat"], [Control(build_controlnet(base.denoiser), conditions(1))], **options)
     assert torch.equal(untrained, without)
     controlnet = trained_controlnet(base)
     one = sample(base, ["a cat"], [Control(controlnet, conditions(1))], **options)
@@ -173,14 +174,14 @@ def test_modules_are_left_as_they_were_and_can_train_on(training, load_tiny):
     with torch.inference_mode():
         sample(base, ["a cat"], [Control(controlnet, conditions(1))], seeds=[1], steps=1, guidance_scale=3.0)
     assert controlnet.training is training
-    assert not base.unet.training
+    assert not base.denoiser.training
     assert all(parameter.requires_grad and not parameter.is_inference() for parameter in controlnet.parameters())
-    assert not base.noise_scheduler.alphas_cumprod.is_inference()
+    assert not base.process.scheduler.alphas_cumprod.is_inference()
 
 
 def test_modules_are_restored_after_an_error(load_tiny):
     base = load_tiny("sd15")
-    controlnet = build_controlnet(base.unet)
+    controlnet = build_controlnet(base.denoiser)
     with pytest.raises(ValueError, match="condition is 36x32 pixels"):
         sample(base, ["a"], [Control(controlnet, torch.rand(1, 3, 36, 32))], seeds=[1], steps=1, guidance_scale=1.0)
     assert controlnet.training
@@ -203,7 +204,7 @@ def test_numbers_that_do_not_match_are_refused(change, message, load_tiny):
     base = load_tiny("sd15")
     options = dict(controls=[{}], seeds=[1, 2], steps=1) | change
     controls = [
-        Control(build_controlnet(base.unet), **dict(conditioning=conditions(2)) | settings)
+        Control(build_controlnet(base.denoiser), **dict(conditioning=conditions(2)) | settings)
         for settings in options.pop("controls")
     ]
     with pytest.raises(ValueError, match=message):
@@ -224,7 +225,7 @@ def test_several_controlnets_give_the_pictures_of_diffusers_multi_controlnet(loa
         save_controlnet(network, tmp_path / str(number))
     pipeline = StableDiffusionControlNetPipeline.from_pretrained(
         base_folder("sd15"),
-        controlnet=[load_controlnet(tmp_path / str(number), base.unet).eval() for number in range(2)],
+        controlnet=[load_controlnet(tmp_path / str(number), base.denoiser).eval() for number in range(2)],
         local_files_only=True,
         safety_checker=None,
         feature_extractor=None,
@@ -254,7 +255,7 @@ def test_guess_mode_gives_the_pictures_of_diffusers_guess_mode(load_tiny, base_f
     save_controlnet(controlnet, tmp_path / "net")
     pipeline = StableDiffusionControlNetPipeline.from_pretrained(
         base_folder("sd15"),
-        controlnet=load_controlnet(tmp_path / "net", base.unet).eval(),
+        controlnet=load_controlnet(tmp_path / "net", base.denoiser).eval(),
         local_files_only=True,
         safety_checker=None,
         feature_extractor=None,
@@ -278,7 +279,7 @@ def test_pictures_without_control_have_the_size_that_is_asked_for(load_tiny):
     base = load_tiny("sd15")
     options = dict(seeds=[1], steps=1, guidance_scale=1.0)
     assert sample(base, ["a cat"], picture_size=(48, 64), **options).shape == (1, 48, 64, 3)
-    control = Control(build_controlnet(base.unet), torch.rand(1, 3, 48, 64))  # untrained, so it adds nothing
+    control = Control(build_controlnet(base.denoiser), torch.rand(1, 3, 48, 64))  # untrained, so it adds nothing
     assert torch.equal(
         sample(base, ["a cat"], [control], **options), sample(base, ["a cat"], picture_size=(48, 64), **options)
     )
@@ -297,7 +298,9 @@ def test_control_that_never_acts_is_no_control(load_tiny):
 
 def test_every_family_samples_without_control(load_tiny):
     for family in FAMILIES:
-        pictures = sample(load_tiny(family), ["a cat"], seeds=[1], steps=1, guidance_scale=1.0)
+        pictures = sample(
+            load_tiny(family), ["a cat"], seeds=[1], steps=1, guidance_scale=1.0, picture_size=(SIZE, SIZE)
+        )
         assert pictures.shape == (1, SIZE, SIZE, 3)
 
 

@@ -31,7 +31,7 @@ def test_a_weights_file_has_the_mode_of_any_new_file(umask, tmp_path):
 
 
 def test_every_file_of_a_saved_controlnet_has_the_mode_that_the_umask_says(umask, load_tiny, tmp_path):
-    controlnet = build_controlnet(load_tiny("sd15").unet)
+    controlnet = build_controlnet(load_tiny("sd15").denoiser)
     save_controlnet(controlnet, tmp_path / "folder")
     save_single_file(controlnet, tmp_path / "single.safetensors")
     written = [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -85,7 +86,7 @@ def test_a_network_in_several_files_is_read_whole_or_refused(part, index, copied
     base = copied("sdxl")
     files = sharded(base, part, index)
     expected, found = load_base(base_folder("sdxl")), load_base(base)
-    for one, other in ((expected.unet, found.unet), (expected.text_encoders[1], found.text_encoders[1])):
+    for one, other in ((expected.denoiser, found.denoiser), (expected.text_encoders[1], found.text_encoders[1])):
         assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in one.state_dict().items())
     files[1].unlink()
     with pytest.raises(FileNotFoundError, match=rf"{base / part} holds 1 of the 2 shards"):
@@ -131,12 +132,9 @@ def test_a_base_is_what_the_libraries_read_of_a_whole_folder(family, base_folder
     import transformers
 
     base, folder = load_base(base_folder(family)), base_folder(family)
-    theirs = [
-        (base.unet, diffusers.UNet2DConditionModel, "unet"),
-        (base.vae, diffusers.AutoencoderKL, "vae"),
-        (base.text_encoders[0], transformers.CLIPTextModel, "text_encoder"),
-    ]
-    for ours, kind, part in theirs:
+    modules = (base.denoiser, base.vae, *base.text_encoders)
+    for ours, part in zip(modules, (part.folder for part in base.family.parts), strict=True):
+        kind: Any = getattr(diffusers if part in ("unet", "transformer", "vae") else transformers, type(ours).__name__)
         expected = kind.from_pretrained(folder / part, local_files_only=True)
         assert ours.state_dict().keys() == expected.state_dict().keys()
         assert all(torch.equal(tensor, ours.state_dict()[name]) for name, tensor in expected.state_dict().items())
@@ -243,7 +241,7 @@ def test_every_scheduler_of_the_same_noise_is_read(name, copied):
         pytest.skip(f"{name} is not in this diffusers, or needs a package that is not here: {error}")
     made.save_pretrained(base / "scheduler")
     loaded = load_base(base, device="meta")
-    assert loaded.prediction_type == "epsilon" and loaded.noise_scheduler.config["beta_end"] == 0.012
+    assert loaded.prediction_type == "epsilon" and loaded.process.scheduler.config["beta_end"] == 0.012
     assert loaded.identity["scheduler"]["class"] == name
 
 
@@ -253,7 +251,7 @@ def test_every_scheduler_of_the_same_noise_is_read(name, copied):
 @pytest.fixture
 def controlnet_folder(load_tiny, tmp_path):
     base = load_tiny("sd15")
-    save_controlnet(build_controlnet(base.unet, (4, 4, 8, 8)), tmp_path / "net")
+    save_controlnet(build_controlnet(base.denoiser, (4, 4, 8, 8)), tmp_path / "net")
     return base, tmp_path / "net"
 
 
@@ -263,24 +261,24 @@ def test_a_tensor_of_a_controlnet_that_does_not_fit_is_refused_by_name(damage, c
     damage_tensor(folder / "diffusion_pytorch_model.safetensors", damage, 40)
     for path in (folder, folder / "diffusion_pytorch_model.safetensors"):
         with pytest.raises(ValueError, match=rf"{path}.*{TOLD[damage]}"):
-            load_controlnet(path, base.unet)
+            load_controlnet(path, base.denoiser)
 
 
 def test_a_controlnet_for_other_conditions_is_refused_with_its_number(load_tiny, tmp_path):
     base = load_tiny("sd15")
     gray = ControlNetModel.from_unet(
-        base.unet, conditioning_channels=1, conditioning_embedding_out_channels=(4, 4, 8, 8)
+        base.denoiser, conditioning_channels=1, conditioning_embedding_out_channels=(4, 4, 8, 8)
     )
     save_controlnet(gray, tmp_path / "net")
     for path in (tmp_path / "net", tmp_path / "net" / "diffusion_pytorch_model.safetensors"):
         with pytest.raises(ValueError, match=f"{path}: its conditioning_channels is 1, and conditions here are RGB"):
-            load_controlnet(path, base.unet)
+            load_controlnet(path, base.denoiser)
 
 
 @pytest.mark.parametrize("damage", ["drop", "shorten", "nan", "integer"])
 def test_a_decoder_that_has_learned_is_read_whole_or_refused(damage, controlnet_folder):
     base, folder = controlnet_folder
-    save_decoder(decoder_state(base.unet), folder)
+    save_decoder(decoder_state(base.denoiser), folder)
     assert load_networks(folder, base)[0] is not base
     damage_tensor(folder / DECODER_FILE, damage, 3)
     with pytest.raises(ValueError, match=str(folder)):

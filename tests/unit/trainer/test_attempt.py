@@ -291,7 +291,9 @@ def test_a_stale_start_draws_no_validation_and_chooses_no_attention_over_those_o
     grid = tmp_path / "samples" / "step-00000003.png"
 
     def write_all(attempt, steps):
-        validate(base, build_controlnet(base.unet), held, config.model_copy(update=steps), ALONE, grid, None, attempt)
+        validate(
+            base, build_controlnet(base.denoiser), held, config.model_copy(update=steps), ALONE, grid, None, attempt
+        )
 
     def choose(attempt):
         choose_once("math", ALONE, "fp32", attempt, lambda: (AttentionShape(1, 2, 4, 4, 8),))

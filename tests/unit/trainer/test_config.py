@@ -64,7 +64,7 @@ def test_the_last_override_wins_over_earlier_ones_over_the_file_over_the_default
         ("max_steps=0", "'max_steps' is 0: Input should be greater than 0"),
         ("max_steps=yes", "'max_steps' is True: yes and no are not taken here"),
         ("name=a/b", "'name' is 'a/b': String should match pattern"),
-        ("model.family=sd3", "'model.family' is 'sd3': Input should be 'auto', 'sd15', 'sd21'"),
+        ("model.family=sd4", "'model.family' is 'sd4': Input should be 'auto', 'sd15', 'sd21'"),
         ("data.prompt_dropout=1.5", "'data.prompt_dropout' is 1.5: Input should be less than or equal to 1"),
         ("data.lanes=100", "data.lanes=100 is not a multiple of global_batch_size=64. Leave data.lanes out, or"),
         ("optimizer.betas=[0.9]", "'optimizer.betas' has 1 values, and needs more"),

@@ -45,7 +45,7 @@ def studio(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("evaluated")
     base = load_base("miniature")
     torch.manual_seed(0)
-    controlnet = build_controlnet(base.unet)
+    controlnet = build_controlnet(base.denoiser)
     with torch.no_grad():
         for parameter in controlnet.parameters():
             parameter += 0.03 * torch.randn(parameter.shape)
@@ -258,7 +258,7 @@ def test_networks_and_encoders_that_would_not_be_used_are_refused(studio, option
 
 
 def test_a_controlnet_of_another_base_is_refused(studio, load_tiny, tmp_path):
-    save_controlnet(build_controlnet(load_tiny("sd15").unet), tmp_path / "other")
+    save_controlnet(build_controlnet(load_tiny("sd15").denoiser), tmp_path / "other")
     data = ["--data", str(studio / "shards"), "--condition", "depth", *FEW]
     with pytest.raises(ValueError, match="was made for another base"):
         main([str(tmp_path / "other"), *data])

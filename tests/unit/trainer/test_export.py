@@ -27,7 +27,7 @@ def write_checkpoint(run: Path, step: int, base, metrics: dict, complete: bool =
     """As the trainer leaves one, without DeepSpeed's files."""
     folder = run / "checkpoints" / f"step-{step:08d}"
     torch.manual_seed(step)
-    controlnet = build_controlnet(base.unet)
+    controlnet = build_controlnet(base.denoiser)
     with torch.no_grad():
         for parameter in controlnet.parameters():
             parameter += 0.1 * torch.randn(parameter.shape)
@@ -140,7 +140,9 @@ def test_the_usage_snippet_draws_what_the_run_draws_whatever_the_scheduler_file_
     exec(compile(code, "README.md", "exec"), {})
 
     base = load_base(base_folder, "sd15", torch.float32, "cpu")
-    control = Control(load_controlnet(out, base.unet).eval(), torch.from_numpy(condition).permute(2, 0, 1)[None] / 255)
+    control = Control(
+        load_controlnet(out, base.denoiser).eval(), torch.from_numpy(condition).permute(2, 0, 1)[None] / 255
+    )
     ours = sample(
         base, ["a prompt like the captions of the training set"], [control], seeds=[0], steps=8,
         guidance_scale=config.validation.guidance_scale,
@@ -224,7 +226,7 @@ def test_a_single_file_has_the_original_names_and_reads_back(make_run, load_tiny
     main([str(run), str(tmp_path / "out"), "--format", "single-file"])
     weights = load_file(tmp_path / "out" / "edges.safetensors")
     assert all(key.startswith("control_model.") for key in weights)
-    again = load_controlnet(tmp_path / "out" / "edges.safetensors", load_tiny("sd15").unet)
+    again = load_controlnet(tmp_path / "out" / "edges.safetensors", load_tiny("sd15").denoiser)
     original = load_file(run / "checkpoints" / "step-00000300" / "controlnet" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(tensor, original[key]) for key, tensor in again.state_dict().items())
     assert "Put it where your image UI keeps its ControlNets" in (tmp_path / "out" / "README.md").read_text()

@@ -1,36 +1,7 @@
 import pytest
 import torch
-from diffusers import DDPMScheduler
 
-from controlbooth.trainer.losses import min_snr_weights, training_target, weighted_mse
-
-SCHEDULER = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
-
-
-def test_v_target_is_the_one_of_diffusers_and_epsilon_is_the_noise():
-    generator = torch.Generator().manual_seed(0)
-    latents, noise = (torch.randn(3, 4, 2, 2, generator=generator) for _ in range(2))
-    timesteps = torch.tensor([0, 500, 999])
-    target = training_target("v_prediction", latents, noise, timesteps, SCHEDULER.alphas_cumprod)
-    torch.testing.assert_close(target, SCHEDULER.get_velocity(latents, noise, timesteps))
-    assert training_target("epsilon", latents, noise, timesteps, SCHEDULER.alphas_cumprod) is noise
-
-
-def test_unknown_prediction_type_names_the_known_ones():
-    with pytest.raises(ValueError, match="'sample' is not supported: epsilon or v_prediction"):
-        training_target("sample", *(torch.zeros(1, 1, 1, 1),) * 2, torch.tensor([0]), SCHEDULER.alphas_cumprod)
-
-
-def test_min_snr_weights_follow_the_paper_by_hand():
-    alphas_cumprod = torch.tensor([0.9, 0.5, 0.1])  # SNR 9, 1, 1/9
-    timesteps = torch.tensor([0, 1, 2])
-    torch.testing.assert_close(
-        min_snr_weights("epsilon", timesteps, alphas_cumprod, 5.0), torch.tensor([5 / 9, 1.0, 1.0])
-    )
-    torch.testing.assert_close(
-        min_snr_weights("v_prediction", timesteps, alphas_cumprod, 5.0),
-        torch.tensor([5 / 10, 1 / 2, (1 / 9) / (10 / 9)]),
-    )
+from controlbooth.trainer.losses import weighted_mse
 
 
 def test_the_loss_of_halves_averages_to_the_loss_of_the_whole_with_zero_weights_too():

@@ -379,7 +379,7 @@ def trained(base_folder, tmp_path_factory):
         subjects_per_batch=2, prior=dict(sampling_steps=2, guidance_scale=3.0), adapter=dict(rank=4),
     )  # fmt: skip
     (root / "run.yaml").write_text(yaml.safe_dump(tree))
-    adapters = attach_adapters(load_base(base_folder("sd15")).unet, ATTENTION, 1, 4)
+    adapters = attach_adapters(load_base(base_folder("sd15")).denoiser, ATTENTION, 1, 4)
     attempt = Attempt(root / "pets", 1, "id")
     attempt.folder.mkdir(parents=True)
     tasks = []
@@ -435,7 +435,7 @@ def test_a_picture_of_a_stack_is_the_one_that_its_lora_draws_alone(measured, bas
     from controlbooth.trainer.dreambooth.stack import LORA_FILE
 
     base = load_base(base_folder("sd15"))
-    adapters = attach_adapters(base.unet, ATTENTION, 1, 4)
+    adapters = attach_adapters(base.denoiser, ATTENTION, 1, 4)
     _, tasks = read_record(measured)
     others = []
     for one in tasks[:3]:
@@ -487,13 +487,13 @@ def test_pictures_are_drawn_anew_where_any_network_has_changed_and_a_network_may
     config = SubjectRunConfig.model_validate(dict(name="full", method="full", model=dict(base="miniature")))
     base = load_base(base_folder("sd15"))
     pipeline, drawn = (tmp_path / "subjects" / "one" / name for name in ("pipeline", "pictures"))
-    base.unet.save_pretrained(pipeline / "unet", max_shard_size="20KB")
+    base.denoiser.save_pretrained(pipeline / "unet", max_shard_size="20KB")
     base.text_encoders[0].save_pretrained(pipeline / "text_encoder")
     assert len(list((pipeline / "unet").glob("*.safetensors"))) > 1
-    parameters = list(base.unet.parameters())
+    parameters = list(base.denoiser.parameters())
     for network, parameter, part in (
-        (base.unet, parameters[0], "unet"),
-        (base.unet, parameters[-1], "unet"),
+        (base.denoiser, parameters[0], "unet"),
+        (base.denoiser, parameters[-1], "unet"),
         (base.text_encoders[0], next(base.text_encoders[0].parameters()), "text_encoder"),
     ):
         measure.forget_others(tmp_path, config, base, task())

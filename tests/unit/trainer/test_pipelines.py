@@ -36,7 +36,7 @@ def test_a_pipeline_of_a_half_precision_base_loads_without_a_variant(family, pip
     index = base / "model_index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"scheduler": ["diffusers", "DDIMScheduler"]}))
     (base / "README.md").write_text("of the base")
-    trained = {f"unet.{name}": tensor + 1.0 for name, tensor in load_base(base).unet.state_dict().items()}
+    trained = {f"unet.{name}": tensor + 1.0 for name, tensor in load_base(base).denoiser.state_dict().items()}
     config = SubjectRunConfig(name="x", model={"base": str(base)}, method="full")
     write_pipeline(config, trained, tmp_path / "pipeline")
     optional = {} if family == "sdxl" else dict(safety_checker=None, feature_extractor=None)

@@ -110,7 +110,7 @@ def test_planned_weights_are_those_of_the_real_modules(bases, family):
     config = run(bases, model=dict(base=str(bases / family), hint_channels=[4, 4, 4, 4]))
     base = real_base(bases / family)
     one = footprint(config, "fp32", 2, "flash")
-    modules = [base.unet, base.vae, *base.text_encoders]
+    modules = [base.denoiser, base.vae, *base.text_encoders]
     held = sum(t.numel() * t.element_size() for m in modules for t in (*m.parameters(), *m.buffers()))
     assert one.frozen_bytes == held
     controlnet = make_controlnet(config, base)

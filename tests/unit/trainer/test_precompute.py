@@ -114,7 +114,7 @@ def test_a_step_on_a_latent_cache_is_bitwise_the_step_without(base_folder, tmp_p
     base = load_base(config.model.base)
     dataset, latent_cache = computed(config, base)
     torch.manual_seed(0)
-    controlnet = build_controlnet(base.unet, config.model.hint_channels)
+    controlnet = build_controlnet(base.denoiser, config.model.hint_channels)
     seen, kept = set(), 0
     with torch.no_grad():
         for one, other in both(config, base, dataset, latent_cache, steps=6):
@@ -138,7 +138,7 @@ def test_the_steps_of_a_bfloat16_base_are_bitwise_equal_too(base_folder, tmp_pat
     base = load_base(config.model.base, dtype=torch.bfloat16)
     dataset, latent_cache = computed(config, base)
     assert latent_cache.identities["latents"]["dtype"] == "bfloat16"
-    controlnet = build_controlnet(base.unet, config.model.hint_channels).to(torch.bfloat16)
+    controlnet = build_controlnet(base.denoiser, config.model.hint_channels).to(torch.bfloat16)
     with torch.no_grad():
         for one, other in both(config, base, dataset, latent_cache, steps=5):
             found = [
@@ -152,7 +152,7 @@ def test_latents_of_aspect_ratio_buckets_have_the_shapes_of_their_pictures(base_
     config = run_config(base_folder("sd15"), tmp_path, max_aspect_ratio=4.0, aspect_step=16)
     base = load_base(config.model.base)
     dataset, latent_cache = computed(config, base)
-    controlnet = build_controlnet(base.unet, config.model.hint_channels)
+    controlnet = build_controlnet(base.denoiser, config.model.hint_channels)
     shapes = set()
     with torch.no_grad():
         for one, other in both(config, base, dataset, latent_cache, steps=8):

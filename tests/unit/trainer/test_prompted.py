@@ -35,7 +35,7 @@ def test_each_prompt_is_drawn_under_the_conditions_that_are_shown_with_the_noise
     )
     prompts = ("a cat", "a red house")
     config = ValidationConfig(samples=3, grid=2, sampling_steps=2, guidance_scale=2.0, prompts=prompts)
-    controlnet, attempt = build_controlnet(base.unet), Attempt(tmp_path, 1, "id")
+    controlnet, attempt = build_controlnet(base.denoiser), Attempt(tmp_path, 1, "id")
     attempt.folder.mkdir()
     path = tmp_path / "samples" / "prompts" / "step-00000003.png"
     draw_prompts(base, controlnet, held, config, ALONE, path, attempt)

@@ -196,7 +196,7 @@ def test_a_dry_run_names_what_a_base_lacks_and_a_controlnet_that_does_not_fit(ba
     from controlbooth.models.pretrained import save_controlnet
 
     net = tmp_path / "net"
-    save_controlnet(build_controlnet(load_base(base_folder("sdxl")).unet, (4, 4, 8, 8)), net)
+    save_controlnet(build_controlnet(load_base(base_folder("sdxl")).denoiser, (4, 4, 8, 8)), net)
     (problem,) = network_problems(build_config(run_tree(base_copy, controlnet=str(net))))
     assert problem.startswith(f"model.controlnet is {str(net)!r}: {net} was made for another base: its ")
     (problem,) = network_problems(build_config(run_tree(base_copy, hint_channels=[4, 8])))

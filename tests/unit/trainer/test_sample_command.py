@@ -10,9 +10,11 @@ import torch
 from controlbooth.launch.commands.data_pack import main as pack
 from controlbooth.launch.commands.sample import main
 from controlbooth.models.controlnet import build_controlnet
+from controlbooth.models.noise_schedule import SCHEDULERS
 from controlbooth.models.pretrained import load_base, load_controlnet, save_controlnet
+from controlbooth.models.process import FlowMatching
 from controlbooth.models.recognition import SAMPLERS
-from controlbooth.models.sampling import SCHEDULERS, Control, residuals_of
+from controlbooth.models.sampling import Control, residuals_of
 from controlbooth.models.text import encode_with_dropout
 from controlbooth.trainer.evaluation.sample import parse_control, to_conditioning
 
@@ -26,7 +28,7 @@ def studio(tmp_path_factory):
     base = load_base("miniature")
     torch.manual_seed(0)
     for name in ("edges", "depth"):
-        controlnet = build_controlnet(base.unet)
+        controlnet = build_controlnet(base.denoiser)
         with torch.no_grad():
             for parameter in controlnet.parameters():
                 parameter += 0.05 * torch.randn(parameter.shape)
@@ -86,7 +88,7 @@ def test_resolution_weights_are_64_over_the_height_in_the_branch_with_the_prompt
     edges = cv2.cvtColor(cv2.imread(str(studio / "edges.png")), cv2.COLOR_BGR2RGB)
     conditioning = to_conditioning([edges, edges])
     base = load_base("miniature")
-    network = load_controlnet(studio / "edges", base.unet).eval()
+    network = load_controlnet(studio / "edges", base.denoiser).eval()
     with torch.no_grad():
         noise = torch.randn(2, 12, 8, 8, generator=torch.Generator().manual_seed(0))
         text = encode_with_dropout(base, ["", "", "a red ball", "a red ball"], picture_size=(64, 64))
@@ -95,9 +97,9 @@ def test_resolution_weights_are_64_over_the_height_in_the_branch_with_the_prompt
             source = parse_control("edges=anywhere", [schedule], guess=False)
             control = Control(network, conditioning, source.scale, source.schedule, source.branches)
             ours = residuals_of(control, noise, torch.tensor(500), text)
-            heights = [residual.shape[-2] for residual in (*both.down, both.mid)]
+            heights = [residual.shape[-2] for residual in both.each()]
             assert (heights[0], heights[-1]) == (8, 4)
-            for plain, weighed, height in zip((*both.down, both.mid), (*ours.down, ours.mid), heights, strict=True):
+            for plain, weighed, height in zip(both.each(), ours.each(), heights, strict=True):
                 assert not weighed[:2].any()
                 torch.testing.assert_close(weighed[2:], 8 / height / most * plain[2:], rtol=1e-4, atol=1e-5)
 
@@ -131,4 +133,4 @@ def test_a_scale_is_what_follows_the_last_colon_if_it_is_a_number():
 
 
 def test_the_command_line_knows_the_schedulers_that_there_are():
-    assert SAMPLERS == tuple(SCHEDULERS)
+    assert set(SAMPLERS) == {*SCHEDULERS, *FlowMatching.samplers}

@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.nn.functional import normalize
 
-from controlbooth.models.controlnet import denoise
+from controlbooth.models.denoisers import denoise
 from controlbooth.models.lora import ATTENTION, attach_adapters, chosen_subjects, reset_subject, subject_weights
 from controlbooth.trainer.config.section import ConfigError
 from controlbooth.trainer.config.subjects import SubjectRunConfig, load_run
@@ -44,7 +44,7 @@ def scene(tmp_path, load_tiny):
         word = ("olis", "kmg")[number]
         task = Task(name, tuple(files[:2]), "dog", word, f"a {word} dog", "a dog", 10, 1e-3, 4, (files[2],))
         trainings.append(begin_training(config, base, task))
-    adapters = attach_adapters(base.unet, ATTENTION, 2, 4)
+    adapters = attach_adapters(base.denoiser, ATTENTION, 2, 4)
     torch.manual_seed(0)
     for slot in range(2):
         reset_subject(adapters, slot, 4, seed=slot)
@@ -65,7 +65,7 @@ def look(scene, slots=(0, 1)):
     validate_subjects(
         studio,
         base,
-        lambda *inputs: denoise(base.unet, *inputs),
+        lambda *inputs: denoise(base.denoiser, *inputs),
         [trainings[slot] for slot in slots],
         lambda branches: chosen_subjects(adapters, list(slots) * branches),
         keep_best,
@@ -156,13 +156,13 @@ def test_fixed_losses_tell_pictures_apart_and_come_again(scene):
 
     def losses():
         with chosen_subjects(adapters, [0, 1]):
-            return fixed_losses(studio.config, base, lambda *inputs: denoise(base.unet, *inputs), trainings)
+            return fixed_losses(studio.config, base, lambda *inputs: denoise(base.denoiser, *inputs), trainings)
 
     found = losses()
     assert found == losses() and found["rex"].keys() == {"instance_loss", "held_out_loss"}
     assert found["rex"] != found["mug"] and found["rex"]["instance_loss"] != found["rex"]["held_out_loss"]
     with chosen_subjects(adapters, [1]):
-        alone = fixed_losses(studio.config, base, lambda *inputs: denoise(base.unet, *inputs), trainings[1:])
+        alone = fixed_losses(studio.config, base, lambda *inputs: denoise(base.denoiser, *inputs), trainings[1:])
     assert alone["mug"] == pytest.approx(found["mug"], rel=1e-4)
 
 

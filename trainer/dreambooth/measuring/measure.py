@@ -232,7 +232,7 @@ def draw(
         draw_full(run, config, base, tasks, missing, world)
         return
     branches = 2 if config.prior.guidance_scale > 1 else 1
-    adapters = attach_adapters(base.unet, LAYERS[config.adapter.layers], subjects=0, rank=1)
+    adapters = attach_adapters(base.denoiser, LAYERS[config.adapter.layers], subjects=0, rank=1)
     total = sum(len(missing[task.name]) for task in tasks)
     bar = tqdm(total=total, desc="drawing", unit="picture", disable=world.rank > 0, dynamic_ncols=True)
     for first in range(0, len(tasks), config.subjects_per_batch):

@@ -1,0 +1,139 @@
+"""How a family's network and its ControlNet are called. Each family's own file says it; here are the entries.
+
+A denoiser is what learned to denoise: a U-Net, or a transformer. Everything else (training, sampling, measuring) calls
+the functions of this file, which look the family up by the network's class.
+"""
+
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from controlbooth.data.errors import UserError
+from controlbooth.models import controlnet as unets
+from controlbooth.models import flux, sd3
+from controlbooth.models.base import Base
+from controlbooth.models.residuals import Residuals
+from controlbooth.models.text import TextEncoding
+from controlbooth.models.transformer_copy import report_parts
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """A family's file: with `denoise`, `control_residuals` and `encode_condition`."""
+
+    file: ModuleType | Any
+    is_transformer: bool
+
+
+UNET, SD3, FLUX = Denoiser(unets, False), Denoiser(sd3, True), Denoiser(flux, True)
+DENOISERS = {
+    "UNet2DConditionModel": UNET,
+    "ControlNetModel": UNET,
+    "VariantControlNet": UNET,
+    "SD3Transformer2DModel": SD3,
+    "SD3ControlNetModel": SD3,
+    "FluxTransformer2DModel": FLUX,
+    "FluxControlNetModel": FLUX,
+}
+"""Class of a base's network or of its ControlNet -> its family's file."""
+
+
+def denoiser_of(network: Any) -> Denoiser:
+    """Returns how a network, a ControlNet, or an engine around one, is called. Raises ValueError for another class."""
+    module = getattr(network, "module", network)
+    for one in type(module).__mro__:
+        if one.__name__ in DENOISERS:
+            return DENOISERS[one.__name__]
+    raise UserError(f"{type(module).__name__} is no network that is known: {', '.join(DENOISERS)}")
+
+
+def denoise(
+    network: Any, noisy_latents: Tensor, times: Tensor, text: TextEncoding, residuals: Residuals | None = None
+) -> Tensor:
+    """Asks the locked base for its prediction (B, C, h, w) in its dtype: noise, v or velocity, as its process says.
+
+    times: as the process gives them, (B,) or (). Its weights take no gradient; residuals do. What comes before the
+    first residual needs none, so autograd keeps none of its activations.
+    """
+    return denoiser_of(network).file.denoise(network, noisy_latents, times, text, residuals)
+
+
+def control_residuals(
+    controlnet: nn.Module,
+    noisy_latents: Tensor,
+    times: Tensor,
+    text: TextEncoding,
+    condition: Tensor,
+    conditioning_scale: float = 1.0,
+) -> Residuals:
+    """Runs a ControlNet, or an engine around one.
+
+    noisy_latents (B, C, h, w); times (B,) or (); condition: of `encode_condition`. Inputs of any floating dtype are
+    brought to the ControlNet's. conditioning_scale multiplies every residual.
+    """
+    file = denoiser_of(controlnet).file
+    return file.control_residuals(controlnet, noisy_latents, times, text, condition, conditioning_scale)
+
+
+@torch.no_grad()
+def encode_condition(base: Base, controlnet: nn.Module, conditioning: Tensor) -> Tensor:
+    """Makes what a ControlNet takes of condition pictures (B, 3, H, W), RGB in [0, 1]: those themselves, or latents."""
+    return denoiser_of(controlnet).file.encode_condition(base, controlnet, conditioning)
+
+
+def predict(
+    network: Any,
+    controlnet: nn.Module | None,
+    noisy_latents: Tensor,
+    times: Tensor,
+    text: TextEncoding,
+    condition: Tensor | None,
+    conditioning_scale: float = 1.0,
+) -> Tensor:
+    """(B, C, h, w): what the base predicts under control, eq. 2 of the paper; without a ControlNet, by itself.
+
+    Shapes and dtypes as in `control_residuals` and `denoise`.
+    """
+    if controlnet is None:
+        return denoise(network, noisy_latents, times, text)
+    if condition is None:
+        raise UserError("a ControlNet was given without a condition picture")
+    residuals = control_residuals(controlnet, noisy_latents, times, text, condition, conditioning_scale)
+    return denoise(network, noisy_latents, times, text, residuals)
+
+
+def parameter_report(controlnet: nn.Module) -> unets.ParameterReport:
+    """Counts the trained parameters of a ControlNet, or of an engine around one, by their part."""
+    denoiser = denoiser_of(controlnet)
+    if not denoiser.is_transformer:
+        return unets.parameter_report(controlnet)
+    names = [(name.removeprefix("module."), one.numel()) for name, one in controlnet.named_parameters()]
+    return unets.ParameterReport(**report_parts(names, denoiser.file.ZERO, denoiser.file.ENTRY))
+
+
+def check_fits(controlnet: Any, network: Any, where: str = "the ControlNet") -> None:
+    """Raises ValueError where a ControlNet was made for a base with other settings. where: its folder, to name it."""
+    denoiser = denoiser_of(network)
+    if denoiser_of(controlnet) is not denoiser:
+        raise UserError(
+            f"{where} is a {type(controlnet).__name__}, and the base is a {type(network).__name__}, which it does not "
+            "fit. Give a ControlNet of the base's own family"
+        )
+    if not denoiser.is_transformer:
+        return unets.check_fits(controlnet, network, where)
+    for key in denoiser.file.FITS:
+        theirs, ours = (_plain(config.get(key)) for config in (controlnet.config, network.config))
+        if theirs != ours:
+            raise UserError(
+                f"{where} was made for another base: its {key} is {theirs!r}, and the base's is {ours!r}. Continue it "
+                "on the base that it was trained with."
+            )
+    return None
+
+
+def _plain(value: Any) -> Any:
+    """JSON makes lists of tuples."""
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,24 @@
+"""What a ControlNet adds to its base, whatever the base's architecture."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Residuals:
+    """What a ControlNet adds to its base, in the ControlNet's dtype. Several ControlNets' residuals are summed."""
+
+    groups: tuple[tuple[Tensor, ...], ...]
+    """Shallow to deep. Of a U-Net: one for each skip connection (SD1.5: 12), and the middle block's. Of SD3: one for
+    each copied block, (B, tokens, D). Of FLUX.1: for each double block, and for each single one."""
+
+    def each(self) -> tuple[Tensor, ...]:
+        """Returns all of them, shallow to deep."""
+        return tuple(one for group in self.groups for one in group)
+
+    def with_each(self, others: Iterable[Tensor]) -> "Residuals":
+        """Returns others in the places of these; as many, in the same order."""
+        left = iter(others)
+        return Residuals(tuple(tuple(next(left) for _ in group) for group in self.groups))

@@ -1,0 +1,143 @@
+"""Stable Diffusion 3 and 3.5: an MMDiT (arXiv 2403.03206), and its ControlNet.
+
+The ControlNet copies the first blocks. Its condition comes in as latents, by a patch embedding that starts at zero,
+and each copied block ends in a linear layer that starts at zero. Block i of the base adds residual int(i / interval).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import SD3ControlNetModel
+from torch import Tensor, nn
+
+from controlbooth.data.errors import UserError
+from controlbooth.models.residuals import Residuals
+from controlbooth.models.text import TextEncoding
+from controlbooth.models.transformer_copy import (
+    check_count,
+    copy_parts,
+    on_device,
+    shared_settings,
+    used_but_last,
+    without_dead_ends,
+)
+
+COPIED = ("pos_embed", "time_text_embed", "context_embedder", "transformer_blocks")
+USUAL_BLOCKS = 12
+"""Copied of 24 or 38, as in the released ControlNets."""
+ZERO, ENTRY = ("controlnet_blocks.",), ("pos_embed_input.",)
+
+
+def denoise(
+    transformer: Any, noisy_latents: Tensor, times: Tensor, text: TextEncoding, residuals: Residuals | None
+) -> Tensor:
+    """Predicts the velocity (B, 16, h, w) in the transformer's dtype. times: (B,) or (), 1000 sigma."""
+    dtype = transformer.dtype
+    added: dict[str, Any] = {}
+    if residuals is not None:
+        added["block_controlnet_hidden_states"] = [residual.to(dtype) for residual in residuals.groups[0]]
+    return transformer(
+        hidden_states=noisy_latents.to(dtype),
+        timestep=times.expand(len(noisy_latents)),
+        encoder_hidden_states=text.encoder_hidden_states.to(dtype),
+        pooled_projections=text.added_cond_kwargs["pooled_projections"].to(dtype),
+        return_dict=False,
+        **added,
+    )[0]
+
+
+def control_residuals(
+    controlnet: nn.Module, noisy_latents: Tensor, times: Tensor, text: TextEncoding, condition: Tensor, scale: float
+) -> Residuals:
+    """Runs the ControlNet, or an engine around one. condition: latents (B, 16, h, w), see `encode_condition`."""
+    dtype = next(controlnet.parameters()).dtype
+    pooled = text.added_cond_kwargs["pooled_projections"].to(dtype)
+    (blocks,) = controlnet(
+        hidden_states=noisy_latents.to(dtype),
+        timestep=times.expand(len(noisy_latents)),
+        encoder_hidden_states=text.encoder_hidden_states.to(dtype),
+        pooled_projections=torch.zeros_like(pooled) if _is_of_instantx(controlnet) else pooled,
+        controlnet_cond=condition.to(dtype),
+        conditioning_scale=scale,
+        return_dict=False,
+    )
+    return Residuals((tuple(blocks),))
+
+
+def _is_of_instantx(controlnet: nn.Module) -> bool:
+    """Tells whether a ControlNet was trained, as the first ones were, with zeros for the pooled text, and conditions
+    without the VAE's shift: the pipelines go by this setting for both."""
+    module: Any = getattr(controlnet, "module", controlnet)
+    return bool(module.config["force_zeros_for_pooled_projection"])
+
+
+def encode_condition(base: Any, controlnet: nn.Module, conditioning: Tensor) -> Tensor:
+    """Makes latents (B, 16, h, w) of conditions (B, 3, H, W) in [0, 1]: the posterior's mode, scaled as pictures are.
+
+    The pipelines draw from the posterior, and the scripts of diffusers forget to bring [0, 1] to [-1, 1].
+    """
+    mean = base.posterior(2.0 * conditioning.float() - 1.0).mean
+    shift = 0.0 if _is_of_instantx(controlnet) else base.latent_shift
+    return ((mean - shift) * base.vae.config["scaling_factor"]).to(base.dtype)
+
+
+def build_controlnet(
+    transformer: Any, copied_blocks: Sequence[int] | None = None, device: str | torch.device | None = None
+) -> Any:
+    """Makes a trainable ControlNet in float32, with the first blocks of the base and zeros where it is tied to it.
+
+    copied_blocks: one number. Default: 12, or for a smaller base the most that work up to half of its blocks. Its
+    configuration says that the pooled text and the VAE's shift are used, which the pipelines else leave out. Raises
+    ValueError for a number that leaves a residual unused.
+    """
+    blocks = int(transformer.config["num_layers"])
+    count = _count(copied_blocks, blocks)
+    settings: dict[str, Any] = shared_settings(SD3ControlNetModel, transformer.config) | dict(
+        num_layers=count, extra_conditioning_channels=0, force_zeros_for_pooled_projection=False
+    )
+    settings["dual_attention_layers"] = tuple(
+        layer for layer in transformer.config["dual_attention_layers"] if layer < count
+    )
+    device = on_device(device, transformer)
+    with device:
+        controlnet: Any = SD3ControlNetModel(**settings)
+    if device.type != "meta":
+        copy_parts(controlnet, transformer, COPIED)
+    return without_dead_ends(controlnet, controlnet.transformer_blocks[-1]).train()
+
+
+def finish_reading(controlnet: Any) -> Any:
+    """Prepares a ControlNet that was read from a file for training."""
+    return without_dead_ends(controlnet, controlnet.transformer_blocks[-1])
+
+
+def _count(copied_blocks: Sequence[int] | None, blocks: int) -> int:
+    if copied_blocks is None:
+        least = max(1, blocks // 2)
+        return next(count for count in range(min(USUAL_BLOCKS, least), 0, -1) if used_but_last(blocks, count))
+    if len(copied_blocks) != 1:
+        raise UserError(f"model.copied_blocks is {list(copied_blocks)}, and this base has one kind of block: give one")
+    check_count("joint", blocks, copied_blocks[0], used_but_last)
+    return copied_blocks[0]
+
+
+FITS = (
+    "patch_size", "in_channels", "attention_head_dim", "num_attention_heads", "joint_attention_dim",
+    "caption_projection_dim", "pooled_projection_dim", "qk_norm", "pos_embed_max_size",
+)  # fmt: skip
+"""Settings that a ControlNet and its base have alike."""
+
+
+def check_usable(config: Any, where: str) -> None:
+    """Raises ValueError for a ControlNet of this class that cannot be used here. where: its folder."""
+    if config.get("joint_attention_dim") is None or not config.get("use_pos_embed", True):
+        raise UserError(
+            f"{where} is one of Stability's ControlNets for SD3.5-large, without text, whose blocks are of another "
+            "kind; they cannot be used yet. Give one that was trained as a copy of the base's blocks"
+        )
+    if config.get("extra_conditioning_channels", 0):
+        raise UserError(
+            f"{where} takes {config['extra_conditioning_channels']} more channels beside the condition's latents, as "
+            "for inpainting, which conditions here do not have"
+        )

@@ -1,0 +1,38 @@
+"""The base of a run, as the run uses it."""
+
+import torch
+
+from controlbooth.data.errors import UserError
+from controlbooth.models.base import Base
+from controlbooth.models.pretrained import load_base
+from controlbooth.models.process import FlowMatching, FlowSettings
+from controlbooth.trainer.config.families import misplaced
+from controlbooth.trainer.config.run import RunConfig, base_path
+
+
+def open_base(config: RunConfig, dtype: torch.dtype, device: str | torch.device) -> Base:
+    """Reads a run's base, with what the run decides about its text encoders and its noise.
+
+    Raises FileNotFoundError and ValueError as `load_base`, and for settings that have no meaning with its family.
+    """
+    model = config.model
+    base = load_base(base_path(config), model.family, dtype, device, t5=model.t5, text_tokens=model.text_tokens)
+    for message in misplaced(config, base.family):
+        raise UserError(message)
+    if isinstance(base.process, FlowMatching):
+        base.process = base.process.with_settings(FlowSettings(**config.flow.model_dump()))
+    side = config.data.resolution
+    if base.family.is_transformer and side % base.pixel_multiple:
+        step = base.pixel_multiple
+        near = sorted({max(1, side // step) * step, -(-side // step) * step})
+        raise UserError(
+            f"data.resolution={side} is not a multiple of {base.pixel_multiple}, the side of a token of "
+            f"{base.family.title} in pixels. Use {' or '.join(map(str, near))}"
+        )
+    places = base.denoiser.config.get("pos_embed_max_size")
+    if base.family.is_transformer and places is not None and side > places * base.pixel_multiple:
+        raise UserError(
+            f"data.resolution={side} is more than {places * base.pixel_multiple}, up to which this base knows places "
+            "in a picture. Lower it"
+        )
+    return base
