@@ -62,6 +62,7 @@ class Family:
     """Whether the network takes each square of 2x2 latent positions as one token with all their channels."""
     text_tokens: int = 0
     """Of T5 in the family's pipelines; 0 without T5."""
+    usual_guidance: float = 7.5
     embeds_guidance: bool = False
     """Whether guidance is a number that the network is told, in place of a second prediction."""
 
@@ -105,6 +106,7 @@ FAMILIES = {
             None,
             denoiser=SD3_PART,
             text_tokens=256,
+            usual_guidance=4.5,
             text_encoders=(
                 Part("text_encoder", PROJECTED, "model", CLIP),
                 Part("text_encoder_2", PROJECTED, "model", CLIP),
@@ -118,6 +120,7 @@ FAMILIES = {
             None,
             denoiser=FLUX_PART,
             text_tokens=512,
+            usual_guidance=3.5,
             packs_latents=True,
             embeds_guidance=True,
             text_encoders=(CLIP_L, _t5("text_encoder_2")),

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from controlbooth.data.files.records import Damaged, parse_yaml, read_yaml
 from controlbooth.data.secrets import without_secrets
 from controlbooth.trainer.config.file_kinds import RUN, kind_of, mistaken_for
-from controlbooth.trainer.config.renamed import rename_keys, renamed, with_new_names
+from controlbooth.trainer.config.renamed import rename_keys, renamed
 from controlbooth.trainer.config.run import RESOLVED, RunConfig
 from controlbooth.trainer.config.section import ConfigError
 
@@ -147,11 +147,17 @@ def dump(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+FOLLOWS_BASE = {"validation.guidance_scale"}
+"""Fields that a run may leave to its base's family; what was saved has the number."""
+
+
 def changes(before: str, now: str) -> list[str]:
     """`section.key: old -> new` of each field that differs between two dumps."""
-    old, new = (with_new_names(dict(_leaves(yaml.safe_load(text)))) for text in (before, now))
+    old, new = (dict(_leaves(yaml.safe_load(text))) for text in (before, now))
     names = [*new, *(name for name in old if name not in new)]
-    return [f"{n}: {old.get(n)} -> {new.get(n)}" for n in names if old.get(n) != new.get(n)]
+    changed = [name for name in names if old.get(name) != new.get(name)]
+    left = {name for name in FOLLOWS_BASE if new.get(name) is None}
+    return [f"{name}: {old.get(name)} -> {new.get(name)}" for name in changed if name not in left]
 
 
 def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

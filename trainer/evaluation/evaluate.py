@@ -100,7 +100,8 @@ def evaluate(target: Evaluated, options: argparse.Namespace, world: World) -> in
     if target.saved is not None:
         remedy = f"Put it back as it was, or say --base {target.base} to measure on what it is now"
         check_same_base(target.saved, base, f"at step {target.step}", remedy)
-    target = replace(target, scheduler=target.scheduler or base.process.samplers[0])
+    guidance = target.guidance or base.family.usual_guidance
+    target = replace(target, scheduler=target.scheduler or base.process.samplers[0], guidance=guidance)
     controlled, controlnet = load_networks(target.weights, base)
     controlnet.eval().requires_grad_(False).to(world.device)
     side = target.resolution or base.picture_size[0]
