@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -524,29 +525,14 @@ def test_mlflow_has_a_run_with_a_child_for_each_subject(measured):
 
 
 def test_two_ranks_share_the_subjects_and_print_the_same_figures(measured):
-    import os
     import shutil
-    import subprocess
-    import sys
 
     assert dreambooth_measure.main([str(measured), "--prompts", "2", "--images", "2"]) == 0
     before, pictures_before = json.loads((measured / "measures.json").read_text()), drawn_files(measured)
     for path in measured.glob("subjects/*/pictures"):
         shutil.rmtree(path)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [
-        "-m",
-        "controlbooth.launch.cli",
-        "dreambooth",
-        "measure",
-        str(measured),
-        "--prompts",
-        "2",
-        "--images",
-        "2",
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    words = ["-m", "controlbooth.launch.cli", "dreambooth", "measure", measured, "--prompts", "2", "--images", "2"]
+    done = forked.run(2, words, timeout=600, **forked.BEFORE_IMPORTS)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.count("3 subjects, 2 prompts x 2 images") == 1
     after = json.loads((measured / "measures.json").read_text())

@@ -72,6 +72,23 @@ ONE = Footprint(
 SPEED = Speed(device=1.0, launch_seconds=1e-5)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def each_step_once():
+    """Follows each step on fake tensors once for all tests of this file: it takes seconds, and is the same again."""
+    follow, found = footprint, {}
+
+    def once(config, *arguments, **options):
+        asked = config.model_dump_json(), arguments, *options.items()
+        if asked not in found:
+            found[asked] = follow(config, *arguments, **options)
+        return found[asked]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choices, "footprint", once)
+        patch.setitem(globals(), "footprint", once)
+        yield
+
+
 @pytest.fixture(scope="module")
 def bases(base_folder, tmp_path_factory):
     """A folder with tiny bases by family."""
