@@ -100,6 +100,7 @@ def test_hostile_contents_are_refused_in_one_line_or_read(tmp_path, kind, conten
     assert kind == "yaml" or not found
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(CONTENTS)
 def test_whatever_lies_there_is_read_with_its_fields_or_refused(tmp_path_factory, content):

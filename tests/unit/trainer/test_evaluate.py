@@ -74,6 +74,7 @@ def evaluated(studio, tmp_path_factory):
     return folder, result, rows, printed.getvalue()
 
 
+@pytest.mark.slow
 def test_a_controlnet_without_its_run_is_measured_by_every_figure_of_its_kind(studio, evaluated):
     folder, result, rows, shown = evaluated
     assert "10 held-out conditions" in shown and "edge f1" in shown and "KID" not in shown
@@ -104,6 +105,7 @@ def test_a_controlnet_without_its_run_is_measured_by_every_figure_of_its_kind(st
     assert (folder / "evaluation.png").exists() and len(json.loads((folder / "ends.json").read_text())["best"]) == 5
 
 
+@pytest.mark.slow
 def test_as_many_conditions_as_there_are_are_measured_where_nobody_says_how_many(studio, tmp_path):
     data = ["--data", str(studio / "shards"), "--condition", "depth", "--base", "miniature", "--steps", "1"]
     assert main([str(studio / "depth"), *data, "-o", str(tmp_path)]) == 0
@@ -119,6 +121,7 @@ def test_a_run_of_subjects_is_neither_evaluated_nor_reported_but_told_its_own_ve
             verb([str(tmp_path)])
 
 
+@pytest.mark.slow
 def test_pictures_that_are_there_are_not_drawn_again_and_missing_ones_are(studio, evaluated, tmp_path):
     folder, first, rows, _ = evaluated
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
@@ -224,6 +227,7 @@ def test_a_run_that_nothing_tells_control_of_cannot_be_asked_to_end_by_it(kind, 
         begin(str(tmp_path / "edges"))
 
 
+@pytest.mark.slow
 def test_pictures_without_control_are_as_large_as_the_others_where_the_base_makes_another_size(studio, tmp_path):
     result, _ = run(studio, tmp_path, "--resolution", "32", "--samples", "2")
     assert result["figures"]["without control"].keys() >= {"edge_f1"}

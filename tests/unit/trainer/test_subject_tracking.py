@@ -74,6 +74,7 @@ def wait_for(condition, seconds=30.0):
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_a_subject_waits_trains_and_ends_in_one_run_below_that_of_the_job(output):
     tracking = start(output)
     with tracking.open({}) as closing:
@@ -115,6 +116,7 @@ def test_steps_that_are_repeated_after_a_restart_are_there_once(output):
     assert [step for step, _, _ in read_metrics(output / "pets" / "subjects" / "rex")] == list(range(1, 8))
 
 
+@pytest.mark.slow
 def test_many_subjects_take_no_more_threads_and_no_more_open_files_than_few(output):
     import psutil
 
