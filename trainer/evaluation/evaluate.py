@@ -114,9 +114,9 @@ def evaluate(target: Evaluated, options: argparse.Namespace, world: World) -> in
     if extract is None and world.rank == 0 and held.kind not in EDGE_KINDS:
         print(what_is_missing(held.kind), file=sys.stderr)
     ways: dict[str, tuple[Any, Sequence[str], float]] = {
-        WITHOUT: (None, held.captions, target.guidance),
-        WITH: (controlnet, held.captions, target.guidance),
-        NO_PROMPT: (controlnet, [""] * len(held.keys), 1.0),
+        WITHOUT: (None, held.captions, guidance),
+        WITH: (controlnet, held.captions, guidance),
+        NO_PROMPT: (controlnet, [""] * len(held.keys), guidance if base.family.embeds_guidance else 1.0),
     }
     mine = rows_of(world, len(held.keys))
     images: dict[str, np.ndarray] = {}

@@ -81,6 +81,7 @@ def sharded(base: Path, part: str, index: bool = True) -> list[Path]:
     return parts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("part", "index"), [("unet", True), ("vae", False), ("text_encoder_2", True)])
 def test_a_network_in_several_files_is_read_whole_or_refused(part, index, copied, base_folder):
     base = copied("sdxl")
@@ -126,6 +127,7 @@ def test_names_that_libraries_gave_before_and_tensors_that_they_leave_out_are_no
         assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in one.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_base_is_what_the_libraries_read_of_a_whole_folder(family, base_folder):
     import diffusers
@@ -162,6 +164,7 @@ def test_a_tokenizer_that_is_not_whole_is_refused(file, copied):
         load_base(base)
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_damaged_folder_is_refused_by_name_or_is_no_other_base_in_silence(data, base_folder, load_tiny, tmp_path):
@@ -229,6 +232,7 @@ def test_a_scheduler_that_such_a_unet_cannot_have_been_trained_with_is_refused(c
         load_base(file.parents[1], device="meta")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(NOISE_SCHEDULERS))
 def test_every_scheduler_of_the_same_noise_is_read(name, copied):
     """As diffusers writes it by default, with Stable Diffusion's betas."""

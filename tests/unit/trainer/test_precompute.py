@@ -107,6 +107,7 @@ def both(config, base, dataset, latent_cache, steps):
             yield from zip(next(plain).micro_batches, next(cached).micro_batches, strict=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "flip"),
     [
@@ -158,6 +159,7 @@ def test_the_steps_of_a_bfloat16_base_are_bitwise_equal_too(base_folder, tmp_pat
             assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.slow
 def test_latents_of_aspect_ratio_buckets_have_the_shapes_of_their_pictures(base_folder, tmp_path):
     write_shards(tmp_path / "shards", lambda i: (16, 64) if i % 2 else (48, 48))
     config = run_config(base_folder("sd15"), tmp_path, max_aspect_ratio=4.0, aspect_step=16)
