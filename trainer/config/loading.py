@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from controlbooth.data.files.records import Damaged, parse_yaml, read_yaml
 from controlbooth.data.secrets import without_secrets
 from controlbooth.trainer.config.file_kinds import RUN, kind_of, mistaken_for
-from controlbooth.trainer.config.renamed import rename_keys, renamed
+from controlbooth.trainer.config.renamed import rename_keys, renamed, with_new_names
 from controlbooth.trainer.config.run import RESOLVED, FlowConfig, ModelConfig, RunConfig
 from controlbooth.trainer.config.section import ConfigError
 
@@ -173,7 +173,7 @@ FOLLOWS_BASE = {"validation.guidance_scale"}
 
 def changes(before: str, now: str) -> list[str]:
     """`section.key: old -> new` of each field that differs between two dumps."""
-    old, new = (dict(_leaves(yaml.safe_load(text))) for text in (before, now))
+    old, new = (with_new_names(dict(_leaves(yaml.safe_load(text)))) for text in (before, now))
     names = [*new, *(name for name in old if name not in new)]
     changed = [name for name in names if old.get(name) != new.get(name)]
     left = {name for name in FOLLOWS_BASE if new.get(name) is None} | {name for name in LATER if name not in old}
