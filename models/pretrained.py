@@ -33,7 +33,7 @@ from controlbooth.models.controlnet import build_controlnet
 from controlbooth.models.controlnet_variants import VariantControlNet
 from controlbooth.models.denoisers import DENOISERS, check_fits, denoiser_of
 from controlbooth.models.identity import base_identity, weights_digests
-from controlbooth.models.loading import fill, load_module, read_tensors
+from controlbooth.models.loading import fill, load_module
 from controlbooth.models.noise_schedule import make_noise_scheduler, read_noise_scheduler
 from controlbooth.models.process import Diffusion, FlowMatching, Process
 from controlbooth.models.recognition import (
@@ -49,6 +49,7 @@ from controlbooth.models.recognition import (
     recognise_folder,
     scheduler_file,
 )
+from controlbooth.models.stored import stored_tensors
 from controlbooth.models.weight_files import read_json, weights_files
 from controlbooth.models.weights import save_pretrained
 
@@ -194,7 +195,7 @@ def _load_single_file(path: Path, requested: str, dtype: torch.dtype, empty: boo
     """A checkpoint in the original layout. Its tokenizer, and a scheduler_config.json if any, lie beside it."""
     family = recognise_file(path, requested)
     tokenizers = tuple(_load_tokenizer(path.parent, name) for name in family.tokenizers)
-    state = read_tensors([path], empty)
+    state = stored_tensors([path], empty)
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
     process = Diffusion(_single_file_scheduler(path, family, state, metadata))
@@ -273,7 +274,7 @@ def read_controlnet(path: Path, unet: Any, dtype: torch.dtype = torch.float32) -
             f"{path} is a single file, and ControlNets of {type(unet).__name__} are read from diffusers folders: give "
             "the folder with config.json and diffusion_pytorch_model.safetensors"
         )
-    weights = read_tensors([path], empty)
+    weights = stored_tensors([path], empty)
     widths = single_file.hint_channels(weights, str(path))
     check_condition_channels(single_file.condition_channels(weights), str(path))
     controlnet = build_controlnet(unet, widths, device="meta")
