@@ -137,9 +137,9 @@ def build_base(
     with init_empty_weights(include_buffers=False):
         unet, vae = UNet2DConditionModel(**architecture.unet), AutoencoderKL(**architecture.vae)
     named = f"the U-Net of {where}"
-    fill(unet, _converted(convert_ldm_unet_checkpoint, state, _UNET, named, unet.config), dtype, named)
+    fill(unet, converted(convert_ldm_unet_checkpoint, state, _UNET, named, unet.config), dtype, named)
     named = f"the VAE of {where}"
-    weights = _converted(convert_ldm_vae_checkpoint, state, _VAE, named, vae.config)
+    weights = converted(convert_ldm_vae_checkpoint, state, _VAE, named, vae.config)
     fill(vae, weights, vae_dtype(vae.config, dtype), named)
     classes = (CLIPTextModel, CLIPTextModelWithProjection)
     encoders = []
@@ -152,7 +152,7 @@ def build_base(
     return unet, vae, tuple(encoders)
 
 
-def _converted(
+def converted(
     convert: Callable[..., dict[str, Any]], state: Mapping[str, Stored], prefix: str, where: str, *arguments: Any
 ) -> dict[str, Stored]:
     """What diffusers makes of the tensors under a prefix. Raises ValueError for one that is missing or not asked for.
@@ -168,8 +168,8 @@ def _converted(
     taken = frozenset[str]().union(*(stored.names for stored in made.values()))
     unknown = [
         name
-        for name in state
-        if name.startswith(prefix) and name not in taken and not _LEFT_OUT.search(name.removeprefix(prefix))
+        for name, stored in state.items()
+        if name.startswith(prefix) and not stored.names <= taken and not _LEFT_OUT.search(name.removeprefix(prefix))
     ]
     if unknown:
         raise UserError(
@@ -194,7 +194,7 @@ def _text_weights(state: Mapping[str, Stored], encoder: Any, where: str) -> dict
         prefix = "conditioner.embedders.1.model." if is_second else "cond_stage_model.model."
         beyond = f"{prefix}transformer.resblocks.{encoder.config.num_hidden_layers}."
         own = {name: tensor for name, tensor in state.items() if not name.startswith((beyond, f"{prefix}visual."))}
-        return _converted(lambda found: convert_open_clip_checkpoint(encoder, found, prefix=prefix), own, prefix, where)
+        return converted(lambda found: convert_open_clip_checkpoint(encoder, found, prefix=prefix), own, prefix, where)
     is_first = any(name.startswith("conditioner.embedders.0.") for name in state)
     prefix = "conditioner.embedders.0." if is_first else "cond_stage_model."
-    return _converted(convert_ldm_clip_checkpoint, state, prefix, where)
+    return converted(convert_ldm_clip_checkpoint, state, prefix, where)

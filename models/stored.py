@@ -135,5 +135,6 @@ def _reader(file: Path, entry: Mapping[str, Any], form: Tensor, empty: bool) -> 
     return read
 
 
-def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+def _bytes(tensor: Tensor) -> Any:
+    """The memory of a tensor, to be written into."""
+    return tensor.reshape(-1).view(torch.uint8).numpy()
