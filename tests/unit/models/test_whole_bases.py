@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +10,7 @@ from damaged_bases import apply, damage_tensor, damages, outcome
 from diffusers import ControlNetModel
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from layouts import sharded, weights_of
 from safetensors.torch import load_file, save_file
 
 from controlbooth.models.controlnet import build_controlnet
@@ -30,10 +30,6 @@ TOLD = {
     "nan": "hold values that are no finite numbers",
     "infinite": "hold values that are no finite numbers",
 }
-
-
-def weights_of(base: Path, part: str) -> Path:
-    return next((base / part).glob("*.safetensors"))
 
 
 @pytest.fixture
@@ -64,21 +60,6 @@ def test_a_value_beyond_the_range_of_half_precision_is_told_where_it_is_used(cop
     load_base(base)  # a float32
     with pytest.raises(ValueError, match="beyond the range of float16. Use bf16 or fp32"):
         load_base(base, dtype=torch.float16)
-
-
-def sharded(base: Path, part: str, index: bool = True) -> list[Path]:
-    """Splits a network's file into two, as the libraries write those above 5 or 10 GB."""
-    whole = weights_of(base, part)
-    weights, names = load_file(whole), {}
-    parts = [whole.with_name(whole.name.replace(".safetensors", f"-0000{n}-of-00002.safetensors")) for n in (1, 2)]
-    for number, file in enumerate(parts):
-        own = {name: tensor for row, (name, tensor) in enumerate(sorted(weights.items())) if row % 2 == number}
-        save_file(own, file, metadata={"format": "pt"})
-        names |= dict.fromkeys(own, file.name)
-    whole.unlink()
-    if index:
-        (whole.parent / f"{whole.name}.index.json").write_text(json.dumps({"weight_map": names}))
-    return parts
 
 
 @pytest.mark.slow
