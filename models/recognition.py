@@ -62,6 +62,8 @@ class Family:
     """Whether the network takes each square of 2x2 latent positions as one token with all their channels."""
     text_tokens: int = 0
     """Of T5 in the family's pipelines; 0 without T5."""
+    condition_entry: str = "latents"
+    """Of a transformer: what its ControlNets read of a condition unless a run says otherwise, latents or pixels."""
     embeds_guidance: bool = False
     """Whether guidance is a number that the network is told, in place of a second prediction."""
 
@@ -522,8 +524,10 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-CONTROLNETS = ("ControlNetModel", "VariantControlNet", "SD3ControlNetModel", "FluxControlNetModel")
-"""Classes of ControlNets that are read: diffusers', and one of ours."""
+CONTROLNETS = (
+    "ControlNetModel", "VariantControlNet", "SD3ControlNetModel", "PixelSD3ControlNet", "FluxControlNetModel"
+)  # fmt: skip
+"""Classes of ControlNets that are read: diffusers', and two of ours."""
 
 
 def check_controlnet(config: Mapping[str, Any], where: str) -> None:

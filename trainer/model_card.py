@@ -44,6 +44,8 @@ class Exported:
     """evaluation.json of these very weights, where `controlbooth evaluate` has measured them."""
     unet: bool = False
     """Whether unet/ lies there too, with a decoder that has learned with the ControlNet."""
+    pixels: bool = False
+    """Of a transformer: whether its ControlNet reads pixels, which pipelines of diffusers do not give it."""
 
 
 def model_card(exported: Exported) -> str:
@@ -90,6 +92,8 @@ def usage(exported: Exported) -> str:
     load = "from_single_file" if base.endswith(".safetensors") else "from_pretrained"
     size = config.data.resolution
     model = config.model
+    if exported.pixels:
+        return pixel_usage(exported, base_name, base_line)
     if exported.family in CLASSES:
         return transformer_usage(exported, base_name, variant)
     if model.trainable_copy == "full" and model.hint_network == "released":
@@ -153,6 +157,33 @@ picture = pipeline(
     generator=torch.Generator().manual_seed(0),
 ).images[0]
 picture.save("picture.png")
+"""
+
+
+def pixel_usage(exported: Exported, base_name: str, base_line: str) -> str:
+    """The same for a ControlNet that reads pixels, with controlbooth, since diffusers gives SD3's latents alone."""
+    config, size = exported.config, exported.config.data.resolution
+    return f"""\
+import numpy as np
+import torch
+{base_line}from controlbooth.models.pretrained import load_base, load_controlnet
+from controlbooth.models.sampling import Control, sample
+from PIL import Image
+
+base = load_base({base_name})
+controlnet = load_controlnet(".", base.denoiser)
+condition = Image.open("condition.png").convert("RGB")
+assert condition.size == ({size}, {size}), "make the condition at {size} x {size} pixels: shrinking blurs lines"
+pixels = torch.from_numpy(np.array(condition)).permute(2, 0, 1)[None] / 255
+picture = sample(
+    base,
+    ["a prompt like the captions of the training set"],
+    [Control(controlnet, pixels)],
+    seeds=[0],
+    steps={config.validation.sampling_steps},
+    guidance_scale={config.validation.guidance_scale},
+)[0]
+Image.fromarray(picture.numpy()).save("picture.png")
 """
 
 

@@ -11,8 +11,9 @@ def misplaced(config: RunConfig, family: Family) -> list[str]:
     model, optimizer = ModelConfig.model_fields, OptimizerConfig.model_fields
     fields: list[tuple[str, Any, Any]]
     if family.is_transformer:
+        pixels = (config.model.condition_entry or family.condition_entry) == "pixels"
         names = (
-            "hint_channels",
+            *(() if pixels else ("hint_channels",)),
             "hint_network",
             "trainable_copy",
             "connections",
@@ -25,12 +26,16 @@ def misplaced(config: RunConfig, family: Family) -> list[str]:
             fields.append(("model.t5", config.model.t5, True))
         kind = "U-Net" if family.name == "sd3" else "U-Net, or SD3,"
     else:
-        names = ("copied_blocks", "t5", "text_tokens")
+        names = ("copied_blocks", "condition_entry", "t5", "text_tokens")
         fields = [(f"model.{name}", getattr(config.model, name), model[name].default) for name in names]
         flow = type(config.flow)
         fields += [(f"flow.{n}", getattr(config.flow, n), field.default) for n, field in flow.model_fields.items()]
         kind = "base of flow matching (SD3, FLUX.1)"
-    return [
+    refused = []
+    if family.name == "flux" and config.model.condition_entry == "pixels":
+        told = f"model.condition_entry=pixels is for SD3, and conditions of {family.title} come in as latents"
+        refused = [f"{told}: leave it out"]
+    return refused + [
         f"{name}={_plain(value)} is for a {kind}, and the base is {family.title}: leave it out"
         for name, value, default in fields
         if value != default
