@@ -124,6 +124,14 @@ FAMILIES = {
             embeds_guidance=True,
             text_encoders=(CLIP_L, _t5("text_encoder_2")),
         ),
+        Family(
+            "miniature-dit",
+            "the miniature with a transformer",
+            "flow",
+            None,
+            denoiser=SD3_PART,
+            condition_entry="pixels",  # its VAE, which has seen scenes alone, loses half of an edge map
+        ),
     )
 }
 
@@ -147,6 +155,8 @@ def identify(config_or_shapes: Mapping[str, Any]) -> Family:
 
 
 _TRANSFORMERS = ("SD3Transformer2DModel", "FluxTransformer2DModel")
+_MINIATURE_CHANNELS = 12
+"""Of the miniature's latents; those of SD3 and SD3.5 have 16. The classes and all other settings are alike."""
 _FLUX_INPUTS = {128: "FLUX.1 Canny or Depth, which takes its condition beside the latents", 384: "FLUX.1 Fill"}
 """Features of a token that a relative of FLUX.1 takes where the text-to-image model takes 64."""
 
@@ -163,7 +173,7 @@ def _identify_transformer_config(config: Mapping[str, Any]) -> Family:
                 f"the transformer takes {inputs} channels and predicts {outputs}: no text-to-image model. Give the "
                 f"text-to-image base that it was made from. {_SUPPORTED}"
             )
-        return FAMILIES["sd3"]
+        return FAMILIES["miniature-dit" if inputs == _MINIATURE_CHANNELS else "sd3"]
     outputs = config.get("out_channels") or inputs
     if outputs != inputs:
         kind = _FLUX_INPUTS.get(inputs, "no text-to-image model")
@@ -313,7 +323,10 @@ def recognise_folder(folder: Path, requested: str = "auto") -> Family:
     if config.is_file():
         tree = read_json(config)
         try:
-            family = check_family(requested, identify(tree), str(folder))
+            found = identify(tree)
+            if found.name == "miniature-dit" and (folder / "text_encoder_2").is_dir():
+                found = FAMILIES["sd3"]
+            family = check_family(requested, found, str(folder))
             return family.without_t5() if _leaves_t5_out(index, family) else family
         except ValueError as error:
             title = title or next(

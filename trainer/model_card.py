@@ -21,7 +21,12 @@ PIPELINES = {
     "flux": "FluxControlNetPipeline",
 }
 CLASSES = {"sd3": "SD3ControlNetModel", "flux": "FluxControlNetModel"}
-TAGS = {"sdxl": "stable-diffusion-xl", "sd3": "stable-diffusion-3", "flux": "flux"}
+TAGS = {
+    "sdxl": "stable-diffusion-xl",
+    "sd3": "stable-diffusion-3",
+    "flux": "flux",
+    "miniature-dit": "stable-diffusion-3",
+}
 UNPUBLISHED = ("output", "tracking")
 """Sections of a run's configuration that say where it ran, not what it is, and may hold addresses and passwords."""
 
@@ -92,8 +97,8 @@ def usage(exported: Exported) -> str:
     load = "from_single_file" if base.endswith(".safetensors") else "from_pretrained"
     size = config.data.resolution
     model = config.model
-    if exported.pixels:
-        return pixel_usage(exported, base_name, base_line)
+    if exported.pixels or exported.family == "miniature-dit":
+        return own_usage(exported, base_name, base_line)
     if exported.family in CLASSES:
         return transformer_usage(exported, base_name, variant)
     if model.trainable_copy == "full" and model.hint_network == "released":
@@ -160,8 +165,9 @@ picture.save("picture.png")
 """
 
 
-def pixel_usage(exported: Exported, base_name: str, base_line: str) -> str:
-    """The same for a ControlNet that reads pixels, with controlbooth, since diffusers gives SD3's latents alone."""
+def own_usage(exported: Exported, base_name: str, base_line: str) -> str:
+    """The same with controlbooth, for what no pipeline of diffusers does: give a ControlNet of SD3's class pixels, or
+    make SD3's text encodings with one encoder."""
     config, size = exported.config, exported.config.data.resolution
     return f"""\
 import numpy as np

@@ -26,7 +26,7 @@ BUILT_IN = "miniature"
 class ModelConfig(Section):
     base: str
     """A diffusers folder, a single .safetensors file, or `miniature` for the model shipped with controlbooth."""
-    family: Literal["auto", "sd15", "sd21", "sdxl", "miniature", "sd3", "flux"] = "auto"
+    family: Literal["auto", "sd15", "sd21", "sdxl", "miniature", "sd3", "flux", "miniature-dit"] = "auto"
     """What the base is; `auto` reads it from the base's own configuration."""
     controlnet: str = "unet"
     """`unet`, or `base`, copies the trainable part from the base; a diffusers ControlNet folder continues from those
@@ -36,7 +36,8 @@ class ModelConfig(Section):
     and single ones). Default: these, or up to half of a smaller base."""
     condition_entry: Literal["latents", "pixels"] | None = None
     """What a ControlNet of SD3 reads of a condition: its latents in the base's VAE, or its pixels, by a hint network.
-    Pixels keep fine lines that a VAE may lose; pipelines of diffusers know latents alone. Default: latents."""
+    Pixels keep fine lines that a VAE may lose; pipelines of diffusers know latents alone. Default: latents,
+    or pixels for the miniature with a transformer."""
     t5: bool = True
     """Whether SD3's third text encoder, T5, is used; without it zeros stand in its place, as in the pipelines."""
     text_tokens: int | None = Field(default=None, ge=1, le=512)

@@ -1,5 +1,6 @@
 """ControlNets of SD3's class that read the pixels of a condition."""
 
+import shutil
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from controlbooth.models import flux, sd3
 from controlbooth.models.denoisers import control_residuals, denoise, encode_condition, parameter_report, predict
 from controlbooth.models.pixel_controlnet import PixelSD3ControlNet
 from controlbooth.models.pretrained import load_base, load_controlnet, save_controlnet
-from controlbooth.models.recognition import FAMILIES
+from controlbooth.models.recognition import FAMILIES, identify, recognise_folder
 from controlbooth.models.sampling import Control, sample
 from controlbooth.models.text import encode_prompts
 from controlbooth.models.transformer_copy import fixed_tensors
@@ -22,9 +23,9 @@ from controlbooth.trainer.export import base_like
 SIZE, WIDTHS = 32, (4, 8, 8, 16)
 
 
-@pytest.fixture
-def base(base_folder):
-    return load_base(base_folder("sd3"), text_tokens=T5_TOKENS)
+@pytest.fixture(params=["sd3", "miniature-dit"])
+def base(request, base_folder):
+    return load_base(base_folder(request.param), text_tokens=T5_TOKENS)
 
 
 def pixel_controlnet(base) -> Any:
@@ -70,10 +71,11 @@ def test_all_but_the_hint_network_is_the_ordinary_copy_and_tokens_lie_as_the_lat
     moved(controlnet)
     condition = torch.zeros(1, 3, SIZE, 2 * SIZE)
     tokens = controlnet.pos_embed_input(condition)
-    assert tokens.shape == (1, 2 * 4, controlnet.inner_dim)
+    rows = SIZE // base.pixel_multiple
+    assert tokens.shape == (1, rows * 2 * rows, controlnet.inner_dim)
     condition[..., -1, -1] = 1.0
-    changed = (controlnet.pos_embed_input(condition) != tokens).any(dim=2)[0]
-    assert changed[7] and not changed[:6].any()  # rows of four: the last token, whose corner it is
+    changed = (controlnet.pos_embed_input(condition) != tokens).any(dim=2)[0].view(rows, 2 * rows)
+    assert changed[-1, -1] and not changed[0].any() and not changed[:, :rows].any()
 
 
 def test_a_sparse_condition_reaches_the_last_layer_at_the_size_it_had(base):
@@ -116,7 +118,7 @@ def test_it_is_saved_and_read_again_and_continues_as_the_same(base, tmp_path):
     checkpointed = load_controlnet(tmp_path, base.denoiser)
     checkpointed.enable_gradient_checkpointing()
     assert all(map(torch.equal, control_residuals(checkpointed, *arguments).each(), ours))
-    assert base_like(again)["_class_name"] == "SD3Transformer2DModel"
+    assert identify(base_like(again)) == base.family
 
 
 def test_pictures_follow_its_condition_and_the_hint_network_runs_once_for_all_steps(base):
@@ -148,8 +150,11 @@ def test_a_run_chooses_it_for_sd3_and_is_told_where_it_has_no_place(base, load_t
     sd, dev, unet = FAMILIES["sd3"], FAMILIES["flux"], FAMILIES["sd15"]
     pixels = run(condition_entry="pixels", hint_channels=[4, 8, 8, 16], copied_blocks=[2]).model
     made = new_controlnet(base.denoiser, pixels)
+    unsaid = type(new_controlnet(base.denoiser, run().model)).__name__
+    assert unsaid == ("SD3ControlNetModel" if base.family.name == "sd3" else "PixelSD3ControlNet")
     assert isinstance(made, PixelSD3ControlNet) and tuple(made.config["hint_channels"]) == (4, 8, 8, 16)
-    assert type(new_controlnet(base.denoiser, run().model)).__name__ == "SD3ControlNetModel"
+    latents = run(condition_entry="latents").model
+    assert type(new_controlnet(base.denoiser, latents)).__name__ == "SD3ControlNetModel"
     assert misplaced(run(condition_entry="pixels", hint_channels=[4, 8, 8, 16]), sd) == []
     assert misplaced(run(condition_entry="latents"), sd) == misplaced(run(condition_entry="latents"), dev) == []
     (told,) = misplaced(run(hint_channels=[4, 8, 8, 16]), sd)
@@ -160,3 +165,31 @@ def test_a_run_chooses_it_for_sd3_and_is_told_where_it_has_no_place(base, load_t
     assert told.startswith("model.condition_entry=pixels is for a base of flow matching") and "leave it out" in told
     with pytest.raises(ValueError, match="condition_entry=pixels is for Stable Diffusion 3"):
         flux.build_controlnet(load_tiny("flux").denoiser, hint_channels=(4, 8, 8, 16))
+
+
+def test_the_miniature_with_a_transformer_is_told_from_sd3_and_reads_one_text_encoder(base_folder, tmp_path, load_tiny):
+    folder = shutil.copytree(base_folder("miniature-dit"), tmp_path / "base")
+    assert recognise_folder(folder).name == "miniature-dit" and recognise_folder(base_folder("sd3")).name == "sd3"
+    base = load_tiny("miniature-dit")
+    text = encode_prompts(base, ["a cat", ""])
+    ids = base.tokenizers[0](["a cat", ""], padding="max_length", max_length=12, return_tensors="pt").input_ids
+    with torch.no_grad():
+        read = base.text_encoders[0](ids)
+    assert torch.equal(text.encoder_hidden_states, read.last_hidden_state)
+    assert torch.equal(text.added_cond_kwargs["pooled_projections"], read.pooler_output)
+    assert text.added_cond_kwargs.keys() == {"pooled_projections"} and base.text_tokens == 0
+    assert base.process.shift(torch.Size((4, 4))) == 1.0 and base.pixel_multiple == 8
+    (told,) = misplaced(run(text_tokens=20), base.family)
+    assert told.startswith("model.text_tokens=20 is for a base with T5 (SD3, FLUX.1), and the base is the miniature")
+    (told,) = misplaced(run(t5=False), base.family)
+    assert told.startswith("model.t5=False is for a base with T5 as its third text encoder")
+    assert misplaced(run(condition_entry="latents"), base.family) == []
+    (folder / "text_encoder_2").mkdir()
+    assert recognise_folder(folder).name == "sd3"
+
+
+def test_guidance_draws_the_miniature_with_a_transformer_away_from_the_empty_prompt(load_tiny):
+    base = load_tiny("miniature-dit")
+    options: dict[str, Any] = dict(seeds=[1], steps=2, picture_size=(SIZE, SIZE))
+    plain, guided = (sample(base, ["a cat"], guidance_scale=scale, **options) for scale in (1.0, 4.0))
+    assert plain.shape == (1, SIZE, SIZE, 3) and not torch.equal(plain, guided)
