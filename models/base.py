@@ -197,5 +197,10 @@ def _check_texts_fit(base: Base) -> None:
                 f"{where}: T5 gives {encoder.config.d_model} features, and the transformer's joint_attention_dim is "
                 f"{joint}"
             )
+    if base.family.name == "miniature-dit" and clips[0].config.hidden_size != joint:
+        raise UserError(
+            f"{where}: the text encoder gives {clips[0].config.hidden_size} features, and the transformer's "
+            f"joint_attention_dim is {joint}"
+        )
     if base.family.name == "sd3" and sum(encoder.config.hidden_size for encoder in clips) > joint:
         raise UserError(f"{where}: the CLIP text encoders give more features than joint_attention_dim={joint}")

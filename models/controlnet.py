@@ -18,7 +18,14 @@ from torch import Tensor, nn
 from controlbooth.data.errors import UserError
 from controlbooth.models.architectures import VAE_FACTOR
 from controlbooth.models.base import for_convolutions
-from controlbooth.models.controlnet_variants import HintNetwork, TrainableCopy, VariantControlNet, start_gaussian
+from controlbooth.models.controlnet_variants import (
+    RELU_GAIN,
+    SILU_GAIN,
+    HintNetwork,
+    TrainableCopy,
+    VariantControlNet,
+    start_gaussian,
+)
 from controlbooth.models.residuals import Residuals
 from controlbooth.models.text import TextEncoding
 
@@ -138,11 +145,6 @@ def _start(controlnet: Any, unet: Any, trainable_copy: str, connections: str, hi
     if connections == "gaussian":
         hint = controlnet.controlnet_cond_embedding
         start_gaussian([hint.conv_out, *controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block], 1.0)
-
-
-SILU_GAIN = 1.68
-"""1 / sqrt(E[silu(x)^2]) for normal x: what a layer must multiply by for the next one to see the same variance."""
-RELU_GAIN = 2**0.5
 
 
 def _start_hint_network(controlnet: ControlNetModel, gain: float) -> None:

@@ -72,14 +72,17 @@ class VariantControlNet(ControlNetModel):
         return tuple(down), self.controlnet_mid_block(hidden) * conditioning_scale
 
 
-def _accepted() -> inspect.Signature:
-    """diffusers keeps those entries of a folder's configuration that the constructor's signature names."""
-    myself, *own, _ = inspect.signature(VariantControlNet.__init__).parameters.values()
-    theirs = list(inspect.signature(ControlNetModel.__init__).parameters.values())[1:]
+def accepted(kind: type, parent: type) -> inspect.Signature:
+    """Makes the signature of a class of ours whose constructor hands `**config` on to that of diffusers.
+
+    diffusers keeps those entries of a folder's configuration that the constructor's signature names.
+    """
+    myself, *own, _ = inspect.signature(kind.__init__).parameters.values()
+    theirs = list(inspect.signature(parent.__init__).parameters.values())[1:]
     return inspect.Signature([myself, *(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*own, *theirs))])
 
 
-VariantControlNet.__init__.__signature__ = _accepted()  # type: ignore[attr-defined]
+VariantControlNet.__init__.__signature__ = accepted(VariantControlNet, ControlNetModel)  # type: ignore[attr-defined]
 
 
 class PaperHintNetwork(nn.Module):
@@ -119,6 +122,11 @@ def _one_convolution_a_block(widths: list[int] | tuple[int, ...], layers_per_blo
         if number < len(widths) - 1:
             convolutions.append(nn.Conv2d(width, width, 3, stride=2, padding=1))
     return convolutions
+
+
+SILU_GAIN = 1.68
+"""1 / sqrt(E[silu(x)^2]) for normal x: what a layer must multiply by for the next one to see the same variance."""
+RELU_GAIN = 2**0.5
 
 
 def start_gaussian(layers: Any, gain: float) -> None:

@@ -35,6 +35,7 @@ DENOISERS = {
     "VariantControlNet": UNET,
     "SD3Transformer2DModel": SD3,
     "SD3ControlNetModel": SD3,
+    "PixelSD3ControlNet": SD3,
     "FluxTransformer2DModel": FLUX,
     "FluxControlNetModel": FLUX,
 }

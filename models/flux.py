@@ -102,13 +102,23 @@ def encode_condition(base: Any, controlnet: nn.Module, conditioning: Tensor) -> 
 
 
 def build_controlnet(
-    transformer: Any, copied_blocks: Sequence[int] | None = None, device: str | torch.device | None = None
+    transformer: Any,
+    copied_blocks: Sequence[int] | None = None,
+    device: str | torch.device | None = None,
+    *,
+    hint_channels: Sequence[int] | None = None,
 ) -> Any:
     """Makes a trainable ControlNet in float32, with the first blocks of the base and zeros where it is tied to it.
 
     copied_blocks: numbers of double and of single blocks, the second may be 0. Default: 4 and 4, or for a smaller base
-    the most of each that work up to half. Raises ValueError for numbers that leave a residual unused.
+    the most of each that work up to half. Raises ValueError for numbers that leave a residual unused, and for
+    hint_channels, which make conditions come in as pixels.
     """
+    if hint_channels is not None:
+        raise UserError(
+            "model.condition_entry=pixels is for Stable Diffusion 3, and conditions of FLUX.1 come in as latents: "
+            "leave it out"
+        )
     double, single = _counts(copied_blocks, transformer.config["num_layers"], transformer.config["num_single_layers"])
     settings: dict[str, Any] = shared_settings(FluxControlNetModel, transformer.config)
     settings |= dict(num_layers=double, num_single_layers=single)

@@ -35,6 +35,7 @@ from controlbooth.models.denoisers import DENOISERS, check_fits, denoiser_of
 from controlbooth.models.identity import base_identity, weights_digests
 from controlbooth.models.loading import fill, load_module
 from controlbooth.models.noise_schedule import make_noise_scheduler, read_noise_scheduler
+from controlbooth.models.pixel_controlnet import PixelSD3ControlNet
 from controlbooth.models.process import Diffusion, FlowMatching, Process
 from controlbooth.models.recognition import (
     VAE,
@@ -345,7 +346,13 @@ def read_controlnet_folder(folder: Path, dtype: torch.dtype = torch.float32, emp
     return file.finish_reading(controlnet) if hasattr(file, "finish_reading") else controlnet
 
 
-CLASSES: tuple[Any, ...] = (ControlNetModel, VariantControlNet, SD3ControlNetModel, FluxControlNetModel)
+CLASSES: tuple[Any, ...] = (
+    ControlNetModel,
+    VariantControlNet,
+    SD3ControlNetModel,
+    PixelSD3ControlNet,
+    FluxControlNetModel,
+)
 """Of ControlNets."""
 WEIGHTS_STEM = "diffusion_pytorch_model"
 """What diffusers calls the weights of its networks."""

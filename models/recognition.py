@@ -63,6 +63,9 @@ class Family:
     text_tokens: int = 0
     """Of T5 in the family's pipelines; 0 without T5."""
     usual_guidance: float = 7.5
+    """Of its pictures, where nobody says another."""
+    condition_entry: str = "latents"
+    """Of a transformer: what its ControlNets read of a condition unless a run says otherwise, latents or pixels."""
     embeds_guidance: bool = False
     """Whether guidance is a number that the network is told, in place of a second prediction."""
     single_file: architectures.TransformerFile | None = None
@@ -129,6 +132,14 @@ FAMILIES = {
             embeds_guidance=True,
             text_encoders=(CLIP_L, _t5("text_encoder_2")),
         ),
+        Family(
+            "miniature-dit",
+            "the miniature with a transformer",
+            "flow",
+            None,
+            denoiser=SD3_PART,
+            condition_entry="pixels",  # its VAE, which has seen scenes alone, loses half of an edge map
+        ),
     )
 }
 
@@ -152,6 +163,8 @@ def identify(config_or_shapes: Mapping[str, Any]) -> Family:
 
 
 _TRANSFORMERS = ("SD3Transformer2DModel", "FluxTransformer2DModel")
+_MINIATURE_CHANNELS = 12
+"""Of the miniature's latents; those of SD3 and SD3.5 have 16. The classes and all other settings are alike."""
 _FLUX_INPUTS = {128: "FLUX.1 Canny or Depth, which takes its condition beside the latents", 384: "FLUX.1 Fill"}
 """Features of a token that a relative of FLUX.1 takes where the text-to-image model takes 64."""
 
@@ -168,7 +181,7 @@ def _identify_transformer_config(config: Mapping[str, Any]) -> Family:
                 f"the transformer takes {inputs} channels and predicts {outputs}: no text-to-image model. Give the "
                 f"text-to-image base that it was made from. {_SUPPORTED}"
             )
-        return FAMILIES["sd3"]
+        return FAMILIES["miniature-dit" if inputs == _MINIATURE_CHANNELS else "sd3"]
     outputs = config.get("out_channels") or inputs
     if outputs != inputs:
         kind = _FLUX_INPUTS.get(inputs, "no text-to-image model")
@@ -400,7 +413,10 @@ def recognise_folder(folder: Path, requested: str = "auto") -> Family:
     if config.is_file():
         tree = read_json(config)
         try:
-            family = check_family(requested, identify(tree), str(folder))
+            found = identify(tree)
+            if found.name == "miniature-dit" and (folder / "text_encoder_2").is_dir():
+                found = FAMILIES["sd3"]
+            family = check_family(requested, found, str(folder))
             return family.without_t5() if _leaves_t5_out(index, family) else family
         except ValueError as error:
             title = title or next(
@@ -611,8 +627,10 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-CONTROLNETS = ("ControlNetModel", "VariantControlNet", "SD3ControlNetModel", "FluxControlNetModel")
-"""Classes of ControlNets that are read: diffusers', and one of ours."""
+CONTROLNETS = (
+    "ControlNetModel", "VariantControlNet", "SD3ControlNetModel", "PixelSD3ControlNet", "FluxControlNetModel"
+)  # fmt: skip
+"""Classes of ControlNets that are read: diffusers', and two of ours."""
 
 
 def check_controlnet(config: Mapping[str, Any], where: str) -> None:

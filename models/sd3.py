@@ -1,7 +1,8 @@
 """Stable Diffusion 3 and 3.5: an MMDiT (arXiv 2403.03206), and its ControlNet.
 
-The ControlNet copies the first blocks. Its condition comes in as latents, by a patch embedding that starts at zero,
-and each copied block ends in a linear layer that starts at zero. Block i of the base adds residual int(i / interval).
+The ControlNet copies the first blocks. Its condition comes in as latents, by a patch embedding that starts at zero, or
+as pixels, by a hint network whose last layer does; each copied block ends in a linear layer that starts at zero. Block
+i of the base adds residual int(i / interval).
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from diffusers import SD3ControlNetModel
 from torch import Tensor, nn
 
 from controlbooth.data.errors import UserError
+from controlbooth.models.pixel_controlnet import PixelSD3ControlNet
 from controlbooth.models.residuals import Residuals
 from controlbooth.models.text import TextEncoding
 from controlbooth.models.transformer_copy import (
@@ -50,7 +52,7 @@ def denoise(
 def control_residuals(
     controlnet: nn.Module, noisy_latents: Tensor, times: Tensor, text: TextEncoding, condition: Tensor, scale: float
 ) -> Residuals:
-    """Runs the ControlNet, or an engine around one. condition: latents (B, 16, h, w), see `encode_condition`."""
+    """Runs the ControlNet, or an engine around one. condition: as `encode_condition` makes it."""
     dtype = next(controlnet.parameters()).dtype
     pooled = text.added_cond_kwargs["pooled_projections"].to(dtype)
     (blocks,) = controlnet(
@@ -75,21 +77,29 @@ def _is_of_instantx(controlnet: nn.Module) -> bool:
 def encode_condition(base: Any, controlnet: nn.Module, conditioning: Tensor) -> Tensor:
     """Makes latents (B, 16, h, w) of conditions (B, 3, H, W) in [0, 1]: the posterior's mode, scaled as pictures are.
 
-    The pipelines draw from the posterior, and the scripts of diffusers forget to bring [0, 1] to [-1, 1].
+    A ControlNet that reads pixels gets the conditions as they are. The pipelines draw from the posterior, and the
+    scripts of diffusers forget to bring [0, 1] to [-1, 1].
     """
+    if isinstance(getattr(controlnet, "module", controlnet), PixelSD3ControlNet):
+        return conditioning
     mean = base.posterior(2.0 * conditioning.float() - 1.0).mean
     shift = 0.0 if _is_of_instantx(controlnet) else base.latent_shift
     return ((mean - shift) * base.vae.config["scaling_factor"]).to(base.dtype)
 
 
 def build_controlnet(
-    transformer: Any, copied_blocks: Sequence[int] | None = None, device: str | torch.device | None = None
+    transformer: Any,
+    copied_blocks: Sequence[int] | None = None,
+    device: str | torch.device | None = None,
+    *,
+    hint_channels: Sequence[int] | None = None,
 ) -> Any:
     """Makes a trainable ControlNet in float32, with the first blocks of the base and zeros where it is tied to it.
 
     copied_blocks: one number. Default: 12, or for a smaller base the most that work up to half of its blocks. Its
-    configuration says that the pooled text and the VAE's shift are used, which the pipelines else leave out. Raises
-    ValueError for a number that leaves a residual unused.
+    configuration says that the pooled text and the VAE's shift are used, which the pipelines else leave out.
+    hint_channels: widths of a hint network, drawn from torch's global generator, for conditions that come in as pixels.
+    Raises ValueError for a number that leaves a residual unused, and for widths that miss the latents' size.
     """
     blocks = int(transformer.config["num_layers"])
     count = _count(copied_blocks, blocks)
@@ -101,9 +111,13 @@ def build_controlnet(
     )
     device = on_device(device, transformer)
     with device:
-        controlnet: Any = SD3ControlNetModel(**settings)
+        controlnet: Any = (
+            SD3ControlNetModel(**settings) if hint_channels is None else PixelSD3ControlNet(hint_channels, **settings)
+        )
     if device.type != "meta":
         copy_parts(controlnet, transformer, COPIED)
+        if hint_channels is not None:
+            controlnet.pos_embed_input.start()
     return without_dead_ends(controlnet, controlnet.transformer_blocks[-1]).train()
 
 

@@ -20,7 +20,7 @@ class TextEncoding:
     encoder_hidden_states: Tensor
     """(B, L, D) in the base's dtype: one vector a token, read by cross-attention."""
     added_cond_kwargs: dict[str, Tensor] = field(default_factory=dict)
-    """SDXL: text_embeds (B, P), the pooled embedding, and time_ids (B, 6) float32, see `time_ids_of`. SD3 and FLUX.1:
+    """SDXL: text_embeds (B, P), the pooled embedding, and time_ids (B, 6) float32, see `time_ids_of`. Transformers:
     pooled_projections (B, P), and of FLUX.1 guidance (B,) float32. Others: empty."""
 
 
@@ -169,6 +169,12 @@ def _clip_and_t5(base: "Base", prompts: list[str]) -> tuple[Tensor, Tensor]:
     return _t5(base, 1, prompts), base.text_encoders[0](_tokens(base, 0, prompts)).pooler_output
 
 
+def _one_encoder_pooled(base: "Base", prompts: list[str]) -> tuple[Tensor, Tensor]:
+    """The miniature with a transformer: the last layer, normalised, (B, L, D), and the pooled state (B, D)."""
+    read = base.text_encoders[0](_tokens(base, 0, prompts))
+    return read.last_hidden_state, read.pooler_output
+
+
 TEXT_ENCODINGS = {
     "sd15": _last_layer,
     "sd21": _last_layer,
@@ -176,5 +182,6 @@ TEXT_ENCODINGS = {
     "sdxl": _two_encoders,
     "sd3": _three_encoders,
     "flux": _clip_and_t5,
+    "miniature-dit": _one_encoder_pooled,
 }
 """Family name -> (base, prompts) -> hidden states (B, L, D) and pooled embedding (B, P) or None."""

@@ -123,14 +123,18 @@ def _write(run: Path, checkpoint: Path, folder: Path, format: str, dtype: str) -
     if grid.is_file():
         shutil.copyfile(grid, folder / "samples.png")
     evaluation = _evaluation_of(run, state["digest"])
-    exported = Exported(config, state, family.name, family.title, dtype, weights, grid.is_file(), evaluation, unlocked)
+    exported = Exported(
+        config, state, family.name, family.title, dtype, weights, grid.is_file(), evaluation, unlocked,
+        pixels=type(controlnet).__name__ == "PixelSD3ControlNet",
+    )  # fmt: skip
     (folder / "README.md").write_text(model_card(exported))
 
 
 def base_like(controlnet: Any) -> dict[str, Any]:
     """A ControlNet's configuration as one of its base, of which it says all that tells families apart."""
     config = dict(controlnet.config)
-    kinds = {"SD3ControlNetModel": "SD3Transformer2DModel", "FluxControlNetModel": "FluxTransformer2DModel"}
+    sd3, flux = "SD3Transformer2DModel", "FluxTransformer2DModel"
+    kinds = {"SD3ControlNetModel": sd3, "PixelSD3ControlNet": sd3, "FluxControlNetModel": flux}
     kind = kinds.get(type(controlnet).__name__, "UNet2DConditionModel")
     return config | {"_class_name": kind, "out_channels": config["in_channels"]}
 

@@ -21,7 +21,12 @@ PIPELINES = {
     "flux": "FluxControlNetPipeline",
 }
 CLASSES = {"sd3": "SD3ControlNetModel", "flux": "FluxControlNetModel"}
-TAGS = {"sdxl": "stable-diffusion-xl", "sd3": "stable-diffusion-3", "flux": "flux"}
+TAGS = {
+    "sdxl": "stable-diffusion-xl",
+    "sd3": "stable-diffusion-3",
+    "flux": "flux",
+    "miniature-dit": "stable-diffusion-3",
+}
 UNPUBLISHED = ("output", "tracking")
 """Sections of a run's configuration that say where it ran, not what it is, and may hold addresses and passwords."""
 
@@ -44,6 +49,8 @@ class Exported:
     """evaluation.json of these very weights, where `controlbooth evaluate` has measured them."""
     unet: bool = False
     """Whether unet/ lies there too, with a decoder that has learned with the ControlNet."""
+    pixels: bool = False
+    """Of a transformer: whether its ControlNet reads pixels, which pipelines of diffusers do not give it."""
 
 
 def model_card(exported: Exported) -> str:
@@ -90,6 +97,8 @@ def usage(exported: Exported) -> str:
     load = "from_single_file" if base.endswith(".safetensors") else "from_pretrained"
     size = config.data.resolution
     model = config.model
+    if exported.pixels or exported.family == "miniature-dit":
+        return own_usage(exported, base_name, base_line)
     if exported.family in CLASSES:
         return transformer_usage(exported, base_name, variant)
     if model.trainable_copy == "full" and model.hint_network == "released":
@@ -153,6 +162,34 @@ picture = pipeline(
     generator=torch.Generator().manual_seed(0),
 ).images[0]
 picture.save("picture.png")
+"""
+
+
+def own_usage(exported: Exported, base_name: str, base_line: str) -> str:
+    """The same with controlbooth, for what no pipeline of diffusers does: give a ControlNet of SD3's class pixels, or
+    make SD3's text encodings with one encoder."""
+    config, size = exported.config, exported.config.data.resolution
+    return f"""\
+import numpy as np
+import torch
+{base_line}from controlbooth.models.pretrained import load_base, load_controlnet
+from controlbooth.models.sampling import Control, sample
+from PIL import Image
+
+base = load_base({base_name})
+controlnet = load_controlnet(".", base.denoiser)
+condition = Image.open("condition.png").convert("RGB")
+assert condition.size == ({size}, {size}), "make the condition at {size} x {size} pixels: shrinking blurs lines"
+pixels = torch.from_numpy(np.array(condition)).permute(2, 0, 1)[None] / 255
+picture = sample(
+    base,
+    ["a prompt like the captions of the training set"],
+    [Control(controlnet, pixels)],
+    seeds=[0],
+    steps={config.validation.sampling_steps},
+    guidance_scale={config.validation.guidance_scale},
+)[0]
+Image.fromarray(picture.numpy()).save("picture.png")
 """
 
 

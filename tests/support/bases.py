@@ -65,6 +65,12 @@ FLUX = dict(
 T5_TOKENS = 20
 UNET_FAMILIES = tuple(UNETS)
 TRANSFORMER_FAMILIES = ("sd3", "flux")
+"""Those that pipelines of diffusers are for."""
+MINIATURE_DIT = SD3 | dict(
+    patch_size=1, in_channels=12, out_channels=12, joint_attention_dim=16, pooled_projection_dim=16,
+    dual_attention_layers=(),
+)  # fmt: skip
+TRANSFORMERS = {"sd3": SD3, "flux": FLUX, "miniature-dit": MINIATURE_DIT}
 PREDICTION = {"sd15": "epsilon", "sd21": "v_prediction", "sdxl": "epsilon", "miniature": "v_prediction"}
 
 
@@ -124,19 +130,26 @@ def write_transformer_base(folder: Path, family: str) -> Path:
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     torch.manual_seed(0)
-    transformer = SD3Transformer2DModel(**SD3) if family == "sd3" else FluxTransformer2DModel(**FLUX)
+    settings = TRANSFORMERS[family]
+    transformer = FluxTransformer2DModel(**settings) if family == "flux" else SD3Transformer2DModel(**settings)
     for parameter in transformer.parameters():
         torch.nn.init.normal_(parameter, std=0.1 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5)
     transformer.save_pretrained(folder / "transformer")
+    channels = 12 if family == "miniature-dit" else 4
     vae = AutoencoderKL(
-        **VAE, latent_channels=4, scaling_factor=1.5, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False
+        **VAE,
+        latent_channels=channels,
+        scaling_factor=1.5,
+        shift_factor=0.06,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
     )
     vae.save_pretrained(folder / "vae")
     if family == "sd3":
         clips = [CLIPTextModelWithProjection(text_config(width)) for width in (16, 24)]
     else:
         clips = [CLIPTextModel(text_config(16))]
-    encoders = [*clips, t5((SD3 if family == "sd3" else FLUX)["joint_attention_dim"])]
+    encoders = clips if family == "miniature-dit" else [*clips, t5(settings["joint_attention_dim"])]
     parts = {
         "transformer": ["diffusers", type(transformer).__name__],
         "vae": ["diffusers", "AutoencoderKL"],
@@ -146,19 +159,22 @@ def write_transformer_base(folder: Path, family: str) -> Path:
         name = "text_encoder" if number == 1 else f"text_encoder_{number}"
         beside = name.replace("text_encoder", "tokenizer")
         encoder.save_pretrained(folder / name)
-        (t5_tokenizer() if encoder is encoders[-1] else tokenizer()).save_pretrained(folder / beside)
+        is_t5 = type(encoder).__name__ == "T5EncoderModel"
+        (t5_tokenizer() if is_t5 else tokenizer()).save_pretrained(folder / beside)
         parts[name] = ["transformers", type(encoder).__name__]
-        parts[beside] = ["transformers", "T5TokenizerFast" if encoder is encoders[-1] else "CLIPTokenizer"]
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=family == "flux")
+        parts[beside] = ["transformers", "T5TokenizerFast" if is_t5 else "CLIPTokenizer"]
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        shift=1.0 if family == "miniature-dit" else 3.0, use_dynamic_shifting=family == "flux"
+    )
     scheduler.save_pretrained(folder / "scheduler")
-    pipeline = "StableDiffusion3Pipeline" if family == "sd3" else "FluxPipeline"
+    pipeline = "FluxPipeline" if family == "flux" else "StableDiffusion3Pipeline"
     (folder / "model_index.json").write_text(json.dumps({"_class_name": pipeline} | parts))
     return folder
 
 
 def write_base(folder: Path, family: str) -> Path:
     """A diffusers folder of about 100,000 parameters. Equal weights at every call."""
-    if family in TRANSFORMER_FAMILIES:
+    if family in TRANSFORMERS:
         return write_transformer_base(folder, family)
     import torch
     from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel

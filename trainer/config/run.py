@@ -26,7 +26,7 @@ BUILT_IN = "miniature"
 class ModelConfig(Section):
     base: str
     """A diffusers folder, a single .safetensors file, or `miniature` for the model shipped with controlbooth."""
-    family: Literal["auto", "sd15", "sd21", "sdxl", "miniature", "sd3", "flux"] = "auto"
+    family: Literal["auto", "sd15", "sd21", "sdxl", "miniature", "sd3", "flux", "miniature-dit"] = "auto"
     """What the base is; `auto` reads it from the base's own configuration."""
     controlnet: str = "unet"
     """`unet`, or `base`, copies the trainable part from the base; a diffusers ControlNet folder continues from those
@@ -34,13 +34,18 @@ class ModelConfig(Section):
     copied_blocks: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     """How many of the base's first blocks a ControlNet of a transformer copies: [12] for SD3, [4, 4] for FLUX.1 (double
     and single ones). Default: these, or up to half of a smaller base."""
+    condition_entry: Literal["latents", "pixels"] | None = None
+    """What a ControlNet of SD3 reads of a condition: its latents in the base's VAE, or its pixels, by a hint network.
+    Pixels keep fine lines that a VAE may lose; pipelines of diffusers know latents alone. Default: latents,
+    or pixels for the miniature with a transformer."""
     t5: bool = True
     """Whether SD3's third text encoder, T5, is used; without it zeros stand in its place, as in the pipelines."""
     text_tokens: int | None = Field(default=None, ge=1, le=512)
     """To which T5's prompts are filled up or cut. Default: as in the pipelines, 256 for SD3 and 512 for FLUX.1. What
     fills up is read as words are, so inference wants the same number."""
     hint_channels: tuple[Annotated[int, Field(gt=0)], ...] = (16, 32, 96, 256)
-    """Widths of the network that turns the condition image into the latent grid; one stride of 2 between neighbours."""
+    """Widths of the network that turns the condition image into the latent grid; one stride of 2 between neighbours.
+    With a transformer as the base it is there where `condition_entry` is pixels."""
     hint_network: Literal["released", "paper"] = "released"
     """That of the released code, or the smaller one of the paper's text, whose widths are [16, 32, 64, 128]."""
     trainable_copy: Literal["full", "lite"] = "full"

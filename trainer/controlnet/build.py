@@ -30,6 +30,7 @@ from controlbooth.models.base import Base
 from controlbooth.models.controlnet import ParameterReport, build_controlnet, keep_only_mid_control
 from controlbooth.models.denoisers import denoise, denoiser_of, parameter_report
 from controlbooth.models.pretrained import load_controlnet
+from controlbooth.models.recognition import identify
 from controlbooth.models.text import encode_with_dropout
 from controlbooth.models.unlocked_decoder import UnlockedNetwork
 from controlbooth.trainer.config.loading import changes, dump
@@ -246,7 +247,10 @@ def make_controlnet(config: RunConfig, base: Base) -> Any:
 def new_controlnet(network: Any, model: ModelConfig, device: str | torch.device | None = None) -> Any:
     """Makes the ControlNet that a run begins with, on the device of the base's network unless another is named."""
     if (denoiser := denoiser_of(network)).is_transformer:
-        return denoiser.file.build_controlnet(network, model.copied_blocks, device)
+        family = identify({**network.config, "_class_name": type(network).__name__})
+        entry = model.condition_entry or family.condition_entry
+        widths = model.hint_channels if entry == "pixels" else None
+        return denoiser.file.build_controlnet(network, model.copied_blocks, device, hint_channels=widths)
     return build_controlnet(
         network,
         model.hint_channels,

@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from controlbooth.data.scenes.render import CLASSES, COLOURS, HELD_OUT_SEED, Scene, render, scene
+from controlbooth.models.base import Base
 from controlbooth.models.pretrained import load_base
 from controlbooth.models.sampling import sample, to_uint8
 from controlbooth.trainer.evaluation.control import control_fidelity
@@ -86,12 +87,7 @@ def score(out: Path, count: int = 128) -> dict[str, float]:
     scenes = [scene(HELD_OUT_SEED, i) for i in range(count)]
     captions = [what.caption for what in scenes]
     batches = [range(first, min(first + 32, count)) for first in range(0, count, 32)]
-    pictures = np.concatenate(
-        [
-            sample(base, [captions[i] for i in rows], seeds=rows, steps=SAMPLING_STEPS, guidance_scale=GUIDANCE).numpy()
-            for rows in batches
-        ]
-    )
+    pictures = sampled(base, captions)
     real = np.stack([render(what).image for what in scenes])
     restored = to_uint8(
         torch.cat([base.decode_latents(base.encode_latents(to_tensor(real[list(rows)]))) for rows in batches])
@@ -109,6 +105,16 @@ def score(out: Path, count: int = 128) -> dict[str, float]:
         print(f"  {name:<32}{value:.3f}")
     (out / "README.md").write_text(card(out, figures, count))
     return figures
+
+
+def sampled(base: Base, captions: list[str]) -> np.ndarray:
+    """Draws a picture for each caption, (N, 64, 64, 3) uint8; its number is its seed."""
+    batches = [range(first, min(first + 32, len(captions))) for first in range(0, len(captions), 32)]
+    drawn = [
+        sample(base, [captions[i] for i in rows], seeds=rows, steps=SAMPLING_STEPS, guidance_scale=GUIDANCE).numpy()
+        for rows in batches
+    ]
+    return np.concatenate(drawn)
 
 
 def card(out: Path, figures: dict[str, float], count: int) -> str:

@@ -10,10 +10,13 @@
     unet     v-prediction on cached latents; prompts reach it by cross-attention and, pooled, beside the timestep.
              On two ranks: torchrun --standalone --nproc-per-node 2 -m controlbooth.trainer.miniature.recipe unet --work
              FOLDER
+    dit      a second base on the same VAE and text encoder, those of the shipped weights: SD3's transformer, by flow
+             matching. It needs `scenes` alone, and takes a GPU where there is one.  dit-score   exports it to WORK/dit
+             and has the judge read 128 samples of held-out captions
     export   writes the diffusers folder;   score   samples 128 held-out captions and has the judge read them
     unpack   the reverse of export: fills an empty work folder from the shipped weights, so that `unet` trains them on
 
-`vae` and `unet` go on from what they saved. MINUTES of each stage of the shipped weights are in its model card.
+`vae`, `unet` and `dit` go on from what they saved. MINUTES of each stage of the shipped weights are in its model card.
 """
 
 import argparse
@@ -23,23 +26,27 @@ import torch
 
 from controlbooth.models.pretrained import MINIATURE
 from controlbooth.trainer.miniature.card import export, score, unpack
+from controlbooth.trainer.miniature.dit import score_dit, train_dit
 from controlbooth.trainer.miniature.pictures import draw_scenes
 from controlbooth.trainer.miniature.readers import train_judge, train_reader
 from controlbooth.trainer.miniature.text import train_text
 from controlbooth.trainer.miniature.unet import train_unet
 from controlbooth.trainer.miniature.vae import train_vae
 
-STAGES = {"vae": train_vae, "judge": train_judge, "reader": train_reader, "text": train_text, "unet": train_unet}
+STAGES = {"vae": train_vae, "judge": train_judge, "reader": train_reader, "text": train_text}
+DENOISERS = {"unet": train_unet, "dit": train_dit}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("scenes", *STAGES, "export", "score", "unpack"))
+    parser.add_argument("stage", choices=("scenes", *STAGES, *DENOISERS, "dit-score", "export", "score", "unpack"))
     parser.add_argument("--work", type=Path, required=True, help="folder of the training's own files")
     parser.add_argument("--out", type=Path, default=MINIATURE, help="the diffusers folder (default: models/miniature)")
     parser.add_argument("--minutes", type=float, default=10.0, help="how long the stage trains")
     parser.add_argument("--scenes", type=int, default=64_000, help="how many the stage `scenes` draws")
-    parser.add_argument("--final", action="store_true", help="let the U-Net's learning rate end at 0 (the last run)")
+    parser.add_argument(
+        "--final", action="store_true", help="let the learning rate of `unet` or `dit` end at 0 (the last run)"
+    )
     options = parser.parse_args()
     torch.set_flush_denormal(True)
     options.work.mkdir(parents=True, exist_ok=True)
@@ -49,10 +56,12 @@ def main() -> None:
         export(options.work, options.out)
     elif options.stage == "score":
         score(options.out)
+    elif options.stage == "dit-score":
+        score_dit(options.work)
     elif options.stage == "unpack":
         unpack(options.work, options.out)
-    elif options.stage == "unet":
-        train_unet(options.work, options.minutes, options.final)
+    elif options.stage in DENOISERS:
+        DENOISERS[options.stage](options.work, options.minutes, options.final)
     else:
         STAGES[options.stage](options.work, options.minutes)
 

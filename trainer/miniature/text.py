@@ -86,6 +86,11 @@ def vary(what: Scene, draw: np.random.Generator) -> tuple[str, list[int]]:
     return ("a photo of " + text if with_photo else text), stated
 
 
+def draw_captions(rows: np.ndarray, draw: np.random.Generator) -> list[str]:
+    """Draws a caption for each of the training scenes with these numbers; a tenth are empty, for guidance."""
+    return ["" if draw.random() < 0.1 else vary(scene(0, int(row)), draw)[0] for row in rows]
+
+
 def tokens(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
     return tokenizer(
         captions, padding="max_length", max_length=CAPTION_TOKENS, truncation=True, return_tensors="pt"

@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from controlbooth.data.files.whole import replaced
 
@@ -40,3 +41,10 @@ def mixed_precision(device: str = "cpu") -> torch.autocast:
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = value
+
+
+def follow(average: dict[str, Tensor], module: nn.Module, step: int) -> None:
+    """Moves an exponential average of parameters after a step; it warms up, so that it never lags for long."""
+    decay = min(0.999, (step + 1) / (step + 10))
+    with torch.no_grad():
+        torch._foreach_lerp_(list(average.values()), [p.detach() for p in module.parameters()], 1.0 - decay)

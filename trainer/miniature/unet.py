@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from controlbooth.data.scenes.render import scene
 from controlbooth.trainer.engine.distributed import World, barrier, gather_objects, join, sum_tensor
 from controlbooth.trainer.miniature.pictures import SIZE, pictures, to_tensor
-from controlbooth.trainer.miniature.text import tokens, vary
-from controlbooth.trainer.miniature.training import Clock, mixed_precision, save_atomically, set_learning_rate
+from controlbooth.trainer.miniature.text import draw_captions, tokens
+from controlbooth.trainer.miniature.training import Clock, follow, mixed_precision, save_atomically, set_learning_rate
 from controlbooth.trainer.miniature.vae import VAE, load_vae
 
 UNET: dict[str, Any] = dict(
@@ -55,11 +55,13 @@ BATCH = 32  # on each of two ranks
 LEARNING_RATE = 5e-4
 
 
-def cache_latents(work: Path, world: World) -> None:
-    """latents.pt: those of all pictures, (N, 12, 8, 8) float32, each rank encoding its share."""
-    path = work / "latents.pt"
+def cache_latents(path: Path, work: Path, load: Callable[[], Any], world: World) -> None:
+    """Writes the latents of all pictures, (N, 12, 8, 8) float32, each rank encoding its share.
+
+    load: gives the VAE, where they are not there yet.
+    """
     if not all(gather_objects(path.exists(), world)):
-        vae, images = load_vae(work), pictures(work)
+        vae, images = load(), pictures(work)
         raw = torch.zeros(len(images), VAE["latent_channels"], SIZE // 8, SIZE // 8)
         mine = range(64 * world.rank, len(images), 64 * world.world_size)
         with torch.inference_mode(), mixed_precision():
@@ -113,7 +115,7 @@ def train_unet(work: Path, minutes: float, final: bool) -> None:
     world = join()  # two ranks with a thread each: small operations do not gain from two threads
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.world_size))
     torch.manual_seed(0)
-    cache_latents(work, world)
+    cache_latents(work / "latents.pt", work, lambda: load_vae(work), world)
     latents, _ = read_latents(work)
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
     text_encoder = CLIPTextModel.from_pretrained(work / "text_encoder").eval().requires_grad_(False)
@@ -140,9 +142,8 @@ def train_unet(work: Path, minutes: float, final: bool) -> None:
     started, first = time.monotonic(), step
     while share < 1.0:
         rows = draw.integers(0, len(latents) - 256, size=BATCH)
-        captions = ["" if draw.random() < 0.1 else vary(scene(0, int(i)), draw)[0] for i in rows]
         with torch.inference_mode():
-            hidden = text_encoder(tokens(tokenizer, captions)).last_hidden_state
+            hidden = text_encoder(tokens(tokenizer, draw_captions(rows, draw))).last_hidden_state
         hidden = hidden.clone()
         x = latents[rows]
         noise = torch.randn_like(x)
@@ -161,9 +162,7 @@ def train_unet(work: Path, minutes: float, final: bool) -> None:
         nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
         step += 1
-        decay = min(0.999, (step + 1) / (step + 10))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(average.values()), [p.detach() for p in unet.parameters()], 1.0 - decay)
+        follow(average, unet, step)
         losses.append(loss.item())
         if clock.due() and world.rank == 0:
             save()

@@ -23,7 +23,10 @@ HOW = (
     *(f"engine.{name}" for name in ("offload", "hang_timeout_seconds")),
 )
 """How the names of settings begin that say how a run is trained and kept, and not what becomes of it."""
-SHAPING = {"hint_channels", "hint_network", "trainable_copy", "only_mid_control", "copied_blocks", "t5", "text_tokens"}
+SHAPING = {
+    *("hint_channels", "hint_network", "trainable_copy", "only_mid_control"),
+    *("copied_blocks", "condition_entry", "t5", "text_tokens"),
+}
 """Fields of `model` that say which weights there are and which of them learn: the same from start to end."""
 
 

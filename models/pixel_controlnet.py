@@ -1,0 +1,75 @@
+"""A ControlNet of SD3's class whose condition comes in as pixels, not as latents of the base's VAE.
+
+A VAE that has seen pictures alone spoils what is unlike them: an edge map loses half of its lines in the miniature's.
+It is kept in a diffusers folder of a class of ours, which diffusers itself does not know; `load_controlnet` reads it.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import SD3ControlNetModel
+from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedding
+from torch import Tensor, nn
+
+from controlbooth.data.errors import UserError
+from controlbooth.models.controlnet_variants import SILU_GAIN, accepted, start_gaussian
+
+VAE_FACTOR = 8
+"""Pixels of a picture per latent position, on each side."""
+HINT_CHANNELS = (16, 32, 96, 256)
+
+
+class HintTokens(ControlNetConditioningEmbedding):
+    """(B, 3, H, W) in [0, 1] -> tokens (B, h/p * w/p, D): the hint network of the released code, whose last
+    convolution, which is zero, makes one position of each patch of p x p latent positions."""
+
+    def __init__(self, features: int, widths: tuple[int, ...], patch: int) -> None:
+        super().__init__(features, block_out_channels=widths)
+        if patch > 1:
+            self.conv_out = nn.Conv2d(widths[-1], features, patch, stride=patch)
+            nn.init.zeros_(self.conv_out.weight)
+            nn.init.zeros_(self.conv_out.bias)  # type: ignore[arg-type]
+
+    def forward(self, conditioning: Tensor) -> Tensor:
+        return super().forward(conditioning).flatten(2).transpose(1, 2)
+
+    def start(self) -> None:
+        """Draws variance-preserving weights, as in a U-Net's ControlNet; the last convolution stays zero."""
+        start_gaussian([self.conv_in, *self.blocks], SILU_GAIN)
+
+
+class PixelSD3ControlNet(SD3ControlNetModel):
+    """As SD3ControlNetModel, with a hint network in place of the patch embedding of the condition's latents.
+
+    hint_channels: its widths. Each step from one width to the next halves the picture: four widths.
+    """
+
+    def __init__(self, hint_channels: Sequence[int] = HINT_CHANNELS, **config: Any) -> None:
+        halvings = len(hint_channels) - 1
+        if 2**halvings != VAE_FACTOR:
+            raise UserError(
+                f"hint_channels {tuple(hint_channels)} halves the condition picture {halvings} times, "
+                f"but latents have 1/{VAE_FACTOR} of its size: give four widths, e.g. {HINT_CHANNELS}"
+            )
+        super().__init__(**config)
+        self.register_to_config(hint_channels=tuple(hint_channels))
+        self.pos_embed_input: Any = HintTokens(self.inner_dim, tuple(hint_channels), self.config["patch_size"])
+
+    @property
+    def controlnet_cond_embedding(self) -> HintTokens:
+        """The hint network, by the name that it has in a U-Net's ControlNet."""
+        return self.pos_embed_input
+
+    def forward(self, *, hidden_states: Tensor, controlnet_cond: Tensor, **others: Any) -> Any:  # type: ignore[override]
+        """As SD3ControlNetModel's, with pixels (B, 3, 8h, 8w) in [0, 1] as the condition of latents (B, C, h, w)."""
+        sides = tuple(VAE_FACTOR * side for side in hidden_states.shape[-2:])
+        if controlnet_cond.shape[-2:] != torch.Size(sides):
+            raise UserError(
+                f"the condition is {controlnet_cond.shape[-2]}x{controlnet_cond.shape[-1]} pixels, but latents of "
+                f"{hidden_states.shape[-2]}x{hidden_states.shape[-1]} need {sides[0]}x{sides[1]}"
+            )
+        return super().forward(hidden_states=hidden_states, controlnet_cond=controlnet_cond, **others)
+
+
+PixelSD3ControlNet.__init__.__signature__ = accepted(PixelSD3ControlNet, SD3ControlNetModel)  # type: ignore[attr-defined]

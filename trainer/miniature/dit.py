@@ -1,0 +1,173 @@
+"""Trains the embedded transformer: SD3's network, on the shipped miniature's VAE, tokenizer and text encoder."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+from torch import Tensor, nn
+
+from controlbooth.data.scenes.render import HELD_OUT_SEED, render, scene
+from controlbooth.models.pretrained import MINIATURE, load_base
+from controlbooth.models.process import FlowMatching
+from controlbooth.models.text import TEXT_ENCODINGS
+from controlbooth.models.weights import save_pretrained
+from controlbooth.trainer.engine.distributed import join
+from controlbooth.trainer.evaluation.grids import draw_grid
+from controlbooth.trainer.evaluation.scenes.judge import load_judge, prompt_accuracy, read
+from controlbooth.trainer.miniature.card import sampled
+from controlbooth.trainer.miniature.pictures import SIZE
+from controlbooth.trainer.miniature.text import draw_captions
+from controlbooth.trainer.miniature.training import Clock, follow, mixed_precision, save_atomically, set_learning_rate
+from controlbooth.trainer.miniature.unet import LEARNING_RATE, average_gradients, cache_latents
+from controlbooth.trainer.miniature.vae import VAE
+
+DIT: dict[str, Any] = dict(
+    sample_size=SIZE // 8,
+    patch_size=1,  # at 2 a token would be 16 pixels wide, in a world whose measure is an edge of one
+    in_channels=VAE["latent_channels"],
+    out_channels=VAE["latent_channels"],
+    num_layers=6,
+    attention_head_dim=64,
+    num_attention_heads=4,
+    joint_attention_dim=128,
+    caption_projection_dim=256,
+    pooled_projection_dim=128,
+    pos_embed_max_size=16,
+    qk_norm="rms_norm",
+)
+SHIFT = 1.0
+"""An 8 x 8 grid is small: levels of noise need no move towards noise."""
+BATCH = 32
+STATE = "dit.pt"
+
+
+def build_dit() -> SD3Transformer2DModel:
+    """Makes a new transformer whose blocks begin as the identity (adaLN-zero) and whose prediction begins at zero."""
+    dit = SD3Transformer2DModel(**DIT)
+    for name, inner in dit.named_modules():
+        if name == "proj_out" or name.endswith(("norm1.linear", "norm1_context.linear", "norm_out.linear")):
+            nn.init.zeros_(inner.weight)
+            nn.init.zeros_(inner.bias)
+    return dit
+
+
+def flow_matching() -> FlowMatching:
+    """Returns the process that it is trained and sampled by."""
+    scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
+    return FlowMatching(scheduler)
+
+
+def stratified_levels(process: FlowMatching, count: int) -> Tensor:
+    """Draws `count` levels int64 of the process's density, one from each of as many equally likely ranges."""
+    assert process.thresholds is not None
+    places = (torch.rand(count, dtype=torch.float64) + torch.arange(count)) / count
+    return torch.searchsorted(torch.tensor(process.thresholds, dtype=torch.float64) / 2.0**64, places)
+
+
+def train_dit(work: Path, minutes: float, final: bool) -> None:
+    """Trains by flow matching with logit-normal levels, from where the work folder's state ends.
+
+    Takes a GPU where there is one. final: the learning rate ends at 0.
+    """
+    world = join()  # as many threads as OMP_NUM_THREADS says: torchrun gives each rank one
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    base, process, encode = load_base(MINIATURE), flow_matching(), TEXT_ENCODINGS["miniature-dit"]
+    cache = work / "shipped-latents.pt"
+    cache_latents(cache, work, lambda: base.vae, world)
+    base.text_encoders[0].to(device)
+    latents = torch.load(cache, weights_only=True)["raw"].to(device)
+    torch.manual_seed(0)
+    dit: Any = build_dit()
+    dit.to(device)
+    average = {name: p.detach().clone() for name, p in dit.named_parameters()}
+    optimizer = torch.optim.AdamW(dit.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
+    step, path = 0, work / STATE
+    if path.exists():
+        saved = torch.load(path, weights_only=True, map_location=device)
+        dit.load_state_dict(saved["model"])
+        average, step = saved["average"], saved["step"]
+        optimizer.load_state_dict(saved["optimizer"])
+    draw = np.random.default_rng([step, world.rank])
+    torch.manual_seed(step * world.world_size + world.rank)
+    clock, losses, share = Clock(minutes, every_seconds=120.0), [], 0.0
+
+    def save() -> None:
+        state = dict(model=dit.state_dict(), optimizer=optimizer.state_dict(), average=average, step=step)
+        save_atomically(state, path)
+
+    started, first = time.monotonic(), step
+    while share < 1.0:
+        rows = draw.integers(0, len(latents) - 256, size=BATCH)
+        with torch.no_grad():
+            hidden, pooled = encode(base, draw_captions(rows, draw))
+        x = latents[torch.from_numpy(rows).to(device)]
+        noisy, target, times = process.noised(x, torch.randn_like(x), stratified_levels(process, BATCH).to(device))
+        rate = LEARNING_RATE * min(1.0, (step - first + 1) / 200)
+        set_learning_rate(optimizer, rate * (min(1.0, 3.0 * (1.0 - share) + 0.02) if final else 1.0))
+        with mixed_precision(device):  # the fused kernel of attention is as fast as the plain one for 88 tokens
+            predicted = dit(noisy, hidden, pooled, times, return_dict=False)[0]
+        loss = F.mse_loss(predicted.float(), target)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        share = average_gradients(dit, clock.share, world)
+        nn.utils.clip_grad_norm_(dit.parameters(), 1.0)
+        optimizer.step()
+        step += 1
+        follow(average, dit, step)
+        losses.append(loss.item())
+        if world.rank == 0 and (step - first) % 100 == 0:
+            samples, seen = BATCH * world.world_size, step * BATCH * world.world_size
+            speed = (step - first) * samples / (time.monotonic() - started)
+            print(f"dit step {step} samples {seen} loss {np.mean(losses[-200:]):.4f} {speed:.1f} samples/s", flush=True)
+        if clock.due() and world.rank == 0:
+            save()
+    if world.rank == 0:
+        save()
+
+
+def export_dit(work: Path, out: Path) -> int:
+    """Writes the averaged weights in fp16 as a diffusers folder, with the other parts of the shipped miniature.
+
+    Returns after how many steps. Pipelines of diffusers read it as an SD3 without its other text encoders: they are to
+    be given prompt_embeds and pooled_prompt_embeds.
+    """
+    dit: Any = build_dit()
+    saved = torch.load(work / STATE, weights_only=True, map_location="cpu")
+    dit.load_state_dict(dit.state_dict() | saved["average"])
+    temporary = out.with_name(out.name + ".partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    for part in ("vae", "text_encoder", "tokenizer"):
+        shutil.copytree(MINIATURE / part, temporary / part)
+    save_pretrained(dit.half(), temporary / "transformer")
+    scheduler: Any = flow_matching().scheduler
+    scheduler.save_pretrained(temporary / "scheduler")
+    parts = json.loads((MINIATURE / "model_index.json").read_text())
+    index = {"_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "SD3Transformer2DModel"]}
+    index |= {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}
+    index |= {name: parts[name] for name in ("vae", "text_encoder", "tokenizer")}
+    index |= {f"{name}_{number}": [None, None] for name in ("text_encoder", "tokenizer") for number in (2, 3)}
+    (temporary / "model_index.json").write_text(json.dumps(index, indent=2))
+    shutil.rmtree(out, ignore_errors=True)
+    temporary.rename(out)
+    return saved["step"]
+
+
+def score_dit(work: Path, count: int = 128) -> dict[str, float]:
+    """Exports to WORK/dit, samples held-out captions there, has the judge read the pictures, and draws some of them."""
+    steps = export_dit(work, out := work / "dit")
+    scenes = [scene(HELD_OUT_SEED, i) for i in range(count)]
+    captions = [what.caption for what in scenes]
+    pictures = sampled(load_base(out), captions)
+    figures = prompt_accuracy(read(load_judge(), pictures), scenes)
+    real = np.stack([render(what).image for what in scenes[:12]])
+    draw_grid(out / "samples.png", {"sample": pictures[:12], "real": real}, captions[:12])
+    print(f"{out}: after {steps} steps, {count} held-out captions")
+    for name, value in figures.items():
+        print(f"  {name:<32}{value:.3f}")
+    return figures
