@@ -1,8 +1,10 @@
-"""The module configurations of Stable Diffusion 1.5, 2.1 and XL, and what files of SD3 and FLUX.1 do not tell.
+"""The module configurations of Stable Diffusion 1.5, 2.1, XL, 3 and 3.5 and of FLUX.1-dev, as published beside their
+weights.
 
-A single .safetensors file holds weights without configurations, and fetching them needs a network: so they are here.
-The dictionaries are the keyword arguments of diffusers' UNet2DConditionModel, AutoencoderKL and DDPMScheduler and of
-transformers' CLIPTextConfig; what is left out equals the class's default.
+A single .safetensors file holds weights without configurations, fetching them needs a network, and a run is planned
+without either: so they are here. The dictionaries are the keyword arguments of diffusers' UNet2DConditionModel,
+SD3Transformer2DModel, FluxTransformer2DModel, AutoencoderKL and schedulers and of transformers' CLIPTextConfig and
+T5Config; what is left out equals the class's default.
 """
 
 from collections.abc import Mapping
@@ -20,11 +22,15 @@ Config = dict[str, Any]
 class Architecture:
     """What is needed to build the empty modules of one base."""
 
-    unet: Config
+    denoiser: Config
+    """Of the U-Net or the transformer."""
     vae: Config
     text_encoders: tuple[Config, ...]
-    """One for SD1.5 and SD2.1; SDXL adds a second, with the projection that gives its pooled embedding."""
+    """In the order of the family's; SDXL has a second, with the projection that gives its pooled embedding, and so do
+    both of SD3's that are no T5."""
     noise_scheduler: Config
+    family: str
+    """The name of its family."""
 
 
 _NOISE_SCHEDULER: Config = dict(
@@ -82,14 +88,15 @@ _OPENCLIP_BIGG: Config = _CLIP_L | dict(
 )
 
 SD15 = Architecture(
-    unet=dict(sample_size=64, cross_attention_dim=768, attention_head_dim=8),
+    denoiser=dict(sample_size=64, cross_attention_dim=768, attention_head_dim=8),
     vae=_VAE,
     text_encoders=(_CLIP_L,),
     noise_scheduler=_NOISE_SCHEDULER | dict(prediction_type="epsilon"),
+    family="sd15",
 )
 
 SD21 = Architecture(
-    unet=dict(
+    denoiser=dict(
         sample_size=96,
         cross_attention_dim=1024,
         attention_head_dim=(5, 10, 20, 20),
@@ -99,10 +106,11 @@ SD21 = Architecture(
     vae=_VAE | dict(sample_size=768),
     text_encoders=(_OPENCLIP_H,),
     noise_scheduler=_NOISE_SCHEDULER | dict(prediction_type="v_prediction"),
+    family="sd21",
 )
 
 SDXL = Architecture(
-    unet=dict(
+    denoiser=dict(
         sample_size=128,
         block_out_channels=(320, 640, 1280),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -118,9 +126,94 @@ SDXL = Architecture(
     vae=_VAE | dict(sample_size=1024, scaling_factor=0.13025),
     text_encoders=(_CLIP_L, _OPENCLIP_BIGG),
     noise_scheduler=_NOISE_SCHEDULER | dict(prediction_type="epsilon"),
+    family="sdxl",
 )
-PUBLISHED = {"sd15": SD15, "sd21": SD21, "sdxl": SDXL}
-"""By the families' names; so that a run can be planned without weights, and named before torch is imported."""
+
+_VAE_16: Config = _VAE | dict(
+    latent_channels=16,
+    sample_size=1024,
+    use_quant_conv=False,
+    use_post_quant_conv=False,
+)
+
+_T5_XXL: Config = dict(  # the encoder of google/t5-v1_1-xxl
+    vocab_size=32128,
+    d_model=4096,
+    d_kv=64,
+    d_ff=10240,
+    num_layers=24,
+    num_heads=64,
+    feed_forward_proj="gated-gelu",
+    is_encoder_decoder=False,
+    tie_word_embeddings=False,
+)
+
+
+def _sd3(heads: int, layers: int, **others: Any) -> Architecture:
+    """Returns an architecture of Stable Diffusion 3's family: so many heads of 64 in so many blocks."""
+    return Architecture(
+        denoiser=dict(
+            sample_size=128,
+            patch_size=2,
+            in_channels=16,
+            out_channels=16,
+            num_layers=layers,
+            attention_head_dim=64,
+            num_attention_heads=heads,
+            joint_attention_dim=4096,
+            caption_projection_dim=64 * heads,
+            pooled_projection_dim=768 + 1280,
+            pos_embed_max_size=192,
+        )
+        | others,
+        vae=_VAE_16 | dict(scaling_factor=1.5305, shift_factor=0.0609),
+        text_encoders=(_CLIP_L, _OPENCLIP_BIGG, _T5_XXL),
+        noise_scheduler=dict(num_train_timesteps=1000, shift=3.0),
+        family="sd3",
+    )
+
+
+SD3_MEDIUM = _sd3(24, 24)
+SD35_MEDIUM = _sd3(24, 24, pos_embed_max_size=384, qk_norm="rms_norm", dual_attention_layers=tuple(range(13)))
+SD35_LARGE = _sd3(38, 38, qk_norm="rms_norm")
+
+FLUX_DEV = Architecture(
+    denoiser=dict(
+        patch_size=1,
+        in_channels=64,
+        num_layers=19,
+        num_single_layers=38,
+        attention_head_dim=128,
+        num_attention_heads=24,
+        joint_attention_dim=4096,
+        pooled_projection_dim=768,
+        guidance_embeds=True,
+        axes_dims_rope=(16, 56, 56),
+    ),
+    vae=_VAE_16 | dict(scaling_factor=0.3611, shift_factor=0.1159),
+    text_encoders=(_CLIP_L, _T5_XXL),
+    noise_scheduler=dict(
+        num_train_timesteps=1000,
+        shift=3.0,
+        use_dynamic_shifting=True,
+        base_shift=0.5,
+        max_shift=1.15,
+        base_image_seq_len=256,
+        max_image_seq_len=4096,
+    ),
+    family="flux",
+)
+PUBLISHED = {
+    "sd15": SD15,
+    "sd21": SD21,
+    "sdxl": SDXL,
+    "sd3-medium": SD3_MEDIUM,
+    "sd35-medium": SD35_MEDIUM,
+    "sd35-large": SD35_LARGE,
+    "flux-dev": FLUX_DEV,
+}
+"""So that a run can be planned without weights, and named before torch is imported. A U-Net's has its family's name; of
+a family of transformers there may be several, of other sizes."""
 
 
 @dataclass(frozen=True)
@@ -138,19 +231,6 @@ class TransformerFile:
     """Those that may be in the file."""
 
 
-_T5_XXL: Config = dict(  # google/t5-v1_1-xxl
-    vocab_size=32128,
-    d_model=4096,
-    d_kv=64,
-    d_ff=10240,
-    num_layers=24,
-    num_heads=64,
-    feed_forward_proj="gated-gelu",
-    relative_attention_num_buckets=32,
-    relative_attention_max_distance=128,
-    tie_word_embeddings=False,
-)
-
 SD3_FILE = TransformerFile(
     denoiser=dict(attention_head_dim=64, sample_size=128),
     scheduler=dict(shift=3.0),
@@ -160,29 +240,14 @@ SD3_FILE = TransformerFile(
         "text_encoder_2": "text_encoders.clip_g.transformer.",
         "text_encoder_3": "text_encoders.t5xxl.transformer.",
     },
-    vae=_VAE
-    | dict(
-        latent_channels=16,
-        sample_size=1024,
-        scaling_factor=1.5305,
-        shift_factor=0.0609,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    ),
-    text_encoders=(_CLIP_L, _OPENCLIP_BIGG, _T5_XXL),
+    vae=SD3_MEDIUM.vae,
+    text_encoders=SD3_MEDIUM.text_encoders,
 )
 """Of SD3-medium, SD3.5-medium and SD3.5-large; the scheduler is that of all their folders."""
 
 FLUX_FILE = TransformerFile(
     denoiser=dict(attention_head_dim=128, axes_dims_rope=(16, 56, 56)),
-    scheduler=dict(
-        shift=3.0,
-        use_dynamic_shifting=True,
-        base_shift=0.5,
-        max_shift=1.15,
-        base_image_seq_len=256,
-        max_image_seq_len=4096,
-    ),
+    scheduler={name: value for name, value in FLUX_DEV.noise_scheduler.items() if name != "num_train_timesteps"},
     inside={},
     vae={},
     text_encoders=(),

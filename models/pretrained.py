@@ -103,7 +103,7 @@ def load_base(
 def _load_folder(folder: Path, requested: str, dtype: torch.dtype, empty: bool, t5: bool) -> Base:
     family = recognise_folder(folder, requested)
     family = family if t5 else family.without_t5()
-    _check_precision(family, dtype, str(folder))
+    check_dtype(family, dtype, str(folder))
     process = read_process(family, scheduler_file(folder))
     tokenizers = tuple(_load_tokenizer(folder, name) for name in family.tokenizers)
     modules: dict[str, Any] = {}
@@ -132,7 +132,8 @@ def _load_folder(folder: Path, requested: str, dtype: torch.dtype, empty: bool, 
     )
 
 
-def _check_precision(family: Family, dtype: torch.dtype, where: str) -> None:
+def check_dtype(family: Family, dtype: torch.dtype, where: str) -> None:
+    """Raises ValueError where a network of the family cannot compute in `dtype`. where: the base, for the message."""
     if dtype == torch.float16 and any(part.kind == "T5EncoderModel" for part in family.parts):
         raise UserError(f"{where}: T5, a text encoder of {family.title}, overflows in fp16. Use bf16 or fp32")
 
@@ -141,8 +142,12 @@ def read_process(family: Family, file: Path) -> Process:
     """Reads how a base was trained to denoise from its scheduler_config.json. Raises ValueError, naming the file."""
     if not family.is_transformer:
         return Diffusion(read_noise_scheduler(file))
-    config = read_json(file)
-    check_flow_scheduler(config, str(file))
+    return flow_process(read_json(file), str(file))
+
+
+def flow_process(config: Mapping[str, Any], where: str) -> FlowMatching:
+    """Makes flow matching of a scheduler's configuration. where: its file, for a message. Raises ValueError."""
+    check_flow_scheduler(config, where)
     known = inspect.signature(FlowMatchEulerDiscreteScheduler.__init__).parameters
     settings = {name: value for name, value in config.items() if name in known}
     scheduler: Any = FlowMatchEulerDiscreteScheduler(**settings)
@@ -231,7 +236,7 @@ def _load_single_file(path: Path, requested: str, dtype: torch.dtype, empty: boo
 
 def _load_transformer_file(path: Path, family: Family, dtype: torch.dtype, empty: bool) -> Base:
     """A file of SD3 or FLUX.1. What it does not hold lies beside it, in folders as a diffusers folder has them."""
-    _check_precision(family, dtype, str(path))
+    check_dtype(family, dtype, str(path))
     state = stored_tensors([path], empty)
     beside = parts_beside(family, state)
     for part in beside:

@@ -135,7 +135,7 @@ def build_base(
 ) -> tuple[UNet2DConditionModel, AutoencoderKL, tuple[nn.Module, ...]]:
     """U-Net, VAE and text encoders from a whole checkpoint in the original layout, on the CPU."""
     with init_empty_weights(include_buffers=False):
-        unet, vae = UNet2DConditionModel(**architecture.unet), AutoencoderKL(**architecture.vae)
+        unet, vae = UNet2DConditionModel(**architecture.denoiser), AutoencoderKL(**architecture.vae)
     named = f"the U-Net of {where}"
     fill(unet, converted(convert_ldm_unet_checkpoint, state, _UNET, named, unet.config), dtype, named)
     named = f"the VAE of {where}"

@@ -67,8 +67,8 @@ def without_dead_ends(controlnet: Any, last: nn.Module) -> Any:
     """Makes buffers of the parameters of the last block that never get a gradient; -> the ControlNet.
 
     They stay in its state, under their names, so that files have what other programs ask for. An optimizer, which is
-    given parameters, does not see them. Keeps their values, and those of other buffers, as they are now for `fixed`:
-    an engine rounds buffers to its precision.
+    given parameters, does not see them. Keeps their values, and those of other buffers, as they are now, in host memory
+    for `fixed_tensors`: an engine rounds buffers to its precision.
     """
     for name, _ in list(last.named_parameters()):
         if name.startswith(NEVER_LEARNS):
@@ -78,14 +78,15 @@ def without_dead_ends(controlnet: Any, last: nn.Module) -> Any:
             assert value is not None
             module.register_buffer(attribute, value.detach())
     parameters = dict(controlnet.named_parameters())
-    kept = {name: one.detach().clone() for name, one in controlnet.state_dict().items() if name not in parameters}
+    kept = {name: one.detach() for name, one in controlnet.state_dict().items() if name not in parameters}
+    kept = {name: one if one.is_meta else one.to("cpu", copy=True) for name, one in kept.items()}
     controlnet.fixed_tensors = kept
     return controlnet
 
 
 def fixed_tensors(controlnet: Any) -> dict[str, Tensor]:
     """Returns what a ControlNet's files hold besides trained weights, on the CPU; nothing for a U-Net's."""
-    return {name: one.cpu() for name, one in getattr(controlnet, "fixed_tensors", {}).items()}
+    return dict(getattr(controlnet, "fixed_tensors", {}))
 
 
 def report_parts(names: Sequence[tuple[str, int]], zero: tuple[str, ...], entry: tuple[str, ...]) -> dict[str, int]:

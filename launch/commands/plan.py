@@ -10,7 +10,7 @@ from controlbooth.trainer.planning.accelerators import ACCELERATORS, STORAGE_GBI
 
 HELP = """\
 Nothing is trained and no weights are read: the run's modules run on tensors without memory, which are followed.
-Where model.base is no folder here, the published shapes of model.family stand for it; --shapes says of which family.
+Where model.base is no folder here, the published shapes of model.family stand for it; --shapes says which.
 GPUs are planned by the steps that we have measured, which the plan names; --calibration gives your own.
 
 Examples:
@@ -18,6 +18,7 @@ Examples:
   controlbooth plan launch/configs/quickstart.yaml --accelerator cpu     this machine, which is timed for half a second
   controlbooth plan run.yaml --accelerator a100-80 --nodes 8 --processes-per-node 8 engine.zero_stage=1
   controlbooth plan run.yaml --shapes sdxl data.resolution=1024 --simulate curve.png
+  controlbooth plan run.yaml --shapes sd35-medium --accelerator a100-80 model.gradient_checkpointing=true
   controlbooth plan run.yaml --calibration rows.jsonl      rows of tests/benchmarks/throughput.py, or a run's folder
 """
 
@@ -43,9 +44,7 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument(
         "--storage-gbit", type=finite_number(above=0), default=STORAGE_GBIT, help="of all nodes (default: %(default)g)"
     )
-    parser.add_argument(
-        "--shapes", choices=PUBLISHED, help="plan with the published shapes of this family, not model.base"
-    )
+    parser.add_argument("--shapes", choices=PUBLISHED, help="plan with these published shapes, not model.base")
     parser.add_argument("--calibration", type=Path, help="your own measured rows, or a run's folder")
     parser.add_argument(
         "--simulate", type=file_to_write, metavar="PNG", help="draw the scaling curve up to 1,024 cards"

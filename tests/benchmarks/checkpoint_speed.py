@@ -40,7 +40,7 @@ from controlbooth.models.text import TextEncoding
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 if DEVICE.type == "cpu":
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-SHAPES = {"small": small_unet, "sd15": lambda: UNet2DConditionModel(**SD15.unet)}
+SHAPES = {"small": small_unet, "sd15": lambda: UNet2DConditionModel(**SD15.denoiser)}
 
 
 def loss_of(controlnet: Any, width: int) -> torch.Tensor:

@@ -1,11 +1,12 @@
 """The plan against real trainings on this machine: peak memory and samples/s, predicted and measured.
 
-    .venv/bin/python tests/benchmarks/plan_check.py [--json FILE] [--only NAME]
+    .venv/bin/python tests/benchmarks/plan_check.py [--json FILE] [--only NAME] [--steps 8]
 
-Two ranks train a few steps for each of twenty configurations: the built-in base and one of 35 million parameters with
-random weights, ZeRO 0 to 3, several micro-batches, seven of them with gradient checkpointing. Memory is a rank's
+Two ranks train a few steps for each of 28 configurations: the built-in base, one of 35 million parameters with random
+weights, and one each of SD3's and FLUX.1's classes with some 40 million, ZeRO 0 to 3, several micro-batches, eleven of
+them with gradient checkpointing. Memory is a rank's
 resident size, which begins with the interpreter and its libraries: RUNTIME_BYTES, beside which the size after the
-imports alone is printed. Speed is calibrated with one configuration of each base and precision, the first. About six
+imports alone is printed. Speed is calibrated with one configuration of each base and precision, the first. About ten
 minutes on 2 quiet cores.
 """
 
@@ -21,10 +22,20 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+
 import torch
 import yaml
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
+from bases import t5_tokenizer
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from controlbooth.launch.commands import data_pack
 from controlbooth.trainer.config.loading import build_config
@@ -37,7 +48,7 @@ from controlbooth.trainer.planning.footprint import footprint
 from controlbooth.trainer.planning.rank_memory import RUNTIME_BYTES
 from controlbooth.trainer.planning.speed import UNMEASURED, Speed, fitted_speed
 
-RANKS, STEPS = 2, 8
+RANKS = 2
 GIB = 2**30
 
 
@@ -67,6 +78,8 @@ CASES = (
     Case("35M", 2, 8, "bf16", checkpointing=True),
     Case("miniature", 0, 32, checkpointing=True),
     Case("miniature", 2, 64, checkpointing=True),
+    *(Case(base, 2, 8, checkpointing=cheap) for base in ("sd3", "flux") for cheap in (False, True)),
+    *(Case(base, 0, 4, "bf16", checkpointing=cheap) for base in ("sd3", "flux") for cheap in (False, True)),
 )
 
 
@@ -112,25 +125,103 @@ def write_base(folder: Path) -> None:
     DDPMScheduler(**SCHEDULER).save_pretrained(folder / "scheduler")
 
 
-def run_of(case: Case, folder: Path) -> RunConfig:
-    large = case.base == "35M"
+SD3: dict[str, Any] = dict(
+    sample_size=16,
+    patch_size=2,
+    in_channels=16,
+    out_channels=16,
+    num_layers=8,
+    attention_head_dim=64,
+    num_attention_heads=6,
+    joint_attention_dim=512,
+    caption_projection_dim=384,
+    pooled_projection_dim=512,
+    pos_embed_max_size=96,
+    qk_norm="rms_norm",
+    dual_attention_layers=(0, 1, 2, 3),
+)
+FLUX: dict[str, Any] = dict(
+    in_channels=64,
+    num_layers=4,
+    num_single_layers=8,
+    attention_head_dim=64,
+    num_attention_heads=6,
+    joint_attention_dim=512,
+    pooled_projection_dim=256,
+    guidance_embeds=True,
+    axes_dims_rope=(8, 28, 28),
+)
+
+
+def write_transformer(folder: Path, family: str) -> None:
+    """Writes a base of SD3's or FLUX.1's classes for 128 px: 45.9M or 40.3M parameters, and small encoders."""
+    torch.manual_seed(0)
+    network: Any = SD3Transformer2DModel(**SD3) if family == "sd3" else FluxTransformer2DModel(**FLUX)
+    network.save_pretrained(folder / "transformer")
+    AutoencoderKL(
+        latent_channels=16,
+        layers_per_block=1,
+        block_out_channels=(32, 64, 128, 128),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        sample_size=128,
+        scaling_factor=1.5,
+        shift_factor=0.06,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    ).save_pretrained(folder / "vae")
+    tokenizer = build_tokenizer()
+    text: Any = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        projection_dim=256,
+        max_position_embeddings=CAPTION_TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    kinds = [CLIPTextModelWithProjection] * 2 if family == "sd3" else [CLIPTextModel]
+    words = t5_tokenizer()
+    sizes: Any = dict(d_model=512, d_kv=64, d_ff=1024, num_layers=4, num_heads=8, feed_forward_proj="gated-gelu")
+    long = T5EncoderModel(T5Config(vocab_size=len(words), **sizes))
+    for place, (encoder, beside) in enumerate([*((kind(text), tokenizer) for kind in kinds), (long, words)], 1):
+        suffix = "" if place == 1 else f"_{place}"
+        encoder.save_pretrained(folder / f"text_encoder{suffix}")
+        beside.save_pretrained(folder / f"tokenizer{suffix}")
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=family == "flux")
+    scheduler.save_pretrained(folder / "scheduler")
+
+
+RESOLUTION = {"35M": 128, "miniature": 64, "sd3": 128, "flux": 128}
+"""By base."""
+
+
+def model_of(case: Case, folder: Path) -> dict[str, Any]:
+    """Returns what its run says of the base and the ControlNet."""
+    if case.base == "miniature":
+        return dict(base="miniature", hint_channels=[16, 32, 64, 96])
+    if case.base == "35M":
+        return dict(base=str(folder / "35M"), hint_channels=[16, 32, 96, 256])
+    return dict(base=str(folder / case.base), text_tokens=32)
+
+
+def run_of(case: Case, folder: Path, steps: int) -> RunConfig:
+    resolution = RESOLUTION[case.base]
     return build_config(
         dict(
             name=case.name,
             output=str(folder / "runs"),
-            max_steps=STEPS,
+            max_steps=steps,
             global_batch_size=RANKS * case.micro_batch_size,
             micro_batch_size=case.micro_batch_size,
-            model=dict(
-                base=str(folder / "base") if large else "miniature",
-                hint_channels=[16, 32, 96, 256] if large else [16, 32, 64, 96],
-                attention="flash",
-                gradient_checkpointing=case.checkpointing,
-            ),
+            model=model_of(case, folder) | dict(attention="flash", gradient_checkpointing=case.checkpointing),
             data=dict(
-                shards=str(folder / f"shards-{128 if large else 64}"),
+                shards=str(folder / f"shards-{resolution}"),
                 condition="edges",
-                resolution=128 if large else 64,
+                resolution=resolution,
                 threads=1,
                 prefetch_steps=2,
             ),
@@ -178,6 +269,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--only", help="configurations whose name contains this")
+    parser.add_argument("--steps", type=int, default=8, help="of each training; 3 are enough for its memory")
     options = parser.parse_args()
     torch.set_num_threads(1)
     held = runtime_bytes()
@@ -191,14 +283,16 @@ def main() -> None:
     cards: dict[str, Accelerator] = {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        write_base(folder / "base")
-        for size in (64, 128):
+        write_base(folder / "35M")
+        for family in ("sd3", "flux"):
+            write_transformer(folder / family, family)
+        for size in sorted(set(RESOLUTION.values())):
             arguments = ["--scenes", "128", "--size", str(size), "--condition", "edges", "--workers", "1"]
             data_pack.main([*arguments, "-o", str(folder / f"shards-{size}")])
         for case in CASES:
             if options.only and options.only not in case.name:
                 continue
-            config = run_of(case, folder)
+            config = run_of(case, folder, options.steps)
             one = footprint(config, case.precision, case.micro_batch_size, "flash")
             if case.precision not in cards:  # once: a second measurement would not be that of the calibration
                 cards[case.precision] = this_processor(case.precision)

@@ -1,12 +1,13 @@
 """ControlNets of Stable Diffusion 1.5 and XL on H100: the plan for 1, 8, 64 and 512 cards, and how it fits what others
-have published.
+have published. ControlNets of Stable Diffusion 3, 3.5 and FLUX.1-dev: what memory they take, and on which cards.
 
     .venv/bin/python tests/benchmarks/plan_table.py [--calibration ROWS.jsonl] [--quick]
+    .venv/bin/python tests/benchmarks/plan_table.py --transformers [NAME ...]
 
-Nothing is downloaded or trained. The table rests on the measured rows that `controlbooth plan` takes by itself, or on
-those of --calibration, as tests/benchmarks/throughput.py writes them; tests/benchmarks/plan_measured.py compares the
-rows themselves. What others have published is compared with a program that wastes nothing. Minutes on one core, with
---quick one.
+Nothing is downloaded or trained. The table of speeds rests on the measured rows that `controlbooth plan` takes by
+itself, or on those of --calibration, as tests/benchmarks/throughput.py writes them; tests/benchmarks/plan_measured.py
+compares the rows themselves. What others have published is compared with a program that wastes nothing. Minutes on one
+core, with --quick one; the transformers take six minutes.
 """
 
 import argparse
@@ -21,9 +22,10 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from controlbooth.models.architectures import SD15, SD21
+from controlbooth.models.architectures import PUBLISHED, SD15, SD21
 from controlbooth.models.attention import AttentionChoice, apply_attention
 from controlbooth.models.denoisers import denoise
+from controlbooth.models.recognition import FAMILIES
 from controlbooth.models.text import TextEncoding
 from controlbooth.trainer.config.loading import build_config
 from controlbooth.trainer.config.run import RunConfig
@@ -35,6 +37,7 @@ from controlbooth.trainer.planning.footprint import (
     LiveStorages,
     footprint,
     modules_with_weights,
+    scaled,
     tensors_of,
     without_memory,
     worst_moments,
@@ -52,7 +55,7 @@ def run_of(resolution: int, checkpointing: bool = False, precision: str = "bf16"
             max_steps=1000,
             global_batch_size=GLOBAL_BATCH,
             micro_batch_size=4,
-            model=dict(base="published", family="sd15", gradient_checkpointing=checkpointing),
+            model=dict(base="published", gradient_checkpointing=checkpointing),
             data=dict(
                 shards="none", condition="edges", resolution=resolution, latent_cache="latents" if cached else None
             ),
@@ -102,10 +105,63 @@ def table_rows(family: str, px: int, cached: bool, config: RunConfig, one: Footp
         )
 
 
+CARDS = ("rtx4090", "a100-40", "l40s", "a100-80", "h100", "h200", "mi300x")
+"""In the order of their memory."""
+
+
+def transformers(names: list[str]) -> None:
+    """Prints the peak of one card and the micro-batches that fit, of the default ControlNet of each base. The speed of
+    none of them has been measured."""
+    print("bf16, ZeRO-2, encoders in the step and loaded, default number of copied blocks; GiB of one card alone at")
+    print("micro-batch 1, with what its allocator does not see; then the largest micro-batch that fits one card alone,")
+    print("each of 8, and each of 8 with the optimizer's states on the host; - where none does")
+    print(
+        f"{'base':<12}{'px':>5}{'ckpt':>6}{'frozen':>8}{'trained':>8}{'a sample':>9}{'peak':>7}{'TFLOP':>7}  "
+        + "".join(f"{name:>12}" for name in CARDS)
+    )
+    for name in names:
+        for resolution in (512, 1024):
+            for checkpointing in (False, True):
+                transformer_row(name, run_of(resolution, checkpointing))
+
+
+def transformer_row(name: str, config: RunConfig) -> None:
+    """Prints one row. config: a run with its resolution and gradient checkpointing."""
+    one = footprint(config, "bf16", 1, "auto", name)
+    speed, engine, offload = (
+        UNMEASURED["cuda"],
+        config.engine,
+        config.engine.model_copy(update={"offload_optimizer": True}),
+    )
+    fits = []
+    for card in (ACCELERATORS[key] for key in CARDS):
+        layouts = ((Layout(card, 1, 1), engine), (Layout(card, 1, 8), engine), (Layout(card, 1, 8), offload))
+        largest = [
+            max(
+                (
+                    size
+                    for size in (1, 2, 4, 8, 16, 32)
+                    if one_choice(config, scaled(one, size), way, layout, "bf16", speed).fits
+                ),
+                default="-",
+            )
+            for layout, way in layouts
+        ]
+        fits.append("/".join(map(str, largest)))
+    alone = one_choice(config, one, engine, Layout(ACCELERATORS["h200"], 1, 1), "bf16", speed)
+    trained = sum(alone.memory.device[key] for key in ("trained weights", "gradients", "optimizer"))
+    print(
+        f"{name:<12}{config.data.resolution:>5}{'yes' if config.model.gradient_checkpointing else 'no':>6}"
+        f"{one.frozen_bytes / GIB:8.1f}{trained / GIB:8.1f}{one.activation_bytes / GIB:9.2f}"
+        f"{alone.needed_bytes / GIB:7.1f}{one.flops / 1e12:7.1f}  " + "".join(f"{text:>12}" for text in fits),
+        flush=True,
+    )
+
+
 def unet_training(architecture: Any, precision: torch.dtype, size: int, resolution: int, attention: str) -> Footprint:
     """A U-Net that is trained whole from cached latents and text, as mosaicml/diffusion does."""
     with torch.device("meta"):
-        unet: Any = UNet2DConditionModel.from_config(dict(architecture.unet))
+        unet: Any = UNet2DConditionModel.from_config(dict(architecture.denoiser))
     torch.nn.Module.to(unet, precision)
     with FakeTensorMode(allow_non_fake_inputs=True):
         without_memory(unet)
@@ -175,9 +231,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calibration", type=Path, help="rows of tests/benchmarks/throughput.py")
     parser.add_argument("--quick", action="store_true", help="without the rows of cached latents and text")
+    names = [name for name, one in PUBLISHED.items() if FAMILIES[one.family].is_transformer]
+    parser.add_argument("--transformers", nargs="*", metavar="NAME", help=f"only these: {', '.join(names)}")
     options = parser.parse_args()
+    if options.transformers is not None:
+        return transformers(options.transformers or names)
     table(rows_for(ACCELERATORS["h100"], options.calibration or SHIPPED), options.quick)
     published()
+    return None
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def main() -> None:
     world = join()
     dtype = engines.DTYPES[options.precision]
     torch.manual_seed(0)
-    unet = random_module(lambda: UNet2DConditionModel(**SD15.unet), dtype)
+    unet = random_module(lambda: UNet2DConditionModel(**SD15.denoiser), dtype)
     vae = random_module(lambda: AutoencoderKL(**SD15.vae), dtype)
     text_encoder = random_module(lambda: CLIPTextModel(CLIPTextConfig(**SD15.text_encoders[0])), dtype)
     controlnet = build_controlnet(unet)

@@ -165,7 +165,7 @@ def random_base(name: str, device: torch.device, dtype: torch.dtype) -> Base:
             for kind, config in zip(encoders, architecture.text_encoders, strict=True)
         ),
         tokenizers=(tokenizer,) * len(architecture.text_encoders),
-        unet=make(lambda: UNet2DConditionModel(**architecture.unet)),
+        denoiser=make(lambda: UNet2DConditionModel(**architecture.denoiser)),
         process=Diffusion(DDPMScheduler(**architecture.noise_scheduler)),
         digest="",
     )

@@ -17,9 +17,16 @@ import yaml
 
 from controlbooth.data.errors import UserError
 from controlbooth.data.files.records import is_number, is_text, is_whole, maybe, read_json
-from controlbooth.models.recognition import FAMILIES, identify
+from controlbooth.models.architectures import PUBLISHED
+from controlbooth.models.recognition import identify
 from controlbooth.trainer.config.loading import load_config
-from controlbooth.trainer.config.run import RunConfig, base_path, gradient_accumulation_steps
+from controlbooth.trainer.config.run import (
+    FlowConfig,
+    ModelConfig,
+    RunConfig,
+    base_path,
+    gradient_accumulation_steps,
+)
 from controlbooth.trainer.config.section import ConfigError
 from controlbooth.trainer.planning.accelerators import ACCELERATORS, Accelerator, is_card
 from controlbooth.trainer.planning.footprint import WITHOUT_SCORES
@@ -212,8 +219,11 @@ def planned_facts(
 
 
 def family_of(config: RunConfig) -> str:
-    unet = base_path(config) / "unet" / "config.json"
-    return identify(json.loads(unet.read_text())).name if unet.is_file() else config.model.family
+    """Names the family of a run's base: by its folder where that is here, else as the run says."""
+    folder = base_path(config)
+    found = (folder / denoiser / "config.json" for denoiser in ("unet", "transformer"))
+    file = next((one for one in found if one.is_file()), None)
+    return config.model.family if file is None else identify(json.loads(file.read_text())).name
 
 
 def _facts(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -251,16 +261,18 @@ def _step_of(row: Mapping[str, Any]) -> list[Any]:
 
 def config_of_row(config: RunConfig, row: Mapping[str, Any]) -> tuple[RunConfig, str | None]:
     """The run with the row's base and settings in place of its own, so that its step can be planned like the run's; and
-    the family whose published shapes it has, or None where it is the run's base."""
+    the published shapes that it has, or None where it is the run's base."""
     facts = _facts(row)
+    same = facts["family"] == family_of(config) and base_path(config).is_dir()
+    if not same and facts["family"] not in PUBLISHED:
+        raise ConfigError(
+            f"a row is of the family {facts['family']}, of which only the run's own base could be planned"
+        )
+    if not same:  # what the run says of its own base may have no meaning with another
+        config = config.model_copy(update={"model": ModelConfig(base=config.model.base), "flow": FlowConfig()})
     model = config.model.model_copy(
         update={"attention": facts.get("attention", "auto"), "gradient_checkpointing": facts["gradient_checkpointing"]}
     )
     latent_cache = Path("latent-cache") if facts["cached"] else None
     data = config.data.model_copy(update={"resolution": facts["resolution"], "latent_cache": latent_cache})
-    same = facts["family"] == family_of(config) and base_path(config).is_dir()
-    if not same and FAMILIES[facts["family"]].architecture is None:
-        raise ConfigError(
-            f"a row is of the family {facts['family']}, of which only the run's own base could be planned"
-        )
     return config.model_copy(update={"model": model, "data": data}), None if same else facts["family"]

@@ -8,41 +8,45 @@ Only what the engine adds (gradient buckets, masters, optimizer states) is arith
 """
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import DDPMScheduler
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from controlbooth.models.architectures import PUBLISHED
+from controlbooth.models.architectures import PUBLISHED, Config
 from controlbooth.models.attention import AttentionChoice, apply_attention
 from controlbooth.models.base import Base, vae_dtype
-from controlbooth.models.controlnet import build_controlnet
-from controlbooth.models.pretrained import controlnet_class
-from controlbooth.models.process import Diffusion
+from controlbooth.models.denoisers import denoiser_of, encode_condition
+from controlbooth.models.pretrained import check_dtype, class_of, controlnet_class, flow_process
+from controlbooth.models.process import Diffusion, Process
 from controlbooth.models.recognition import (
     FAMILIES,
+    VAE,
     Family,
+    Part,
+    check_noise,
     check_part,
-    check_scheduler,
     recognise_folder,
     scheduler_file,
 )
+from controlbooth.models.transformer_copy import fixed_tensors
 from controlbooth.models.weight_files import read_json
 from controlbooth.trainer.config.run import RunConfig, base_path
 from controlbooth.trainer.config.section import ConfigError
+from controlbooth.trainer.controlnet.build import new_controlnet
 from controlbooth.trainer.controlnet.step import DeviceBatch, controlnet_loss
 from controlbooth.trainer.encoding import encode_captions, encode_kept, encode_posterior
 from controlbooth.trainer.engine.deepspeed import DTYPES
+from controlbooth.trainer.run.base import with_run_settings
 
 WITHOUT_SCORES = ("auto", "xformers", "efficient", "flash")
 """Attention kernels that keep no matrix of tokens by tokens; `auto` takes one of them where such a matrix is large."""
@@ -77,7 +81,8 @@ class Footprint:
 
     micro_batch_size: int
     frozen_bytes: int
-    """The base: U-Net, and VAE and text encoders, which are loaded whether or not a latent cache stands for them."""
+    """The base: U-Net or transformer, and VAE and text encoders, which are loaded whether or not a latent cache stands
+    for them; and what a ControlNet has besides its trained weights, such as SD3's table of places."""
     trained_parameters: int
     largest_parameter: int
     """Elements of the largest trained tensor."""
@@ -87,9 +92,10 @@ class Footprint:
     """(activation bytes, gradient bytes) at the moments where neither is exceeded later with more of the other: weights
     excluded, gradients in the dtype of the run."""
     encoder_flops: int
-    """VAE and text encoders, of the whole micro-batch; 0 with a latent cache."""
+    """VAE and text encoders, of the whole micro-batch; with a latent cache the VAE's for conditions that enter as
+    latents, and 0 on U-Nets."""
     training_flops: int
-    """ControlNet and U-Net, forward and backward, recomputation included."""
+    """ControlNet and base, forward and backward, recomputation included."""
     traffic_bytes: int
     """Read and written by operations other than products: normalisation, activations, copies. These take their time by
     the memory's bandwidth."""
@@ -99,6 +105,8 @@ class Footprint:
     """What the loader hands over and the device holds of one micro-batch."""
     cached_bytes: int
     """What of that is latents and hidden states from the latent cache, as they are stored; 0 with online encoders."""
+    host_bytes: int = 0
+    """In host memory: of a transformer's ControlNet, what its files hold besides trained weights, in fp32."""
 
     @property
     def activation_bytes(self) -> int:
@@ -200,84 +208,107 @@ def worst_moments(moments: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], 
 
 
 def shapes_of(config: RunConfig, precision: str, shapes: str | None = None) -> tuple[Base, Any]:
-    """The base and the ControlNet of a run on the meta device. shapes: a family's name, in place of model.base.
+    """Makes the base and the ControlNet of a run on the meta device. shapes: of PUBLISHED, in place of model.base.
 
-    Raises ConfigError and ValueError for a base that cannot be read, and for a family of which nothing is known.
+    Raises ConfigError and ValueError for a base that cannot be read, for a family of which nothing is known, and for
+    settings that have no meaning with it.
     """
-    family, modules = _architecture(config, shapes)
+    family, parts, noise = _architecture(config, shapes)
     dtype = DTYPES[precision]
+    where = shapes or config.model.base
+    check_dtype(family, dtype, where)
     with torch.device("meta"):
-        unet: Any = UNet2DConditionModel.from_config(dict(modules["unet"]))
-        vae: Any = AutoencoderKL.from_config(dict(modules["vae"]))
-        classes = (CLIPTextModel, CLIPTextModelWithProjection)
-        encoders = [cls(CLIPTextConfig(**one)) for cls, one in zip(classes, modules["text_encoders"], strict=False)]
-    for module, own in ((unet, dtype), (vae, vae_dtype(vae.config, dtype)), *((one, dtype) for one in encoders)):
+        modules = {part: _empty(part, parts[part.folder]) for part in family.parts}
+    for part, module in modules.items():
+        own = vae_dtype(module.config, dtype) if part == VAE else dtype
         nn.Module.to(module.requires_grad_(False).eval(), own)  # diffusers' own `to` warns of what does not apply
-    scheduler: Any = DDPMScheduler.from_config(dict(modules["noise_scheduler"]))
+    encoders = tuple(modules[part] for part in family.text_encoders)
+    text_tokens = family.text_tokens if config.model.text_tokens is None else config.model.text_tokens
     base = Base(
         family=family,
-        path=Path(shapes or config.model.base),
-        vae=vae,
-        text_encoders=tuple(encoders),
-        tokenizers=tuple(Tokenizer(encoder.config.max_position_embeddings) for encoder in encoders),
-        denoiser=unet,
-        process=Diffusion(scheduler),
+        path=Path(where),
+        vae=modules[VAE],
+        text_encoders=encoders,
+        tokenizers=tuple(Tokenizer(getattr(one.config, "max_position_embeddings", text_tokens)) for one in encoders),
+        denoiser=modules[family.denoiser],
+        process=_process(family, noise, where),
         digest="",
+        text_tokens=text_tokens,
     )
-    return base, nn.Module.to(_controlnet(config, unet), dtype)
+    return with_run_settings(config, base), nn.Module.to(_controlnet(config, base.denoiser), dtype)
 
 
-def _architecture(config: RunConfig, shapes: str | None) -> tuple[Family, Mapping[str, Any]]:
-    """The family and the module configurations: the published ones, or those that the base's folder holds."""
+def _empty(part: Part, config: Config) -> Any:
+    """Makes a network of a base, on the device that is PyTorch's default now."""
+    kind = class_of(part)
+    if part.model_types:  # of transformers
+        return kind(kind.config_class(**config))
+    return kind.from_config(dict(config))
+
+
+def _process(family: Family, config: Config, where: str) -> Process:
+    if family.is_transformer:
+        return flow_process(config, where)
+    scheduler: Any = DDPMScheduler.from_config(dict(config))
+    return Diffusion(scheduler)
+
+
+def _architecture(config: RunConfig, shapes: str | None) -> tuple[Family, dict[str, Config], Config]:
+    """Finds the family, the configurations of the networks by their folders and that of the noise: the published ones,
+    or those that the base's folder holds."""
     folder = base_path(config)
     if shapes is None and folder.is_dir():
-        family = recognise_folder(folder, config.model.family)
+        family = _without_t5(config, recognise_folder(folder, config.model.family))
         for part in family.parts:
             check_part(folder, part)
-        scheduler = read_json(scheduler_file(folder))
-        check_scheduler(scheduler, str(scheduler_file(folder)))
-        return family, dict(
-            unet=read_json(folder / "unet" / "config.json"),
-            vae=read_json(folder / "vae" / "config.json"),
-            text_encoders=[read_json(folder / part.folder / "config.json") for part in family.parts[2:]],
-            noise_scheduler=scheduler,
-        )
+        noise = read_json(scheduler_file(folder))
+        check_noise(family, noise, str(scheduler_file(folder)))
+        return family, {part.folder: read_json(folder / part.folder / "config.json") for part in family.parts}, noise
     name = shapes or config.model.family
     if name not in PUBLISHED:
         raise ConfigError(
             f"model.base is {config.model.base!r}, which is no diffusers folder that could be read here. Give such a "
-            f"folder, or plan by the published shapes of a family: --shapes {' or '.join(PUBLISHED)}"
+            f"folder, or plan by published shapes: --shapes {' or '.join(PUBLISHED)}"
         )
-    family = FAMILIES[name]
-    return family, vars(family.architecture)
+    published = PUBLISHED[name]
+    family = FAMILIES[published.family]
+    parts = dict(
+        zip(
+            [part.folder for part in family.parts],
+            (published.denoiser, published.vae, *published.text_encoders),
+            strict=True,
+        )
+    )
+    return _without_t5(config, family), parts, published.noise_scheduler
 
 
-def _controlnet(config: RunConfig, unet: Any) -> Any:
+def _without_t5(config: RunConfig, family: Family) -> Family:
+    return family if config.model.t5 else family.without_t5()
+
+
+def _controlnet(config: RunConfig, network: Any) -> Any:
     """On the meta device. One to go on from is read for its configuration, not for its weights."""
     model = config.model
     if model.controlnet != "unet" and Path(model.controlnet).is_dir():
         folder = Path(model.controlnet)
         with torch.device("meta"):
             controlnet: Any = controlnet_class(folder).from_config(read_json(folder / "config.json"))
-            return controlnet.train()
-    return build_controlnet(
-        unet,
-        model.hint_channels,
-        trainable_copy=model.trainable_copy,
-        connections=model.connections,
-        hint_network=model.hint_network,
-        only_mid_control=model.only_mid_control,
-    )
+        file: Any = denoiser_of(controlnet).file
+        return (file.finish_reading(controlnet) if hasattr(file, "finish_reading") else controlnet).train()
+    return new_controlnet(network, model)
 
 
 class Tokenizer:
-    """Stands for a base's: every prompt has as many tokens, since prompts are padded to that."""
+    """Stands for a base's: every prompt has as many tokens, since prompts are padded to that.
+
+    length: of CLIP the encoder's positions, 77 of the published ones; T5 has no limit, and is told one at each call.
+    """
 
     def __init__(self, length: int) -> None:
         self.model_max_length = length
 
-    def __call__(self, prompts: list[str], **_: Any) -> Any:
-        return SimpleNamespace(input_ids=torch.zeros(len(prompts), self.model_max_length, dtype=torch.int64))
+    def __call__(self, prompts: list[str], *, max_length: int, **_: Any) -> Any:
+        return SimpleNamespace(input_ids=torch.zeros(len(prompts), max_length, dtype=torch.int64))
 
 
 def footprint(
@@ -305,12 +336,14 @@ def footprint(
 def _measured(config: RunConfig, base: Base, controlnet: Any, micro_batch_size: int) -> Footprint:
     trained = list(controlnet.parameters())
     frozen = [t for module in (base.vae, base.denoiser, *base.text_encoders) for t in tensors_of(module)]
+    frozen += controlnet.buffers()
     live, encoders = LiveStorages(), LiveStorages()
-    live.ignore([*frozen, *tensors_of(controlnet)])
+    live.ignore([*frozen, *trained])
     handles = [p.register_post_accumulate_grad_hook(lambda p: live.is_gradient(p.grad)) for p in trained]
     batch = fake_batch(config, base, micro_batch_size)
-    if batch.pixel_values is not None:
-        with encoders, torch.no_grad():
+    with encoders, torch.no_grad():
+        encode_condition(base, controlnet, batch.conditioning_pixel_values)
+        if batch.pixel_values is not None:
             encode_posterior(base, batch.pixel_values)
             encode_kept(base, batch.captions)
     with live:
@@ -324,6 +357,7 @@ def _measured(config: RunConfig, base: Base, controlnet: Any, micro_batch_size: 
     return Footprint(
         micro_batch_size=micro_batch_size,
         frozen_bytes=sum(tensor.untyped_storage().nbytes() for tensor in frozen),
+        host_bytes=sum(4 * tensor.numel() for tensor in fixed_tensors(controlnet).values()),
         trained_parameters=sum(parameter.numel() for parameter in trained),
         largest_parameter=max(parameter.numel() for parameter in trained),
         trained_modules=modules_with_weights(controlnet),
@@ -374,12 +408,16 @@ def tensors_of(module: nn.Module) -> list[Tensor]:
 
 
 def without_memory(module: nn.Module) -> None:
-    """Fake tensors in place of those on the meta device, which operations with others would refuse."""
+    """Puts fake tensors in place of those on the meta device, which operations with others would refuse; one that has
+    two names, as T5's embedding, stays one."""
+    made: dict[int, nn.Parameter] = {}
     for part in module.modules():
         for name, parameter in list(part._parameters.items()):
             if parameter is not None:
-                empty = torch.empty(parameter.shape, dtype=parameter.dtype)
-                part._parameters[name] = nn.Parameter(empty, parameter.requires_grad)
+                if id(parameter) not in made:
+                    empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+                    made[id(parameter)] = nn.Parameter(empty, parameter.requires_grad)
+                part._parameters[name] = made[id(parameter)]
         for name, buffer in list(part._buffers.items()):
             if buffer is not None:
                 part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)

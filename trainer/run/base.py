@@ -17,6 +17,14 @@ def open_base(config: RunConfig, dtype: torch.dtype, device: str | torch.device)
     """
     model = config.model
     base = load_base(base_path(config), model.family, dtype, device, t5=model.t5, text_tokens=model.text_tokens)
+    return with_run_settings(config, base)
+
+
+def with_run_settings(config: RunConfig, base: Base) -> Base:
+    """Gives a base what the run decides about its noise; -> the base.
+
+    Raises ValueError for settings that have no meaning with its family, and for pictures of a size that it cannot take.
+    """
     for message in misplaced(config, base.family):
         raise UserError(message)
     if isinstance(base.process, FlowMatching):

@@ -114,7 +114,7 @@ def test_autograd_keeps_nothing_of_the_locked_encoder(load_tiny):
 
 def sd15_unet_without_weights() -> UNet2DConditionModel:
     with torch.device("meta"):
-        return UNet2DConditionModel(**architectures.SD15.unet)
+        return UNet2DConditionModel(**architectures.SD15.denoiser)
 
 
 def test_sd15_has_the_published_number_of_parameters():
@@ -149,7 +149,7 @@ def test_sd15_has_the_thirteen_published_residuals():
 )
 def test_other_families_have_the_published_number_of_parameters(architecture, parameters):
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**architecture.unet)
+        unet = UNet2DConditionModel(**architecture.denoiser)
     assert sum(parameter.numel() for parameter in unet.parameters()) == parameters
     report = parameter_report(build_controlnet(unet))
     assert report.copy == sum(p.numel() for name, p in unet.named_parameters() if name.split(".")[0] in COPIED)

@@ -13,7 +13,7 @@ from controlbooth.models.single_file import key_map
 
 def controlnet_without_weights(architecture: Architecture) -> ControlNetModel:
     with torch.device("meta"):
-        return build_controlnet(UNet2DConditionModel(**architecture.unet))
+        return build_controlnet(UNet2DConditionModel(**architecture.denoiser))
 
 
 def test_sd15_controlnet_has_the_released_key_names():
@@ -68,7 +68,7 @@ def test_sdxl_controlnet_names_its_size_conditioning_label_emb():
 def test_the_shared_half_of_every_full_size_unet_key_survives_diffusers_conversion(architecture):
     """The same table names the U-Net's encoder in a whole checkpoint."""
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**architecture.unet)
+        unet = UNet2DConditionModel(**architecture.denoiser)
     shared = {key: tensor for key, tensor in unet.state_dict().items() if key.split(".")[0] in COPIED}
     names = key_map(build_controlnet(unet), 2)
     original = {f"model.diffusion_model.{names[key]}": tensor for key, tensor in shared.items()}

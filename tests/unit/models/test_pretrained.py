@@ -257,7 +257,7 @@ def single_file(load_tiny, base_folder, tmp_path, monkeypatch):
         base = load_tiny(family)
         scheduler = FAMILIES[family].architecture.noise_scheduler
         encoders = tuple(encoder.config.to_dict() for encoder in base.text_encoders)
-        tiny = Architecture(dict(base.denoiser.config), dict(base.vae.config), encoders, scheduler)
+        tiny = Architecture(dict(base.denoiser.config), dict(base.vae.config), encoders, scheduler, family)
         monkeypatch.setitem(FAMILIES, family, dataclasses.replace(FAMILIES[family], architecture=tiny))
         for name in ("tokenizer", "tokenizer_2")[: len(base.tokenizers)]:
             shutil.copytree(base_folder(family) / name, tmp_path / name)

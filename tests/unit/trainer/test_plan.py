@@ -15,12 +15,22 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
 from controlbooth.launch.commands.plan import main
+from controlbooth.models.architectures import PUBLISHED
+from controlbooth.models.recognition import FAMILIES, identify
+from controlbooth.models.transformer_copy import fixed_tensors
 from controlbooth.trainer.config.loading import build_config
 from controlbooth.trainer.config.run import EngineConfig
 from controlbooth.trainer.config.section import ConfigError
 from controlbooth.trainer.planning import choices
 from controlbooth.trainer.planning.accelerators import ACCELERATORS, Layout, accelerator, is_card
-from controlbooth.trainer.planning.calibration import SHIPPED, nearest, planned_facts, read_rows, rows_for
+from controlbooth.trainer.planning.calibration import (
+    SHIPPED,
+    config_of_row,
+    nearest,
+    planned_facts,
+    read_rows,
+    rows_for,
+)
 from controlbooth.trainer.planning.footprint import (
     PRODUCTS,
     Footprint,
@@ -93,7 +103,7 @@ def each_step_once():
 def bases(base_folder, tmp_path_factory):
     """A folder with tiny bases by family."""
     folder = tmp_path_factory.mktemp("bases")
-    for family in ("sd15", "sdxl", "miniature"):
+    for family in ("sd15", "sdxl", "miniature", "sd3", "flux"):
         (folder / family).symlink_to(base_folder(family))
     return folder
 
@@ -120,18 +130,28 @@ def real_base(path):
     return load_base(path)
 
 
+def run_on(bases, family, **model):
+    """A run on one of the tiny bases, without what only U-Nets know."""
+    config = run(bases, model=dict(base=str(bases / family)))
+    if FAMILIES[family].is_transformer:
+        model = {"hint_channels": type(config.model).model_fields["hint_channels"].default, "text_tokens": 20} | model
+    return config.model_copy(update={"model": config.model.model_copy(update=model)})
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["sd15", "sdxl", "miniature"])
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "miniature", "sd3", "flux"])
 def test_planned_weights_are_those_of_the_real_modules(bases, family):
     from controlbooth.trainer.controlnet.build import make_controlnet
 
-    config = run(bases, model=dict(base=str(bases / family), hint_channels=[4, 4, 4, 4]))
+    config = run_on(bases, family)
     base = real_base(bases / family)
     one = footprint(config, "fp32", 2, "flash")
-    modules = [base.denoiser, base.vae, *base.text_encoders]
-    held = sum(t.numel() * t.element_size() for m in modules for t in (*m.parameters(), *m.buffers()))
-    assert one.frozen_bytes == held
     controlnet = make_controlnet(config, base)
+    modules = [base.denoiser, base.vae, *base.text_encoders]
+    held = [*controlnet.buffers(), *(t for m in modules for t in (*m.parameters(), *m.buffers()))]
+    assert one.frozen_bytes == sum(t.numel() * t.element_size() for t in held)
+    assert one.host_bytes == sum(t.nbytes for t in fixed_tensors(controlnet).values())
+    assert (one.host_bytes > 0) == (family == "sd3")  # its table of places, and a block's text side
     assert one.trained_parameters == sum(p.numel() for p in controlnet.parameters())
     assert one.profile[-1][1] == 4 * one.trained_parameters
 
@@ -181,6 +201,107 @@ def test_the_published_shapes_are_planned_without_weights(bases):
     assert sum(p.numel() for p in controlnet.parameters()) == 361_279_120
     _, controlnet = shapes_of(config, "bf16", shapes="sdxl")
     assert sum(p.numel() for p in controlnet.parameters()) == 1_251_014_160
+
+
+TEXT = {"CLIP-L": 123_650_304, "bigG": 694_659_840, "T5": 4_762_310_656}
+"""Parameters of text encoders, two of them with projections."""
+TRANSFORMERS = [
+    ("sd3-medium", 2_028_328_000, 1_062_855_168, ["CLIP-L", "bigG", "T5"], 192),
+    ("sd35-medium", 2_243_171_520, 1_261_169_664, ["CLIP-L", "bigG", "T5"], 384),
+    ("sd35-large", 8_056_627_520, 2_654_723_200, ["CLIP-L", "bigG", "T5"], 192),
+    ("flux-dev", 11_901_408_320, 2_046_461_952, ["CLIP-L", "T5"], 0),
+]
+
+
+@pytest.mark.parametrize(("shapes", "transformer", "controlnet", "encoders", "places"), TRANSFORMERS)
+def test_published_transformers_have_the_parameters_that_they_are_known_for(
+    bases, shapes, transformer, controlnet, encoders, places
+):
+    base, trained = shapes_of(run_on(bases, "flux", text_tokens=None), "bf16", shapes)
+    assert base.family is FAMILIES[PUBLISHED[shapes].family] and identify(base.denoiser.config) is base.family
+    assert count(base.denoiser.parameters()) == transformer
+    assert count(base.denoiser.buffers()) == places**2 * PUBLISHED[shapes].denoiser.get("caption_projection_dim", 0)
+    assert count(trained.parameters()) + count(trained.buffers()) - count(base.denoiser.buffers()) == controlnet
+    assert count(base.vae.parameters()) == 83_819_683 and base.latent_channels == 16
+    projection = 768 * 768 if base.family.name == "flux" else 0  # of which FLUX.1 does without
+    assert [count(one.parameters()) for one in base.text_encoders] == [
+        TEXT[encoders[0]] - projection,
+        *(TEXT[name] for name in encoders[1:]),
+    ]
+    assert base.text_tokens == {"sd3": 256, "flux": 512}[base.family.name]
+    assert all(one.model_max_length == 77 for one in base.tokenizers[:-1])
+    check_parts_fit_together(base)
+
+
+def count(tensors):
+    return sum(one.numel() for one in tensors)
+
+
+def check_parts_fit_together(base):
+    """As a real base is checked, but for the words of tokenizers, which are none here."""
+    config = base.denoiser.config
+    clips = [one.config for one in base.text_encoders[:-1]]
+    assert base.text_encoders[-1].config.d_model == config["joint_attention_dim"]
+    pooled = sum(one.projection_dim if base.family.name == "sd3" else one.hidden_size for one in clips)
+    assert pooled == config["pooled_projection_dim"]
+    assert base.pixel_multiple == 16 and base.picture_size == (1024, 1024)
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_transformers_under_gradient_checkpointing_keep_less_and_compute_more(bases, family):
+    plain, recomputed = (
+        footprint(run_on(bases, family, gradient_checkpointing=cheap), "fp32", 4, "flash") for cheap in (False, True)
+    )
+    assert recomputed.activation_bytes < 0.7 * plain.activation_bytes
+    assert 1.1 * plain.training_flops < recomputed.training_flops < 1.5 * plain.training_flops
+    assert recomputed.trained_parameters == plain.trained_parameters
+
+
+def test_conditions_that_enter_as_latents_are_work_of_the_vae_with_a_latent_cache_too(bases):
+    online = run_on(bases, "sd3")
+    cached = online.model_copy(update={"data": online.data.model_copy(update={"latent_cache": "latents"})})
+    one, other = (footprint(config, "fp32", 2, "flash") for config in (online, cached))
+    assert 0 < other.encoder_flops < one.encoder_flops
+    assert other.training_flops == one.training_flops
+    states, pooled = 12 + 20, 16 + 24  # of CLIP and T5, 48 numbers each; 4 channels of 4 x 4
+    assert other.cached_bytes == 2 * 4 * (2 * 4 * 4 * 4 + states * 48 + pooled)
+
+
+def test_sd3_without_t5_holds_as_much_less(bases):
+    whole, without = (footprint(run_on(bases, "sd3", t5=t5), "fp32", 2, "flash") for t5 in (True, False))
+    t5 = real_base(bases / "sd3").text_encoders[2]
+    assert whole.frozen_bytes - without.frozen_bytes == 4 * count(t5.parameters())
+    assert whole.training_flops == without.training_flops
+
+
+def test_the_number_of_copied_blocks_is_the_runs(bases):
+    few, many = (shapes_of(run_on(bases, "flux", copied_blocks=one), "bf16")[1] for one in ((1, 0), (2, 2)))
+    assert count(few.parameters()) < count(many.parameters())
+
+
+def test_what_a_run_on_a_transformer_would_refuse_its_plan_refuses(bases):
+    with pytest.raises(ValueError, match="T5, a text encoder of Stable Diffusion 3, overflows in fp16"):
+        shapes_of(run_on(bases, "sd3"), "fp16")
+    with pytest.raises(ValueError, match="model.trainable_copy=lite is for a U-Net, and the base is FLUX.1-dev"):
+        shapes_of(run_on(bases, "flux", trainable_copy="lite"), "bf16")
+    odd = run_on(bases, "sd3")
+    odd = odd.model_copy(update={"data": odd.data.model_copy(update={"resolution": 40})})
+    with pytest.raises(ValueError, match="data.resolution=40 is not a multiple of 16"):
+        shapes_of(odd, "bf16")
+
+
+def test_a_transformer_is_planned_by_rows_of_u_nets_and_its_own_are_told_from_theirs(bases):
+    config = run_on(bases, "sd3", copied_blocks=(2,))
+    planned = planned_facts(config, "bf16", 2)
+    assert planned["family"] == "sd3" and planned_facts(config, "bf16", 2, "sd35-large")["family"] == "sd35-large"
+    other, shapes = config_of_row(config, planned | {"family": "sd15"})
+    assert shapes == "sd15" and other.model.copied_blocks is None
+    same, shapes = config_of_row(config, planned)
+    assert shapes is None and same.model.copied_blocks == (2,)
+    with pytest.raises(ConfigError, match="a row is of the family flux, of which only the run's own base"):
+        config_of_row(config, planned | {"family": "flux"})
+    plan = choices.make_plan(config, Layout(H100, 1, 1))
+    assert "a base of sd15 (planned: a base of sd3)" in "\n".join(assumption_lines(plan))
 
 
 def test_a_base_that_is_not_here_and_of_no_family_says_how_to_plan_it(bases):
