@@ -5,8 +5,9 @@ launcher asks here too.
 
 Adding a family: an entry in FAMILIES and a branch in `identify` here; a text encoding in TEXT_ENCODINGS of text.py;
 for an architecture that is new, a file beside sd3.py and its entry in DENOISERS of denoisers.py; its name in
-`model.family` of trainer/config/run.py and subjects.py and in PIPELINES of trainer/model_card.py. Where single files
-are to be read, also an Architecture in PUBLISHED of architectures.py, and the keys that tell it in this file.
+`model.family` of trainer/config/run.py and subjects.py and in PIPELINES of trainer/model_card.py. So that it can be
+planned without weights, an Architecture in PUBLISHED of architectures.py; where single files are to be read, also the
+keys that tell it in this file.
 """
 
 import math
