@@ -429,7 +429,7 @@ def test_a_part_that_is_not_there_is_named(good, tmp_path, part):
         (1, "ControlNetModel", "its conditioning_channels is 1, and conditions here are RGB"),
         (3, "ControlNetUnionModel", "holds a ControlNetUnionModel, which is no ControlNet that is known"),
         (3, "ControlNetXSAdapter", "holds a ControlNetXSAdapter"),
-        (3, "FluxControlNetModel", "holds a FluxControlNetModel"),
+        (3, "SanaControlNetModel", "holds a SanaControlNetModel"),
         (3, "ControlNetModel", None),
     ],
 )
