@@ -1,9 +1,10 @@
 """Tensors that still lie in their files: converted while only their shapes are known, and read one at a time.
 
-So a network is filled with no more memory than its own weights and one tensor of the file take. Mapping a file into
-memory would not do: pages that were touched stay counted until the whole file is let go.
+So a network is filled with no more memory than its own weights and one tensor of the file take. Each tensor is mapped
+into memory by itself, and let go by itself; one that is kept as it is stays mapped, and processes share its pages.
 """
 
+import mmap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -124,17 +125,16 @@ def _reader(file: Path, entry: Mapping[str, Any], form: Tensor, empty: bool) -> 
     def read() -> Tensor:
         if empty:
             return form
-        tensor = torch.empty(form.shape, dtype=form.dtype)
+        if not form.numel():
+            return torch.empty(form.shape, dtype=form.dtype)
         with file.open("rb") as stream:
-            header = int.from_bytes(stream.read(8), "little")
-            stream.seek(8 + header + entry["data_offsets"][0])
-            if tensor.numel() and stream.readinto(_bytes(tensor)) != tensor.nbytes:
-                raise UserError(f"{file} has become shorter while it was read. Fetch it again")
-        return tensor
+            start = 8 + int.from_bytes(stream.read(8), "little") + entry["data_offsets"][0]
+            page = start - start % mmap.ALLOCATIONGRANULARITY
+            length = start - page + form.nbytes
+            try:
+                mapped = mmap.mmap(stream.fileno(), length, access=mmap.ACCESS_COPY, offset=page)
+            except (ValueError, OSError) as error:
+                raise UserError(f"{file} cannot be read: {error}. Fetch it again") from error
+        return torch.frombuffer(mapped, dtype=form.dtype, count=form.numel(), offset=start - page).view(form.shape)
 
     return read
-
-
-def _bytes(tensor: Tensor) -> Any:
-    """The memory of a tensor, to be written into."""
-    return tensor.reshape(-1).view(torch.uint8).numpy()

@@ -346,8 +346,8 @@ def test_a_family_that_cannot_be_is_refused(good, tmp_path):
 
 FOREIGN = {  # what lies in a folder that is no supported base -> what is said of it
     "transformer/config.json": (
-        '{"_class_name": "SD3Transformer2DModel"}',
-        "(Stable Diffusion 3): the base's",
+        '{"_class_name": "PixArtTransformer2DModel"}',
+        "(PixArt): the base's",
     ),
     "model_index.json": ('{"_class_name": "FluxPipeline"}', "(FLUX)"),
     "unet/config.json": ('{"in_channels": 9, "out_channels": 4}', "9 channels and predicts 4: an inpainting model"),
@@ -429,7 +429,7 @@ def test_a_part_that_is_not_there_is_named(good, tmp_path, part):
         (1, "ControlNetModel", "its conditioning_channels is 1, and conditions here are RGB"),
         (3, "ControlNetUnionModel", "holds a ControlNetUnionModel, which is no ControlNet that is known"),
         (3, "ControlNetXSAdapter", "holds a ControlNetXSAdapter"),
-        (3, "FluxControlNetModel", "holds a FluxControlNetModel"),
+        (3, "SanaControlNetModel", "holds a SanaControlNetModel"),
         (3, "ControlNetModel", None),
     ],
 )
