@@ -83,12 +83,13 @@ def fill(
         raise UserError(f"{where} does not fit {type(module).__name__}: {', '.join(faults)}. {remedy}")
     ready: dict[str, Tensor] = {}
     once: dict[int, str] = {}  # a weight under two names is one tensor afterwards, too
+    twins: dict[str, str] = {}
     born: list[str] = []
     wild: list[str] = []
     for name, weight in weights.items():
         first = once.setdefault(id(weight), name)
         if first in ready:
-            ready[name] = ready[first]
+            ready[name], twins[name] = ready[first], first
             for faulty in (born, wild):
                 faulty += [name] if first in faulty else []
             continue
@@ -100,6 +101,9 @@ def fill(
         why = "hold values that are no finite numbers" if born else f"hold values beyond the range of {_name(dtype)}"
         raise UserError(f"{where}: {_tensors(born or wild)} {why}. {remedy if born else 'Use bf16 or fp32'}")
     module.load_state_dict(ready, assign=True)
+    for name, first in twins.items():  # one parameter again: two would each take memory on another device
+        owner, _, attribute = name.rpartition(".")
+        setattr(module.get_submodule(owner), attribute, module.get_parameter(first))
 
 
 def _own(tensor: Tensor) -> Tensor:
