@@ -1,6 +1,7 @@
 # make quickstart   install into .venv and train a ControlNet on this machine, from nothing
 # make dreambooth-demo   train eight subjects that the built-in base has never seen, and measure them
 # make test         all tests                         make check    ruff and pyright
+# make test-unit    those of tests/unit that are not slow, for the daily loop: about 3 minutes of two cores
 # make test-cluster   a run on a real Slurm of two nodes, disturbed; needs root and Debian's slurm-wlm, munge, iproute2
 # make test-tracking  MLflow on PostgreSQL as deploy/compose.yaml has it, killed and back; needs Debian's postgresql
 # make bench        the benchmarks that need no run   make clean    delete what tools made; .venv and runs stay
@@ -17,7 +18,7 @@ JOBS ?= 2
 BIN := .venv/bin
 READY := .venv/ready-$(DEVICE)
 
-.PHONY: quickstart dreambooth-demo test test-cluster test-tracking check docs bench clean setup
+.PHONY: quickstart dreambooth-demo test test-unit test-cluster test-tracking check docs bench clean setup
 .DELETE_ON_ERROR:
 
 quickstart: setup
@@ -28,6 +29,9 @@ dreambooth-demo: setup
 
 test: setup
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
+
+test-unit: setup
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m "not slow" tests/unit
 
 test-cluster: setup
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -rs -m cluster tests/cluster

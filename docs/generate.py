@@ -45,7 +45,6 @@ PLAIN = {
     ("CheckpointConfig", "every_steps"): "Optimizer steps between two checkpoints; the last step has one too.",
     ("ValidationConfig", "every_steps"): "Optimizer steps between two validations; the last step has one too.",
     ("ValidationConfig", "sampling_steps"): "Steps of the sampler for each picture.",
-    ("ValidationConfig", "guidance_scale"): "Of classifier-free guidance; 1 is without.",
     ("ValidationConfig", "micro_batch_size"): "Pictures that each rank draws at once.",
     ("TrackingConfig", "experiment"): "Of MLflow, which holds the runs.",
     ("SubjectRunConfig", "name"): "Names the folder of the run below `output`, and the run in MLflow.",

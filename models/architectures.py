@@ -1,10 +1,11 @@
-"""The module configurations of Stable Diffusion 1.5, 2.1 and XL, as published beside their weights.
+"""The module configurations of Stable Diffusion 1.5, 2.1 and XL, and what files of SD3 and FLUX.1 do not tell.
 
 A single .safetensors file holds weights without configurations, and fetching them needs a network: so they are here.
 The dictionaries are the keyword arguments of diffusers' UNet2DConditionModel, AutoencoderKL and DDPMScheduler and of
 transformers' CLIPTextConfig; what is left out equals the class's default.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,73 @@ SDXL = Architecture(
 )
 PUBLISHED = {"sd15": SD15, "sd21": SD21, "sdxl": SDXL}
 """By the families' names; so that a run can be planned without weights, and named before torch is imported."""
+
+
+@dataclass(frozen=True)
+class TransformerFile:
+    """What single files of a transformer's family hold, and what their tensors do not tell of it."""
+
+    denoiser: Config
+    """Of diffusers' class, without the sizes that are read off the tensors."""
+    scheduler: Config
+    """Of FlowMatchEulerDiscreteScheduler, where no file beside says it."""
+    inside: Mapping[str, str]
+    """Of parts that may be in the file beside the transformer: folder -> the beginning of its tensors' names."""
+    vae: Config
+    text_encoders: tuple[Config, ...]
+    """Those that may be in the file."""
+
+
+_T5_XXL: Config = dict(  # google/t5-v1_1-xxl
+    vocab_size=32128,
+    d_model=4096,
+    d_kv=64,
+    d_ff=10240,
+    num_layers=24,
+    num_heads=64,
+    feed_forward_proj="gated-gelu",
+    relative_attention_num_buckets=32,
+    relative_attention_max_distance=128,
+    tie_word_embeddings=False,
+)
+
+SD3_FILE = TransformerFile(
+    denoiser=dict(attention_head_dim=64, sample_size=128),
+    scheduler=dict(shift=3.0),
+    inside={
+        "vae": "first_stage_model.",
+        "text_encoder": "text_encoders.clip_l.transformer.",
+        "text_encoder_2": "text_encoders.clip_g.transformer.",
+        "text_encoder_3": "text_encoders.t5xxl.transformer.",
+    },
+    vae=_VAE
+    | dict(
+        latent_channels=16,
+        sample_size=1024,
+        scaling_factor=1.5305,
+        shift_factor=0.0609,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    ),
+    text_encoders=(_CLIP_L, _OPENCLIP_BIGG, _T5_XXL),
+)
+"""Of SD3-medium, SD3.5-medium and SD3.5-large; the scheduler is that of all their folders."""
+
+FLUX_FILE = TransformerFile(
+    denoiser=dict(attention_head_dim=128, axes_dims_rope=(16, 56, 56)),
+    scheduler=dict(
+        shift=3.0,
+        use_dynamic_shifting=True,
+        base_shift=0.5,
+        max_shift=1.15,
+        base_image_seq_len=256,
+        max_image_seq_len=4096,
+    ),
+    inside={},
+    vae={},
+    text_encoders=(),
+)
+"""The file of FLUX.1-dev holds its transformer alone."""
 
 
 VAE_FACTOR = 8

@@ -14,19 +14,14 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from controlbooth.data.errors import UserError
-from controlbooth.models.weight_files import read_json, safetensors_header, weights_files
+from controlbooth.models.stored import Stored, stored_tensors
+from controlbooth.models.weight_files import read_json, weights_files
 
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "BOOL": torch.bool,
-}  # fmt: skip
+Weight = Tensor | Stored
+
 SPARE = re.compile(r"(.*\.)?position_ids|logit_scale|(vision_model|visual_projection|text_projection)\..+")
 """Tensors that a file may hold and a module not ask for: a buffer of older versions, and CLIP's other half."""
 REMEDY = "Its download is incomplete, or its files are of different models: fetch the folder again"
@@ -45,7 +40,7 @@ def load_module(
     """
     files = weights_files(folder, stem)
     module = empty_module(kind, folder)
-    fill(module, read_tensors(files, empty), dtype, str(folder), remedy)
+    fill(module, stored_tensors(files, empty), dtype, str(folder), remedy)
     return (module.to("meta") if empty else module).eval()
 
 
@@ -67,53 +62,52 @@ def empty_module(kind: Any, folder: Path) -> Any:
 def read_tensors(files: Sequence[Path], empty: bool = False) -> dict[str, Tensor]:
     """name -> tensor of all files together, on the CPU; with `empty` from their headers, on the device "meta".
 
-    Raises ValueError for a damaged file, a dtype that is not known, and a name that two files have.
+    Raises ValueError as `stored_tensors`.
     """
-    tensors: dict[str, Tensor] = {}
-    origin: dict[str, Path] = {}
-    for file in files:
-        header = safetensors_header(file)
-        for name, entry in header.items():
-            if name in origin:
-                raise UserError(f"{name} is in {origin[name]} and in {file.name}: delete the file of another download")
-            if entry["dtype"] not in _DTYPES:
-                raise UserError(f"{name} of {file} has the dtype {entry['dtype']}, which cannot be read. Convert it")
-            origin[name] = file
-        if empty:
-            for name, entry in header.items():
-                tensors[name] = torch.empty(entry["shape"], dtype=_DTYPES[entry["dtype"]], device="meta")
-            continue
-        try:
-            tensors |= load_file(file)
-        except SafetensorError as error:
-            raise UserError(f"{file} cannot be read: {error}. Fetch it again") from error
-    return tensors
+    return {name: stored.read() for name, stored in stored_tensors(files, empty).items()}
 
 
 def fill(
-    module: nn.Module, weights: Mapping[str, Tensor], dtype: torch.dtype, where: str, remedy: str = REMEDY
+    module: nn.Module, weights: Mapping[str, Weight], dtype: torch.dtype, where: str, remedy: str = REMEDY
 ) -> None:
     """Makes `weights` the parameters of `module`, whose own may be on the meta device, in `dtype`.
 
     Every name and shape must match, all values must be numbers, in `dtype` too; what is on the meta device has none.
-    Names that libraries have changed since are followed. Raises ValueError with the tensors that do not fit.
+    Names that libraries have changed since are followed. What still lies in its file is read, converted and let go one
+    tensor at a time. Raises ValueError with the tensors that do not fit.
     """
     parameters = module.state_dict(keep_vars=True)
     weights = _with_tied(_renamed(module, weights, where), parameters, getattr(module, "_tied_weights_keys", None))
     faults = _misfits(parameters, weights)
     if faults:
         raise UserError(f"{where} does not fit {type(module).__name__}: {', '.join(faults)}. {remedy}")
-    ready = {
-        name: tensor.to(dtype) if parameters[name].is_floating_point() else tensor for name, tensor in weights.items()
-    }
-    if wild := [name for name, tensor in ready.items() if not _is_finite(tensor)]:
-        born = [name for name in wild if not _is_finite(weights[name])]
+    ready: dict[str, Tensor] = {}
+    once: dict[int, str] = {}  # a weight under two names is one tensor afterwards, too
+    born: list[str] = []
+    wild: list[str] = []
+    for name, weight in weights.items():
+        first = once.setdefault(id(weight), name)
+        if first in ready:
+            ready[name] = ready[first]
+            for faulty in (born, wild):
+                faulty += [name] if first in faulty else []
+            continue
+        tensor = weight.read() if isinstance(weight, Stored) else weight
+        ready[name] = _own(tensor.to(dtype) if parameters[name].is_floating_point() else tensor)
+        if not _is_finite(ready[name]):
+            (wild if _is_finite(tensor) else born).append(name)
+    if born or wild:
         why = "hold values that are no finite numbers" if born else f"hold values beyond the range of {_name(dtype)}"
         raise UserError(f"{where}: {_tensors(born or wild)} {why}. {remedy if born else 'Use bf16 or fp32'}")
     module.load_state_dict(ready, assign=True)
 
 
-def _misfits(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
+def _own(tensor: Tensor) -> Tensor:
+    """The tensor without what else was read with it: a view would keep the whole in memory."""
+    return tensor if tensor.is_meta or tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+def _misfits(expected: Mapping[str, Tensor], found: Mapping[str, Weight]) -> list[str]:
     """What is wrong with names, shapes and dtypes, a phrase for each kind of fault."""
     missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     both = [name for name in expected if name in found]
@@ -134,7 +128,7 @@ def _misfits(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> lis
     return faults
 
 
-def _renamed(module: Any, weights: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+def _renamed(module: Any, weights: Mapping[str, Weight], where: str) -> dict[str, Weight]:
     """Under the names that the libraries give them today, and without those that a file may hold besides.
 
     diffusers has renamed the projections of a VAE's attention; transformers 5.6 took the prefix `text_model.` from one
@@ -145,7 +139,7 @@ def _renamed(module: Any, weights: Mapping[str, Tensor], where: str) -> dict[str
         module._fix_state_dict_keys_on_load(renamed)
     expected = module.state_dict().keys()
     ignored = [re.compile(one) for one in getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()]
-    result: dict[str, Tensor] = {}
+    result: dict[str, Weight] = {}
     for name, tensor in renamed.items():
         names = (name, f"text_model.{name}", name.removeprefix("text_model."))
         known = next((one for one in names if one in expected), name)
@@ -158,7 +152,7 @@ def _renamed(module: Any, weights: Mapping[str, Tensor], where: str) -> dict[str
     return result
 
 
-def _with_tied(weights: dict[str, Tensor], parameters: Mapping[str, Tensor], declared: Any) -> dict[str, Tensor]:
+def _with_tied(weights: dict[str, Weight], parameters: Mapping[str, Tensor], declared: Any) -> dict[str, Weight]:
     """A parameter that a module has under two names may lie in a file under one of them.
 
     declared: what a class of transformers says of it, name -> the other name; without memory both are parameters.

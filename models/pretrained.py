@@ -26,14 +26,14 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from controlbooth.data.errors import MissingFile, UserError
-from controlbooth.models import single_file
+from controlbooth.models import single_file, transformer_file
 from controlbooth.models.architectures import MINIATURE
 from controlbooth.models.base import Base, check_parts_fit, vae_dtype
 from controlbooth.models.controlnet import build_controlnet
 from controlbooth.models.controlnet_variants import VariantControlNet
 from controlbooth.models.denoisers import DENOISERS, check_fits, denoiser_of
 from controlbooth.models.identity import base_identity, weights_digests
-from controlbooth.models.loading import fill, load_module, read_tensors
+from controlbooth.models.loading import fill, load_module
 from controlbooth.models.noise_schedule import make_noise_scheduler, read_noise_scheduler
 from controlbooth.models.pixel_controlnet import PixelSD3ControlNet
 from controlbooth.models.process import Diffusion, FlowMatching, Process
@@ -41,15 +41,18 @@ from controlbooth.models.recognition import (
     VAE,
     Family,
     Part,
+    check_beside,
     check_condition_channels,
     check_controlnet,
     check_flow_scheduler,
     check_part,
     check_tokenizer,
+    parts_beside,
     recognise_file,
     recognise_folder,
     scheduler_file,
 )
+from controlbooth.models.stored import stored_tensors
 from controlbooth.models.weight_files import read_json, weights_files
 from controlbooth.models.weights import save_pretrained
 
@@ -71,7 +74,8 @@ def load_base(
     """Reads a base model, frozen, every tensor of its networks from its files.
 
     path: a diffusers folder (its full-precision files, or where there are none a variant such as *.fp16.safetensors),
-    a single .safetensors file in the original layout with a tokenizer/ folder beside it, or "miniature".
+    a single .safetensors file in the original layout with a tokenizer/ folder beside it, or "miniature". What a file
+    of SD3 or FLUX.1 does not hold, such as text encoders and the VAE, is read from folders beside it.
     t5: whether SD3's third text encoder is read; without it zeros stand for its states, as in the pipelines.
     text_tokens: to which T5's prompts are filled up or cut; None for what the family's pipelines take.
     Under fp16 a VAE that asks for it (SDXL's overflows) stays in float32. On the device "meta" no weight is read: all
@@ -83,7 +87,7 @@ def load_base(
     if path.is_dir():
         base = _load_folder(path, family, dtype, empty, t5)
     elif path.is_file():
-        base = _load_single_file(path, family, dtype, empty)
+        base = _load_single_file(path, family, dtype, empty, t5)
     else:
         raise MissingFile(
             f"base model {path} does not exist. Give a diffusers folder, a single .safetensors file, or 'miniature'."
@@ -99,8 +103,7 @@ def load_base(
 def _load_folder(folder: Path, requested: str, dtype: torch.dtype, empty: bool, t5: bool) -> Base:
     family = recognise_folder(folder, requested)
     family = family if t5 else family.without_t5()
-    if dtype == torch.float16 and any(part.kind == "T5EncoderModel" for part in family.parts):
-        raise UserError(f"{folder}: T5, a text encoder of {family.title}, overflows in fp16. Use bf16 or fp32")
+    _check_precision(family, dtype, str(folder))
     process = read_process(family, scheduler_file(folder))
     tokenizers = tuple(_load_tokenizer(folder, name) for name in family.tokenizers)
     modules: dict[str, Any] = {}
@@ -127,6 +130,11 @@ def _load_folder(folder: Path, requested: str, dtype: torch.dtype, empty: bool, 
         identity=base_identity(family, modules, tokenizers, process, scheduler, zero_empty_prompt, digests),
         zero_empty_prompt=zero_empty_prompt,
     )
+
+
+def _check_precision(family: Family, dtype: torch.dtype, where: str) -> None:
+    if dtype == torch.float16 and any(part.kind == "T5EncoderModel" for part in family.parts):
+        raise UserError(f"{where}: T5, a text encoder of {family.title}, overflows in fp16. Use bf16 or fp32")
 
 
 def read_process(family: Family, file: Path) -> Process:
@@ -191,11 +199,13 @@ def _never_formed(tokenizer: Any, rules: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _load_single_file(path: Path, requested: str, dtype: torch.dtype, empty: bool) -> Base:
+def _load_single_file(path: Path, requested: str, dtype: torch.dtype, empty: bool, t5: bool) -> Base:
     """A checkpoint in the original layout. Its tokenizer, and a scheduler_config.json if any, lie beside it."""
     family = recognise_file(path, requested)
+    if family.is_transformer:
+        return _load_transformer_file(path, family if t5 else family.without_t5(), dtype, empty)
     tokenizers = tuple(_load_tokenizer(path.parent, name) for name in family.tokenizers)
-    state = read_tensors([path], empty)
+    state = stored_tensors([path], empty)
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
     process = Diffusion(_single_file_scheduler(path, family, state, metadata))
@@ -217,6 +227,49 @@ def _load_single_file(path: Path, requested: str, dtype: torch.dtype, empty: boo
         identity=base_identity(family, modules, tokenizers, process, "", zero_empty_prompt, digests),
         zero_empty_prompt=zero_empty_prompt,
     )
+
+
+def _load_transformer_file(path: Path, family: Family, dtype: torch.dtype, empty: bool) -> Base:
+    """A file of SD3 or FLUX.1. What it does not hold lies beside it, in folders as a diffusers folder has them."""
+    _check_precision(family, dtype, str(path))
+    state = stored_tensors([path], empty)
+    beside = parts_beside(family, state)
+    for part in beside:
+        check_beside(path, part)
+    tokenizers = tuple(_load_tokenizer(path.parent, name) for name in family.tokenizers)
+    process, scheduler = _flow_beside(path, family)
+    inside = [part for part in family.parts if part not in beside]
+    modules: dict[str, Any] = dict(transformer_file.build_parts(state, family, inside, dtype, str(path)))
+    files = {"file": [path]}
+    for part in beside:
+        folder = path.parent / part.folder
+        files[part.folder] = weights_files(folder, part.stem)
+        own = vae_dtype(read_json(folder / "config.json"), dtype) if part == VAE else dtype
+        modules[part.folder] = load_module(class_of(part), folder, own, part.stem, empty=empty)
+    modules = {part.folder: modules[part.folder] for part in family.parts}
+    digest, digests = ("", {}) if empty else weights_digests(path.parent, files)
+    return Base(
+        family=family,
+        path=path,
+        vae=modules["vae"],
+        text_encoders=tuple(modules[part.folder] for part in family.text_encoders),
+        tokenizers=tokenizers,
+        denoiser=modules[family.denoiser.folder],
+        process=process,
+        digest=digest,
+        identity=base_identity(family, modules, tokenizers, process, scheduler, False, digests),
+        zero_empty_prompt=False,
+    )
+
+
+def _flow_beside(path: Path, family: Family) -> tuple[Process, str]:
+    """How a base of flow matching was trained, and the class that a scheduler beside its file names, "" without one."""
+    beside = path.parent / "scheduler" / "scheduler_config.json"
+    if beside.exists():
+        return read_process(family, beside), str(read_json(beside).get("_class_name", ""))
+    assert family.single_file is not None
+    scheduler: Any = FlowMatchEulerDiscreteScheduler(**family.single_file.scheduler)
+    return FlowMatching(scheduler), ""
 
 
 def _single_file_scheduler(
@@ -274,7 +327,7 @@ def read_controlnet(path: Path, unet: Any, dtype: torch.dtype = torch.float32) -
             f"{path} is a single file, and ControlNets of {type(unet).__name__} are read from diffusers folders: give "
             "the folder with config.json and diffusion_pytorch_model.safetensors"
         )
-    weights = read_tensors([path], empty)
+    weights = stored_tensors([path], empty)
     widths = single_file.hint_channels(weights, str(path))
     check_condition_channels(single_file.condition_channels(weights), str(path))
     controlnet = build_controlnet(unet, widths, device="meta")

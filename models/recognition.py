@@ -10,7 +10,7 @@ are to be read, also an Architecture in PUBLISHED of architectures.py, and the k
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -64,8 +64,11 @@ class Family:
     """Of T5 in the family's pipelines; 0 without T5."""
     condition_entry: str = "latents"
     """Of a transformer: what its ControlNets read of a condition unless a run says otherwise, latents or pixels."""
+    usual_guidance: float = 7.5
     embeds_guidance: bool = False
     """Whether guidance is a number that the network is told, in place of a second prediction."""
+    single_file: architectures.TransformerFile | None = None
+    """Of a transformer's family: what its single files hold."""
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -106,7 +109,9 @@ FAMILIES = {
             "flow",
             None,
             denoiser=SD3_PART,
+            single_file=architectures.SD3_FILE,
             text_tokens=256,
+            usual_guidance=4.5,
             text_encoders=(
                 Part("text_encoder", PROJECTED, "model", CLIP),
                 Part("text_encoder_2", PROJECTED, "model", CLIP),
@@ -119,7 +124,9 @@ FAMILIES = {
             "flow",
             None,
             denoiser=FLUX_PART,
+            single_file=architectures.FLUX_FILE,
             text_tokens=512,
+            usual_guidance=3.5,
             packs_latents=True,
             embeds_guidance=True,
             text_encoders=(CLIP_L, _t5("text_encoder_2")),
@@ -130,6 +137,7 @@ FAMILIES = {
             "flow",
             None,
             denoiser=SD3_PART,
+            usual_guidance=3.0,
             condition_entry="pixels",  # its VAE, which has seen scenes alone, loses half of an edge map
         ),
     )
@@ -231,8 +239,6 @@ def _identify_unet_config(config: Mapping[str, Any]) -> Family:
 
 
 _FOREIGN_KEYS = (  # part of a key -> what such a file is
-    ("joint_blocks.", "Stable Diffusion 3"),
-    ("double_blocks.", "Flux or a relative of it"),
     ("double_stream_blocks.", "a diffusion transformer"),
     ("double_layers.", "AuraFlow"),
     ("adaln_single.", "PixArt or a relative of it"),
@@ -245,7 +251,17 @@ _FOREIGN_KEYS = (  # part of a key -> what such a file is
     ("control_model.", "a ControlNet, not a base model: give it as model.controlnet"),
     ("controlnet_cond_embedding.", "a ControlNet, not a base model: give it as model.controlnet"),
     ("input_hint_block.", "a ControlNet, not a base model: give it as model.controlnet"),
+    ("controlnet_blocks.", "a ControlNet, not a base model: give its diffusers folder as model.controlnet"),
+    ("controlnet_x_embedder.", "a ControlNet, not a base model: give its diffusers folder as model.controlnet"),
     ("lora_", "a LoRA, not a base model"),
+    (".lokr_", "a LoRA, not a base model"),
+    (".hada_", "a LoRA, not a base model"),
+    ("double_stream_modulation", "FLUX.2, whose blocks and text encoder are others than FLUX.1's"),
+    ("distilled_guidance_layer.", "Chroma, made from FLUX.1-schnell"),
+    ("individual_token_refiner.", "HunyuanVideo"),
+    ("scaled_fp8", "scaled to 8 bits (fp8 with a scale for each tensor), which is not read: give it in bf16"),
+    (".scale_weight", "scaled to 8 bits (fp8 with a scale for each tensor), which is not read: give it in bf16"),
+    (".quant_state.", "quantised by bitsandbytes, which is not read: give it in bf16"),
     ("ip_adapter.", "an IP-Adapter, not a base model"),
 )
 _FOREIGN_BEGINNINGS = (
@@ -263,6 +279,12 @@ def _identify_single_file(shapes: Mapping[str, Any]) -> Family:
     for part, kind in _FOREIGN_BEGINNINGS:
         if any(key.startswith(part) for key in shapes):
             raise UserError(f"this file is {kind}. {_SUPPORTED}")
+    for part, identify_transformer in (("joint_blocks.", _identify_sd3_file), ("double_blocks.", _identify_flux_file)):
+        if any(key.removeprefix(_DENOISER).startswith(part) for key in shapes):
+            prefix = _DENOISER if any(key.startswith(_DENOISER) for key in shapes) else ""
+            return identify_transformer(
+                {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
+            )
     entry = shapes.get("model.diffusion_model.input_blocks.0.0.weight")
     if entry is None:
         raise UserError(
@@ -287,6 +309,74 @@ def _identify_single_file(shapes: Mapping[str, Any]) -> Family:
         "this file holds no text encoder (none of " + ", ".join(f"{prefix}*" for prefix in prefixes) + "). "
         "Give a whole checkpoint, or a diffusers folder."
     )
+
+
+_DENOISER = "model.diffusion_model."
+
+
+def _identify_sd3_file(shapes: Mapping[str, Any]) -> Family:
+    """The family of tensors with joint blocks. shapes: of the transformer, without a prefix."""
+    entry, last = shapes.get("x_embedder.proj.weight", ()), shapes.get("final_layer.linear.weight", ())
+    if len(entry) != 4 or len(last) != 2 or "pos_embed" not in shapes:
+        raise UserError(
+            "this file has blocks of Stable Diffusion 3, and not all of x_embedder.proj.weight, pos_embed and "
+            f"final_layer.linear.weight with it: it is incomplete, or a relative of it. {_SUPPORTED}"
+        )
+    inputs, outputs = entry[1], last[0] // (entry[2] * entry[3] or 1)
+    if inputs != outputs:
+        raise UserError(
+            f"the transformer of this file takes {inputs} channels and predicts {outputs}: no text-to-image model. "
+            f"Give the text-to-image base that it was made from. {_SUPPORTED}"
+        )
+    return FAMILIES["sd3"]
+
+
+def _identify_flux_file(shapes: Mapping[str, Any]) -> Family:
+    """The family of tensors with double blocks. That of FLUX.1 Kontext is equal to FLUX.1-dev's."""
+    entry, last = shapes.get("img_in.weight", ()), shapes.get("final_layer.linear.weight", ())
+    if len(entry) != 2 or len(last) != 2 or not any(key.startswith("single_blocks.") for key in shapes):
+        raise UserError(
+            "this file is Flux or a relative of it, and not all of img_in.weight, single_blocks. and "
+            f"final_layer.linear.weight are in it as FLUX.1-dev has them. {_SUPPORTED}"
+        )
+    if entry[1] != last[0]:
+        kind = _FLUX_INPUTS.get(entry[1], "no text-to-image model")
+        raise UserError(
+            f"the transformer of this file takes {entry[1]} features a token and predicts {last[0]}: {kind}. "
+            f"{_SUPPORTED}"
+        )
+    if not any(key.startswith("guidance_in.") for key in shapes):
+        raise UserError(
+            "the transformer of this file is told no guidance (it has no guidance_in.): FLUX.1-schnell, which is "
+            f"distilled to a few steps and cannot be trained on as it is. Give FLUX.1-dev. {_SUPPORTED}"
+        )
+    return FAMILIES["flux"]
+
+
+def parts_beside(family: Family, names: Iterable[str]) -> tuple[Part, ...]:
+    """The networks of a family that are not in its single file, and so in folders beside. names: of the file's tensors.
+
+    Of families with a U-Net a file holds all.
+    """
+    if family.single_file is None:
+        return ()
+    names = list(names)
+    inside = family.single_file.inside
+    there = {folder for folder, prefix in inside.items() if any(name.startswith(prefix) for name in names)}
+    return tuple(part for part in family.parts if part != family.denoiser and part.folder not in there)
+
+
+def check_beside(file: Path, part: Part) -> None:
+    """Raises FileNotFoundError where a network that a single file lacks is not in a folder beside it, and ValueError
+    where the folder holds a network of another class."""
+    if not (file.parent / part.folder / "config.json").is_file():
+        told = {"AutoencoderKL": "VAE", "T5EncoderModel": "T5"}.get(part.kind, "CLIP text encoder")
+        without = ", or set model.t5: false to do without" if part.folder == "text_encoder_3" else ""
+        raise MissingFile(
+            f"{file} holds no {told}, and there is no {part.folder}/ beside it: copy the folder {part.folder}/ "
+            f"(config.json and {part.stem}.safetensors) of the base's diffusers release there{without}"
+        )
+    check_part(file.parent, part)
 
 
 _TITLES = {  # what model_index.json or a denoiser's configuration names, up to there -> what people call it

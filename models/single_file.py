@@ -19,13 +19,14 @@ from diffusers.loaders.single_file_utils import (
     convert_ldm_vae_checkpoint,
     convert_open_clip_checkpoint,
 )
-from torch import Tensor, nn
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from controlbooth.data.errors import UserError
 from controlbooth.models.architectures import Architecture
 from controlbooth.models.base import vae_dtype
-from controlbooth.models.loading import fill
+from controlbooth.models.loading import Weight, fill
+from controlbooth.models.stored import Stored
 from controlbooth.models.weights import save_weights
 
 PREFIX = "control_model."
@@ -96,11 +97,11 @@ def save(controlnet: ControlNetModel, path: Path) -> None:
     save_weights(weights, path, metadata={"format": "pt"})
 
 
-def is_original(weights: Mapping[str, Tensor]) -> bool:
+def is_original(weights: Mapping[str, Weight]) -> bool:
     return any(key.removeprefix(PREFIX).startswith("input_hint_block.") for key in weights)
 
 
-def hint_channels(weights: Mapping[str, Tensor], where: str) -> tuple[int, ...]:
+def hint_channels(weights: Mapping[str, Weight], where: str) -> tuple[int, ...]:
     """Widths of the hint network of a ControlNet file in either layout. Raises ValueError if it holds none."""
     if is_original(weights):
         keys = [f"input_hint_block.{number}.weight" for number in (0, 4, 8, 12)]
@@ -113,14 +114,14 @@ def hint_channels(weights: Mapping[str, Tensor], where: str) -> tuple[int, ...]:
     return tuple(int(weights[key].shape[0]) for key in keys)
 
 
-def condition_channels(weights: Mapping[str, Tensor]) -> int:
+def condition_channels(weights: Mapping[str, Weight]) -> int:
     """How many channels the conditions of a ControlNet file have. weights: one that `hint_channels` has accepted."""
     first = "input_hint_block.0.weight" if is_original(weights) else "controlnet_cond_embedding.conv_in.weight"
     weight = next(tensor for key, tensor in weights.items() if key.removeprefix(PREFIX) == first)
     return int(weight.shape[1]) if weight.ndim == 4 else 0
 
 
-def to_diffusers(weights: Mapping[str, Tensor], controlnet: ControlNetModel) -> dict[str, Tensor]:
+def to_diffusers(weights: Mapping[str, Weight], controlnet: ControlNetModel) -> dict[str, Weight]:
     """A ControlNet file's tensors under diffusers' names; a file that has these already is returned as it is."""
     if not is_original(weights):
         return dict(weights)
@@ -130,15 +131,15 @@ def to_diffusers(weights: Mapping[str, Tensor], controlnet: ControlNetModel) -> 
 
 
 def build_base(
-    state: Mapping[str, Tensor], architecture: Architecture, dtype: torch.dtype, where: str
+    state: Mapping[str, Stored], architecture: Architecture, dtype: torch.dtype, where: str
 ) -> tuple[UNet2DConditionModel, AutoencoderKL, tuple[nn.Module, ...]]:
     """U-Net, VAE and text encoders from a whole checkpoint in the original layout, on the CPU."""
     with init_empty_weights(include_buffers=False):
         unet, vae = UNet2DConditionModel(**architecture.unet), AutoencoderKL(**architecture.vae)
     named = f"the U-Net of {where}"
-    fill(unet, _converted(convert_ldm_unet_checkpoint, state, _UNET, named, unet.config), dtype, named)
+    fill(unet, converted(convert_ldm_unet_checkpoint, state, _UNET, named, unet.config), dtype, named)
     named = f"the VAE of {where}"
-    weights = _converted(convert_ldm_vae_checkpoint, state, _VAE, named, vae.config)
+    weights = converted(convert_ldm_vae_checkpoint, state, _VAE, named, vae.config)
     fill(vae, weights, vae_dtype(vae.config, dtype), named)
     classes = (CLIPTextModel, CLIPTextModelWithProjection)
     encoders = []
@@ -151,9 +152,9 @@ def build_base(
     return unet, vae, tuple(encoders)
 
 
-def _converted(
-    convert: Callable[..., dict[str, Tensor]], state: Mapping[str, Tensor], prefix: str, where: str, *arguments: Any
-) -> dict[str, Tensor]:
+def converted(
+    convert: Callable[..., dict[str, Any]], state: Mapping[str, Stored], prefix: str, where: str, *arguments: Any
+) -> dict[str, Stored]:
     """What diffusers makes of the tensors under a prefix. Raises ValueError for one that is missing or not asked for.
 
     Its functions look up what they need by name, and pass over what they do not know.
@@ -164,11 +165,11 @@ def _converted(
         raise UserError(f"{where} lacks the tensor {error.args[0]}: the file is incomplete. Fetch it again") from None
     except (RuntimeError, IndexError, TypeError) as error:
         raise UserError(f"{where} has a tensor of another shape ({error}). Fetch the file again") from error
-    taken = {id(tensor) for tensor in made.values()}
+    taken = frozenset[str]().union(*(stored.names for stored in made.values()))
     unknown = [
         name
-        for name, tensor in state.items()
-        if name.startswith(prefix) and id(tensor) not in taken and not _RESHAPED.search(name.removeprefix(prefix))
+        for name, stored in state.items()
+        if name.startswith(prefix) and not stored.names <= taken and not _LEFT_OUT.search(name.removeprefix(prefix))
     ]
     if unknown:
         raise UserError(
@@ -179,11 +180,11 @@ def _converted(
 
 
 _UNET, _VAE = "model.diffusion_model.", "first_stage_model."
-_RESHAPED = re.compile(r"attn_1\.|^loss\.|position_ids$|logit_scale$|^model_ema\.|\.in_proj_|text_projection")
-"""Names of tensors that are brought into another shape, and so are others afterwards, or that are left out rightly."""
+_LEFT_OUT = re.compile(r"^loss\.|position_ids$|logit_scale$|^model_ema\.|text_projection")
+"""Names of tensors that are left out rightly."""
 
 
-def _text_weights(state: Mapping[str, Tensor], encoder: Any, where: str) -> dict[str, Tensor]:
+def _text_weights(state: Mapping[str, Stored], encoder: Any, where: str) -> dict[str, Stored]:
     """CLIP-L keeps transformers' names under a prefix; OpenCLIP (SD2.1, and the second of SDXL) has its own names.
 
     Of OpenCLIP's layers the last is passed over where the encoder has one less, as Stable Diffusion 2 reads it.
@@ -193,7 +194,7 @@ def _text_weights(state: Mapping[str, Tensor], encoder: Any, where: str) -> dict
         prefix = "conditioner.embedders.1.model." if is_second else "cond_stage_model.model."
         beyond = f"{prefix}transformer.resblocks.{encoder.config.num_hidden_layers}."
         own = {name: tensor for name, tensor in state.items() if not name.startswith((beyond, f"{prefix}visual."))}
-        return _converted(lambda found: convert_open_clip_checkpoint(encoder, found, prefix=prefix), own, prefix, where)
+        return converted(lambda found: convert_open_clip_checkpoint(encoder, found, prefix=prefix), own, prefix, where)
     is_first = any(name.startswith("conditioner.embedders.0.") for name in state)
     prefix = "conditioner.embedders.0." if is_first else "cond_stage_model."
-    return _converted(convert_ldm_clip_checkpoint, state, prefix, where)
+    return converted(convert_ldm_clip_checkpoint, state, prefix, where)

@@ -15,6 +15,8 @@ from controlbooth.deploy.retrain.policy import Drift, Policy, round_config
 from controlbooth.deploy.retrain.registry import CHAMPION, Registry, Version
 from controlbooth.deploy.retrain.rounds import Round, State, round_folder
 from controlbooth.deploy.retrain.triggers import Trigger
+from controlbooth.trainer.config.families import guidance_of
+from controlbooth.trainer.config.loading import without_later_fields
 from controlbooth.trainer.config.renamed import with_old_names
 from controlbooth.trainer.config.run import RunConfig, run_folder
 from controlbooth.trainer.config.section import ConfigError
@@ -150,7 +152,7 @@ def check_start(policy: Policy, proposed: Proposal) -> None:
 
 def identity_of(config: RunConfig, fingerprint: str, start: str) -> str:
     """Digest of what determines the weights: configuration, data and where it starts."""
-    tree = with_old_names(config.model_dump(mode="json", exclude={"name", "output", "tracking"}))
+    tree = with_old_names(without_later_fields(config.model_dump(mode="json", exclude={"name", "output", "tracking"})))
     tree["data"]["shards"], tree["model"]["controlnet"] = fingerprint, start
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
@@ -162,5 +164,5 @@ def question(policy: Policy, config: RunConfig, data: str, fingerprint: str, sam
         fingerprint,
         samples,
         asked.sampling_steps or config.validation.sampling_steps,
-        asked.guidance_scale or config.validation.guidance_scale,
+        asked.guidance_scale or guidance_of(config),
     )

@@ -33,7 +33,7 @@ def command_line() -> argparse.ArgumentParser:
     )
     parser.add_argument("--step", type=whole_number(0), help="of the run's checkpoint (default: the latest)")
     parser.add_argument("--steps", type=whole_number(), help="of the sampler (default: the run's validation, or 20)")
-    parser.add_argument("--guidance", type=finite_number(1), help="(default: the run's validation, or 7.5)")
+    parser.add_argument("--guidance", type=finite_number(1), help="(default: the run's, or the base's usual)")
     parser.add_argument("--scheduler", choices=SAMPLERS, help="(default: ddim; of SD3 and FLUX.1 euler)")
     parser.add_argument(
         "--network", action="append", default=[], metavar="KIND=FOLDER", help="finds the condition in photographs"

@@ -48,7 +48,7 @@ examples:
     )
     parser.add_argument("--seed", type=seed_number, default=0, help="of the first picture (default: 0)")
     parser.add_argument("--steps", type=whole_number(), default=25, help="(default: 25)")
-    parser.add_argument("--guidance", type=finite_number(1), default=5.0, help="1 is without (default: 5)")
+    parser.add_argument("--guidance", type=finite_number(1), help="1 is without (default: 5; SD3 4.5, FLUX.1 3.5)")
     parser.add_argument("--scheduler", choices=SAMPLERS, help="(default: ddim; of SD3 and FLUX.1 euler)")
     parser.add_argument("--base", help="a diffusers folder, a single file or miniature (default: that of the run)")
     parser.add_argument("-o", "--out", type=folder_to_write, default=Path("samples"), help="folder (default: samples)")

@@ -27,10 +27,12 @@ from controlbooth.launch.ranks.torchrun import Node, world_size
 from controlbooth.models.recognition import (
     UNET,
     Family,
+    check_beside,
     check_controlnet,
     check_noise,
     check_part,
     check_tokenizer,
+    parts_beside,
     recognise_file,
     recognise_folder,
     scheduler_file,
@@ -161,6 +163,10 @@ def _part_problems(named: str, base: Path, requested: str, config: RunConfig | N
             for part in family.parts:
                 yield from problem_of(named, partial(check_part, base, part))
                 yield from problem_of(named, partial(_read_headers, base / part.folder, part.stem))
+        else:
+            for part in parts_beside(family, safetensors_header(base)):
+                missing = list(problem_of(named, partial(check_beside, base, part)))
+                yield from missing or problem_of(named, partial(_read_headers, beside / part.folder, part.stem))
         if scheduler.is_file():
             yield from problem_of(named, partial(_check_scheduler_file, family, scheduler))
         for name in family.tokenizers:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import forked
 import numpy as np
@@ -72,15 +73,22 @@ def write_shards(folder: Path) -> None:
         assert data_pack.main([*arguments, "--workers", "1", "-o", str(folder / name)]) == 0
 
 
+def write_model(folder: Path, **fields: Any) -> None:
+    """Says what runs of this folder have in their section `model` beside the base."""
+    (folder / "model.json").write_text(json.dumps(fields))
+
+
 def run_tree(folder: Path, name: str) -> dict:
     """A run of 6 steps with accumulation, as a tree for build_config."""
+    said = folder / "model.json"
+    model = json.loads(said.read_text()) if said.is_file() else dict(hint_channels=[8, 8, 8, 8])
     return dict(
         name=name,
         output=str(folder / "runs"),
         max_steps=6,
         global_batch_size=8,
         micro_batch_size=2,
-        model=dict(base=str(folder / "base"), hint_channels=[8, 8, 8, 8], attention="math"),
+        model=dict(base=str(folder / "base"), attention="math") | model,
         data=dict(
             shards=str(folder / "train"), condition="edges", resolution=64, held_out=str(folder / "held"), threads=1
         ),

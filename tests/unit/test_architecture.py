@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from imports import imported_names
+from imports import imported_names, nodes
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("data", "models", "trainer", "launch", "deploy")
@@ -120,7 +120,7 @@ def test_torch_distributed_is_used_in_one_module():
     for path in FILES:
         attributes = {
             f"{node.value.id}.{node.attr}"
-            for node in ast.walk(ast.parse(path.read_text()))
+            for node in nodes(path)
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
         }
         names = imported_names(path) | attributes
@@ -134,7 +134,7 @@ def test_weights_are_written_in_one_module():
     writers = {
         str(path.relative_to(ROOT))
         for path in FILES
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in nodes(path)
         if (isinstance(node, ast.Attribute) and node.attr in ("save_file", "serialize_file"))
         or (isinstance(node, ast.ImportFrom) and any(alias.name == "save_file" for alias in node.names))
     }
@@ -200,7 +200,7 @@ def test_the_config_is_free_of_torch():
 def test_errors_that_people_read_are_of_one_kind():
     """So that the command knows by the type what to show without a traceback."""
     for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes(path):
             if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and isinstance(node.exc.func, ast.Name):
                 where = f"{path}, line {node.lineno}: raise UserError or MissingFile of data/errors.py"
                 assert node.exc.func.id not in ("ValueError", "FileNotFoundError", "FileExistsError"), where

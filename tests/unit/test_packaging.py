@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path, PurePosixPath
 
 import pytest
+from imports import nodes
 from setuptools import find_packages
 
 ROOT = Path(__file__).parents[2]
@@ -109,7 +110,7 @@ def third_party_imports(folders: tuple[str, ...]) -> dict[str, Path]:
     """Top-level name -> a file that imports it."""
     found: dict[str, Path] = {}
     for path in (path for folder in folders for path in (ROOT / folder).rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes(path):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
             found |= {name.split(".")[0]: path for name in names}
@@ -176,6 +177,7 @@ def test_the_project_has_one_list_of_folders():
     assert {name.split(".")[0] for folder in FOLDERS for name in find_packages(ROOT / folder)} >= {"evaluation"}
 
 
+@pytest.mark.slow
 def test_every_benchmark_can_be_imported_as_the_code_is_now():
     folders = [ROOT / "tests" / name for name in ("benchmarks", "support", "distributed", "unit/data")]
     names = sorted(path.stem for path in folders[0].glob("*.py"))

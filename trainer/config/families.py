@@ -2,8 +2,19 @@
 
 from typing import Any
 
-from controlbooth.models.recognition import Family
-from controlbooth.trainer.config.run import ModelConfig, OptimizerConfig, RunConfig
+from controlbooth.models.recognition import Family, recognise_file, recognise_folder
+from controlbooth.trainer.config.run import ModelConfig, OptimizerConfig, RunConfig, base_path
+
+
+def guidance_of(config: RunConfig) -> float:
+    """Returns the guidance of a run's validation, its family's usual one where it says none.
+
+    Raises FileNotFoundError and ValueError for a base that cannot be read.
+    """
+    if config.validation.guidance_scale is not None:
+        return config.validation.guidance_scale
+    base = base_path(config)
+    return (recognise_folder if base.is_dir() else recognise_file)(base, config.model.family).usual_guidance
 
 
 def misplaced(config: RunConfig, family: Family) -> list[str]:

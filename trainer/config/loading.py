@@ -13,7 +13,7 @@ from controlbooth.data.files.records import Damaged, parse_yaml, read_yaml
 from controlbooth.data.secrets import without_secrets
 from controlbooth.trainer.config.file_kinds import RUN, kind_of, mistaken_for
 from controlbooth.trainer.config.renamed import rename_keys, renamed, with_new_names
-from controlbooth.trainer.config.run import RESOLVED, RunConfig
+from controlbooth.trainer.config.run import RESOLVED, FlowConfig, ModelConfig, RunConfig
 from controlbooth.trainer.config.section import ConfigError
 
 
@@ -147,11 +147,37 @@ def dump(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+LATER = ("model.copied_blocks", "model.t5", "model.text_tokens", *(f"flow.{name}" for name in FlowConfig.model_fields))
+"""Fields that versions before 2026-11-30 did not have: at their defaults they say what those did."""
+
+
+def without_later_fields(tree: dict[str, Any]) -> dict[str, Any]:
+    """Takes from the tree of a run, in place, what earlier versions did not have, for digests that are kept.
+
+    A field that says another thing than they did stays, and so does each field beside it.
+    """
+    later = RunConfig.model_fields["flow"].default
+    if tree.get("flow") == later.model_dump(mode="json"):
+        del tree["flow"]
+    for name in (one.partition(".")[2] for one in LATER if one.startswith("model.")):
+        if tree["model"].get(name) == ModelConfig.model_fields[name].default:
+            tree["model"].pop(name, None)
+    if tree["validation"].get("guidance_scale") is None:
+        tree["validation"]["guidance_scale"] = 7.5
+    return tree
+
+
+FOLLOWS_BASE = {"validation.guidance_scale"}
+"""Fields that a run may leave to its base's family; what was saved has the number."""
+
+
 def changes(before: str, now: str) -> list[str]:
     """`section.key: old -> new` of each field that differs between two dumps."""
     old, new = (with_new_names(dict(_leaves(yaml.safe_load(text)))) for text in (before, now))
     names = [*new, *(name for name in old if name not in new)]
-    return [f"{n}: {old.get(n)} -> {new.get(n)}" for n in names if old.get(n) != new.get(n)]
+    changed = [name for name in names if old.get(name) != new.get(name)]
+    left = {name for name in FOLLOWS_BASE if new.get(name) is None} | {name for name in LATER if name not in old}
+    return [f"{name}: {old.get(name)} -> {new.get(name)}" for name in changed if name not in left]
 
 
 def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -226,7 +226,9 @@ class ValidationConfig(Section):
     grid: int = Field(default=4, gt=0)
     """How many of them are shown in the picture."""
     sampling_steps: int = Field(default=20, gt=0)
-    guidance_scale: float = Field(default=7.5, ge=1.0)
+    guidance_scale: float | None = Field(default=None, ge=1.0)
+    """Of classifier-free guidance away from the empty prompt; 1 is without. FLUX.1 is told it instead. Default: 7.5, on
+    SD3 4.5 and on FLUX.1 3.5; the run's config.yaml says which."""
     micro_batch_size: int = Field(default=8, gt=0)
     prompts: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Prompts of your own: each validation draws them too, under the held-out conditions that are shown, as a picture

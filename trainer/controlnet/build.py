@@ -51,7 +51,7 @@ from controlbooth.trainer.run import checkpoint as checkpoints
 from controlbooth.trainer.run import saving as savings
 from controlbooth.trainer.run.attempt import Attempt
 from controlbooth.trainer.run.attention import choose_once
-from controlbooth.trainer.run.base import open_base
+from controlbooth.trainer.run.base import open_base, with_usual_guidance
 from controlbooth.trainer.run.continuing import SHAPING, check_position, check_same_run, check_unlocked
 from controlbooth.trainer.run.process import say
 from controlbooth.trainer.run.same_base import back_or_anew, check_same_base, told_of_base
@@ -68,6 +68,7 @@ def build(config: RunConfig, world: World, attempt: Attempt, watchdog: Watchdog,
         check_version(saved["order"], str(latest))
     precision = settle_precision(config, world, saved)
     base = open_base(config, engines.DTYPES[precision], world.device)
+    config = with_usual_guidance(config, base)
     dataset, held, extract = open_inputs(config, world, base)
     latent_cache = open_run_latent_cache(config, world, base, dataset)
     controlnet, chosen = load_networks(config, world, attempt, base, precision)

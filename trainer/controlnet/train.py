@@ -89,7 +89,7 @@ def train(config: RunConfig, world: World, stop: "StopRequest") -> int:
             return 0
         run = build(config, world, attempt, watchdog, latest)
         if world.rank == 0:
-            write_text(attempt, folder / "config.yaml", dump(config))  # only now: it is the run's, and was accepted
+            write_text(attempt, folder / "config.yaml", dump(run.config))  # only now: it is the run's, and was accepted
             write_own_status(attempt, state="running", step=run.step)
         state = "failed"
         try:

@@ -44,6 +44,7 @@ def generate(
     if controlnet is not None:
         base, controlnet = networks_of(base, controlnet)
     count, size = len(held.keys), config.micro_batch_size
+    guidance = config.guidance_scale or base.family.usual_guidance
     mine = [i % count for i in range(world.rank, -(-count // world.world_size) * world.world_size, world.world_size)]
     pictures: dict[int, np.ndarray] = {}
     for first in tqdm(range(0, len(mine), size), desc=progress, unit="batch", disable=progress is None):
@@ -55,7 +56,7 @@ def generate(
             [] if controlnet is None else [Control(controlnet, conditioning)],
             seeds=rows,
             steps=config.sampling_steps,
-            guidance_scale=config.guidance_scale if any(prompts) else 1.0,
+            guidance_scale=guidance if any(prompts) or base.family.embeds_guidance else 1.0,
             picture_size=held.picture_size,
         )
         pictures |= dict(zip(rows, images.numpy(), strict=True))

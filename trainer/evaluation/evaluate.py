@@ -100,7 +100,8 @@ def evaluate(target: Evaluated, options: argparse.Namespace, world: World) -> in
     if target.saved is not None:
         remedy = f"Put it back as it was, or say --base {target.base} to measure on what it is now"
         check_same_base(target.saved, base, f"at step {target.step}", remedy)
-    target = replace(target, scheduler=target.scheduler or base.process.samplers[0])
+    guidance = target.guidance or base.family.usual_guidance
+    target = replace(target, scheduler=target.scheduler or base.process.samplers[0], guidance=guidance)
     controlled, controlnet = load_networks(target.weights, base)
     controlnet.eval().requires_grad_(False).to(world.device)
     side = target.resolution or base.picture_size[0]
@@ -113,9 +114,9 @@ def evaluate(target: Evaluated, options: argparse.Namespace, world: World) -> in
     if extract is None and world.rank == 0 and held.kind not in EDGE_KINDS:
         print(what_is_missing(held.kind), file=sys.stderr)
     ways: dict[str, tuple[Any, Sequence[str], float]] = {
-        WITHOUT: (None, held.captions, target.guidance),
-        WITH: (controlnet, held.captions, target.guidance),
-        NO_PROMPT: (controlnet, [""] * len(held.keys), 1.0),
+        WITHOUT: (None, held.captions, guidance),
+        WITH: (controlnet, held.captions, guidance),
+        NO_PROMPT: (controlnet, [""] * len(held.keys), guidance if base.family.embeds_guidance else 1.0),
     }
     mine = rows_of(world, len(held.keys))
     images: dict[str, np.ndarray] = {}

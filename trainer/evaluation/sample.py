@@ -96,7 +96,7 @@ def run(options: argparse.Namespace) -> int:
             controls,
             seeds=[row.seed for row in rows],
             steps=options.steps,
-            guidance_scale=options.guidance,
+            guidance_scale=options.guidance or (base.family.usual_guidance if base.family.is_transformer else 5.0),
             scheduler=options.scheduler,
             negative_prompt=options.negative,
         )

@@ -33,7 +33,8 @@ class Evaluated:
     samples: int | None
     """Held-out conditions; None where nobody said how many."""
     steps: int
-    guidance: float
+    guidance: float | None
+    """None: the base's usual one."""
     scheduler: str | None
     """None: the first of the base's own."""
     config: RunConfig | None
@@ -69,7 +70,7 @@ def resolve(options: argparse.Namespace) -> Evaluated:
         resolution=options.resolution or 0,
         samples=options.samples,
         steps=options.steps or 20,
-        guidance=options.guidance or 7.5,
+        guidance=options.guidance,
         scheduler=options.scheduler,
         config=None,
     )

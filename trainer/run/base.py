@@ -36,3 +36,11 @@ def open_base(config: RunConfig, dtype: torch.dtype, device: str | torch.device)
             "in a picture. Lower it"
         )
     return base
+
+
+def with_usual_guidance(config: RunConfig, base: Base) -> RunConfig:
+    """Returns the run with its family's guidance where it says none."""
+    if config.validation.guidance_scale is not None:
+        return config
+    usual = config.validation.model_copy(update={"guidance_scale": base.family.usual_guidance})
+    return config.model_copy(update={"validation": usual})

@@ -41,6 +41,7 @@ from controlbooth.trainer.planning.rank_memory import BUCKET_ELEMENTS, rank_memo
 from controlbooth.trainer.run import checkpoint as checkpoints
 from controlbooth.trainer.run import saving
 from controlbooth.trainer.run.attempt import Attempt
+from controlbooth.trainer.run.base import open_base
 from controlbooth.trainer.tracking.spool import read_metrics
 
 
@@ -72,7 +73,7 @@ def stages(folder: Path, world: World, precision: str) -> dict:
 def plain(folder: Path, world: World) -> dict:
     """The same run in a bare PyTorch loop: one process, no DeepSpeed, gradients clipped by PyTorch."""
     config = build_config(run_tree(folder, "plain"))
-    base = load_base(config.model.base, "auto", torch.float32, "cpu")
+    base = open_base(config, torch.float32, torch.device("cpu"))
     torch.manual_seed(config.seed)
     controlnet = build.make_controlnet(config, base)
     for module in (base.denoiser, controlnet):

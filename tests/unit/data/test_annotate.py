@@ -53,6 +53,7 @@ def everything(folder):
     return {key: parts for path in sorted(folder.glob("*.tar")) for key, parts in samples_of(path)}
 
 
+@pytest.mark.slow
 def test_all_parts_are_kept_and_each_condition_is_that_of_its_picture(shards, tmp_path):
     assert annotate(shards, tmp_path / "out", "canny_random", "gray", workers=2) == 0
     before, after = everything(shards), everything(tmp_path / "out")
@@ -79,6 +80,7 @@ def test_ranks_share_the_shards_and_write_what_one_would(shards, tmp_path, monke
         assert path.read_bytes() == (tmp_path / "three" / path.name).read_bytes(), path.name
 
 
+@pytest.mark.slow
 def test_a_killed_annotate_goes_on_and_ends_with_the_same_bytes(shards, tmp_path):
     annotate(shards, tmp_path / "whole", "scribble")
     command = [
@@ -150,6 +152,7 @@ def test_conditions_that_cannot_be_made_are_refused_with_what_can(shards, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_worker_that_cannot_start_says_why_and_not_that_it_was_killed(shards, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")

@@ -259,6 +259,7 @@ print(hits)
 """
 
 
+@pytest.mark.slow
 def test_processes_share_a_cache_smaller_than_the_data_set(tmp_path, url):
     shards = [shard(url, i) for i in range(8)]
     limit = 4 * SIZE

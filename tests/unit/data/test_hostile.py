@@ -5,6 +5,7 @@ from hostile import FUZZES, Fuzz
 from hypothesis import HealthCheck, given, seed, settings
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fuzz", FUZZES, ids=lambda fuzz: fuzz.name)
 def test_a_file_that_nobody_meant_is_read_rightly_or_refused_by_name(fuzz: Fuzz):
     @seed(15)

@@ -69,6 +69,7 @@ GOLDEN = [
 weightings = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5), st.integers(1, 5)), min_size=1, max_size=3)
 
 
+@pytest.mark.slow
 @given(weightings, st.sampled_from([(4, 4), (8, 4), (4, 8), (12, 4)]), st.integers(0, 2**32))
 @settings(deadline=None)
 def test_every_sample_is_found_at_the_positions_that_read_it_also_where_weights_change(weights, sizes, seed):

@@ -322,6 +322,7 @@ for name, data in files.items():
 """
 
 
+@pytest.mark.slow
 def test_a_lack_of_memory_is_never_taken_for_damage():
     settings = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": ":".join(sys.path)}
     done = subprocess.run([sys.executable, "-c", SHORT_OF_MEMORY], env=settings, capture_output=True, text=True)
@@ -356,6 +357,7 @@ except OutOfMemory as error:
 """
 
 
+@pytest.mark.slow
 def test_a_run_that_is_short_of_memory_ends_with_the_picture_and_nothing_in_the_ledger(tmp_path):
     """Both samples are of 6000 x 6000 pixels, 100 MiB: the first is read before the limit is set."""
     rows = zlib.compress(bytes(1 + 3 * 6000) * 6000)

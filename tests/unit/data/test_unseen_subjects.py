@@ -75,6 +75,7 @@ def test_split_identifiers_are_faults_and_unknown_nouns_are_told():
     assert "does not know 'xylophone'" in warnings["odd"]
 
 
+@pytest.mark.slow
 def test_identifiers_are_single_rare_tokens_without_a_meaning():
     tokenizers = load_tokenizers("miniature")
     found = identifiers.candidates(tokenizers)
@@ -85,8 +86,9 @@ def test_identifiers_are_single_rare_tokens_without_a_meaning():
     assert vowels == sorted(vowels)
 
 
+@pytest.mark.slow
 def test_the_base_is_asked_for_words_whose_pictures_are_alike(capsys):
-    arguments = ["miniature", "--count", "1", "--draw", "--class-noun", "star", "--images", "4", "--steps", "4"]
+    arguments = ["miniature", "--count", "1", "--draw", "--class-noun", "star", "--images", "2", "--steps", "1"]
     assert dreambooth_identifiers.main(arguments) == 0
     told = capsys.readouterr()
     assert told.out.startswith("identifiers: [") and "a star: pictures alike 0." in told.err

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import mlflow.cli
 import pytest
 import yaml
 
@@ -121,6 +120,8 @@ def test_a_broken_compose_file_is_refused(old, new, fault):
 
 
 def test_the_server_takes_every_option_that_it_is_given():
+    import mlflow.cli  # seconds, which only the process of this test has to take
+
     server = mlflow.cli.server
     known = {option for parameter in server.params for option in parameter.opts}
     compose = yaml.safe_load(COMPOSE)["services"]["mlflow"]["command"]

@@ -125,6 +125,7 @@ def note(folder: Path, name: str, **fields):
     (folder / name).write_text(json.dumps(fields))
 
 
+@pytest.mark.slow
 def test_a_round_is_submitted_told_reaped_resumed_and_given_up_with_its_last_words(clustered, monkeypatch, capsys):
     world = clustered("story")
     world.cluster(nodes=2)
@@ -166,6 +167,7 @@ def test_a_round_is_submitted_told_reaped_resumed_and_given_up_with_its_last_wor
     assert len(world.calls("sbatch")) == 2
 
 
+@pytest.mark.slow
 def test_a_tick_that_is_killed_between_submitting_and_writing_it_down_is_not_repeated(clustered, capsys):
     world = clustered("killed")
     world.cluster()
@@ -234,6 +236,7 @@ def test_what_cannot_be_submitted_is_said_at_start_up_with_the_remedy(clustered,
     assert len(world.calls("sbatch")) == 1
 
 
+@pytest.mark.slow
 def test_a_round_on_kubernetes_is_created_once_although_its_tick_was_killed(clustered, capsys):
     world = clustered("pods", engine="kubernetes")
     world.cluster(kubernetes=dict(image="x:1"))

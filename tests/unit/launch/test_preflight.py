@@ -393,6 +393,30 @@ def test_a_single_file_that_is_no_supported_base_is_told_what_it_is(good, tmp_pa
     assert told in problem and str(tmp_path / "model.safetensors") in problem
 
 
+def test_a_file_of_a_transformer_needs_beside_it_what_it_does_not_hold(good, tmp_path):
+    file, prefix = tmp_path / "sd3" / "model.safetensors", "model.diffusion_model."
+    shapes = {
+        f"{prefix}x_embedder.proj.weight": [16, 4, 2, 2],
+        f"{prefix}final_layer.linear.weight": [16, 16],
+        f"{prefix}pos_embed": [1, 4, 16],
+        f"{prefix}joint_blocks.0.x_block.attn.qkv.bias": [48],
+        "first_stage_model.encoder.conv_in.bias": [4],
+        "text_encoders.clip_l.transformer.text_model.final_layer_norm.bias": [4],
+        "text_encoders.clip_g.transformer.text_model.final_layer_norm.bias": [4],
+    }
+    write_safetensors(file, shapes)
+    for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+        shutil.copytree(tmp_path / "base" / "tokenizer", file.parent / name)
+    problem = only_problem(good, model__base=str(file))
+    assert "holds no T5, and there is no text_encoder_3/ beside it" in problem and "model.t5: false" in problem
+    assert preflight(config(good, model__t5=False), node()) == []
+    (file.parent / "text_encoder_3").mkdir()
+    (file.parent / "text_encoder_3" / "config.json").write_text('{"model_type": "t5"}')
+    assert "text_encoder_3 holds no .safetensors file" in only_problem(good, model__t5=True)
+    write_safetensors(file.parent / "text_encoder_3" / "model.safetensors", {"shared.weight": [4, 4]})
+    assert preflight(config(good), node()) == []
+
+
 @pytest.mark.parametrize("part", ["vae", "text_encoder", "tokenizer", "scheduler"])
 def test_a_part_that_is_not_there_is_named(good, tmp_path, part):
     shutil.rmtree(tmp_path / "base" / part)

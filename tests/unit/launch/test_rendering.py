@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
 
-import kubernetes_validate
 import pytest
 import yaml
 from croniter import croniter
-from kubeflow_trainer_api import models
 
 from controlbooth.launch.engines import background, kubernetes, slurm
 from controlbooth.launch.job.cluster import Cluster
@@ -165,6 +163,9 @@ def test_the_time_limit_is_of_one_attempt_and_not_of_a_whole_batch_of_subjects()
 
 def check_manifest(document: dict[str, Any]) -> None:
     """Raises where an API server would refuse it, as far as that can be known without one."""
+    import kubernetes_validate
+    from kubeflow_trainer_api import models  # seconds, which only the process that checks manifests has to take
+
     kind = document["kind"]
     if document["apiVersion"].startswith("trainer.kubeflow.org/"):
         model = getattr(models, f"TrainerV1alpha1{kind}")

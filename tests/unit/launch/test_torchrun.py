@@ -54,6 +54,7 @@ def test_the_nodes_of_a_run_differ_in_who_is_the_host_only():
     assert {"--nnodes=2", "--rdzv-endpoint=n1:29500", "--shutdown-timeout=60"} <= set(first)
 
 
+@pytest.mark.slow
 def test_torchrun_understands_every_argument():
     program = (
         "import sys; from torch.distributed.run import parse_args, config_from_args; a = parse_args(sys.argv[1:])\n"
@@ -239,6 +240,7 @@ time.sleep(120)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stop_signal_reaches_the_ranks_of_torchrun_as_sigterm_and_leaves_no_traceback(tmp_path, number, status):
     (tmp_path / "rank.py").write_text(RANK)
@@ -302,6 +304,7 @@ def test_ranks_end_with_a_checkpoint_when_the_command_that_started_them_is_kille
     assert psutil.wait_procs(family, timeout=60)[1] == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no way to ask for it")
 @pytest.mark.parametrize("launched", [True, False], ids=["by-the-launcher", "by-hand"])
 def test_ranks_end_with_a_checkpoint_when_their_agent_is_killed_and_the_launcher_waits_for_them(tmp_path, launched):
@@ -332,6 +335,7 @@ def is_at_work(process: psutil.Process) -> bool:
     return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
+@pytest.mark.slow
 def test_ranks_that_do_not_stop_after_their_agent_are_killed_by_the_next_signal(tmp_path):
     (tmp_path / "rank.py").write_text(RANK.replace("sys.exit(0)", "time.sleep(120)"))
     agent = "import subprocess, sys; subprocess.run([sys.executable, 'rank.py'], start_new_session=True)"

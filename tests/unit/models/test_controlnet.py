@@ -127,6 +127,7 @@ def test_sd15_has_the_published_number_of_parameters():
     assert report.total == 361_279_120
 
 
+@pytest.mark.slow
 def test_sd15_has_the_thirteen_published_residuals():
     unet = sd15_unet_without_weights()
     controlnet = build_controlnet(unet)

@@ -139,6 +139,7 @@ def make_run(tmp_path, load_tiny, base_folder):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 def test_diffusers_draws_our_pictures_from_an_export(family, make_run, load_tiny, base_folder, tmp_path):
     base, (run, _) = load_tiny(family), make_run(family)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from bases import UNET_FAMILIES
 from diffusers import ControlNetModel
+from layouts import original_vae
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -201,35 +202,6 @@ def original_unet(unet: nn.Module, layers_per_block: int) -> dict[str, torch.Ten
         else:
             name = original_layout._original_key(key, layers_per_block)
         weights[f"model.diffusion_model.{name}"] = tensor
-    return weights
-
-
-def original_vae(vae: nn.Module, levels: int) -> dict[str, torch.Tensor]:
-    names = {
-        ".mid_block.resnets.0": ".mid.block_1",
-        ".mid_block.resnets.1": ".mid.block_2",
-        ".mid_block.attentions.0": ".mid.attn_1",
-        "group_norm": "norm",
-        "to_q": "q",
-        "to_k": "k",
-        "to_v": "v",
-        "to_out.0": "proj_out",
-        "conv_norm_out": "norm_out",
-        "conv_shortcut": "nin_shortcut",
-        ".resnets.": ".block.",
-        "downsamplers.0": "downsample",
-        "upsamplers.0": "upsample",
-        "down_blocks": "down",
-    }
-    weights = {}
-    for key, tensor in vae.state_dict().items():
-        name = key
-        for ours, theirs in names.items():
-            name = name.replace(ours, theirs)
-        for level in range(levels):  # the original counts the decoder's levels from the smallest picture's end
-            name = name.replace(f"up_blocks.{level}.", f"up.{levels - 1 - level}.")
-        is_projection = "attn_1" in name and name.endswith("weight") and tensor.ndim == 2
-        weights[f"first_stage_model.{name}"] = tensor[:, :, None, None] if is_projection else tensor
     return weights
 
 

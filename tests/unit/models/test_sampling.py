@@ -56,6 +56,7 @@ def pipeline_pictures(folder, controlnet_folder, base, controlnet, scheduler, ne
     return torch.from_numpy(np.round(pictures * 255).astype(np.uint8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "scheduler", "negative_prompt", "guidance_scale"),
     [
@@ -101,6 +102,7 @@ STOCHASTIC = {  # of bases as they are published: what a sampler must not take f
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_only_the_noise_schedule_of_a_bases_scheduler_reaches_a_picture(scheduler, load_tiny, base_folder, tmp_path):
     file = shutil.copytree(base_folder("sd15"), tmp_path / "base") / "scheduler" / "scheduler_config.json"

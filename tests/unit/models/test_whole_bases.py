@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +10,7 @@ from damaged_bases import apply, damage_tensor, damages, outcome
 from diffusers import ControlNetModel
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from layouts import sharded, weights_of
 from safetensors.torch import load_file, save_file
 
 from controlbooth.models.controlnet import build_controlnet
@@ -30,10 +30,6 @@ TOLD = {
     "nan": "hold values that are no finite numbers",
     "infinite": "hold values that are no finite numbers",
 }
-
-
-def weights_of(base: Path, part: str) -> Path:
-    return next((base / part).glob("*.safetensors"))
 
 
 @pytest.fixture
@@ -66,21 +62,7 @@ def test_a_value_beyond_the_range_of_half_precision_is_told_where_it_is_used(cop
         load_base(base, dtype=torch.float16)
 
 
-def sharded(base: Path, part: str, index: bool = True) -> list[Path]:
-    """Splits a network's file into two, as the libraries write those above 5 or 10 GB."""
-    whole = weights_of(base, part)
-    weights, names = load_file(whole), {}
-    parts = [whole.with_name(whole.name.replace(".safetensors", f"-0000{n}-of-00002.safetensors")) for n in (1, 2)]
-    for number, file in enumerate(parts):
-        own = {name: tensor for row, (name, tensor) in enumerate(sorted(weights.items())) if row % 2 == number}
-        save_file(own, file, metadata={"format": "pt"})
-        names |= dict.fromkeys(own, file.name)
-    whole.unlink()
-    if index:
-        (whole.parent / f"{whole.name}.index.json").write_text(json.dumps({"weight_map": names}))
-    return parts
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize(("part", "index"), [("unet", True), ("vae", False), ("text_encoder_2", True)])
 def test_a_network_in_several_files_is_read_whole_or_refused(part, index, copied, base_folder):
     base = copied("sdxl")
@@ -126,6 +108,7 @@ def test_names_that_libraries_gave_before_and_tensors_that_they_leave_out_are_no
         assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in one.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_base_is_what_the_libraries_read_of_a_whole_folder(family, base_folder):
     import diffusers
@@ -162,6 +145,7 @@ def test_a_tokenizer_that_is_not_whole_is_refused(file, copied):
         load_base(base)
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_damaged_folder_is_refused_by_name_or_is_no_other_base_in_silence(data, base_folder, load_tiny, tmp_path):
@@ -229,6 +213,7 @@ def test_a_scheduler_that_such_a_unet_cannot_have_been_trained_with_is_refused(c
         load_base(file.parents[1], device="meta")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(NOISE_SCHEDULERS))
 def test_every_scheduler_of_the_same_noise_is_read(name, copied):
     """As diffusers writes it by default, with Stable Diffusion's betas."""

@@ -164,6 +164,7 @@ def test_a_run_whose_only_checkpoint_has_a_damaged_marker_does_not_begin_anew_wi
         read_state(folder)
 
 
+@pytest.mark.slow
 def test_every_flipped_bit_of_the_small_files_of_a_checkpoint_is_told(tmp_path):
     """Whatever it makes of them: another step, another setting, another file that is not looked at any more."""
     folder = whole_checkpoint(tmp_path, 2)
@@ -253,6 +254,7 @@ def test_no_changed_byte_of_an_archive_that_is_not_told_changes_a_tensor_unseen(
         assert torch.equal(loaded, torch.arange(100.0))
 
 
+@pytest.mark.slow
 def test_no_changed_bit_of_a_small_file_is_gone_on_from_and_none_goes_without_a_word(tmp_path, alone):
     older, newer = whole_checkpoint(tmp_path, 1), whole_checkpoint(tmp_path, 2)
     for name in ("state.json", "config.yaml", COMPLETE):

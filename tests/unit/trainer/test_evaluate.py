@@ -1,6 +1,9 @@
 """`controlbooth evaluate` on the built-in base and a ControlNet that a test makes, which has no run."""
 
+import contextlib
+import io
 import json
+import shutil
 from pathlib import Path
 
 import cv2
@@ -62,9 +65,18 @@ def run(studio, out, *more, kind="depth"):
     return json.loads((out / "evaluation.json").read_text()), rows
 
 
-def test_a_controlnet_without_its_run_is_measured_by_every_figure_of_its_kind(studio, tmp_path, capsys):
-    result, rows = run(studio, tmp_path)
-    shown = capsys.readouterr().out
+@pytest.fixture(scope="module")
+def evaluated(studio, tmp_path_factory):
+    """(folder, evaluation, samples, what was printed) of a ControlNet without its run: copy the folder to change it."""
+    folder, printed = tmp_path_factory.mktemp("evaluation"), io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        result, rows = run(studio, folder)
+    return folder, result, rows, printed.getvalue()
+
+
+@pytest.mark.slow
+def test_a_controlnet_without_its_run_is_measured_by_every_figure_of_its_kind(studio, evaluated):
+    folder, result, rows, shown = evaluated
     assert "10 held-out conditions" in shown and "edge f1" in shown and "KID" not in shown
     assert f"\nFID: needs {LEAST_FOR_FID:,} pictures and there are 10" in shown
     assert len(rows) == 6 * 10 and len({row["key"] for row in rows}) == 10
@@ -90,9 +102,10 @@ def test_a_controlnet_without_its_run_is_measured_by_every_figure_of_its_kind(st
     assert (result["base_digest"], result["resolution"]) == (load_base("miniature").digest, 64)
     assert result["networks"] == {}
     assert result["sets"]["FID"]["note"].startswith(f"needs {LEAST_FOR_FID:,} pictures and there are 10")
-    assert (tmp_path / "evaluation.png").exists() and len(json.loads((tmp_path / "ends.json").read_text())["best"]) == 5
+    assert (folder / "evaluation.png").exists() and len(json.loads((folder / "ends.json").read_text())["best"]) == 5
 
 
+@pytest.mark.slow
 def test_as_many_conditions_as_there_are_are_measured_where_nobody_says_how_many(studio, tmp_path):
     data = ["--data", str(studio / "shards"), "--condition", "depth", "--base", "miniature", "--steps", "1"]
     assert main([str(studio / "depth"), *data, "-o", str(tmp_path)]) == 0
@@ -108,8 +121,10 @@ def test_a_run_of_subjects_is_neither_evaluated_nor_reported_but_told_its_own_ve
             verb([str(tmp_path)])
 
 
-def test_pictures_that_are_there_are_not_drawn_again_and_missing_ones_are(studio, tmp_path):
-    first, rows = run(studio, tmp_path)
+@pytest.mark.slow
+def test_pictures_that_are_there_are_not_drawn_again_and_missing_ones_are(studio, evaluated, tmp_path):
+    folder, first, rows, _ = evaluated
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     assert first["speed"]["drawn"] == 30
     again, same = run(studio, tmp_path)
     assert again["speed"]["drawn"] == 0 and same == rows
@@ -212,6 +227,7 @@ def test_a_run_that_nothing_tells_control_of_cannot_be_asked_to_end_by_it(kind, 
         begin(str(tmp_path / "edges"))
 
 
+@pytest.mark.slow
 def test_pictures_without_control_are_as_large_as_the_others_where_the_base_makes_another_size(studio, tmp_path):
     result, _ = run(studio, tmp_path, "--resolution", "32", "--samples", "2")
     assert result["figures"]["without control"].keys() >= {"edge_f1"}

@@ -114,6 +114,7 @@ SCHEDULERS = {  # as published bases have them; the first is Stable Diffusion 1.
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduler_of_base", SCHEDULERS)
 def test_the_usage_snippet_draws_what_the_run_draws_whatever_the_scheduler_file_says(
     scheduler_of_base, make_run, tmp_path, monkeypatch

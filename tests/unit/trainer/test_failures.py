@@ -67,6 +67,7 @@ def test_a_lost_peer_is_told_in_words_and_a_defect_stays_a_defect():
     assert explain(ValueError("out of range"), config, 0) is None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(resource, "RLIMIT_AS"), reason="no limit on memory here")
 def test_a_process_without_memory_says_so_in_one_line(tmp_path):
     """A real allocation that fails."""

@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -144,6 +145,7 @@ def test_clip_agrees_with_transformers_own_similarity(folders):
     torch.testing.assert_close(encoder.texts(prompts), out.text_embeds)
 
 
+@pytest.mark.slow
 def test_a_picture_has_one_embedding_in_every_batch_and_order(folders):
     shown = pictures(19)  # more than one batch
     for encoder in (
@@ -413,6 +415,7 @@ def drawn_files(run):
     return {path.relative_to(run): path.read_bytes() for path in sorted(run.glob("subjects/*/pictures/*.png"))}
 
 
+@pytest.mark.slow
 def test_every_finished_subject_has_its_figures_its_grid_and_its_pictures(measured):
     result = json.loads((measured / "measures.json").read_text())
     assert tuple(result["subjects"]) == NAMES
@@ -425,6 +428,7 @@ def test_every_finished_subject_has_its_figures_its_grid_and_its_pictures(measur
     assert len(drawn_files(measured)) == 3 * (2 * 2 + 2)
 
 
+@pytest.mark.slow
 def test_a_picture_of_a_stack_is_the_one_that_its_lora_draws_alone(measured, base_folder):
     from PIL import Image
 
@@ -454,6 +458,7 @@ def test_a_picture_of_a_stack_is_the_one_that_its_lora_draws_alone(measured, bas
     assert min(others) > 5  # each LoRA changes the picture
 
 
+@pytest.mark.slow
 def test_pictures_are_found_again_and_only_what_is_missing_is_drawn(measured, capsys):
     before = drawn_files(measured)
     lost = sorted(before)[1]
@@ -465,6 +470,7 @@ def test_pictures_are_found_again_and_only_what_is_missing_is_drawn(measured, ca
     assert "EffNet-I: features of an ImageNet" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_pictures_of_other_weights_are_drawn_anew(measured):
     import shutil
 
@@ -506,6 +512,7 @@ def test_pictures_are_drawn_anew_where_any_network_has_changed_and_a_network_may
         assert not (drawn / "a.png").exists(), part
 
 
+@pytest.mark.slow
 def test_mlflow_has_a_run_with_a_child_for_each_subject(measured):
     from mlflow import MlflowClient
 
@@ -523,30 +530,16 @@ def test_mlflow_has_a_run_with_a_child_for_each_subject(measured):
     assert runs["pets"].data.metrics[f"evaluation/{key}"] == pytest.approx(result["mean"][key])
 
 
+@pytest.mark.slow
 def test_two_ranks_share_the_subjects_and_print_the_same_figures(measured):
-    import os
     import shutil
-    import subprocess
-    import sys
 
     assert dreambooth_measure.main([str(measured), "--prompts", "2", "--images", "2"]) == 0
     before, pictures_before = json.loads((measured / "measures.json").read_text()), drawn_files(measured)
     for path in measured.glob("subjects/*/pictures"):
         shutil.rmtree(path)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [
-        "-m",
-        "controlbooth.launch.cli",
-        "dreambooth",
-        "measure",
-        str(measured),
-        "--prompts",
-        "2",
-        "--images",
-        "2",
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    words = ["-m", "controlbooth.launch.cli", "dreambooth", "measure", measured, "--prompts", "2", "--images", "2"]
+    done = forked.run(2, words, timeout=600, **forked.BEFORE_IMPORTS)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.count("3 subjects, 2 prompts x 2 images") == 1
     after = json.loads((measured / "measures.json").read_text())

@@ -48,6 +48,7 @@ def half_make(path, age_seconds=3600.0):
     os.utime(path, (time.time() - age_seconds,) * 2)
 
 
+@pytest.mark.slow
 def test_killed_while_it_is_made_it_is_not_there_and_the_next_start_makes_it(tmp_path):
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     process = start(uri)
@@ -62,6 +63,7 @@ def test_killed_while_it_is_made_it_is_not_there_and_the_next_start_makes_it(tmp
     assert {path.name for path in tmp_path.iterdir()} == {"mlflow.db", ".mlflow.db.lock"}
 
 
+@pytest.mark.slow
 def test_where_the_disk_was_full_the_same_process_makes_it_when_there_is_room(tmp_path):
     from sqlalchemy.exc import SQLAlchemyError
 
@@ -78,6 +80,7 @@ def test_where_the_disk_was_full_the_same_process_makes_it_when_there_is_room(tm
     assert run_names(uri) == set()
 
 
+@pytest.mark.slow
 def test_several_that_make_it_at_once_all_have_their_runs_in_it(tmp_path):
     uri = f"sqlite:///{tmp_path / 'new' / 'mlflow.db'}"
     names = ["a", "b", "c"]

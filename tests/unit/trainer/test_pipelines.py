@@ -27,6 +27,7 @@ def halved(base):
             save_file(own, file.with_name(shard), metadata={"format": "pt"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "pipeline"), [("sd15", StableDiffusionPipeline), ("sdxl", StableDiffusionXLPipeline)]
 )

@@ -72,6 +72,23 @@ ONE = Footprint(
 SPEED = Speed(device=1.0, launch_seconds=1e-5)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def each_step_once():
+    """Follows each step on fake tensors once for all tests of this file: it takes seconds, and is the same again."""
+    follow, found = footprint, {}
+
+    def once(config, *arguments, **options):
+        asked = config.model_dump_json(), arguments, *options.items()
+        if asked not in found:
+            found[asked] = follow(config, *arguments, **options)
+        return found[asked]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choices, "footprint", once)
+        patch.setitem(globals(), "footprint", once)
+        yield
+
+
 @pytest.fixture(scope="module")
 def bases(base_folder, tmp_path_factory):
     """A folder with tiny bases by family."""
@@ -103,6 +120,7 @@ def real_base(path):
     return load_base(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["sd15", "sdxl", "miniature"])
 def test_planned_weights_are_those_of_the_real_modules(bases, family):
     from controlbooth.trainer.controlnet.build import make_controlnet
@@ -118,6 +136,7 @@ def test_planned_weights_are_those_of_the_real_modules(bases, family):
     assert one.profile[-1][1] == 4 * one.trained_parameters
 
 
+@pytest.mark.slow
 def test_activations_and_work_grow_with_the_micro_batch_and_gradients_do_not(bases):
     config = run(bases)
     one, four = (footprint(config, "fp32", size, "flash") for size in (1, 4))
@@ -127,6 +146,7 @@ def test_activations_and_work_grow_with_the_micro_batch_and_gradients_do_not(bas
     assert larger.profile[-1][1] == four.profile[-1][1] == 4 * one.trained_parameters
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_keeps_less_and_computes_more(bases):
     config = run(bases, data=dict(latent_cache="latents"))
     cheap = run(bases, data=dict(latent_cache="latents"), model=dict(gradient_checkpointing=True))
@@ -135,6 +155,7 @@ def test_gradient_checkpointing_keeps_less_and_computes_more(bases):
     assert recomputed.training_flops > 1.1 * plain.training_flops
 
 
+@pytest.mark.slow
 def test_a_latent_cache_leaves_the_encoders_out_of_the_work_and_not_out_of_the_memory(bases):
     online, cached = footprint(run(bases), "fp32", 2, "flash"), None
     cached = footprint(run(bases, data=dict(latent_cache="latents")), "fp32", 2, "flash")
@@ -147,6 +168,7 @@ def test_a_latent_cache_leaves_the_encoders_out_of_the_work_and_not_out_of_the_m
     assert cached.frozen_bytes == online.frozen_bytes
 
 
+@pytest.mark.slow
 def test_attention_that_keeps_scores_takes_more_memory(bases):
     config = run(bases, data=dict(latent_cache="latents", resolution=64))
     flash, math = (footprint(config, "fp32", 2, kernel) for kernel in ("flash", "math"))
@@ -447,6 +469,7 @@ def test_the_curve_says_what_limits_each_number_of_cards():
     assert limits(whole=2**20)[1024] == "the host" and limits(whole=2**13)[1024] == "counters (gloo)"
 
 
+@pytest.mark.slow
 def test_days_and_price_are_steps_times_seconds_times_cards(bases):
     plan = choices.make_plan(run(bases), Layout(H100, 2, 4))
     days, price = choices.days_and_price(plan, plan.asked.step)
@@ -455,6 +478,7 @@ def test_days_and_price_are_steps_times_seconds_times_cards(bases):
     assert price == pytest.approx(seconds / 3600 * 8 * H100.price)
 
 
+@pytest.mark.slow
 def test_the_recommended_way_fits_and_is_among_the_fastest_that_do(bases):
     plan = choices.make_plan(run(bases), Layout(H100, 1, 2))
     assert plan.recommended is not None and plan.recommended.fits
@@ -465,6 +489,7 @@ def test_the_recommended_way_fits_and_is_among_the_fastest_that_do(bases):
     assert full.recommended is None
 
 
+@pytest.mark.slow
 def test_the_recommendation_names_the_fastest_that_it_is_measured_by(bases):
     plan = choices.make_plan(run(bases), Layout(H100, 1, 2))
     assert plan.recommended is not None
@@ -476,6 +501,7 @@ def test_the_recommendation_names_the_fastest_that_it_is_measured_by(bases):
     assert f"within 1 % of the fastest, {fastest.name} with micro-batch {fastest.micro_batch_size}: " in said
 
 
+@pytest.mark.slow
 def test_both_tables_show_the_same_activations_of_the_run_as_written(bases):
     plan = choices.make_plan(run(bases), Layout(H100, 1, 2))
     gib = 2**30
@@ -523,6 +549,7 @@ def test_the_verb_refuses_without_importing_what_plans(tmp_path):
     assert ended.returncode == 0 and "global_batch_size=2 is not a multiple of 24 ranks" in ended.stderr
 
 
+@pytest.mark.slow
 def test_a_measured_step_scales_the_planned_one(bases, tmp_path):
     config = run(bases)
     plain = choices.make_plan(config, Layout(H100, 1, 1))
@@ -571,6 +598,7 @@ def sd15():
     return choices.make_plan(config, Layout(ACCELERATORS["h200"], 1, 1))
 
 
+@pytest.mark.slow
 def test_the_step_of_sd15_counts_what_was_counted_by_hand(sd15):
     one = sd15.one
     assert one.training_flops / 8e12 == pytest.approx(2.265, rel=0.002)  # forward 1.087, backward 1.179
@@ -584,6 +612,7 @@ def test_the_step_of_sd15_counts_what_was_counted_by_hand(sd15):
     assert again.activation_bytes < 0.4 * one.activation_bytes
 
 
+@pytest.mark.slow
 def test_each_measured_step_of_the_h200_is_predicted_from_the_others(sd15):
     measured = sd15.measured
     assert [row["micro_batch_size"] for row in measured.rows] == [1, 8, 32]
@@ -596,11 +625,13 @@ def test_each_measured_step_of_the_h200_is_predicted_from_the_others(sd15):
         assert step.samples_per_second == pytest.approx(row["samples_per_second"], rel=0.25)
 
 
+@pytest.mark.slow
 def test_activations_grow_as_the_h200_has_measured(sd15):
     eight, many = (scaled(sd15.one, size).activation_bytes / 2**30 for size in (8, 32))
     assert many - eight == pytest.approx(35.28 - 13.91, rel=0.01)
 
 
+@pytest.mark.slow
 def test_what_is_recommended_is_as_fast_as_anything_that_was_measured(sd15):
     best = sd15.recommended
     assert best.micro_batch_size >= 32 and best.step.samples_per_second > 0.95 * 47.9
@@ -608,6 +639,7 @@ def test_what_is_recommended_is_as_fast_as_anything_that_was_measured(sd15):
     assert "micro-batch 64 is larger than any that was measured, 32: its speed is extrapolated" in said
 
 
+@pytest.mark.slow
 def test_a_gpu_is_planned_by_what_was_measured_and_another_card_is_called_an_assumption(sd15, bases):
     said = "\n".join(assumption_lines(sd15))
     assert "2.9, 20.9 and 47.9 samples/s of one rank at micro-batch 1, 8 and 32 on NVIDIA H200" in said
@@ -618,6 +650,7 @@ def test_a_gpu_is_planned_by_what_was_measured_and_another_card_is_called_an_ass
     assert other.speed == sd15.speed  # of a card of its own peak and bandwidth, with an equally fast host
 
 
+@pytest.mark.slow
 def test_the_curve_of_a_small_global_batch_is_limited_by_it(sd15):
     assert sd15.curve[0].limit == "the card" and {point.limit for point in sd15.curve[1:]} == {"the global batch"}
     lines = curve_lines(sd15)
@@ -661,6 +694,7 @@ def test_a_run_of_a_cpu_calibrates_no_gpu_and_the_other_way_round(bases, tmp_pat
     assert len(rows_for(processor, rows)) == 1
 
 
+@pytest.mark.slow
 def test_a_calibration_of_another_card_is_warned_of_and_one_of_an_older_version_is_still_read(bases, tmp_path):
     config = run(bases)
     planned = planned_facts(config, "fp32", 2)
@@ -751,6 +785,7 @@ def test_a_cluster_file_that_is_none_is_refused_by_name(bases, tmp_path, content
         main([str(tmp_path / "run.yaml"), "--cluster", str(tmp_path / "cluster.yaml")])
 
 
+@pytest.mark.slow
 def test_the_verb_prints_the_plan_and_writes_it(bases, tmp_path, capsys):
     from controlbooth.trainer.config.loading import dump
 

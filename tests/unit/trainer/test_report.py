@@ -81,6 +81,7 @@ def test_the_table_has_chance_share_and_noise_beside_each_figure(tmp_path):
     assert "<td>random noise" in text and "<td>real pictures" in text
 
 
+@pytest.mark.slow
 def test_a_run_without_control_and_one_with_stand_side_by_side(tmp_path):
     runs = [make_run(tmp_path, "without", NOTHING), make_run(tmp_path, "with", OBEYS)]
     assert main([str(run) for run in runs]) == 0

@@ -95,6 +95,7 @@ def base_copy(base_folder, tmp_path):
     return shutil.copytree(base_folder("sd15"), tmp_path / "base")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("told", CHANGES)
 def test_a_change_of_a_base_is_refused_by_name_and_renames_all_that_is_kept(told, base_copy, load_tiny):
     before = load_tiny("sd15")

@@ -45,6 +45,7 @@ def pictures(folder):
     return [cv2.imread(str(path)) for path in sorted(folder.glob("0*.png"))]
 
 
+@pytest.mark.slow
 def test_two_controls_make_other_pictures_than_each_alone(studio, tmp_path, capsys):
     edges, depth = (["--control", f"{kind}={studio / kind}"] for kind in ("edges", "depth"))
     data = ["--data", str(studio / "shards")]
@@ -69,6 +70,7 @@ def test_diffusers_has_nothing_to_warn_of_where_a_control_takes_the_dtype_of_its
     assert told == []
 
 
+@pytest.mark.slow
 def test_pictures_of_a_file_and_a_prompt_are_repeatable_and_scale_and_schedule_change_them(studio, tmp_path):
     def draw(name, control, *more):
         given = ["--condition", f"edges={studio / 'edges.png'}", "--prompt", "a red ball", *FEW]

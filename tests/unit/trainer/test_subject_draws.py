@@ -50,6 +50,7 @@ def test_ranks_that_share_a_subject_draw_what_one_would(base):
         assert torch.equal(one, torch.stack([first[0], second[0], first[1], second[1]]))
 
 
+@pytest.mark.slow
 def test_subjects_with_the_same_pictures_and_class_draw_independently_and_so_do_their_class_pictures(base):
     steps, late, noise = 60, [], []
     for step in range(steps):

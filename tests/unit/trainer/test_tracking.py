@@ -267,6 +267,7 @@ for step in range(1, 10**9):
 # SQLite
 
 
+@pytest.mark.slow
 def test_everything_that_is_logged_arrives_once(tmp_path, uri):
     from PIL import Image
 
