@@ -138,7 +138,7 @@ FAMILIES = {
             None,
             denoiser=SD3_PART,
             usual_guidance=3.0,
-            condition_entry="pixels",  # its VAE, which has seen scenes alone, loses half of an edge map
+            condition_entry="pixels",  # its VAE, which has seen scenes alone, loses lines of an edge map
         ),
     )
 }
