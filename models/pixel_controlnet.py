@@ -1,6 +1,6 @@
 """A ControlNet of SD3's class whose condition comes in as pixels, not as latents of the base's VAE.
 
-A VAE that has seen pictures alone spoils what is unlike them: an edge map loses half of its lines in the miniature's.
+A VAE that has seen pictures alone spoils what is unlike them: fine lines of an edge map are the first to go.
 It is kept in a diffusers folder of a class of ours, which diffusers itself does not know; `load_controlnet` reads it.
 """
 

@@ -139,7 +139,8 @@ FAMILIES = {
             "flow",
             None,
             denoiser=SD3_PART,
-            condition_entry="pixels",  # its VAE, which has seen scenes alone, loses half of an edge map
+            usual_guidance=3.0,
+            condition_entry="pixels",  # its VAE, which has seen scenes alone, loses lines of an edge map
         ),
     )
 }

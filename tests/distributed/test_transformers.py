@@ -131,3 +131,21 @@ def test_settings_of_the_other_world_are_refused_before_a_folder_is_taken(folder
         output, _ = process.communicate(timeout=300)
         assert process.returncode and message in output, output[-2000:]
         assert not (folder / "runs" / "refused").exists()
+
+
+def test_a_controlnet_that_reads_pixels_is_trained_gone_on_with_and_exported(world_folder, tmp_path):
+    bases.write_base(tmp_path / "base", "miniature-dit")
+    for name in ("train", "held"):
+        shutil.copytree(world_folder / name, tmp_path / name)
+    tiny.write_model(tmp_path, hint_channels=[8, 8, 8, 8])
+    finish(start(run_file(tmp_path, "whole"), 2))
+    whole, parted = tmp_path / "runs" / "whole", tmp_path / "runs" / "parted"
+    shutil.copytree(whole, parted)
+    shutil.rmtree(parted / "checkpoints" / "step-00000006")
+    assert "going on from" in finish(start(run_file(tmp_path, "parted"), 2))
+    weights, again = (tiny.weights(run / "checkpoints" / "step-00000006") for run in (whole, parted))
+    assert all(np.array_equal(again[name], tensor) for name, tensor in weights.items())
+    assert any(np.any(tensor) for name, tensor in weights.items() if name.startswith("pos_embed_input.conv_out."))
+    assert export_command.main([str(whole), str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["_class_name"] == "PixelSD3ControlNet"
+    assert "from controlbooth.models.sampling import Control, sample" in (tmp_path / "out" / "README.md").read_text()

@@ -11,12 +11,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from controlbooth.launch.commands.export import main
-from controlbooth.models.controlnet import build_controlnet
 from controlbooth.models.pretrained import load_base, load_controlnet, save_controlnet
 from controlbooth.models.sampling import Control, sample
 from controlbooth.trainer import export as exports
 from controlbooth.trainer.config.loading import build_config, dump, load_config
+from controlbooth.trainer.config.run import ModelConfig
 from controlbooth.trainer.config.section import ConfigError
+from controlbooth.trainer.controlnet.build import new_controlnet
 from controlbooth.trainer.run.checkpoint import complete_checkpoints, folder_of
 from controlbooth.trainer.run.integrity import COMPLETE, folder_digest
 
@@ -27,7 +28,7 @@ def write_checkpoint(run: Path, step: int, base, metrics: dict, complete: bool =
     """As the trainer leaves one, without DeepSpeed's files."""
     folder = run / "checkpoints" / f"step-{step:08d}"
     torch.manual_seed(step)
-    controlnet = build_controlnet(base.denoiser)
+    controlnet = new_controlnet(base.denoiser, ModelConfig(base=str(base.path)))
     with torch.no_grad():
         for parameter in controlnet.parameters():
             parameter += 0.1 * torch.randn(parameter.shape)
@@ -89,7 +90,7 @@ def test_the_latest_whole_checkpoint_is_exported_or_the_one_that_is_asked_for(op
     assert (tmp_path / "out" / "samples.png").exists() == (step == 300)  # the one that was drawn at this step
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl", "miniature"])
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "miniature", "miniature-dit"])
 def test_the_usage_snippet_of_the_card_runs(family, make_run, tmp_path, monkeypatch):
     out = tmp_path / "out"
     main([str(make_run(family)), str(out)])

@@ -219,7 +219,8 @@ def test_published_transformers_have_the_parameters_that_they_are_known_for(
     bases, shapes, transformer, controlnet, encoders, places
 ):
     base, trained = shapes_of(run_on(bases, "flux", text_tokens=None), "bf16", shapes)
-    assert base.family is FAMILIES[PUBLISHED[shapes].family] and identify(base.denoiser.config) is base.family
+    named = dict(base.denoiser.config) | {"_class_name": type(base.denoiser).__name__}
+    assert base.family is FAMILIES[PUBLISHED[shapes].family] and identify(named) is base.family
     assert count(base.denoiser.parameters()) == transformer
     assert count(base.denoiser.buffers()) == places**2 * PUBLISHED[shapes].denoiser.get("caption_projection_dim", 0)
     assert count(trained.parameters()) + count(trained.buffers()) - count(base.denoiser.buffers()) == controlnet
