@@ -147,7 +147,13 @@ def dump(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-LATER = ("model.copied_blocks", "model.t5", "model.text_tokens", *(f"flow.{name}" for name in FlowConfig.model_fields))
+LATER = (
+    "model.condition_entry",
+    "model.copied_blocks",
+    "model.t5",
+    "model.text_tokens",
+    *(f"flow.{name}" for name in FlowConfig.model_fields),
+)
 """Fields that versions before 2026-11-30 did not have: at their defaults they say what those did."""
 
 
