@@ -21,7 +21,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +30,7 @@ from controlbooth.launch.commands.data_index import main as index
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 import tiny
+from stores import web_server
 
 STEPS = 3
 YEAR = 365 * 86400.0
@@ -191,24 +191,9 @@ def on_the_stores_disk(folder: Path, whole: str, table: Table) -> None:
         table.row("MLflow store, read-only", first, True, "", not (folder / "stored" / "other").exists())
 
 
-@contextmanager
-def served(folder: Path) -> Iterator[str]:
-    """A folder by HTTP."""
-
-    class Quiet(SimpleHTTPRequestHandler):
-        def log_message(self, *words: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
-
-
 def on_the_caches_disk(folder: Path, whole: str, table: Table) -> None:
-    with served(folder / "train") as address, disk(folder / "cache", 4) as small:
+    shards = {f"/{path.name}": path.read_bytes() for path in (folder / "train").iterdir()}
+    with web_server(shards) as address, disk(folder / "cache", 4) as small:
         names = sorted(path.name for path in (folder / "train").glob("*.tar"))
         index([*(f"{address}/{name}" for name in names), "--manifest", str(folder / "remote.jsonl")])
         data = dict(shards=str(folder / "remote.jsonl"), cache=str(small), cache_gib=0.003)

@@ -439,12 +439,12 @@ def check_table(given: tuple[str, bytes]) -> None:
             try:
                 source = open_rows(path, {}, skip_bad=skip_bad)
                 identity = source.identity(0, source.count)
+                samples = list(source.read(0, source.count))
             except ValueError as error:
                 assert f"t{suffix}" in str(error), error
                 continue
             except FileNotFoundError as error:
                 raise AssertionError(str(error)) from error
-            samples = list(source.read(0, source.count))
             assert len(samples) == source.count > 0 and len(identity) == 32
             for sample in samples:
                 if sample.fault is not None:

@@ -411,3 +411,23 @@ def test_pictures_that_are_cut_short_or_too_large_everywhere_are_told_too(tmp_pa
     write_set(tmp_path, [(b"a", "txt")] * 3)
     (tmp_path / "0.tar.idx").unlink()
     assert "64 x 64 pixels" in str(problem(str(tmp_path), None, 100))
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+@pytest.mark.parametrize("column", ["image", "caption"])
+def test_text_that_is_no_utf_8_is_refused_with_the_tables_name(tmp_path, column, suffix):
+    """Arrow takes the bytes of its text on trust, and only Python's decoder says no, without a word of the file."""
+    cells = pa.array([b"\xe3(", b"b"], pa.binary())
+    broken = pa.StringArray.from_buffers(2, cells.buffers()[1], cells.buffers()[2])
+    table = pa.table({"image": ["0.png", "1.png"], "caption": ["a", "b"]} | {column: broken})
+    path = tmp_path / f"table{suffix}"
+    if suffix == ".parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+    for name in ("0.png", "1.png"):
+        (tmp_path / name).write_bytes(b"a picture")
+    with pytest.raises(ValueError, match=f"table{suffix} is damaged, or no file of Arrow or Parquet"):
+        source = open_rows(path, {})
+        list(source.read(0, source.count))
