@@ -101,6 +101,7 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.6",
             "ruff>=0.14",
+            "scipy>=1.15,<2",  # draws are compared with distributions
             "selenium>=4.40,<5",  # drives a browser that looks at MLflow's pages
             "setuptools>=77",
         ],

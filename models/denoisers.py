@@ -33,6 +33,7 @@ DENOISERS = {
     "UNet2DConditionModel": UNET,
     "ControlNetModel": UNET,
     "VariantControlNet": UNET,
+    "UnlockedNetwork": UNET,
     "SD3Transformer2DModel": SD3,
     "SD3ControlNetModel": SD3,
     "PixelSD3ControlNet": SD3,

@@ -129,7 +129,7 @@ picture = pipeline(
     "a prompt like the captions of the training set",
     image=condition,
     num_inference_steps={config.validation.sampling_steps},
-    guidance_scale={config.validation.guidance_scale},
+    guidance_scale={guidance_in(exported)},
     generator=torch.Generator().manual_seed(0),
 ).images[0]
 picture.save("picture.png")
@@ -158,7 +158,7 @@ picture = pipeline(
     width={size},
     max_sequence_length={tokens},
     num_inference_steps={config.validation.sampling_steps},
-    guidance_scale={config.validation.guidance_scale},
+    guidance_scale={guidance_in(exported)},
     generator=torch.Generator().manual_seed(0),
 ).images[0]
 picture.save("picture.png")
@@ -187,10 +187,15 @@ picture = sample(
     [Control(controlnet, pixels)],
     seeds=[0],
     steps={config.validation.sampling_steps},
-    guidance_scale={config.validation.guidance_scale},
+    guidance_scale={guidance_in(exported)},
 )[0]
 Image.fromarray(picture.numpy()).save("picture.png")
 """
+
+
+def guidance_in(exported: Exported) -> float:
+    """The guidance of the run's validations."""
+    return exported.config.validation.guidance_scale or FAMILIES[exported.family].usual_guidance
 
 
 def variant_line(config: RunConfig) -> str:

@@ -225,8 +225,10 @@ def test_text_is_encoded_as_the_pipelines_do(base, base_folder, prompt):
     with torch.no_grad():
         encoded = pipeline.encode_prompt(prompt, **options)
         states, pooled = TEXT_ENCODINGS[base.family.name](base, [prompt])
-    assert torch.equal(states, encoded[0])
-    assert torch.equal(pooled, encoded[2] if base.family.name == "sd3" else encoded[1])
+    # Not bit for bit: where a tensor lies in memory decides on the last bits of a product on some CPUs.
+    close = dict(rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(states, encoded[0], **close)
+    torch.testing.assert_close(pooled, encoded[2] if base.family.name == "sd3" else encoded[1], **close)
 
 
 def test_sd3_without_t5_takes_zeros_in_its_place(base_folder):
