@@ -147,7 +147,7 @@ def test_the_usage_snippet_draws_what_the_run_draws_whatever_the_scheduler_file_
     )
     ours = sample(
         base, ["a prompt like the captions of the training set"], [control], seeds=[0], steps=8,
-        guidance_scale=config.validation.guidance_scale,
+        guidance_scale=base.family.usual_guidance,
     )[0].numpy()  # fmt: skip
     theirs = np.asarray(Image.open(out / "picture.png"))
     assert np.abs(ours.astype(int) - theirs.astype(int)).max() <= 1
