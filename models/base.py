@@ -100,7 +100,12 @@ class Base:
         """
         posterior = self.posterior(pixel_values)
         latents = posterior.mean if noise is None else posterior.mean + posterior.std * noise.to(posterior.mean)
-        return ((latents - self.latent_shift) * self.vae.config["scaling_factor"]).to(self.dtype)
+        return self.scaled(latents)
+
+    def scaled(self, latents: Tensor, shifted: bool = True) -> Tensor:
+        """The VAE's latents -> those that the network is trained on, in the base's dtype; `shifted` or only scaled."""
+        shift = self.latent_shift if shifted else 0.0
+        return ((latents - shift) * self.vae.config["scaling_factor"]).to(self.dtype)
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ convolutions.
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -16,14 +15,16 @@ from diffusers import ControlNetModel, UNet2DConditionModel
 from torch import Tensor, nn
 
 from controlbooth.data.errors import UserError
-from controlbooth.models.architectures import VAE_FACTOR
 from controlbooth.models.base import for_convolutions
 from controlbooth.models.controlnet_variants import (
+    HINT_CHANNELS,
     RELU_GAIN,
     SILU_GAIN,
     HintNetwork,
     TrainableCopy,
     VariantControlNet,
+    check_condition_size,
+    check_hint_channels,
     start_gaussian,
 )
 from controlbooth.models.residuals import Residuals
@@ -37,6 +38,11 @@ _SHARED = set(inspect.signature(ControlNetModel.__init__).parameters) & set(
 ) - {"self"}
 """Configuration that both classes know. ControlNetModel.from_unet forgets addition_embed_type_num_heads, for one, which
 changes no shape and so would change the copy's function silently."""
+
+FITS = tuple(sorted(_SHARED))
+"""Settings that a ControlNet and its base have alike."""
+ZERO, ENTRY = ("controlnet_down_blocks.", "controlnet_mid_block."), ("controlnet_cond_embedding.",)
+"""Beginnings of the names of zero convolutions, and of the hint network."""
 
 _NOT_IN_A_CONTROLNET: dict[str, Any] = dict(  # a U-Net's options that ControlNetModel lacks -> the one usable value
     center_input_sample=False,
@@ -58,23 +64,9 @@ _NOT_IN_A_CONTROLNET: dict[str, Any] = dict(  # a U-Net's options that ControlNe
 )
 
 
-@dataclass(frozen=True)
-class ParameterReport:
-    """Numbers of parameters. SD1.5: 348,712,960 + 11,479,680 + 1,086,480 = 361,279,120."""
-
-    copy: int
-    zero_convolutions: int
-    """The output convolutions, one a residual; the one that ends the hint network is counted there."""
-    hint: int
-
-    @property
-    def total(self) -> int:
-        return self.copy + self.zero_convolutions + self.hint
-
-
 def build_controlnet(
     unet: UNet2DConditionModel,
-    hint_channels: Sequence[int] = (16, 32, 96, 256),
+    hint_channels: Sequence[int] = HINT_CHANNELS,
     device: str | torch.device | None = None,
     *,
     trainable_copy: TrainableCopy = "full",
@@ -94,12 +86,7 @@ def build_controlnet(
     ControlNet is used like any other. device: default the U-Net's; on "meta" the ControlNet has shapes and no weights.
     Raises ValueError for hint_channels that miss the latents' size and for a U-Net that ControlNetModel cannot mirror.
     """
-    halvings = len(hint_channels) - 1
-    if 2**halvings != VAE_FACTOR:
-        raise UserError(
-            f"hint_channels {tuple(hint_channels)} halves the condition picture {halvings} times, "
-            f"but latents have 1/{VAE_FACTOR} of its size: give four widths, e.g. (16, 32, 96, 256)"
-        )
+    check_hint_channels(hint_channels)
     for key, usable in _NOT_IN_A_CONTROLNET.items():
         if unet.config.get(key, usable) != usable:
             raise UserError(
@@ -157,30 +144,6 @@ def _start_hint_network(controlnet: ControlNetModel, gain: float) -> None:
     start_gaussian([hint.conv_in, *hint.blocks], gain)
 
 
-def check_fits(controlnet: ControlNetModel, unet: UNet2DConditionModel, where: str = "the ControlNet") -> None:
-    """Raises ValueError where the ControlNet's configuration differs from the U-Net's in anything that both have."""
-    for key in sorted(_SHARED):
-        theirs, ours = controlnet.config.get(key), unet.config.get(key)
-        if _plain(theirs) != _plain(ours):
-            raise UserError(
-                f"{where} was made for another base: its {key} is {_plain(theirs)!r}, "
-                f"and the base's is {_plain(ours)!r}. Continue it on the base that it was trained with."
-            )
-
-
-def parameter_report(controlnet: nn.Module) -> ParameterReport:
-    """Counts the parameters of a ControlNet, or of an engine around one, by their part."""
-    counts = dict(copy=0, zero_convolutions=0, hint=0)
-    for name, parameter in controlnet.named_parameters():
-        if "controlnet_cond_embedding." in name:
-            counts["hint"] += parameter.numel()
-        elif "controlnet_down_blocks." in name or "controlnet_mid_block." in name:
-            counts["zero_convolutions"] += parameter.numel()
-        else:
-            counts["copy"] += parameter.numel()
-    return ParameterReport(**counts)
-
-
 def control_residuals(
     controlnet: nn.Module,
     noisy_latents: Tensor,
@@ -194,12 +157,7 @@ def control_residuals(
     noisy_latents (B, C, h, w); timesteps (B,) or () int64; conditioning (B, 3, 8h, 8w), RGB in [0, 1]. Inputs of any
     floating dtype are brought to the ControlNet's. conditioning_scale multiplies every residual.
     """
-    height, width = noisy_latents.shape[-2:]
-    if conditioning.shape[-2:] != (VAE_FACTOR * height, VAE_FACTOR * width):
-        raise UserError(
-            f"the condition is {conditioning.shape[-2]}x{conditioning.shape[-1]} pixels, "
-            f"but latents of {height}x{width} need {VAE_FACTOR * height}x{VAE_FACTOR * width}"
-        )
+    check_condition_size(conditioning, noisy_latents)
     dtype = next(controlnet.parameters()).dtype
     down, mid = controlnet(
         noisy_latents.to(dtype),
@@ -211,6 +169,15 @@ def control_residuals(
         return_dict=False,
     )
     return Residuals((tuple(down), (mid,)))
+
+
+def finish_reading(controlnet: ControlNetModel) -> ControlNetModel:
+    """Returns a ControlNet that was read from a file as it is: all of it learns."""
+    return controlnet
+
+
+def check_usable(config: Any, where: str) -> None:
+    """Refuses none: whatever ControlNetModel can be of RGB conditions can be used here."""
 
 
 def encode_condition(base: Any, controlnet: nn.Module, conditioning: Tensor) -> Tensor:
@@ -244,8 +211,3 @@ def denoise(
         return_dict=False,
         **added,
     )[0]
-
-
-def _plain(value: Any) -> Any:
-    """JSON makes lists of tuples."""
-    return tuple(value) if isinstance(value, list) else value

@@ -5,6 +5,7 @@ them. Gaussian connections and control of the middle block alone need no class: 
 """
 
 import inspect
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,6 +13,11 @@ from diffusers import ControlNetModel
 from torch import Tensor, nn
 from torch.nn import functional
 
+from controlbooth.data.errors import UserError
+from controlbooth.models.architectures import VAE_FACTOR
+
+HINT_CHANNELS = (16, 32, 96, 256)
+"""Widths of the hint network of the released code."""
 TrainableCopy = Literal["full", "lite"]
 HintNetwork = Literal["released", "paper"]
 
@@ -127,6 +133,26 @@ def _one_convolution_a_block(widths: list[int] | tuple[int, ...], layers_per_blo
 SILU_GAIN = 1.68
 """1 / sqrt(E[silu(x)^2]) for normal x: what a layer must multiply by for the next one to see the same variance."""
 RELU_GAIN = 2**0.5
+
+
+def check_hint_channels(channels: Sequence[int]) -> None:
+    """Raises ValueError for widths of a hint network that miss the latents' size."""
+    halvings = len(channels) - 1
+    if 2**halvings != VAE_FACTOR:
+        raise UserError(
+            f"hint_channels {tuple(channels)} halves the condition picture {halvings} times, "
+            f"but latents have 1/{VAE_FACTOR} of its size: give four widths, e.g. {HINT_CHANNELS}"
+        )
+
+
+def check_condition_size(conditioning: Tensor, latents: Tensor) -> None:
+    """Raises ValueError where conditions (B, 3, H, W) are not of the size of the pictures of latents (B, C, h, w)."""
+    height, width = latents.shape[-2:]
+    if conditioning.shape[-2:] != (VAE_FACTOR * height, VAE_FACTOR * width):
+        raise UserError(
+            f"the condition is {conditioning.shape[-2]}x{conditioning.shape[-1]} pixels, "
+            f"but latents of {height}x{width} need {VAE_FACTOR * height}x{VAE_FACTOR * width}"
+        )
 
 
 def start_gaussian(layers: Any, gain: float) -> None:

@@ -17,12 +17,12 @@ from controlbooth.models import flux, sd3
 from controlbooth.models.base import Base
 from controlbooth.models.residuals import Residuals
 from controlbooth.models.text import TextEncoding
-from controlbooth.models.transformer_copy import report_parts
 
 
 @dataclass(frozen=True)
 class Denoiser:
-    """A family's file: with `denoise`, `control_residuals` and `encode_condition`."""
+    """A family's file: with `denoise`, `control_residuals`, `encode_condition`, `build_controlnet`, `finish_reading`,
+    `check_usable`, and the names FITS, ZERO and ENTRY."""
 
     file: ModuleType | Any
     is_transformer: bool
@@ -107,13 +107,29 @@ def predict(
     return denoise(network, noisy_latents, times, text, residuals)
 
 
-def parameter_report(controlnet: nn.Module) -> unets.ParameterReport:
+@dataclass(frozen=True)
+class ParameterReport:
+    """Numbers of trained parameters. SD1.5: 348,712,960 + 11,479,680 + 1,086,480 = 361,279,120."""
+
+    copy: int
+    zero_convolutions: int
+    """The output layers, one a residual; the one that ends the hint network is counted there."""
+    hint: int
+    """The hint network, or the layer through which latents of a condition enter."""
+
+    @property
+    def total(self) -> int:
+        return self.copy + self.zero_convolutions + self.hint
+
+
+def parameter_report(controlnet: nn.Module) -> ParameterReport:
     """Counts the trained parameters of a ControlNet, or of an engine around one, by their part."""
-    denoiser = denoiser_of(controlnet)
-    if not denoiser.is_transformer:
-        return unets.parameter_report(controlnet)
-    names = [(name.removeprefix("module."), one.numel()) for name, one in controlnet.named_parameters()]
-    return unets.ParameterReport(**report_parts(names, denoiser.file.ZERO, denoiser.file.ENTRY))
+    file: Any = denoiser_of(controlnet).file
+    counts = dict(copy=0, zero_convolutions=0, hint=0)
+    for name, parameter in controlnet.named_parameters():
+        zero, entry = (any(part in name for part in parts) for parts in (file.ZERO, file.ENTRY))
+        counts["hint" if entry else "zero_convolutions" if zero else "copy"] += parameter.numel()
+    return ParameterReport(**counts)
 
 
 def check_fits(controlnet: Any, network: Any, where: str = "the ControlNet") -> None:
@@ -124,8 +140,6 @@ def check_fits(controlnet: Any, network: Any, where: str = "the ControlNet") -> 
             f"{where} is a {type(controlnet).__name__}, and the base is a {type(network).__name__}, which it does not "
             "fit. Give a ControlNet of the base's own family"
         )
-    if not denoiser.is_transformer:
-        return unets.check_fits(controlnet, network, where)
     for key in denoiser.file.FITS:
         theirs, ours = (_plain(config.get(key)) for config in (controlnet.config, network.config))
         if theirs != ours:
@@ -133,7 +147,6 @@ def check_fits(controlnet: Any, network: Any, where: str = "the ControlNet") -> 
                 f"{where} was made for another base: its {key} is {theirs!r}, and the base's is {ours!r}. Continue it "
                 "on the base that it was trained with."
             )
-    return None
 
 
 def _plain(value: Any) -> Any:

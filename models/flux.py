@@ -45,9 +45,9 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
 
 def _places(height: int, width: int, like: Tensor) -> Tensor:
     """(h/2 * w/2, 3): zero, row and column of each picture token, in the dtype and on the device of `like`."""
-    places = torch.zeros(height // 2, width // 2, 3)
-    places[..., 1] += torch.arange(height // 2)[:, None]
-    places[..., 2] += torch.arange(width // 2)[None, :]
+    places = torch.zeros(height // 2, width // 2, 3, device=like.device)
+    places[..., 1] += torch.arange(height // 2, device=like.device)[:, None]
+    places[..., 2] += torch.arange(width // 2, device=like.device)[None, :]
     return places.reshape(-1, 3).to(like)
 
 
@@ -97,8 +97,7 @@ def control_residuals(
 def encode_condition(base: Any, controlnet: nn.Module, conditioning: Tensor) -> Tensor:
     """Makes packed latents (B, tokens, 64) of conditions (B, 3, H, W) in [0, 1]: the posterior's mode, scaled as
     pictures are."""
-    mean = base.posterior(2.0 * conditioning.float() - 1.0).mean
-    return pack(((mean - base.latent_shift) * base.vae.config["scaling_factor"]).to(base.dtype))
+    return pack(base.encode_latents(2.0 * conditioning.float() - 1.0))
 
 
 def build_controlnet(

@@ -7,17 +7,18 @@ It is kept in a diffusers folder of a class of ours, which diffusers itself does
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from diffusers import SD3ControlNetModel
 from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedding
 from torch import Tensor, nn
 
-from controlbooth.data.errors import UserError
-from controlbooth.models.controlnet_variants import SILU_GAIN, accepted, start_gaussian
-
-VAE_FACTOR = 8
-"""Pixels of a picture per latent position, on each side."""
-HINT_CHANNELS = (16, 32, 96, 256)
+from controlbooth.models.controlnet_variants import (
+    HINT_CHANNELS,
+    SILU_GAIN,
+    accepted,
+    check_condition_size,
+    check_hint_channels,
+    start_gaussian,
+)
 
 
 class HintTokens(ControlNetConditioningEmbedding):
@@ -46,12 +47,7 @@ class PixelSD3ControlNet(SD3ControlNetModel):
     """
 
     def __init__(self, hint_channels: Sequence[int] = HINT_CHANNELS, **config: Any) -> None:
-        halvings = len(hint_channels) - 1
-        if 2**halvings != VAE_FACTOR:
-            raise UserError(
-                f"hint_channels {tuple(hint_channels)} halves the condition picture {halvings} times, "
-                f"but latents have 1/{VAE_FACTOR} of its size: give four widths, e.g. {HINT_CHANNELS}"
-            )
+        check_hint_channels(hint_channels)
         super().__init__(**config)
         self.register_to_config(hint_channels=tuple(hint_channels))
         self.pos_embed_input: Any = HintTokens(self.inner_dim, tuple(hint_channels), self.config["patch_size"])
@@ -63,12 +59,7 @@ class PixelSD3ControlNet(SD3ControlNetModel):
 
     def forward(self, *, hidden_states: Tensor, controlnet_cond: Tensor, **others: Any) -> Any:  # type: ignore[override]
         """As SD3ControlNetModel's, with pixels (B, 3, 8h, 8w) in [0, 1] as the condition of latents (B, C, h, w)."""
-        sides = tuple(VAE_FACTOR * side for side in hidden_states.shape[-2:])
-        if controlnet_cond.shape[-2:] != torch.Size(sides):
-            raise UserError(
-                f"the condition is {controlnet_cond.shape[-2]}x{controlnet_cond.shape[-1]} pixels, but latents of "
-                f"{hidden_states.shape[-2]}x{hidden_states.shape[-1]} need {sides[0]}x{sides[1]}"
-            )
+        check_condition_size(controlnet_cond, hidden_states)
         return super().forward(hidden_states=hidden_states, controlnet_cond=controlnet_cond, **others)
 
 

@@ -110,9 +110,7 @@ def _load_folder(folder: Path, requested: str, dtype: torch.dtype, empty: bool, 
     files: dict[str, list[Path]] = {}
     for part in family.parts:
         check_part(folder, part)
-        files[part.folder] = weights_files(folder / part.folder, part.stem)
-        own = vae_dtype(read_json(folder / part.folder / "config.json"), dtype) if part == VAE else dtype
-        modules[part.folder] = load_module(class_of(part), folder / part.folder, own, part.stem, empty=empty)
+        modules[part.folder], files[part.folder] = _load_part(folder, part, dtype, empty)
     index = folder / "model_index.json"
     settings = read_json(index) if index.is_file() else {}
     zero_empty_prompt = bool(settings.get("force_zeros_for_empty_prompt", family.name == "sdxl"))
@@ -130,6 +128,14 @@ def _load_folder(folder: Path, requested: str, dtype: torch.dtype, empty: bool, 
         identity=base_identity(family, modules, tokenizers, process, scheduler, zero_empty_prompt, digests),
         zero_empty_prompt=zero_empty_prompt,
     )
+
+
+def _load_part(folder: Path, part: Part, dtype: torch.dtype, empty: bool) -> tuple[Any, list[Path]]:
+    """A network of a base's folder, in its own dtype where it needs another, and the files that it is read from."""
+    place = folder / part.folder
+    files = weights_files(place, part.stem)
+    own = vae_dtype(read_json(place / "config.json"), dtype) if part == VAE else dtype
+    return load_module(class_of(part), place, own, part.stem, empty=empty), files
 
 
 def check_dtype(family: Family, dtype: torch.dtype, where: str) -> None:
@@ -247,10 +253,7 @@ def _load_transformer_file(path: Path, family: Family, dtype: torch.dtype, empty
     modules: dict[str, Any] = dict(transformer_file.build_parts(state, family, inside, dtype, str(path)))
     files = {"file": [path]}
     for part in beside:
-        folder = path.parent / part.folder
-        files[part.folder] = weights_files(folder, part.stem)
-        own = vae_dtype(read_json(folder / "config.json"), dtype) if part == VAE else dtype
-        modules[part.folder] = load_module(class_of(part), folder, own, part.stem, empty=empty)
+        modules[part.folder], files[part.folder] = _load_part(path.parent, part, dtype, empty)
     modules = {part.folder: modules[part.folder] for part in family.parts}
     digest, digests = ("", {}) if empty else weights_digests(path.parent, files)
     return Base(
@@ -347,8 +350,7 @@ def read_controlnet_folder(folder: Path, dtype: torch.dtype = torch.float32, emp
     """A ControlNet's folder as it is, without a base to compare it with, on the CPU. Raises as `load_controlnet`."""
     kind = controlnet_class(folder)
     controlnet = load_module(kind, folder, dtype, WEIGHTS_STEM, empty=empty, remedy=CONTROLNET_REMEDY)
-    file: Any = denoiser_of(controlnet).file
-    return file.finish_reading(controlnet) if hasattr(file, "finish_reading") else controlnet
+    return denoiser_of(controlnet).file.finish_reading(controlnet)
 
 
 CLASSES: tuple[Any, ...] = (
@@ -370,9 +372,7 @@ def controlnet_class(folder: Path) -> Any:
     config = read_json(folder / "config.json")
     check_controlnet(config, str(folder))
     kind = next(one for one in CLASSES if one.__name__ == config["_class_name"])
-    file: Any = DENOISERS[kind.__name__].file
-    if hasattr(file, "check_usable"):
-        file.check_usable(config, str(folder))
+    DENOISERS[kind.__name__].file.check_usable(config, str(folder))
     return kind
 
 

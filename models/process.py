@@ -6,9 +6,10 @@ noise along straight lines (`FlowMatching`). What differs between them is here a
 (denoisers.py), so that there is one training step and one sampling loop for all.
 """
 
+import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Any, Literal, NamedTuple
 
@@ -54,7 +55,7 @@ class Diffusion:
         """Tells what the network predicts: epsilon or v_prediction."""
         return self.scheduler.config["prediction_type"]
 
-    thresholds: None = None
+    thresholds = None
     """Levels are drawn uniformly."""
 
     def noised(self, latents: Tensor, noise: Tensor, levels: Tensor) -> Noised:
@@ -144,17 +145,15 @@ class FlowMatching:
     """
 
     scheduler: FlowMatchEulerDiscreteScheduler
-    tokens_per_latent: float = 0.25
-    """Picture tokens of the network for each latent position, which a shift by resolution counts."""
     settings: FlowSettings = FlowSettings()
-    thresholds: tuple[int, ...] | None = field(init=False)
-    """Cumulative share of each level but the last, times 2**64: see `level_thresholds`."""
 
     levels = LEVELS
     prediction_type = "flow"
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "thresholds", level_thresholds(self.settings))
+    @property
+    def thresholds(self) -> tuple[int, ...]:
+        """Cumulative share of each level but the last, times 2**64: see `level_thresholds`."""
+        return level_thresholds(self.settings)
 
     def with_settings(self, settings: FlowSettings) -> "FlowMatching":
         """Returns the same process as a run trains it."""
@@ -173,7 +172,7 @@ class FlowMatching:
     def mu(self, shape: torch.Size) -> float:
         """Returns the exponent of a dynamic shift, as the pipelines of FLUX.1 compute it."""
         config = self.scheduler.config
-        tokens = shape[-2] * shape[-1] * self.tokens_per_latent
+        tokens = shape[-2] * shape[-1] / 4  # of squares of 2x2 positions
         least, most = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
         low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
         slope = (high - low) / (most - least)
@@ -210,7 +209,6 @@ class FlowMatching:
 
     def even_levels(self, ranks: np.ndarray, count: int) -> np.ndarray:
         """Returns the levels of `count` samples at even quantiles of the density; ranks: which of them, int64."""
-        assert self.thresholds is not None
         places = [(2 * int(rank) + 1) * 2**64 // (2 * count) for rank in ranks]
         return np.searchsorted(np.array(self.thresholds, np.uint64), np.array(places, np.uint64), side="right")
 
@@ -259,6 +257,7 @@ _ROUNDED = 2**40
 """Shares are rounded to 2**-40, far above what mathematical functions of two machines can differ by."""
 
 
+@functools.cache
 def level_thresholds(settings: FlowSettings) -> tuple[int, ...]:
     """Returns, for levels 0 .. 998, the share of draws at that level or below, times 2**64, as integers.
 

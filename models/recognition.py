@@ -400,6 +400,11 @@ _TITLES = {  # what model_index.json or a denoiser's configuration names, up to 
 }
 
 
+def recognise(path: Path, requested: str = "auto") -> Family:
+    """The family of a base, a diffusers folder or a single file. Raises as `recognise_folder` and `recognise_file`."""
+    return (recognise_folder if path.is_dir() else recognise_file)(path, requested)
+
+
 def recognise_folder(folder: Path, requested: str = "auto") -> Family:
     """The family of a diffusers folder. requested: as `check_family` takes it.
 

@@ -83,8 +83,7 @@ def encode_condition(base: Any, controlnet: nn.Module, conditioning: Tensor) -> 
     if isinstance(getattr(controlnet, "module", controlnet), PixelSD3ControlNet):
         return conditioning
     mean = base.posterior(2.0 * conditioning.float() - 1.0).mean
-    shift = 0.0 if _is_of_instantx(controlnet) else base.latent_shift
-    return ((mean - shift) * base.vae.config["scaling_factor"]).to(base.dtype)
+    return base.scaled(mean, shifted=not _is_of_instantx(controlnet))
 
 
 def build_controlnet(
@@ -118,7 +117,7 @@ def build_controlnet(
         copy_parts(controlnet, transformer, COPIED)
         if hint_channels is not None:
             controlnet.pos_embed_input.start()
-    return without_dead_ends(controlnet, controlnet.transformer_blocks[-1]).train()
+    return finish_reading(controlnet).train()
 
 
 def finish_reading(controlnet: Any) -> Any:

@@ -3,7 +3,7 @@ and parameters that can never learn."""
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -87,15 +87,6 @@ def without_dead_ends(controlnet: Any, last: nn.Module) -> Any:
 def fixed_tensors(controlnet: Any) -> dict[str, Tensor]:
     """Returns what a ControlNet's files hold besides trained weights, on the CPU; nothing for a U-Net's."""
     return dict(getattr(controlnet, "fixed_tensors", {}))
-
-
-def report_parts(names: Sequence[tuple[str, int]], zero: tuple[str, ...], entry: tuple[str, ...]) -> dict[str, int]:
-    """Counts parameters (name, number) by their part: zero projections, the condition's entry, the copy."""
-    counts = dict(copy=0, zero_convolutions=0, hint=0)
-    for name, number in names:
-        part = "zero_convolutions" if name.startswith(zero) else "hint" if name.startswith(entry) else "copy"
-        counts[part] += number
-    return counts
 
 
 def on_device(device: str | torch.device | None, base: Any) -> torch.device:

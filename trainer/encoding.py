@@ -33,7 +33,7 @@ def sample_posterior(base: Base, mean: Tensor, std: Tensor, noise: Tensor) -> Te
     """Scaled latents (B, C, h, w) in the base's dtype; noise: (B, C, h, w), standard normal."""
     latents = mean + std * noise.to(mean)
     # Some of the VAE's kernels leave channels last, and a U-Net that went on so would round otherwise than on a cache.
-    return ((latents - base.latent_shift) * base.vae.config["scaling_factor"]).to(base.dtype).contiguous()
+    return base.scaled(latents).contiguous()
 
 
 def to_pixel_values(pictures: Tensor) -> Tensor:

@@ -33,8 +33,7 @@ from controlbooth.models.recognition import (
     check_part,
     check_tokenizer,
     parts_beside,
-    recognise_file,
-    recognise_folder,
+    recognise,
     scheduler_file,
 )
 from controlbooth.models.weight_files import read_json, safetensors_header, shapes_of, weights_files
@@ -151,7 +150,6 @@ def base_problems(name: str, family: str, config: RunConfig | None = None) -> It
 def _part_problems(named: str, base: Path, requested: str, config: RunConfig | None) -> Iterator[str]:
     """Of a folder or a single file that is there: which family it is of, and whether all of its parts are."""
     found: list[Family] = []
-    recognise = recognise_folder if base.is_dir() else recognise_file
     yield from problem_of(named, lambda: found.append(recognise(base, requested)))
     for family in found:
         yield from [] if config is None else misplaced(config, family)

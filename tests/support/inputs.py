@@ -1,6 +1,9 @@
 """What tests of networks put through them."""
 
+from collections.abc import Callable, Iterator
+
 import torch
+from torch import Tensor, nn
 
 from controlbooth.models.text import encode_prompts
 
@@ -16,3 +19,18 @@ def batch(base, seed=0, count=2):
     timesteps = torch.randint(0, 1000, (count,), generator=draw)
     text = encode_prompts(base, ["a cat", "red dog"][:count], picture_size=(SIZE, SIZE))
     return latents, timesteps, text, torch.rand(count, 3, SIZE, SIZE, generator=draw)
+
+
+def steps_moving(controlnet: nn.Module, prediction: Callable[[], Tensor], steps: int = 3) -> Iterator[set[str]]:
+    """Takes plain steps on the mean square of a prediction; -> the names of the parameters that each has moved.
+
+    Every parameter must get a gradient in every step.
+    """
+    optimizer = torch.optim.SGD(controlnet.parameters(), lr=1.0)
+    for _ in range(steps):
+        before = {name: one.detach().clone() for name, one in controlnet.named_parameters()}
+        optimizer.zero_grad()
+        prediction().square().mean().backward()
+        assert all(parameter.grad is not None for parameter in controlnet.parameters())
+        optimizer.step()
+        yield {name for name, one in controlnet.named_parameters() if not torch.equal(one, before[name])}

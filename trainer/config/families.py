@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from controlbooth.models.recognition import Family, recognise_file, recognise_folder
+from controlbooth.models.recognition import Family, recognise
 from controlbooth.trainer.config.run import ModelConfig, OptimizerConfig, RunConfig, base_path
 
 
@@ -13,8 +13,7 @@ def guidance_of(config: RunConfig) -> float:
     """
     if config.validation.guidance_scale is not None:
         return config.validation.guidance_scale
-    base = base_path(config)
-    return (recognise_folder if base.is_dir() else recognise_file)(base, config.model.family).usual_guidance
+    return recognise(base_path(config), config.model.family).usual_guidance
 
 
 def misplaced(config: RunConfig, family: Family) -> list[str]:

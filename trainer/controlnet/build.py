@@ -27,8 +27,8 @@ from controlbooth.models.attention import (
     attention_shapes,
 )
 from controlbooth.models.base import Base
-from controlbooth.models.controlnet import ParameterReport, build_controlnet, keep_only_mid_control
-from controlbooth.models.denoisers import denoise, denoiser_of, parameter_report
+from controlbooth.models.controlnet import build_controlnet, keep_only_mid_control
+from controlbooth.models.denoisers import ParameterReport, denoise, denoiser_of, parameter_report
 from controlbooth.models.pretrained import load_controlnet
 from controlbooth.models.recognition import identify
 from controlbooth.models.text import encode_with_dropout

@@ -23,8 +23,8 @@ from controlbooth.trainer.evaluation.scenes.judge import load_judge, prompt_accu
 from controlbooth.trainer.miniature.card import sampled
 from controlbooth.trainer.miniature.pictures import SIZE
 from controlbooth.trainer.miniature.text import draw_captions
-from controlbooth.trainer.miniature.training import Clock, follow, mixed_precision, save_atomically, set_learning_rate
-from controlbooth.trainer.miniature.unet import LEARNING_RATE, average_gradients, cache_latents
+from controlbooth.trainer.miniature.training import Clock, mixed_precision, save_atomically, set_learning_rate
+from controlbooth.trainer.miniature.unet import LEARNING_RATE, cache_latents, learning_rate, take_step
 from controlbooth.trainer.miniature.vae import VAE
 
 DIT: dict[str, Any] = dict(
@@ -65,7 +65,6 @@ def flow_matching() -> FlowMatching:
 
 def stratified_levels(process: FlowMatching, count: int) -> Tensor:
     """Draws `count` levels int64 of the process's density, one from each of as many equally likely ranges."""
-    assert process.thresholds is not None
     places = (torch.rand(count, dtype=torch.float64) + torch.arange(count)) / count
     return torch.searchsorted(torch.tensor(process.thresholds, dtype=torch.float64) / 2.0**64, places)
 
@@ -108,18 +107,12 @@ def train_dit(work: Path, minutes: float, final: bool) -> None:
             hidden, pooled = encode(base, draw_captions(rows, draw))
         x = latents[torch.from_numpy(rows).to(device)]
         noisy, target, times = process.noised(x, torch.randn_like(x), stratified_levels(process, BATCH).to(device))
-        rate = LEARNING_RATE * min(1.0, (step - first + 1) / 200)
-        set_learning_rate(optimizer, rate * (min(1.0, 3.0 * (1.0 - share) + 0.02) if final else 1.0))
+        set_learning_rate(optimizer, learning_rate(step - first, share, final))
         with mixed_precision(device):  # the fused kernel of attention is as fast as the plain one for 88 tokens
             predicted = dit(noisy, hidden, pooled, times, return_dict=False)[0]
         loss = F.mse_loss(predicted.float(), target)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        share = average_gradients(dit, clock.share, world)
-        nn.utils.clip_grad_norm_(dit.parameters(), 1.0)
-        optimizer.step()
         step += 1
-        follow(average, dit, step)
+        share = take_step(dit, optimizer, average, loss, step, clock.share, world)
         losses.append(loss.item())
         if world.rank == 0 and (step - first) % 100 == 0:
             samples, seen = BATCH * world.world_size, step * BATCH * world.world_size

@@ -110,6 +110,34 @@ def average_gradients(module: nn.Module, share: float, world: World) -> float:
     return flat[-1].item()
 
 
+def take_step(
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: dict[str, Tensor],
+    loss: Tensor,
+    step: int,
+    share: float,
+    world: World,
+) -> float:
+    """Moves a network by a loss, on all ranks alike, and its average after it; step: counted from 1.
+
+    Returns the mean over ranks of `share`, which each has of its time, so that all end together.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    share = average_gradients(module, share, world)
+    nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+    optimizer.step()
+    follow(average, module, step)
+    return share
+
+
+def learning_rate(taken: int, share: float, final: bool) -> float:
+    """The learning rate after `taken` steps of this start and a share of its time: it warms up; `final`: ends at 0."""
+    rate = LEARNING_RATE * min(1.0, (taken + 1) / 200)
+    return rate * (min(1.0, 3.0 * (1.0 - share) + 0.02) if final else 1.0)
+
+
 def train_unet(work: Path, minutes: float, final: bool) -> None:
     """v-prediction, uniform timesteps, an exponential average that warms up. `final`: the learning rate ends at 0."""
     world = join()  # two ranks with a thread each: small operations do not gain from two threads
@@ -151,18 +179,12 @@ def train_unet(work: Path, minutes: float, final: bool) -> None:
         timesteps = (timesteps * noise_scheduler.config.num_train_timesteps).long()
         noisy = noise_scheduler.add_noise(x, noise, timesteps).contiguous(memory_format=torch.channels_last)
         target = noise_scheduler.get_velocity(x, noise, timesteps)
-        rate = LEARNING_RATE * min(1.0, (step - first + 1) / 200)
-        set_learning_rate(optimizer, rate * (min(1.0, 3.0 * (1.0 - share) + 0.02) if final else 1.0))
+        set_learning_rate(optimizer, learning_rate(step - first, share, final))
         with mixed_precision(), sdpa_kernel(SDPBackend.MATH):  # for so few tokens faster than the fused kernel
             predicted = unet(noisy, timesteps, hidden).sample
         loss = F.mse_loss(predicted.float(), target)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        share = average_gradients(unet, clock.share, world)
-        nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-        optimizer.step()
         step += 1
-        follow(average, unet, step)
+        share = take_step(unet, optimizer, average, loss, step, clock.share, world)
         losses.append(loss.item())
         if clock.due() and world.rank == 0:
             save()

@@ -293,8 +293,7 @@ def _controlnet(config: RunConfig, network: Any) -> Any:
         folder = Path(model.controlnet)
         with torch.device("meta"):
             controlnet: Any = controlnet_class(folder).from_config(read_json(folder / "config.json"))
-        file: Any = denoiser_of(controlnet).file
-        return (file.finish_reading(controlnet) if hasattr(file, "finish_reading") else controlnet).train()
+        return denoiser_of(controlnet).file.finish_reading(controlnet).train()
     return new_controlnet(network, model)
 
 
