@@ -4,7 +4,10 @@ So a network is filled with no more memory than its own weights and one tensor o
 into memory by itself, and let go by itself; one that is kept as it is stays mapped, and processes share its pages.
 """
 
+import ctypes
 import mmap
+import os
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -132,9 +135,34 @@ def _reader(file: Path, entry: Mapping[str, Any], form: Tensor, empty: bool) -> 
             page = start - start % mmap.ALLOCATIONGRANULARITY
             length = start - page + form.nbytes
             try:
-                mapped = mmap.mmap(stream.fileno(), length, access=mmap.ACCESS_COPY, offset=page)
-            except (ValueError, OSError) as error:
+                if os.fstat(stream.fileno()).st_size < page + length:
+                    raise OSError("it ends before its tensors do")
+                mapped = _map(stream.fileno(), page, length)
+            except OSError as error:
                 raise UserError(f"{file} cannot be read: {error}. Fetch it again") from error
         return torch.frombuffer(mapped, dtype=form.dtype, count=form.numel(), offset=start - page).view(form.shape)
 
     return read
+
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_LIBC.mmap.restype = ctypes.c_void_p
+_LIBC.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *3 * (ctypes.c_int,), ctypes.c_longlong)
+_LIBC.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_FAILED = ctypes.c_void_p(-1).value
+
+
+def _map(descriptor: int, offset: int, length: int) -> ctypes.Array:
+    """Maps `length` bytes of a file from `offset` on, a multiple of a page; what is written is not seen in the file.
+
+    Python's own mmap keeps a descriptor open for each mapping (until 3.13), and a base has thousands of tensors where a
+    process has often 1,024 descriptors. Raises OSError.
+    """
+    address = _LIBC.mmap(None, length, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE, descriptor, offset)
+    if address == _FAILED:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    mapped = (ctypes.c_char * length).from_address(address)
+    # not when the interpreter ends: tensors may outlive this module, and the system lets go of all then
+    weakref.finalize(mapped, _LIBC.munmap, address, length).atexit = False
+    return mapped

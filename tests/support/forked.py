@@ -13,7 +13,6 @@ import importlib
 import os
 import pickle
 import runpy
-import select
 import selectors
 import signal
 import socket
@@ -56,13 +55,19 @@ class Started:
 
     def poll(self) -> int | None:
         """Returns the exit status, negative after a signal; None while it runs."""
-        if self.returncode is None and select.select([self._connection], [], [], 0)[0]:
+        if self.returncode is None and self._can_be_read(0.0):
             self.returncode = _receive(self._connection)
         return self.returncode
 
+    def _can_be_read(self, timeout: float | None) -> bool:
+        """Waits until the exit status is there or timeout seconds are over; None: without end."""
+        with selectors.DefaultSelector() as waiting:
+            waiting.register(self._connection, selectors.EVENT_READ)
+            return bool(waiting.select(timeout))
+
     def wait(self, timeout: float | None = None) -> int:
         """Raises subprocess.TimeoutExpired where it runs for longer."""
-        if self.poll() is None and not select.select([self._connection], [], [], timeout)[0]:
+        if self.poll() is None and not self._can_be_read(timeout):
             raise subprocess.TimeoutExpired("torchrun", timeout or 0.0)
         status = self.poll()
         assert status is not None
