@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from controlbooth.data.errors import UserError
-from controlbooth.models.process import Process
-from controlbooth.models.recognition import Family
+from controlbooth.models.families import Family
+from controlbooth.models.noise.process import Process
 
 Encoded = tuple[Tensor, Tensor | None]
 """Hidden states (B, L, D) and the pooled embedding (B, P), or None where the family has none."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from controlbooth.models.recognition import Family
+from controlbooth.models.families import Family
 
 ORIGIN = ("transformers_version", "dtype", "torch_dtype")
 """Where a network was loaded from, by which version and as what dtype is not what it is."""

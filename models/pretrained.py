@@ -26,35 +26,32 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from controlbooth.data.errors import MissingFile, UserError
-from controlbooth.models import single_file, transformer_file
 from controlbooth.models.architectures import MINIATURE
 from controlbooth.models.base import Base, check_parts_fit, vae_dtype
-from controlbooth.models.controlnet import build_controlnet
-from controlbooth.models.controlnet_variants import VariantControlNet
-from controlbooth.models.denoisers import DENOISERS, check_fits, denoiser_of
+from controlbooth.models.denoisers.pixel_controlnet import PixelSD3ControlNet
+from controlbooth.models.denoisers.registry import DENOISERS, check_fits, denoiser_of
+from controlbooth.models.denoisers.unet import build_controlnet
+from controlbooth.models.denoisers.variants import VariantControlNet
+from controlbooth.models.families import VAE, Family, Part
+from controlbooth.models.files.loading import fill, load_module
+from controlbooth.models.files.stored import stored_tensors
+from controlbooth.models.files.weight_files import read_json, weights_files
+from controlbooth.models.files.weights import save_pretrained
 from controlbooth.models.identity import base_identity, weights_digests
-from controlbooth.models.loading import fill, load_module
-from controlbooth.models.noise_schedule import make_noise_scheduler, read_noise_scheduler
-from controlbooth.models.pixel_controlnet import PixelSD3ControlNet
-from controlbooth.models.process import Diffusion, FlowMatching, Process
+from controlbooth.models.noise.checks import check_flow_scheduler, scheduler_file
+from controlbooth.models.noise.process import Diffusion, FlowMatching, Process
+from controlbooth.models.noise.schedules import make_noise_scheduler, read_noise_scheduler
 from controlbooth.models.recognition import (
-    VAE,
-    Family,
-    Part,
     check_beside,
     check_condition_channels,
     check_controlnet,
-    check_flow_scheduler,
     check_part,
     check_tokenizer,
     parts_beside,
     recognise_file,
     recognise_folder,
-    scheduler_file,
 )
-from controlbooth.models.stored import stored_tensors
-from controlbooth.models.weight_files import read_json, weights_files
-from controlbooth.models.weights import save_pretrained
+from controlbooth.models.single_files import transformer_file, unet_file
 
 DECODER_FILE = "decoder.safetensors"
 """In the ControlNet's folder of a checkpoint: the U-Net's decoder that has learned with the ControlNet, in float32."""
@@ -221,7 +218,7 @@ def _load_single_file(path: Path, requested: str, dtype: torch.dtype, empty: boo
         metadata = file.metadata() or {}
     process = Diffusion(_single_file_scheduler(path, family, state, metadata))
     assert family.architecture is not None  # only families whose single files can be read are found in them
-    unet, vae, text_encoders = single_file.build_base(state, family.architecture, dtype, str(path))
+    unet, vae, text_encoders = unet_file.build_base(state, family.architecture, dtype, str(path))
     zero_empty_prompt = family.name == "sdxl"
     digest, digests = ("", {}) if empty else weights_digests(path.parent, {"file": [path]})
     modules = {"unet": unet, "vae": vae}
@@ -336,10 +333,10 @@ def read_controlnet(path: Path, unet: Any, dtype: torch.dtype = torch.float32) -
             "the folder with config.json and diffusion_pytorch_model.safetensors"
         )
     weights = stored_tensors([path], empty)
-    widths = single_file.hint_channels(weights, str(path))
-    check_condition_channels(single_file.condition_channels(weights), str(path))
+    widths = unet_file.hint_channels(weights, str(path))
+    check_condition_channels(unet_file.condition_channels(weights), str(path))
     controlnet = build_controlnet(unet, widths, device="meta")
-    fill(controlnet, single_file.to_diffusers(weights, controlnet), dtype, str(path), CONTROLNET_REMEDY)
+    fill(controlnet, unet_file.to_diffusers(weights, controlnet), dtype, str(path), CONTROLNET_REMEDY)
     return controlnet
 
 
@@ -389,7 +386,7 @@ def save_single_file(controlnet: nn.Module, path: str | os.PathLike[str]) -> Non
     """
     if isinstance(_unwrapped(controlnet), VariantControlNet):
         raise UserError("a ControlNet-lite, or one with the paper's hint network, has no names in the original layout")
-    single_file.save(_unwrapped(controlnet), Path(path))
+    unet_file.save(_unwrapped(controlnet), Path(path))
 
 
 def _unwrapped(controlnet: nn.Module) -> Any:

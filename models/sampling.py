@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from controlbooth.data.errors import UserError
 from controlbooth.models.base import Base, for_convolutions
 from controlbooth.models.control_schedules import BY_HEIGHT, SCHEDULES, weights_of
-from controlbooth.models.denoisers import control_residuals, denoise, encode_condition
+from controlbooth.models.denoisers.registry import control_residuals, denoise, encode_condition
+from controlbooth.models.denoisers.residuals import Residuals
 from controlbooth.models.identity import identity_digest, libraries
-from controlbooth.models.residuals import Residuals
 from controlbooth.models.text import TextEncoding, encode_with_dropout
 
 VERSION = 1

@@ -1,4 +1,4 @@
-"""How a family's prompts become what its U-Net reads; recognition.py tells what adding a family takes."""
+"""How a family's prompts become what its U-Net reads; families.py tells what adding a family takes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

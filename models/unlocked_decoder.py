@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from controlbooth.data.errors import UserError
 from controlbooth.models.base import Base
-from controlbooth.models.denoisers import predict
-from controlbooth.models.loading import fill, load_module, read_tensors
+from controlbooth.models.denoisers.registry import predict
+from controlbooth.models.files.loading import fill, load_module, read_tensors
+from controlbooth.models.files.weights import save_weights
 from controlbooth.models.pretrained import DECODER_FILE, UNET_FOLDER, WEIGHTS_STEM, read_controlnet
 from controlbooth.models.text import TextEncoding
-from controlbooth.models.weights import save_weights
 
 DECODER = ("up_blocks", "conv_norm_out", "conv_out")
 """Modules of a U-Net that learn when it is unlocked."""

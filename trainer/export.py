@@ -90,8 +90,8 @@ def export(run: Path, checkpoint: Path, out: Path, format: str, dtype: str, forc
 def _write(run: Path, checkpoint: Path, folder: Path, format: str, dtype: str) -> None:
     import torch
 
+    from controlbooth.models.families import identify
     from controlbooth.models.pretrained import DECODER_FILE, read_controlnet_folder, save_controlnet, save_single_file
-    from controlbooth.models.recognition import identify
     from controlbooth.trainer.run.checkpoint import check_weights, read_state
 
     config = load_config(checkpoint / "config.yaml")
@@ -141,9 +141,9 @@ def base_like(controlnet: Any) -> dict[str, Any]:
 
 def _write_unet(config: RunConfig, state: dict[str, Any], checkpoint: Path, folder: Path, dtype: Any) -> None:
     """The whole U-Net: locked parts from the base, which must be there and the one that was trained on."""
+    from controlbooth.models.files.weights import save_pretrained
     from controlbooth.models.pretrained import UNET_FOLDER, load_base
     from controlbooth.models.unlocked_decoder import load_networks
-    from controlbooth.models.weights import save_pretrained
     from controlbooth.trainer.run.same_base import check_same_base
 
     base = load_base(base_path(config), config.model.family, dtype, "cpu")

@@ -1,4 +1,4 @@
-"""How far a prediction is from its target; what that is says models/process.py."""
+"""How far a prediction is from its target; what that is says models/noise/process.py."""
 
 from torch import Tensor
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import yaml
 
-from controlbooth.models.recognition import FAMILIES, recognise_folder
-from controlbooth.models.weight_files import variant_of, weights_files
+from controlbooth.models.families import FAMILIES
+from controlbooth.models.files.weight_files import variant_of, weights_files
+from controlbooth.models.recognition import recognise_folder
 from controlbooth.trainer.config.run import BUILT_IN, RunConfig, base_folder, data_set_name
 from controlbooth.trainer.evaluation.figures import _markdown_table, _title, evaluation_table
 from controlbooth.trainer.markdown import block, code, plain
@@ -105,7 +106,7 @@ def usage(exported: Exported) -> str:
         own_line, name = "", "ControlNetModel"
         imported = f"ControlNetModel, DDIMScheduler, {pipeline}"
     else:
-        own_line, name = "from controlbooth.models.controlnet_variants import VariantControlNet\n", "VariantControlNet"
+        own_line, name = "from controlbooth.models.denoisers.variants import VariantControlNet\n", "VariantControlNet"
         imported = f"DDIMScheduler, {pipeline}"
     unet_line = unet_argument = ""
     if exported.unet:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from controlbooth.data.arguments import finite_number, folder_to_write, verb_parser, whole_number
-from controlbooth.models.recognition import SAMPLERS
+from controlbooth.models.noise.checks import SAMPLERS
 from controlbooth.trainer.evaluation.record import USUAL_SAMPLES
 
 

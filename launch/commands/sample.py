@@ -6,7 +6,7 @@ from pathlib import Path
 
 from controlbooth.data.arguments import finite_number, folder_to_write, seed_number, verb_parser, whole_number
 from controlbooth.models.control_schedules import CONDITIONAL, SCHEDULES
-from controlbooth.models.recognition import SAMPLERS
+from controlbooth.models.noise.checks import SAMPLERS
 
 
 def command_line() -> argparse.ArgumentParser:

@@ -24,19 +24,17 @@ from controlbooth.launch.preflight.data import (
     gib,
 )
 from controlbooth.launch.ranks.torchrun import Node, world_size
+from controlbooth.models.families import UNET, Family
+from controlbooth.models.files.weight_files import read_json, safetensors_header, shapes_of, weights_files
+from controlbooth.models.noise.checks import check_noise, scheduler_file
 from controlbooth.models.recognition import (
-    UNET,
-    Family,
     check_beside,
     check_controlnet,
-    check_noise,
     check_part,
     check_tokenizer,
     parts_beside,
     recognise,
-    scheduler_file,
 )
-from controlbooth.models.weight_files import read_json, safetensors_header, shapes_of, weights_files
 from controlbooth.trainer.config.families import misplaced
 from controlbooth.trainer.config.run import (
     BUILT_IN,

@@ -8,7 +8,8 @@ from pathlib import Path
 from controlbooth.data.errors import UserError
 from controlbooth.launch.preflight.run import base_problems, problem_of
 from controlbooth.models.architectures import VAE_FACTOR
-from controlbooth.models.recognition import recognise, refuse_for_subjects
+from controlbooth.models.families import refuse_for_subjects
+from controlbooth.models.recognition import recognise
 from controlbooth.trainer.config.run import base_folder
 from controlbooth.trainer.config.subjects import SubjectRunConfig
 from controlbooth.trainer.dreambooth.manifest import Task, check_pictures, load_subjects, settle

@@ -33,8 +33,8 @@ from sd15_step import random_module
 
 from controlbooth.launch.ranks.torchrun import Node, single_rank_environment, torchrun_environment
 from controlbooth.models.architectures import SD15
-from controlbooth.models.controlnet import build_controlnet
-from controlbooth.models.denoisers import control_residuals
+from controlbooth.models.denoisers.registry import control_residuals
+from controlbooth.models.denoisers.unet import build_controlnet
 from controlbooth.models.text import TextEncoding
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")

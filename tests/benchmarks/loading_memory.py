@@ -37,7 +37,7 @@ def load(folder: Path) -> None:
     import torch
     from diffusers import SD3Transformer2DModel
 
-    from controlbooth.models.loading import empty_module, load_module
+    from controlbooth.models.files.loading import empty_module, load_module
 
     empty_module(SD3Transformer2DModel, folder)  # what the libraries take for themselves is not the weights'
     before, begun = status("VmHWM"), time.perf_counter()

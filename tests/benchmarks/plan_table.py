@@ -24,8 +24,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from controlbooth.models.architectures import PUBLISHED, SD15, SD21
 from controlbooth.models.attention import AttentionChoice, apply_attention
-from controlbooth.models.denoisers import denoise
-from controlbooth.models.recognition import FAMILIES
+from controlbooth.models.denoisers.registry import denoise
+from controlbooth.models.families import FAMILIES
 from controlbooth.models.text import TextEncoding
 from controlbooth.trainer.config.loading import build_config
 from controlbooth.trainer.config.run import RunConfig

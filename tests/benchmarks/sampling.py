@@ -25,7 +25,7 @@ from diffusers import DDIMScheduler, StableDiffusionControlNetPipeline
 from equal_work import write_base
 from record import write
 
-from controlbooth.models.controlnet import build_controlnet
+from controlbooth.models.denoisers.unet import build_controlnet
 from controlbooth.models.pretrained import load_base
 from controlbooth.models.sampling import Control, initial_noise, sample
 

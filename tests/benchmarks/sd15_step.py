@@ -20,8 +20,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from controlbooth.models.architectures import SD15
 from controlbooth.models.attention import AttentionChoice, apply_attention
-from controlbooth.models.controlnet import build_controlnet
-from controlbooth.models.denoisers import control_residuals, denoise, parameter_report
+from controlbooth.models.denoisers.registry import control_residuals, denoise, parameter_report
+from controlbooth.models.denoisers.unet import build_controlnet
 from controlbooth.models.text import TextEncoding
 from controlbooth.trainer.config.loading import build_config
 from controlbooth.trainer.engine import deepspeed as engines

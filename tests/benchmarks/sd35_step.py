@@ -12,11 +12,13 @@ of this ControlNet alone. To fit a small machine, this step keeps all in the run
 gradients and the moments of AdamW, 8 bytes a parameter in bf16; with `sgd` no moments, 4 bytes. The plan beside counts
 the same, by the storages of this very step on fake tensors; it is no figure of `controlbooth plan`.
 
-In the first step only what starts at zero gets a gradient other than zero, so that no other tensor moves. A processor
-without bf16 units takes hours for this step in bf16.
+In the first step only what starts at zero gets a gradient other than zero, so that no other tensor moves. On a
+processor without bf16 units PyTorch's products in bf16 would take hours: there their inputs are widened to fp32 one
+product at a time, and the results rounded to bf16, which costs the memory of one layer's weights.
 """
 
 import argparse
+import contextlib
 import os
 import time
 from collections.abc import Callable
@@ -30,13 +32,15 @@ import torch
 from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from controlbooth.models.architectures import SD35_MEDIUM
 from controlbooth.models.attention import AttentionChoice, apply_attention
-from controlbooth.models.denoisers import control_residuals, denoise, parameter_report
+from controlbooth.models.denoisers.registry import control_residuals, denoise, parameter_report
+from controlbooth.models.denoisers.transformer_copy import fixed_tensors
 from controlbooth.models.pretrained import flow_process
 from controlbooth.models.text import TextEncoding
-from controlbooth.models.transformer_copy import fixed_tensors
 from controlbooth.trainer.config.run import ModelConfig
 from controlbooth.trainer.controlnet.build import new_controlnet
 from controlbooth.trainer.engine.deepspeed import DTYPES
@@ -131,6 +135,27 @@ def planned(options: argparse.Namespace) -> dict[str, int]:
     }
 
 
+class ProductsInFp32(TorchDispatchMode):
+    """Makes products of bf16 tensors in fp32, and rounds them, as units for bf16 do."""
+
+    PRODUCTS = (
+        torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.convolution,
+        torch.ops.aten.convolution_backward, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward,
+    )  # fmt: skip
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        options = options or {}
+        halves = [one for one in arguments if isinstance(one, Tensor) and one.dtype == torch.bfloat16]
+        if not halves or function.overloadpacket not in self.PRODUCTS:
+            return function(*arguments, **options)
+        wide = [one.float() if isinstance(one, Tensor) and one.dtype == torch.bfloat16 else one for one in arguments]
+        made = function(*wide, **options)
+        if function.overloadpacket is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+            return made[0].bfloat16(), made[1]  # the second are logarithms of sums, which stay in fp32
+        return tree_map_only(Tensor, lambda one: one.bfloat16(), made)
+
+
 class Peak:
     """The largest memory of this process since `begin`: resident on a CPU, allocated on a GPU."""
 
@@ -190,10 +215,12 @@ def main() -> None:
     optimizer = kinds[options.optimizer]()
     peak.begin()
     began = time.perf_counter()
-    loss = loss_of(nets, options.resolution // 8, options.text_tokens, options.device)
-    shown = loss.item()
-    forward = time.perf_counter()
-    loss.backward()
+    widened = options.device == "cpu" and options.precision == "bf16" and not torch.cpu._is_avx512_bf16_supported()
+    with ProductsInFp32() if widened else contextlib.nullcontext():
+        loss = loss_of(nets, options.resolution // 8, options.text_tokens, options.device)
+        shown = loss.item()
+        forward = time.perf_counter()
+        loss.backward()
     assert all(parameter.grad is not None for parameter in trained)
     backward = time.perf_counter()
     before = [parameter.detach().flatten()[:1].clone() for parameter in trained]
@@ -202,8 +229,9 @@ def main() -> None:
         torch.cuda.synchronize()
     done = time.perf_counter()
     moved = sum(bool((p.detach().flatten()[:1] != old).any()) for p, old in zip(trained, before, strict=True))
+    products = " (products in fp32)" if widened else ""
     print(
-        f"one step, {options.resolution} px, {options.precision}, {options.optimizer} with "
+        f"one step, {options.resolution} px, {options.precision}{products}, {options.optimizer} with "
         f"{MOMENTS[options.optimizer]} moments in that precision: loss {shown:.4f}, {moved} of {len(trained)} tensors "
         f"moved; {done - began:.1f} s = forward {forward - began:.1f} + backward {backward - forward:.1f} + optimizer "
         f"{done - backward:.1f}"

@@ -36,11 +36,11 @@ from controlbooth.data.order import draws
 from controlbooth.data.shards.latent_cache import EncodedBatch
 from controlbooth.models.attention import AttentionChoice, apply_attention, attention_shapes, choose_attention
 from controlbooth.models.base import Base
-from controlbooth.models.controlnet import build_controlnet
-from controlbooth.models.denoisers import denoise
+from controlbooth.models.denoisers.registry import denoise
+from controlbooth.models.denoisers.unet import build_controlnet
+from controlbooth.models.families import FAMILIES
+from controlbooth.models.noise.process import Diffusion
 from controlbooth.models.pretrained import load_base
-from controlbooth.models.process import Diffusion
-from controlbooth.models.recognition import FAMILIES
 from controlbooth.models.text import encode_with_dropout
 from controlbooth.trainer.config.loading import build_config
 from controlbooth.trainer.controlnet.step import controlnet_step

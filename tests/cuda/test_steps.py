@@ -12,8 +12,8 @@ from tiny import run_tree, weights
 from controlbooth.data.shards.latent_cache import EncodedBatch
 from controlbooth.data.shards.manifest import open_dataset
 from controlbooth.models.attention import AttentionChoice, apply_attention
-from controlbooth.models.controlnet import build_controlnet
-from controlbooth.models.denoisers import denoise, predict
+from controlbooth.models.denoisers.registry import denoise, predict
+from controlbooth.models.denoisers.unet import build_controlnet
 from controlbooth.models.pretrained import load_base
 from controlbooth.models.sampling import Control, sample
 from controlbooth.models.text import encode_prompts

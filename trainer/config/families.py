@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from controlbooth.models.recognition import Family, recognise
+from controlbooth.models.families import Family
+from controlbooth.models.recognition import recognise
 from controlbooth.trainer.config.run import ModelConfig, OptimizerConfig, RunConfig, base_path
 
 

@@ -27,10 +27,10 @@ from controlbooth.models.attention import (
     attention_shapes,
 )
 from controlbooth.models.base import Base
-from controlbooth.models.controlnet import build_controlnet, keep_only_mid_control
-from controlbooth.models.denoisers import ParameterReport, denoise, denoiser_of, parameter_report
+from controlbooth.models.denoisers.registry import ParameterReport, denoise, denoiser_of, parameter_report
+from controlbooth.models.denoisers.unet import build_controlnet, keep_only_mid_control
+from controlbooth.models.families import identify
 from controlbooth.models.pretrained import load_controlnet
-from controlbooth.models.recognition import identify
 from controlbooth.models.text import encode_with_dropout
 from controlbooth.models.unlocked_decoder import UnlockedNetwork
 from controlbooth.trainer.config.loading import changes, dump

@@ -11,7 +11,7 @@ from controlbooth.data.errors import UserError
 from controlbooth.data.loading.batches import MicroBatch
 from controlbooth.data.order import draws
 from controlbooth.models.base import Base, Encoded
-from controlbooth.models.denoisers import encode_condition
+from controlbooth.models.denoisers.registry import encode_condition
 from controlbooth.models.unlocked_decoder import controlled_prediction
 from controlbooth.trainer.encoding import (
     captions_of,

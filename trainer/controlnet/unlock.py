@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from controlbooth.models.base import Base
-from controlbooth.models.controlnet import keep_only_mid_control
+from controlbooth.models.denoisers.unet import keep_only_mid_control
 from controlbooth.models.pretrained import DECODER_FILE, save_controlnet
 from controlbooth.models.unlocked_decoder import UnlockedNetwork, save_decoder
 from controlbooth.trainer.config.run import RunConfig

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from controlbooth.data.files.whole import replaced
-from controlbooth.models.loading import read_tensors
+from controlbooth.models.files.loading import read_tensors
+from controlbooth.models.files.weights import save_weights
 from controlbooth.models.pretrained import load_tokenizers
-from controlbooth.models.weights import save_weights
 from controlbooth.trainer.config.run import base_folder
 from controlbooth.trainer.config.section import ConfigError
 from controlbooth.trainer.dreambooth.manifest import read_record

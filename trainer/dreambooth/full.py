@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from controlbooth.models.attention import apply_attention
 from controlbooth.models.base import Base
-from controlbooth.models.denoisers import denoise
+from controlbooth.models.denoisers.registry import denoise
 from controlbooth.models.pretrained import load_base
 from controlbooth.models.text import TextEncoding, encode_prompts
 from controlbooth.trainer.config.run import OptimizerConfig, base_folder

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from controlbooth.models.recognition import refuse_for_subjects
+from controlbooth.models.families import refuse_for_subjects
 from controlbooth.trainer.config.subjects import SubjectRunConfig
 from controlbooth.trainer.run.network_check import base_or_problem, problem
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from controlbooth.models.base import Base
-from controlbooth.models.loading import read_tensors
+from controlbooth.models.files.loading import read_tensors
+from controlbooth.models.files.weight_files import read_json, variant_of, weights_files
+from controlbooth.models.files.weights import save_pretrained, save_weights
 from controlbooth.models.pretrained import WEIGHTS_STEM, load_base, parts_of
-from controlbooth.models.weight_files import read_json, variant_of, weights_files
-from controlbooth.models.weights import save_pretrained, save_weights
 from controlbooth.trainer.config.run import base_folder
 from controlbooth.trainer.config.subjects import SubjectRunConfig
 from controlbooth.trainer.run import checkpoint as checkpoints

@@ -10,7 +10,8 @@ from tqdm import tqdm
 
 from controlbooth.models.attention import AttentionShape, attention_shapes
 from controlbooth.models.base import Base
-from controlbooth.models.denoisers import denoise
+from controlbooth.models.denoisers.registry import denoise
+from controlbooth.models.files.weights import save_weights
 from controlbooth.models.lora import (
     ATTENTION,
     CONVOLUTIONS,
@@ -22,7 +23,6 @@ from controlbooth.models.lora import (
     subject_weights,
 )
 from controlbooth.models.text import encode_prompts
-from controlbooth.models.weights import save_weights
 from controlbooth.trainer.config.section import ConfigError
 from controlbooth.trainer.config.subjects import SubjectRunConfig
 from controlbooth.trainer.dreambooth.batches import Training, begin_training, make_batch, subject_seed

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from controlbooth.data.secrets import error_text
 from controlbooth.models.base import Base
+from controlbooth.models.files.weights import save_weights
 from controlbooth.models.lora import StackedAdamW, StackedAdapter
-from controlbooth.models.weights import save_weights
 from controlbooth.trainer.config.subjects import SubjectRunConfig
 from controlbooth.trainer.dreambooth.batches import Training
 from controlbooth.trainer.dreambooth.manifest import Task, share_of_rank

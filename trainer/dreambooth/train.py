@@ -30,8 +30,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from controlbooth.data.secrets import error_text
 from controlbooth.models.attention import apply_attention
 from controlbooth.models.base import Base
+from controlbooth.models.families import refuse_for_subjects
 from controlbooth.models.pretrained import load_base
-from controlbooth.models.recognition import refuse_for_subjects
 from controlbooth.trainer.config.run import base_folder
 from controlbooth.trainer.config.section import ConfigError
 from controlbooth.trainer.config.subjects import SubjectRunConfig, load_run

@@ -13,10 +13,10 @@ from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from torch import Tensor, nn
 
 from controlbooth.data.scenes.render import HELD_OUT_SEED, render, scene
+from controlbooth.models.files.weights import save_pretrained
+from controlbooth.models.noise.process import Diffusion, FlowMatching
 from controlbooth.models.pretrained import MINIATURE, load_base
-from controlbooth.models.process import Diffusion, FlowMatching
 from controlbooth.models.text import TEXT_ENCODINGS
-from controlbooth.models.weights import save_pretrained
 from controlbooth.trainer.engine.distributed import join
 from controlbooth.trainer.evaluation.grids import draw_grid
 from controlbooth.trainer.evaluation.scenes.judge import load_judge, prompt_accuracy, read

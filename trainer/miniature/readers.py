@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from controlbooth.data.processes.parent import end_with_parent
 from controlbooth.data.scenes.render import HELD_OUT_SEED, LANDMARK_COLOURS, render, scene
-from controlbooth.models.weights import save_weights
+from controlbooth.models.files.weights import save_weights
 from controlbooth.trainer.evaluation.kinds import agreement
 from controlbooth.trainer.evaluation.scenes.judge import Judge, facts, prompt_accuracy, read, split
 from controlbooth.trainer.evaluation.scenes.reader import KINDS, Reader, Reading, load_reader

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from controlbooth.data.scenes.render import CLASSES, COLOURS, SIZES, Scene, scene
-from controlbooth.models.weights import save_pretrained
+from controlbooth.models.files.weights import save_pretrained
 from controlbooth.trainer.evaluation.scenes.judge import ATTRIBUTES, NONE, facts, split
 from controlbooth.trainer.miniature.training import Clock, set_learning_rate
 

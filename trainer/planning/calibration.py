@@ -18,7 +18,7 @@ import yaml
 from controlbooth.data.errors import UserError
 from controlbooth.data.files.records import is_number, is_text, is_whole, maybe, read_json
 from controlbooth.models.architectures import PUBLISHED
-from controlbooth.models.recognition import identify
+from controlbooth.models.families import identify
 from controlbooth.trainer.config.loading import load_config
 from controlbooth.trainer.config.run import (
     FlowConfig,

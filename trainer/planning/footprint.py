@@ -25,21 +25,14 @@ from torch.utils.flop_counter import flop_registry
 from controlbooth.models.architectures import PUBLISHED, Config
 from controlbooth.models.attention import AttentionChoice, apply_attention
 from controlbooth.models.base import Base, vae_dtype
-from controlbooth.models.denoisers import denoiser_of, encode_condition
+from controlbooth.models.denoisers.registry import denoiser_of, encode_condition
+from controlbooth.models.denoisers.transformer_copy import fixed_tensors
+from controlbooth.models.families import FAMILIES, VAE, Family, Part
+from controlbooth.models.files.weight_files import read_json
+from controlbooth.models.noise.checks import check_noise, scheduler_file
+from controlbooth.models.noise.process import Diffusion, Process
 from controlbooth.models.pretrained import check_dtype, class_of, controlnet_class, flow_process
-from controlbooth.models.process import Diffusion, Process
-from controlbooth.models.recognition import (
-    FAMILIES,
-    VAE,
-    Family,
-    Part,
-    check_noise,
-    check_part,
-    recognise_folder,
-    scheduler_file,
-)
-from controlbooth.models.transformer_copy import fixed_tensors
-from controlbooth.models.weight_files import read_json
+from controlbooth.models.recognition import check_part, recognise_folder
 from controlbooth.trainer.config.run import RunConfig, base_path
 from controlbooth.trainer.config.section import ConfigError
 from controlbooth.trainer.controlnet.build import new_controlnet

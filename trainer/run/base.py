@@ -4,8 +4,8 @@ import torch
 
 from controlbooth.data.errors import UserError
 from controlbooth.models.base import Base
+from controlbooth.models.noise.process import FlowMatching, FlowSettings
 from controlbooth.models.pretrained import load_base
-from controlbooth.models.process import FlowMatching, FlowSettings
 from controlbooth.trainer.config.families import misplaced
 from controlbooth.trainer.config.run import RunConfig, base_path
 

@@ -33,7 +33,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from controlbooth.data.files.records import Damaged, read_json
-from controlbooth.models.transformer_copy import fixed_tensors
+from controlbooth.models.denoisers.transformer_copy import fixed_tensors
 from controlbooth.trainer.engine.deepspeed import full_state
 from controlbooth.trainer.engine.distributed import World, barrier, from_first_rank, gather_objects
 from controlbooth.trainer.engine.ema import Average

@@ -19,7 +19,7 @@ from controlbooth.launch.preflight import run as checks
 from controlbooth.launch.preflight.data import find_shards
 from controlbooth.launch.preflight.run import checkpoint_bytes, preflight
 from controlbooth.launch.ranks.torchrun import Node
-from controlbooth.models.weight_files import safetensors_header
+from controlbooth.models.files.weight_files import safetensors_header
 from controlbooth.trainer.config.loading import build_config, dump
 from controlbooth.trainer.config.run import RunConfig
 from controlbooth.trainer.run import starting

@@ -9,8 +9,8 @@ from controlbooth.models.attention import (
     attention_shapes,
     choose_attention,
 )
-from controlbooth.models.controlnet import build_controlnet
-from controlbooth.models.denoisers import predict
+from controlbooth.models.denoisers.registry import predict
+from controlbooth.models.denoisers.unet import build_controlnet
 from controlbooth.models.text import encode_prompts
 
 

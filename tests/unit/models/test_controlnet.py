@@ -8,8 +8,8 @@ from inputs import batch
 from torch import nn
 
 from controlbooth.models import architectures
-from controlbooth.models.controlnet import COPIED, build_controlnet
-from controlbooth.models.denoisers import check_fits, control_residuals, parameter_report, predict
+from controlbooth.models.denoisers.registry import check_fits, control_residuals, parameter_report, predict
+from controlbooth.models.denoisers.unet import COPIED, build_controlnet
 from controlbooth.models.text import TextEncoding
 
 

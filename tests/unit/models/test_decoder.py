@@ -11,9 +11,9 @@ from PIL import Image
 
 from controlbooth.launch.commands.export import main as export_main
 from controlbooth.launch.commands.sample import main as sample_main
-from controlbooth.models.controlnet import build_controlnet
-from controlbooth.models.denoisers import predict
-from controlbooth.models.noise_schedule import SCHEDULERS
+from controlbooth.models.denoisers.registry import predict
+from controlbooth.models.denoisers.unet import build_controlnet
+from controlbooth.models.noise.schedules import SCHEDULERS
 from controlbooth.models.pretrained import load_controlnet, save_controlnet
 from controlbooth.models.sampling import Control, initial_noise, sample
 from controlbooth.models.text import encode_with_dropout

@@ -3,7 +3,8 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from controlbooth.models.architectures import PUBLISHED
-from controlbooth.models.recognition import FAMILIES, check_family, identify
+from controlbooth.models.families import FAMILIES, check_family, identify
+from controlbooth.models.single_files.keys import identify_file
 from controlbooth.models.text import encode_prompts, encode_with_dropout, time_ids_of
 
 SIZE = (32, 32)
@@ -62,7 +63,7 @@ ENTRY = {"model.diffusion_model.input_blocks.0.0.weight": (320, 4, 3, 3)}
     ],
 )
 def test_single_files_are_recognised_by_their_text_encoders(key, name):
-    assert identify(ENTRY | {key: (1, 1)}) is FAMILIES[name]
+    assert identify_file(ENTRY | {key: (1, 1)}) is FAMILIES[name]
 
 
 @pytest.mark.parametrize(
@@ -81,7 +82,7 @@ def test_single_files_are_recognised_by_their_text_encoders(key, name):
 )
 def test_a_single_file_of_no_known_family_is_named(shapes, message):
     with pytest.raises(ValueError, match=message):
-        identify(shapes)
+        identify_file(shapes)
 
 
 def test_a_base_of_another_family_than_asked_for_is_refused():

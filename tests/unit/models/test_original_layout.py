@@ -6,9 +6,9 @@ from safetensors.torch import load_file
 
 from controlbooth.models import architectures
 from controlbooth.models.architectures import Architecture
-from controlbooth.models.controlnet import COPIED, build_controlnet
+from controlbooth.models.denoisers.unet import COPIED, build_controlnet
 from controlbooth.models.pretrained import save_controlnet, save_single_file
-from controlbooth.models.single_file import key_map
+from controlbooth.models.single_files.unet_file import key_map
 
 
 def controlnet_without_weights(architecture: Architecture) -> ControlNetModel:

@@ -8,14 +8,21 @@ import torch
 from bases import T5_TOKENS
 from inputs import steps_moving
 
-from controlbooth.models import flux, sd3
-from controlbooth.models.denoisers import control_residuals, denoise, encode_condition, parameter_report, predict
-from controlbooth.models.pixel_controlnet import PixelSD3ControlNet
+from controlbooth.models.denoisers import flux, sd3
+from controlbooth.models.denoisers.pixel_controlnet import PixelSD3ControlNet
+from controlbooth.models.denoisers.registry import (
+    control_residuals,
+    denoise,
+    encode_condition,
+    parameter_report,
+    predict,
+)
+from controlbooth.models.denoisers.transformer_copy import fixed_tensors
+from controlbooth.models.families import FAMILIES, identify
 from controlbooth.models.pretrained import load_base, load_controlnet, save_controlnet
-from controlbooth.models.recognition import FAMILIES, identify, recognise_folder
+from controlbooth.models.recognition import recognise_folder
 from controlbooth.models.sampling import Control, sample
 from controlbooth.models.text import encode_prompts
-from controlbooth.models.transformer_copy import fixed_tensors
 from controlbooth.trainer.config.families import misplaced
 from controlbooth.trainer.config.loading import build_config
 from controlbooth.trainer.controlnet.build import new_controlnet

@@ -10,11 +10,11 @@ from layouts import original_vae
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from controlbooth.models import single_file as original_layout
 from controlbooth.models.architectures import Architecture
-from controlbooth.models.controlnet import build_controlnet
+from controlbooth.models.denoisers.unet import build_controlnet
+from controlbooth.models.families import FAMILIES
 from controlbooth.models.pretrained import load_base, load_controlnet, save_controlnet, save_single_file
-from controlbooth.models.recognition import FAMILIES
+from controlbooth.models.single_files import unet_file as original_layout
 from controlbooth.models.text import encode_prompts
 
 # --- base models from folders ---------------------------------------------------------------------------------------

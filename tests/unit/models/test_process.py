@@ -10,7 +10,7 @@ from diffusers.training_utils import compute_loss_weighting_for_sd3
 from scipy import stats
 
 from controlbooth.data.order import draws
-from controlbooth.models.process import Diffusion, FlowMatching, FlowSettings, level_thresholds
+from controlbooth.models.noise.process import Diffusion, FlowMatching, FlowSettings, level_thresholds
 
 BETAS = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
 

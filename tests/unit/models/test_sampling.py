@@ -7,11 +7,11 @@ import pytest
 import torch
 from diffusers import StableDiffusionControlNetPipeline, StableDiffusionXLControlNetPipeline
 
-from controlbooth.models.controlnet import build_controlnet
-from controlbooth.models.noise_schedule import SCHEDULERS, read_noise_scheduler
+from controlbooth.models.denoisers.unet import build_controlnet
+from controlbooth.models.families import FAMILIES
+from controlbooth.models.noise.process import Diffusion
+from controlbooth.models.noise.schedules import SCHEDULERS, read_noise_scheduler
 from controlbooth.models.pretrained import load_controlnet, save_controlnet
-from controlbooth.models.process import Diffusion
-from controlbooth.models.recognition import FAMILIES
 from controlbooth.models.sampling import Control, initial_noise, sample
 
 PROMPTS = ["a cat", "red dog", "", "a blue cat"]

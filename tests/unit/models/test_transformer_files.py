@@ -17,9 +17,10 @@ from torch import Tensor
 
 from controlbooth.models.architectures import FLUX_FILE, SD3_FILE
 from controlbooth.models.base import Base
+from controlbooth.models.families import FAMILIES
+from controlbooth.models.files.stored import stored_tensors
 from controlbooth.models.pretrained import load_base
-from controlbooth.models.recognition import FAMILIES, identify
-from controlbooth.models.stored import stored_tensors
+from controlbooth.models.single_files.keys import identify_file
 
 UNET_PREFIX = "model.diffusion_model."
 
@@ -228,7 +229,7 @@ def test_diffusers_own_function_reads_the_same_of_a_file_as_wide_as_flux(monkeyp
     from diffusers import FluxTransformer2DModel
     from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
 
-    from controlbooth.models.transformer_file import _flux_to_diffusers
+    from controlbooth.models.single_files.transformer_file import _flux_to_diffusers
 
     with torch.device("meta"):
         network = FluxTransformer2DModel(num_layers=2, num_single_layers=2, guidance_embeds=True)
@@ -331,13 +332,13 @@ without_guidance = {name: shape for name, shape in FLUX.items() if not name.star
 def test_relatives_in_single_files_are_refused_by_name(shapes, told):
     for prefix in ("", UNET_PREFIX):
         with pytest.raises(ValueError, match=told):
-            identify({prefix + name: shape for name, shape in shapes.items()})
+            identify_file({prefix + name: shape for name, shape in shapes.items()})
 
 
 def test_files_of_both_families_are_recognised():
     for shapes, name in ((FLUX, "flux"), (SD3, "sd3")):
         for prefix in ("", UNET_PREFIX):
-            found = identify({prefix + name: shape for name, shape in shapes.items()})
+            found = identify_file({prefix + name: shape for name, shape in shapes.items()})
             assert found is FAMILIES[name]
 
 

@@ -16,12 +16,18 @@ from diffusers import (
 )
 from inputs import steps_moving
 
-from controlbooth.models import flux, sd3
-from controlbooth.models.denoisers import control_residuals, denoise, encode_condition, parameter_report, predict
+from controlbooth.models.denoisers import flux, sd3
+from controlbooth.models.denoisers.registry import (
+    control_residuals,
+    denoise,
+    encode_condition,
+    parameter_report,
+    predict,
+)
+from controlbooth.models.denoisers.transformer_copy import fixed_tensors, used_but_last, used_evenly
 from controlbooth.models.pretrained import load_base, load_controlnet, save_controlnet
 from controlbooth.models.sampling import Control, sample
 from controlbooth.models.text import TEXT_ENCODINGS, encode_prompts
-from controlbooth.models.transformer_copy import fixed_tensors, used_but_last, used_evenly
 
 SIZE = 32
 BLOCKS = {"sd3": (2,), "flux": (2, 2)}

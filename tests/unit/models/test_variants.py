@@ -4,9 +4,9 @@ import pytest
 import torch
 from inputs import batch
 
-from controlbooth.models.controlnet import build_controlnet
-from controlbooth.models.controlnet_variants import VariantControlNet
-from controlbooth.models.denoisers import control_residuals, parameter_report, predict
+from controlbooth.models.denoisers.registry import control_residuals, parameter_report, predict
+from controlbooth.models.denoisers.unet import build_controlnet
+from controlbooth.models.denoisers.variants import VariantControlNet
 from controlbooth.models.pretrained import load_controlnet, save_controlnet, save_single_file
 from controlbooth.trainer.config.loading import build_config
 from controlbooth.trainer.config.section import ConfigError

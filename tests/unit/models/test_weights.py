@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from controlbooth.models.controlnet import build_controlnet
+from controlbooth.models.denoisers.unet import build_controlnet
+from controlbooth.models.files.weights import save_weights
 from controlbooth.models.pretrained import save_controlnet, save_single_file
-from controlbooth.models.weights import save_weights
 
 
 @pytest.fixture(params=[0o022, 0o077, 0o002], ids=oct)

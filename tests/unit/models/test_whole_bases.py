@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from layouts import sharded, weights_of
 from safetensors.torch import load_file, save_file
 
-from controlbooth.models.controlnet import build_controlnet
+from controlbooth.models.denoisers.unet import build_controlnet
+from controlbooth.models.families import FAMILIES
+from controlbooth.models.files.weight_files import safetensors_header
+from controlbooth.models.noise.checks import NOISE_SCHEDULERS
 from controlbooth.models.pretrained import DECODER_FILE, load_base, load_controlnet, save_controlnet
-from controlbooth.models.recognition import FAMILIES, NOISE_SCHEDULERS
 from controlbooth.models.unlocked_decoder import decoder_state, load_networks, save_decoder
-from controlbooth.models.weight_files import safetensors_header
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 TOLD = {

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from controlbooth.data.files.locks import NotALock
 from controlbooth.data.files.records import Damaged
 from controlbooth.models.attention import AttentionShape
-from controlbooth.models.controlnet import build_controlnet
+from controlbooth.models.denoisers.unet import build_controlnet
 from controlbooth.trainer.config.run import ValidationConfig
 from controlbooth.trainer.config.section import ConfigError
 from controlbooth.trainer.controlnet.validation import validate

@@ -19,7 +19,7 @@ from controlbooth.launch.commands.data_annotate import main as annotate
 from controlbooth.launch.commands.data_pack import main as pack
 from controlbooth.launch.commands.evaluate import main
 from controlbooth.launch.commands.report import main as report_main
-from controlbooth.models.controlnet import build_controlnet
+from controlbooth.models.denoisers.unet import build_controlnet
 from controlbooth.models.pretrained import load_base, save_controlnet
 from controlbooth.trainer.config.loading import build_config, load_config
 from controlbooth.trainer.config.run import ValidationConfig

@@ -16,8 +16,8 @@ from torch.utils.flop_counter import flop_registry
 
 from controlbooth.launch.commands.plan import main
 from controlbooth.models.architectures import PUBLISHED
-from controlbooth.models.recognition import FAMILIES, identify
-from controlbooth.models.transformer_copy import fixed_tensors
+from controlbooth.models.denoisers.transformer_copy import fixed_tensors
+from controlbooth.models.families import FAMILIES, identify
 from controlbooth.trainer.config.loading import build_config
 from controlbooth.trainer.config.run import EngineConfig
 from controlbooth.trainer.config.section import ConfigError

@@ -22,7 +22,7 @@ from controlbooth.data.shards.manifest import open_dataset
 from controlbooth.data.shards.sidecar import index_path
 from controlbooth.launch.cli import main
 from controlbooth.launch.commands import data_index
-from controlbooth.models.controlnet import build_controlnet
+from controlbooth.models.denoisers.unet import build_controlnet
 from controlbooth.models.pretrained import load_base
 from controlbooth.trainer.config.loading import build_config
 from controlbooth.trainer.config.section import ConfigError

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from controlbooth.models.controlnet import build_controlnet
+from controlbooth.models.denoisers.unet import build_controlnet
 from controlbooth.trainer.config.loading import build_config
 from controlbooth.trainer.config.run import ValidationConfig
 from controlbooth.trainer.config.section import ConfigError

@@ -193,7 +193,7 @@ def test_a_dry_run_refuses_to_go_on_with_a_base_that_has_changed(base_copy, load
 
 
 def test_a_dry_run_names_what_a_base_lacks_and_a_controlnet_that_does_not_fit(base_copy, base_folder, tmp_path):
-    from controlbooth.models.controlnet import build_controlnet
+    from controlbooth.models.denoisers.unet import build_controlnet
     from controlbooth.models.pretrained import save_controlnet
 
     net = tmp_path / "net"

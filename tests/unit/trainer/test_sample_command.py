@@ -9,11 +9,11 @@ import torch
 
 from controlbooth.launch.commands.data_pack import main as pack
 from controlbooth.launch.commands.sample import main
-from controlbooth.models.controlnet import build_controlnet
-from controlbooth.models.noise_schedule import SCHEDULERS
+from controlbooth.models.denoisers.unet import build_controlnet
+from controlbooth.models.noise.checks import SAMPLERS
+from controlbooth.models.noise.process import FlowMatching
+from controlbooth.models.noise.schedules import SCHEDULERS
 from controlbooth.models.pretrained import load_base, load_controlnet, save_controlnet
-from controlbooth.models.process import FlowMatching
-from controlbooth.models.recognition import SAMPLERS
 from controlbooth.models.sampling import Control, residuals_of
 from controlbooth.models.text import encode_with_dropout
 from controlbooth.trainer.evaluation.sample import parse_control, to_conditioning

@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.nn.functional import normalize
 
-from controlbooth.models.denoisers import denoise
+from controlbooth.models.denoisers.registry import denoise
 from controlbooth.models.lora import ATTENTION, attach_adapters, chosen_subjects, reset_subject, subject_weights
 from controlbooth.trainer.config.section import ConfigError
 from controlbooth.trainer.config.subjects import SubjectRunConfig, load_run

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from controlbooth.data.files.records import read_note
 from controlbooth.data.files.whole import write_whole
 from controlbooth.models.base import Base
-from controlbooth.models.loading import read_tensors
+from controlbooth.models.files.loading import read_tensors
 from controlbooth.models.lora import StackedAdapter, attach_adapters, load_subject
 from controlbooth.models.pretrained import load_base
 from controlbooth.models.sampling import drawn_by, sample

@@ -23,10 +23,10 @@ from transformers import CLIPTextConfig, T5Config
 
 from controlbooth.data.errors import UserError
 from controlbooth.models.base import vae_dtype
-from controlbooth.models.loading import fill
-from controlbooth.models.recognition import VAE, Family, Part
-from controlbooth.models.single_file import converted
-from controlbooth.models.stored import Stored
+from controlbooth.models.families import VAE, Family, Part
+from controlbooth.models.files.loading import fill
+from controlbooth.models.files.stored import Stored
+from controlbooth.models.single_files.unet_file import converted
 
 
 def build_parts(

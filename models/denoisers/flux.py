@@ -12,9 +12,8 @@ from diffusers import FluxControlNetModel
 from torch import Tensor, nn
 
 from controlbooth.data.errors import UserError
-from controlbooth.models.residuals import Residuals
-from controlbooth.models.text import TextEncoding
-from controlbooth.models.transformer_copy import (
+from controlbooth.models.denoisers.residuals import Residuals
+from controlbooth.models.denoisers.transformer_copy import (
     check_count,
     copy_parts,
     on_device,
@@ -22,6 +21,7 @@ from controlbooth.models.transformer_copy import (
     used_evenly,
     without_dead_ends,
 )
+from controlbooth.models.text import TextEncoding
 
 COPIED = ("time_text_embed", "context_embedder", "x_embedder", "transformer_blocks", "single_transformer_blocks")
 USUAL_BLOCKS = (4, 4)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from controlbooth.data.errors import UserError
 from controlbooth.models.base import for_convolutions
-from controlbooth.models.controlnet_variants import (
+from controlbooth.models.denoisers.residuals import Residuals
+from controlbooth.models.denoisers.variants import (
     HINT_CHANNELS,
     RELU_GAIN,
     SILU_GAIN,
@@ -27,7 +28,6 @@ from controlbooth.models.controlnet_variants import (
     check_hint_channels,
     start_gaussian,
 )
-from controlbooth.models.residuals import Residuals
 from controlbooth.models.text import TextEncoding
 
 COPIED = ("conv_in", "time_embedding", "class_embedding", "add_embedding", "down_blocks", "mid_block")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from controlbooth.data.errors import UserError
-from controlbooth.models.weight_files import safetensors_header
+from controlbooth.models.files.weight_files import safetensors_header
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,

@@ -11,7 +11,7 @@ from diffusers import SD3ControlNetModel
 from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedding
 from torch import Tensor, nn
 
-from controlbooth.models.controlnet_variants import (
+from controlbooth.models.denoisers.variants import (
     HINT_CHANNELS,
     SILU_GAIN,
     accepted,

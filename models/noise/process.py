@@ -3,7 +3,7 @@
 Levels are integers that grow with the noise, 0 .. levels - 1, drawn by the data's order (data/order/draws.py). A base
 of the U-Net families adds the noise of DDPM's betas (`Diffusion`); one of the transformer families mixes picture and
 noise along straight lines (`FlowMatching`). What differs between them is here and in a family's call of its network
-(denoisers.py), so that there is one training step and one sampling loop for all.
+(denoisers/), so that there is one training step and one sampling loop for all.
 """
 
 import functools
@@ -25,7 +25,7 @@ from diffusers import (
 from torch import Tensor
 
 from controlbooth.data.errors import UserError
-from controlbooth.models.noise_schedule import FIELDS, SCHEDULERS, given_fields, make_sampler
+from controlbooth.models.noise.schedules import FIELDS, SCHEDULERS, given_fields, make_sampler
 
 
 class Noised(NamedTuple):

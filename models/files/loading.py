@@ -17,8 +17,8 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from controlbooth.data.errors import UserError
-from controlbooth.models.stored import Stored, stored_tensors
-from controlbooth.models.weight_files import read_json, weights_files
+from controlbooth.models.files.stored import Stored, stored_tensors
+from controlbooth.models.files.weight_files import read_json, weights_files
 
 Weight = Tensor | Stored
 

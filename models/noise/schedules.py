@@ -19,8 +19,8 @@ from diffusers import (
 )
 
 from controlbooth.data.errors import UserError
-from controlbooth.models.recognition import check_scheduler
-from controlbooth.models.weight_files import read_json
+from controlbooth.models.files.weight_files import read_json
+from controlbooth.models.noise.checks import check_scheduler
 
 SCHEDULERS: dict[str, Any] = {
     "ddim": DDIMScheduler,

@@ -25,9 +25,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from controlbooth.data.errors import UserError
 from controlbooth.models.architectures import Architecture
 from controlbooth.models.base import vae_dtype
-from controlbooth.models.loading import Weight, fill
-from controlbooth.models.stored import Stored
-from controlbooth.models.weights import save_weights
+from controlbooth.models.files.loading import Weight, fill
+from controlbooth.models.files.stored import Stored
+from controlbooth.models.files.weights import save_weights
 
 PREFIX = "control_model."
 

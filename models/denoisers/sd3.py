@@ -13,10 +13,9 @@ from diffusers import SD3ControlNetModel
 from torch import Tensor, nn
 
 from controlbooth.data.errors import UserError
-from controlbooth.models.pixel_controlnet import PixelSD3ControlNet
-from controlbooth.models.residuals import Residuals
-from controlbooth.models.text import TextEncoding
-from controlbooth.models.transformer_copy import (
+from controlbooth.models.denoisers.pixel_controlnet import PixelSD3ControlNet
+from controlbooth.models.denoisers.residuals import Residuals
+from controlbooth.models.denoisers.transformer_copy import (
     check_count,
     copy_parts,
     on_device,
@@ -24,6 +23,7 @@ from controlbooth.models.transformer_copy import (
     used_but_last,
     without_dead_ends,
 )
+from controlbooth.models.text import TextEncoding
 
 COPIED = ("pos_embed", "time_text_embed", "context_embedder", "transformer_blocks")
 USUAL_BLOCKS = 12

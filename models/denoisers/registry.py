@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from controlbooth.data.errors import UserError
-from controlbooth.models import controlnet as unets
-from controlbooth.models import flux, sd3
 from controlbooth.models.base import Base
-from controlbooth.models.residuals import Residuals
+from controlbooth.models.denoisers import flux, sd3
+from controlbooth.models.denoisers import unet as unets
+from controlbooth.models.denoisers.residuals import Residuals
 from controlbooth.models.text import TextEncoding
 
 

@@ -1,0 +1,1 @@
+"""How each family's network and its ControlNet are built and called."""

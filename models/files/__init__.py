@@ -1,0 +1,1 @@
+"""Files of weights: what they hold, and how they are read and written."""

@@ -1,0 +1,1 @@
+"""Bases that came as one file, in the layouts of their authors."""
