@@ -32,6 +32,8 @@ class MicroBatch:
     """(B,) int64"""
     noise: np.ndarray
     """(B, *latent_shape) float32"""
+    posterior_noise: np.ndarray
+    """(B, *latent_shape) float32, for the sample that is taken of the VAE's posterior."""
     weights: np.ndarray
     """(B,) float32, factors on the samples' losses: 1, or 0 where no sample could be read."""
 

@@ -68,6 +68,7 @@ class _Step:
     """(2, n, C, h, w): mean and standard deviation, from the latent cache."""
     conditioning: np.ndarray | None
     noise: np.ndarray
+    posterior_noise: np.ndarray
     rows: list[Future] = field(default_factory=list)
 
 
@@ -306,6 +307,7 @@ class Loader:
             else np.zeros((2, *latents), self._latent_cache.latents_stored),
             conditioning=None if self.settings.condition is None else self._buffers.empty(pixels),
             noise=np.empty(latents, np.float32),
+            posterior_noise=np.empty(latents, np.float32),
         )
         step.rows = [self._threads.submit(self._fill, step, row) for row in range(len(positions))]
         return step
@@ -313,7 +315,9 @@ class Loader:
     def _fill(self, step: _Step, at: int) -> _Row:
         """Runs in a thread: the sample of one row into the step's arrays, or what stands in for it."""
         position = int(step.positions[at])
-        step.noise[at] = draws.noise(self.seed, step.positions[at : at + 1], step.noise.shape[1:])[0]
+        own, shape = step.positions[at : at + 1], step.noise.shape[1:]
+        step.noise[at] = draws.noise(self.seed, own, shape)[0]
+        step.posterior_noise[at] = draws.posterior_noise(self.seed, own, shape)[0]
         place = self.order.locate(position)
         faults: list[dict] = []
         for attempt in range(SUBSTITUTE_ATTEMPTS + 1):
@@ -476,6 +480,7 @@ class Loader:
                     dropped=dropped[part],
                     timesteps=timesteps[part],
                     noise=step.noise[part],
+                    posterior_noise=step.posterior_noise[part],
                     weights=weights[part],
                 )
             )

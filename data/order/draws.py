@@ -137,6 +137,12 @@ def noise(seed: int, positions: np.ndarray, shape: Sequence[int]) -> np.ndarray:
     return rows
 
 
+def posterior_noise(seed: int, positions: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """Draws the standard normal noise by which a sample is taken of the VAE's posterior, as `noise` does, apart from
+    it. Returns (B, *shape) float32."""
+    return noise(hash64(seed, "vae posterior"), positions, shape)
+
+
 def noise_hash(values: np.ndarray) -> str:
     """A short name for an array of noise, to log and to compare across ranks: blake2b of shape and bits, in hex."""
     header = f"{values.shape}".encode()

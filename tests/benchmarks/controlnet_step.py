@@ -179,8 +179,8 @@ def losses(folder: Path, precision: str) -> list[tuple[float, float]]:
     found = []
     for _ in range(4):
         batch = next(run.loader).micro_batches[0]
-        ours = controlnet_loss(base, controlnet, to_device(batch, 0, world.device), None).item()
-        drawn, kept = to_device(batch, 0, world.device), {m: dict(m.attn_processors) for m in (unet, controlnet)}
+        ours = controlnet_loss(base, controlnet, to_device(batch, world.device), None).item()
+        drawn, kept = to_device(batch, world.device), {m: dict(m.attn_processors) for m in (unet, controlnet)}
         for module in kept:
             module.set_attn_processor(AttnProcessor2_0())
         with torch.no_grad():

@@ -102,7 +102,7 @@ def compare_epoch(overrides: list[str]) -> int:
     with loader(None) as plain, loader(latent_cache) as cached, torch.no_grad():
         for _ in tqdm(range(steps), unit="step", desc="compare"):
             for one, other in zip(next(plain).micro_batches, next(cached).micro_batches, strict=True):
-                there, here = (to_device(batch, config.seed, world.device) for batch in (one, other))
+                there, here = (to_device(batch, world.device) for batch in (one, other))
                 assert there.pixel_values is not None and here.posterior is not None
                 size = (config.data.resolution, config.data.resolution)
                 computed = with_empty_prompts(base, there.captions, encode_kept(base, there.captions), size)

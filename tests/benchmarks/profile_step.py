@@ -89,7 +89,7 @@ def our_step(run: session.Run) -> None:
     with record_function("wait for data"):
         batch = next(run.loader)
     backward = partial(engines.accumulate, run.engine)
-    controlnet_step(run.base, run.engine, backward, batch.micro_batches, config.seed, None, run.world.device)
+    controlnet_step(run.base, run.engine, backward, batch.micro_batches, None, run.world.device)
     with record_function("optimizer"):
         engines.apply_gradients(run.engine, config.optimizer.learning_rate)
 
@@ -105,7 +105,7 @@ def plain_step(config: RunConfig, precision: str, loader, world: World) -> Calla
     )
 
     def step() -> None:
-        batch = to_device(next(loader).micro_batches[0], config.seed, world.device)
+        batch = to_device(next(loader).micro_batches[0], world.device)
         plain_loss(base, controlnet, batch, autocast=precision != "fp32").backward()
         torch.nn.utils.clip_grad_norm_(controlnet.parameters(), settings.max_grad_norm)
         optimizer.step()

@@ -214,6 +214,7 @@ def make_batch(case: Case, base: Base) -> MicroBatch:
         dropped=np.array([not caption for caption in captions]),
         timesteps=draws.timesteps(0, positions, 1000),
         noise=draws.noise(0, positions, (base.latent_channels, size, size)),
+        posterior_noise=draws.posterior_noise(0, positions, (base.latent_channels, size, size)),
         weights=np.ones(count, np.float32),
     )
 
@@ -240,7 +241,7 @@ def prepare(base: Base, engine: Any, attention: AttentionChoice, gradient_checkp
 def step(base: Base, engine: Any, batch: MicroBatch, world: World) -> bool:
     """One optimizer step; -> whether it was skipped."""
     backward = partial(engines.accumulate, engine)
-    controlnet_step(base, engine, backward, [batch], 0, None, world.device)
+    controlnet_step(base, engine, backward, [batch], None, world.device)
     return engines.apply_gradients(engine, 1e-5)[1]
 
 

@@ -84,7 +84,7 @@ def test_losses_and_gradients_are_those_of_the_cpu(folder, world):
         base = base_on(folder, device)
         controlnet = controlnet_of(base, moved=0.02)
         (micro, *_), *_ = batches(folder, World(0, 1, 0, device), base, config, 1)
-        loss = controlnet_loss(base, controlnet, to_device(micro, config.seed, device), 5.0)
+        loss = controlnet_loss(base, controlnet, to_device(micro, device), 5.0)
         loss.backward()
         gradients = torch.cat([parameter.grad.flatten().cpu() for parameter in controlnet.parameters()])
         found[str(device)] = loss.item(), gradients
@@ -111,7 +111,7 @@ def test_a_latent_cache_gives_the_loss_that_encoding_in_the_step_gives_bit_for_b
     )
     stored = micro.__class__(**{**vars(micro), "encoded": encoded, "pixel_values": None})
     with torch.no_grad():
-        losses = [controlnet_loss(base, controlnet, to_device(one, 0, world.device), None) for one in (micro, stored)]
+        losses = [controlnet_loss(base, controlnet, to_device(one, world.device), None) for one in (micro, stored)]
     assert torch.equal(*losses)
 
 
@@ -125,7 +125,7 @@ def take_steps(folder, world, config):
     losses, skipped = [], 0
     for micro_batches in batches(folder, world, base, config, config.max_steps):
         backward = partial(engines.accumulate, engine)
-        losses += [np.mean(controlnet_step(base, engine, backward, micro_batches, 0, None, world.device))]
+        losses += [np.mean(controlnet_step(base, engine, backward, micro_batches, None, world.device))]
         norm, left_out = engines.apply_gradients(engine, 1e-3)
         skipped += left_out
         assert left_out or norm > 0
@@ -170,10 +170,10 @@ def test_fp16_scales_the_loss_and_skips_a_step_that_overflows(folder, world):
     def overflow(loss):
         engines.accumulate(engine, loss * 1e30)
 
-    controlnet_step(base, engine, overflow, first, 0, None, world.device)
+    controlnet_step(base, engine, overflow, first, None, world.device)
     assert engines.apply_gradients(engine, 1e-3)[1]
     assert all(torch.equal(before[name], now) for name, now in engines.full_state(engine).items())
-    controlnet_step(base, engine, partial(engines.accumulate, engine), second, 0, None, world.device)
+    controlnet_step(base, engine, partial(engines.accumulate, engine), second, None, world.device)
     assert not engines.apply_gradients(engine, 1e-3)[1]
 
 

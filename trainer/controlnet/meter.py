@@ -4,10 +4,11 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from controlbooth.data.loading.batches import StepBatch
 from controlbooth.trainer.controlnet.session import Run, progress_bar, report_skipped
-from controlbooth.trainer.engine.distributed import all_max, all_sum
+from controlbooth.trainer.engine.distributed import all_rows
 from controlbooth.trainer.run import saving as savings
 from controlbooth.trainer.run.attempt import check_still_ours
 from controlbooth.trainer.run.process import peak_memory_gib, say
@@ -24,6 +25,25 @@ class Counted:
     """Whether any rank was asked to stop."""
     written: bool
     """Whether all ranks have written the checkpoint that was begun, if there is one."""
+
+
+class OfRank(NamedTuple):
+    """What a rank tells all others of a step."""
+
+    loss: float
+    """The mean over its micro-batches."""
+    stop: float
+    """1 where it was asked to stop."""
+    unwritten: float
+    """1 where it is still writing the checkpoint that was begun."""
+    substitutions: float
+    cache_hits: float
+    wait_seconds: float
+    queue_depth: float
+    fetch_seconds: float
+    decode_seconds: float
+    memory_gib: float
+    busy_seconds: float
 
 
 class Meter:
@@ -68,13 +88,23 @@ class Meter:
         run, world = self.run, self.run.world
         seconds = time.perf_counter() - self._started
         self.restart()
-        mean_loss = sum(losses) / len(losses) / world.world_size
-        unwritten = float(run.saving is not None and not savings.is_written(run.saving))
-        counted = [mean_loss, float(stop_requested), float(batch.substitutions), float(batch.cache_hits), unwritten]
-        loss, stops, substitutions, cache_hits, unwritten, *busy = all_sum([*counted, *self.pace.shares()])
+        own = OfRank(
+            loss=sum(losses) / len(losses),
+            stop=float(stop_requested),
+            unwritten=float(run.saving is not None and not savings.is_written(run.saving)),
+            substitutions=batch.substitutions,
+            cache_hits=batch.cache_hits,
+            wait_seconds=batch.wait_seconds,
+            queue_depth=batch.queue_depth,
+            fetch_seconds=batch.fetch_seconds,
+            decode_seconds=batch.decode_seconds,
+            memory_gib=peak_memory_gib(world),
+            busy_seconds=self.pace.seconds(),
+        )
+        ranks = [OfRank(*row) for row in all_rows(own)]
         check_still_ours(run.attempt)
-        longest = [batch.wait_seconds, -float(batch.queue_depth), batch.fetch_seconds, batch.decode_seconds]
-        waited, depth_short, fetch, decode, memory = all_max([*longest, peak_memory_gib(world)])
+        busy = [one.busy_seconds for one in ranks]
+        loss = math.fsum(one.loss for one in ranks) / world.world_size
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
         if skipped:
             report_skipped(run, batch, losses, norm, self._skipped_in_a_row)
@@ -84,13 +114,13 @@ class Meter:
             **rates,
             "samples_per_second": run.config.global_batch_size / seconds,
             "step_seconds": seconds,
-            "stall_percent": 100.0 * min(1.0, waited / seconds),
-            "queue_depth": -depth_short,
-            "fetch_seconds": fetch,
-            "decode_seconds": decode,
-            "substitutions": substitutions,
-            "cache_hits": cache_hits,
-            "peak_memory_gib": memory,
+            "stall_percent": 100.0 * min(1.0, max(one.wait_seconds for one in ranks) / seconds),
+            "queue_depth": min(one.queue_depth for one in ranks),
+            "fetch_seconds": max(one.fetch_seconds for one in ranks),
+            "decode_seconds": max(one.decode_seconds for one in ranks),
+            "substitutions": sum(one.substitutions for one in ranks),
+            "cache_hits": sum(one.cache_hits for one in ranks),
+            "peak_memory_gib": max(one.memory_gib for one in ranks),
             "skipped": float(skipped),
         }
         if world.world_size > 1:
@@ -100,7 +130,7 @@ class Meter:
         if run.tracker is not None:
             run.tracker.log(run.step, {name: value for name, value in metrics.items() if math.isfinite(value)})
         self._show(metrics)
-        return Counted(loss, bool(stops), not unwritten)
+        return Counted(loss, any(one.stop for one in ranks), not any(one.unwritten for one in ranks))
 
     def _show(self, metrics: Mapping[str, float]) -> None:
         """Moves the progress bar on by a step."""

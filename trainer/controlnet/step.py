@@ -9,7 +9,6 @@ from torch.profiler import record_function
 
 from controlbooth.data.errors import UserError
 from controlbooth.data.loading.batches import MicroBatch
-from controlbooth.data.order import draws
 from controlbooth.models.base import Base, Encoded
 from controlbooth.models.denoisers.registry import encode_condition
 from controlbooth.models.unlocked_decoder import controlled_prediction
@@ -48,11 +47,10 @@ class DeviceBatch:
     """Of the captions that are not empty, from the latent cache; None too where all are empty."""
 
 
-def to_device(batch: MicroBatch, seed: int, device: torch.device) -> DeviceBatch:
-    """uint8 to the device, and there into the networks' ranges. All that is random comes from (seed, position)."""
+def to_device(batch: MicroBatch, device: torch.device) -> DeviceBatch:
+    """Copies a micro-batch to the device, and there brings uint8 into the networks' ranges."""
     if batch.conditioning is None:
         raise UserError("a ControlNet is trained on conditions, and the loader was made without a condition kind")
-    posterior_noise = draws.noise(draws.hash64(seed, "vae posterior"), batch.positions, batch.noise.shape[1:])
 
     def on_device(array) -> Tensor:
         return torch.from_numpy(array).to(device, non_blocking=True)
@@ -64,7 +62,7 @@ def to_device(batch: MicroBatch, seed: int, device: torch.device) -> DeviceBatch
         captions=batch.captions,
         levels=on_device(batch.timesteps),
         noise=on_device(batch.noise),
-        posterior_noise=on_device(posterior_noise),
+        posterior_noise=on_device(batch.posterior_noise),
         weights=on_device(batch.weights),
         posterior=None if encoded is None else posterior_of(encoded, device),
         text=None if encoded is None else captions_of(encoded, device),
@@ -102,7 +100,6 @@ def controlnet_step(
     engine: nn.Module,
     backward: Callable[[Tensor], None],
     micro_batches: list[MicroBatch],
-    seed: int,
     min_snr_gamma: float | None,
     device: torch.device,
 ) -> list[float]:
@@ -113,7 +110,7 @@ def controlnet_step(
     """
     losses = []
     for micro_batch in micro_batches:
-        batch = to_device(micro_batch, seed, device)
+        batch = to_device(micro_batch, device)
         loss = controlnet_loss(base, engine, batch, min_snr_gamma)
         with record_function("backward"):
             backward(loss)

@@ -128,7 +128,6 @@ def loop(run: Run, stop: StopRequest) -> None:
             run.engine,
             backward,
             batch.micro_batches,
-            config.seed,
             config.optimizer.min_snr_gamma,
             run.world.device,
         )

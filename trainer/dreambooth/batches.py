@@ -126,7 +126,7 @@ def _rows(
     def on_device(array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(device)
 
-    posterior_noise = on_device(draws.noise(draws.hash64(seed, "vae posterior"), positions, shape))
+    posterior_noise = on_device(draws.posterior_noise(seed, positions, shape))
     latents = sample_posterior(base, pictures.mean[chosen], pictures.std[chosen], posterior_noise).float()
     steps = base.process.levels
     text = pictures.text

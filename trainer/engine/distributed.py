@@ -1,7 +1,9 @@
 """The only home of ranks and collectives. Everything else is handed `rank` and `world_size` as integers."""
 
+import contextlib
 import datetime
 import os
+import resource
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,6 +41,7 @@ def join() -> World:
     the rank gets SIGTERM when its torchrun agent ends. Raises ProcessLookupError where that has ended already.
     """
     end_with_agent()
+    allow_open_files()
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("WORLD_SIZE", "1")
     os.environ.setdefault("LOCAL_RANK", "0")
@@ -57,6 +60,17 @@ def join() -> World:
     # torchrun's name for it, and the deepspeed launcher's
     ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
     return World(dist.get_rank(), dist.get_world_size(), local_rank, device, ranks_per_node)
+
+
+def allow_open_files() -> None:
+    """Raises this process's limit of open files to the highest that the system lets it have.
+
+    A rank has a connection to every other one, and a thousand of them are more than the usual limit of 1,024.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(ValueError, OSError):  # macOS calls a limit infinite that it does not grant
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def repeat_exactly() -> None:
@@ -87,16 +101,21 @@ def barrier() -> None:
     all_sum([0.0])  # through gloo, on the CPU: a barrier of the default backend would need the accelerator
 
 
+def all_rows(values: Sequence[float]) -> list[list[float]]:
+    """Gives every rank the values of all ranks, in float64: a row for each rank, in their order.
+
+    One collective for whatever is made of them, sums and maxima alike.
+    """
+    mine = torch.tensor(values, dtype=torch.float64)
+    rows = torch.empty(dist.get_world_size(), len(values), dtype=torch.float64)
+    dist.all_gather(list(rows.unbind()), mine)
+    return rows.tolist()
+
+
 def all_sum(values: Sequence[float]) -> list[float]:
     """Sums each value over all ranks, in float64. Every rank gets the same numbers, bit for bit."""
     tensor = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
-    return tensor.tolist()
-
-
-def all_max(values: Sequence[float]) -> list[float]:
-    tensor = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return tensor.tolist()
 
 

@@ -115,8 +115,11 @@ def is_superseded(attempt: Attempt) -> bool:
 
 
 def check_still_ours(attempt: Attempt) -> None:
-    """Raises Superseded where a newer attempt has taken the run: an early notice, on which nothing depends."""
-    if is_superseded(attempt) and not _is_there(attempt):
+    """Raises Superseded where a newer attempt has taken the run: an early notice, on which nothing depends.
+
+    Every rank asks after every step, so this is one question to the disk, whatever lies in the run's folder.
+    """
+    if not _is_there(attempt) and is_superseded(attempt):
         raise _superseded(attempt)
 
 

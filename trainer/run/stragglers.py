@@ -1,8 +1,8 @@
 """Which rank keeps the others waiting.
 
 Ranks wait for each other in every backward pass, so all have the same time for a step. What differs is when each comes
-to its first backward pass: after waiting for data, encoding, and one forward pass. These seconds of all ranks travel in
-the sum that the loop makes anyway. Under ZeRO-3 ranks wait for each other in the forward pass too, so that only the
+to its first backward pass: after waiting for data, encoding, and one forward pass. These seconds travel with the
+counters of the step. Under ZeRO-3 ranks wait for each other in the forward pass too, so that only the
 waiting for data tells them apart.
 """
 
@@ -59,17 +59,17 @@ class Pace:
 
         return call
 
-    def shares(self) -> list[float]:
-        """This rank's seconds in its own place, 0 elsewhere; to be summed over ranks after the step."""
+    def seconds(self) -> float:
+        """Tells after the step how long this rank worked in it before it waited for others."""
         seconds = self._seconds or 0.0
         if self._on_gpu:  # both events are past, since the step has read the gradient norm
             seconds = max(seconds, self._events[0].elapsed_time(self._events[1]) / 1000.0)
-        return [seconds if rank == self.world.rank else 0.0 for rank in range(self.world.world_size)]
+        return seconds
 
     def note(self, seconds: Sequence[float], step_seconds: float) -> str | None:
         """A line for people when a rank has become persistently slow, or no longer is.
 
-        seconds: of all ranks, the sum of their `shares`.
+        seconds: of each rank, as its `seconds` tells them.
         """
         if self.world.world_size == 1:
             return None

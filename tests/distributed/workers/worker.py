@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "support"))
 
@@ -70,6 +71,60 @@ def stages(folder: Path, world: World, precision: str) -> dict:
     return losses
 
 
+class Profiled:
+    """A loader under whose sixth to eighth step the loop is profiled, from one batch's asking to the next one's."""
+
+    FIRST, STEPS = 5, 3
+
+    def __init__(self, loader) -> None:
+        self.loader, self.asked = loader, 0
+        self.profiler = profile(activities=[ProfilerActivity.CPU])
+
+    def __next__(self):
+        if self.asked == self.FIRST:
+            self.profiler.start()
+        if self.asked == self.FIRST + self.STEPS:
+            self.profiler.stop()
+        self.asked += 1
+        return next(self.loader)
+
+    def __getattr__(self, name: str):
+        return getattr(self.loader, name)
+
+
+def counts(folder: Path, world: World) -> dict:
+    """What a step asks of the device and of the network, by ZeRO stage and precision: called from the training loop."""
+    found = {}
+    for stage in (0, 1, 2, 3):
+        for precision in ("fp32", "bf16"):
+            if stage == 0 and precision == "bf16":
+                continue  # gradients are whole there, and it is stage 1's arithmetic otherwise
+            tree = run_tree(folder, f"counts-{stage}-{precision}") | dict(max_steps=Profiled.FIRST + Profiled.STEPS + 1)
+            tree["engine"] = dict(zero_stage=stage, precision=precision)
+            tree["checkpoint"] = dict(every_steps=100)
+            opened = build.make_loader
+            kept = []
+
+            def make_loader(*arguments, opened=opened, kept=kept, **options):
+                kept.append(Profiled(opened(*arguments, **options)))
+                return kept[-1]
+
+            build.make_loader = make_loader
+            try:
+                run(tree, world)
+            finally:
+                build.make_loader = opened
+            events = {one.key: one.count / Profiled.STEPS for one in kept[0].profiler.key_averages()}
+            found[f"ZeRO-{stage} {precision}"] = dict(
+                waits=events.get("aten::_local_scalar_dense", 0.0),
+                collectives=sum(count for name, count in events.items() if name.startswith("c10d::")),
+                copies=events.get("aten::copy_", 0.0),
+                operations=sum(count for name, count in events.items() if name.startswith("aten::")),
+            )
+            found[f"ZeRO-{stage} {precision}"]["by name"] = {n: c for n, c in events.items() if n.startswith("c10d::")}
+    return found
+
+
 def plain(folder: Path, world: World) -> dict:
     """The same run in a bare PyTorch loop: one process, no DeepSpeed, gradients clipped by PyTorch."""
     config = build_config(run_tree(folder, "plain"))
@@ -91,7 +146,6 @@ def plain(folder: Path, world: World) -> dict:
                 controlnet,
                 lambda loss, n=share: (loss / n).backward(),
                 batch.micro_batches,
-                config.seed,
                 None,
                 world.device,
             )
@@ -155,7 +209,6 @@ def unlocking_plain(folder: Path, world: World) -> dict:
                 network,
                 lambda loss, n=share: (loss / n).backward(),
                 batch.micro_batches,
-                config.seed,
                 None,
                 world.device,
             )
