@@ -51,8 +51,11 @@ def check_readable(dataset: Dataset, kind: str | None, max_pixels: int = MAX_PIX
 
 
 def problem(location: str, kind: str | None, max_pixels: int, pictures: bool = True) -> str | None:
-    """What `check_readable` would say of a location, which may not be indexed yet; None where it would say nothing, and
-    where something else is wrong with the shards, or they lie in a store and are read when the run starts."""
+    """Returns what `check_readable` would say of a location, which may not be indexed yet, or None.
+
+    None also stands for something else that is wrong with the shards, and for shards in a store, which are read when
+    the run starts.
+    """
     try:
         dataset = open_dataset(location)
         dataset.samples_per_shard(kind)
@@ -70,7 +73,8 @@ def problem(location: str, kind: str | None, max_pixels: int, pictures: bool = T
 
 
 def _unindexed_problem(location: str, kind: str | None, max_pixels: int) -> str | None:
-    """By the first samples of the first shard, read as they lie there."""
+    """Returns what is wrong with a location that is not indexed, by the first samples of its first shard, read as they
+    lie there; None where one of them can be read, or where the index will tell what is wrong."""
     first: BadSample | None = None
     tried = 0
     try:

@@ -138,7 +138,8 @@ def _parser(verb: str, description: str, example: str) -> argparse.ArgumentParse
 
 
 def _or_again(verb: str, work: Callable[[], int]) -> int:
-    """AGAIN, with one line, where nothing is wrong that time does not heal."""
+    """Returns the exit status of `work`. Where MLflow is away or the lease is lost, prints one line and returns AGAIN:
+    calling again later is all that is needed."""
     try:
         return work()
     except (RegistryAway, LeaseLost) as error:

@@ -31,7 +31,7 @@ class Question:
 
 
 def measure(folder: Path, run: Path, step: int, digest: str, asked: Question, holding: Holding) -> Path:
-    """-> the folder with the evaluation of a run's checkpoint, drawn unless it is there.
+    """Returns the folder with the evaluation of a run's checkpoint. It is evaluated first unless that was done before.
 
     digest: of the checkpoint's weights. Raises ConfigError where it cannot be measured, and LeaseLost.
     """
@@ -71,9 +71,10 @@ def measure(folder: Path, run: Path, step: int, digest: str, asked: Question, ho
 
 
 def differences(champion: Path | None, challenger: Path, level: float) -> dict[str, dict[str, float]]:
-    """Evaluations -> metric -> what the challenger gains with control, as `trainer.evaluate.compare.compare` has it.
+    """Computes what the challenger gains with control, by metric, as `trainer.evaluate.compare.compare` returns it.
 
-    champion: None compares with the base alone, drawn from the same noise without control.
+    champion, challenger: folders of evaluations. Without a champion (None), the comparison is with the base alone,
+    drawn from the same noise without control.
     """
     from controlbooth.trainer.evaluation.compare import (
         compare,
@@ -93,9 +94,10 @@ def differences(champion: Path | None, challenger: Path, level: float) -> dict[s
 
 
 def values(evaluation: Path, metric: str) -> np.ndarray:
-    """(N,) float64: a figure of each picture with control, or what each adds to the share of what is possible.
+    """Reads a metric of each picture with control, (N,) float64; of a share, what each picture adds to it.
 
-    metric: such as edge_f1, or edge_f1_share. Raises ConfigError where it was not measured, or a share cannot be told.
+    metric: such as edge_f1, or edge_f1_share, the share of what is possible. Raises ConfigError where the metric was
+    not measured, or where real pictures are not certainly better than chance, so that there is no share.
     """
     from controlbooth.trainer.evaluation.compare import read_evaluation
     from controlbooth.trainer.evaluation.record import REAL, WITH

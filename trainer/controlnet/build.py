@@ -197,7 +197,11 @@ def announce(run: Run, report: ParameterReport, chosen: AttentionChoice, latest:
 
 
 def say_changes(world: World, config: RunConfig, before: str, step: int) -> None:
-    """What was set anew since the checkpoint, as that holds from here on. before: the configuration that it holds."""
+    """Prints which settings have changed since the checkpoint, and warns where they change the learning rate of this
+    step.
+
+    before: the configuration that the checkpoint holds, as YAML.
+    """
     if changed := changes(before, dump(config)):
         say(world, f"changed since step {step}: {'; '.join(changed)}")
     saved = yaml.safe_load(before)
@@ -209,7 +213,8 @@ def say_changes(world: World, config: RunConfig, before: str, step: int) -> None
 
 
 def base_attention_shapes(config: RunConfig, base: Base) -> tuple[AttentionShape, ...]:
-    """Those of one micro-batch's pass, for choosing the kernel by timing it."""
+    """Returns the attention shapes of the base's forward pass for one micro-batch, for choosing the kernel by timing
+    it."""
     resolution = config.data.resolution
     size = resolution // base.family.vae_factor
     latents = torch.zeros(config.micro_batch_size, base.latent_channels, size, size, device=base.device)
@@ -272,7 +277,11 @@ def make_loader(
     order: dict[str, Any] | None = None,
     latent_cache: LatentCache | None = None,
 ) -> Loader:
-    """order: the data order of the checkpoint that the run goes on from."""
+    """Makes the loader of the training data, which begins at `step`.
+
+    order: the data order in the checkpoint that the run goes on from; None in a new run. Raises ConfigError as
+    `check_aspect_step` does.
+    """
     data = config.data
     size = data.resolution // base.family.vae_factor
     check_aspect_step(config, base)
@@ -337,7 +346,7 @@ def check_aspect_step(config: RunConfig, base: Base) -> None:
 
 
 def unlock_decoder(run: Run) -> None:
-    """From here on the base's decoder learns too. Called by every rank, between two steps."""
+    """Makes the base's decoder learn too from here on, in a new engine. Every rank calls this, between two steps."""
     controlnet, shares = unlocking.take_out(run.engine, run.average)
     run.engine = run.average = None
     run.engine, run.average = unlocking.unlocked_engine(

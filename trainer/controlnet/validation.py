@@ -44,7 +44,7 @@ from controlbooth.trainer.tracking.run_page import describe_control
 
 
 def validate_and_log(run: Run) -> dict[str, float]:
-    """Samples and measures on all ranks; rank 0 logs the figures and the picture. Returns the figures."""
+    """Validates on all ranks; rank 0 logs the figures and the pictures of samples. Returns the figures, by name."""
     assert run.held is not None
     run.watchdog.begin("the validation", run.step)
     grid = run.folder / "samples" / f"step-{run.step:08d}.png"
@@ -107,7 +107,7 @@ def tell_verdict(run: Run, verdict: Verdict, since: str) -> None:
 
 
 def converged_long_ago(run: Run) -> bool:
-    """Whether the run was asked to end now, because control came long enough ago."""
+    """Tells whether the run was asked to end now, because control came long enough ago."""
     patience = run.config.validation.stop_after_convergence
     announced = run.verdict.announced if run.verdict else None
     return patience is not None and announced is not None and run.step >= announced.step + patience
@@ -119,8 +119,11 @@ BESIDE = ("_chance", "_real", "_share", "_share_low", "_share_high")
 
 @torch.no_grad()
 def fixed_noise_loss(base: Base, controlnet: nn.Module, held: HeldOutSet, size: int, world: World) -> float:
-    """The training loss on the held-out set with noise and timesteps that never change, prompts kept: comparable
-    between steps and between runs, which the training loss is not."""
+    """Computes the mean squared error of predictions on the held-out set, with noise and timesteps that never change
+    and no prompt dropped.
+
+    So it can be compared between steps and between runs, which the training loss cannot.
+    """
     count = len(held.keys)
     mine = [i % count for i in range(world.rank, -(-count // world.world_size) * world.world_size, world.world_size)]
     factor = base.family.vae_factor
@@ -151,8 +154,8 @@ def fixed_noise_loss(base: Base, controlnet: nn.Module, held: HeldOutSet, size: 
 def fidelity_figures(
     controlled: np.ndarray, unprompted: np.ndarray, plain: np.ndarray, held: HeldOutSet, extract: Extract | None
 ) -> dict[str, float]:
-    """Means over the set, of pictures made with control, with control and no prompt, and without control, (N, H, W, 3)
-    uint8 each.
+    """Measures pictures made with control, with control and no prompt, and without control, (N, H, W, 3) uint8 each.
+    Returns means over the set, by name.
 
     For each figure NAME: NAME with captions, NAME_chance of the same pictures under the conditions of other samples,
     NAME_real of the real pictures, and NAME_share, _share_low and _share_high: the share of what is possible with its
@@ -182,7 +185,8 @@ def fidelity_figures(
 
 
 def told(figures: Mapping[str, float]) -> str:
-    """What `validate` returns, in one line for people: chance and share behind the figure that they belong to.
+    """Formats what `validate` returns in one line for people, with chance and share behind the figure that they belong
+    to.
 
     What the base does without control, which is the same at every validation, is left out.
     """
@@ -208,11 +212,11 @@ def validate(
     extract: Extract | None,
     attempt: Attempt,
 ) -> dict[str, float]:
-    """Samples, measures and draws. Returns the figures, by name, on every rank.
+    """Draws samples, measures them and saves pictures of them. Returns the figures, by name, on every rank.
 
-    grid: where rank 0 draws a picture of condition | without control | with control | target. What the base makes by
-    itself is made on the first call, and kept beside it as an .npy for as long as nothing that it depends on changes.
-    attempt: the start that has taken the run; files are made in its folder. Raises Superseded.
+    grid: where rank 0 draws a picture of condition | without control | with control | control, no prompt | target. What
+    the base makes by itself is made on the first call, and kept beside it as an .npy for as long as nothing that it
+    depends on changes. attempt: the start that has taken the run; files are made in its folder. Raises Superseded.
     """
     was_training = controlnet.training
     controlnet.eval()

@@ -110,7 +110,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def own_folder(folder: Path, rows: range) -> Path:
-    """Of the task that trains these rows. Raises ConfigError where others would train some of them as well."""
+    """Returns the folder of the array task that trains these rows.
+
+    Raises ConfigError where the run was begun without an array, or where another task trains some of these rows as
+    well.
+    """
     if (folder / "state").exists():
         raise ConfigError(f"{folder} was begun by `controlbooth dreambooth run`: go on with that, or take another name")
     for other in (folder / "rows").glob("*-*"):
@@ -124,7 +128,7 @@ def own_folder(folder: Path, rows: range) -> Path:
 
 
 def read_rows(text: str, count: int) -> range:
-    """FIRST:END of `count` rows. Raises ConfigError for what is none."""
+    """Reads FIRST:END as a range of `count` rows. Raises ConfigError unless 0 <= FIRST < END <= count."""
     first, _, end = text.partition(":")
     if not (first.isdecimal() and end.isdecimal() and int(first) < int(end) <= count):
         raise ConfigError(f"--rows is {text!r}, but it is FIRST:END, with 0 <= FIRST < END <= {count}")
@@ -140,10 +144,10 @@ def train_subjects(
     stop: StopRequest,
     folder: Path,
 ) -> int:
-    """Trains all that are not finished. Returns 0, also where it was stopped, or 1 where a subject has failed.
+    """Trains all subjects that are not finished. Returns 0, also after a stop, or 1 where a subject has failed.
 
-    folder: of the run. That of the attempt is the same, or the part of it that belongs to these tasks alone, where
-    others train others.
+    folder: the folder of the run. attempt.run is the same, or, in an array, the part of it that belongs to these tasks
+    alone.
     """
     own = attempt.run
     zero_stage = config.engine.zero_stage if config.method == "full" else 1
@@ -212,7 +216,7 @@ def go_on_with_base(attempt: Attempt, folder: Path, base: Base, world: World) ->
 
 
 def run_tags(config: SubjectRunConfig, base: Base, attention: str, precision: str, world: World) -> dict[str, str]:
-    """Of the job in MLflow, to filter by."""
+    """Returns the tags of the job in MLflow, by which runs are filtered."""
     return {
         "task": "dreambooth",
         "method": config.method,

@@ -45,9 +45,11 @@ Figures = dict[tuple[str, tuple[int, int]], dict[str, Any]]
 
 
 def read_evaluation(where: Path) -> tuple[dict[str, Any], Figures]:
-    """-> what was measured, and the figures of each picture. Raises ConfigError where there is none.
+    """Reads an evaluation: what was measured, and the figures of each picture.
 
-    Samples are told by their places, as keys repeat: evaluations are compared on one data set alone.
+    where: the folder of the evaluation, or of its run. Samples are identified by their places, since keys may repeat,
+    so only evaluations on the same data set are compared. Raises ConfigError where there is no evaluation, or one by an
+    older version that did not note places.
     """
     folder = where if (where / "evaluation.json").is_file() else where / "evaluation"
     result = read_result(folder)
@@ -69,10 +71,12 @@ def compare(
     b: tuple[dict[str, Any], Figures],
     level: float = LEVEL,
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """way -> figure -> mean of A and of B, mean of B - A with its interval, and the share of samples where B is better.
+    """Compares two evaluations: way of making pictures -> figure -> what is known of A, B and their difference.
 
-    level: of the intervals. Raises ConfigError where they were measured differently, or by a version that did not note
-    how, or have no sample in common.
+    That is the mean of A and of B, the mean of B - A with its interval, and the share of samples where B is better.
+    level: the confidence level of the intervals. Ways that do not depend on the ControlNet are left out. Raises
+    ConfigError where the two were measured differently, or by a version that did not note how, or have no sample in
+    common.
     """
     for letter, (facts, _) in (("A", a), ("B", b)):
         if unknown := [name for name in SAME if name not in facts]:
@@ -104,10 +108,11 @@ def compare(
 def compare_way(
     a: Figures, b: Figures, way: str, shared: Sequence[tuple[int, int]], level: float
 ) -> dict[str, dict[str, float]]:
-    """What B gains over A in the samples of one way that both have.
+    """Computes what B gains over A in each figure, on the samples that both have of one way of making pictures.
 
-    A figure NAME of control has chance_a and chance_b too, and beside it stands NAME_share, the share of what is
-    possible (`statistics.share_of_possible`), where real pictures are certainly better than chance.
+    shared: the places of these samples. A figure NAME of control also has chance_a and chance_b, and beside it stands
+    NAME_share, the share of what is possible (`statistics.share_of_possible`), where real pictures are certainly better
+    than chance.
     """
     result: dict[str, dict[str, float]] = {}
     first, other = a[way, shared[0]], b[way, shared[0]]
@@ -129,7 +134,7 @@ def compare_way(
 
 
 def differences(ours: np.ndarray, theirs: np.ndarray, lower_is_better: bool) -> dict[str, float]:
-    """(N,) each, of A and of B: their means, and the share of samples where B is better."""
+    """Computes the means of A's and of B's values, (N,) each, and the share of samples where B is better."""
     better = theirs < ours if lower_is_better else theirs > ours
     return dict(a=float(ours.mean()), b=float(theirs.mean()), samples=len(ours), better=float(better.mean()))
 
@@ -139,7 +144,7 @@ def named(interval: Mapping[str, float]) -> dict[str, float]:
 
 
 def told(facts: dict[str, Any], name: str) -> str:
-    """For people: a digest with the path that it is of."""
+    """Formats a fact of an evaluation for an error message; a digest is followed by the path that it belongs to."""
     of = {"data_fingerprint": "data", "base_digest": "base"}.get(name)
     return repr(facts[name]) if of is None else f"{facts[name]:.12} ({facts[of]})"
 

@@ -38,7 +38,11 @@ class Measures:
 
 
 def open_measures(folders: Mapping[str, Path], aesthetic: Path | None, device: torch.device) -> Measures:
-    """folders: of `clip` and `dino`. Raises ConfigError for what cannot be opened, with what to give."""
+    """Opens the encoders and the aesthetic head by which sets of pictures are measured.
+
+    folders: of `clip` and `dino`, as far as they are given. aesthetic: a safetensors file, which needs `clip`. Raises
+    ConfigError for what cannot be opened, and says what to give.
+    """
     encoders = open_encoders(folders, device)
     head = None
     if aesthetic is not None:
@@ -52,7 +56,10 @@ def open_measures(folders: Mapping[str, Path], aesthetic: Path | None, device: t
 
 
 def read_head(path: Path) -> tuple[Tensor, Tensor]:
-    """A linear layer with one output. Raises ConfigError for anything else."""
+    """Reads the weight (1, D) and bias (1,), float32, of a linear layer with one output.
+
+    Raises ConfigError for anything else.
+    """
     try:
         tensors = load_file(path)
     except (OSError, ValueError, RuntimeError) as error:
@@ -67,9 +74,10 @@ def read_head(path: Path) -> tuple[Tensor, Tensor]:
 def measure_sets(
     measures: Measures, images: dict[str, np.ndarray], held: HeldOutSet, mine: Sequence[int], world: World
 ) -> dict[str, dict[str, Any]]:
-    """Figure -> {"values": {way: value}, "note": text}. Each rank encodes its own rows; the result is on all of them.
+    """Measures whole sets of pictures: figure -> {"values": {way: value}, "note": text}.
 
-    images: by way, this rank's (n, H, W, 3) uint8; the last way is real pictures, against which the others stand.
+    images: for each way of making pictures, this rank's (n, H, W, 3) uint8; the last way is the real pictures, with
+    which the others are compared. Each rank encodes its own rows, and every rank gets the whole result.
     """
     subject, clip = measures.encoders.subject, measures.encoders.clip
     ways = list(images)
@@ -111,7 +119,7 @@ def measure_sets(
 
 
 def gathered(encoder: Encoder, images: np.ndarray, mine: Sequence[int], world: World) -> Tensor:
-    """(N, D) float32, in the order of the set, on every rank."""
+    """Encodes this rank's pictures, and gathers all embeddings on every rank: (N, D) float32, in the set's order."""
     own: dict[int, Tensor] = {}
     for first in range(0, len(mine), AT_ONCE):  # the same pictures in each batch at every world size
         part = slice(first, first + AT_ONCE)
@@ -121,7 +129,7 @@ def gathered(encoder: Encoder, images: np.ndarray, mine: Sequence[int], world: W
 
 
 def gathered_pictures(images: np.ndarray, mine: Sequence[int], world: World) -> np.ndarray:
-    """The set's first pictures, on every rank."""
+    """Gathers the set's first DIVERSITY_PICTURES pictures on every rank, in the set's order: (n, H, W, 3) uint8."""
     own = {row: image for row, image in zip(mine, images, strict=True) if row < DIVERSITY_PICTURES}
     everyone = {row: one for part in gather_objects(own, world) for row, one in part.items()}
     return np.stack([everyone[row] for row in sorted(everyone)])
@@ -144,13 +152,19 @@ class Passed(nn.Module):
 
 
 def widened(features: Tensor) -> Tensor:
-    """(N, D) of unit length -> (N, D) float64 of length sqrt(D), as features have that no encoder has normalised: KID's
-    kernel, (x . y / D + 1)^3, is then (cosine + 1)^3."""
+    """Scales features of unit length, (N, D), to (N, D) float64 of length sqrt(D).
+
+    Features that no encoder has normalised are about as long. KID's kernel, (x . y / D + 1)^3, is then (cosine + 1)^3.
+    """
     return features.double() * features.shape[1] ** 0.5
 
 
 def kid(generated: Tensor, real: Tensor) -> float:
-    """Kernel distance (arXiv 1801.01401) of (N, D) and (M, D) features: the mean over subsets, from fixed draws."""
+    """Computes the kernel inception distance (KID, arXiv 1801.01401) of (N, D) and (M, D) features.
+
+    It is the mean over KID_SUBSETS subsets of KID_SUBSET features, drawn from a fixed seed; where the smaller set has
+    no more features than that, one subset of its size is taken.
+    """
     from torchmetrics.image.kid import KernelInceptionDistance
 
     size = min(len(generated), len(real))
@@ -170,7 +184,10 @@ def kid(generated: Tensor, real: Tensor) -> float:
 
 
 def fid(generated: Tensor, real: Tensor) -> float:
-    """Frechet distance (arXiv 1706.08500) of (N, D) and (M, D) features."""
+    """Computes the Frechet inception distance (FID, arXiv 1706.08500) of (N, D) and (M, D) features.
+
+    Raises UserError where N or M is below LEAST_FOR_FID.
+    """
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     if min(len(generated), len(real)) < LEAST_FOR_FID:

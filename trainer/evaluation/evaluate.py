@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def base_of(target: Evaluated, world: World) -> Base:
-    """Reads the base that pictures are drawn with: a run's as the run uses it."""
+    """Loads the base that pictures are drawn with: a run's base in the way in which the run uses it."""
     if target.config is None:
         return load_base(base_folder(target.base), target.family, torch.float32, world.device)
     model = target.config.model.model_copy(update={"base": target.base, "family": target.family})
@@ -176,7 +176,10 @@ def evaluate(target: Evaluated, options: argparse.Namespace, world: World) -> in
 
 
 def write_ends(out: Path, samples: Sequence[dict[str, Any]], held: HeldOutSet, drawn: Path) -> None:
-    """ends.json and ends/: the best and the worst pictures, for the report. drawn: the folder of those with control."""
+    """Writes ends.json and ends/, for the report: the best and the worst pictures by the first of FIGURES they have.
+
+    drawn: the folder of the pictures with control. Writes nothing where they have no such figure.
+    """
     own = [row for row in samples if row["way"] == WITH]
     figure = next((name for name in FIGURES if name in own[0]), None)
     if figure is None:
@@ -203,11 +206,11 @@ def write_ends(out: Path, samples: Sequence[dict[str, Any]], held: HeldOutSet, d
 
 
 def summary(rows: Sequence[dict[str, Any]], real: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Mean of each figure with its confidence interval; chance and share, each likewise, where they can be told.
+    """Computes the mean of each figure with its confidence interval; likewise its chance and share where there are any.
 
     rows, real: of the same held-out samples in the same order, as in samples.jsonl. chance is what the same pictures
-    score under the conditions of other samples, and share the share of what is possible (`share_of_possible`), which
-    is left out where real pictures are not certainly better than chance.
+    score under the conditions of other samples, and share the share of what is possible (`share_of_possible`), which is
+    left out where real pictures are not certainly better than chance.
     """
     names = [name for name, value in rows[0].items() if isinstance(value, float)]
     result: dict[str, dict[str, Any]] = {}
@@ -226,7 +229,7 @@ def summary(rows: Sequence[dict[str, Any]], real: Sequence[dict[str, Any]]) -> d
 
 
 def judged(images: dict[str, np.ndarray], mine: Sequence[int], world: World) -> dict[str, np.ndarray]:
-    """By way: what the judge reads in all pictures, (N, 8), whole on every rank."""
+    """Reads all pictures but discs with the judge: way of making pictures -> (N, 8) int64, whole on every rank."""
     judge = load_judge()
     found = {}
     for way, pictures in images.items():
@@ -260,7 +263,11 @@ def write(
     drawn: int,
     world: World,
 ) -> None:
-    """evaluation.json and samples.jsonl, each whole or not at all. facts: more of what it was measured with."""
+    """Writes evaluation.json and samples.jsonl, each whole or not at all.
+
+    facts: more of what the pictures were measured with. seconds: how long drawing took. drawn: how many pictures were
+    new.
+    """
     verdict = read_verdict(target.where) if target.config else None
     result = dict(
         where=str(target.where),

@@ -10,7 +10,10 @@ OF_ALL_KINDS = ("edge_f1", "mask_iou")
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """result: as in evaluation.json. One block for each figure of control, and one table of prompt accuracy."""
+    """Writes an evaluation as text: a block for each figure of control, a table of prompt accuracy, and the remarks.
+
+    result: as in evaluation.json.
+    """
     figures = result["figures"]
     names = list(dict.fromkeys(name for own in figures.values() for name in own))
     control = [name for name in names if not name.startswith("says_")]
@@ -33,7 +36,7 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 def control_block(name: str, figures: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A figure of control: a line for each way, with its value, chance and share."""
+    """Writes one figure of control: a line for each way of making pictures, with its value, chance and share."""
     lower = " (lower is better)" if name in LOWER_IS_BETTER else ""
     lines = ["", f"{title(name) + lower:<34}{'value':>20}{'chance':>20}{'possible':>24}"]
     for way, one in figures.items():
@@ -46,7 +49,10 @@ def control_block(name: str, figures: Mapping[str, Mapping[str, Any]]) -> list[s
 
 
 def prompt_accuracy_block(names: Sequence[str], figures: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Writes the prompt accuracy: what of the captions the pictures show; the real pictures and noise bound it."""
+    """Writes the prompt accuracy: which share of what captions ask for pictures show.
+
+    That of the real pictures and that of noise bound it.
+    """
     width = max(map(len, figures)) + 4
     lines = ["prompt accuracy".ljust(width) + "".join(f"{title(name):>20}" for name in names)]
     for way, own in figures.items():
@@ -57,7 +63,7 @@ def prompt_accuracy_block(names: Sequence[str], figures: Mapping[str, Mapping[st
 
 
 def remarks(result: Mapping[str, Any]) -> list[str]:
-    """Figures of whole sets of pictures, the validations' curve, and the speed."""
+    """Writes the figures of whole sets of pictures, the verdict over the validations, and the speed, a line each."""
     lines = []
     for name, one in result["sets"].items():
         values = ", ".join(f"{way} {value:.4f}" for way, value in one["values"].items())
@@ -75,7 +81,7 @@ def remarks(result: Mapping[str, Any]) -> list[str]:
 
 
 def title(name: str) -> str:
-    """A figure's name for people."""
+    """Gives a figure's name for people: without `says_`, and with spaces for underscores."""
     return name.removeprefix("says_").replace("_", " ")
 
 
@@ -91,7 +97,7 @@ def share_cell(figure: Mapping[str, Any]) -> str:
 
 
 def evaluation_table(evaluation: Mapping[str, Any]) -> str:
-    """A row for each figure; a column for each kind of pictures, and for chance and the share of what is possible."""
+    """Writes a Markdown table: a row for each figure, a column for each kind of pictures, and for chance and share."""
     ways, sampler = evaluation["figures"], evaluation["sampler"]
     names = list(dict.fromkeys(name for figures in ways.values() for name in figures))
     heads = ["figure", *ways]
@@ -116,7 +122,7 @@ def _markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _title(name: str) -> str:
-    """A figure's name for people."""
+    """Gives a figure's name for people: without `says_`, and with spaces for underscores."""
     return name.removeprefix("says_").replace("_", " ")
 
 

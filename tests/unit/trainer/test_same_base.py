@@ -246,3 +246,13 @@ def test_pictures_are_not_drawn_with_a_base_that_has_changed_since_the_run(base_
         check_bases(sources, load_base(base_copy))
     assert f"was epsilon at step 2 of {tmp_path / 'run'} and is v_prediction" in str(raised.value)
     assert f"or say --base {base_copy} to draw with what it is now" in str(raised.value)
+
+
+def test_an_sd3_with_its_t5_and_one_without_are_not_the_same_base():
+    whole = {"family": "sd3", "text_encoder": {"weights": "a"}, "text_encoder_3": {"weights": "b"}}
+    without = {name: part for name, part in whole.items() if name != "text_encoder_3"}
+    assert identity.differences(whole, whole) == []
+    assert identity.differences(whole, without) == [("text_encoder_3", "there", "left out")]
+    assert "its text_encoder_3" in identity.describe_differences(
+        [("family", "a", "b"), *identity.differences(without, whole)], "before"
+    )
