@@ -71,7 +71,7 @@ def status_main(arguments: Sequence[str] | None = None) -> int:
     job, record = last_submission(options.folder)
     asked = states(record, job.cluster)
     code = record["code"]
-    print(f"job         {record['engine']} {record['id']}, submission {record['submission']}: {said(asked)}")
+    print(f"job         {record['engine']} {record['id']}, submission {record['submission']}: {describe_states(asked)}")
     print(f"code        {code['version']} {(code['commit'] or '')[:12]}{', changed since' if code['dirty'] else ''}")
     if job.subjects:
         lines, failed = subject_lines(job, asked, record["submitted"])
@@ -81,7 +81,7 @@ def status_main(arguments: Sequence[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def said(asked: Sequence[JobState]) -> str:
+def describe_states(asked: Sequence[JobState]) -> str:
     """Describes what the engine says of a job, or counts the states of the tasks of an array."""
     if len(asked) == 1:
         (one,) = asked

@@ -90,7 +90,7 @@ def details(folder: Path, status: Record) -> list[str]:
     steps = [record for record in records if "loss" in record["metrics"]]
     lines = []
     if steps:
-        lines.append(f"step        {told_step(folder, steps, status.get('state') == 'running')}")
+        lines.append(f"step        {describe_step(folder, steps, status.get('state') == 'running')}")
         last = steps[-1]["metrics"]
         lines.append("last        " + ", ".join(f"{name} {number(last[name])}" for name in SHOWN if name in last))
     validated = [one for one in records if any(name.startswith("validation/") for name in one["metrics"])]
@@ -104,7 +104,7 @@ def details(folder: Path, status: Record) -> list[str]:
     return lines + mlflow_lines(folder)
 
 
-def told_step(folder: Path, steps: Sequence[Record], going: bool) -> str:
+def describe_step(folder: Path, steps: Sequence[Record], going: bool) -> str:
     """Describes the last step: `40 of 100, 2.1 steps/s, 28 s left, 3 s ago`. going: whether the run's state is that it
     runs, without which no time left is given."""
     step, path = steps[-1]["step"], folder / RESOLVED

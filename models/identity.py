@@ -140,7 +140,9 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple
         one, other = before[name], now[name]
         if isinstance(one, Mapping) and isinstance(other, Mapping):
             shared = [field for field in one if field in other]
-            found += [(_told(name, field), one[field], other[field]) for field in shared if one[field] != other[field]]
+            found += [
+                (_field_title(name, field), one[field], other[field]) for field in shared if one[field] != other[field]
+            ]
         elif one != other:
             found.append((name, one, other))
     there = {True: "there", False: "left out"}
@@ -153,7 +155,7 @@ FIRST = ("family", "prediction_type")
 """What is told first."""
 
 
-def _told(part: str, field: str) -> str:
+def _field_title(part: str, field: str) -> str:
     """Gives a field's name in messages: "prediction_type", "scheduler class", "vae scaling_factor", "unet weights"."""
     if field == "weights":
         return "weights" if part == "file" else f"{part} weights"

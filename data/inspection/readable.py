@@ -47,7 +47,7 @@ def check_readable(dataset: Dataset, kind: str | None, max_pixels: int = MAX_PIX
                 first = first or bad
     finally:
         reader.close()
-    raise UserError(_said(dataset.location, len(numbers), total, first))
+    raise UserError(_describe(dataset.location, len(numbers), total, first))
 
 
 def problem(location: str, kind: str | None, max_pixels: int, pictures: bool = True) -> str | None:
@@ -89,7 +89,7 @@ def _unindexed_problem(location: str, kind: str | None, max_pixels: int) -> str 
                 break
     except (TarDamage, ValueError, OSError):
         return None  # which the index tells
-    return _said(location, tried, None, first) if first is not None else None
+    return _describe(location, tried, None, first) if first is not None else None
 
 
 def _parts_to_read(key: str, parts: dict[str, bytes], kind: str | None) -> Iterator[tuple[str, bytes]]:
@@ -120,7 +120,7 @@ def _decode(key: str, parts: dict[str, bytes], max_pixels: int) -> None:
             decode_image(data, key, extension, max_pixels=max_pixels)
 
 
-def _said(location: str, tried: int, total: int | None, first: BadSample | None) -> str:
+def _describe(location: str, tried: int, total: int | None, first: BadSample | None) -> str:
     of = f"of its {total} samples" if total is not None else "samples of its first shard"
     looked = "none" if tried == total else f"none of {tried}"
     return (

@@ -42,7 +42,7 @@ def cut_prompts(tokenizers: Sequence[Any], prompts: Sequence[str]) -> list[Cut]:
     return [found[prompt] for prompt in different if prompt in found]
 
 
-def told_of_cut(tokenizers: Sequence[Any], prompts: Sequence[str], what: str) -> str | None:
+def describe_cut(tokenizers: Sequence[Any], prompts: Sequence[str], what: str) -> str | None:
     """Says how many of `prompts` are cut, and names the first; returns None where none is. what: such as "captions"."""
     cut = cut_prompts(tokenizers, prompts)
     if not cut:

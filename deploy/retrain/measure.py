@@ -85,7 +85,7 @@ def differences(champion: Path | None, challenger: Path, level: float) -> dict[s
     tree, rows = read_evaluation(challenger)
     ours = {key: row for key, row in rows.items() if key[0] in (WITH, REAL)}
     if champion is None:
-        drawn = {(WITH, key): row for (way, key), row in rows.items() if way == WITHOUT}
+        drawn = {(WITH, key): row for (variant, key), row in rows.items() if variant == WITHOUT}
         theirs = tree, drawn | {key: row for key, row in rows.items() if key[0] == REAL}
     else:
         theirs = read_evaluation(champion)
@@ -101,11 +101,11 @@ def values(evaluation: Path, metric: str) -> np.ndarray:
     """
     from controlbooth.trainer.evaluation.compare import read_evaluation
     from controlbooth.trainer.evaluation.record import REAL, WITH
-    from controlbooth.trainer.evaluation.statistics import per_picture, tells
+    from controlbooth.trainer.evaluation.statistics import per_picture, tells_apart
 
     figures = read_evaluation(evaluation)[1]
-    rows: list[Mapping[str, Any]] = [row for (way, _), row in figures.items() if way == WITH]
-    reals: list[Mapping[str, Any]] = [figures[REAL, place] for way, place in figures if way == WITH]
+    rows: list[Mapping[str, Any]] = [row for (variant, _), row in figures.items() if variant == WITH]
+    reals: list[Mapping[str, Any]] = [figures[REAL, place] for variant, place in figures if variant == WITH]
     known = [name for name, value in rows[0].items() if isinstance(value, float)]
     if metric in known:
         return np.array([row[metric] for row in rows])
@@ -117,7 +117,7 @@ def values(evaluation: Path, metric: str) -> np.ndarray:
         )
     chances = np.array([row["chance"][name] for row in rows])
     best = np.array([row[name] for row in reals])
-    if not tells(chances, best, lower_is_better=name in lower_is_better()):
+    if not tells_apart(chances, best, lower_is_better=name in lower_is_better()):
         raise ConfigError(
             f"drift asks for {metric!r}, and in {evaluation} real pictures are not certainly better than chance by "
             f"{name}: measure more samples, or another figure"

@@ -36,7 +36,7 @@ from controlbooth.data.files.records import (
 )
 from controlbooth.data.files.whole import write_whole
 from controlbooth.deploy.retrain.policy import Policy, cluster_of
-from controlbooth.launch.follow import log_words, next_submission, said
+from controlbooth.launch.follow import describe_states, log_words, next_submission
 from controlbooth.launch.job.cluster import Engine
 from controlbooth.launch.job.job import Job, job_logs, recorded_job
 from controlbooth.launch.job.outcome import ANEW, STATUS, failure_reasons
@@ -254,7 +254,7 @@ def job_words(one: Round) -> str:
     if record is None:
         return ""
     asked = states(record, recorded_job(Path(one.run), record).cluster)
-    return f"{record['engine']} job {record['id']}: {said(asked)}"
+    return f"{record['engine']} job {record['id']}: {describe_states(asked)}"
 
 
 def last_words(folder: Path, one: Round) -> str:

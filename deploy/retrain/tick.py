@@ -317,7 +317,7 @@ def finish_promotion(now: Tick, one: Round) -> int:
     return DONE
 
 
-def tell(policy: Policy, by_hand: bool = False) -> tuple[str, str]:
+def describe(policy: Policy, by_hand: bool = False) -> tuple[str, str]:
     """Returns what a tick would do now and why, and what it would submit; changes nothing. Raises as `tick` does.
 
     What would be submitted is a batch script or manifests; it is empty where there is nothing, and with engine=local.

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 
 from controlbooth.data.errors import UserError
-from controlbooth.launch.engines.script import Expanded, indented, judging, preamble, rows, saying, shell, training
+from controlbooth.launch.engines.script import Expanded, echoing, indented, judging, preamble, rows, shell, training
 from controlbooth.launch.job.job import Job, JobState
 from controlbooth.launch.ranks import child_process
 
@@ -44,7 +44,7 @@ def render(job: Job) -> str:
         "esac",
         "done",
         f'echo "== {job.cluster.restarts} restarts are used up. Look above for what ends the attempts; then:"',
-        saying("controlbooth", "launch", "resume", str(job.folder)),
+        echoing("controlbooth", "launch", "resume", str(job.folder)),
         "return 1",
         "}",
         "",

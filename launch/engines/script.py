@@ -38,7 +38,7 @@ def shell(words: Sequence[Word]) -> str:
     return text
 
 
-def saying(*words: str) -> str:
+def echoing(*words: str) -> str:
     """Writes a line that prints these words as a command that can be copied. The words reach the reader as they are."""
     return f"echo {shlex.quote(shlex.join(words))}"
 

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from controlbooth.data.errors import UserError
-from controlbooth.launch.engines.script import checking, judging, preamble, rows, saying, shell, training
+from controlbooth.launch.engines.script import checking, echoing, judging, preamble, rows, shell, training
 from controlbooth.launch.job.cluster import shutdown_seconds
 from controlbooth.launch.job.job import Job, JobState
 from controlbooth.launch.job.outcome import EXIT_CODES
@@ -172,7 +172,7 @@ case "$STATE" in
 esac
 if [ "${{SLURM_RESTART_COUNT:-0}}" -ge {restarts} ]; then
   echo "== {restarts} restarts are used up. Look above for what ends the attempts; then:"
-  {saying("controlbooth", "launch", "resume", str(job.folder))}
+  {echoing("controlbooth", "launch", "resume", str(job.folder))}
   exit 1
 fi
 answered scontrol requeue "$JOB\""""

@@ -13,7 +13,7 @@ from controlbooth.data.arguments import quoted
 from controlbooth.data.loading.loader import Loader
 from controlbooth.data.loading.long_captions import cut_captions
 from controlbooth.data.loading.plan import check_version, continued_history, resume_position, source_weights
-from controlbooth.data.loading.tokens import told_of_cut
+from controlbooth.data.loading.tokens import describe_cut
 from controlbooth.data.order.settings import DrawSettings
 from controlbooth.data.shards.cache import Cache
 from controlbooth.data.shards.latent_cache import LatentCache, open_latent_cache
@@ -44,7 +44,7 @@ from controlbooth.trainer.engine import deepspeed as engines
 from controlbooth.trainer.engine import ema
 from controlbooth.trainer.engine.device import device_name
 from controlbooth.trainer.engine.distributed import World
-from controlbooth.trainer.evaluation.extract import Extract, extractor, tells_control
+from controlbooth.trainer.evaluation.extract import Extract, extractor, measures_control
 from controlbooth.trainer.evaluation.held_out import HeldOutSet
 from controlbooth.trainer.evaluation.verdict import cannot_announce
 from controlbooth.trainer.run import checkpoint as checkpoints
@@ -54,9 +54,9 @@ from controlbooth.trainer.run.attention import choose_once
 from controlbooth.trainer.run.base import open_base, with_usual_guidance
 from controlbooth.trainer.run.continuing import SHAPING, check_position, check_same_run, check_unlocked
 from controlbooth.trainer.run.process import say
-from controlbooth.trainer.run.same_base import back_or_anew, check_same_base, told_of_base
+from controlbooth.trainer.run.same_base import back_or_anew, check_same_base, describe_base_changes
 from controlbooth.trainer.run.watchdog import Watchdog
-from controlbooth.trainer.tracking.open import open_tracker, tell_page
+from controlbooth.trainer.tracking.open import open_tracker, report_page
 from controlbooth.trainer.tracking.run_page import describe_training, inputs, training_tags
 from controlbooth.trainer.tracking.tracker import Tracker
 
@@ -106,8 +106,8 @@ def open_inputs(config: RunConfig, world: World, base: Base) -> tuple[Dataset, H
     if held is None:
         return dataset, None, None
     extract = extractor(held, {}, str(world.device))
-    check_told(config, held, extract, world)
-    if world.rank == 0 and (line := told_of_cut(base.tokenizers, held.captions, "held-out captions")):
+    check_measurable(config, held, extract, world)
+    if world.rank == 0 and (line := describe_cut(base.tokenizers, held.captions, "held-out captions")):
         say(world, f"warning: {line}")
     return dataset, held, extract
 
@@ -135,7 +135,7 @@ def check_saved(
     """Raises ConfigError where a checkpoint is of another run or base; -> whether the decoder learns in it already."""
     begun = f"at step {saved['step']}"
     check_same_base(saved, base, begun, back_or_anew(latest))
-    for line in told_of_base(saved, begun):
+    for line in describe_base_changes(saved, begun):
         say(world, line)
     identity = dict(
         zero_stage=config.engine.zero_stage,
@@ -193,10 +193,10 @@ def announce(run: Run, report: ParameterReport, chosen: AttentionChoice, latest:
         )
     if latest:
         say(world, f"going on from {latest} at step {run.step}")
-        say_changes(world, config, (latest / "config.yaml").read_text(), run.step)
+        report_changes(world, config, (latest / "config.yaml").read_text(), run.step)
 
 
-def say_changes(world: World, config: RunConfig, before: str, step: int) -> None:
+def report_changes(world: World, config: RunConfig, before: str, step: int) -> None:
     """Prints which settings have changed since the checkpoint, and warns where they change the learning rate of this
     step.
 
@@ -224,14 +224,14 @@ def base_attention_shapes(config: RunConfig, base: Base) -> tuple[AttentionShape
     return attention_shapes(base.denoiser, lambda: denoise(base.denoiser, latents, times, text))
 
 
-def check_told(config: RunConfig, held: HeldOutSet, extract: Extract | None, world: World) -> None:
+def check_measurable(config: RunConfig, held: HeldOutSet, extract: Extract | None, world: World) -> None:
     """Says where control can never be announced. Raises ConfigError where the run is to end by that."""
     patience = config.validation.stop_after_convergence
     if why := cannot_announce(config):
         if patience is not None:
             raise ConfigError(f"validation.stop_after_convergence={patience} would never end the run: {why}")
         say(world, f"warning: {why}")
-    elif patience is not None and not tells_control(held, extract):
+    elif patience is not None and not measures_control(held, extract):
         raise ConfigError(
             f"validation.stop_after_convergence={patience} would never end the run: no figure tells control of "
             f"{held.kind} in pictures of {config.data.held_out}. Leave it out, or put edges there too, which are "
@@ -375,7 +375,7 @@ def make_tracker(run: Run, parameters: int) -> Tracker:
             "controlnet_parameters": parameters,
         },
     )
-    tracker = open_tracker(run.folder, config, tags, run.attempt, partial(tell_page, world))
+    tracker = open_tracker(run.folder, config, tags, run.attempt, partial(report_page, world))
     tracker.log_inputs(inputs(config, run.dataset, held_out))
     machine = (
         f"{world.world_size} rank{'s' * (world.world_size > 1)} on {device}, {run.precision}, "

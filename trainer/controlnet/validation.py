@@ -68,7 +68,7 @@ def validate_and_log(run: Run) -> dict[str, float]:
         run.tracker.log_image(grid, "samples", run.step)
         if run.config.validation.prompts:
             run.tracker.log_image(prompted, "prompts", run.step)
-    say(run.world, f"step {run.step}: {told(figures)} ({time.perf_counter() - began:.0f} s)")
+    say(run.world, f"step {run.step}: {describe_figures(figures)} ({time.perf_counter() - began:.0f} s)")
     note_verdict(run, validated=True)
     return figures
 
@@ -89,7 +89,7 @@ def note_verdict(run: Run, validated: bool) -> None:
             run.tracker.log(run.step, {"convergence/step": verdict.announced.step})
         changed = verdict.events != (before.events if before else ())
         if changed or (verdict.events and not validated):
-            tell_verdict(run, verdict, "" if validated or not changed else f"as of step {run.step}: ")
+            report_verdict(run, verdict, "" if validated or not changed else f"as of step {run.step}: ")
         elif not verdict.events and run.step > USUAL_STEPS and not run.warned:
             say(run.world, "warning: " + describe(verdict))
             run.warned = True
@@ -98,7 +98,7 @@ def note_verdict(run: Run, validated: bool) -> None:
     run.verdict = from_first_rank(verdict)
 
 
-def tell_verdict(run: Run, verdict: Verdict, since: str) -> None:
+def report_verdict(run: Run, verdict: Verdict, since: str) -> None:
     """Says it, and tags it in MLflow. since: what is said before it."""
     say(run.world, since + describe(verdict))
     if run.tracker is not None:
@@ -184,7 +184,7 @@ def fidelity_figures(
     return {name: float(value) for name, value in figures.items() if np.isfinite(value)}
 
 
-def told(figures: Mapping[str, float]) -> str:
+def describe_figures(figures: Mapping[str, float]) -> str:
     """Formats what `validate` returns in one line for people, with chance and share behind the figure that they belong
     to.
 

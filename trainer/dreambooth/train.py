@@ -52,10 +52,16 @@ from controlbooth.trainer.run.attempt import Attempt, Superseded, only_run, writ
 from controlbooth.trainer.run.attention import choose_once
 from controlbooth.trainer.run.failures import end_superseded, note_failure
 from controlbooth.trainer.run.process import StopRequest, quiet_libraries
-from controlbooth.trainer.run.same_base import BASE_FILE, base_facts, check_same_base, read_base_facts, told_of_base
+from controlbooth.trainer.run.same_base import (
+    BASE_FILE,
+    base_facts,
+    check_same_base,
+    describe_base_changes,
+    read_base_facts,
+)
 from controlbooth.trainer.run.starting import folder_problems, refuse
 from controlbooth.trainer.tracking.mlflow_address import tracking_problems
-from controlbooth.trainer.tracking.open import tell_page
+from controlbooth.trainer.tracking.open import report_page
 from controlbooth.trainer.tracking.run_page import source_tags
 
 
@@ -175,7 +181,7 @@ def train_subjects(
     writes = config.method == "lora" or world.rank == 0
     tracking = Untracked()  # of ranks that train a subject together the first logs
     if writes:
-        tracking = SubjectTracking(config, folder, attempt, world, tags, partial(tell_page, world))
+        tracking = SubjectTracking(config, folder, attempt, world, tags, partial(report_page, world))
     with tracking.open(faults if world.rank == 0 else {}) as closing:
         studio = open_studio(config, folder, attempt, tracking, world.device, writes)
         draw_prior(config, base, tasks, world)
@@ -204,14 +210,14 @@ def go_on_with_base(attempt: Attempt, folder: Path, base: Base, world: World) ->
     if saved is None:
         if world.rank == 0:
             if (folder / "subjects").is_dir():
-                for line in told_of_base({}, begun):
+                for line in describe_base_changes({}, begun):
                     print(line, file=sys.stderr, flush=True)
             write_text(attempt, folder / BASE_FILE, json.dumps(base_facts(base), indent=1))
         return
     remedy = f"Put it back as it was, or give the run another name: {folder} holds subjects that were trained on that"
     check_same_base(saved, base, begun, remedy)
     if world.rank == 0:
-        for line in told_of_base(saved, begun):
+        for line in describe_base_changes(saved, begun):
             print(line, file=sys.stderr, flush=True)
 
 

@@ -158,9 +158,9 @@ def smooth(curve: Mapping[int, float]) -> dict[int, float]:
 
 
 def plot_standing(shares: Mapping[str, Mapping[str, float]], marked: str, bound: float) -> str:
-    """Draws where each way of making pictures stands between chance and the real pictures, with its interval, as SVG.
+    """Draws where each variant of the pictures stands between chance and the real pictures, with its interval, as SVG.
 
-    shares: way -> mean, low and high. marked: the way that is judged. bound: the share beyond which it obeys.
+    shares: variant -> mean, low and high. marked: the variant that is judged. bound: the share beyond which it obeys.
     """
     from matplotlib.figure import Figure as Drawing
 
@@ -170,18 +170,18 @@ def plot_standing(shares: Mapping[str, Mapping[str, float]], marked: str, bound:
     axes.axvline(0.0, color=CHANCE, linestyle="--", linewidth=1.4)
     axes.axvline(1.0, color=REAL, linestyle=":", linewidth=1.6)
     axes.axvline(bound, color=BOUND, linewidth=1)
-    for place, (way, share) in enumerate(shares.items()):
-        colour = REAL if way != marked else WITH_CONTROL if share["low"] > bound else BOUND
+    for place, (variant, share) in enumerate(shares.items()):
+        colour = REAL if variant != marked else WITH_CONTROL if share["low"] > bound else BOUND
         low, mean, high = (float(np.clip(share[end], *SHARES)) for end in ("low", "mean", "high"))
-        axes.plot([low, high], [place, place], color=colour, linewidth=5 if way == marked else 2.5, alpha=0.4)
-        axes.plot([mean], [place], "o", color=colour, markersize=9 if way == marked else 5.5)
+        axes.plot([low, high], [place, place], color=colour, linewidth=5 if variant == marked else 2.5, alpha=0.4)
+        axes.plot([mean], [place], "o", color=colour, markersize=9 if variant == marked else 5.5)
         axes.annotate(
             f"{share['mean']:.0%}", (high, place), xytext=(7, 0), textcoords="offset points", fontsize=9, va="center",
             color=colour,
         )  # fmt: skip
     axes.set_yticks(range(len(shares)), list(shares), fontsize=9.5)
-    for label, way in zip(axes.get_yticklabels(), shares, strict=True):
-        if way == marked:
+    for label, variant in zip(axes.get_yticklabels(), shares, strict=True):
+        if variant == marked:
             label.set(fontweight="bold")
     axes.set_ylim(len(shares) - 0.5, -0.5)
     axes.set_xlim(SHARES[0], SHARES[1] + 0.06)

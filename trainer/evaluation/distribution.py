@@ -74,24 +74,24 @@ def read_head(path: Path) -> tuple[Tensor, Tensor]:
 def measure_sets(
     measures: Measures, images: dict[str, np.ndarray], held: HeldOutSet, mine: Sequence[int], world: World
 ) -> dict[str, dict[str, Any]]:
-    """Measures whole sets of pictures: figure -> {"values": {way: value}, "note": text}.
+    """Measures whole sets of pictures: figure -> {"values": {variant: value}, "note": text}.
 
-    images: for each way of making pictures, this rank's (n, H, W, 3) uint8; the last way is the real pictures, with
-    which the others are compared. Each rank encodes its own rows, and every rank gets the whole result.
+    images: for each variant of the pictures, this rank's (n, H, W, 3) uint8; the last variant is the real pictures,
+    with which the others are compared. Each rank encodes its own rows, and every rank gets the whole result.
     """
     subject, clip = measures.encoders.subject, measures.encoders.clip
-    ways = list(images)
-    real = ways[-1]
-    features = {way: gathered(subject, images[way], mine, world) for way in ways}
+    variants = list(images)
+    real = variants[-1]
+    features = {variant: gathered(subject, images[variant], mine, world) for variant in variants}
     count = len(features[real])
     result: dict[str, dict[str, Any]] = {}
     if count >= LEAST_FOR_KID:
         result[f"KID by {subject.title}"] = dict(
-            values={way: kid(widened(features[way]), widened(features[real])) for way in ways[:-1]},
+            values={variant: kid(widened(features[variant]), widened(features[real])) for variant in variants[:-1]},
             note="lower is better, 0 for pictures of the same distribution",
         )
     if count >= LEAST_FOR_FID:
-        values = {way: fid(widened(features[way]), widened(features[real])) for way in ways[:-1]}
+        values = {variant: fid(widened(features[variant]), widened(features[real])) for variant in variants[:-1]}
         result[f"FID by {subject.title}"] = dict(values=values, note="lower is better")
     else:
         instead = ": see KID" if count >= LEAST_FOR_KID else ""
@@ -99,20 +99,24 @@ def measure_sets(
     if clip is not None:
         assert clip.texts is not None
         texts = clip.texts(held.captions)
-        embedded = {way: gathered(clip, images[way], mine, world) for way in ways}
+        embedded = {variant: gathered(clip, images[variant], mine, world) for variant in variants}
         result["CLIP score"] = dict(
-            values={way: float((one.double() * texts.double()).sum(dim=1).mean()) for way, one in embedded.items()},
+            values={
+                variant: float((one.double() * texts.double()).sum(dim=1).mean()) for variant, one in embedded.items()
+            },
             note="mean cosine of picture and prompt; higher is better",
         )
         if measures.aesthetic is not None:
             weight, bias = measures.aesthetic
             result["CLIP aesthetic score"] = dict(
-                values={way: float((one @ weight.T + bias).mean()) for way, one in embedded.items()},
+                values={variant: float((one @ weight.T + bias).mean()) for variant, one in embedded.items()},
                 note="higher is better",
             )
-    few = {way: gathered_pictures(images[way], mine, world) for way in ways}
+    few = {variant: gathered_pictures(images[variant], mine, world) for variant in variants}
     result[measures.encoders.div_title] = dict(
-        values={way: off_diagonal(measures.encoders.distances(one)) for way, one in few.items() if len(one) > 1},
+        values={
+            variant: off_diagonal(measures.encoders.distances(one)) for variant, one in few.items() if len(one) > 1
+        },
         note="mean distance of two pictures of different prompts; higher is more diverse",
     )
     return result

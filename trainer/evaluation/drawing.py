@@ -89,7 +89,7 @@ def slug(name: str) -> str:
 def way_digest(
     target: Evaluated, base: Base, dataset: Dataset, network: Any, prompts: Sequence[str], guidance: float, side: int
 ) -> str:
-    """Computes a digest of everything that one way's pictures depend on: 12 hexadecimal digits of a SHA-256.
+    """Computes a digest of everything that one variant's pictures depend on: 12 hexadecimal digits of a SHA-256.
 
     network: the ControlNet, or None for the base alone.
     """
@@ -161,17 +161,17 @@ def read_png(path: Path) -> np.ndarray:
 def sample_rows(
     images: dict[str, np.ndarray], held: HeldOutSet, mine: Sequence[int], extract: Any
 ) -> list[dict[str, Any]]:
-    """Makes a row for each of this rank's pictures and each way of making them: sample, figures and their chance.
+    """Makes a row for each of this rank's pictures and each variant of making them: sample, figures and their chance.
 
-    images: by way, the pictures of the rows `mine`, (n, H, W, 3) uint8. Values are rounded to 6 decimal places.
+    images: by variant, the pictures of the rows `mine`, (n, H, W, 3) uint8. Values are rounded to 6 decimal places.
     """
     rows = []
-    for way, pictures in images.items():
+    for variant, pictures in images.items():
         figures = fidelity(pictures, held, mine, extract)
         for place, row in enumerate(mine):
             own, chance = ({name: round(float(values[place]), 6) for name, values in part.items()} for part in figures)
             named = dict(key=held.keys[row], place=held.places[row], caption=held.captions[row])
-            rows.append(dict(way=way, row=row, **named, **own, chance=chance))
+            rows.append(dict(way=variant, row=row, **named, **own, chance=chance))
     return rows
 
 

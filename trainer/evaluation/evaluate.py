@@ -26,7 +26,7 @@ import torch
 
 from controlbooth.data.condition_names import COMPUTED
 from controlbooth.data.files.whole import write_whole
-from controlbooth.data.loading.tokens import told_of_cut
+from controlbooth.data.loading.tokens import describe_cut
 from controlbooth.data.scenes.render import Scene, render
 from controlbooth.data.shards.manifest import Dataset, open_dataset
 from controlbooth.models.base import Base
@@ -106,14 +106,14 @@ def evaluate(target: Evaluated, options: argparse.Namespace, world: World) -> in
     controlnet.eval().requires_grad_(False).to(world.device)
     side = target.resolution or base.picture_size[0]
     held = load_held_out(dataset, count, target.condition, side)
-    if world.rank == 0 and (line := told_of_cut(base.tokenizers, held.captions, "held-out captions")):
+    if world.rank == 0 and (line := describe_cut(base.tokenizers, held.captions, "held-out captions")):
         print(f"warning: {line}", file=sys.stderr)
     networks = named_networks(options.network, held.kind)
     extract = extractor(held, networks, str(world.device))
     measures = open_measures(encoder_folders(options.encoder), options.aesthetic, world.device)
     if extract is None and world.rank == 0 and held.kind not in EDGE_KINDS:
         print(what_is_missing(held.kind), file=sys.stderr)
-    ways: dict[str, tuple[Any, Sequence[str], float]] = {
+    variants: dict[str, tuple[Any, Sequence[str], float]] = {
         WITHOUT: (None, held.captions, guidance),
         WITH: (controlnet, held.captions, guidance),
         NO_PROMPT: (controlnet, [""] * len(held.keys), guidance if base.family.embeds_guidance else 1.0),
@@ -123,10 +123,10 @@ def evaluate(target: Evaluated, options: argparse.Namespace, world: World) -> in
     drawn = 0
 
     def way_folder(name: str) -> Path:
-        network, prompts, guidance = ways[name]
+        network, prompts, guidance = variants[name]
         return out / "pictures" / f"{slug(name)}-{way_digest(target, base, dataset, network, prompts, guidance, side)}"
 
-    for name, (network, prompts, guidance) in ways.items():
+    for name, (network, prompts, guidance) in variants.items():
         drawn_by = base if network is None else controlled
         images[name], new = draw(
             drawn_by, network, held, prompts, guidance, target, way_folder(name), mine, name, world
@@ -142,13 +142,13 @@ def evaluate(target: Evaluated, options: argparse.Namespace, world: World) -> in
     seen = judged(images, mine, world) if scenes and side == JUDGED_SIDE else {}
     samples = [row for part in gather_objects(sample_rows(images, held, mine, extract), world) for row in part]
     samples.sort(key=lambda row: (list(images).index(row["way"]), row["row"]))
-    sets = measure_sets(measures, {name: images[name] for name in (*ways, REAL)}, held, mine, world)
+    sets = measure_sets(measures, {name: images[name] for name in (*variants, REAL)}, held, mine, world)
     everything = gather_objects(drawn, world)
     if world.rank == 0:
-        for way, own in seen.items():
-            add_prompt_accuracy([row for row in samples if row["way"] == way], own, scenes)
-        of_way = {way: [row for row in samples if row["way"] == way] for way in images}
-        figures = {way: summary(rows, of_way[REAL]) for way, rows in of_way.items()}
+        for variant, own in seen.items():
+            add_prompt_accuracy([row for row in samples if row["way"] == variant], own, scenes)
+        of_variant = {variant: [row for row in samples if row["way"] == variant] for variant in images}
+        figures = {variant: summary(rows, of_variant[REAL]) for variant, rows in of_variant.items()}
         measured_by = {kind: str(Path(folder).resolve()) for kind, folder in networks.items() if kind == held.kind}
         facts = dict(
             base_digest=base.digest,
@@ -160,7 +160,7 @@ def evaluate(target: Evaluated, options: argparse.Namespace, world: World) -> in
         write(out, target, dataset, facts, figures, sets, measures, samples, seconds, sum(everything), world)
         shown = min(SHOWN, len(held.keys))
         columns = {"condition": held.conditions[:shown]}
-        for name in ways:
+        for name in variants:
             columns[name] = np.stack([read_png(way_folder(name) / f"{row:06d}.png") for row in range(shown)])
         draw_grid(out / "evaluation.png", columns | {"target": held.targets[:shown]}, held.captions[:shown])
         write_ends(out, samples, held, way_folder(WITH))
@@ -229,14 +229,14 @@ def summary(rows: Sequence[dict[str, Any]], real: Sequence[dict[str, Any]]) -> d
 
 
 def judged(images: dict[str, np.ndarray], mine: Sequence[int], world: World) -> dict[str, np.ndarray]:
-    """Reads all pictures but discs with the judge: way of making pictures -> (N, 8) int64, whole on every rank."""
+    """Reads all pictures but discs with the judge: variant of the pictures -> (N, 8) int64, whole on every rank."""
     judge = load_judge()
     found = {}
-    for way, pictures in images.items():
+    for variant, pictures in images.items():
         seen = dict(zip(mine, read(judge, pictures) if len(mine) else [], strict=True))
         everyone = {row: one for part in gather_objects(seen, world) for row, one in part.items()}
-        if way != DISCS:
-            found[way] = np.stack([everyone[row] for row in sorted(everyone)])
+        if variant != DISCS:
+            found[variant] = np.stack([everyone[row] for row in sorted(everyone)])
     return found
 
 

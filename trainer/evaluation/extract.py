@@ -100,7 +100,7 @@ def fidelity(images: np.ndarray, held: HeldOutSet, rows: Sequence[int], extract:
     return Fidelity(*({name: np.array(one) for name, one in part.items()} for part in (values, chances)))
 
 
-def tells_control(held: HeldOutSet, extract: Extract | None) -> bool:
+def measures_control(held: HeldOutSet, extract: Extract | None) -> bool:
     """Tells whether pictures of this set have a figure by which control is judged (FIGURES)."""
     return any(name in FIGURES for name in fidelity(held.targets[:1], held, [0], extract).values)
 

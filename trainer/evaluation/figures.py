@@ -29,19 +29,19 @@ def table(result: Mapping[str, Any]) -> str:
     if result["samples"] == 1:
         lines[1] = "one held-out sample has no chance beside it: take more, up to all of the shards, with --samples"
     for name in control:
-        lines += control_block(name, {way: own[name] for way, own in figures.items() if name in own})
+        lines += control_block(name, {variant: own[name] for variant, own in figures.items() if name in own})
     if says := [name for name in names if name.startswith("says_")]:
         lines += ["", *prompt_accuracy_block(says, figures)]
     return "\n".join([*lines, *remarks(result)])
 
 
 def control_block(name: str, figures: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Writes one figure of control: a line for each way of making pictures, with its value, chance and share."""
+    """Writes one figure of control: a line for each variant of the pictures, with its value, chance and share."""
     lower = " (lower is better)" if name in LOWER_IS_BETTER else ""
     lines = ["", f"{title(name) + lower:<34}{'value':>20}{'chance':>20}{'possible':>24}"]
-    for way, one in figures.items():
+    for variant, one in figures.items():
         chance = cell(one["chance"]) if "chance" in one else "-"
-        lines.append(f"  {way:<32}{cell(one):>20}{chance:>20}{share_cell(one):>24}")
+        lines.append(f"  {variant:<32}{cell(one):>20}{chance:>20}{share_cell(one):>24}")
     told = [one for one in figures.values() if "chance" in one]
     if told and not any("share" in one for one in told):
         lines.append("  tells nothing here: real pictures are not certainly better than chance. More samples may help")
@@ -55,10 +55,10 @@ def prompt_accuracy_block(names: Sequence[str], figures: Mapping[str, Mapping[st
     """
     width = max(map(len, figures)) + 4
     lines = ["prompt accuracy".ljust(width) + "".join(f"{title(name):>20}" for name in names)]
-    for way, own in figures.items():
+    for variant, own in figures.items():
         if any(name in own for name in names):
             cells = [cell(own[name]) if name in own else "-" for name in names]
-            lines.append(f"  {way}".ljust(width) + "".join(f"{one:>20}" for one in cells))
+            lines.append(f"  {variant}".ljust(width) + "".join(f"{one:>20}" for one in cells))
     return lines
 
 
@@ -66,7 +66,7 @@ def remarks(result: Mapping[str, Any]) -> list[str]:
     """Writes the figures of whole sets of pictures, the verdict over the validations, and the speed, a line each."""
     lines = []
     for name, one in result["sets"].items():
-        values = ", ".join(f"{way} {value:.4f}" for way, value in one["values"].items())
+        values = ", ".join(f"{variant} {value:.4f}" for variant, value in one["values"].items())
         note = one.get("note", "")
         lines.append(f"{name}: " + (f"{values} ({note})" if values and note else values or note))
     if result.get("told"):  # of a run
@@ -98,11 +98,11 @@ def share_cell(figure: Mapping[str, Any]) -> str:
 
 def evaluation_table(evaluation: Mapping[str, Any]) -> str:
     """Writes a Markdown table: a row for each figure, a column for each kind of pictures, and for chance and share."""
-    ways, sampler = evaluation["figures"], evaluation["sampler"]
-    names = list(dict.fromkeys(name for figures in ways.values() for name in figures))
-    heads = ["figure", *ways]
-    rows = [[_title(name), *(_with_interval(figures.get(name)) for figures in ways.values())] for name in names]
-    controlled = ways["with control"]
+    variants, sampler = evaluation["figures"], evaluation["sampler"]
+    names = list(dict.fromkeys(name for figures in variants.values() for name in figures))
+    heads = ["figure", *variants]
+    rows = [[_title(name), *(_with_interval(figures.get(name)) for figures in variants.values())] for name in names]
+    controlled = variants["with control"]
     if any("chance" in figure for figure in controlled.values()):
         heads += ["chance, with control", "share of what is possible"]
         for row, name in zip(rows, names, strict=True):

@@ -69,15 +69,15 @@ def mean(figure: Any) -> float | None:
 
 def table(result: Mapping[str, Any]) -> str:
     """Makes the table for Tracker.log_table, as JSON: a row for each figure and kind of pictures, with the COLUMNS."""
-    ways = result["figures"]
-    names = dict.fromkeys(name for own in ways.values() for name in own)
+    variants = result["figures"]
+    names = dict.fromkeys(name for own in variants.values() for name in own)
     rows: list[list[str | float]] = []
     for name in names:
-        for way, own in ways.items():
+        for variant, own in variants.items():
             if one := own.get(name):
-                rows.append([name, way, *(cell(mean(one.get(column))) for column in COLUMNS)])
+                rows.append([name, variant, *(cell(mean(one.get(column))) for column in COLUMNS)])
     for name, one in result["sets"].items():
-        rows += [[name, way, cell(value), *[""] * (len(COLUMNS) - 1)] for way, value in one["values"].items()]
+        rows += [[name, variant, cell(value), *[""] * (len(COLUMNS) - 1)] for variant, value in one["values"].items()]
     return table_json(["figure", "pictures", *COLUMNS], rows)
 
 

@@ -29,12 +29,12 @@ def _figure(value: Any) -> bool:
 
 
 def _ways(value: Any) -> bool:
-    """Tells whether a value maps each way of making pictures to its figures by name."""
+    """Tells whether a value maps each variant of the pictures to its figures by name."""
     return is_mapping(value) and all(is_mapping(own) and all(map(_figure, own.values())) for own in value.values())
 
 
 def _sets(value: Any) -> bool:
-    """Tells whether a value maps the name of each figure of whole sets to its values by way, and perhaps a note."""
+    """Tells whether a value maps the name of each figure of whole sets to its values by variant, and perhaps a note."""
     return is_mapping(value) and all(
         having({"values": is_mapping, "note": maybe(is_text)})(one) and all(map(is_figure, one["values"].values()))
         for one in value.values()

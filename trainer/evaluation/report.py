@@ -147,14 +147,14 @@ def headline(verdict: Verdict | None) -> tuple[str, str]:
 
 
 def standing(measured: dict[str, Any], verdict: Verdict | None) -> tuple[str, dict[str, dict[str, float]]]:
-    """Finds (figure, share of what is possible by way), from the evaluation or else from the last validation.
+    """Finds (figure, share of what is possible by variant), from the evaluation or else from the last validation.
 
     Both are empty where neither has any.
     """
     own = measured.get("figures", {})
     told = [verdict.figure] if verdict and verdict.figure else []
     for figure in [*told, *FIGURES]:
-        shares = {way: one[figure]["share"] for way, one in own.items() if "share" in one.get(figure, {})}
+        shares = {variant: one[figure]["share"] for variant, one in own.items() if "share" in one.get(figure, {})}
         if shares:
             return figure, shares
     if verdict and verdict.figure and verdict.last and np.isfinite(verdict.last.share):

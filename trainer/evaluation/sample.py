@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from controlbooth.data.loading.held_out import held_out
-from controlbooth.data.loading.tokens import told_of_cut
+from controlbooth.data.loading.tokens import describe_cut
 from controlbooth.data.pictures.images import decode_image, prepare_condition, to_rgb
 from controlbooth.data.shards.manifest import open_dataset
 from controlbooth.models.base import Base
@@ -72,7 +72,7 @@ def run(options: argparse.Namespace) -> int:
     base, networks = open_controls(folders, base)
     requests = make_requests(options, sources, base)
     prompts = [*(row.prompt for row in requests), *([options.negative] if options.negative else [])]
-    if line := told_of_cut(base.tokenizers, prompts, "prompts"):
+    if line := describe_cut(base.tokenizers, prompts, "prompts"):
         print(f"warning: {line}", file=sys.stderr)
     options.out.mkdir(parents=True, exist_ok=True)
     pictures: list[np.ndarray] = []

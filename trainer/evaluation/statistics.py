@@ -35,7 +35,7 @@ def share_of_possible(
     """
     sign = -1.0 if lower_is_better else 1.0
     gained, possible = sign * (values - chances), sign * (reals - chances)
-    if not tells(chances, reals, level, lower_is_better):
+    if not tells_apart(chances, reals, level, lower_is_better):
         return dict(NOTHING_TOLD)
     means = resampled_means(np.stack([gained, possible], axis=1))
     return dict(mean=float(gained.mean() / possible.mean())) | ends_of_ratio(means[:, 0], means[:, 1], level)
@@ -54,7 +54,7 @@ def share_difference(
     `share_of_possible`. As there, all three are NaN where real pictures are not certainly better than the chance of A
     or of B; they are also NaN where an end of the interval is not finite.
     """
-    if not all(tells(chances, reals, level, lower_is_better) for _, chances in (a, b)):
+    if not all(tells_apart(chances, reals, level, lower_is_better) for _, chances in (a, b)):
         return dict(NOTHING_TOLD)
     columns = [one - chances for values, chances in (a, b) for one in (values, reals)]
     gained_a, possible_a, gained_b, possible_b = np.stack(columns)
@@ -76,7 +76,7 @@ def per_picture(values: np.ndarray, chances: np.ndarray, reals: np.ndarray) -> n
     return (values - chances) / float((reals - chances).mean())
 
 
-def tells(chances: np.ndarray, reals: np.ndarray, level: float = LEVEL, lower_is_better: bool = False) -> bool:
+def tells_apart(chances: np.ndarray, reals: np.ndarray, level: float = LEVEL, lower_is_better: bool = False) -> bool:
     """Tells whether the figure can tell anything on these samples: real pictures must be better than chance.
 
     The whole paired bootstrap interval of their difference must be above 0. chances, reals: (N,) float.

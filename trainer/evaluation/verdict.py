@@ -198,7 +198,7 @@ def bound_beyond(without: float) -> float:
 def judge_run(run: Path, samples: int) -> Verdict:
     """Judges the validations in the run's metrics.jsonl. Only the training calls this; all others read its verdict."""
     by_step = validated(run)
-    figure = told_by(name for metrics in by_step.values() for name in metrics)
+    figure = measured_by(name for metrics in by_step.values() for name in metrics)
     if figure is None:
         return Verdict(None, samples, 0, 0, None, ())
     rows = {step: metrics for step, metrics in by_step.items() if figure in metrics}
@@ -227,7 +227,7 @@ def validated(run: Path) -> dict[int, dict[str, float]]:
     return dict(sorted(found.items()))
 
 
-def told_by(metrics: Iterable[str]) -> str | None:
+def measured_by(metrics: Iterable[str]) -> str | None:
     """Chooses the metric by which control is judged, from the names of metrics; None where there is none.
 
     It is the first of FIGURES that has a share, else the first that has a chance, else the first that is there.

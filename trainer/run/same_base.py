@@ -41,7 +41,7 @@ def check_same_base(saved: Mapping[str, Any], base: Base, when: str, remedy: str
         raise ConfigError(f"{base.path}: {describe_differences(found, when)}. {remedy}")
 
 
-def told_of_base(saved: Mapping[str, Any], when: str) -> list[str]:
+def describe_base_changes(saved: Mapping[str, Any], when: str) -> list[str]:
     """Lists, a line each, what a person should know of an accepted record: what it lacks, and other libraries."""
     if "base" not in saved:
         return [

@@ -12,7 +12,7 @@ from controlbooth.trainer.tracking.tracker import Status, Tracker
 IN_MLFLOW: dict[str, Status] = {"failed": "FAILED", "stopped": "KILLED", "finished": "FINISHED"}
 
 
-def tell_page(world: World, ways: Sequence[str]) -> None:
+def report_page(world: World, ways: Sequence[str]) -> None:
     say(world, f"MLflow: {', then '.join(ways)}")
 
 

@@ -21,7 +21,7 @@ from controlbooth.trainer.encoding import latent_cache_identities
 from controlbooth.trainer.evaluation.sample import Source, check_bases
 from controlbooth.trainer.run import same_base
 from controlbooth.trainer.run.integrity import write_marker
-from controlbooth.trainer.run.same_base import base_facts, check_same_base, read_base_facts, told_of_base
+from controlbooth.trainer.run.same_base import base_facts, check_same_base, describe_base_changes, read_base_facts
 
 
 def edit(path: Path, **changes) -> None:
@@ -144,12 +144,12 @@ def test_a_base_that_is_moved_saved_anew_or_described_further_is_the_same(base_c
 def test_a_record_of_before_and_other_libraries_are_said_and_go_on(load_tiny, monkeypatch):
     base = load_tiny("sd15")
     check_same_base({"step": 2, "base_digest": base.digest}, base, "at step 2", "")
-    (line,) = told_of_base({"step": 2}, "at step 2")
+    (line,) = describe_base_changes({"step": 2}, "at step 2")
     assert "noted nothing of the base but its weights" in line
     saved = base_facts(base)
-    assert told_of_base(saved, "at step 2") == []
+    assert describe_base_changes(saved, "at step 2") == []
     monkeypatch.setattr(same_base, "libraries", lambda: identity.libraries() | {"torch": "99.0"})
-    (line,) = told_of_base(saved, "at step 2")
+    (line,) = describe_base_changes(saved, "at step 2")
     assert line == (
         f"other libraries than at step 2, so last bits may differ: torch was {torch.__version__} and is 99.0"
     )
