@@ -34,17 +34,18 @@ def verb_parser(verb: str, description: str, epilog: str) -> argparse.ArgumentPa
 
 
 def quoted(word: object) -> str:
-    """A word of a command that is printed for people to copy: their shell takes it as it is."""
+    """Quotes a word of a command that is printed for people to copy, so that their shell takes it as it is."""
     return shlex.quote(str(word))
 
 
 def visible(text: object) -> str:
-    """Words of a data set, such as a caption or a key, as a terminal shows them: what would steer it is written out."""
+    """Returns text of a data set, such as a caption or a key, with control characters and lone surrogates written as
+    escapes, so that it cannot steer the terminal."""
     return "".join(ascii(one)[1:-1] if unicodedata.category(one) in ("Cc", "Cs") else one for one in str(text))
 
 
 def whole_number(least: int = 1, most: int | None = None) -> Callable[[str], int]:
-    """A type for argparse: an integer from `least` to `most`."""
+    """Makes a type for argparse that accepts integers from `least` to `most`, or from `least` on where that is None."""
 
     def parse(text: str) -> int:
         try:
@@ -60,7 +61,8 @@ def whole_number(least: int = 1, most: int | None = None) -> Callable[[str], int
 def finite_number(
     least: float | None = None, most: float | None = None, above: float | None = None
 ) -> Callable[[str], float]:
-    """A type for argparse: a finite number from `least` to `most`, greater than `above`."""
+    """Makes a type for argparse that accepts finite numbers from `least` to `most`, both included, and greater than
+    `above`; None sets no such limit."""
 
     def parse(text: str) -> float:
         try:
@@ -89,7 +91,8 @@ seed_number = whole_number(0, SEEDS - 1)
 
 
 def folder_to_write(text: str) -> Path:
-    """A type for argparse: a folder to write into, which is there or can be made."""
+    """Returns the path of a folder to write into, which exists or can be made. A type for argparse: raises
+    ArgumentTypeError where a file is in the way."""
     path = Path(text)
     above = next((one for one in (path, *path.absolute().parents) if one.exists()), path)
     if above.exists() and not above.is_dir():
@@ -98,7 +101,8 @@ def folder_to_write(text: str) -> Path:
 
 
 def file_to_write(text: str) -> Path:
-    """A type for argparse: a file to write, in a folder that is there."""
+    """Returns the path of a file to write, in a folder that exists. A type for argparse: raises ArgumentTypeError for a
+    folder, and where the parent folder is missing."""
     path = Path(text)
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{path} is a folder, and a file is wanted: give {path / 'NAME'}")
@@ -108,7 +112,8 @@ def file_to_write(text: str) -> Path:
 
 
 def expand_braces(text: str) -> list[str]:
-    """x-{000..009} and x-{a,b} -> the names that it stands for. Raises ValueError, before it makes too many of them."""
+    """Returns the names that a text such as x-{000..009} or x-{a,b} stands for. Raises ValueError where its braces do
+    not match, and where its ranges make more than MOST_NAMES names, before they are made."""
     count = 1
     for first, last, step in _RANGE.findall(text):
         count *= abs(int(last) - int(first)) // max(1, abs(int(step or 1))) + 1
@@ -131,7 +136,7 @@ def add_max_pixels(parser: argparse.ArgumentParser) -> None:
 
 
 def add_run_numbers(parser: argparse.ArgumentParser) -> None:
-    """The options that say which order is meant: a run's, or that of stated numbers."""
+    """Adds the options that say which order of samples is meant: that of a run, or that of numbers given here."""
     parser.add_argument("--run", type=Path, help="the folder of a run, whose numbers are taken")
     instead = parser.add_argument_group("without a run")
     instead.add_argument("--global-batch-size", type=whole_number())

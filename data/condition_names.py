@@ -32,23 +32,26 @@ _NAMED_VALUES: dict[Values, tuple[str, ...]] = {
 
 
 def named_values(kind: str | None) -> Values | None:
-    """What the values of a kind are by its name ("ade20k_seg", "computed:canny"); None where the name does not tell."""
+    """Returns what the values of a kind are by its name, as "ade20k_seg"; None where the name does not tell."""
     words = re.split(r"[^a-z0-9]+", (kind or "").lower())
     return next((values for values, known in _NAMED_VALUES.items() if any(word in known for word in words)), None)
 
 
 def tells_sides(kind: str) -> bool:
-    """Whether a mirrored condition of this kind would say left where it shows right."""
+    """Tells whether a mirrored condition of this kind would say left where it shows right."""
     return any(word in kind.lower() for word in SIDED)
 
 
 def stored_kind(kind: str | None) -> str | None:
-    """The kind that shards must hold for a run on this kind of condition: none for a computed one."""
+    """Returns the kind that shards must hold for a run on this kind of condition; None for a computed one."""
     return None if kind is not None and kind.startswith(COMPUTED) else kind
 
 
 def computed_kind(kind: str | None) -> str | None:
-    """The kind that "computed:canny" names; None of one that shards hold. Raises ValueError where none is made."""
+    """Returns the kind that "computed:canny" names; None for a kind that shards hold.
+
+    Raises ValueError for one that cannot be computed.
+    """
     if kind is None or not kind.startswith(COMPUTED):
         return None
     name = kind.removeprefix(COMPUTED)

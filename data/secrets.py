@@ -36,7 +36,7 @@ _ASSIGNMENT = re.compile(r"\b([A-Za-z_][A-Za-z0-9_]*)=('[^']*'|\"[^\"]*\"|[^\s;&
 
 
 def shown(text: str) -> str:
-    """A text, such as a message of a library, without the secrets of the addresses in it."""
+    """Returns a text, such as a message of a library, without the secrets of the addresses in it."""
 
     def parameter(found: re.Match[str]) -> str:
         return f"{found[1]}={HIDDEN}" if SECRET.search(found[1]) else found[0]
@@ -49,12 +49,12 @@ def shown(text: str) -> str:
 
 
 def error_text(error: BaseException) -> str:
-    """An error with its type, as files and consoles may have it."""
+    """Returns an error's type and message without secrets, so that files and consoles may have it."""
     return shown(f"{type(error).__name__}: {error}")
 
 
 def shown_script(text: str) -> str:
-    """Shell without the values of variables that are secrets by their names, and without those in addresses."""
+    """Returns shell code without the values of variables that are secrets by name, and without those in addresses."""
 
     def assignment(found: re.Match[str]) -> str:
         return f"{found[1]}={HIDDEN}" if SECRET_VARIABLE.search(found[1]) else found[0]
@@ -68,7 +68,7 @@ def is_secret(variable: str, value: str) -> bool:
 
 
 def without_secrets(text: str) -> str:
-    """A URI without the user and password of a server, the password of a database, and secret parameters.
+    """Returns a URI without the user and password of a web server, the password of a database, and secret parameters.
 
     What has none, or is no URI, comes back as it is.
     """

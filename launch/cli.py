@@ -125,7 +125,7 @@ def _call(verb: str, arguments: list[str]) -> int:
 
 
 def _is_message(error: BaseException) -> bool:
-    """Whether this project wrote the message for people, or the system named a file that it could not use.
+    """Tells whether this project wrote the message for people, or the system named a file that it could not use.
 
     Other errors of the same types, such as numpy's about shapes, are defects, and are shown with their traceback.
     """
@@ -133,7 +133,7 @@ def _is_message(error: BaseException) -> bool:
 
 
 def _no_verb(words: list[str]) -> int:
-    """Help where it was asked for or nothing was; otherwise the nearest verb."""
+    """Prints help where it was asked for or nothing was, and otherwise the nearest verb. Returns the exit status."""
     first, *rest = words or ["--help"]
     is_group = any(verb.startswith(f"{first} ") for verb in TABLE)
     asked_for = rest[:1] if is_group else [first]

@@ -71,7 +71,7 @@ def status_main(arguments: Sequence[str] | None = None) -> int:
     job, record = last_submission(options.folder)
     asked = states(record, job.cluster)
     code = record["code"]
-    print(f"job         {record['engine']} {record['id']}, submission {record['submission']}: {said(asked)}")
+    print(f"job         {record['engine']} {record['id']}, submission {record['submission']}: {describe_states(asked)}")
     print(f"code        {code['version']} {(code['commit'] or '')[:12]}{', changed since' if code['dirty'] else ''}")
     if job.subjects:
         lines, failed = subject_lines(job, asked, record["submitted"])
@@ -81,8 +81,8 @@ def status_main(arguments: Sequence[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def said(asked: Sequence[JobState]) -> str:
-    """What the engine says of a job, or of the tasks of an array, counted."""
+def describe_states(asked: Sequence[JobState]) -> str:
+    """Describes what the engine says of a job, or counts the states of the tasks of an array."""
     if len(asked) == 1:
         (one,) = asked
         where = f" on {one.nodes}" if one.nodes else ""
@@ -92,7 +92,7 @@ def said(asked: Sequence[JobState]) -> str:
 
 
 def run_lines(job: Job, asked: Sequence[JobState]) -> tuple[list[str], bool]:
-    """What the run itself has written, and whether it has failed."""
+    """Returns lines about what the run itself has written, and whether it has failed."""
     status = read(job.here / "status.json")
     state = status.get("state", "not begun")
     going = any(one.state in AT_WORK for one in asked)
@@ -106,7 +106,7 @@ def run_lines(job: Job, asked: Sequence[JobState]) -> tuple[list[str], bool]:
 
 
 def subject_lines(job: Job, asked: Sequence[JobState], submitted: float) -> tuple[list[str], bool]:
-    """Counts of subjects by state, a table of them, and why those tasks that have failed did; whether any has.
+    """Returns lines with counts of subjects by state, a table of them, and why tasks have failed; and whether any has.
 
     submitted: when the job was, in seconds since 1970.
     """
@@ -119,9 +119,10 @@ def subject_lines(job: Job, asked: Sequence[JobState], submitted: float) -> tupl
 
 
 def failed_tasks(job: Job, asked: Sequence[JobState], submitted: float, left: Collection[str]) -> dict[int, str]:
-    """task -> why it has ended as failed, and left subjects that say nothing of it. left: their names.
+    """Returns task -> why it has failed, for each failed task that has left subjects neither finished nor failed.
 
-    Told by what its ranks have noted, by the last words of its log, or else by the engine.
+    left: the names of these subjects. The reason is what its ranks have noted, the last words of its log, or else what
+    the engine says. submitted: in seconds since 1970.
     """
     names = subject_names(job)
     said_failed = {one.task: one.said for one in asked if one.state == "failed"}
@@ -138,15 +139,15 @@ def failed_tasks(job: Job, asked: Sequence[JobState], submitted: float, left: Co
 
 
 def verdict(log: Path) -> str | None:
-    """What the job's script has written last: `failed`, `again`, `attempt 1000`, ...; None where it has not."""
+    """Returns what the job's script wrote last: `failed`, `again`, `attempt 1000`, ...; None where it wrote nothing."""
     notes = [line for line in log.read_text(errors="replace").splitlines() if line.startswith(NOTE)]
     return notes[-1].removeprefix(NOTE).partition(",")[0] if notes else None
 
 
 def log_words(log: Path) -> str | None:
-    """Of the last attempt: what our programs say of what went wrong, or else the last line; None where there is none.
+    """Returns what our programs say went wrong in the last attempt, or else its last line; None where there is none.
 
-    Progress bars and notes of the job's own script are passed over, and of torchrun's report what is no word.
+    Progress bars, notes of the job's own script, and lines of torchrun's report without a word are skipped.
     """
     lines = log.read_text(errors="replace").replace("\r", "\n").split("\n") if log.is_file() else []
     begins = [number for number, line in enumerate(lines) if line.startswith(f"{NOTE}attempt")]
@@ -197,7 +198,7 @@ def still_at_work(record: dict[str, Any], job: Job) -> bool:
 
 
 def follow(files: dict[str, Path], more) -> Iterator[str]:
-    """Lines of files as they are written, with their file's prefix, until more() is false and all was read."""
+    """Yields lines of files as they are written, with their file's prefix, until more() is false and all was read."""
     read = dict.fromkeys(files, 0)
     rest = dict.fromkeys(files, b"")
     going = True
@@ -250,10 +251,10 @@ def resume_main(arguments: Sequence[str] | None = None) -> int:
 def next_submission(
     folder: Path, overrides: Sequence[str] = (), cluster_file: Path | None = None
 ) -> tuple[Job, dict[str, str], list[str]]:
-    """-> the job that has ended, to be submitted again, the files of its folder, and what is wrong with it.
+    """Returns the job that has ended, to be submitted again, the files of its folder, and what is wrong with it.
 
-    cluster_file: changed settings; None leaves them. Raises ValueError where it is at work, ConfigError where there is
-    none or its files cannot be read.
+    cluster_file: changed settings; None keeps them. Raises ValueError where the job is at work, and for overrides of an
+    array; ConfigError where there is no job or its files cannot be read.
     """
     job, record = last_submission(folder)
     job = replace(job, submission=record["submission"] + 1, submitted=time.time())
@@ -272,7 +273,7 @@ def next_submission(
 
 
 def problems_there(config: RunConfig, job: Job) -> list[str]:
-    """Of a run whose relative paths start from where its job does, and not from where it is resumed."""
+    """Returns the problems of a run, whose relative paths start where its job does, not where it is resumed."""
     if not job.working_directory.is_dir():
         return [
             f"paths of the run start from {job.working_directory}, which this machine does not see. Resume it where it "

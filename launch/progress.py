@@ -43,7 +43,7 @@ SUBJECTS: Fields = {"name": is_text, "steps": maybe(is_whole)}
 
 
 def folder_lines(folder: Path) -> tuple[list[str], bool]:
-    """-> what to print of a run that no job was submitted for, and whether it has failed.
+    """Returns what to print of a run that no job was submitted for, and whether it has failed.
 
     Raises ConfigError where the folder is that of no run.
     """
@@ -66,7 +66,7 @@ def folder_lines(folder: Path) -> tuple[list[str], bool]:
 
 
 def run_lines(folder: Path) -> tuple[list[str], bool]:
-    """Of a ControlNet run."""
+    """Returns what to print of a ControlNet run, and whether it has failed."""
     status, name = read(folder / "status.json"), folder.absolute().name
     state = status.get("state") or "not begun"
     lines = [f"run         {name}: {state}{at_step(folder)}", *details(folder, status)]
@@ -75,21 +75,22 @@ def run_lines(folder: Path) -> tuple[list[str], bool]:
 
 
 def at_step(folder: Path) -> str:
-    """` at step 40`, the last one that was logged; nothing before the first."""
+    """Returns ` at step 40` for the last step that was logged; an empty text before the first."""
     steps = [record["step"] for record in step_records(folder) if "loss" in record["metrics"]]
     return f" at step {steps[-1]}" if steps else ""
 
 
 def details(folder: Path, status: Record) -> list[str]:
-    """Step, speed, losses, checkpoint, verdict on control and MLflow page of a ControlNet run.
+    """Returns lines about a ControlNet run.
 
-    status: what its status.json says.
+    They give step, speed, losses, validation, checkpoint, verdict on control and MLflow page. status: what its
+    status.json says.
     """
     records = step_records(folder)
     steps = [record for record in records if "loss" in record["metrics"]]
     lines = []
     if steps:
-        lines.append(f"step        {told_step(folder, steps, status.get('state') == 'running')}")
+        lines.append(f"step        {describe_step(folder, steps, status.get('state') == 'running')}")
         last = steps[-1]["metrics"]
         lines.append("last        " + ", ".join(f"{name} {number(last[name])}" for name in SHOWN if name in last))
     validated = [one for one in records if any(name.startswith("validation/") for name in one["metrics"])]
@@ -103,8 +104,9 @@ def details(folder: Path, status: Record) -> list[str]:
     return lines + mlflow_lines(folder)
 
 
-def told_step(folder: Path, steps: Sequence[Record], going: bool) -> str:
-    """`40 of 100, 2.1 steps/s, 28 s left, 3 s ago`. going: the state is that it runs."""
+def describe_step(folder: Path, steps: Sequence[Record], going: bool) -> str:
+    """Describes the last step: `40 of 100, 2.1 steps/s, 28 s left, 3 s ago`. going: whether the run's state is that it
+    runs, without which no time left is given."""
     step, path = steps[-1]["step"], folder / RESOLVED
     most = None
     if path.is_file():
@@ -121,7 +123,8 @@ def told_step(folder: Path, steps: Sequence[Record], going: bool) -> str:
 
 
 def subjects_lines(folder: Path, rows: Sequence[Record]) -> tuple[list[str], bool]:
-    """Of a run of subjects: counts, the time left, and a table of all of them. rows: name and steps of each."""
+    """Returns what to print of a run of subjects, which is counts, the time left and a table of all of them, and
+    whether any has failed. rows: name and steps of each."""
     tasks = {row["name"]: row for row in rows}
     names = [*tasks, *sorted({path.parent.name for path in folder.glob("subjects/*/status.json")} - tasks.keys())]
     statuses = {name: read(folder / "subjects" / name / "status.json") for name in names}
@@ -144,7 +147,7 @@ def counted(counts: Counter[str]) -> str:
 
 
 def table(folder: Path, tasks: dict[str, Record], statuses: dict[str, Record]) -> list[str]:
-    """A row for each subject: name, state, step, mean loss of its last steps, and what else is known of it."""
+    """Returns a row for each subject: name, state, step, mean loss of its last steps, and what else is known of it."""
     rows = [("name", "state", "step", "loss", "")]
     for name, status in statuses.items():
         own = folder / "subjects" / name
@@ -166,7 +169,8 @@ def table(folder: Path, tasks: dict[str, Record], statuses: dict[str, Record]) -
 
 
 def subject_steps_a_second(folder: Path) -> float:
-    """Of all ranks and tasks together, over their last steps; 0 where nothing is known."""
+    """Returns the steps of single subjects that all ranks and tasks together take in a second, over their last steps; 0
+    where nothing is known."""
     total = 0.0
     for own in (folder, *folder.glob("tracking/*"), *folder.glob("rows/*"), *folder.glob("rows/*/tracking/*")):
         records = step_records(own)[-LOSSES:]
@@ -183,7 +187,7 @@ def subject_steps_a_second(folder: Path) -> float:
 
 
 def mlflow_lines(folder: Path) -> list[str]:
-    """How the run is opened in MLflow; of an array its tasks know it."""
+    """Returns how the run is opened in MLflow, on at most one line; for an array the folders of its tasks tell it."""
     for own in (folder, *sorted(folder.glob("rows/*"))):
         if ways := how_to_open_saved(own):
             return [f"mlflow      {', then '.join(ways)}"]
@@ -191,7 +195,7 @@ def mlflow_lines(folder: Path) -> list[str]:
 
 
 def is_over(folder: Path) -> bool:
-    """Whether the run has come to its end, well or not, so that nothing has to be at work on it."""
+    """Tells whether the run has come to its end, well or not, so that nothing has to be at work on it."""
     if not (folder / "subjects.json").is_file():
         return read(folder / "status.json").get("state") in ("finished", "failed")
     names = [row["name"] for row in subject_rows(folder)]
@@ -200,12 +204,12 @@ def is_over(folder: Path) -> bool:
 
 
 def is_at_work(folder: Path) -> bool:
-    """Whether a training holds the lock of the folder, or of a task of its array, as far as this machine can tell."""
+    """Tells whether a training holds the lock of the folder or of a task of its array, as this machine sees it."""
     return any(is_locked(path) for path in (folder / ".lock", *folder.glob("rows/*/.lock")))
 
 
 def step_records(folder: Path) -> list[Record]:
-    """Records of steps at the end of a folder's metrics.jsonl, in order; a line that is cut off is passed over."""
+    """Reads the records of steps at the end of a folder's metrics.jsonl, in order, without a line that is cut off."""
     path = folder / "metrics.jsonl"
     if not path.is_file():
         return []
@@ -220,12 +224,12 @@ def step_records(folder: Path) -> list[Record]:
 
 
 def read(path: Path) -> Record:
-    """A status, or what else tells of a step; nothing where there is none, or where it is damaged, which is said."""
+    """Reads a status, or what else tells of a step; {} where there is none, or with a warning where it is damaged."""
     return read_note(path, ANEW, STATUS)
 
 
 def subject_rows(folder: Path) -> list[Record]:
-    """Name and steps of each subject of a run. Raises Damaged."""
+    """Reads the name and steps of each subject of a run. Raises Damaged."""
     return read_json_list(folder / "subjects.json", "Start the run again, which writes it anew", SUBJECTS)
 
 
@@ -234,7 +238,7 @@ def number(value: Any) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`40 s`, `12 min`, `3 h 5 min`, `2 d 4 h`."""
+    """Writes seconds as `40 s`, `12 min`, `3 h 5 min` or `2 d 4 h`."""
     seconds = max(0, round(seconds))
     if seconds < 120:
         return f"{seconds} s"

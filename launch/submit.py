@@ -128,8 +128,8 @@ def main(engine: Engine, arguments: Sequence[str] | None) -> int:
 
 
 def shown_job(job: Job) -> Job:
-    """A job as it may be printed: the values of its environment are hidden but for those that are known to be none of
-    a secret."""
+    """Returns a job as it may be printed: without the secrets of its setup, and with the values of its environment
+    hidden but for those that are known to be no secrets."""
     environment = {name: HIDDEN if may_hide(name, value) else value for name, value in job.cluster.environment.items()}
     setup = tuple(map(shown_script, job.cluster.setup))
     return replace(job, cluster=job.cluster.model_copy(update=dict(environment=environment, setup=setup)))
@@ -141,7 +141,7 @@ def may_hide(variable: str, value: str) -> bool:
 
 
 def run_job(config: RunConfig, cluster: Cluster) -> tuple[Job, dict[str, str], list[str]]:
-    """-> the job of a single run, the files of its folder, and what is wrong with it."""
+    """Returns the job of a single run, the files of its folder, and what is wrong with it."""
     job = place(config.name, run_folder(config), cluster)
     return job, {"run.yaml": dump(config)}, job_problems(config, cluster) + folder_problems(job)
 
@@ -149,9 +149,10 @@ def run_job(config: RunConfig, cluster: Cluster) -> tuple[Job, dict[str, str], l
 def subjects_job(
     config: SubjectRunConfig, manifest: Path, cluster: Cluster, per_task: int, open_pictures: bool
 ) -> tuple[Job, dict[str, str], list[str], dict[str, str]]:
-    """-> the job of an array, the files of its folder, what is wrong with it, and with single subjects, by name.
+    """Returns the job of an array, the files of its folder, what is wrong with it, and with single subjects, by name.
 
-    Raises ValueError where no subject can be trained. What is wrong with single ones is told, and they are left out.
+    What is wrong with single subjects is printed, and they are left out. open_pictures: whether their pictures and the
+    base are opened and checked too. Raises ValueError where no subject can be trained.
     """
     if per_task < 1:
         raise UserError(f"--subjects-per-task is {per_task}, but a task trains at least one")
@@ -179,20 +180,20 @@ def subjects_job(
 
 
 def folder_problems(job: Job) -> list[str]:
-    """Of the name of a job's folder, and on Kubernetes of where its own files are to lie: elsewhere that is in the
-    output, which has been looked at."""
+    """Returns the problems of a job's folder: on Slurm of its name, and on Kubernetes of where the job's own files are
+    to lie. Elsewhere that is in the output, which has been looked at."""
     if job.cluster.engine != "kubernetes":
         return list(slurm.folder_problems(job.folder)) if job.cluster.engine == "slurm" else []
     return list(record_problems(job.here, mount_of(job.folder, job.cluster.kubernetes.storage)))
 
 
 def replace_nodes(cluster: Cluster) -> Cluster:
-    """Of an array: each task has one node. On Kubernetes `nodes` is how many run at once."""
+    """Returns the cluster for an array: each task has one node. On Kubernetes `nodes` stays: how many run at once."""
     return cluster if cluster.engine == "kubernetes" else cluster.model_copy(update={"nodes": 1})
 
 
 def place(name: str, folder: Path, cluster: Cluster) -> Job:
-    """Where a job's files lie, and the number of this submission.
+    """Makes the job of a run: finds where its files lie, and the number of this submission.
 
     Raises ConfigError for a folder whose name would end a line of a script.
     """
@@ -216,7 +217,7 @@ def place(name: str, folder: Path, cluster: Cluster) -> Job:
 
 
 def rendered(job: Job, files: dict[str, str]) -> tuple[str, str]:
-    """-> the name and the text of what the engine is given."""
+    """Returns the name and the text of the file that the engine is given."""
     if job.cluster.engine == "kubernetes":
         return MANIFESTS, kubernetes.render(job, files)
     return SCRIPT, (slurm if job.cluster.engine == "slurm" else background).render(job)
@@ -255,7 +256,7 @@ def launch(job: Job, files: dict[str, str]) -> int:
 
 
 def is_refused(job: Job) -> bool:
-    """Whether the API server has no such job; False where it does not say, and may have taken it."""
+    """Tells whether the API server has no such job; False where it does not say, and may have taken it."""
     try:
         return kubernetes.find(job) is None
     except ValueError:
@@ -263,7 +264,8 @@ def is_refused(job: Job) -> bool:
 
 
 def busy_problems(job: Job) -> list[str]:
-    """Of an earlier submission that has not ended, or whose engine does not answer."""
+    """Returns the problem of an earlier submission that has not ended, or whose engine does not answer; an empty list
+    where there is none."""
     try:
         check_ended(job)
     except ValueError as error:
@@ -282,7 +284,7 @@ def check_ended(job: Job) -> None:
 
 
 def last_record(folder: Path) -> dict[str, Any] | None:
-    """What was submitted last from a run's folder, as job.json has it; None where nothing was.
+    """Returns what was submitted last from a run's folder, as job.json has it; None where nothing was.
 
     Whoever submitted may have been killed between the engine's answer and job.json: then the engine is asked for the
     job, by its script or name. Nothing is written. Raises ValueError where the engine does not answer.
@@ -316,7 +318,7 @@ def recover(folder: Path) -> None:
 
 
 def last_submission(folder: Path) -> tuple[Job, dict[str, Any]]:
-    """The job that was submitted last for a run's folder, and its record. Raises ConfigError where there was none."""
+    """Returns the job that was last submitted for a run's folder, and its record. Raises ConfigError without any."""
     record = last_record(folder)
     if record is None:
         raise ConfigError(
@@ -327,12 +329,12 @@ def last_submission(folder: Path) -> tuple[Job, dict[str, Any]]:
 
 
 def at_work(record: dict[str, Any], cluster: Cluster) -> list[JobState]:
-    """What of a recorded job has not ended: the states of it, or of tasks; empty where all has."""
+    """Returns the states of a recorded job, or of its tasks, that have not ended; an empty list where all have."""
     return [one for one in states(record, cluster) if one.state in AT_WORK]
 
 
 def states(record: dict[str, Any], cluster: Cluster) -> list[JobState]:
-    """What the engine says of a recorded job. Raises ValueError where it does not answer."""
+    """Returns what the engine says of a recorded job. Raises ValueError where it does not answer."""
     if record["engine"] == "kubernetes":
         return kubernetes.states(record["id"], cluster.kubernetes.namespace)
     return (slurm if record["engine"] == "slurm" else background).states(record["id"])

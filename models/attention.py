@@ -37,7 +37,8 @@ MOST_SCORES = 2**24
 
 
 class AttentionShape(NamedTuple):
-    """Of a call: query (batch, heads, query_tokens, width), key and value (batch, heads, key_tokens, width)."""
+    """The shape of an attention call: query (batch, heads, query_tokens, width), key and value (batch, heads,
+    key_tokens, width)."""
 
     batch: int
     heads: int
@@ -47,7 +48,8 @@ class AttentionShape(NamedTuple):
 
     @property
     def key(self) -> str:
-        """Names the shape in files. Without the batch: validation and sampling have others, with the same layers."""
+        """Returns the name of the shape in files. The batch is left out, since validation and sampling run the same
+        layers with other batch sizes."""
         return f"{self.heads}x{self.query_tokens}x{self.key_tokens}x{self.width}"
 
 
@@ -110,7 +112,11 @@ class KernelOf:
         attention_mask: Tensor | None = None,
         image_rotary_emb: Any = None,
     ) -> Any:
-        """Names what the processors of SD3 and FLUX.1 take: layers hand on only what a processor names."""
+        """Calls the layer's own processor with the chosen kernel.
+
+        The signature names every argument that the processors of SD3 and FLUX.1 take, because layers pass on only the
+        arguments that a processor's signature names.
+        """
         given = {"attention_mask": attention_mask, "image_rotary_emb": image_rotary_emb}
         name = self.by_shape.get(joint_shape(attn, hidden_states, encoder_hidden_states).key, self.name)
         with sdpa_kernel(SDP_KERNELS[name]):
@@ -123,7 +129,10 @@ class KernelOf:
 
 
 def joint_shape(layer: Any, hidden_states: Tensor, context: Tensor | None) -> AttentionShape:
-    """Of a call of a transformer's layer, whose text and picture tokens are one row. Both: (B, tokens, D)."""
+    """Returns the shape of a call of a transformer's layer, where text and picture tokens are one sequence.
+
+    hidden_states and context: (B, tokens, D); context may be None.
+    """
     tokens = hidden_states.shape[1] + (0 if context is None else context.shape[1])
     return AttentionShape(hidden_states.shape[0], layer.heads, tokens, tokens, layer.inner_dim // layer.heads)
 
@@ -134,7 +143,10 @@ def is_joint(layer: nn.Module) -> bool:
 
 
 def shape_of(layer: Attention, hidden_states: Tensor, context: Tensor | None) -> AttentionShape:
-    """Of a call of this layer. hidden_states: (B, tokens, D) or (B, D, h, w); context: (B, tokens, D)."""
+    """Returns the shape of a call of this layer.
+
+    hidden_states: (B, tokens, D) or (B, D, h, w). context: (B, tokens, D), or None for self-attention.
+    """
     tokens = hidden_states.shape[1] if hidden_states.ndim == 3 else hidden_states.shape[2] * hidden_states.shape[3]
     keys = tokens if context is None else context.shape[1]
     return AttentionShape(hidden_states.shape[0], layer.heads, tokens, keys, layer.inner_dim // layer.heads)
@@ -147,15 +159,16 @@ def choose_attention(
     shapes: Sequence[AttentionShape] = TYPICAL_SHAPES,
     kernels: Sequence[str] = ("xformers", *KERNELS),
 ) -> AttentionChoice:
-    """The kernel to use for `shapes`, see `attention_shapes`.
+    """Chooses the kernel for `shapes`, which `attention_shapes` finds.
 
-    request: auto, xformers, flash, cudnn, efficient, math or plain. Auto times a forward and backward pass of each that
-    runs for all shapes and gives the same gradients every time, and takes the fastest; for shapes for which another one
-    takes less than MUCH_FASTER of its time, that one. Kernels that keep all scores are not asked where there are more
-    than MOST_SCORES. Kernels round differently and timings vary: a run that is to resume bit for bit keeps its first
-    choice's name and asks for that, and so do all its ranks.
+    request: auto, xformers, flash, cudnn, efficient, math or plain. Auto times a forward and backward pass of each
+    kernel that runs for all shapes and gives the same gradients every time, and takes the fastest; shapes for which
+    another kernel takes less than MUCH_FASTER of its time get that one. Kernels that keep all scores are left out on a
+    GPU, and on a CPU where there are more than MOST_SCORES, unless no other kernel runs. Kernels round differently and
+    timings vary: a run that is to resume bit for bit keeps the name of its first choice and asks for that, and so do
+    all its ranks.
     kernels: those that the network's layers can be called with. Raises ValueError for an unknown name, and for a kernel
-    that cannot run here, with why and what can.
+    that cannot run here, with the reason and the kernels that can.
     """
     device = torch.device(device)
     if request not in ("auto", "xformers", *KERNELS):
@@ -213,7 +226,7 @@ JOINT = ("JointAttn", "FluxAttn", "KernelOf")
 def apply_attention(module: Any, choice: AttentionChoice) -> None:
     """Puts the chosen kernel into every attention layer of a base's network, a ControlNet or VAE.
 
-    A transformer's was chosen among JOINT_KERNELS. Raises TypeError for other modules.
+    The kernel for a transformer must be one of JOINT_KERNELS. Raises TypeError for other modules.
     """
     if not hasattr(module, "set_attn_processor"):
         raise TypeError(f"{type(module).__name__} has no attention processors to set; give a U-Net, ControlNet or VAE")
@@ -232,7 +245,10 @@ def apply_attention(module: Any, choice: AttentionChoice) -> None:
 
 
 def attention_shapes(module: nn.Module, run: Callable[[], Any]) -> tuple[AttentionShape, ...]:
-    """The distinct shapes, largest first, with which attention layers of `module` are called when `run()` uses it."""
+    """Calls `run()` without gradients, and returns the distinct shapes with which it calls `module`'s attention layers.
+
+    Those with the most query tokens times key tokens come first.
+    """
     found: set[AttentionShape] = set()
 
     def note(layer: Any, args: tuple, kwargs: dict) -> None:
@@ -252,7 +268,10 @@ def attention_shapes(module: nn.Module, run: Callable[[], Any]) -> tuple[Attenti
 
 
 def _obstacle(name: str, device: torch.device, dtype: torch.dtype, shape: AttentionShape) -> str | None:
-    """Why a kernel cannot run for the shape, forward and backward, or None. Few tokens suffice to find out."""
+    """Tells why a kernel cannot run forward and backward for the shape; returns None if it can.
+
+    At most 64 tokens are tried, which is enough to find out.
+    """
     if name == "xformers":
         if device.type != "cuda":
             return "xformers has CUDA kernels only"
@@ -273,7 +292,8 @@ def _obstacle(name: str, device: torch.device, dtype: torch.dtype, shape: Attent
 
 
 def _reason_against(name: str, device: torch.device, dtype: torch.dtype, shape: AttentionShape) -> str | None:
-    """An obstacle, or that the kernel sums in another order at each pass, as those with atomic additions do."""
+    """Tells why `auto` must not choose a kernel: it cannot run, or its gradients differ from pass to pass, as those of
+    kernels with atomic additions do. Returns None if nothing is against it."""
     obstacle = _obstacle(name, device, dtype, shape)
     if obstacle is not None or name == "math" or device.type == "cpu":
         return obstacle
@@ -284,7 +304,10 @@ def _reason_against(name: str, device: torch.device, dtype: torch.dtype, shape: 
 
 
 def _attend(name: str, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """(batch, heads, tokens, width) each."""
+    """Computes attention with a kernel. query, key and value: (batch, heads, tokens, width) each.
+
+    Returns (batch, heads, tokens, width), but of xformers and plain (batch * heads, tokens, width).
+    """
     if name == "xformers":
         import xformers.ops  # an extra, CUDA only  # pyright: ignore[reportMissingImports]
 
@@ -311,7 +334,10 @@ def _tensors(shape: AttentionShape, device: torch.device, dtype: torch.dtype) ->
 
 
 def _time(name: str, shape: AttentionShape, device: torch.device, dtype: torch.dtype) -> float:
-    """Milliseconds of a forward and backward pass: the fastest of several, since other processes only slow one down."""
+    """Measures a forward and backward pass in milliseconds.
+
+    It returns the fastest of several passes, since other processes only slow one down.
+    """
     seconds: list[float] = []
     tensors = _tensors(shape, device, dtype)
     while len(seconds) < 2 or (len(seconds) < 10 and sum(seconds) < 0.2):  # the first one only warms up
@@ -324,7 +350,7 @@ def _time(name: str, shape: AttentionShape, device: torch.device, dtype: torch.d
 
 
 def _wait(device: torch.device) -> None:
-    """Until a GPU has done what it was asked for."""
+    """Waits until a GPU has finished the work that it was given; on other devices returns at once."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -18,10 +18,11 @@ Encoded = tuple[Tensor, Tensor | None]
 
 
 def for_convolutions(pictures: Tensor) -> Tensor:
-    """The same (B, C, H, W) in the order of memory in which a network of convolutions takes them fastest.
+    """Returns the same pictures (B, C, H, W) in the memory layout in which a convolutional network is fastest.
 
-    On a CPU that is channels last: all of a VAE's tensors then are, and encoding 128 px takes half of the time in fp32
-    and two thirds in bf16. A U-Net gains nothing, whose attention wants another order. On a GPU it is not measured yet.
+    On a CPU that is channels last: all of a VAE's tensors then have that layout, and encoding 128 px takes half of the
+    time in fp32 and two thirds in bf16. A U-Net gains nothing, because its attention needs another layout. On a GPU
+    this is not measured yet, and pictures stay as they are.
     """
     return pictures.contiguous(memory_format=torch.channels_last) if pictures.device.type == "cpu" else pictures
 
@@ -62,24 +63,24 @@ class Base:
 
     @property
     def prediction_type(self) -> str:
-        """epsilon, v_prediction or flow."""
+        """Returns epsilon, v_prediction or flow."""
         return self.process.prediction_type
 
     @property
     def picture_size(self) -> tuple[int, int]:
-        """Height and width in pixels of the pictures that the U-Net was made for."""
+        """Returns height and width in pixels of the pictures that the denoiser was made for."""
         size = self.denoiser.config.get("sample_size", 128)  # FLUX.1 names none, and was made for 1024 pixels
         height, width = (size, size) if isinstance(size, int) else size
         return height * self.family.vae_factor, width * self.family.vae_factor
 
     @property
     def latent_channels(self) -> int:
-        """Of the VAE."""
+        """Returns the number of channels of the VAE's latents."""
         return int(self.vae.config["latent_channels"])
 
     @property
     def pixel_multiple(self) -> int:
-        """What the sides of a picture, in pixels, are multiples of, so that latents can be halved or packed."""
+        """Returns how many pixels a picture's sides must be multiples of, so that latents can be halved or packed."""
         config = self.denoiser.config
         if self.family.is_transformer:
             return self.family.vae_factor * (config["patch_size"] if "sample_size" in config else 2)
@@ -87,13 +88,13 @@ class Base:
 
     @torch.no_grad()
     def posterior(self, pixel_values: Tensor) -> Any:
-        """(B, 3, H, W) in [-1, 1] -> the VAE's posterior over latents before scaling, with `mean` and `std`."""
+        """Encodes pixels (B, 3, H, W) in [-1, 1] as the VAE's posterior of unscaled latents, with `mean` and `std`."""
         pixel_values = pixel_values.to(self.vae.device, self.vae.dtype)
         return self.vae.encode(for_convolutions(pixel_values)).latent_dist
 
     @torch.no_grad()
     def encode_latents(self, pixel_values: Tensor, noise: Tensor | None = None) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> scaled latents (B, C, H/8, W/8) in the base's dtype.
+        """Encodes pixel values (B, 3, H, W) in [-1, 1] as scaled latents (B, C, H/8, W/8) in the base's dtype.
 
         `noise`, a standard normal of the latents' shape, draws from the posterior: mean + std * noise. Without it the
         result is the posterior's mode. The noise is an argument so that the caller decides on whose seed it depends.
@@ -103,18 +104,21 @@ class Base:
         return self.scaled(latents)
 
     def scaled(self, latents: Tensor, shifted: bool = True) -> Tensor:
-        """The VAE's latents -> those that the network is trained on, in the base's dtype; `shifted` or only scaled."""
+        """Scales the VAE's latents to those that the network is trained on, in the base's dtype.
+
+        shifted: whether `latent_shift` is subtracted before.
+        """
         shift = self.latent_shift if shifted else 0.0
         return ((latents - shift) * self.vae.config["scaling_factor"]).to(self.dtype)
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Scaled latents (B, C, h, w) -> pixel values (B, 3, 8h, 8w) about [-1, 1], not clipped, in the VAE's dtype."""
+        """Decodes scaled latents (B, C, h, w) to pixels (B, 3, 8h, 8w) about [-1, 1], unclipped, in the VAE's dtype."""
         latents = latents.to(self.vae.device, self.vae.dtype) / self.vae.config["scaling_factor"] + self.latent_shift
         return self.vae.decode(for_convolutions(latents)).sample
 
     def empty_prompt(self, encode: Callable[["Base", list[str]], Encoded]) -> Encoded:
-        """The encoding of "" with one row; computed once by `encode`, then kept."""
+        """Returns the encoding of "" with one row; `encode` computes it at the first call, and it is then kept."""
         if self._empty is None:
             with torch.inference_mode(False):  # an inference tensor, kept, would break the next training step
                 self._empty = encode(self, [""])
@@ -122,17 +126,23 @@ class Base:
 
     @property
     def latent_shift(self) -> float:
-        """What is taken from latents before they are scaled; 0 but for SD3's and FLUX.1's."""
+        """Returns what is subtracted from latents before they are scaled; 0 except for SD3 and FLUX.1."""
         return self.vae.config["shift_factor"] or 0.0
 
 
 def vae_dtype(config: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype:
-    """The dtype for a VAE under a base of `dtype`: float32 where half precision overflows, as SDXL's VAE does."""
+    """Returns the dtype for a VAE under a base of `dtype`: float32 where half precision overflows, as SDXL's VAE does.
+
+    config: the VAE's. Its force_upcast says whether half precision overflows; where it is left out it counts as true.
+    """
     return torch.float32 if dtype == torch.float16 and config.get("force_upcast", True) else dtype
 
 
 def _check_numbers(vae: Mapping[str, Any], denoiser: Mapping[str, Any], network: str, where: Path) -> None:
-    """Raises ValueError where a configuration holds no number where one is reckoned with, which no shape tells."""
+    """Raises ValueError if a scaling_factor, shift_factor or sample_size is not a number that can be computed with.
+
+    The shapes of the weights do not show such a fault, so it would otherwise go unnoticed.
+    """
     scaling, shift, size = vae["scaling_factor"], vae.get("shift_factor"), denoiser.get("sample_size", 128)
     if not _is_number(scaling) or scaling <= 0:
         raise UserError(f"{where}: the VAE's scaling_factor is {scaling!r}, and a number above 0 belongs there")

@@ -13,12 +13,12 @@ Heights = Sequence[int]
 
 
 def uniform(heights: Heights) -> list[float]:
-    """All residuals as they are."""
+    """Returns the weight 1 for all residuals, which leaves them as they are."""
     return [1.0] * len(heights)
 
 
 def resolution(heights: Heights) -> list[float]:
-    """w_i = 64 / h_i (arXiv 2302.05543, section 3.4), with the height of the shallowest residual in the place of 64.
+    """Returns w_i = 64 / h_i (arXiv 2302.05543, section 3.4), but with the shallowest residual's height in place of 64.
 
     SD 1.5: 1, 1, 1, 2, 2, 2, 4, 4, 4, 8, 8, 8, 8.
     """
@@ -26,20 +26,24 @@ def resolution(heights: Heights) -> list[float]:
 
 
 def resolution_normalised(heights: Heights) -> list[float]:
-    """The same, divided by its largest weight, so that the deepest residuals count as they were trained and the others
-    less. SD 1.5: 1/8, 1/8, 1/8, 1/4, 1/4, 1/4, 1/2, 1/2, 1/2, 1, 1, 1, 1."""
+    """Returns the weights of `resolution` divided by the largest of them, so that the deepest residuals count as they
+    were trained and the others less.
+
+    SD 1.5: 1/8, 1/8, 1/8, 1/4, 1/4, 1/4, 1/2, 1/2, 1/2, 1, 1, 1, 1.
+    """
     weights = resolution(heights)
     return [weight / max(weights) for weight in weights]
 
 
 def powers(heights: Heights) -> list[float]:
-    """0.825 ** (12 - i), of the released code's guess mode."""
+    """Returns 0.825 ** (12 - i) for 13 residuals, as the released code's guess mode has it; the last is always 1."""
     last = len(heights) - 1
     return [0.825 ** (last - number) for number in range(len(heights))]
 
 
 def logarithmic(heights: Heights) -> list[float]:
-    """logspace(-1, 0, 13), of diffusers' guess_mode: from 0.1 to 1, each the same factor from the one before it."""
+    """Returns logspace(-1, 0, 13) for 13 residuals, as diffusers' guess_mode does: weights from 0.1 to 1, each larger
+    than the one before it by the same factor."""
     last = max(1, len(heights) - 1)
     return [10.0 ** (number / last - 1.0) for number in range(len(heights))]
 
@@ -60,7 +64,7 @@ CONDITIONAL = ("resolution", "resolution/8")
 
 
 def weights_of(schedule: str, heights: Heights) -> list[float]:
-    """Raises ValueError for a schedule that there is not."""
+    """Returns the weights of a schedule for residuals of these heights. Raises ValueError for an unknown schedule."""
     if schedule not in SCHEDULES:
         raise UserError(f"control schedule {schedule!r} is not known. Use {', '.join(SCHEDULES)}")
     return SCHEDULES[schedule](heights)

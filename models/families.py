@@ -68,17 +68,17 @@ class Family:
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """The networks of a folder, the one that learns to denoise first."""
+        """Returns the networks of a folder, the one that learns to denoise first."""
         return (self.denoiser, VAE, *self.text_encoders)
 
     @property
     def is_transformer(self) -> bool:
-        """Whether it is of flow matching, with a transformer in the U-Net's place."""
+        """Tells whether it is a family of flow matching, with a transformer in the U-Net's place."""
         return self.denoiser != UNET
 
     @property
     def tokenizers(self) -> tuple[str, ...]:
-        """The folders of its tokenizers, one for each text encoder."""
+        """Returns the folders of its tokenizers, one for each text encoder."""
         return tuple(part.folder.replace("text_encoder", "tokenizer") for part in self.text_encoders)
 
     def without_t5(self) -> "Family":
@@ -145,7 +145,7 @@ SUPPORTED = "Supported bases: " + ", ".join(f"{family.title} ({name})" for name,
 
 
 def identify(config: Mapping[str, Any]) -> Family:
-    """The family of a base, by its denoiser's configuration in diffusers' layout (unet/config.json).
+    """Finds the family of a base by its denoiser's configuration in diffusers' layout (such as unet/config.json).
 
     Only what makes a family is looked at, never its sizes, so that a small test model is recognised too. Raises
     ValueError for a model that is no base of a known family; the message says what it is.
@@ -163,7 +163,10 @@ FLUX_INPUTS = {128: "FLUX.1 Canny or Depth, which takes its condition beside the
 
 
 def _identify_transformer_config(config: Mapping[str, Any]) -> Family:
-    """The family of a transformer's configuration. That of FLUX.1 Kontext is equal to FLUX.1-dev's."""
+    """Finds the family of a transformer's configuration. Raises ValueError as `identify`.
+
+    The configuration of FLUX.1 Kontext is equal to FLUX.1-dev's, so it cannot be told apart.
+    """
     inputs = config.get("in_channels", 64 if config["_class_name"].startswith("Flux") else 16)
     if type(inputs) is not int:
         raise UserError(f"the transformer's in_channels is {inputs!r}, and a number of channels belongs there")
@@ -220,7 +223,10 @@ def _identify_unet_config(config: Mapping[str, Any]) -> Family:
 
 
 def check_family(requested: str, found: Family, where: str) -> Family:
-    """`requested` ("auto" or a family's name) against what was found at `where`. Raises ValueError if they differ."""
+    """Returns the family found at `where`. Raises ValueError if `requested` is another one, or an unknown name.
+
+    requested: "auto" or a family's name.
+    """
     if requested != "auto" and requested not in FAMILIES:
         raise UserError(f"family {requested!r} is not known. Use auto, {', '.join(FAMILIES)}.")
     if requested not in ("auto", found.name):

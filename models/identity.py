@@ -21,9 +21,9 @@ ORIGIN = ("transformers_version", "dtype", "torch_dtype")
 
 
 def weights_digests(root: Path, files: Mapping[str, Iterable[Path]]) -> tuple[str, dict[str, str]]:
-    """-> SHA-256 over names and bytes of all files, and of each part's.
+    """Computes SHA-256 in hex over names and bytes of all files, and part -> the same over the files of that part.
 
-    root: the names are relative to it, so a base may be moved. files: by part.
+    root: the names are relative to it, so a base may be moved. files: part -> its files.
     """
     one = {file: _file_digest(file) for group in files.values() for file in group}
 
@@ -51,8 +51,9 @@ def base_identity(
     zero_empty_prompt: bool,
     digests: Mapping[str, str],
 ) -> dict[str, Any]:
-    """What the results of a base depend on. modules: by the names of their folders, as is `digests`, of their weights.
+    """Returns all that the results of a base depend on, as a tree of JSON values.
 
+    modules: by the names of their folders. digests: of their weights, by the same names, or "file" for a single file.
     scheduler_class: as its file names it, "" where there is none.
     """
     identity: dict[str, Any] = {
@@ -70,14 +71,17 @@ def base_identity(
 
 
 def module_config(module: Any) -> dict[str, Any]:
-    """A network's configuration, with the defaults of what its file leaves out, and without its origin."""
+    """Returns a network's configuration, with the defaults of what its file leaves out, and without its origin."""
     config = module.config
     tree = config.to_dict() if hasattr(config, "to_dict") else dict(config)
     return {name: value for name, value in tree.items() if not name.startswith("_") and name not in ORIGIN}
 
 
 def module_digest(module: nn.Module) -> str:
-    """blake2b in hex of a module's weights as they are loaded, names and dtypes, and of its configuration."""
+    """Computes blake2b in hex, 16 digits, of a module's configuration and of its weights as they are loaded.
+
+    Names, dtypes and shapes of the weights are part of it.
+    """
     digest = hashlib.blake2b(digest_size=8)
     digest.update(json.dumps(module_config(module), sort_keys=True, default=str).encode())
     for name, tensor in sorted(module.state_dict().items()):
@@ -88,7 +92,10 @@ def module_digest(module: nn.Module) -> str:
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """blake2b in hex of a tokenizer's rules, length and filling, without the padding that its last call left behind."""
+    """Computes blake2b in hex, 16 digits, of a tokenizer's rules, maximum length, padding token and sides.
+
+    Sides are those of padding and truncation. The padding that its last call left behind is not part of it.
+    """
     tree = json.loads(tokenizer.backend_tokenizer.to_str())
     tree |= {"truncation": None, "padding": None, "length": tokenizer.model_max_length}
     filling = (tokenizer.pad_token_id, tokenizer.padding_side, tokenizer.truncation_side)
@@ -98,7 +105,10 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
 
 def tokenizer_facts(tokenizer: Any) -> dict[str, Any]:
-    """What decides on the tokens of a prompt: the rules, the length, and what a short prompt is filled up with."""
+    """Returns what decides on the tokens of a prompt: the rules, the length, the padding token, and the sides.
+
+    The sides say at which end a short prompt is padded and a long one is cut.
+    """
     return {
         "rules": tokenizer_digest(tokenizer),
         "model_max_length": tokenizer.model_max_length,
@@ -110,38 +120,43 @@ def tokenizer_facts(tokenizer: Any) -> dict[str, Any]:
 
 
 def libraries() -> dict[str, str]:
-    """The versions of the libraries whose arithmetic makes the results; another one may round otherwise."""
+    """Returns name -> version of the libraries that compute the results; another version may round otherwise."""
     return {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers", "tokenizers")}
 
 
 def identity_digest(identity: Mapping[str, Any]) -> str:
-    """SHA-256 in hex of an identity, to name a folder or a file by."""
+    """Computes SHA-256 in hex of an identity, to name a folder or a file by."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(name, value before, value now) of all that both say of a base and that differs.
+    """Lists (name, value before, value now) of everything that both identities of a base state and that differs.
 
-    What one of them does not say is passed over: a field that a newer library has added, or weights that were not read.
-    A part that only one of them has, such as a second text encoder, comes with the family.
+    What only one of them states is passed over: a field that a newer library has added, or weights that were not read.
+    A part that only one of them has is of another family, and that is told; except T5, which SD3 may do without.
     """
     found = []
     for name in before.keys() & now.keys():
         one, other = before[name], now[name]
         if isinstance(one, Mapping) and isinstance(other, Mapping):
             shared = [field for field in one if field in other]
-            found += [(_told(name, field), one[field], other[field]) for field in shared if one[field] != other[field]]
+            found += [
+                (_field_title(name, field), one[field], other[field]) for field in shared if one[field] != other[field]
+            ]
         elif one != other:
             found.append((name, one, other))
+    there = {True: "there", False: "left out"}
+    found += [(name, there[name in before], there[name in now]) for name in (before.keys() ^ now.keys()) & {T5}]
     return sorted(found, key=lambda difference: (difference[0] not in FIRST, difference[0]))
 
 
+T5 = "text_encoder_3"
 FIRST = ("family", "prediction_type")
 """What is told first."""
 
 
-def _told(part: str, field: str) -> str:
-    """ "prediction_type", "scheduler class", "vae scaling_factor", "weights of the unet"."""
+def _field_title(part: str, field: str) -> str:
+    """Gives a field's name in messages: "prediction_type", "scheduler class", "vae scaling_factor", "unet weights"."""
     if field == "weights":
         return "weights" if part == "file" else f"{part} weights"
     if part == "scheduler" and field != "class":
@@ -150,9 +165,10 @@ def _told(part: str, field: str) -> str:
 
 
 def describe_differences(found: Iterable[tuple[str, Any, Any]], when: str, now: str = "is") -> str:
-    """ "the base's prediction_type was v_prediction at step 2 and is epsilon; its vae scaling_factor ...".
+    """Describes differences in words for a message.
 
-    when: such as "at step 2". now: what is said before the values of now.
+    Such as "the base's prediction_type was v_prediction at step 2 and is epsilon; its vae scaling_factor ...". At most
+    four are described, and the others counted. when: such as "at step 2". now: what is said before the present values.
     """
     told = [f"{name} was {_shown(before)} {when} and {now} {_shown(value)}" for name, before, value in found]
     more = f"; and {len(told) - 4} more" if len(told) > 4 else ""

@@ -40,7 +40,10 @@ class StackedAdapter(nn.Module):
         """(K, out, r), B of each subject; of convolutions (K, out, r, 1, 1)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (K * b, ..., in), of convolutions (K * b, in, h, w)."""
+        """Computes the layer's output, with what each subject adds to it.
+
+        x: (K * b, ..., in), of convolutions (K * b, in, h, w).
+        """
         base = self.layer(x)
         down, up = self.down.to(x.dtype), self.up.to(x.dtype)
         if isinstance(self.layer, nn.Conv2d):
@@ -51,7 +54,10 @@ class StackedAdapter(nn.Module):
 
 
 def _convolved(x: Tensor, down: Tensor, up: Tensor, layer: nn.Conv2d) -> Tensor:
-    """(K * b, in, h, w) -> (K * b, out, h', w'): subjects side by side as groups of one convolution."""
+    """Computes what the subjects add to a convolution's output: (K * b, in, h, w) -> (K * b, out, h', w').
+
+    The subjects lie side by side as groups of one convolution.
+    """
     subjects, rank = down.shape[:2]
     batch = len(x) // subjects
     grouped = x.view(subjects, batch, *x.shape[1:]).transpose(0, 1).flatten(1, 2)  # (b, K * in, h, w)
@@ -63,7 +69,7 @@ def _convolved(x: Tensor, down: Tensor, up: Tensor, layer: nn.Conv2d) -> Tensor:
 
 
 def adapted_names(network: nn.Module, layers: Sequence[str]) -> list[str]:
-    """Full names of the linear layers and convolutions of a network whose names end in one of `layers`.
+    """Returns the full names of the linear layers and convolutions of a network whose names end in one of `layers`.
 
     Raises ValueError where there are none.
     """
@@ -78,9 +84,10 @@ def adapted_names(network: nn.Module, layers: Sequence[str]) -> list[str]:
 
 
 def attach_adapters(network: nn.Module, layers: Sequence[str], subjects: int, rank: int) -> dict[str, StackedAdapter]:
-    """Puts a StackedAdapter in place of each of these layers; -> them by the layer's full name.
+    """Puts a StackedAdapter in place of each of these layers, and returns them by the layer's full name.
 
-    All are zero at first, so the network is as it was: `reset_subject` begins one. Every other weight stays frozen.
+    All are zero at first, so the network computes what it did before; `reset_subject` begins a subject. Every other
+    weight stays frozen.
     """
     network.requires_grad_(False)
     adapters = {}
@@ -95,7 +102,7 @@ def attach_adapters(network: nn.Module, layers: Sequence[str], subjects: int, ra
 
 @contextmanager
 def detached_adapters(network: nn.Module, adapters: Mapping[str, StackedAdapter]) -> Iterator[None]:
-    """The network without them, as for class images of the frozen base."""
+    """Opens a context in which the network has no adapters, as for class images of the frozen base."""
     _put(network, {name: adapter.layer for name, adapter in adapters.items()})
     try:
         yield
@@ -105,9 +112,10 @@ def detached_adapters(network: nn.Module, adapters: Mapping[str, StackedAdapter]
 
 @contextmanager
 def chosen_subjects(adapters: Mapping[str, StackedAdapter], slots: Sequence[int]) -> Iterator[None]:
-    """Inside, the stack holds copies of these slots, in this order, a slot as often as it is named, without gradients.
+    """Opens a context in which the stack holds copies of these slots, without gradients, in this order.
 
-    With guidance a batch goes through the network once without its prompts and once with them: [0, 1, 0, 1].
+    A slot is there as often as it is named. With guidance a batch goes through the network once without its prompts and
+    once with them: [0, 1, 0, 1].
     """
     whole = {name: (adapter.down, adapter.up) for name, adapter in adapters.items()}
     for adapter in adapters.values():
@@ -142,7 +150,7 @@ def reset_subject(adapters: Mapping[str, StackedAdapter], slot: int, rank: int, 
 
 
 def subject_weights(adapters: Mapping[str, StackedAdapter], slot: int, rank: int) -> dict[str, Tensor]:
-    """One subject's LoRA by peft's names (NAME.lora_A.weight, NAME.lora_B.weight), on the CPU, float32."""
+    """Returns one subject's LoRA by peft's names (NAME.lora_A.weight, NAME.lora_B.weight), on the CPU, float32."""
     weights = {}
     for name, adapter in adapters.items():
         weights[f"{name}.lora_A.weight"] = adapter.down.detach()[slot, :rank].cpu().clone()
@@ -192,7 +200,7 @@ class StackedAdamW:
 
     @torch.no_grad()
     def step(self, rates: Tensor, steps: Sequence[int], max_grad_norms: Tensor) -> tuple[Tensor, Tensor]:
-        """One update. -> (K,) gradient norms before clipping, and (K,) bool, which subjects were updated.
+        """Makes one update. Returns (K,) gradient norms before clipping, and (K,) bool, which subjects were updated.
 
         rates: (K,) float32, 0 for an empty slot. steps: of each subject before this update. max_grad_norms: (K,).
         A subject whose gradient is not finite is left as it is.
@@ -226,14 +234,14 @@ class StackedAdamW:
 
 
 def grad_norms(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """(K,) float32: the norm of each subject's gradient over all layers."""
+    """Computes the norm of each subject's gradient over all layers, (K,) float32."""
     squares = [parameter.grad.flatten(1).square().sum(1) for parameter in parameters if parameter.grad is not None]
     return torch.stack(squares).sum(0).sqrt()
 
 
 @torch.no_grad()
 def keep_slots(adapters: Mapping[str, StackedAdapter], optimizer: StackedAdamW, slots: Sequence[int | None]) -> None:
-    """Makes the stack hold these slots, in this order; None is a new, empty one. The optimizer goes with it."""
+    """Makes the stack hold these slots, in this order; None is a new, empty one. The optimizer's state follows."""
 
     def picked(tensor: Tensor) -> Tensor:
         empty = tensor.new_zeros(1, *tensor.shape[1:])
@@ -249,5 +257,5 @@ def keep_slots(adapters: Mapping[str, StackedAdapter], optimizer: StackedAdamW, 
 
 
 def stacked_parameters(adapters: Mapping[str, StackedAdapter]) -> list[nn.Parameter]:
-    """In an order that the layers' names decide."""
+    """Returns the parameters of all adapters, sorted by the layers' names."""
     return [parameter for name in sorted(adapters) for parameter in (adapters[name].down, adapters[name].up)]

@@ -128,7 +128,10 @@ def _load_folder(folder: Path, requested: str, dtype: torch.dtype, empty: bool, 
 
 
 def _load_part(folder: Path, part: Part, dtype: torch.dtype, empty: bool) -> tuple[Any, list[Path]]:
-    """A network of a base's folder, in its own dtype where it needs another, and the files that it is read from."""
+    """Reads a network of a base's folder, and returns it with the files that it was read from.
+
+    Its dtype is `dtype`, but float32 for a VAE that would overflow in float16: see `vae_dtype`.
+    """
     place = folder / part.folder
     files = weights_files(place, part.stem)
     own = vae_dtype(read_json(place / "config.json"), dtype) if part == VAE else dtype
@@ -158,12 +161,12 @@ def flow_process(config: Mapping[str, Any], where: str) -> FlowMatching:
 
 
 def class_of(part: Part) -> Any:
-    """The class of a part of a base, of diffusers or transformers."""
+    """Returns the class of a part of a base, of diffusers or transformers."""
     return getattr(diffusers if hasattr(diffusers, part.kind) else transformers, part.kind)
 
 
 def parts_of(base: Base) -> dict[str, Any]:
-    """Folder's name -> network, of all that a diffusers folder of this base holds."""
+    """Returns folder name -> network, of all networks that a diffusers folder of this base holds."""
     encoders = (part.folder for part in base.family.parts if part.folder.startswith("text_encoder"))
     return {base.family.denoiser.folder: base.denoiser, "vae": base.vae} | dict(
         zip(encoders, base.text_encoders, strict=True)
@@ -171,7 +174,7 @@ def parts_of(base: Base) -> dict[str, Any]:
 
 
 def load_tokenizers(path: str | os.PathLike[str]) -> tuple[Any, ...]:
-    """The tokenizers of a base and nothing else of it: one to three. path: as for `load_base`."""
+    """Reads the tokenizers of a base and nothing else of it: one to three. path: as for `load_base`."""
     path = MINIATURE if os.fspath(path) == "miniature" else Path(path)
     folder = path if path.is_dir() else path.parent
     names = [name for name in ("tokenizer", "tokenizer_2", "tokenizer_3") if (folder / name).is_dir()]
@@ -194,7 +197,10 @@ def _load_tokenizer(folder: Path, name: str) -> Any:
 
 
 def _never_formed(tokenizer: Any, rules: Mapping[str, Any]) -> list[str]:
-    """Tokens of a byte-pair vocabulary that no merge makes: the end of the list of merges is missing, or all of it."""
+    """Lists the tokens of a byte-pair vocabulary that no merge makes.
+
+    There are such tokens where the end of the list of merges is missing, or all of it.
+    """
     if rules.get("type") != "BPE" or rules.get("ignore_merges"):
         return []
     merges = (merge.split(" ") if isinstance(merge, str) else merge for merge in rules["merges"])
@@ -208,7 +214,7 @@ def _never_formed(tokenizer: Any, rules: Mapping[str, Any]) -> list[str]:
 
 
 def _load_single_file(path: Path, requested: str, dtype: torch.dtype, empty: bool, t5: bool) -> Base:
-    """A checkpoint in the original layout. Its tokenizer, and a scheduler_config.json if any, lie beside it."""
+    """Reads a checkpoint in the original layout. Its tokenizers, and scheduler/ if any, lie in folders beside it."""
     family = recognise_file(path, requested)
     if family.is_transformer:
         return _load_transformer_file(path, family if t5 else family.without_t5(), dtype, empty)
@@ -238,7 +244,7 @@ def _load_single_file(path: Path, requested: str, dtype: torch.dtype, empty: boo
 
 
 def _load_transformer_file(path: Path, family: Family, dtype: torch.dtype, empty: bool) -> Base:
-    """A file of SD3 or FLUX.1. What it does not hold lies beside it, in folders as a diffusers folder has them."""
+    """Reads a file of SD3 or FLUX.1. What it does not hold lies beside it, in folders as in a diffusers folder."""
     check_dtype(family, dtype, str(path))
     state = stored_tensors([path], empty)
     beside = parts_beside(family, state)
@@ -268,7 +274,7 @@ def _load_transformer_file(path: Path, family: Family, dtype: torch.dtype, empty
 
 
 def _flow_beside(path: Path, family: Family) -> tuple[Process, str]:
-    """How a base of flow matching was trained, and the class that a scheduler beside its file names, "" without one."""
+    """Returns how a base of flow matching was trained, and the class that scheduler/ beside its file names, or ""."""
     beside = path.parent / "scheduler" / "scheduler_config.json"
     if beside.exists():
         return read_process(family, beside), str(read_json(beside).get("_class_name", ""))
@@ -301,10 +307,10 @@ def _single_file_scheduler(
 
 
 def load_controlnet(path: str | os.PathLike[str], unet: Any, dtype: torch.dtype = torch.float32) -> Any:
-    """A ControlNet to continue from: a diffusers folder, or a single .safetensors file in either layout.
+    """Reads a ControlNet to continue from: a diffusers folder, or a single .safetensors file in either layout.
 
-    It is on the CPU and trainable. Raises ValueError if it was not made for such a U-Net, and if a decoder has learned
-    with it: `decoder.load_networks` reads both.
+    It is on the CPU and trainable. Raises FileNotFoundError where it is not there, and ValueError if it was not made
+    for such a U-Net, or if a decoder has learned with it: `unlocked_decoder.load_networks` reads both.
     """
     path = Path(path)
     if (path / DECODER_FILE).exists() or ((path / UNET_FOLDER).exists() and (path / "config.json").exists()):
@@ -316,9 +322,9 @@ def load_controlnet(path: str | os.PathLike[str], unet: Any, dtype: torch.dtype 
 
 
 def read_controlnet(path: Path, unet: Any, dtype: torch.dtype = torch.float32) -> Any:
-    """`load_controlnet` for those who read the decoder too. With a base on "meta" all is checked but values.
+    """Reads a ControlNet as `load_controlnet` does, also one with which a decoder has learned.
 
-    unet: the base's network, a transformer too.
+    unet: the base's network, a transformer too. If it is on "meta", all is checked but values.
     """
     empty = unet.device.type == "meta"
     if path.is_dir():
@@ -344,7 +350,10 @@ CONTROLNET_REMEDY = "It was made for another base, or is incomplete"
 
 
 def read_controlnet_folder(folder: Path, dtype: torch.dtype = torch.float32, empty: bool = False) -> Any:
-    """A ControlNet's folder as it is, without a base to compare it with, on the CPU. Raises as `load_controlnet`."""
+    """Reads a ControlNet's folder as it is, without a base to compare it with, on the CPU.
+
+    empty: without values, on the device "meta". Raises as `load_controlnet`.
+    """
     kind = controlnet_class(folder)
     controlnet = load_module(kind, folder, dtype, WEIGHTS_STEM, empty=empty, remedy=CONTROLNET_REMEDY)
     return denoiser_of(controlnet).file.finish_reading(controlnet)
@@ -363,7 +372,11 @@ WEIGHTS_STEM = "diffusion_pytorch_model"
 
 
 def controlnet_class(folder: Path) -> Any:
-    """Of what a folder holds, as its config.json names it. Raises ValueError for anything but a ControlNet of RGB."""
+    """Returns the class of the ControlNet that a folder holds, as its config.json names it.
+
+    Raises FileNotFoundError without config.json, and ValueError for anything but a ControlNet of RGB that can be used
+    here.
+    """
     if not (folder / "config.json").is_file():
         raise MissingFile(f"{folder / 'config.json'} does not exist, so {folder} is no ControlNet's folder")
     config = read_json(folder / "config.json")
@@ -390,7 +403,10 @@ def save_single_file(controlnet: nn.Module, path: str | os.PathLike[str]) -> Non
 
 
 def _unwrapped(controlnet: nn.Module) -> Any:
-    """A DeepSpeed engine or DistributedDataParallel holds the network as `.module`."""
+    """Returns the ControlNet itself, which a DeepSpeed engine or DistributedDataParallel holds as `.module`.
+
+    Raises TypeError for another network.
+    """
     module = getattr(controlnet, "module", controlnet)
     if not isinstance(module, CLASSES):
         raise TypeError(f"expected a ControlNetModel, or an engine around one, and got {type(module).__name__}")

@@ -15,9 +15,9 @@ from controlbooth.models.single_files.keys import identify_file
 
 
 def parts_beside(family: Family, names: Iterable[str]) -> tuple[Part, ...]:
-    """The networks of a family that are not in its single file, and so in folders beside. names: of the file's tensors.
+    """Returns the networks of a family that are not in its single file, and so must be in folders beside it.
 
-    Of families with a U-Net a file holds all.
+    names: of the file's tensors. A file of a family with a U-Net holds all of its networks.
     """
     if family.single_file is None:
         return ()
@@ -60,12 +60,12 @@ _TITLES = {  # what model_index.json or a denoiser's configuration names, up to 
 
 
 def recognise(path: Path, requested: str = "auto") -> Family:
-    """The family of a base, a diffusers folder or a single file. Raises as `recognise_folder` and `recognise_file`."""
+    """Finds the family of a diffusers folder or a single file. Raises as `recognise_folder` and `recognise_file`."""
     return (recognise_folder if path.is_dir() else recognise_file)(path, requested)
 
 
 def recognise_folder(folder: Path, requested: str = "auto") -> Family:
-    """The family of a diffusers folder. requested: as `check_family` takes it.
+    """Finds the family of a diffusers folder. requested: as `check_family` takes it.
 
     Raises FileNotFoundError for a folder of something else, and ValueError for a base that is not supported, or is not
     of the requested family, with the folder and what it is.
@@ -105,7 +105,7 @@ def recognise_folder(folder: Path, requested: str = "auto") -> Family:
 
 
 def _leaves_t5_out(index: Path, family: Family) -> bool:
-    """Whether model_index.json says that the folder has no T5, as a pipeline that was saved without it does."""
+    """Tells whether model_index.json says that the folder has no T5, as after saving a pipeline without it."""
     if family.name != "sd3" or not index.is_file():
         return False
     entry = read_json(index).get("text_encoder_3")
@@ -113,7 +113,7 @@ def _leaves_t5_out(index: Path, family: Family) -> bool:
 
 
 def recognise_file(file: Path, requested: str = "auto") -> Family:
-    """The family of a single file in the original layout, by its header. Raises ValueError as `recognise_folder`."""
+    """Finds the family of a single file in the original layout by its header. Raises as `recognise_folder`."""
     if file.suffix != ".safetensors":
         raise UserError(f"{file} is not a .safetensors file. A .ckpt can run code when it is read: convert it first.")
     shapes = {name: tuple(entry["shape"]) for name, entry in safetensors_header(file).items()}

@@ -1,7 +1,7 @@
 """From prompts and condition pictures to pictures; the same arithmetic as diffusers' StableDiffusionControlNetPipeline.
 
 What one step predicts is a function of its own, `guided_prediction`; what ControlNets add is a value,
-`controlnet.Residuals`. Scales, schedules and branches act on it in `residuals_of`, nowhere else.
+`denoisers.residuals.Residuals`. Scales, schedules and branches act on it in `residuals_of`, nowhere else.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,7 +25,7 @@ VERSION = 1
 
 
 def drawn_by(base: Base) -> dict[str, Any]:
-    """What pictures depend on besides prompts, seeds, steps and guidance, to name those that are kept by."""
+    """Returns what pictures depend on besides prompts, seeds, steps and guidance; kept pictures are named by it."""
     versions = libraries()
     return {
         "base": identity_digest(base.identity),
@@ -44,7 +44,7 @@ class Control:
     scale: float = 1.0
     """Multiplies all of its residuals."""
     schedule: str = "uniform"
-    """How much each residual counts, of `guidance.SCHEDULES`."""
+    """How much each residual counts, of `control_schedules.SCHEDULES`."""
     branches: Literal["both", "conditional"] = "both"
     """Where guidance makes two predictions: control both, or only the one with the prompt, as resolution weighting and
     guess mode do."""
@@ -66,7 +66,7 @@ def sample(
     negative_prompt: str | None = None,
     picture_size: tuple[int, int] | None = None,
 ) -> Tensor:
-    """Samples one picture for each prompt. Returns (B, H, W, 3) uint8 on the CPU.
+    """Draws one picture for each prompt, and returns them as (B, H, W, 3) uint8 on the CPU.
 
     picture_size: (H, W) in pixels, multiples of the VAE's factor. None: that of the conditions, or without controls the
     one that the U-Net was made for; with controls it can only be that of the conditions. seeds: B integers; picture i
@@ -105,7 +105,7 @@ def guided_prediction(
     text: TextEncoding,
     guidance_scale: float,
 ) -> Tensor:
-    """(B, C, h, w): uncond + guidance_scale * (cond - uncond), in one pass over both branches, or cond alone.
+    """Predicts (B, C, h, w): uncond + guidance_scale * (cond - uncond), in one pass over both branches, or cond alone.
 
     text holds B rows, or 2 B: first the unconditional branch, then the conditional one.
     """
@@ -120,7 +120,7 @@ def guided_prediction(
 
 
 def residuals_of(control: Control, model_input: Tensor, timestep: Tensor, text: TextEncoding) -> Residuals:
-    """What a ControlNet adds to each row of `text`, weighed; zeros in a branch that it leaves alone."""
+    """Computes the weighted residuals that a ControlNet adds to each row of `text`: zeros in an uncontrolled branch."""
     rows = len(model_input)
     branches = len(text.encoder_hidden_states) // rows
     conditioning = control.conditioning.to(model_input.device)
@@ -150,12 +150,15 @@ def residuals_of(control: Control, model_input: Tensor, timestep: Tensor, text: 
 
 
 def _encoded(control: Control, base: Base) -> Control:
-    """With what its network takes of the condition, which is the same in all steps."""
+    """Returns the control with its condition as its network reads it, which is the same in all steps."""
     return replace(control, conditioning=encode_condition(base, control.network, control.conditioning))
 
 
 def _with_rows_for(control: Control, text: TextEncoding, pictures: int) -> Control:
-    """With one condition for each row that the ControlNet sees in a step, as `control_residuals` takes it unchanged."""
+    """Returns the control with one condition for each row that the ControlNet sees in a step.
+
+    They have the dtype and device that `control_residuals` needs, so that it takes them unchanged.
+    """
     branches = 1 if control.branches == "conditional" else len(text.encoder_hidden_states) // pictures
     dtype = next(control.network.parameters()).dtype
     conditioning = torch.cat([control.conditioning] * branches).to(text.encoder_hidden_states.device, dtype)
@@ -164,7 +167,7 @@ def _with_rows_for(control: Control, text: TextEncoding, pictures: int) -> Contr
 
 @contextmanager
 def _hints_kept(network: nn.Module) -> Iterator[None]:
-    """Inside, a ControlNet's hint network runs once for a condition: what it makes of it is the same in all steps."""
+    """Opens a context in which a ControlNet's hint network runs once for a condition, not again in each step."""
     hint: Any = getattr(getattr(network, "module", network), "controlnet_cond_embedding", None)
     if hint is None:  # conditions are latents, and encoded already
         yield
@@ -186,7 +189,7 @@ def _hints_kept(network: nn.Module) -> Iterator[None]:
 
 
 def _sum(several: Sequence[Residuals]) -> Residuals:
-    """ControlNets that were trained apart are combined by adding what they add (arXiv 2302.05543, section 3.4)."""
+    """Adds up the residuals of ControlNets that were trained apart (arXiv 2302.05543, section 3.4)."""
     total, *others = several
     for other in others:
         total = total.with_each(one + two for one, two in zip(total.each(), other.each(), strict=True))
@@ -207,14 +210,14 @@ def _picture_size(base: Base, controls: Sequence[Control], asked: tuple[int, int
 
 
 def _acts(control: Control, number: int, steps: int) -> bool:
-    """Whether it acts in this step, as diffusers counts: the step lies between start and end as a whole."""
+    """Tells whether the control acts in this step, as diffusers counts: the whole step lies between start and end."""
     return number / steps >= control.start and (number + 1) / steps <= control.end
 
 
 def initial_noise(base: Base, seeds: Sequence[int], height: int, width: int) -> Tensor:
-    """(B, C, height/8, width/8) standard normal in the base's dtype; row i comes from seeds[i] alone.
+    """Draws standard normal noise (B, C, height/8, width/8) in the base's dtype; row i comes from seeds[i] alone.
 
-    Drawn in float32 on the CPU, so that a seed is the same noise on every machine and in every precision.
+    It is drawn in float32 on the CPU, so that a seed is the same noise on every machine and in every precision.
     """
     factor = base.family.vae_factor
     shape = (base.latent_channels, height // factor, width // factor)
@@ -223,7 +226,7 @@ def initial_noise(base: Base, seeds: Sequence[int], height: int, width: int) -> 
 
 
 def to_uint8(pixel_values: Tensor) -> Tensor:
-    """(B, 3, H, W) about [-1, 1] -> (B, H, W, 3) uint8 on the CPU, rounded as diffusers' image processor rounds."""
+    """Converts pixels (B, 3, H, W) about [-1, 1] to (B, H, W, 3) uint8 on the CPU, rounded as diffusers rounds."""
     pictures = (pixel_values.float() * 0.5 + 0.5).clamp(0.0, 1.0)
     return (pictures * 255.0).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().contiguous()
 
@@ -236,7 +239,7 @@ def _text_of_both_branches(
     guided: bool,
     guidance_scale: float,
 ) -> TextEncoding:
-    """B rows, or with guidance 2 B: the negative prompt's, then the prompts'."""
+    """Encodes the prompts as B rows, or with guidance as 2 B: the negative prompt's, then the prompts'."""
     text = encode_with_dropout(base, prompts, picture_size=picture_size, guidance=guidance_scale)
     if not guided:
         return text

@@ -50,10 +50,11 @@ def encode_with_dropout(
     crops: Tensor | None = None,
     guidance: float | None = None,
 ) -> TextEncoding:
-    """Captions -> the same encoding as `encode_prompts`, at the price of the non-empty ones.
+    """Encodes captions as `encode_prompts` does, at the price of the non-empty ones.
 
     A dropped prompt is the empty string. Half of a ControlNet's prompts are, so its embedding is computed once and kept
-    on the base. Sizes as in `encode_prompts`. guidance: what FLUX.1 is told; default what it is trained with.
+    on the base. Sizes are as in `encode_prompts`. guidance: the number that FLUX.1 is given; by default the one that it
+    is trained with.
     """
     kept = [row for row, caption in enumerate(captions) if caption]
     empty_states, empty_pooled = base.empty_prompt(TEXT_ENCODINGS[base.family.name])
@@ -73,10 +74,11 @@ def time_ids_of(
     original_sizes: Tensor | None = None,
     crops: Tensor | None = None,
 ) -> Tensor:
-    """SDXL's size conditioning (arXiv 2307.01952, section 2.2): (count, 6) float32, in pixels, of each sample
-    original height and width, crop's top and left, and target height and width.
+    """Returns SDXL's size conditioning (arXiv 2307.01952, section 2.2), (count, 6) float32, in pixels.
 
-    Without original_sizes (count, 2) the picture was not resized, without crops (count, 2) it was not cropped.
+    Of each sample it is original height and width, the crop's top and left, and target height and width. Without
+    original_sizes (count, 2) the picture was not resized, without crops (count, 2) it was not cropped. Raises
+    ValueError for other shapes.
     """
     target = torch.tensor(picture_size, dtype=torch.float32).repeat(count, 1)
     originals = target if original_sizes is None else original_sizes.to("cpu", torch.float32)
@@ -96,7 +98,10 @@ def with_rest(
     crops: Tensor | None = None,
     guidance: float | None = None,
 ) -> TextEncoding:
-    """Puts what else a family's network is told beside the encoded text: see TextEncoding.added_cond_kwargs."""
+    """Adds the other inputs of a family's network to the encoded text: see TextEncoding.added_cond_kwargs.
+
+    Raises ValueError for SDXL without picture_size.
+    """
     if pooled is None:
         return TextEncoding(hidden_states)
     if base.family.is_transformer:
@@ -116,7 +121,7 @@ def with_rest(
 
 
 def _tokens(base: "Base", index: int, prompts: list[str]) -> Tensor:
-    """(B, L) int64 on the base's device, padded and cut to the tokenizer's model_max_length."""
+    """Tokenizes prompts: (B, L) int64 on the base's device, padded and cut to the tokenizer's model_max_length."""
     tokenizer = base.tokenizers[index]
     encoded = tokenizer(
         prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
@@ -125,12 +130,15 @@ def _tokens(base: "Base", index: int, prompts: list[str]) -> Tensor:
 
 
 def _last_layer(base: "Base", prompts: list[str]) -> tuple[Tensor, None]:
-    """SD1.5, SD2.1, miniature: the encoder's last layer, normalised. (B, L, D)."""
+    """Encodes prompts for SD1.5, SD2.1 and the miniature: the encoder's last layer, normalised, (B, L, D), and None."""
     return base.text_encoders[0](_tokens(base, 0, prompts)).last_hidden_state, None
 
 
 def _two_encoders(base: "Base", prompts: list[str]) -> tuple[Tensor, Tensor]:
-    """SDXL: the penultimate layers of both encoders side by side (B, L, D1 + D2), and the second's pooled (B, P)."""
+    """Encodes prompts for SDXL: hidden states (B, L, D1 + D2), and the second encoder's pooled embedding (B, P).
+
+    The hidden states are the penultimate layers of both encoders side by side.
+    """
     outputs = [
         encoder(_tokens(base, index, prompts), output_hidden_states=True)
         for index, encoder in enumerate(base.text_encoders)
@@ -139,7 +147,7 @@ def _two_encoders(base: "Base", prompts: list[str]) -> tuple[Tensor, Tensor]:
 
 
 def _t5(base: "Base", index: int, prompts: list[str]) -> Tensor:
-    """T5's last layer, (B, base.text_tokens, D). Filled up without a mask: fillings take part, as in the pipelines."""
+    """Returns T5's last layer, (B, base.text_tokens, D). Padding tokens are not masked, as in the pipelines."""
     encoded = base.tokenizers[index](
         prompts, padding="max_length", max_length=base.text_tokens, truncation=True, return_tensors="pt"
     )
@@ -147,8 +155,11 @@ def _t5(base: "Base", index: int, prompts: list[str]) -> Tensor:
 
 
 def _three_encoders(base: "Base", prompts: list[str]) -> tuple[Tensor, Tensor]:
-    """SD3: the penultimate layers of two CLIPs side by side, filled up with zeros to T5's width, before T5's states,
-    (B, L + T, D), or zeros where the run has no T5; and both pooled projections (B, P1 + P2)."""
+    """Encodes prompts for SD3: hidden states (B, L + T, D), and both pooled projections (B, P1 + P2).
+
+    The hidden states are the penultimate layers of two CLIPs side by side, padded with zeros to T5's width, followed by
+    T5's states, or by zeros where the run has no T5.
+    """
     outputs = [
         encoder(_tokens(base, index, prompts), output_hidden_states=True)
         for index, encoder in enumerate(base.text_encoders[:2])
@@ -165,12 +176,15 @@ def _three_encoders(base: "Base", prompts: list[str]) -> tuple[Tensor, Tensor]:
 
 
 def _clip_and_t5(base: "Base", prompts: list[str]) -> tuple[Tensor, Tensor]:
-    """FLUX.1: T5's states (B, T, D), and CLIP's pooled output (B, P)."""
+    """Encodes prompts for FLUX.1: T5's states (B, T, D), and CLIP's pooled output (B, P)."""
     return _t5(base, 1, prompts), base.text_encoders[0](_tokens(base, 0, prompts)).pooler_output
 
 
 def _one_encoder_pooled(base: "Base", prompts: list[str]) -> tuple[Tensor, Tensor]:
-    """The miniature with a transformer: the last layer, normalised, (B, L, D), and the pooled state (B, D)."""
+    """Encodes prompts for the miniature with a transformer: the last layer (B, L, D) and the pooled state (B, D).
+
+    The last layer is normalised.
+    """
     read = base.text_encoders[0](_tokens(base, 0, prompts))
     return read.last_hidden_state, read.pooler_output
 

@@ -38,12 +38,12 @@ class UnlockedNetwork(nn.Module):
         self.decoder.requires_grad_(True)
 
     def forward(self, noisy_latents: Tensor, timesteps: Tensor, text: TextEncoding, conditioning: Tensor) -> Tensor:
-        """As `controlnet.predict`. The whole prediction is one call, as an engine around the network expects."""
+        """Predicts as `registry.predict` does, in one call, as an engine around the network expects."""
         return predict(self.base.denoiser, self.controlnet, noisy_latents, timesteps, text, conditioning)
 
 
 def with_own_decoder(unet: UNet2DConditionModel, dtype: torch.dtype) -> UNet2DConditionModel:
-    """A U-Net that shares the locked modules of `unet` and has a copy of its decoder, in `dtype`."""
+    """Makes a U-Net that shares the locked modules of `unet` and has a copy of its decoder, in `dtype`."""
     own: Any = copy.copy(unet)
     own._modules = dict(unet._modules)
     for name, module in decoder_modules(unet).items():
@@ -56,12 +56,12 @@ def decoder_modules(unet: UNet2DConditionModel) -> dict[str, nn.Module]:
 
 
 def decoder_state(unet: UNet2DConditionModel) -> dict[str, Tensor]:
-    """The decoder's weights under their names in the U-Net."""
+    """Returns the decoder's weights under their names in the U-Net."""
     return {name: tensor for name, tensor in unet.state_dict().items() if name.split(".")[0] in DECODER}
 
 
 def networks_of(base: Base, network: nn.Module) -> tuple[Base, nn.Module]:
-    """The base and the ControlNet that pictures under control are drawn with."""
+    """Returns the base and the ControlNet that pictures under control are drawn with."""
     return (network.base, network.controlnet) if isinstance(network, UnlockedNetwork) else (base, network)
 
 
@@ -73,7 +73,10 @@ def controlled_prediction(
     text: TextEncoding,
     conditioning: Tensor,
 ) -> Tensor:
-    """(B, C, h, w): as `controlnet.predict`. network: a ControlNet, an UnlockedNetwork, or an engine around one."""
+    """Predicts (B, C, h, w) as `registry.predict` does.
+
+    network: a ControlNet, an UnlockedNetwork, or an engine around one.
+    """
     if isinstance(getattr(network, "module", network), UnlockedNetwork):
         return network(noisy_latents, timesteps, text, conditioning)
     return predict(base.denoiser, network, noisy_latents, timesteps, text, conditioning)
@@ -85,11 +88,13 @@ def save_decoder(weights: dict[str, Tensor], folder: Path) -> None:
 
 
 def load_networks(path: str | os.PathLike[str], base: Base, dtype: torch.dtype = torch.float32) -> tuple[Base, Any]:
-    """A ControlNet, and the base as it was trained with: with the decoder that learned, where the folder holds one.
+    """Reads a ControlNet, and returns the base as it was trained with, and the ControlNet.
 
-    path: as for `load_controlnet`; a checkpoint's controlnet/ or an export. The ControlNet is on the CPU, in dtype
-    and trainable; the base is on its device, in its dtype and frozen, and `base` itself is left as it is. Raises
-    ValueError for a decoder or ControlNet of another base.
+    That base has the decoder that learned with the ControlNet, where the folder holds one; else it is `base`.
+
+    path: as for `load_controlnet`; a checkpoint's controlnet/ or an export. The ControlNet is on the CPU, in dtype and
+    trainable; the base is on its device, in its dtype and frozen, and `base` itself is left as it is. Raises ValueError
+    for a decoder or ControlNet of another base.
     """
     path = Path(path)
     controlnet, empty = read_controlnet(path, base.denoiser, dtype), base.device.type == "meta"

@@ -23,37 +23,39 @@ IDENTITY_VERSION = 2
 
 @torch.no_grad()
 def encode_posterior(base: Base, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, 3, H, W) in [-1, 1] -> mean and standard deviation of the VAE's posterior, (B, C, h, w) in its dtype."""
+    """Encodes pictures: (B, 3, H, W) in [-1, 1] -> mean and standard deviation of the VAE's posterior, (B, C, h, w) in
+    its dtype."""
     posterior = base.posterior(pixel_values)
     return posterior.mean, posterior.std
 
 
 @torch.no_grad()
 def sample_posterior(base: Base, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
-    """Scaled latents (B, C, h, w) in the base's dtype; noise: (B, C, h, w), standard normal."""
+    """Draws scaled latents (B, C, h, w) in the base's dtype from the posterior. noise: (B, C, h, w) standard normal."""
     latents = mean + std * noise.to(mean)
     # Some of the VAE's kernels leave channels last, and a U-Net that went on so would round otherwise than on a cache.
     return base.scaled(latents).contiguous()
 
 
 def to_pixel_values(pictures: Tensor) -> Tensor:
-    """(B, 3, H, W) uint8 -> float32 in [-1, 1]."""
+    """Converts pictures: (B, 3, H, W) uint8 -> float32 in [-1, 1]."""
     return pictures.float() / 127.5 - 1.0
 
 
 def encode_captions(base: Base, captions: list[str]) -> Encoded:
-    """Hidden states (B, L, D), and the pooled embeddings (B, P) where the base has them."""
+    """Encodes captions: returns hidden states (B, L, D), and pooled embeddings (B, P), or None if the base has none."""
     return TEXT_ENCODINGS[base.family.name](base, captions)
 
 
 def encode_kept(base: Base, captions: list[str]) -> Encoded | None:
-    """The encodings of those captions that are not empty, None with none, computed in a batch as large as all."""
+    """Encodes those captions that are not empty, in a batch as large as that of all; returns None if all are empty."""
     kept = [caption for caption in captions if caption]
     return encode_batch(base, kept, len(captions)) if kept else None
 
 
 def encode_batch(base: Base, captions: list[str], batch: int) -> Encoded:
-    """Up to `batch` captions, filled up with the last of them: hidden states (K, L, D), and pooled (K, P) or None."""
+    """Encodes K captions in a batch of size `batch`, filled up with the last of them. Returns hidden states (K, L, D),
+    and pooled embeddings (K, P) or None."""
     hidden_states, pooled = encode_captions(base, captions + captions[-1:] * (batch - len(captions)))
     return hidden_states[: len(captions)], None if pooled is None else pooled[: len(captions)]
 
@@ -61,7 +63,8 @@ def encode_batch(base: Base, captions: list[str], batch: int) -> Encoded:
 def with_empty_prompts(
     base: Base, captions: list[str], encoded: Encoded | None, picture_size: tuple[int, int]
 ) -> TextEncoding:
-    """The encoding of all captions from that of those which are not empty; "" is encoded once and kept on the base.
+    """Builds the encoding of all captions from that of those which are not empty; "" is encoded once and kept on the
+    base.
 
     encoded: None where all are empty. picture_size: height and width in pixels.
     """
@@ -77,7 +80,8 @@ def with_empty_prompts(
 
 
 def posterior_of(encoded: EncodedBatch, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (B, C, h, w) on the device, in the dtype in which they were computed."""
+    """Copies the cached mean and standard deviation (B, C, h, w) to the device, in the dtype in which they were
+    computed."""
     return as_tensor(encoded.mean, encoded.latents_dtype, device), as_tensor(encoded.std, encoded.latents_dtype, device)
 
 
@@ -89,13 +93,13 @@ def captions_of(encoded: EncodedBatch, device: torch.device) -> Encoded | None:
 
 
 def as_tensor(array: np.ndarray, dtype: str, device: torch.device) -> Tensor:
-    """An array of the latent cache on the device; bfloat16 from its bits."""
+    """Copies an array of the latent cache to the device; bfloat16 is read from its bits."""
     tensor = torch.from_numpy(array)
     return (tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor).to(device, non_blocking=True)
 
 
 def as_array(tensor: Tensor) -> np.ndarray:
-    """The inverse of `as_tensor`."""
+    """Converts a tensor to an array of the latent cache, the inverse of `as_tensor`."""
     tensor = tensor.detach().cpu().contiguous()
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
@@ -107,7 +111,10 @@ def dtype_name(module: Any) -> str:
 def latent_cache_identities(
     config: RunConfig, base: Base, shapes: tuple[tuple[int, int], ...]
 ) -> dict[str, dict[str, Any]]:
-    """What the run's latent cache depends on. shapes: (height, width) in pixels of the pictures of each bucket."""
+    """Returns what the run's latent cache depends on, for each kind of cache shard.
+
+    shapes: (height, width) in pixels of the pictures of each bucket.
+    """
     return {
         "latents": {
             "version": IDENTITY_VERSION,
@@ -129,7 +136,8 @@ def latent_cache_identities(
 
 
 def computed_here(config: RunConfig, device: torch.device) -> dict[str, Any]:
-    """What decides how sums are rounded, as far as it can be told: with equal facts, a cache has what is computed."""
+    """Returns what decides how sums are rounded, as far as it is known: where these facts are equal, a latent cache
+    holds exactly what would be computed here."""
     cuda = device.type == "cuda"
     return {
         "batch": config.micro_batch_size,

@@ -25,10 +25,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def find_checkpoint(run: Path, step: int | None = None, best: bool = False) -> Path:
-    """The folder of the latest complete checkpoint, of that of `step`, or of the best by the figure of its validations
-    that tells control, which is that of the trained kind where there is one.
+    """Finds the folder of the latest complete checkpoint, or of that of `step`, or of the best one.
 
-    Raises FileNotFoundError where there is no such checkpoint; the message lists those that exist.
+    The best is chosen by the figure of its validations that tells control, which is that of the trained kind where
+    there is one. Raises FileNotFoundError where there is no such checkpoint; the message lists those that exist.
     """
     from controlbooth.trainer.run.checkpoint import complete_checkpoints, read_state
 
@@ -131,7 +131,7 @@ def _write(run: Path, checkpoint: Path, folder: Path, format: str, dtype: str) -
 
 
 def base_like(controlnet: Any) -> dict[str, Any]:
-    """A ControlNet's configuration as one of its base, of which it says all that tells families apart."""
+    """Converts a ControlNet's configuration to one like its base's, with all that tells families apart."""
     config = dict(controlnet.config)
     sd3, flux = "SD3Transformer2DModel", "FluxTransformer2DModel"
     kinds = {"SD3ControlNetModel": sd3, "PixelSD3ControlNet": sd3, "FluxControlNetModel": flux}
@@ -140,7 +140,8 @@ def base_like(controlnet: Any) -> dict[str, Any]:
 
 
 def _write_unet(config: RunConfig, state: dict[str, Any], checkpoint: Path, folder: Path, dtype: Any) -> None:
-    """The whole U-Net: locked parts from the base, which must be there and the one that was trained on."""
+    """Writes the whole U-Net, with the locked parts of the base. Raises ValueError where that is not the base that was
+    trained on."""
     from controlbooth.models.files.weights import save_pretrained
     from controlbooth.models.pretrained import UNET_FOLDER, load_base
     from controlbooth.models.unlocked_decoder import load_networks
@@ -159,6 +160,7 @@ def _write_unet(config: RunConfig, state: dict[str, Any], checkpoint: Path, fold
 
 
 def _evaluation_of(run: Path, digest: str) -> dict[str, Any] | None:
-    """What `controlbooth evaluate` measured of the weights with this digest; None where it measured others, or none."""
+    """Returns what `controlbooth evaluate` measured of the weights with this digest; None where it measured others, or
+    none."""
     evaluation = read_result(run / "evaluation", "digest", "samples", "resolution", "figures", "sampler")
     return evaluation if evaluation and evaluation["digest"] == digest else None

@@ -4,7 +4,7 @@ from torch import Tensor
 
 
 def weighted_mse(prediction: Tensor, target: Tensor, weights: Tensor) -> Tensor:
-    """Mean over the batch of weights (B,) times each sample's mean squared error, in float32. A scalar.
+    """Returns the mean over the batch of weights (B,) times each sample's mean squared error, a float32 scalar.
 
     It divides by B, not by the sum of the weights: then micro-batches of equal size average to the global batch's mean
     whichever way it is cut.
@@ -14,5 +14,5 @@ def weighted_mse(prediction: Tensor, target: Tensor, weights: Tensor) -> Tensor:
 
 
 def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean over each sample's values, in float32, (B,)."""
+    """Returns the mean squared error of each sample, over its values, (B,) float32."""
     return (prediction.float() - target.float()).square().flatten(1).mean(dim=1)

@@ -8,12 +8,15 @@ import re
 
 
 def plain(text: object) -> str:
-    """A text of one line that is shown letter by letter."""
+    """Escapes a text for Markdown, in one line, so that each character is shown as it is."""
     return re.sub(r"([\\`*\[\]|~])", r"\\\1", html.escape(_one_line(text), quote=False))
 
 
 def code(text: object, in_table: bool = False) -> str:
-    """A text of one line as code, which is shown letter by letter. in_table: of which `|` ends a cell, also in code."""
+    """Formats a text as Markdown code, in one line, so that each character is shown as it is.
+
+    in_table: whether it stands in a table, where `|` would end the cell even in code, and is escaped.
+    """
     shown = _one_line(text)
     fence = "`" * (_longest_run(shown) + 1)
     space = " " if len(fence) > 1 else ""
@@ -21,7 +24,7 @@ def code(text: object, in_table: bool = False) -> str:
 
 
 def block(text: str, language: str = "") -> str:
-    """Lines of code in a block of their own, of which none ends it. text: ends with a line break."""
+    """Formats lines as a Markdown code block that none of them can end. text: ends with a line break."""
     fence = "`" * max(3, _longest_run(text) + 1)
     return f"{fence}{language}\n{text}{fence}"
 
@@ -31,5 +34,5 @@ def _one_line(text: object) -> str:
 
 
 def _longest_run(text: str) -> int:
-    """Backquotes in a row, at most."""
+    """Returns the length of the longest run of backquotes."""
     return max(map(len, re.findall("`+", text)), default=0)

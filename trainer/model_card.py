@@ -55,7 +55,8 @@ class Exported:
 
 
 def model_card(exported: Exported) -> str:
-    """README.md: a YAML header for model hubs, then what this is, how to use it, how it did and how it was made."""
+    """Returns the text of README.md: a YAML header for model hubs, then what this is, how to use it, how it did and how
+    it was made."""
     config, state = exported.config, exported.state
     header = dict(
         library_name="diffusers",
@@ -86,7 +87,7 @@ def model_card(exported: Exported) -> str:
 
 
 def usage(exported: Exported) -> str:
-    """A script that loads the diffusers folder it lies in and turns condition.png into picture.png."""
+    """Returns a script that loads the diffusers folder it lies in and turns condition.png into picture.png."""
     config = exported.config
     pipeline = PIPELINES.get(exported.family, "StableDiffusionControlNetPipeline")
     base = config.model.base
@@ -138,7 +139,7 @@ picture.save("picture.png")
 
 
 def transformer_usage(exported: Exported, base_name: str, variant: str) -> str:
-    """The same for a base of flow matching, whose scheduler is used as the base's folder has it."""
+    """Returns the same script for a base of flow matching, whose scheduler is used as the base's folder has it."""
     config, name, pipeline = exported.config, CLASSES[exported.family], PIPELINES[exported.family]
     size, tokens = config.data.resolution, config.model.text_tokens or FAMILIES[exported.family].text_tokens
     return f"""\
@@ -167,8 +168,8 @@ picture.save("picture.png")
 
 
 def own_usage(exported: Exported, base_name: str, base_line: str) -> str:
-    """The same with controlbooth, for what no pipeline of diffusers does: give a ControlNet of SD3's class pixels, or
-    make SD3's text encodings with one encoder."""
+    """Returns the same script with controlbooth, for what no pipeline of diffusers does: give a ControlNet of SD3's
+    class pixels, or make SD3's text encodings with one encoder."""
     config, size = exported.config, exported.config.data.resolution
     return f"""\
 import numpy as np
@@ -195,12 +196,13 @@ Image.fromarray(picture.numpy()).save("picture.png")
 
 
 def guidance_in(exported: Exported) -> float:
-    """The guidance of the run's validations."""
+    """Returns the guidance scale of the run's validations, or the usual one of its family where the run has none."""
     return exported.config.validation.guidance_scale or FAMILIES[exported.family].usual_guidance
 
 
 def variant_line(config: RunConfig) -> str:
-    """The argument by which diffusers finds a base's weights where it has them as a variant alone; else nothing."""
+    """Returns the argument by which diffusers finds a base's weights where there is only a variant of them, such as
+    fp16; else an empty text."""
     folder = base_folder(config.model.base)
     try:
         found = {
@@ -264,6 +266,7 @@ def _published_config(config: RunConfig) -> str:
 
 
 def _base_name(config: RunConfig) -> str:
-    """The base as a card names it: a hub's owner/name or the last part of a path, which means nothing elsewhere."""
+    """Returns the base's name for a card: a hub's owner/name or a path's last part; the whole path means nothing
+    elsewhere."""
     base = config.model.base
     return base if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists() else Path(base).name

@@ -14,7 +14,7 @@ from controlbooth.data.order.draws import hash64, random_bits
 
 
 def canny(image: np.ndarray, sample_hash: int = 0, low: int = 100, high: int = 200) -> np.ndarray:
-    """Canny edges with fixed thresholds on the gradient. image: (H, W, 3) RGB uint8 -> (H, W) uint8, 0 or 255.
+    """Finds Canny edges with fixed thresholds on the gradient. image: (H, W, 3) RGB uint8 -> (H, W) uint8, 0 or 255.
 
     100 and 200 are the defaults of the ControlNet authors' interface and of the diffusers examples.
     """
@@ -22,10 +22,10 @@ def canny(image: np.ndarray, sample_hash: int = 0, low: int = 100, high: int = 2
 
 
 def canny_random(image: np.ndarray, sample_hash: int = 0) -> np.ndarray:
-    """Canny edges with thresholds drawn from the sample's hash; the Canny model of arXiv 2302.05543 had such.
+    """Finds Canny edges with thresholds drawn from the sample's hash, as the Canny model of arXiv 2302.05543 had them.
 
     low is in 20 .. 119 and high - low in 50 .. 149, so that a model meets sparse and dense edge maps. Equal hashes give
-    equal thresholds. Shapes as `canny`.
+    equal thresholds. Shapes are those of `canny`.
     """
     bits = random_bits(hash64("canny thresholds"), np.array([sample_hash % 2**64], np.uint64))[0]
     low = 20 + int(bits & np.uint64(0xFFFFFFFF)) % 100
@@ -33,20 +33,21 @@ def canny_random(image: np.ndarray, sample_hash: int = 0) -> np.ndarray:
 
 
 def gray(image: np.ndarray, sample_hash: int = 0) -> np.ndarray:
-    """Luminance, for colouring pictures. (H, W, 3) RGB uint8 -> (H, W) uint8."""
+    """Returns the luminance of a picture, a condition for colouring. (H, W, 3) RGB uint8 -> (H, W) uint8."""
     return cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
 
 
 def blur(image: np.ndarray, sample_hash: int = 0) -> np.ndarray:
-    """The picture without its details, for restoring them: a Gaussian of 1/32 of the short side. (H, W, 3) uint8."""
+    """Blurs a picture, a condition for restoring details, by a Gaussian whose standard deviation is 1/32 of the short
+    side and at least 1 pixel. (H, W, 3) uint8 -> the same shape and type."""
     return cv2.GaussianBlur(image, (0, 0), max(1.0, min(image.shape[:2]) / 32))
 
 
 def soft_edges(image: np.ndarray, sample_hash: int = 0) -> np.ndarray:
-    """Boundaries with a strength, as HED draws them (arXiv 1504.06375), without its network. -> (H, W) uint8.
+    """Draws boundaries with a strength, as HED does (arXiv 1504.06375), without its network. -> (H, W) uint8.
 
-    The geometric mean of colour gradients at three scales, so that texture, which only the finest scale sees, is weak.
-    255 is the 99th percentile of the picture.
+    The strength is the geometric mean of colour gradients at three scales, so that texture, which only the finest scale
+    sees, is weak. 255 is the 99th percentile of the picture. image: (H, W, 3) RGB uint8.
     """
     short = min(image.shape[:2])
     strength = np.ones(image.shape[:2], np.float32)
@@ -60,9 +61,10 @@ def soft_edges(image: np.ndarray, sample_hash: int = 0) -> np.ndarray:
 
 
 def scribble(image: np.ndarray, sample_hash: int = 0) -> np.ndarray:
-    """The long outlines as if drawn by hand: few corners, thick strokes, white on black. -> (H, W) uint8, 0 or 255.
+    """Draws the long outlines as if by hand: few corners, thick strokes, white on black. -> (H, W) uint8, 0 or 255.
 
-    How strong an edge must be, how much it is simplified and how thick the stroke is are drawn from the sample's hash.
+    How strong an edge must be, how much its outline is simplified and how thick the stroke is are drawn from the
+    sample's hash. image: (H, W, 3) RGB uint8.
     """
     short = min(image.shape[:2])
     level, corner, width = _draws("scribble", sample_hash)
@@ -78,10 +80,10 @@ def scribble(image: np.ndarray, sample_hash: int = 0) -> np.ndarray:
 
 
 def lineart(image: np.ndarray, sample_hash: int = 0) -> np.ndarray:
-    """A drawing of dark strokes, shown white on black. -> (H, W) uint8.
+    """Draws the dark strokes of a picture, white on black. image: (H, W, 3) RGB uint8 -> (H, W) uint8.
 
-    After XDoG (Winnemöller, Kyprianidis and Olsen 2012): a sharpened difference of Gaussians, thresholded softly, with
-    p = 18 and phi = 10.
+    It follows XDoG (Winnemöller, Kyprianidis and Olsen 2012): a sharpened difference of Gaussians, thresholded softly,
+    with p = 18 and phi = 10.
     """
     gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32) / 255.0
     sigma = max(0.6, min(image.shape[:2]) / 500)
@@ -93,9 +95,9 @@ def lineart(image: np.ndarray, sample_hash: int = 0) -> np.ndarray:
 
 
 def lines(image: np.ndarray, sample_hash: int = 0) -> np.ndarray:
-    """Straight lines of at least a 25th of the short side, white on black, as M-LSD gives them. -> (H, W) uint8.
+    """Draws straight lines of at least a 25th of the short side, white on black, as M-LSD does. -> (H, W) uint8.
 
-    Found by LSD (von Gioi et al. 2010); for buildings and rooms.
+    They are found by LSD (von Gioi et al. 2010). The kind is for buildings and rooms. image: (H, W, 3) RGB uint8.
     """
     short = min(image.shape[:2])
     drawing = np.zeros(image.shape[:2], np.uint8)
@@ -108,7 +110,7 @@ def lines(image: np.ndarray, sample_hash: int = 0) -> np.ndarray:
 
 
 def _draws(purpose: str, sample_hash: int) -> tuple[float, float, float]:
-    """Three numbers in [0, 1) that a sample's hash decides."""
+    """Returns three numbers in [0, 1) that a sample's hash decides, different ones for each purpose."""
     bits = int(random_bits(hash64(purpose), np.array([sample_hash % 2**64], np.uint64))[0])
     return (bits & 0xFFFF) / 2**16, (bits >> 16 & 0xFFFF) / 2**16, (bits >> 32 & 0xFFFF) / 2**16
 
@@ -128,7 +130,7 @@ CONDITIONS: dict[str, Callable[..., np.ndarray]] = {
 
 
 def computed_function(kind: str | None) -> Callable[..., np.ndarray] | None:
-    """What makes the condition of a kind such as "computed:canny"; None of a kind that shards hold.
+    """Returns the function that makes a condition such as "computed:canny"; None for a kind that shards hold.
 
     Raises ValueError for one that cannot be computed while a run is loading.
     """

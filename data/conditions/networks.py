@@ -36,16 +36,17 @@ _LIMBS = (
 
 
 def open_network(kind: str, where: str, device: str = "cpu") -> Condition:
-    """The function of a kind, with its model loaded: (H, W, 3) RGB uint8 -> (H, W) or (H, W, 3) uint8.
+    """Loads the model of a kind and returns its function: (H, W, 3) RGB uint8 -> (H, W) or (H, W, 3) uint8.
 
-    where: a folder in the format of transformers; of a pose two, with a comma between. Raises ValueError where a kind
-    has no network here, or a folder holds no model of the right sort.
+    where: a folder in the format of transformers; for a pose two folders, with a comma between them. Raises ValueError
+    where a kind has no network here, or a folder holds no model of the right sort.
     """
     return NETWORKS[kind][0](network_folders(kind, where), device)
 
 
 def network_folders(kind: str, where: str) -> list[Path]:
-    """The folders that `where` names, as many as the kind needs and each of a model; raises ValueError, as above."""
+    """Returns the folders that `where` names. Raises ValueError where no network makes the kind, where the kind needs
+    another number of folders, and for a folder that holds no model (no config.json)."""
     if kind not in NETWORKS:
         raise UserError(f"condition {kind}={where}: no network makes it here; these do: {', '.join(NETWORKS)}")
     folders = [Path(one) for one in where.split(",")]
@@ -62,7 +63,8 @@ def network_folders(kind: str, where: str) -> list[Path]:
 
 
 def _load(auto_class: str, folder: Path, device: str) -> tuple[Any, Any]:
-    """-> processor and model, in the mode for use."""
+    """Loads the processor and the model of a folder; returns both, the model on the device and in evaluation mode.
+    Raises ValueError where they cannot be opened, or where tensors that the model uses are missing."""
     import transformers  # takes seconds, and only these kinds need it
 
     try:
@@ -85,7 +87,7 @@ _UNUSED = re.compile(r"(^|\.)pooler\.|\.fusion_stage\.layers\.0\.residual_layer1
 
 
 def _depth_model(folders: Sequence[Path], device: str) -> Callable[[np.ndarray], np.ndarray]:
-    """(H, W, 3) uint8 -> (H, W) float32 in [0, 1], 1 nearest."""
+    """Loads a model of depth and returns its function: (H, W, 3) uint8 -> (H, W) float32 in [0, 1], 1 nearest."""
     import torch
 
     processor, model = _load("AutoModelForDepthEstimation", folders[0], device)
@@ -123,11 +125,12 @@ def _open_normals(folders: Sequence[Path], device: str) -> Condition:
 
 
 def normals_of_depth(nearness: np.ndarray, relief: float = 2.0) -> np.ndarray:
-    """Directions of the surface, as colours. nearness: (H, W) float32 in [0, 1], 1 nearest -> (H, W, 3) uint8.
+    """Turns depth into directions of the surface, as colours. -> (H, W, 3) uint8.
 
-    The picture is taken as a relief of height `relief` times its shorter side, seen from straight above:
-    n ~ (-dz/dx, dz/dy, 1), x to the right, y up, z to the viewer; each of n in [-1, 1] becomes 0 .. 255, so a plane
-    that faces the viewer is (128, 128, 255). Depth of a network is known up to scale only, and so is this.
+    nearness: (H, W) float32 in [0, 1], 1 nearest. The picture is taken as a relief of height `relief` times its shorter
+    side, seen from straight above: n ~ (-dz/dx, dz/dy, 1), x to the right, y up, z to the viewer; each of n in [-1, 1]
+    becomes 0 .. 255, so a plane that faces the viewer is (128, 128, 255). Depth of a network is known up to scale only,
+    and so is this.
     """
     height = cv2.GaussianBlur(nearness, (0, 0), 1.0) * relief * min(nearness.shape)
     across = cv2.Sobel(height, cv2.CV_32F, 1, 0, scale=1 / 8)
@@ -157,10 +160,10 @@ def _open_segmentation(folders: Sequence[Path], device: str) -> Condition:
 
 
 def class_colours(count: int) -> np.ndarray:
-    """A colour for each class, far from each other and the same on every machine: (count, 3) uint8.
+    """Returns a colour for each class, far from each other and the same on every machine: (count, 3) uint8.
 
-    The bits of the class's number are dealt to red, green and blue in turn, the lowest to the highest places, which is
-    the rule of PASCAL VOC's colour map. Class 0 is black.
+    The bits of the class's number, the lowest first, go to red, green and blue in turn, and in each of them to the
+    highest bit that is free. This is the rule of PASCAL VOC's colour map. Class 0 is black.
     """
     colours = np.zeros((count, 3), np.uint8)
     for number in range(count):
@@ -224,7 +227,7 @@ def draw_skeleton(drawing: np.ndarray, points: np.ndarray) -> None:
 
 
 def rainbow(place: int) -> tuple[int, int, int]:
-    """OpenPose's colours: once around the hues in steps of 20 degrees, from red. RGB."""
+    """Returns one of OpenPose's colours, once around the hues in steps of 20 degrees, from red. RGB, 0 to 255."""
     pixel = np.array([[[place * 10, 255, 255]]], np.uint8)
     red, green, blue = cv2.cvtColor(pixel, cv2.COLOR_HSV2RGB)[0, 0].tolist()
     return red, green, blue

@@ -49,9 +49,11 @@ class ShrunkLines:
 
 
 def shrunk_lines(dataset: Dataset, kind: str, resolution: int) -> ShrunkLines | None:
-    """None where the kind is computed, is no drawing of lines, or is read at more than half of its size.
+    """Returns what becomes of the lines of a kind that are read much smaller than they were packed.
 
-    resolution: the shorter side, in pixels, at which it is read. Raises OSError where shards cannot be read.
+    None where the kind is computed, is no drawing of lines, or is read at more than half of its size, and where no more
+    than the share LOST of the lines is lost. resolution: the shorter side, in pixels, at which it is read. Raises
+    OSError where shards cannot be read.
     """
     if stored_kind(kind) is None or ConditionValues(dataset, kind).get() != "binary":
         return None
@@ -59,7 +61,7 @@ def shrunk_lines(dataset: Dataset, kind: str, resolution: int) -> ShrunkLines | 
 
 
 def lines_at(conditions: Sequence[np.ndarray], kind: str, resolution: int) -> ShrunkLines | None:
-    """As `shrunk_lines`, of drawings, (H, W) or (H, W, 3) uint8 each."""
+    """Returns the same as `shrunk_lines` for given drawings, (H, W) or (H, W, 3) uint8 each; None without any."""
     if not conditions:
         return None
     packed = int(np.median([min(one.shape[:2]) for one in conditions]))
@@ -70,7 +72,8 @@ def lines_at(conditions: Sequence[np.ndarray], kind: str, resolution: int) -> Sh
 
 
 def _shares(condition: np.ndarray, resolution: int) -> tuple[float, float, float]:
-    """Of one drawing: lines among all pixels before, and after, and lines that are lost."""
+    """Returns, for one drawing, the share of pixels that are lines before and after it is resized, and the share of the
+    lines' length that is lost."""
     pixels = condition if condition.ndim == 2 else condition.max(axis=2)
     before = _ink(pixels)
     height, width = scaled_size(pixels.shape[0], pixels.shape[1], (resolution, resolution))
@@ -87,8 +90,8 @@ def _ink(pixels: np.ndarray) -> np.ndarray:
 
 
 def where_exact(dataset: Dataset, kind: str) -> str | None:
-    """For the one who packs: at which size lines are read as they are, and the half, quarter or eighth of it that
-    loses some; None where none does."""
+    """Returns a sentence for the person who packs: at which size lines are read as they are, and the half, quarter or
+    eighth of it that loses some; None where none does."""
     if ConditionValues(dataset, kind).get() != "binary":
         return None
     conditions = list(some_conditions(dataset, kind, LOOKED_AT))
@@ -100,7 +103,8 @@ def where_exact(dataset: Dataset, kind: str) -> str | None:
 
 
 def warnings(locations: Sequence[str], kind: str | None, resolution: int) -> list[str]:
-    """For people, of the data sets of a run that are indexed already. Raises OSError and ValueError."""
+    """Returns warnings for people, one for each data set whose lines are read much smaller than they were packed. The
+    data sets must be indexed already. Raises OSError and ValueError."""
     if kind is None or stored_kind(kind) is None:
         return []
     found = [(location, shrunk_lines(open_dataset(location), kind, resolution)) for location in locations]

@@ -22,13 +22,15 @@ class ConditionValues:
     """What the values of one kind are in a data set, found when it is first asked for; of use to many threads."""
 
     def __init__(self, dataset: Dataset, kind: str | None, closing: Event | None = None, max_pixels: int = MAX_PIXELS):
-        """closing: once set, reads that wait for a store to come back are given up. max_pixels: see `decode_image`."""
+        """Keeps what is asked about; nothing is read yet. closing: once set, reads that wait for a store to come back
+        are given up. max_pixels: see `decode_image`."""
         self._dataset, self._kind, self._closing, self._max_pixels = dataset, kind, closing, max_pixels
         self._lock = Lock()
         self._found: Values | None = named_values(kind) if stored_kind(kind) is not None else "levels"
 
     def get(self) -> Values:
-        """Raises OSError where shards cannot be read; samples that are bad are passed over."""
+        """Returns what the values are; the first call looks at samples where the name does not tell. Raises OSError
+        where shards cannot be read; bad samples are skipped."""
         with self._lock:
             if self._found is None:
                 self._found = common_values(
@@ -47,7 +49,7 @@ def some_conditions(
     closing: Event | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> Iterator[np.ndarray]:
-    """Decoded conditions of a kind that shards hold, `count` at even distances, or all; bad samples are passed over."""
+    """Yields decoded conditions of a kind that shards hold: `count` at even distances, or all. Skips bad samples."""
     counts = dataset.samples_per_shard(kind)
     ends, total = np.cumsum(counts), int(counts.sum())
     reader = ShardReader(dataset, kind, most_open=1, pictures=False)
@@ -66,10 +68,10 @@ def some_conditions(
 
 
 def common_values(found: Iterable[Values]) -> Values:
-    """What all pictures of a kind are taken for, by what each is by itself.
+    """Decides what the values of all pictures of a kind are taken for, by what each picture is by itself.
 
     A picture of a label map may show two classes only, so "binary" does not speak against "labels"; "levels" speaks
-    against both. Without any picture: "levels".
+    against both. Without any picture the answer is "levels".
     """
     seen = set(found)
     return "levels" if "levels" in seen or not seen else "labels" if "labels" in seen else "binary"

@@ -64,7 +64,7 @@ def take_lock(file: Any, without: str, *, wait: bool = False) -> bool:
     """
     answer = lock_descriptor(file.fileno(), fcntl.LOCK_EX, wait=wait)
     if answer is None:
-        _tell(Path(file.name).absolute().parent, without)
+        _warn(Path(file.name).absolute().parent, without)
     return answer is not False
 
 
@@ -126,7 +126,7 @@ def take_name(made: Path, path: Path) -> bool:
     return True
 
 
-def _tell(folder: Path, without: str) -> None:
+def _warn(folder: Path, without: str) -> None:
     if folder not in _told:
         _told.add(folder)
         print(f"warning: the disk of {folder} knows no locks: {without}", file=sys.stderr, flush=True)

@@ -42,7 +42,8 @@ class Damaged(UserError):
         self.reason = reason
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Sent from rank to rank as its message, for which three words are too few."""
+        """Returns how the error is pickled when one rank sends it to another: as a ValueError with its message, since
+        the message alone is too little for the constructor."""
         return ValueError, self.args
 
 
@@ -51,12 +52,12 @@ def is_text(value: Any) -> bool:
 
 
 def is_whole(value: Any) -> bool:
-    """A whole number that a count, a step or a process can be."""
+    """Tells whether a value is an integer below 2**63, as a count, a step or a process id is, and no bool."""
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < LARGEST
 
 
 def is_count(value: Any) -> bool:
-    """A whole number of something that is there."""
+    """Tells whether a value is an integer greater than 0."""
     return is_whole(value) and value > 0
 
 
@@ -65,22 +66,23 @@ def is_flag(value: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """A number that can be reckoned with."""
+    """Tells whether a value is a finite number."""
     return is_whole(value) or (isinstance(value, float) and math.isfinite(value))
 
 
 def is_figure(value: Any) -> bool:
-    """A number, or one that was measured and is none."""
+    """Tells whether a value is a number, NaN and infinity included, as a measurement may give them."""
     return is_whole(value) or isinstance(value, float)
 
 
 def are_points(value: Any) -> bool:
-    """Figures by name, as metrics.jsonl has them: JSON has no words for what is not finite, so they are in text."""
+    """Tells whether a value maps names to figures, as in metrics.jsonl. What is not finite is written there as text,
+    since JSON has no number for it."""
     return isinstance(value, dict) and all(is_figure(one) or one in _NOT_FINITE for one in value.values())
 
 
 def is_moment(value: Any) -> bool:
-    """Seconds since 1970, of which a date can be made."""
+    """Tells whether a value is a time in seconds since 1970 of which a date can be made."""
     return is_number(value) and 0 <= value < LAST_MOMENT
 
 
@@ -93,17 +95,17 @@ def is_list(value: Any) -> bool:
 
 
 def maybe(check: Check) -> Check:
-    """The same, or null, or absent."""
+    """Makes a check that accepts what `check` accepts, and null or an absent field too."""
     return lambda value: value is None or check(value)
 
 
 def each(check: Check) -> Check:
-    """A list of such values."""
+    """Makes a check that accepts a list of values that `check` accepts."""
     return lambda value: isinstance(value, list) and all(map(check, value))
 
 
 def having(fields: Fields) -> Check:
-    """A mapping with these fields."""
+    """Makes a check that accepts a mapping with these fields."""
     return lambda value: isinstance(value, dict) and all(check(value.get(name)) for name, check in fields.items())
 
 
@@ -273,7 +275,7 @@ def _look(tree: Any) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """On one line, and short."""
+    """Returns what an error says on one line of at most 200 characters."""
     if isinstance(error, RecursionError):
         return _TOO_DEEP
     if isinstance(error, UnicodeEncodeError):

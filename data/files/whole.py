@@ -8,9 +8,9 @@ from pathlib import Path
 
 
 def temporary_path(path: Path) -> Path:
-    """A name beside `path` that no other writer has: `path.*.tmp`.
+    """Returns a name beside `path` that no other writer has: `path.*.tmp`.
 
-    Not of the process's id, which writers in containers share: one would rename the other's half file.
+    It is not made from the process's id, which writers in containers may share: one would rename the other's half file.
     """
     return path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
 

@@ -42,7 +42,7 @@ def open_loader(
     batch_size: int,
     cache: Cache | None = None,
 ) -> Loader:
-    """The loader of a run on one rank, at its usual settings."""
+    """Opens the loader of a run on one rank, at its usual settings."""
     return Loader(
         dataset,
         OrderSettings(
@@ -114,7 +114,7 @@ def _cpu_seconds() -> float:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """`controlbooth data bench`: a row for each number of threads."""
+    """Runs `controlbooth data bench`: prints a row for each number of threads."""
     dataset = open_dataset(arguments.shards)
     cache = Cache(arguments.cache, int(arguments.cache_gib * 2**30)) if arguments.cache else None
     kinds = sorted({kind for row in dataset.rows for kind in row.conditions})

@@ -102,7 +102,8 @@ class Visit:
 
 
 def numbers_of_run(folder: Path, steps: int | None = None) -> RunNumbers:
-    """From the run's config.yaml; steps: instead of its max_steps."""
+    """Reads the numbers of a run from its config.yaml. steps: used instead of its max_steps. Raises ValueError where
+    the file is missing or damaged."""
     tree = read_run(folder)
     data = tree["data"]
     check_fields(tree, RUN, str(folder / "config.yaml"), ANEW)
@@ -126,7 +127,7 @@ def numbers_of_run(folder: Path, steps: int | None = None) -> RunNumbers:
 
 
 def _history_of_run(folder: Path) -> History | None:
-    """From the newest checkpoint, which records every change; None before there is one."""
+    """Reads the sources' weights from the newest checkpoint, which records every change; None before there is one."""
     states = sorted(folder.glob("checkpoints/step-*/state.json"))
     states = [path for path in states if path.parent.name.removeprefix("step-").isdecimal()]  # and not copies
     if not states:
@@ -152,9 +153,10 @@ def order_of_run(dataset: Dataset, numbers: RunNumbers) -> tuple[Mixture, Bucket
 
 
 def find_samples(dataset: Dataset, name: str, condition: str | None, buckets: Buckets) -> list[Found]:
-    """All samples that KEY or SHARD:KEY names, in the order of the shards. Reads the indexes of the shards in question.
+    """Finds all samples that KEY or SHARD:KEY names, in the order of the shards.
 
-    SHARD is the name of a shard's file, or as much of its path before that as tells it from others.
+    Reads the indexes of the shards in question. SHARD is the name of a shard's file, with as much of the path before it
+    as tells it from others.
     """
     ends = np.cumsum([len(source.rows) for source in dataset.sources])
     shards, key = _shards_and_key(dataset, name)
@@ -170,7 +172,8 @@ def find_samples(dataset: Dataset, name: str, condition: str | None, buckets: Bu
 
 
 def _shards_and_key(dataset: Dataset, name: str) -> tuple[Sequence[int], str]:
-    """The shards to look in: those that the text before a colon names, or all where it names none and is of the key."""
+    """Returns the numbers of the shards to look in, and the key. The text before a colon names the shards; where it
+    names none, it is part of the key and all shards are looked in."""
     paths = [f"/{path}" for path in dataset.paths]
     for colon in (at for at, character in enumerate(name) if character == ":"):
         if shards := [shard for shard, path in enumerate(paths) if path.endswith(f"/{name[:colon].lstrip('/')}")]:
@@ -179,7 +182,7 @@ def _shards_and_key(dataset: Dataset, name: str) -> tuple[Sequence[int], str]:
 
 
 def _found(key: str, index: ShardIndex, shard: int, row: int, usable: np.ndarray, numbers: np.ndarray) -> Found:
-    """usable: rows that the run uses. numbers: the bucket of each of them."""
+    """Describes the sample of one row of a shard. usable: rows that the run uses. numbers: their buckets."""
     record = index.samples[row]
     size = (int(record["width"]), int(record["height"]))
     place = Found(key, shard, row, None, int(record["offset"]), size, int(record["flags"]), 0)
@@ -190,9 +193,10 @@ def _found(key: str, index: ShardIndex, shard: int, row: int, usable: np.ndarray
 
 
 def visits(order: Mixture, numbers: RunNumbers, found: Found, captions: int) -> Iterator[Visit | int]:
-    """Each time that a run of these numbers sees the sample, in order; the number of an epoch that leaves it out.
+    """Yields each time that a run of these numbers sees the sample, in order.
 
-    found must have an ordinal. captions: how many the sample has.
+    For an epoch that leaves it out it yields the epoch's number. found must have an ordinal. captions: how many the
+    sample has.
     """
     assert found.ordinal is not None
     positions = numbers.steps * numbers.order.global_batch_size
@@ -220,7 +224,7 @@ def visits(order: Mixture, numbers: RunNumbers, found: Found, captions: int) -> 
 
 
 def steps_done(run: Path) -> int:
-    """How many steps a run has finished, as its metrics.jsonl says; the last line may be torn."""
+    """Returns how many steps a run has finished by its metrics.jsonl, 0 without it. The last line may be incomplete."""
     path = run / "metrics.jsonl"
     if not path.exists():
         return 0
@@ -234,7 +238,7 @@ def steps_done(run: Path) -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """`controlbooth data explain`: 0 where the sample is found, 1 where it is not."""
+    """Runs `controlbooth data explain`; returns 0 where the sample is found, 1 where it is not."""
     numbers = run_numbers(arguments, arguments.steps)
     dataset = open_sources(numbers)
     order, buckets = order_of_run(dataset, numbers)
@@ -263,7 +267,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def run_numbers(arguments: argparse.Namespace, steps: int | None) -> RunNumbers:
-    """Of the run or the numbers that `add_run_numbers` asks for."""
+    """Returns the numbers of the run, or those given instead, by the options of `add_run_numbers`. Raises ValueError
+    where neither says which run is meant."""
     if arguments.run:
         return numbers_of_run(arguments.run, steps)
     if not (arguments.shards and arguments.global_batch_size and steps):
@@ -285,12 +290,12 @@ def run_numbers(arguments: argparse.Namespace, steps: int | None) -> RunNumbers:
 
 
 def _name(dataset: Dataset, found: Found) -> str:
-    """SHARD:KEY, by which a sample can be asked for."""
+    """Returns SHARD:KEY, by which a sample can be asked for."""
     return f"{shard_names(dataset)[found.shard]}:{found.key}"
 
 
 def _print_sample(dataset: Dataset, reader: ShardReader, found: Found) -> int:
-    """Prints where it lies and what it is; -> how many captions it has, at least 1."""
+    """Prints where a sample lies and what it is; returns how many captions it has, at least 1."""
     print(f"{visible(found.key)}: {dataset.paths[found.shard]}, sample {found.row}, byte {found.byte}")
     if found.ordinal is None:
         faults = [name for flag, name in FLAG_NAMES.items() if found.flags & flag] or ["it lacks the condition"]
@@ -328,7 +333,7 @@ def _print_visits(order: Mixture, numbers: RunNumbers, found: Found, captions: i
 
 
 def _print_substitutions(run: Path, dataset: Dataset, found: Found) -> None:
-    """What the run's ledgers say of the sample, told by its shard and byte: theirs are of this data set."""
+    """Prints what the run's ledgers of bad samples say of the sample, which is recognised by its shard and byte."""
     place = (str(dataset.paths[found.shard]), found.byte)
     for entry in read_ledgers(run):
         if (entry["shard"], entry["byte"]) == place:

@@ -45,7 +45,8 @@ class Finding:
 
 
 def find(dataset: Dataset, scanned: Scan, min_side: int) -> list[Finding]:
-    """All findings, in the order of MEANINGS. min_side: targets with a shorter side, in pixels, are small."""
+    """Finds what a person should look at, in the order of MEANINGS. min_side: targets whose shorter side has fewer
+    pixels are small."""
     findings = list(_flagged(dataset))
     findings += [Finding(kind, (sample,), message, condition) for sample, kind, message, condition in scanned.faults]
     findings += _pairing(scanned)

@@ -17,10 +17,11 @@ SEPARABLE = 0.5
 
 
 def edge_map(pixels: np.ndarray) -> np.ndarray:
-    """Where a picture has edges, coarsely, as a unit vector. (H, W) or (H, W, 3) uint8 -> (GRID * GRID,) float32.
+    """Maps where a picture has edges, coarsely, to a unit vector. (H, W) or (H, W, 3) uint8 -> (GRID * GRID,) float32.
 
-    The local mean is taken off, since pictures of all kinds have more edges in their middle. Zeros where there are no
-    edges. The scalar product of two maps is in [-1, 1], about 0 for negative pairs, of two samples.
+    The local mean is subtracted, since pictures of all kinds have more edges in their middle. The map is zero where
+    there are no edges. The scalar product of two maps is in [-1, 1], about 0 for negative pairs, which are of two
+    samples.
     """
     gray = pixels if pixels.ndim == 2 else cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
     scale = 8 * GRID / max(gray.shape)
@@ -49,9 +50,10 @@ class Pairing:
 
 
 def judge_pairing(scores: np.ndarray, negatives: np.ndarray) -> Pairing | None:
-    """scores: (n,) products of edge maps, NaN for pairs that were not compared. negatives: (m,) of negative pairs.
+    """Judges how well the conditions of a kind agree with their targets; None where there is nothing to compare.
 
-    None where there is nothing to compare.
+    scores: (n,) products of edge maps, NaN for pairs that were not compared. negatives: (m,) products of negative
+    pairs.
     """
     compared = np.flatnonzero(~np.isnan(scores))
     if not len(compared) or not len(negatives):
@@ -63,5 +65,5 @@ def judge_pairing(scores: np.ndarray, negatives: np.ndarray) -> Pairing | None:
 
 
 def quantiles(values: np.ndarray, shares: Sequence[float] = (0.0, 0.05, 0.5, 0.95, 1.0)) -> list[float]:
-    """The values below which these shares of all values lie; an empty list of values gives an empty list."""
+    """Returns the values below which these shares of all values lie; an empty list where there are no values."""
     return np.quantile(values, shares).tolist() if len(values) else []

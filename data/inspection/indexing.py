@@ -29,7 +29,7 @@ def _drop_old_indexes(paths: Sequence[Shard], all_of_them: bool) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """`controlbooth data index`: 0 when every sample is usable, 1 when there are problems."""
+    """Runs `controlbooth data index`; returns 0 when every sample is usable, 1 when there are problems."""
     paths: list[Shard] = []
     for location in arguments.shards:
         if not storage.is_remote(location):

@@ -14,7 +14,7 @@ from controlbooth.data.shards.manifest import Dataset, open_dataset
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """`controlbooth data lint`: 0 when nothing was found, 1 when something was."""
+    """Runs `controlbooth data lint`; returns 0 when nothing was found, 1 when something was."""
     dataset = open_dataset(arguments.shards)
     kinds = sorted({kind for row in dataset.rows for kind in row.conditions})
     scanned = scan(dataset, kinds, arguments.decode, arguments.workers, arguments.max_pixels)

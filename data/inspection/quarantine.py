@@ -54,10 +54,10 @@ _SINCE_CONTENTS = ("contents", "substitute_shard", "substitute_byte")
 
 
 def read_ledgers(run: Path) -> list[dict]:
-    """The entries of a run's ledgers, each event once, by position.
+    """Reads the entries of a run's ledgers, each event once, by position.
 
     A run that goes on from a checkpoint meets the bad samples since then again, perhaps on another rank, and notes them
-    again; and a process that is killed may leave a torn line, which its next entry is then appended to. Raises
+    again; and a process that is killed may leave an incomplete line, to which its next entry is then appended. Raises
     ValueError for a line that never was an entry.
     """
     events: dict[tuple[int, int], dict] = {}
@@ -80,7 +80,7 @@ def read_ledgers(run: Path) -> list[dict]:
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """The resolved configuration of a run folder, as a tree. Raises ValueError where there is none."""
+    """Reads the resolved configuration of a run folder, as a tree. Raises ValueError where there is no whole one."""
     path = folder / "config.yaml"
     if not path.exists():
         raise UserError(f"{folder} holds no config.yaml, so it is no run; give the folder of a run, as runs/photos")
@@ -91,7 +91,7 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def source_trees(tree: dict[str, Any]) -> list[dict[str, Any]]:
-    """shards, weight and repeat of each source of a run's resolved configuration."""
+    """Returns shards, weight and repeat of each source of a run's resolved configuration."""
     return tree["data"]["sources"] or [{"shards": tree["data"]["shards"], "weight": None, "repeat": 1}]
 
 
@@ -106,10 +106,10 @@ class Change:
 
 
 def plan_changes(entries: Sequence[dict], paths: Sequence[Shard], undo: bool = False) -> list[Change]:
-    """The shards that the entries name, with the rows to flag (undo: to clear). Reads indexes, changes nothing.
+    """Finds the shards that the entries name, with the rows to flag (undo: to clear). Reads indexes, changes nothing.
 
     A shard that is not where it was is looked for by its file's name and the contents of the noted samples. Raises
-    ValueError for an entry whose shard is not found so either.
+    ValueError for an entry whose shard is not found that way either.
     """
     by_shard: dict[str, dict[int, dict]] = {}
     for entry in entries:
@@ -135,7 +135,7 @@ def plan_changes(entries: Sequence[dict], paths: Sequence[Shard], undo: bool = F
 
 
 def _moved(paths: Sequence[Shard], noted: Mapping[int, dict]) -> list[Shard]:
-    """Those of the shards that hold a noted sample: what lies elsewhere now, or was copied."""
+    """Returns those of the shards that hold a noted sample, as where a shard was moved or copied."""
     entries = {byte: entry for byte, entry in noted.items() if entry["contents"] is not None}
     indexes = [(path, load_index(index_path(path))) for path in paths if entries]
     return [path for path, index in indexes if any(_row(index, *item) is not None for item in entries.items())]
@@ -164,9 +164,10 @@ def apply_changes(changes: Sequence[Change]) -> None:
 
 
 def _row(index: ShardIndex, byte: int, entry: dict) -> int | None:
-    """The row of the sample that begins at this byte, if it is still the one that was noted.
+    """Returns the row of the sample that begins at this byte, if it is still the one that was noted; otherwise None.
 
-    Ledgers of earlier versions say its key alone, by which one that was written anew under it is not told.
+    Ledgers of earlier versions hold its key alone, which does not show that a sample was rewritten since under the same
+    key.
     """
     row = int(np.searchsorted(index.samples["offset"], byte))
     if row == len(index.samples) or int(index.samples["offset"][row]) != byte:
@@ -178,9 +179,9 @@ def _row(index: ShardIndex, byte: int, entry: dict) -> int | None:
 
 
 def _paths_and_manifest(location: str) -> tuple[Sequence[Shard], Path | None]:
-    """The shards of a data set, and its manifest where it has one, without holding them against each other.
+    """Returns the shards of a data set, and its manifest where it has one, without comparing them with each other.
 
-    That is what lets a quarantine that was killed between two shards be repeated.
+    So a quarantine that was killed between two shards can be repeated.
     """
     path = Path(location)
     manifest = path / NAME if path.is_dir() else path
@@ -196,7 +197,7 @@ def _refuse_while_training(run: Path) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """`controlbooth data quarantine`: flags what the ledgers of runs name."""
+    """Runs `controlbooth data quarantine`: flags the samples that the ledgers of runs name."""
     trees = [read_run(run) for run in arguments.runs]
     of_runs = sorted({", ".join(source["shards"] for source in source_trees(tree)) for tree in trees})
     if len(of_runs) > 1 and not arguments.shards:

@@ -47,12 +47,15 @@ def check_readable(dataset: Dataset, kind: str | None, max_pixels: int = MAX_PIX
                 first = first or bad
     finally:
         reader.close()
-    raise UserError(_said(dataset.location, len(numbers), total, first))
+    raise UserError(_describe(dataset.location, len(numbers), total, first))
 
 
 def problem(location: str, kind: str | None, max_pixels: int, pictures: bool = True) -> str | None:
-    """What `check_readable` would say of a location, which may not be indexed yet; None where it would say nothing, and
-    where something else is wrong with the shards, or they lie in a store and are read when the run starts."""
+    """Returns what `check_readable` would say of a location, which may not be indexed yet, or None.
+
+    None also stands for something else that is wrong with the shards, and for shards in a store, which are read when
+    the run starts.
+    """
     try:
         dataset = open_dataset(location)
         dataset.samples_per_shard(kind)
@@ -70,7 +73,8 @@ def problem(location: str, kind: str | None, max_pixels: int, pictures: bool = T
 
 
 def _unindexed_problem(location: str, kind: str | None, max_pixels: int) -> str | None:
-    """By the first samples of the first shard, read as they lie there."""
+    """Returns what is wrong with a location that is not indexed, by the first samples of its first shard, read as they
+    lie there; None where one of them can be read, or where the index will tell what is wrong."""
     first: BadSample | None = None
     tried = 0
     try:
@@ -85,7 +89,7 @@ def _unindexed_problem(location: str, kind: str | None, max_pixels: int) -> str 
                 break
     except (TarDamage, ValueError, OSError):
         return None  # which the index tells
-    return _said(location, tried, None, first) if first is not None else None
+    return _describe(location, tried, None, first) if first is not None else None
 
 
 def _parts_to_read(key: str, parts: dict[str, bytes], kind: str | None) -> Iterator[tuple[str, bytes]]:
@@ -116,7 +120,7 @@ def _decode(key: str, parts: dict[str, bytes], max_pixels: int) -> None:
             decode_image(data, key, extension, max_pixels=max_pixels)
 
 
-def _said(location: str, tried: int, total: int | None, first: BadSample | None) -> str:
+def _describe(location: str, tried: int, total: int | None, first: BadSample | None) -> str:
     of = f"of its {total} samples" if total is not None else "samples of its first shard"
     looked = "none" if tried == total else f"none of {tried}"
     return (

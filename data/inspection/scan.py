@@ -78,7 +78,7 @@ def scan(dataset: Dataset, kinds: Sequence[str], decode: bool, workers: int, max
 
 
 def places(dataset: Dataset) -> np.ndarray:
-    """(shards + 1,) int64: at which number the samples of each shard begin."""
+    """Returns at which number the samples of each shard begin, and how many there are: (shards + 1,) int64."""
     return np.concatenate([[0], np.cumsum(dataset.samples_per_shard())])
 
 
@@ -169,7 +169,7 @@ def _scan_shard(shard: int) -> Scan:
 def _look_at_condition(
     sample: SampleBytes, kind: str, target_size: Sequence[int]
 ) -> tuple[tuple[str, str] | None, np.ndarray | None]:
-    """A fault of the condition, or its edge map where pictures are decoded and there is none.
+    """Returns a fault of the condition, or its edge map where pictures are decoded and there is no fault.
 
     target_size: width and height.
     """
@@ -187,7 +187,8 @@ def _look_at_condition(
 
 
 def _pixels(data: bytes, key: str, extension: str, background: int = 255) -> np.ndarray | None:
-    """None where pictures are not decoded; one that is too large is a BadSample all the same, by its header."""
+    """Decodes a picture; returns None where pictures are not decoded. Raises BadSample, also by the header alone for a
+    picture that is too large."""
     if _work.decode:
         return decode_image(data, key, extension, background, _work.max_pixels)
     width, height = image_size(data)
@@ -197,12 +198,12 @@ def _pixels(data: bytes, key: str, extension: str, background: int = 255) -> np.
 
 
 def _ordinals(index: ShardIndex, kind: str) -> dict[int, int]:
-    """Row -> its number among the samples that have the condition."""
+    """Returns row -> its number among the samples that have the condition."""
     return {row: ordinal for ordinal, row in enumerate(index.usable(kind).tolist())}
 
 
 def text_hash(text: str) -> int:
-    """64 bits of blake2b, by which equal captions are told."""
+    """Hashes a caption to 64 bits of blake2b, by which equal captions are recognised."""
     return content_hash(text.encode("utf-8", "surrogatepass"))
 
 
@@ -242,9 +243,9 @@ def _join(scans: Sequence[Scan], kinds: Sequence[str]) -> Scan:
 
 
 def sample_names(dataset: Dataset) -> Callable[[int], str]:
-    """Number of a sample in a scan -> SHARD:KEY, by which it can be asked for, as keys may repeat from shard to shard.
+    """Makes a function: number of a sample in a scan -> SHARD:KEY, by which it can be asked for.
 
-    A place in the shard stands for a key that cannot be read.
+    Keys alone may repeat from shard to shard. A place in the shard stands for a key that cannot be read.
     """
     starts, shards = places(dataset), shard_names(dataset)
 
@@ -259,7 +260,7 @@ def sample_names(dataset: Dataset) -> Callable[[int], str]:
 
 
 def read_sample(dataset: Dataset, number: int, kind: str | None = None) -> SampleBytes:
-    """One sample by its number in a scan, with its condition of a kind where it has one. Raises BadSample."""
+    """Reads one sample by its number in a scan, with its condition of a kind where it has one. Raises BadSample."""
     starts = places(dataset)
     shard = int(np.searchsorted(starts, number, side="right")) - 1
     ordinal = number - int(starts[shard])

@@ -23,7 +23,7 @@ _FONT = cv2.FONT_HERSHEY_SIMPLEX
 
 
 def run_info(arguments: argparse.Namespace) -> int:
-    """`controlbooth data info`: counts, sizes, conditions and the fingerprint of a data set."""
+    """Runs `controlbooth data info`: prints counts, sizes, conditions and the fingerprint of a data set."""
     dataset = open_dataset(arguments.shards)
     samples = sum(row.samples for row in dataset.rows)
     usable = sum(row.usable for row in dataset.rows)
@@ -67,7 +67,8 @@ def _print_shapes(dataset: Dataset, arguments: argparse.Namespace) -> None:
 
 
 def run_show(arguments: argparse.Namespace) -> int:
-    """`controlbooth data show`: a contact sheet of target, conditions and caption."""
+    """Runs `controlbooth data show`: writes a contact sheet of target, conditions and caption as PNG. Raises ValueError
+    for a file name that does not end in .png."""
     if arguments.out.suffix != ".png":
         raise UserError(f"the sheet is a PNG image, so {arguments.out} must end in .png")
     dataset = open_dataset(arguments.shards)
@@ -97,9 +98,9 @@ def contact_sheet(
     kinds: Sequence[str],
     columns: int,
 ) -> np.ndarray:
-    """Image | conditions over the caption, for each sample, below the kinds' names: (H, W, 3) RGB uint8.
+    """Draws image | conditions over the caption, for each sample, below the kinds' names: (H, W, 3) RGB uint8.
 
-    conditions: of each sample those of `kinds`, (3, h, w) uint8 or None where it has none.
+    conditions: those of `kinds` for each sample, (3, h, w) uint8 or None where it has none.
     """
     tiles = [_tile(sample, row) for sample, row in zip(samples, conditions, strict=True)]
     blank = np.full_like(tiles[0], 255)
@@ -121,7 +122,7 @@ def _tile(sample: HeldOutSample, conditions: Sequence[np.ndarray | None]) -> np.
 
 
 def _text(cells: Sequence[Sequence[str]], width: int, lines: int) -> np.ndarray:
-    """Cells of text beside each other, each of some lines: (H, cells * width, 3) uint8."""
+    """Draws cells of text beside each other, each of some lines: (H, cells * width, 3) uint8."""
     picture = np.full((_LINE_HEIGHT * lines + 6, width * len(cells), 3), 255, np.uint8)
     for number, cell in enumerate(cells):
         for line, words in enumerate(cell):
@@ -131,7 +132,8 @@ def _text(cells: Sequence[Sequence[str]], width: int, lines: int) -> np.ndarray:
 
 
 def _wrap(caption: str, width: int) -> list[str]:
-    """Lines that fit. OpenCV's font has ASCII alone, so other letters are shown as question marks."""
+    """Breaks a caption into lines that fit into `width` pixels. OpenCV's font has ASCII alone, so other letters are
+    shown as question marks."""
     lines = [""]
     for word in caption.encode("ascii", "replace").decode().split():
         longer = f"{lines[-1]} {word}".strip()
@@ -143,7 +145,7 @@ def _wrap(caption: str, width: int) -> list[str]:
 
 
 def run_order(arguments: argparse.Namespace) -> int:
-    """`controlbooth data order`: the samples of one step, as a run with these numbers sees them."""
+    """Runs `controlbooth data order`: prints the samples of one step, as a run with these numbers sees them."""
     numbers = run_numbers(arguments, steps=arguments.step + 1)
     dataset = open_sources(numbers)
     order, buckets = order_of_run(dataset, numbers)

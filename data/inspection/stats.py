@@ -15,7 +15,8 @@ LONG_WORDS = 60
 
 
 def caption_lines(dataset: Dataset, scanned: Scan, most: int) -> list[str]:
-    """Lengths, empty and repeated captions, and the `most` frequent ones with their counts."""
+    """Returns lines of text about captions: their lengths, the empty and repeated ones, and the `most` frequent ones
+    with their counts."""
     count = len(scanned.caption_hashes)
     hashes, first, times = np.unique(scanned.caption_hashes, return_index=True, return_counts=True)
     repeated = int(times[times > 1].sum())
@@ -36,7 +37,7 @@ def caption_lines(dataset: Dataset, scanned: Scan, most: int) -> list[str]:
 
 
 def picture_lines(scanned: Scan, most: int) -> list[str]:
-    """Sides and aspect ratios of the targets, and the `most` frequent sizes."""
+    """Returns lines of text about targets: their sides and aspect ratios, and the `most` frequent sizes."""
     width, height = scanned.sizes.T
     sizes, times = np.unique(scanned.sizes, axis=0, return_counts=True)
     lines = [
@@ -51,7 +52,7 @@ def picture_lines(scanned: Scan, most: int) -> list[str]:
 
 
 def part_lines(dataset: Dataset) -> list[str]:
-    """How many samples have each part, and its mean size, from the indexes."""
+    """Returns lines of text on how many samples have each part, and its mean size, from the indexes."""
     counts: dict[str, int] = {}
     sizes: dict[str, int] = {}
     for path in dataset.paths:
@@ -82,7 +83,7 @@ def _share(part: int, whole: int) -> str:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """`controlbooth data stats`: prints and changes nothing."""
+    """Runs `controlbooth data stats`: prints figures and changes nothing."""
     dataset = open_dataset(arguments.shards)
     scanned = scan(dataset, (), decode=False, workers=arguments.workers)
     lines = caption_lines(dataset, scanned, arguments.most) + picture_lines(scanned, arguments.most)

@@ -28,10 +28,10 @@ class Buffers:
         self._lock = Lock()
 
     def empty(self, shape: Sequence[int]) -> np.ndarray:
-        """A uint8 array of this shape, with whatever values. Its memory is free again once no view of it is left.
+        """Returns a uint8 array of this shape with arbitrary values; its memory is reused once no view of it is left.
 
         A view refers to the memory's owner (numpy's `base`), and a torch tensor to the view that it was made from, so
-        the owner's references tell when the last of them is gone.
+        the owner's reference count tells when the last of them is gone.
         """
         size = math.prod(shape)
         with self._lock:

@@ -32,10 +32,10 @@ class HeldOutSample:
 def held_out(
     dataset: Dataset, count: int, *, condition: str | None, resolution: int, max_pixels: int = MAX_PIXELS
 ) -> Iterator[HeldOutSample]:
-    """The `count` samples that stand for the data set, see `data.shards.selection`. A bad one is raised, not replaced.
+    """Yields the `count` samples that stand for the data set, see `data.shards.selection`.
 
-    What is random about a computed condition is decided by the bytes of the target, so it is the same wherever the
-    sample lies and whatever it is called.
+    A bad sample is not replaced: it raises BadSample. What is random about a computed condition is decided by the bytes
+    of the target, so it is the same wherever the sample lies and whatever it is called.
     """
     compute = computed_function(condition)
     places = choose(dataset, count, condition)

@@ -116,17 +116,18 @@ class Loader:
         latent_cache: LatentCache | None = None,
         max_pixels: int = MAX_PIXELS,
     ):
-        """Prefetching begins at once, so make the loader before the model.
+        """Starts prefetching at once, so make the loader before the model.
 
-        start_step: the first step to give, which is all that a resume sets. positions: gives these instead of
-        0, 1, 2, ...: step k takes positions[k * G : (k + 1) * G], and the iterator ends with them (to look at or to
-        repeat certain batches). max_bad_rate: the share of substituted samples above which the run stops.
-        ledger_path: a JSONL file to which each bad sample is appended, one file a rank; `ledger` has the same lines.
-        cache: for the shards that lie in a store, shared by ranks_per_node ranks of this machine.
-        history: see `plan_order`. latent_shape: (C, h, w) of a square picture. latent_cache: of this data set, whole;
-        then target pictures are neither read nor decoded. A condition that is "computed:" is made of each cut and
-        mirrored target; what is random about it is drawn from (seed, position). max_pixels: a sample with a larger
-        picture is bad.
+        start_step: the first step to give, which is all that a resume sets. positions: gives these instead of 0, 1, 2,
+        ...: step k takes positions[k * G : (k + 1) * G], and the iterator ends with them (to look at or to repeat
+        certain batches). max_bad_rate: the share of substituted samples above which the run stops. ledger_path: a JSONL
+        file to which each bad sample is appended, one file for each rank; `ledger` has the same lines. cache: for the
+        shards that lie in a store, shared by ranks_per_node ranks of this machine. history: see `plan_order`.
+        latent_shape: (C, h, w) of a square picture. latent_cache: a complete one of this data set; with it, target
+        pictures are neither read nor decoded. max_pixels: a sample with a larger picture is bad.
+
+        A "computed:" condition is made from each target after cropping and mirroring; what is random about it is drawn
+        from (seed, position). Raises ValueError for arguments that do not fit each other or the data set.
         """
         self.order, buckets = plan_order(dataset, order, history)
         self.dataset, self.settings, self.drawn, self.seed = dataset, order, drawn, order.seed
@@ -181,7 +182,7 @@ class Loader:
 
     @property
     def position(self) -> int:
-        """The first position that was not consumed, over all ranks: what a checkpoint saves."""
+        """Returns the first position that was not consumed, over all ranks, which a checkpoint saves."""
         return self.step * self.global_batch_size
 
     def __iter__(self) -> Iterator[StepBatch]:
@@ -268,7 +269,7 @@ class Loader:
             )
 
     def _shards_to_have(self, step: int) -> list[int]:
-        """For the prefetcher: what this rank's lanes read in this step and soon after, the most urgent first."""
+        """Lists for the prefetcher what this rank's lanes read in this step and soon after, the most urgent first."""
         sizes = [row.bytes for row in self.dataset.rows]
         return upcoming_shards(self.order.upcoming_blocks(step, self.slots), sizes, self._cache_share)
 
@@ -313,7 +314,11 @@ class Loader:
         return step
 
     def _fill(self, step: _Step, at: int) -> _Row:
-        """Runs in a thread: the sample of one row into the step's arrays, or what stands in for it."""
+        """Fills one row of the step's arrays with its sample, or with a substitute where that is bad; runs in a thread.
+
+        Where all substitutes are bad too, the row is black and has weight 0. Returns what is known of the sample
+        besides its arrays. Raises OSError, with the shard and the position, where reading fails.
+        """
         position = int(step.positions[at])
         own, shape = step.positions[at : at + 1], step.noise.shape[1:]
         step.noise[at] = draws.noise(self.seed, own, shape)[0]
@@ -397,7 +402,10 @@ class Loader:
     def _read_latent_cache(
         self, latent_cache: LatentCacheReader, step: _Step, at: int, sample: SampleBytes, shard: int, row: _Row
     ) -> float:
-        """The posterior into the step, the text into the row where it is not dropped; -> seconds spent."""
+        """Reads the posterior into the step, and the text into the row unless its prompt is empty.
+
+        Returns the seconds that it took.
+        """
         began = time.perf_counter()
         assert step.posterior is not None
         where = (shard, sample.row, sample.key, sample.key_hash)
@@ -409,13 +417,16 @@ class Loader:
         return time.perf_counter() - began
 
     def _prompt_draws(self, positions: np.ndarray, rows: list[_Row]) -> tuple[np.ndarray, np.ndarray]:
-        """Whether the prompt of each row is dropped, and which of its captions it is otherwise."""
+        """Draws whether the prompt of each row is dropped, (B,) bool, and which caption it is otherwise, (B,) int64."""
         counts = np.array([len(row.captions) for row in rows])
         dropped = draws.prompt_dropped(self.seed, positions, self.drawn.prompt_dropout)
         return dropped, draws.caption_choice(self.seed, positions, counts)
 
     def _fault(self, position: int, place: Place, attempt: int, bad: BadSample) -> dict:
-        """A line of the ledger. Shard and byte tell a sample; its key, which may repeat, is for people."""
+        """Makes a line of the ledger for a bad sample.
+
+        Shard and byte identify the sample; its key, which may repeat, is for people.
+        """
         byte, contents = self._reader.noted(place.shard, place.ordinal, place.bucket)
         return {
             "position": position,
@@ -502,6 +513,6 @@ class Loader:
 
 
 def _affordable_files(wanted: int) -> int:
-    """So many open files, or half of what the process may have."""
+    """Returns how many files may be kept open: `wanted`, but at most half of what the process may have."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return wanted if limit == resource.RLIM_INFINITY else min(wanted, limit // 2)

@@ -18,10 +18,10 @@ LOOKED_AT = 64
 
 
 def cut_captions(dataset: Dataset, tokenizers: Sequence[Any], prompts: Sequence[str] = ()) -> str | None:
-    """What the tokenizers of a base cut off, in figures; None where it is nothing of what was looked at.
+    """Says how much the tokenizers of a base cut off; returns None where they cut nothing of what was looked at.
 
-    tokenizers: of transformers. prompts: others that the base is to draw, each told by itself. Raises OSError where
-    shards cannot be read.
+    tokenizers: of transformers. prompts: other prompts that the base is to draw; each one that is cut is named. Raises
+    OSError where shards cannot be read.
     """
     counted = list(some_captions(dataset))
     cut = {one.prompt: one for one in cut_prompts(tokenizers, [caption for _, caption in counted])}
@@ -39,8 +39,10 @@ def cut_captions(dataset: Dataset, tokenizers: Sequence[Any], prompts: Sequence[
 
 
 def some_captions(dataset: Dataset) -> Iterator[tuple[str, str]]:
-    """Key and caption, all captions of LOOKED_AT samples at even distances; bad samples are passed over, and so are
-    shards in a store, which are not fetched for this."""
+    """Yields key and caption for all captions of up to LOOKED_AT samples at even distances.
+
+    Passes over bad samples, and over shards in a store, which are not fetched for this.
+    """
     here = [isinstance(path, Path) for path in dataset.paths]
     counts = dataset.samples_per_shard() * np.array(here, np.int64)
     ends, total = np.cumsum(counts), int(counts.sum())
@@ -59,7 +61,10 @@ def some_captions(dataset: Dataset) -> Iterator[tuple[str, str]]:
 
 
 def open_tokenizers(folder: Path) -> list[Any]:
-    """Those of a base in diffusers' layout, or the one that a folder is. Raises ValueError where there is none."""
+    """Opens the tokenizers of a base in diffusers' layout, or the one in `folder` itself.
+
+    Raises ValueError where there is none.
+    """
     from transformers import AutoTokenizer  # takes seconds: not for --help
 
     places = [folder / name for name in ("tokenizer", "tokenizer_2") if (folder / name).is_dir()]
@@ -71,6 +76,6 @@ def open_tokenizers(folder: Path) -> list[Any]:
 
 
 def cut_captions_of(locations: Sequence[str], base: Path, prompts: Sequence[str] = ()) -> str | None:
-    """The same of shards that are indexed, and of the folder of a base."""
+    """Calls `cut_captions` for the data sets at these locations, whose shards are indexed, and a base's folder."""
     dataset = join_datasets([open_dataset(location) for location in locations])
     return cut_captions(dataset, open_tokenizers(base), prompts)

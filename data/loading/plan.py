@@ -22,10 +22,10 @@ STATE_VERSION = 3
 def source_weights(
     dataset: Dataset, condition_kind: str | None, weights: Sequence[float | None], repeats: Sequence[int]
 ) -> list[int]:
-    """Integers in proportion to the shares of the sources in each batch.
+    """Returns integers in proportion to the share of each source in each batch.
 
-    weights: shares, taken to a millionth; None for a source's samples times its repeats, so that while a sample of
-    repeats 1 is seen once, one of repeats 3 is seen three times. Of all sources, or of none.
+    weights: the shares, rounded to a millionth, of all sources or of none. None stands for a source's samples times its
+    repeats, so that while a sample with 1 repeat is seen once, one with 3 is seen three times.
     """
     if weights[0] is not None:
         return [round(1e6 * (weight or 0.0)) for weight in weights]
@@ -65,7 +65,10 @@ def plan_order(dataset: Dataset, settings: OrderSettings, history: History | Non
 
 
 def _histograms(dataset: Dataset, condition_kind: str | None) -> list[dict[int, int]]:
-    """For each shard: aspect bin -> usable samples with this condition."""
+    """Returns for each shard a table: aspect bin -> how many usable samples with this condition it has.
+
+    Raises ValueError where the manifest does not count samples by aspect ratio.
+    """
     old = [shown(row.uri) for row in dataset.rows if row.usable and not row.aspects]
     if old:
         raise UserError(
@@ -79,12 +82,12 @@ def _histograms(dataset: Dataset, condition_kind: str | None) -> list[dict[int, 
 
 
 def _counts(shards: Sequence[Mapping[int, int]], table: Mapping[int, int], bucket: int) -> np.ndarray:
-    """(shards,) int64: how many samples of each shard are in this bucket."""
+    """Counts the samples of each shard that are in this bucket: (shards,) int64."""
     return np.array([sum(n for bin, n in shard.items() if table[bin] == bucket) for shard in shards], np.int64)
 
 
 def order_state(order: Mixture, dataset_fingerprint: str, position: int) -> dict[str, Any]:
-    """What a checkpoint keeps of the data order. position: the first one that was not consumed yet, on any rank."""
+    """Returns what a checkpoint keeps of the data order. position: the first one not yet consumed, over all ranks."""
     return {
         "version": STATE_VERSION,
         "dataset_fingerprint": dataset_fingerprint,
@@ -98,7 +101,7 @@ def order_state(order: Mixture, dataset_fingerprint: str, position: int) -> dict
 
 
 def continued_history(state: Mapping[str, Any] | None, weights: Sequence[int]) -> list[tuple[int, Sequence[int]]]:
-    """The weights of a run so far, and the ones of now from the position where it goes on, if they are others."""
+    """Returns the weights of a run so far, and the new ones from the position where it resumes if they have changed."""
     if state is None:
         return [(0, weights)]
     history = [(since, past) for since, past in state["weights"]]
@@ -119,7 +122,7 @@ def check_version(state: Mapping[str, Any], checkpoint: str) -> None:
 
 
 def resume_position(state: Mapping[str, Any], order: Mixture, dataset_fingerprint: str) -> int:
-    """The position at which a saved order goes on; refused where the order now is another one."""
+    """Returns the position at which a saved order resumes. Raises ValueError where this run's order is another one."""
     check_version(state, "CHECKPOINT")
     now = order_state(order, dataset_fingerprint, 0)
     remedies = {

@@ -20,7 +20,7 @@ class Cut:
 
 
 def tokens_of(tokenizer: Any, prompts: Sequence[str], cut: bool) -> list[list[int]]:
-    """The tokens of each prompt, with the marks at its ends; with `cut` only those that the base reads."""
+    """Returns the token ids of each prompt with begin and end tokens; with `cut` only those that the base reads."""
     if not prompts:
         return []
     options: dict[str, Any] = dict(truncation=True, max_length=tokenizer.model_max_length) if cut else {}
@@ -28,7 +28,10 @@ def tokens_of(tokenizer: Any, prompts: Sequence[str], cut: bool) -> list[list[in
 
 
 def cut_prompts(tokenizers: Sequence[Any], prompts: Sequence[str]) -> list[Cut]:
-    """Those prompts, each once, of which some tokenizer drops the end; the numbers are of that which keeps least."""
+    """Finds the prompts, each once, of which some tokenizer drops the end.
+
+    The numbers are those of the tokenizer that keeps least.
+    """
     different = list(dict.fromkeys(prompts))
     found: dict[str, Cut] = {}
     for tokenizer in sorted(tokenizers, key=lambda one: one.model_max_length):
@@ -39,8 +42,8 @@ def cut_prompts(tokenizers: Sequence[Any], prompts: Sequence[str]) -> list[Cut]:
     return [found[prompt] for prompt in different if prompt in found]
 
 
-def told_of_cut(tokenizers: Sequence[Any], prompts: Sequence[str], what: str) -> str | None:
-    """A line that says how many of `prompts` are cut, with the first; None where none is. what: such as "captions"."""
+def describe_cut(tokenizers: Sequence[Any], prompts: Sequence[str], what: str) -> str | None:
+    """Says how many of `prompts` are cut, and names the first; returns None where none is. what: such as "captions"."""
     cut = cut_prompts(tokenizers, prompts)
     if not cut:
         return None
@@ -52,7 +55,11 @@ def told_of_cut(tokenizers: Sequence[Any], prompts: Sequence[str], what: str) ->
 
 
 def equal_prompts(tokenizers: Sequence[Any], prompts: Sequence[str]) -> list[tuple[str, str]]:
-    """Pairs of different prompts that are the same to the base, by the cut or because its tokenizers fold letters."""
+    """Finds pairs of different prompts that are the same to the base.
+
+    They are the same because of the cut, or because its tokenizers do not tell some letters apart, such as capital and
+    small ones.
+    """
     different = list(dict.fromkeys(prompts))
     read = [tokens_of(tokenizer, different, cut=True) for tokenizer in tokenizers]
     first: dict[tuple, str] = {}

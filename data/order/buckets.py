@@ -19,7 +19,10 @@ _WIDEST = 4 * BINS_PER_OCTAVE
 
 
 def aspect_bins(widths: np.ndarray, heights: np.ndarray) -> np.ndarray:
-    """round(16 * log2(width / height)) within -64 .. 64. widths, heights: (n,) integers >= 1 -> (n,) int64."""
+    """Computes round(16 * log2(width / height)), limited to -64 .. 64: (n,) int64.
+
+    widths, heights: (n,) integers >= 1.
+    """
     # Rounded first, so that a ratio in the middle between two bins does not depend on a machine's last bit.
     octaves = np.log2(np.asarray(widths, np.float64)) - np.log2(np.asarray(heights, np.float64))
     return np.clip(np.rint(np.round(octaves * BINS_PER_OCTAVE, 6)), -_WIDEST, _WIDEST).astype(np.int64)
@@ -35,7 +38,7 @@ class Buckets:
     """For each source: aspect bin -> bucket. Empty where there is one bucket, which has all."""
 
     def bucket_of(self, source: int, bins: np.ndarray) -> np.ndarray:
-        """(n,) int64 aspect bins -> (n,) int64 numbers of buckets."""
+        """Maps (n,) int64 aspect bins of a source to (n,) int64 bucket numbers."""
         if len(self.shapes) == 1:
             return np.zeros(len(bins), np.int64)
         table = self.assigned[source]
@@ -43,10 +46,11 @@ class Buckets:
 
 
 def bucket_shapes(resolution: int, max_aspect_ratio: float, multiple: int) -> tuple[tuple[int, int], ...]:
-    """(height, width) of all shapes with sides that are multiples of `multiple`, an area of at most resolution**2 and
-    nearly so, and a long side of at most max_aspect_ratio short ones; from the tallest to the widest.
+    """Lists the picture shapes of a run as (height, width) in pixels, from the tallest to the widest.
 
-    Raises ValueError where the square itself does not fit the multiple.
+    Their sides are multiples of `multiple`, their area is at most resolution**2 and nearly so, and the long side is at
+    most max_aspect_ratio times the short one. With max_aspect_ratio 1 the square is the only one. Raises ValueError
+    where that is more than 1 and resolution is not a multiple of `multiple`.
     """
     if max_aspect_ratio == 1.0:
         return ((resolution, resolution),)
@@ -67,7 +71,7 @@ def bucket_shapes(resolution: int, max_aspect_ratio: float, multiple: int) -> tu
 def plan_buckets(
     shapes: Sequence[tuple[int, int]], histograms: Sequence[Mapping[int, int]], lanes: int
 ) -> tuple[Buckets, list[list[int]]]:
-    """Which shapes are used, and how many samples of each source they have: samples[bucket][source].
+    """Chooses the shapes to use, and counts the samples of each source that they have: samples[bucket][source].
 
     histograms: aspect bin -> samples, of each source. A (bucket, source) with fewer samples than lanes cannot fill a
     batch: its samples go to the nearest shape that has some of the source's, the smallest such stream first.

@@ -20,7 +20,7 @@ _MASK = 2**64 - 1
 
 
 def hash64(*parts: int | str) -> int:
-    """64-bit blake2b of a canonical encoding of integers and strings, in [0, 2**64).
+    """Hashes integers and strings to an integer in [0, 2**64): 64-bit blake2b of a canonical encoding.
 
     Each part is written as its type, its length and its bytes, so ("a", "bc") and ("ab", "c"), or 1 and "1", differ.
     """
@@ -36,12 +36,12 @@ def hash64(*parts: int | str) -> int:
 
 
 def content_hash(data: bytes) -> int:
-    """64-bit blake2b of bytes, in [0, 2**64): what is drawn from a picture itself, whatever its name and its place."""
+    """Hashes bytes to [0, 2**64) by 64-bit blake2b, for draws that depend on a picture but not on its name or place."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
 def splitmix64(values: np.ndarray) -> np.ndarray:
-    """The SplitMix64 output function (Steele, Lea and Flood 2014): a bijection on uint64 that avalanches."""
+    """Applies SplitMix64's output function (Steele, Lea and Flood 2014), a bijection on uint64 that avalanches."""
     z = np.asarray(values).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -49,22 +49,26 @@ def splitmix64(values: np.ndarray) -> np.ndarray:
 
 
 def random_bits(key: int, values: np.ndarray) -> np.ndarray:
-    """64 random bits for each of `values` (any shape, non-negative integers) under a key from `hash64`: uint64.
+    """Draws 64 random bits for each of `values` (any shape, non-negative integers) under a key from `hash64`: uint64.
 
-    A bijection of the values, so the bits of different values never tie.
+    The draw is a bijection of the values, so the bits of different values never tie.
     """
     return splitmix64(splitmix64(values) ^ np.uint64(key))
 
 
 def permutation(key: int, count: int) -> np.ndarray:
-    """A permutation of range(count), int64: the order of `count` bijective hashes. O(count log count), no ties."""
+    """Returns a permutation of range(count), int64: the order of `count` bijective hashes, which never tie.
+
+    Takes O(count log count).
+    """
     return np.argsort(random_bits(key, np.arange(count, dtype=np.uint64)))
 
 
 def prompt_dropped(seed: int, positions: np.ndarray, rate: float) -> np.ndarray:
-    """Which prompts are replaced by the empty one: H(seed, "prompt_dropout", position) < rate * 2**64.
+    """Tells which prompts become the empty one: those with H(seed, "prompt_dropout", position) < rate * 2**64.
 
-    positions: (B,) int64. rate: in [0, 1]; 0 drops none and 1 drops all, exactly. Returns (B,) bool.
+    positions: (B,) int64. rate: in [0, 1]; 0 drops none and 1 drops all, exactly. Returns (B,) bool. Raises ValueError
+    for another rate.
     """
     if not 0.0 <= rate <= 1.0:
         raise UserError(f"the prompt dropout rate is {rate}, but it is a probability: use a number from 0 to 1")
@@ -75,14 +79,14 @@ def prompt_dropped(seed: int, positions: np.ndarray, rate: float) -> np.ndarray:
 
 
 def flips(seed: int, positions: np.ndarray) -> np.ndarray:
-    """Whether each sample is mirrored left to right, with probability 1/2. positions: (B,) int64 -> (B,) bool."""
+    """Tells whether each sample is mirrored left to right, with probability 1/2: (B,) int64 positions -> (B,) bool."""
     return random_bits(hash64(seed, "flip"), positions) >> np.uint64(63) == 1
 
 
 def crops(seed: int, positions: np.ndarray, slack: np.ndarray) -> np.ndarray:
-    """Top left corners of random crops. positions: (B,) int64; slack: (B, 2) free pixels (rows, columns), >= 0.
+    """Draws top left corners of random crops: (B, 2) int64, each uniform over 0 .. slack, both ends included.
 
-    Returns (B, 2) int64, each uniform over 0 .. slack, both ends included.
+    positions: (B,) int64. slack: (B, 2) free pixels (rows, columns), >= 0.
     """
     slack = np.asarray(slack)
     rows = _below(random_bits(hash64(seed, "crop", "row"), positions), slack[:, 0] + 1)
@@ -91,43 +95,48 @@ def crops(seed: int, positions: np.ndarray, slack: np.ndarray) -> np.ndarray:
 
 
 def caption_choice(seed: int, positions: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Which of its captions each sample uses. counts: (B,) integers >= 1 -> (B,) int64 in [0, counts)."""
+    """Draws which of its captions each sample uses. counts: (B,) integers >= 1 -> (B,) int64 in [0, counts)."""
     return _below(random_bits(hash64(seed, "caption"), positions), counts)
 
 
 def conditions(seed: int, positions: np.ndarray) -> np.ndarray:
-    """64 bits for the random parts of each condition that is computed at loading. (B,) int64 -> (B,) uint64."""
+    """Draws 64 bits for the random parts of each condition computed at loading: (B,) int64 -> (B,) uint64."""
     return random_bits(hash64(seed, "condition"), positions)
 
 
 def timesteps(seed: int, positions: np.ndarray, num_train_timesteps: int) -> np.ndarray:
-    """Diffusion timesteps, uniform over 0 .. num_train_timesteps - 1. positions: (B,) int64 -> (B,) int64."""
+    """Draws diffusion timesteps, uniform over 0 .. num_train_timesteps - 1: (B,) int64 positions -> (B,) int64.
+
+    Raises ValueError where num_train_timesteps is below 1.
+    """
     if num_train_timesteps < 1:
         raise UserError(f"num_train_timesteps is {num_train_timesteps}; use the noise scheduler's number, mostly 1000")
     return _below(random_bits(hash64(seed, "timestep"), positions), np.int64(num_train_timesteps))
 
 
 def levels_by_density(seed: int, positions: np.ndarray, thresholds: Sequence[int]) -> np.ndarray:
-    """Noise levels by a density: as many of `thresholds` as are at most 64 random bits. (B,) int64 -> (B,) int64.
+    """Draws noise levels by a density: (B,) int64 positions -> (B,) int64.
 
-    thresholds: of each level but the last, the share of draws at or below it times 2**64, ascending.
+    The level is how many of `thresholds` are at most equal to 64 random bits. thresholds: of each level but the last,
+    the share of draws at or below it times 2**64, ascending.
     """
     bits = random_bits(hash64(seed, "level"), positions)
     return np.searchsorted(np.asarray(thresholds, np.uint64), bits, side="right").astype(np.int64)
 
 
 def noise_levels(seed: int, positions: np.ndarray, drawn: DrawSettings) -> np.ndarray:
-    """The level of noise at each position, uniform or by the run's density. (B,) int64 -> (B,) int64."""
+    """Draws the noise level at each position, uniform or by the run's density: (B,) int64 -> (B,) int64."""
     if drawn.level_thresholds is None:
         return timesteps(seed, positions, drawn.num_train_timesteps)
     return levels_by_density(seed, positions, drawn.level_thresholds)
 
 
 def noise(seed: int, positions: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-    """Standard normal noise, one independent Philox stream per position. Returns (B, *shape) float32.
+    """Draws standard normal noise, (B, *shape) float32, from one independent Philox stream per position.
 
-    Row b depends on (seed, positions[b], shape) alone, so it is the same in every batch composition. Philox4x64 with
-    its two key words set to H(seed, "noise") and the position (Salmon et al. 2011); numpy's ziggurat makes it normal.
+    Row b depends on (seed, positions[b], shape) alone, so it is the same in every batch composition. The generator is
+    Philox4x64 (Salmon et al. 2011) with its two key words set to H(seed, "noise") and the position; numpy's ziggurat
+    method makes its bits normal.
     """
     key = hash64(seed, "noise")
     rows = np.empty((len(positions), *shape), np.float32)
@@ -144,12 +153,12 @@ def posterior_noise(seed: int, positions: np.ndarray, shape: Sequence[int]) -> n
 
 
 def noise_hash(values: np.ndarray) -> str:
-    """A short name for an array of noise, to log and to compare across ranks: blake2b of shape and bits, in hex."""
+    """Hashes an array of noise, to log it and to compare it across ranks: 64-bit blake2b of shape and bits, in hex."""
     header = f"{values.shape}".encode()
     return hashlib.blake2b(header + np.ascontiguousarray(values, "<f4").tobytes(), digest_size=8).hexdigest()
 
 
 def _below(bits: np.ndarray, bounds: np.ndarray | np.int64) -> np.ndarray:
-    """uint64 bits -> int64 in [0, bounds), by multiplying the upper 32 bits; the bias is at most bounds / 2**32."""
+    """Maps uint64 bits to int64 in [0, bounds) by multiplying the upper 32 bits; the bias is at most bounds / 2**32."""
     upper = np.asarray(bits, np.uint64) >> np.uint64(32)
     return ((upper * np.asarray(bounds).astype(np.uint64)) >> np.uint64(32)).astype(np.int64)

@@ -55,10 +55,11 @@ class Mixture:
         names: Sequence[str],
         shapes: Sequence[tuple[int, int]],
     ):
-        """counts[bucket][source]: (shards of the source,) int64, its usable samples of that bucket.
+        """Makes the streams of each source and bucket, and checks that samples and weights suffice for them.
 
-        names: of the sources, for messages. shapes: (height, width) of each bucket's pictures in pixels. Raises
-        ValueError where a stream has fewer samples than lanes.
+        counts[bucket][source]: (shards of the source,) int64, its usable samples of that bucket. names: of the sources,
+        for messages. shapes: (height, width) of each bucket's pictures in pixels. Raises ValueError where a stream has
+        fewer samples than lanes, or where `history` does not fit the sources or the batches.
         """
         self.seed, self.lanes, self.shards_per_block = seed, lanes, shards_per_block
         self.global_batch_size, self.shapes = global_batch_size, tuple(shapes)
@@ -112,22 +113,27 @@ class Mixture:
         return (order for row in self.orders for order in row if order is not None)
 
     def shape(self, step: int) -> tuple[int, int]:
-        """(height, width) of all pictures of a global batch."""
+        """Returns (height, width) in pixels of all pictures of a global batch."""
         return self.shapes[self._steps.pick(step)[0]]
 
     def locate(self, position: int) -> Place:
-        """The sample at a position >= 0 of the endless sequence."""
+        """Returns the sample at a position >= 0 of the endless sequence."""
         bucket, source, order, at = self._stream(position)
         return self._place(bucket, source, order.locate(at))
 
     def substitute(self, position: int, attempt: int) -> Place:
-        """A hash-chosen sample of the same source and shape, from a shard that is open anyway. attempt: 1, 2, ..."""
+        """Chooses by a hash a sample of the same source and shape, from a shard that is open anyway.
+
+        attempt: 1, 2, ...
+        """
         bucket, source, order, at = self._stream(position)
         return self._place(bucket, source, order.substitute(at, attempt))
 
     def position_of(self, epoch: int, shard: int, ordinal: int, bucket: int = 0) -> int | None:
-        """The position at which an epoch of its stream reads this sample; None where the epoch leaves it out, or where
-        its source gets no more turns. Inverts `locate`."""
+        """Returns the position at which an epoch of its stream reads this sample; inverts `locate`.
+
+        Returns None where the epoch leaves the sample out, or where its source or bucket gets no more turns.
+        """
         source, order = self._order_of(shard, bucket)
         at = order.position_of(epoch, shard - int(self._first_shard[source]), ordinal)
         if at is None:
@@ -141,7 +147,7 @@ class Mixture:
         return None if step is None else step * self.global_batch_size + slot
 
     def epochs_begun(self, positions: int, shard: int, bucket: int = 0) -> int:
-        """How many epochs of this shard's stream the first `positions` positions, whole batches, have begun."""
+        """Counts the epochs of this shard's stream that the first `positions` positions, whole batches, have begun."""
         source, order = self._order_of(shard, bucket)
         gone = self._steps.before(positions // self.global_batch_size)[bucket] * self.global_batch_size
         rows = [
@@ -151,14 +157,14 @@ class Mixture:
         return -(-max(rows) // order.samples_per_lane)
 
     def rank_slots(self, step: int, global_batch_size: int, rank: int, world_size: int) -> np.ndarray:
-        """See `Order.rank_slots`: lanes are dealt to ranks alike in all streams."""
+        """Returns what `Order.rank_slots` does: in all streams the lanes are shared out to the ranks alike."""
         return next(self._all_orders()).rank_slots(step, global_batch_size, rank, world_size)
 
     def upcoming_blocks(self, step: int, slots: np.ndarray) -> list[tuple[int, list[int]]]:
-        """(when, shards) of the blocks that a rank's lanes read from a step on, and of those that follow each of them.
+        """Lists (when, shards) of the blocks that a rank's lanes read at a step, and of the block after each of them.
 
-        slots: the rank's of one batch, 0 .. G - 1. when: rows of lanes from now, 0 for what is read now; estimated for
-        blocks that follow where weights decide how soon.
+        slots: the rank's slots of one batch, within 0 .. G - 1. when: in how many rows of the lane, 0 for what is read
+        now; it is an estimate for later blocks where weights decide how soon they come.
         """
         found = []
         rounds = max(1, self.lanes // self.global_batch_size)  # batches that together touch every lane of the rank
@@ -183,7 +189,7 @@ class Mixture:
         return found
 
     def _stream(self, position: int) -> tuple[int, int, Order, int]:
-        """-> bucket, source, its order, and the place in it."""
+        """Returns bucket, source, its order, and the place in that order. Raises ValueError for a negative position."""
         if position < 0:
             raise UserError(f"position {position} is negative; positions count samples from 0")
         step, slot = divmod(position, self.global_batch_size)
@@ -209,7 +215,10 @@ class Mixture:
         return [shard + int(self._first_shard[source]) for shard in shards]
 
     def _lane_rows(self, bucket: int, lane: int) -> "_Turns":
-        """How the rows of a lane are dealt to the sources. Built once for each lane; threads may do so twice."""
+        """Returns how the rows of a lane are shared out among the sources.
+
+        It is built once for each lane; threads may build it twice, which does no harm.
+        """
         if (bucket, lane) not in self._rows:
             starts = [_rows_of_lane(gone, lane, self.lanes) for gone in self._source_starts[bucket]]
             self._rows[bucket, lane] = _Turns(self._source_shares[bucket], starts, lane)
@@ -220,7 +229,11 @@ class _Turns:
     """Endless turns 0, 1, 2, ... dealt out by shares that may change at some turns, with counts at any of them."""
 
     def __init__(self, shares: Sequence[Sequence[int]], starts: Sequence[int], lane: int = 0):
-        """shares[span]: of each receiver, integers, not all zero unless the span is empty. lane: see `split`."""
+        """Counts the turns that each receiver has had when each span of shares begins.
+
+        shares[span]: an integer for each receiver, not all zero unless the span is empty. starts: the first turn of
+        each span. lane: see `split`.
+        """
         self.shares = [tuple(span) for span in shares]
         self.starts = list(starts)
         self.lane = lane
@@ -230,19 +243,19 @@ class _Turns:
             self._bases.append([base + more for base, more in zip(self._bases[-1], gone, strict=True)])
 
     def pick(self, turn: int) -> tuple[int, int]:
-        """-> who has this turn, and how many turns it had before."""
+        """Returns who has this turn, and how many turns it had before."""
         span = self._span(turn)
         receiver, count = split(turn - self.starts[span], self.shares[span], self.lane)
         return receiver, self._bases[span][receiver] + count
 
     def before(self, turn: int) -> list[int]:
-        """How many of the turns before this one each had."""
+        """Counts for each receiver how many of the turns before this one it had."""
         span = self._span(turn)
         counts = counts_before(turn - self.starts[span], self.shares[span], self.lane)
         return [base + more for base, more in zip(self._bases[span], counts, strict=True)]
 
     def turn_of(self, receiver: int, count: int) -> int | None:
-        """The turn at which a receiver had `count` turns before; None where it gets no more."""
+        """Returns the turn that a receiver gets after `count` earlier ones; None where it gets no more."""
         for span in reversed(range(len(self.starts))):
             if self._bases[span][receiver] <= count:
                 if not self.shares[span][receiver]:
@@ -255,16 +268,16 @@ class _Turns:
         return self.shares[self._span(turn)]
 
     def _span(self, turn: int) -> int:
-        """The last span that begins at or before a turn; an empty one is never it."""
+        """Returns the last span that begins at or before a turn, which is never an empty one."""
         return int(np.searchsorted(self.starts, turn, side="right")) - 1
 
 
 def split(turn: int, shares: Sequence[int], lane: int) -> tuple[int, int]:
-    """-> who has this turn, and how many turns it had before: turns dealt out by integer shares, without chance.
+    """Returns who has this turn, and how many turns it had before; integer shares decide, and no chance.
 
-    The first receiver has floor(t * share / all + phase) of the first t turns, so never a turn more or less than its
-    share but one; what is left is dealt out to the others in the same way. Another lane has other phases, so that at
-    any turn the lanes together are close to the shares too: within 4 of 256 lanes for 3 sources, 7 for 5.
+    The first receiver has floor(t * share / all + phase) of the first t turns, so it is always within one turn of its
+    share; the turns that are left are shared out among the others in the same way. Another lane has other phases, so
+    that at any turn the lanes together are close to the shares too: within 4 of 256 lanes for 3 sources, 7 for 5.
     """
     left = sum(shares)
     for receiver, share in enumerate(shares):
@@ -277,7 +290,7 @@ def split(turn: int, shares: Sequence[int], lane: int) -> tuple[int, int]:
 
 
 def counts_before(turn: int, shares: Sequence[int], lane: int) -> list[int]:
-    """How many of the first `turn` turns each receiver has, as `split` deals them."""
+    """Counts how many of the first `turn` turns each receiver has, as `split` shares them out."""
     left, counts = sum(shares), []
     for receiver, share in enumerate(shares):
         counts.append((turn * share + _phase(lane, receiver, left)) // left if share else 0)
@@ -287,7 +300,10 @@ def counts_before(turn: int, shares: Sequence[int], lane: int) -> list[int]:
 
 
 def turn_of(receiver: int, count: int, shares: Sequence[int], lane: int) -> int:
-    """The turn that `split` gives to a receiver, its share not 0, after `count` others. Inverts `split`."""
+    """Returns the turn that `split` gives to a receiver after `count` earlier ones; inverts `split`.
+
+    The receiver's share must not be 0.
+    """
     left = [sum(shares[number:]) for number in range(receiver + 1)]
     # floor((t + 1) * share / left + phase) reaches count + 1 at this t
     turn = -(-((count + 1) * left[-1] - _phase(lane, receiver, left[-1])) // shares[receiver]) - 1
@@ -298,17 +314,20 @@ def turn_of(receiver: int, count: int, shares: Sequence[int], lane: int) -> int:
 
 
 def _phase(lane: int, receiver: int, left: int) -> int:
-    """In 0 .. left - 1, evenly spread over the lanes, and over all combinations of receivers too."""
+    """Returns a phase in 0 .. left - 1, spread evenly over the lanes, and over all combinations of receivers too."""
     return (((lane + 1) * _ROOTS[receiver % len(_ROOTS)] % 2**64) * left) >> 64
 
 
 def _rows_of_lane(positions: int, lane: int, lanes: int) -> int:
-    """How many of the first `positions` positions are of a lane."""
+    """Counts how many of the first `positions` positions belong to a lane."""
     return (positions - lane + lanes - 1) // lanes
 
 
 def _shares(samples: Sequence[Sequence[int]], weights: Sequence[int]) -> list[list[int]]:
-    """samples[bucket][source] -> shares[bucket][source]: weight * samples / all of the source, as integers."""
+    """Computes shares[bucket][source] from samples[bucket][source], in integers.
+
+    A share is in proportion to the source's weight times the part of its samples that are in the bucket.
+    """
     totals = [sum(row[source] for row in samples) for source in range(len(weights))]
     common = int(np.lcm.reduce(np.array(totals, dtype=object)))
     return [

@@ -69,7 +69,11 @@ class Order:
     """The order of a run: a function of the shards' sample counts, the seed, C lanes and B shards per block."""
 
     def __init__(self, samples_per_shard: Sequence[int] | np.ndarray, seed: int, lanes: int, shards_per_block: int = 2):
-        """samples_per_shard: usable samples of each shard, in the data set's order; zeros are allowed."""
+        """Checks the arguments; epochs, lanes and blocks are computed when they are asked for.
+
+        samples_per_shard: usable samples of each shard, in the data set's order; zeros are allowed. Raises ValueError
+        where there are fewer samples than lanes, or where an argument is out of its range.
+        """
         self.samples_per_shard = np.asarray(samples_per_shard, np.int64)
         self.seed, self.lanes, self.shards_per_block = seed, lanes, shards_per_block
         self.samples = int(self.samples_per_shard.sum())
@@ -91,13 +95,16 @@ class Order:
         self._block_permutation = lru_cache(lanes + 64)(self._permute_block)
 
     def locate(self, position: int) -> Place:
-        """The sample at a position >= 0 of the endless sequence."""
+        """Returns the sample at a position >= 0 of the endless sequence."""
         epoch, lane, block, at = self._block_at(position)
         within = self._block_permutation(epoch.number, lane, block)[at]
         return self._place(epoch, self._lane(epoch.number, lane), block, int(within))
 
     def position_of(self, epoch: int, shard: int, ordinal: int) -> int | None:
-        """The position at which an epoch reads this sample, or None where the epoch leaves it out. Inverts `locate`."""
+        """Returns the position at which an epoch reads this sample, or None where it leaves it out; inverts `locate`.
+
+        Raises ValueError where the shard has no sample of this number.
+        """
         table = self._epoch(epoch)
         hole, length = int(table.hole_start[shard]), int(table.hole_length[shard])
         if not 0 <= ordinal < self.samples_per_shard[shard]:
@@ -114,7 +121,7 @@ class Order:
         return epoch * self.samples_per_epoch + i * self.lanes + number
 
     def block_shards(self, position: int) -> tuple[list[int], int]:
-        """The shards of the block in which a position lies, and the position at which its lane enters the next one."""
+        """Returns the shards of a position's block, and the position at which its lane enters the next block."""
         epoch, lane, block, at = self._block_at(position)
         table = self._lane(epoch.number, lane)
         first, last = np.searchsorted(table.starts, table.block_starts[block : block + 2]).tolist()
@@ -124,7 +131,7 @@ class Order:
         return table.shards[first:last].tolist(), position + left * self.lanes
 
     def substitute(self, position: int, attempt: int) -> Place:
-        """A hash-chosen sample of the block that the position lies in, to stand in for a bad one. attempt: 1, 2, ...
+        """Chooses by a hash a sample of the position's block, to stand in for a bad one. attempt: 1, 2, ...
 
         It comes from a shard that is open anyway, and is the same on every rank and in every run.
         """
@@ -134,10 +141,11 @@ class Order:
         return self._place(epoch, table, block, hash64(self.seed, "substitute", position, attempt) % size)
 
     def rank_slots(self, step: int, global_batch_size: int, rank: int, world_size: int) -> np.ndarray:
-        """The positions of global batch `step` that a rank owns, ascending: (global_batch_size / world_size,) int64.
+        """Returns the positions of a rank in global batch `step`, ascending: (global_batch_size / world_size,) int64.
 
         Global batch k is [k * G, (k + 1) * G). A rank owns the same contiguous range of lanes (of slots, where the
-        lanes are a multiple of the batch) in every step, so that it reads each of its shards once.
+        lanes are a multiple of the batch) in every step, so that it reads each of its shards once. Raises ValueError
+        where lanes, batch and ranks do not divide each other.
         """
         unit = rank_unit(self.lanes, global_batch_size, world_size)
         if not 0 <= rank < world_size:
@@ -147,7 +155,7 @@ class Order:
         return (rows[:, None] + np.arange(rank * share, (rank + 1) * share)).reshape(-1)
 
     def _block_at(self, position: int) -> tuple[Epoch, int, int, int]:
-        """-> the epoch's table, the lane, the number of the block in it, and the place inside the block."""
+        """Returns the epoch's table, the lane, the number of its block, and the place inside the block."""
         if position < 0:
             raise UserError(f"position {position} is negative; positions count samples from 0")
         number, rest = divmod(int(position), self.samples_per_epoch)  # lru_cache tells an int from a NumPy one
@@ -178,7 +186,10 @@ class Order:
         return Epoch(number, shards, starts, hole_start, hole_length)
 
     def _left_out(self, number: int) -> tuple[int, int]:
-        """The window of the unpermuted sample sequence that an epoch leaves out; all windows come round in turn."""
+        """Returns the window [first, last) of the unpermuted sample sequence that an epoch leaves out.
+
+        All windows come round in turn.
+        """
         size = self.samples - self.samples_per_epoch
         if size == 0:
             return 0, 0
@@ -214,7 +225,10 @@ class Order:
 
 
 def rank_unit(lanes: int, global_batch_size: int, world_size: int) -> int:
-    """How many neighbouring slots are dealt out to the ranks at a time: min(lanes, global_batch_size), checked."""
+    """Returns how many neighbouring slots are shared out among the ranks at a time: min(lanes, global_batch_size).
+
+    Raises ValueError where neither of the two is a multiple of the other, or where world_size does not divide it.
+    """
     unit = min(lanes, global_batch_size)
     if unit < 1 or max(lanes, global_batch_size) % unit:
         raise UserError(

@@ -49,7 +49,7 @@ Conditions = tuple[tuple[str, str], ...]
 
 
 def run(options: argparse.Namespace) -> int:
-    """`controlbooth data annotate`: 0 when all of this rank's shards are written."""
+    """Runs `controlbooth data annotate`; returns 0 when all of this rank's shards are written."""
     end_with_agent()
     conditions = parse_conditions(options.condition)
     dataset = manifest.open_dataset(options.shards)
@@ -91,7 +91,11 @@ def run(options: argparse.Namespace) -> int:
 
 
 def parse_conditions(given: Sequence[str]) -> Conditions:
-    """["canny", "depth=/models/d"] -> (("canny", ""), ("depth", "/models/d")). Raises ValueError with what there is."""
+    """Parses ["canny", "depth=/models/d"] into (("canny", ""), ("depth", "/models/d")).
+
+    Raises ValueError for an unknown kind, with those that there are, for one that is given twice, and for a network
+    without its folder.
+    """
     found: dict[str, str] = {}
     for text in given:
         kind, _, where = text.partition("=")
@@ -122,7 +126,7 @@ def check(dataset: manifest.Dataset, conditions: Conditions, out: Path) -> None:
 
 
 def names_of(shards: Sequence[Shard]) -> list[str]:
-    """The names of the new shards: those of the old ones, or numbers where two have the same."""
+    """Gives the names of the new shards: those of the old ones, or numbers where two have the same."""
     names = [storage.base_name(str(shard)) for shard in shards]
     return names if len({*names}) == len(names) else [f"shards-{number:06d}.tar" for number in range(len(names))]
 
@@ -142,7 +146,7 @@ def bind(out: Path, fingerprint: str, conditions: Conditions) -> None:
 
 
 def _digest(where: str) -> str:
-    """Of the configurations and the names and sizes of all files of a network's folders; "" without a network."""
+    """Hashes the JSON files and all files' names and sizes in a network's folders; returns "" without a network."""
     digest = hashlib.blake2b(digest_size=16)
     for folder in filter(None, where.split(",")):
         for path in sorted(Path(folder).rglob("*")):
@@ -153,7 +157,7 @@ def _digest(where: str) -> str:
 
 
 def is_done(path: Path) -> bool:
-    """A shard with its final name is whole; an index that a kill has prevented is made up for."""
+    """Tells whether a shard has its final name, and so is whole; builds its index where a kill has prevented that."""
     return path.exists() and not ensure_index(path)
 
 
@@ -179,7 +183,7 @@ def annotate_shard(
 def conditions_of(
     key: str, parts: dict[str, bytes], functions: dict[str, Callable[..., np.ndarray]], max_pixels: int = MAX_PIXELS
 ) -> dict[str, bytes]:
-    """The new parts of a sample. Raises BadSample where there is no target, or none that can be decoded.
+    """Makes the new parts of a sample. Raises BadSample where there is no target, or none that can be decoded.
 
     What is random about them is decided by the target's bytes, as it is in `data pack`.
     """

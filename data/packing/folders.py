@@ -21,12 +21,12 @@ _OTHERS = (".txt", ".csv", ".json", ".jsonl", ".yaml", ".md")
 
 
 def is_picture(path: Path) -> bool:
-    """Whether a file is named like a picture that can be read, and is not hidden."""
+    """Tells whether a file is named like a picture that can be read, and is not hidden."""
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
 
 
 def files_below(root: Path, skip: Path | None = None) -> Iterator[Path]:
-    """All files below a folder that are not hidden, nor in hidden folders, nor in `skip`; in no order.
+    """Yields all files below a folder but hidden ones, those in hidden folders and those in `skip`, in no fixed order.
 
     Links to folders are followed after the folders themselves, so that each is met under its own name, and none is
     entered a second time. Raises OSError for a folder that cannot be read, and ValueError for what is named like a
@@ -67,15 +67,16 @@ def left_out(files: Iterable[Path]) -> str:
 
 
 def splits_among(names: Iterable[str]) -> list[str]:
-    """Those of the names that are parts of a data set: none where there are not two of them."""
+    """Returns the names that are splits of a data set, such as "train", sorted; none where there are fewer than two."""
     found = sorted({name for name in names if name.lower() in SPLITS})
     return found if len(found) > 1 else []
 
 
 def splits_of_paths(paths: Iterable[Path]) -> dict[str, Path]:
-    """The parts of a data set that names of files and of their folders tell, with one file of each.
+    """Finds the splits of a data set by the names of files and folders; returns none where there are not two.
 
-    `train-00000-of-00004.parquet`, `test.parquet` and `validation/0.parquet` tell one. Empty where there are not two.
+    Each comes with one of its files, or with a glob where files are numbered: `train-00000-of-00004.parquet`,
+    `test.parquet` and `validation/0.parquet` each belong to one.
     """
     found: dict[str, Path] = {}
     for path in sorted(paths):

@@ -61,11 +61,12 @@ class Job:
 
 
 def encode_parts(sample: SourceSample, computed: Sequence[str], max_pixels: int = MAX_PIXELS) -> dict[str, bytes]:
-    """A source's sample -> {extension: bytes} as stored.
+    """Encodes a source's sample into its parts as they are stored: {extension: bytes}.
 
     JPEG, PNG and WebP images are kept byte for byte, others become PNG; conditions become PNG. Everything is decoded,
-    so what cannot be is found here and not in training: BadSample. What is random about a computed condition is decided
-    by the stored image, as names repeat from one table to the next.
+    so that what cannot be is found here and not in training. What is random about a computed condition is decided by
+    the stored image, as names repeat from one table to the next. Raises BadSample for what cannot be decoded, a
+    condition of another aspect ratio, a text that cannot be a caption, and a fault that the source has found.
     """
     if sample.fault is not None:
         raise BadSample(sample.key, *sample.fault)
@@ -203,7 +204,10 @@ def _lock(journal, out: Path) -> None:
 
 
 def _read_journal(journal, out: Path, description: str) -> dict[str, dict]:
-    """{shard name: its line}. A folder that holds another pack, or shards of unknown origin, is refused."""
+    """Reads the journal: {shard name: its line}. Begins an empty one with a line that describes the source.
+
+    Raises ValueError where the folder holds another pack, or shards that no pack wrote.
+    """
     journal.seek(0)
     lines = []
     for line in journal.read().splitlines():
@@ -226,7 +230,7 @@ def _read_journal(journal, out: Path, description: str) -> dict[str, dict]:
 
 
 def _tidy_journal(out: Path, description: str, jobs: Sequence[Job], done: dict[str, dict]) -> None:
-    """One line a shard in order, so that the folder does not tell in how many goes it was made."""
+    """Rewrites the journal with a line for each shard in order, so it does not show how often packing was resumed."""
     lines = [{"source": description}]
     for job in jobs:
         entry = done[job.path.name]
@@ -235,7 +239,7 @@ def _tidy_journal(out: Path, description: str, jobs: Sequence[Job], done: dict[s
 
 
 def _remove_leftovers(out: Path, jobs: Sequence[Job], done: dict[str, dict]) -> None:
-    """Temporary files of a killed pack, and shards of an earlier state of this source that had more samples."""
+    """Deletes temporary files of a killed pack, and shards of an earlier state of this source that had more samples."""
     for path in (*out.glob("shards-*.tmp"), *out.glob(f"{manifest.NAME}.*.tmp")):
         path.unlink()
     for name in done.keys() - {job.path.name for job in jobs}:
@@ -244,7 +248,7 @@ def _remove_leftovers(out: Path, jobs: Sequence[Job], done: dict[str, dict]) -> 
 
 
 def _is_done(job: Job, noted: dict | None, skip_bad: bool) -> bool:
-    """Whether the shard is there, whole, and made of the same samples, with bad ones left out only if that is asked."""
+    """Tells whether the shard is there, whole, and made of the same samples, none left out unless `skip_bad`."""
     if noted is None or noted["identity"] != job.identity or (noted["skipped"] and not skip_bad):
         return False
     try:
@@ -254,7 +258,10 @@ def _is_done(job: Job, noted: dict | None, skip_bad: bool) -> bool:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """`controlbooth data pack`: 0 when all is packed, 1 when samples are bad, which are listed on stderr."""
+    """Runs `controlbooth data pack`; returns 0 when all is packed, else 1.
+
+    Bad samples are listed on stderr; it is 1 then unless they may be left out, and it is 1 where none could be packed.
+    """
     source = _open_source(arguments)
     for note in source.notes:
         print(note, file=sys.stderr)
@@ -292,7 +299,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _parts(arguments: argparse.Namespace, source: Source) -> dict[Path, Source]:
-    """What goes into which folder."""
+    """Returns what goes into which folder; for --held-out, divides the samples first, and prints how many go where.
+
+    Raises ValueError where the folder holds shards already, or where nothing can be held out.
+    """
     out = arguments.out
     if arguments.held_out is None:
         return {out: source}

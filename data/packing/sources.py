@@ -48,26 +48,26 @@ class Source(Protocol):
 
     @property
     def computed(self) -> tuple[str, ...]:
-        """Condition kinds that the source does not hold and that are computed from its images."""
+        """Lists the condition kinds that the source does not hold and that are computed from its images."""
         ...
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What people should know of it and would not see otherwise, such as files that are left out."""
+        """Lists what people should know of the source and would not see otherwise, such as files that are left out."""
         ...
 
     def describe(self) -> str:
-        """One line that names the source and its options; equal for equal arguments."""
+        """Returns one line that names the source and its options; it is equal for equal arguments."""
         ...
 
     def identity(self, start: int, stop: int) -> str:
-        """A hash over what these samples are made from: text by what it says, images by `file_identity`."""
+        """Hashes what samples start .. stop - 1 are made from: text by what it says, images by `file_identity`."""
         ...
 
     def read(self, start: int, stop: int) -> Iterator[SourceSample]: ...
 
     def read_rows(self, rows: Sequence[int]) -> Iterator[SourceSample]:
-        """Any of them, by ascending number."""
+        """Yields the samples with these numbers, which ascend."""
         ...
 
 
@@ -121,7 +121,7 @@ class FolderSource:
 
 
 def _captions(item: FolderItem) -> list[str]:
-    """Raises ValueError where the file that holds it is no UTF-8."""
+    """Returns the captions of an item. Raises ValueError where the file that holds them is not UTF-8."""
     if item.captions is not None:
         return list(item.captions)
     return [read_text(Path(item.image).with_suffix(".txt")).strip()]
@@ -136,10 +136,11 @@ def _caption_identity(item: FolderItem) -> str | list[str]:
 
 
 def open_folder(root: Path, kinds: Sequence[str], caption_template: str | None) -> FolderSource:
-    """root/images/ (or root itself), root/conditions/<kind>/, and .txt files or a caption table.
+    """Opens root/images/ (or root itself), root/conditions/<kind>/, and .txt files or a caption table.
 
     kinds: the conditions wanted, from their folder or else computed; empty for all folders in conditions/.
-    caption_template: may hold {folder} and {name}, underscores there read as spaces.
+    caption_template: may hold {folder} and {name}, underscores there read as spaces. Raises ValueError where captions
+    or conditions are missing, and where names collide.
     """
     image_root = root / "images" if (root / "images").is_dir() else root
     condition_root = root / "conditions"
@@ -184,7 +185,7 @@ def _refuse_splits(image_root: Path, files: Sequence[Path]) -> None:
 
 
 def _images_by_name(root: Path, files: Iterable[Path]) -> dict[str, Path]:
-    """{path below root without its suffix: path}, sorted. Two images of one name are an error."""
+    """Returns {path below root without its suffix: path}, sorted. Raises ValueError for two images of one name."""
     found: dict[str, Path] = {}
     for path in sorted(filter(is_picture, files)):
         name = path.relative_to(root).with_suffix("").as_posix()
@@ -197,7 +198,10 @@ def _images_by_name(root: Path, files: Iterable[Path]) -> dict[str, Path]:
 def _folder_captions(
     root: Path, image_root: Path, images: Mapping[str, Path], template: str | None
 ) -> tuple[dict[str, tuple[str, ...] | None], list[str]]:
-    """-> {image name: captions, or None where a .txt has one}, and what people should know of the table."""
+    """Returns {image name: captions, or None where a .txt has one}, and what people should know of the table.
+
+    Raises ValueError where images have no caption, and where there are several caption tables.
+    """
     if template is not None:
         return {name: (_fill_template(template, path),) for name, path in images.items()}, []
     tables = _caption_tables(root, image_root)
@@ -254,9 +258,10 @@ def _fill_template(template: str, path: Path) -> str:
 
 
 def _caption_table(path: Path) -> dict[str, tuple[str, ...]]:
-    """{file name: captions} from columns image or file_name, and caption or text; a picture may have several rows.
+    """Reads {file name: captions} from columns image or file_name, and caption or text.
 
-    Raises ValueError with the row whose cells are not a name and a caption, or several.
+    A picture may have several rows. Raises ValueError where columns are missing, and with the row whose cells are not a
+    name and a caption, or several.
     """
     rows = text_rows(str(path))
     image, caption = _table_columns(rows)
@@ -278,7 +283,7 @@ def _caption_table(path: Path) -> dict[str, tuple[str, ...]]:
 
 
 def _table_columns(rows: Sequence[Mapping[str, Any]]) -> tuple[str | None, str | None]:
-    """The names of the columns of images and of captions."""
+    """Returns the names of the columns of images and of captions, each None where there is none."""
     columns = columns_of(rows)
     image = next((name for name in ("image", "file_name") if name in columns), None)
     return image, next((name for name in ("caption", "text") if name in columns), None)
@@ -317,7 +322,11 @@ class SceneSource:
 
 
 def open_scenes(count: int, seed: int, start: int, size: int, kinds: Sequence[str]) -> SceneSource:
-    """kinds: of SCENE_KINDS, exact, or of CONDITIONS, computed; empty for edges."""
+    """Opens `count` scenes of a seed, from `start` on, as pictures with sides of `size` pixels.
+
+    kinds: of SCENE_KINDS, exact, or of CONDITIONS, computed; empty for edges. Raises ValueError for other kinds, and
+    for numbers out of range.
+    """
     if count < 1 or start < 0 or size < 8:
         raise UserError(f"--scenes {count} must be 1 or more, --start {start} 0 or more, --size {size} 8 or more")
     kinds = tuple(kinds) or ("edges",)
@@ -326,7 +335,10 @@ def open_scenes(count: int, seed: int, start: int, size: int, kinds: Sequence[st
 
 
 def computed_kinds(kinds: Sequence[str], stored: Sequence[str], otherwise: str) -> tuple[str, ...]:
-    """The kinds that are not stored, all of which can be computed."""
+    """Returns the kinds that are not stored. Raises ValueError where one of them cannot be computed.
+
+    Raises ValueError too for a kind that cannot be part of a file extension. otherwise: how the first message begins.
+    """
     computed = tuple(kind for kind in kinds if kind not in stored)
     for kind in kinds:
         if not re.fullmatch(r"[a-z0-9_-]+", kind):
@@ -337,7 +349,10 @@ def computed_kinds(kinds: Sequence[str], stored: Sequence[str], otherwise: str) 
 
 
 def _safe_key(name: str) -> str:
-    """A path without suffix -> a webdataset key, which ends at the first dot of the base name."""
+    """Makes a webdataset key of a path without suffix; dots of the base name, at which a key would end, become "_".
+
+    Raises ValueError where webdataset cannot hold a sample of this name.
+    """
     folder, slash, base = name.rpartition("/")
     key = f"{folder}{slash}{base.replace('.', '_')}"
     if split_name(f"{key}.jpg") != (key, "jpg"):
@@ -359,11 +374,11 @@ def refuse_missing(what: str, missing: Sequence[str], count: int, remedy: str) -
 
 
 def file_identity(path: Path) -> tuple[str, int, int]:
-    """Path, bytes, and the time of the last change in ns: what tells that an image was replaced without reading it."""
+    """Returns path, bytes, and time of the last change in ns, which tell a replaced image without reading it."""
     status = path.stat()
     return str(path), status.st_size, status.st_mtime_ns
 
 
 def stable_hash(value: object) -> str:
-    """Over a tree of plain values; others count by what they look like."""
+    """Hashes a tree of plain values, and other values by their `repr`: 128-bit blake2b, in hex."""
     return hashlib.blake2b(json.dumps(value, default=repr).encode(), digest_size=16).hexdigest()

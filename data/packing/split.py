@@ -67,7 +67,7 @@ class Part:
 
 
 def held_out_count(asked: str, count: int) -> int:
-    """How many to hold out. asked: "5%" or "200", of `count` samples.
+    """Returns how many of `count` samples to hold out. asked: such as "5%" or "200".
 
     Raises ValueError where that leaves none on a side.
     """
@@ -88,10 +88,10 @@ def held_out_count(asked: str, count: int) -> int:
 def split(
     source: Source, asked: str, notes: Path | None, workers: int, max_pixels: int = MAX_PIXELS
 ) -> tuple[Part, Part]:
-    """The part to train on and the part that is held out. Looks at every picture, and shows its progress.
+    """Divides a source into the part to train on and the part that is held out.
 
-    asked: see `held_out_count`. notes: where to keep what was found, and to find what is there; None writes nothing.
-    max_pixels: see `decode_image`.
+    Looks at every picture, and shows its progress. asked: see `held_out_count`. notes: where to keep what was found,
+    and to find what is there; None writes nothing. max_pixels: see `decode_image`.
     """
     wanted = held_out_count(asked, source.count)
     before = _read_notes(notes, asked)
@@ -121,7 +121,7 @@ def split(
 
 
 def choose_rows(facts: Sequence[Facts], wanted: int, sides: Mapping[int, bool]) -> np.ndarray:
-    """(n,) bool, which samples are held out: `wanted` of them, or a few less, as groups of near copies stay whole.
+    """Chooses the samples that are held out, (n,) bool: `wanted` or a few less, as groups of near copies stay whole.
 
     sides: content hash -> whether it is held out, of those that were divided before.
     """
@@ -148,7 +148,7 @@ def choose_rows(facts: Sequence[Facts], wanted: int, sides: Mapping[int, bool]) 
 
 
 def _in_proportion(numbers: Sequence[int], names: Sequence[tuple[Any, Any]], bits: np.ndarray) -> list[int]:
-    """The numbers in an order of which every beginning has each folder, and each caption in it, in proportion.
+    """Sorts the numbers so that every beginning has each folder, and each caption in it, in proportion.
 
     names, bits: folder and hash of captions, and random bits, by number.
     """
@@ -163,7 +163,7 @@ def _in_proportion(numbers: Sequence[int], names: Sequence[tuple[Any, Any]], bit
 
 
 def _groups(contents: np.ndarray, hashes: np.ndarray) -> list[np.ndarray]:
-    """Rows of equal and of nearly equal pictures together, all others alone."""
+    """Groups the rows of equal and of nearly equal pictures; each other row is a group of its own."""
     _, first = np.unique(contents, return_index=True)
     seen = first[hashes[first].any(axis=1)]
     pairs = [seen[near_pairs(hashes[seen])]] if len(seen) else []
@@ -183,9 +183,10 @@ def _line(
 
 
 def _read_notes(notes: Path | None, asked: str) -> dict[tuple[int, int, str], dict[str, Any]]:
-    """Lines by what they are of; one that a kill has cut short is left out, and found again.
+    """Reads the lines of the notes by start, stop and identity of their samples; without notes there are none.
 
-    Raises ValueError where samples were divided otherwise than is asked.
+    A line that a kill has cut short is left out, and its samples are looked at again. Raises ValueError where samples
+    were divided otherwise than is asked.
     """
     lines = {}
     for text in notes.read_text().splitlines() if notes is not None and notes.is_file() else ():
@@ -217,7 +218,11 @@ def _look_at(job: tuple[int, int]) -> list[Facts]:
 
 
 def _facts_of(sample: SourceSample, max_pixels: int) -> Facts:
-    """A picture that cannot be decoded is a copy of none but its own bytes; packing tells what is wrong with it."""
+    """Computes the `Facts` of a sample.
+
+    A picture that is blank or cannot be decoded has no perceptual hash, so only equal bytes are a copy of it; packing
+    tells what is wrong with one that cannot be decoded.
+    """
     try:
         pixels = decode_image(sample.image, sample.key, "image", max_pixels=max_pixels)
         near = [0] * 4 if is_blank(pixels) else perceptual_hash(pixels).tolist()

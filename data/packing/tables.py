@@ -49,12 +49,15 @@ class RowSource:
         return f"rows of {len(self.files)} files from {min(self.files)[0]} on, {columns}, computed {self.computed}"
 
     def identity(self, start: int, stop: int) -> str:
-        """By the rows' captions and the images that they name; images that a file holds itself go by the file."""
+        """Hashes the rows' captions and the identities of the images that they name.
+
+        For images that a table holds itself, the identity of the table is taken.
+        """
         return stable_hash([self.describe(), start, self._row_identities[start:stop]])
 
     @functools.cached_property
     def _row_identities(self) -> list[str]:
-        """Of all rows in one pass, as a range of rows of a Parquet file is not read without those before it."""
+        """Hashes all rows in one pass, as a range of rows of a Parquet file is not read without those before it."""
         identities = []
         images = [self.image_column, *(column for _, column in self.condition_columns)]
         for path, _ in self.files:
@@ -101,10 +104,11 @@ def open_rows(
     caption_column: str = "caption",
     skip_bad: bool = False,
 ) -> RowSource:
-    """A .csv, .jsonl or .parquet file, a glob of Parquet files, or a folder that `datasets` wrote.
+    """Opens a .csv, .jsonl or .parquet file, a glob of Parquet files, or a folder that `datasets` wrote.
 
-    kinds: {condition kind: its column}; None stands for the column of that name, or else computes the condition.
-    Raises ValueError for rows whose cells cannot be packed; skip_bad leaves them to be found, and left out, one by one.
+    kinds: {condition kind: its column}; None stands for the column of that name, or else computes the condition. Raises
+    ValueError for missing columns, and for rows whose cells cannot be packed; skip_bad leaves such rows to be found,
+    and left out, one by one.
     """
     paths = _row_files(location)
     columns = _columns(str(paths[0]))
@@ -142,7 +146,10 @@ def _refuse_cells(faults: Mapping[str, Sequence[str]], caption_column: str, coun
 
 
 def _cell_fault(path: str, value: Any, is_caption: bool) -> str | None:
-    """What is wrong with a cell, " (...)"; None where nothing is. Pictures that are there are not looked at."""
+    """Says what is wrong with a cell: " (...)", or "" for an empty one; returns None where nothing is.
+
+    Pictures that are there are not looked at.
+    """
     if value in (None, "", []):
         return ""
     try:
@@ -156,7 +163,7 @@ def _cell_fault(path: str, value: Any, is_caption: bool) -> str | None:
 
 
 def is_rows(location: Path) -> bool:
-    """Whether `open_rows` is the way to read a path, rather than `open_folder`."""
+    """Tells whether `open_rows` is the way to read a path, rather than `open_folder`."""
     if location.suffix.lower() in (*TEXT_TABLES, ".parquet") and not location.is_dir():
         return True
     names = ("state.json", "dataset_dict.json", "*.arrow", "*.parquet", "data/*.parquet")
@@ -217,7 +224,7 @@ def _named(path: str) -> Iterator[None]:
 
 
 def _text_columns(path: str, columns: Sequence[str]) -> list[str]:
-    """Those of the columns that hold text, such as paths, in any of Arrow's ways."""
+    """Returns those of the columns that hold text, such as paths, in any of Arrow's types for it."""
     if _is_text(path):
         return list(columns)
     schema = _schema(path)
@@ -230,15 +237,15 @@ def _is_text_type(kind: pa.DataType) -> bool:
 
 
 def _naming_columns(path: str, columns: Sequence[str]) -> list[str]:
-    """Those of the columns of pictures that may name files, or hold nothing: all but those full of bytes."""
+    """Returns those of the columns of pictures that may name files, or hold nothing: all but those full of bytes."""
     named = set(_text_columns(path, columns))
     return [column for column in columns if column in named or not _is_full(path, column)]
 
 
 def _is_full(path: str, column: str) -> bool:
-    """Whether every cell of a column of bytes, or of structs with bytes, holds them, as its statistics tell.
+    """Tells whether every cell of a column of bytes, or of structs with bytes, holds them, as its statistics tell.
 
-    Raises ValueError where it has neither.
+    Returns False where there are no statistics. Raises ValueError for a column that is neither bytes nor structs.
     """
     kind, name = _schema(path).field(column).type, column
     if pa.types.is_struct(kind):
@@ -264,7 +271,10 @@ def _is_full(path: str, column: str) -> bool:
 
 
 def _rows(path: str, columns: list[str], start: int, stop: int | None) -> Iterator[Mapping[str, Any]]:
-    """Rows start .. stop of a file, a few in memory at a time; stop None for all."""
+    """Yields rows start .. stop - 1 of a file, to its end where stop is None.
+
+    A few are in memory at a time, but all of a CSV or JSONL table.
+    """
     if path.endswith(".arrow"):
         with _named(path):
             yield from _arrow_rows(path, columns, start, stop)
@@ -284,7 +294,10 @@ def _arrow_rows(path: str, columns: list[str], start: int, stop: int | None) -> 
 
 
 def _values(rows: pa.Table | pa.RecordBatch) -> list[dict[str, Any]]:
-    """Python values of rows whose text is UTF-8 and whose places lie inside the file: Arrow takes both on trust."""
+    """Converts rows to Python values, after checking what Arrow takes on trust.
+
+    That is that text is UTF-8, and that all offsets lie inside the file; Arrow raises an error where they do not.
+    """
     rows.validate(full=True)
     return rows.to_pylist()
 
@@ -306,7 +319,7 @@ def _parquet_rows(path: str, columns: list[str], start: int, stop: int | None) -
 
 @functools.lru_cache(maxsize=4)
 def _arrow_table(path: str) -> pa.Table:
-    """Memory-mapped; `datasets` writes the stream format, other tools the file format."""
+    """Opens a memory-mapped Arrow file; `datasets` writes the stream format, other tools the file format."""
     with open(path, "rb") as file:
         is_file = file.read(6) == b"ARROW1"
     source = pa.memory_map(path)
@@ -314,7 +327,7 @@ def _arrow_table(path: str) -> pa.Table:
 
 
 def _image_cell(cell: Any) -> bytes | str:
-    """The bytes of a picture, or the path that a cell names. Raises ValueError where it holds neither."""
+    """Returns the bytes of a picture, or the path that a cell names. Raises ValueError where it holds neither."""
     if isinstance(cell, dict):
         cell = cell.get("bytes") or cell.get("path")
     if isinstance(cell, (bytes, str)) and cell:
@@ -324,7 +337,10 @@ def _image_cell(cell: Any) -> bytes | str:
 
 
 def _cell_bytes(cell: Any, table: str) -> bytes:
-    """Raises ValueError where the cell names no file, and OSError where that cannot be read."""
+    """Returns the bytes of a cell's picture, which it holds itself or in a file, named relative to the table.
+
+    Raises ValueError where the cell names no file, and OSError where that cannot be read.
+    """
     named = _image_cell(cell)
     if isinstance(named, bytes):
         return named
@@ -337,7 +353,7 @@ def _cell_bytes(cell: Any, table: str) -> bytes:
 
 
 def _named_identity(table: str, cell: Any) -> tuple[str, int, int] | None:
-    """Of the file that a cell names; None where it names none, or one that is not there."""
+    """Returns the `file_identity` of the file that a cell names; None where it names none, or one that is not there."""
     try:
         named = _image_cell(cell)
     except ValueError:
@@ -347,7 +363,7 @@ def _named_identity(table: str, cell: Any) -> tuple[str, int, int] | None:
 
 
 def _is_file(path: Path) -> bool:
-    """Whether there is a file of this name, which may be no name at all. Raises OSError where that cannot be told."""
+    """Tells whether there is a file at a path, which may be any text. Raises OSError where that cannot be told."""
     try:
         return path.is_file()
     except OSError as error:

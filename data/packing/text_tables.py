@@ -22,7 +22,7 @@ csv.field_size_limit(2**31 - 1)  # other columns may be long; of captions `promp
 
 @functools.lru_cache(maxsize=2)
 def text_rows(path: str) -> list[dict[str, Any]]:
-    """The rows of a CSV or JSONL file. Raises ValueError with the line that cannot be read, or does not fit."""
+    """Reads the rows of a CSV or JSONL file. Raises ValueError with the line that cannot be read, or does not fit."""
     text = read_text(Path(path))
     try:
         return list(_csv_rows(text) if path.lower().endswith(".csv") else _json_rows(text))
@@ -31,7 +31,7 @@ def text_rows(path: str) -> list[dict[str, Any]]:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file in UTF-8, without a byte order mark. Raises ValueError for one that is in something else."""
+    """Reads a UTF-8 file without its byte order mark. Raises ValueError for a file in another encoding."""
     try:
         return path.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -39,7 +39,7 @@ def read_text(path: Path) -> str:
 
 
 def columns_of(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """All columns, in the order in which they are met: rows of JSONL need not have the same."""
+    """Lists all columns, in the order in which they are met, as rows of JSONL need not have the same ones."""
     return list(dict.fromkeys(name for row in rows for name in row))
 
 
@@ -72,7 +72,7 @@ def _csv_rows(text: str) -> Iterator[dict[str, str]]:
 
 
 def _open_quote(text: str, first_line: int) -> int | None:
-    """The line in which the quote opens that makes a row wrong which begins in first_line; None if none does.
+    """Finds the quote that spoils a row, which begins in first_line; returns the quote's line, None if there is none.
 
     It is the last one that opens before the row ends, or before a quote is closed and followed by something else.
     """

@@ -27,11 +27,12 @@ _NO_END = "Premature end of JPEG file"
 
 
 def decode(data: bytes, header: Header, background: int) -> np.ndarray:
-    """-> (H, W, 3) RGB or, where it has one channel, (H, W); uint8. background: the level behind transparent pixels.
+    """Decodes a picture -> (H, W, 3) RGB, or (H, W) where it has one channel; uint8.
 
-    Raises ValueError for what cannot be decoded to the end, and MemoryError where memory is short, which libraries
-    tell in many ways, and OpenCV, libpng and libwebp not at all. So whatever went wrong, it is the picture's fault only
-    if it goes wrong again after as much memory could be had as it takes.
+    background: the level behind transparent pixels. Raises ValueError for what cannot be decoded to the end, and
+    MemoryError where memory is short. Libraries report short memory in many ways, and OpenCV, libpng and libwebp not at
+    all. So whatever went wrong, it is the picture's fault only if it goes wrong again after as much memory could be had
+    as it takes.
     """
     try:
         return _decoded(data, header, background)
@@ -83,7 +84,7 @@ def _jpeg(data: bytes) -> np.ndarray:
 
 
 def _from_inks(pixels: np.ndarray) -> np.ndarray:
-    """(H, W, 4) CMYK as JPEGs have it, with 255 for no ink -> (H, W, 3) RGB, by OpenCV's arithmetic."""
+    """Converts (H, W, 4) CMYK as JPEGs have it, 255 for no ink, to (H, W, 3) RGB by OpenCV's arithmetic. uint8."""
 
     def mixed(pixels: np.ndarray) -> np.ndarray:
         inks = pixels.astype(np.int32)
@@ -117,7 +118,8 @@ def _whole_jpeg(data: bytes, colourspace: str) -> np.ndarray:
 
 
 def _strict_jpeg(data: bytes, colourspace: str) -> tuple[np.ndarray | None, str]:
-    """(H, W, C) uint8, or else what libjpeg says, be it an error or a warning. Raises MemoryError."""
+    """Decodes a JPEG and returns (H, W, C) uint8 with "", or else None with what libjpeg says, be it an error or a
+    warning. Raises MemoryError."""
     try:
         return simplejpeg.decode_jpeg(data, colorspace=colourspace), ""
     except ValueError as error:
@@ -127,9 +129,10 @@ def _strict_jpeg(data: bytes, colourspace: str) -> tuple[np.ndarray | None, str]
 
 
 def _without_stray_bytes(data: bytes, problem: str, most: int = 32) -> Iterator[bytes]:
-    """What a JPEG may have been before bytes came into it, or before only its end marker was cut off.
+    """Yields what a JPEG may have been before bytes came into it, or before only its end marker was cut off.
 
-    Of one with several scans no decoder could tell which of them were cut off with it.
+    problem: what libjpeg says. most: places that are tried. A JPEG with several scans gets no end marker, since no
+    decoder could tell which of them were cut off with it.
     """
     if _NO_END in problem and jpeg_has_one_scan(data):
         yield data + b"\xff\xd9"
@@ -175,7 +178,8 @@ def _check_chunks(data: bytes) -> None:
 
 
 def _eight_bits(pixels: np.ndarray) -> np.ndarray:
-    """The upper 8 bits of 16. Raises ValueError for other types, whose range nothing states."""
+    """Returns the upper 8 bits of 16-bit values, and uint8 as it is. Raises ValueError for other types, whose range
+    nothing states."""
     if pixels.dtype == np.uint16:
         return np.right_shift(pixels, 8).astype(np.uint8)
     if pixels.dtype != np.uint8:
@@ -184,7 +188,8 @@ def _eight_bits(pixels: np.ndarray) -> np.ndarray:
 
 
 def _png_key_alpha(data: bytes, gray: np.ndarray) -> np.ndarray | None:
-    """Alpha of a gray PNG in which one level stands for transparent pixels (tRNS), which OpenCV leaves out."""
+    """Returns the alpha, uint8, of a gray PNG in which one level stands for transparent pixels (tRNS), which OpenCV
+    leaves out; None where no level does."""
     for kind, start, _ in png_chunks(data):
         if kind == b"tRNS":
             bits, level = data[24], int.from_bytes(data[start : start + 2], "big")
@@ -201,7 +206,8 @@ def _is_animated_webp(data: bytes) -> bool:
 
 
 def _with_pillow(data: bytes, background: int) -> np.ndarray:
-    """Of an animation the first picture, of a TIFF the first page."""
+    """Decodes a picture with Pillow; of an animation or a TIFF the first picture or page. Raises ValueError and
+    MemoryError."""
     try:
         with open_with_pillow(data) as image:
             image.load()
@@ -220,7 +226,8 @@ def _with_pillow(data: bytes, background: int) -> np.ndarray:
 
 
 def _blend(pixels: np.ndarray, alpha: np.ndarray, background: int) -> np.ndarray:
-    """pixels: (H, W) or (H, W, 3) uint8. alpha: (H, W) uint8, 0 where they are transparent."""
+    """Blends pixels with the background by their alpha. pixels: (H, W) or (H, W, 3) uint8. alpha: (H, W) uint8, 0 where
+    they are transparent."""
 
     def mixed(pixels: np.ndarray, alpha: np.ndarray) -> np.ndarray:
         share = alpha.astype(np.float32) / 255.0
@@ -231,7 +238,7 @@ def _blend(pixels: np.ndarray, alpha: np.ndarray, background: int) -> np.ndarray
 
 
 def _in_bands(mixed: Callable[..., np.ndarray], shape: tuple[int, ...], *planes: np.ndarray) -> np.ndarray:
-    """uint8 of this shape, a band of rows at a time: whole pictures in float32 would take many times their size."""
+    """Computes uint8 of this shape by bands of rows: whole pictures in float32 would take many times their size."""
     result = np.empty(shape, np.uint8)
     for top in range(0, shape[0], 64):
         result[top : top + 64] = mixed(*(plane[top : top + 64] for plane in planes))

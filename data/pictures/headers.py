@@ -41,7 +41,7 @@ class Header(NamedTuple):
 
 
 def read_header(data: bytes) -> Header | None:
-    """The header of an encoded picture; None where there is none that can be read. Raises MemoryError."""
+    """Reads the header of an encoded picture; returns None where there is none that can be read. Raises MemoryError."""
     if data[:3] == b"\xff\xd8\xff":
         kind, size, may_be_turned = "jpeg", _jpeg_size(data), _jpeg_may_be_turned(data)
     elif data[:8] == b"\x89PNG\r\n\x1a\n":
@@ -57,7 +57,7 @@ def read_header(data: bytes) -> Header | None:
 
 
 def image_size(data: bytes) -> tuple[int, int]:
-    """(width, height) of an upright picture from its header; (0, 0) where there is none that can be read."""
+    """Returns (width, height) of an upright picture from its header; (0, 0) where there is none that can be read."""
     header = read_header(data)
     return (header.width, header.height) if header else (0, 0)
 
@@ -71,7 +71,7 @@ def open_with_pillow(data: bytes) -> Image.Image:
 
 
 def png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """The kind of each chunk of a PNG, and where its contents begin and end."""
+    """Yields the kind of each chunk of a PNG, and where its contents begin and end."""
     at = 8
     while at + 8 <= len(data):
         start, length = at + 8, int.from_bytes(data[at : at + 4], "big")
@@ -80,7 +80,7 @@ def png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
 
 
 def jpeg_has_one_scan(data: bytes) -> bool:
-    """Whether the first scan of a JPEG is all of it: of all its components, and not progressive."""
+    """Tells whether the first scan of a JPEG is all of it: it has all the components, and is not progressive."""
     components = 0
     for marker, at, _ in _jpeg_segments(data):
         if marker in (0xC0, 0xC1):
@@ -107,7 +107,7 @@ def _pillow_header(data: bytes) -> Header | None:
 
 
 def _stated_orientation(data: bytes) -> int:
-    """1 where the data that may state it cannot be read, as for everybody else who reads them."""
+    """Returns the orientation that EXIF or XMP data state, 1 to 8; 1 where they cannot be read, as is usual."""
     try:
         with open_with_pillow(data) as image:
             return _valid(image.getexif().get(ORIENTATION))
@@ -118,7 +118,7 @@ def _stated_orientation(data: bytes) -> int:
 
 
 def _valid(orientation: object) -> int:
-    """1 to 8, of what a tag of whatever type holds; 1 for anything else."""
+    """Returns the orientation that a tag of whatever type holds, 1 to 8; 1 for anything else."""
     if isinstance(orientation, (bytes, tuple)) and len(orientation) == 1:
         orientation = orientation[0]
     return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
@@ -167,8 +167,8 @@ def _jpeg_may_be_turned(data: bytes) -> bool:
 
 
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """(marker, start of the length field, end) of each segment up to that of the first scan; bytes between them are
-    passed over, as all decoders do."""
+    """Yields (marker, start of the length field, end) of each segment up to that of the first scan; bytes between them
+    are skipped, as all decoders do."""
     at = 2
     while at + 4 <= len(data):
         at = data.find(b"\xff", at)

@@ -44,11 +44,11 @@ def keep_freed_memory() -> None:
 
 
 def decode_image(data: bytes, key: str, part: str, background: int = 255, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """An encoded image -> (H, W, 3) RGB or, where it has one channel, (H, W); uint8, upright.
+    """Decodes an encoded image -> (H, W, 3) RGB, or (H, W) where it has one channel; uint8, upright.
 
     background: the level that shows through transparent pixels. 16-bit images keep their upper 8 bits. key and part
-    name it in the BadSample that is raised for data that cannot be decoded to the end, and for pictures of more than
-    max_pixels, by their header. Raises OutOfMemory, which is no fault of the sample.
+    name the image in the BadSample that is raised for data that cannot be decoded to the end, and for pictures of more
+    than max_pixels, by their header. Raises OutOfMemory, which is no fault of the sample.
     """
     with memory_named(key, part):
         header = read_header(data)
@@ -93,7 +93,7 @@ def memory_named(key: str, part: str, size: Sequence[int] | None = None) -> Iter
 
 
 def to_rgb(pixels: np.ndarray) -> np.ndarray:
-    """(H, W) or (H, W, 3) uint8 -> (H, W, 3)"""
+    """Returns a picture with three channels: (H, W) or (H, W, 3) uint8 -> (H, W, 3)."""
     return pixels if pixels.ndim == 3 else cv2.cvtColor(pixels, cv2.COLOR_GRAY2RGB)
 
 
@@ -121,7 +121,7 @@ def prepare(
 def prepare_target(
     image: np.ndarray, shape: tuple[int, int], crop: tuple[int, int] | None = None, flip: bool = False
 ) -> np.ndarray:
-    """What `prepare` makes of a target."""
+    """Returns what `prepare` makes of a target."""
     return _fit(image, (image.shape[0], image.shape[1]), "levels", shape, crop, flip)
 
 
@@ -134,11 +134,12 @@ def prepare_condition(
     flip: bool = False,
     values: Values | None = None,
 ) -> np.ndarray:
-    """What `prepare` makes of a condition. size: (height, width) of the target, which is not needed itself.
+    """Returns what `prepare` makes of a condition. size: (height, width) of the target, which is not needed itself.
 
-    values: what they are in all conditions of this kind, which decides how they are resized; None tells it by the
-    kind's name, or else by this picture alone.
-    Mirrored normals keep to their rule: red, their x, becomes 255 - red, except in black pixels, which have no normal.
+    values: what the values are in all conditions of this kind, which decides how they are resized; with None the kind's
+    name tells, or else this picture alone. Mirrored normals keep to their rule: red, their x, becomes 255 - red, except
+    128, which stands for 0, and black pixels, which have no normal. Raises ValueError when target and condition have
+    different aspect ratios.
     """
     if not same_frame(size, condition.shape):
         sizes = f"{size[1]}x{size[0]} and {condition.shape[1]}x{condition.shape[0]}"
@@ -150,9 +151,9 @@ def prepare_condition(
 
 
 def _turned_normals(normals: np.ndarray) -> np.ndarray:
-    """(H, W) or (H, W, 3) uint8 -> (H, W, 3) with x the other way round, each pixel at its place.
+    """Returns normals with x the other way round, each pixel at its place. (H, W) or (H, W, 3) uint8 -> (H, W, 3).
 
-    To be done before resizing, which mixes normals with the black of pixels that have none.
+    This is to be done before resizing, which mixes normals with the black of pixels that have none.
     """
     turned = to_rgb(normals).copy()
     none = cv2.inRange(turned, (0, 0, 0), (0, 0, 0))  # black would be (-1, -1, -1), which is no direction
@@ -175,7 +176,8 @@ def _fit(
 
 
 def write_planes(pixels: np.ndarray, planes: np.ndarray) -> np.ndarray:
-    """(H, W) or (H, W, 3) uint8 into `planes`, (3, H, W) uint8, one channel three times; returns them."""
+    """Writes a picture, (H, W) or (H, W, 3) uint8, into `planes`, (3, H, W) uint8, and returns them; one channel is
+    written three times."""
     if pixels.ndim == 2:
         planes[:] = pixels
     else:
@@ -184,28 +186,31 @@ def write_planes(pixels: np.ndarray, planes: np.ndarray) -> np.ndarray:
 
 
 def scaled_size(height: int, width: int, shape: tuple[int, int]) -> tuple[int, int]:
-    """(height, width) of the image once it is as small as may be to cover `shape`; one of the two is met exactly."""
+    """Returns (height, width) of the image when it is scaled to just cover `shape`; one of the two is met exactly."""
     if shape[0] * width <= shape[1] * height:
         return max(shape[0], round(height * shape[1] / width)), shape[1]
     return shape[0], max(shape[1], round(width * shape[0] / height))
 
 
 def crop_slack(height: int, width: int, shape: tuple[int, int]) -> tuple[int, int]:
-    """How far the part of this shape can move down and to the right in an image of this size, once that is resized."""
+    """Returns how many pixels the part of this shape can move down and to the right in the resized image."""
     scaled = scaled_size(height, width, shape)
     return scaled[0] - shape[0], scaled[1] - shape[1]
 
 
 def same_frame(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
-    """Whether one image can be a scaled copy of the other, its sides rounded to a pixel or two."""
+    """Tells whether one image can be a scaled copy of the other, its sides rounded to a pixel or two. Both shapes begin
+    with the height and the width."""
     (height, width), (other_height, other_width) = shape[:2], other[:2]
     return abs(height * other_width - width * other_height) <= 2 * max(height, width, other_height, other_width)
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
-    """(H, W) or (H, W, 3) RGB uint8 -> PNG, of one channel where one says it all: it decodes eight times as fast.
+    """Encodes (H, W) or (H, W, 3) RGB uint8 as PNG.
 
-    Where all is black or white, as edges are, a pixel is one bit: that is smaller and decodes twice as fast again.
+    Where its channels are equal it has one, which decodes eight times as fast. Where all is black or white, as edges
+    are, a pixel is one bit: that is smaller and decodes twice as fast again. Raises ValueError where OpenCV cannot
+    encode it.
     """
     if pixels.ndim == 3 and (pixels == pixels[..., :1]).all():
         pixels = pixels[..., 0]

@@ -25,7 +25,7 @@ BLANK_LEVELS = 4
 
 
 def perceptual_hash(pixels: np.ndarray) -> np.ndarray:
-    """pHash: the signs of the 256 lowest frequencies of the cosine transform, against their median.
+    """Computes pHash: the signs of the 256 lowest frequencies of the cosine transform, against their median.
 
     pixels: (H, W) or (H, W, 3) RGB uint8 -> (4,) uint64. Scaling, recompression and brightness change few bits of it;
     mirroring and cropping change many.
@@ -38,12 +38,13 @@ def perceptual_hash(pixels: np.ndarray) -> np.ndarray:
 
 
 def is_blank(pixels: np.ndarray) -> bool:
-    """Whether all values lie within BLANK_LEVELS, so nothing can be seen. pixels: uint8 of any shape."""
+    """Tells whether all values lie within BLANK_LEVELS, so that nothing can be seen. pixels: uint8 of any shape."""
     return int(pixels.max()) - int(pixels.min()) <= BLANK_LEVELS
 
 
 def equal_groups(values: np.ndarray) -> list[np.ndarray]:
-    """Indices of equal values, a group for each value that comes more than once. values: (n,) -> ascending groups."""
+    """Finds equal values: (n,) -> a group of ascending indices for each value that comes more than once, in the order
+    of their first indices."""
     order = np.argsort(values, kind="stable")
     edges = np.flatnonzero(np.diff(values[order])) + 1
     starts, ends = np.concatenate([[0], edges]), np.concatenate([edges, [len(order)]])
@@ -53,10 +54,11 @@ def equal_groups(values: np.ndarray) -> list[np.ndarray]:
 
 
 def near_pairs(hashes: np.ndarray, most_bits: int = NEAR_BITS) -> np.ndarray:
-    """Pairs of perceptual hashes that differ in at most `most_bits`. (n, 4) uint64 -> (m, 2) int64, each pair once.
+    """Finds pairs of perceptual hashes that differ in at most `most_bits` bits.
 
-    A band is 16 bits from all over the hash, in an order that is fixed: neighbouring frequencies are often alike, and
-    a band of them would hold all pictures with a plain background.
+    (n, 4) uint64 -> (m, 2) int64, each pair once. Only hashes that agree in a whole band are compared. A band is 16
+    bits from all over the hash, in an order that is fixed: neighbouring frequencies are often alike, and a band of them
+    would hold all pictures with a plain background.
     """
     bands = _bands(hashes)
     found: list[np.ndarray] = []
@@ -77,7 +79,8 @@ def near_pairs(hashes: np.ndarray, most_bits: int = NEAR_BITS) -> np.ndarray:
 
 
 def _bands(hashes: np.ndarray, chunk: int = 1 << 16) -> np.ndarray:
-    """(n, 4) uint64 -> (n, BANDS) uint16, in pieces, as single bits take eight times the memory."""
+    """Cuts hashes into bands: (n, 4) uint64 -> (n, BANDS) uint16. It takes `chunk` hashes at a time, as single bits
+    take eight times the memory."""
     order = permutation(hash64("bands of perceptual hashes"), HASH_BITS)
     bands = np.empty((len(hashes), BANDS), np.uint16)
     for start in range(0, len(hashes), chunk):
@@ -87,7 +90,7 @@ def _bands(hashes: np.ndarray, chunk: int = 1 << 16) -> np.ndarray:
 
 
 def connected_groups(pairs: np.ndarray) -> list[np.ndarray]:
-    """Groups of whatever pairs connect, directly or through others. (m, 2) -> ascending index arrays."""
+    """Groups the items that pairs connect, directly or through others. (m, 2) -> ascending index arrays."""
     parent: dict[int, int] = {}
 
     def root(item: int) -> int:

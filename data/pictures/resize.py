@@ -21,7 +21,7 @@ smoothed borders two thirds at most, as one pixel of three is between two levels
 
 
 def values_of(pixels: np.ndarray) -> Values:
-    """What the values of one picture are, told by the picture alone. (H, W) or (H, W, 3) uint8.
+    """Tells what the values of one picture are, by the picture alone. (H, W) or (H, W, 3) uint8.
 
     "binary" has at most two colours; "labels" at most MOST_LABELS and hard borders; all else is "levels".
     """
@@ -52,9 +52,10 @@ def values_of(pixels: np.ndarray) -> Values:
 
 
 def resize(pixels: np.ndarray, height: int, width: int, values: Values) -> np.ndarray:
-    """(H, W) or (H, W, 3) uint8 -> (height, width) or (height, width, 3) uint8; the same array where it has that size.
+    """Resizes a picture: (H, W) or (H, W, 3) uint8 -> (height, width) or (height, width, 3) uint8.
 
-    "binary" and "labels" have no value that `pixels` lacks, but for binary pictures that have more than two.
+    The same array is returned where it has that size. "binary" and "labels" have no value that `pixels` lacks, but for
+    binary pictures that have more than two.
     """
     if pixels.shape[:2] == (height, width):
         return pixels
@@ -66,7 +67,7 @@ def resize(pixels: np.ndarray, height: int, width: int, values: Values) -> np.nd
 
 
 def resize_binary(ink: np.ndarray, height: int, width: int) -> np.ndarray:
-    """A drawing of another size: its strokes are as wide as they are to scale, and one pixel where that is less.
+    """Resizes a drawing: its strokes are as wide as they are to scale, and one pixel where that is less.
 
     ink: (H, W) uint8, 0 or 1 -> (height, width) uint8, 0 or 1. What is wider than a pixel of the result, and than two
     of `ink`, is a region: a pixel of the result is set where half of it is covered. Strokes are drawn through the
@@ -95,7 +96,7 @@ def resize_binary(ink: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def thin(ink: np.ndarray) -> np.ndarray:
-    """Strokes one pixel wide that are connected as the given ones are. (H, W) uint8, 0 or 1 -> likewise.
+    """Thins strokes to a width of one pixel and keeps how they are connected. (H, W) uint8, 0 or 1 -> likewise.
 
     Pixels on the northern, southern, western and eastern border are taken off in turn where that joins and parts
     nothing (8-connected) and shortens no line, until none is left (Rosenfeld 1975, A characterization of parallel
@@ -119,10 +120,11 @@ _NEIGHBOUR_BITS = np.array([[128, 1, 2], [64, 0, 4], [32, 16, 8]], np.float32)
 
 
 def _removable_tables() -> list[np.ndarray]:
-    """For each side from which a pixel may be taken off, a table (256,) uint8 over its neighbours: 1 where it may.
+    """Makes a table for each side from which a pixel may be taken off.
 
-    It may if its neighbour on that side is empty, it has two neighbours at least, and the number of 8-connected pieces
-    around it (Yokoi's connectivity number) is 1.
+    It is (256,) uint8 over the pixel's eight neighbours: 1 where the pixel may be taken off. It may if its neighbour on
+    that side is empty, it has two neighbours at least, and the number of 8-connected pieces around it (Yokoi's
+    connectivity number) is 1.
     """
     ring = [np.arange(256) >> bit & 1 for bit in range(8)]
     pieces = sum((1 - ring[k]) & (ring[k + 1] | ring[(k + 2) % 8]) for k in (0, 2, 4, 6))
@@ -134,11 +136,12 @@ _REMOVABLE = _removable_tables()
 
 
 def _passages(ink: np.ndarray, height: int, width: int, beside: np.ndarray | None = None) -> np.ndarray:
-    """(H, W) -> (height, width) uint8, 1 where a pixel holds at least half as much ink as a line straight through it.
+    """Marks the pixels of the result that hold at least half as much ink as a line straight through them.
 
-    Each pixel of `ink` is counted in the one that its centre lies in. Those that hold less than the mean of the nine
-    around them are left out, as dense lines would be one region: a line by itself has a third of a passage in that
-    mean, and loses none. beside: (height, width) uint8, 1 where none is left out for that.
+    (H, W) -> (height, width) uint8, 0 or 1. Each pixel of `ink` is counted in the one that its centre lies in. Those
+    that hold less than the mean of the nine around them are left out, as dense lines would be one region: a line by
+    itself has a third of a passage in that mean, and loses none. beside: (height, width) uint8, 1 where none is left
+    out for that.
     """
     larger = max(height, ink.shape[0]), max(width, ink.shape[1])
     if larger != ink.shape:  # each pixel of the result is to have one of its own at least
@@ -159,7 +162,8 @@ def _passages(ink: np.ndarray, height: int, width: int, beside: np.ndarray | Non
 
 
 def _resize_two_colours(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The rarer of the two colours is the ink: lines are fewer than what is around them, white on black or not."""
+    """Resizes a picture of two colours, of which the rarer one is the ink: lines are fewer than what is around them,
+    white on black or not."""
     codes = pixels if pixels.ndim == 2 else _codes(pixels)
     low, high = int(codes.min()), int(codes.max())
     if low == high:
@@ -175,7 +179,7 @@ def _resize_two_colours(pixels: np.ndarray, height: int, width: int) -> np.ndarr
 
 
 def _codes(pixels: np.ndarray) -> np.ndarray:
-    """One int32 for each colour, in the order of brightness where pixels are gray. (H, W) or (H, W, 3) -> (H, W)"""
+    """Returns one int32 for each colour, in the order of brightness for gray. (H, W) or (H, W, 3) -> (H, W)."""
     if pixels.ndim == 2:
         return pixels.astype(np.int32)
     red, green, blue = (pixels[..., channel].astype(np.int32) for channel in range(3))

@@ -4,5 +4,5 @@ import os
 
 
 def usable_cpus() -> int:
-    """Counts those that this process may use: fewer than the machine's inside a container or under taskset."""
+    """Counts the CPUs that this process may use: fewer than the machine's where a container or taskset limits them."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

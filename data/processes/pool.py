@@ -27,10 +27,11 @@ def run_jobs(
     start: Callable[..., None],
     arguments: tuple[Any, ...],
 ) -> Iterator[tuple[Job, Result]]:
-    """Each job and its result, as they are finished. In this process where there is one worker, or one job.
+    """Yields each job and its result, as they are finished; runs in this process where there is one worker, or one job.
 
-    start(*arguments) is called once in each process, before its first job. `work` and `start` are functions of a
-    module. Raises WorkerError with the message of an OSError or ValueError of a worker, or where one was killed.
+    start(*arguments) is called once in each process, before its first job. `work` and `start` are functions at the top
+    level of a module. Raises WorkerError with the message of an OSError or ValueError of a worker process, or where one
+    was killed.
     """
     if min(workers, len(jobs)) <= 1:
         if jobs:

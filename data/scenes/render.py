@@ -184,10 +184,10 @@ def _generator(seed: int, index: int) -> np.random.Generator:
 
 
 def scene(seed: int, index: int, two_objects_rate: float = 0.4, two_tone_rate: float = 0.4) -> Scene:
-    """The scene at a place of the endless sequence that `seed` names.
+    """Draws at random what is in the scene at a place of the endless sequence that `seed` names.
 
-    seed: any integer. index: >= 0. The two rates are probabilities in [0, 1]. Equal arguments give equal scenes on
-    every machine.
+    seed: any integer. index: >= 0, else ValueError. The two rates are probabilities in [0, 1]. Equal arguments give
+    equal scenes on every machine.
     """
     if index < 0:
         raise UserError(f"scene index {index} is negative; scenes are numbered from 0")
@@ -217,7 +217,7 @@ def scene(seed: int, index: int, two_objects_rate: float = 0.4, two_tone_rate: f
 
 
 def _place(points: np.ndarray, thing: SceneObject, side: int) -> np.ndarray:
-    """(P, 2) in the object's frame -> (P, 2) pixels of a picture with this side."""
+    """Maps points (P, 2) in the object's frame to (P, 2) pixels of a picture with this side."""
     angle = math.radians(thing.angle)
     rotation = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     return (points @ rotation.T * thing.radius + (thing.x, thing.y)) * side
@@ -286,7 +286,7 @@ def render(what: Scene, size: int = 64) -> Rendering:
 
 
 def _bounding_box(mask: np.ndarray, margin: int = 2) -> tuple[slice, slice]:
-    """The rows and columns of a mask that hold something, and a margin around them."""
+    """Returns the rows and columns of a mask that hold something, with a margin in pixels around them."""
     left, top, width, height = cv2.boundingRect(mask)
     return (
         slice(max(0, top - margin), top + height + margin),
@@ -295,7 +295,7 @@ def _bounding_box(mask: np.ndarray, margin: int = 2) -> tuple[slice, slice]:
 
 
 def _inflate(outline: np.ndarray, radius_pixels: float) -> tuple[np.ndarray, np.ndarray]:
-    """A pillow over a silhouette: heights (H, W) in [0, 1] and unit normals (H, W, 3)."""
+    """Makes a pillow over a silhouette: heights (H, W) in [0, 1] and unit normals (H, W, 3)."""
     distance = cv2.distanceTransform(outline, cv2.DIST_L2, 3) / (0.6 * radius_pixels)
     height = np.sqrt(1.0 - (1.0 - np.clip(distance, 0.0, 1.0)) ** 2)
     height = cv2.GaussianBlur(height, (0, 0), radius_pixels * 0.08)
@@ -306,14 +306,20 @@ def _inflate(outline: np.ndarray, radius_pixels: float) -> tuple[np.ndarray, np.
 
 
 def _majority(labels: np.ndarray, count: int, size: int) -> np.ndarray:
-    """The most frequent of the labels 0 .. count - 1 in each SUPERSAMPLING x SUPERSAMPLING cell: (size, size) uint8."""
+    """Finds the most frequent label, 0 .. count - 1, in each cell of the supersampled picture: (size, size) uint8.
+
+    labels: (size * SUPERSAMPLING, size * SUPERSAMPLING) uint8.
+    """
     masks = (cv2.inRange(labels, label, label) for label in range(count))
     shares = [cv2.resize(mask, (size, size), interpolation=cv2.INTER_AREA) for mask in masks]
     return np.argmax(np.stack(shares), axis=0).astype(np.uint8)
 
 
 def boundaries(labels: np.ndarray) -> np.ndarray:
-    """labels: (H, W) integers -> (H, W) uint8, 255 where the label differs from the pixel to the left or above."""
+    """Marks the boundaries of labels, (H, W) integers, in (H, W) uint8.
+
+    A pixel is 255 where its label differs from the one to the left or above, else 0.
+    """
     edges = np.zeros(labels.shape, np.uint8)
     edges[:, 1:][labels[:, 1:] != labels[:, :-1]] = 255
     edges[1:, :][labels[1:, :] != labels[:-1, :]] = 255
@@ -336,7 +342,10 @@ def _draw_keypoints(what: Scene, size: int) -> np.ndarray:
 
 
 def draw_landmarks(points: Sequence[np.ndarray], size: int) -> np.ndarray:
-    """The dots of `Rendering.keypoints` without the lines: (size, size, 3) uint8. points: of each kind (n, 2) x, y."""
+    """Draws the dots of `Rendering.keypoints` without the lines: (size, size, 3) uint8.
+
+    points: for each kind of landmark (n, 2) x, y in pixels.
+    """
     canvas = np.zeros((size, size, 3), np.uint8)
     _draw_dots(canvas, [np.round(one).astype(int) for one in points])
     return canvas

@@ -37,7 +37,10 @@ class PatternedSubject:
 
 
 def patterned_subject(seed: int, index: int) -> PatternedSubject:
-    """The subject at a place of the endless sequence that `seed` names: each class once before one comes again."""
+    """Draws the subject at a place of the endless sequence that `seed` names.
+
+    Each block of len(CLASSES) subjects has every class once.
+    """
     draw = np.random.Generator(np.random.Philox(key=[hash64(seed, "subject", index // len(CLASSES)), 0]))
     names = draw.permutation(list(CLASSES)).tolist()
     draw = np.random.Generator(np.random.Philox(key=[hash64(seed, "subject"), index]))
@@ -47,7 +50,10 @@ def patterned_subject(seed: int, index: int) -> PatternedSubject:
 
 
 def subject_picture(subject: PatternedSubject, seed: int, number: int, size: int = 64) -> np.ndarray:
-    """One of its pictures, (size, size, 3) RGB uint8: alone, large, on one or two colours that it has not itself."""
+    """Draws one picture of a subject, (size, size, 3) RGB uint8.
+
+    The subject is alone and large, on one or two colours that it does not have itself.
+    """
     draw = np.random.Generator(np.random.Philox(key=[hash64(seed, "picture", subject.name), number]))
     others = [name for name in draw.permutation(list(COLOURS)).tolist() if name not in subject.colours]
     background = tuple(others[: 2 if draw.random() < 0.4 else 1])
@@ -61,7 +67,10 @@ def subject_picture(subject: PatternedSubject, seed: int, number: int, size: int
 
 
 def _render(subject: PatternedSubject, what: Scene, size: int) -> np.ndarray:
-    """The scene in each of the two colours, put together by the pattern in the object's own frame."""
+    """Renders the scene in each of the two colours, and combines them by the pattern in the object's own frame.
+
+    Returns (size, size, 3) RGB uint8.
+    """
     side = size * SUPERSAMPLING
     thing = what.objects[0]
     first, second = (
@@ -76,7 +85,7 @@ def _render(subject: PatternedSubject, what: Scene, size: int) -> np.ndarray:
 
 
 def _pattern(subject: PatternedSubject, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Where the first colour is. u, v: coordinates in the object's frame, which fills [-1, 1]. -> bool"""
+    """Tells where the first colour is, as bool. u, v: coordinates in the object's frame, which fills [-1, 1]."""
     turn = np.radians(subject.turn)
     a, b = u * np.cos(turn) + v * np.sin(turn), v * np.cos(turn) - u * np.sin(turn)
     if subject.pattern == "stripes":
@@ -91,7 +100,7 @@ def _pattern(subject: PatternedSubject, u: np.ndarray, v: np.ndarray) -> np.ndar
 
 
 def write_subjects(folder: Path, count: int, images: int, seed: int, size: int = 64) -> Path:
-    """Folders of pictures, and the manifest that `controlbooth dreambooth run` reads; -> its path."""
+    """Writes folders of pictures and the manifest that `controlbooth dreambooth run` reads; returns its path."""
     rows = []
     for index in range(count):
         subject = patterned_subject(seed, index)

@@ -54,7 +54,7 @@ class Cache:
 
     @contextmanager
     def pinned(self, shard: RemoteShard, closing: threading.Event | None = None) -> Iterator[tuple[int, bool]]:
-        """An open descriptor of the whole shard, which is not deleted meanwhile, and whether it was there at once.
+        """Opens the whole shard and keeps it from being deleted; gives a descriptor, and whether it was there at once.
 
         Fetches the shard where it is not there. Raises CacheError for want of room, and what `storage.download` raises.
         """
@@ -96,7 +96,11 @@ class Cache:
                 self.discard(shard)
 
     def _fetch(self, shard: RemoteShard, closing: threading.Event | None, wait: bool) -> int | None:
-        """The pinned entry after fetching it, or after someone else has. None: not to be had without waiting."""
+        """Fetches the shard, unless someone else does, and returns the pinned entry.
+
+        wait: whether to wait for room, or for someone else who fetches it, rather than return None. Raises as `pinned`
+        does.
+        """
         if shard.bytes > self.limit_bytes:
             raise CacheError(
                 f"{shard} has {shard.bytes} bytes, and the cache in {self.folder} is limited to "
@@ -199,9 +203,10 @@ class Cache:
             os.close(descriptor)
 
     def _lock(self, descriptor: int, kind: int, wait: bool = False) -> bool:
-        """As `lock_descriptor`. What fetches does not wait: a wait inside flock could not be ended by `closing`.
+        """Locks a descriptor as `lock_descriptor` does; returns whether it has the lock.
 
-        Raises CacheError where the disk knows no locks, as nothing else keeps a shard that is read from being deleted.
+        Whoever fetches does not wait: a wait inside flock could not be ended by `closing`. Raises CacheError where the
+        disk knows no locks, as nothing else keeps a shard that is read from being deleted.
         """
         held = lock_descriptor(descriptor, kind, wait=wait)
         if held is None:

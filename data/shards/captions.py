@@ -11,10 +11,10 @@ MAX_CHARACTERS = 100_000
 
 
 def read_captions(data: bytes, extension: str, key: str) -> list[str]:
-    """The captions of a .txt or .json part, at least one. An empty text is a caption: it trains the empty prompt.
+    """Reads the captions of a .txt or .json part, at least one. An empty text is a caption: it trains the empty prompt.
 
-    .txt is one UTF-8 caption; .json is a string, {"caption": "..."} or {"captions": ["...", ...]}. Anything else is a
-    BadSample, and so is a text of which `text_fault` finds something.
+    .txt is one UTF-8 caption; .json is a string, {"caption": "..."} or {"captions": ["...", ...]}. Raises BadSample for
+    anything else, and for a text in which `text_fault` finds something.
     """
     try:
         text = data.decode("utf-8-sig")
@@ -35,7 +35,7 @@ def read_captions(data: bytes, extension: str, key: str) -> list[str]:
 
 
 def text_fault(text: str) -> str | None:
-    """What makes a text none that can be a caption, in words that follow "the caption"; None where nothing does."""
+    """Says why a text cannot be a caption, in words that follow "the caption"; returns None where it can."""
     if len(text) > MAX_CHARACTERS:
         return f"has {len(text)} characters, and the limit is {MAX_CHARACTERS}"
     if "\0" in text:
@@ -49,7 +49,7 @@ def text_fault(text: str) -> str | None:
 
 
 def cell_captions(cell: Any) -> list[str]:
-    """The captions that a cell of a table holds: a text, or a list of them. Raises ValueError for anything else.
+    """Returns the captions of a table's cell, which is a text or a list of texts. Raises ValueError for anything else.
 
     Numbers are no captions, as an empty cell of a table often is the number NaN, and a column of them was not meant.
     """
@@ -74,5 +74,5 @@ def _kind(value: Any) -> str:
 
 
 def prompt(captions: list[str], choice: int, dropped: bool) -> str:
-    """The text to train on: captions[choice], or "" where the prompt is dropped."""
+    """Returns the text to train on: captions[choice], or "" where the prompt is dropped."""
     return "" if dropped else captions[choice]

@@ -71,7 +71,7 @@ class _Group:
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """A member's name -> key and lower-case extension, or None where webdataset would not see a sample."""
+    """Splits a member's name into key and lower-case extension; returns None where webdataset would see no sample."""
     match = _KEY.fullmatch(name)
     if match is None or match.group(1).endswith("/") or _META.match(name):
         return None
@@ -128,7 +128,7 @@ def _add(groups: list[_Group], member: Member, key: str, extension: str, payload
 
 
 def _check_names(groups: list[_Group], report) -> None:
-    """Leaves parts out whose names are others in each sample, which would make the index grow with its square.
+    """Leaves out parts whose names differ from sample to sample, which would make the index grow quadratically.
 
     That is what becomes of names with dots: of 000018.2444.jpg the key is 000018, and the part is called 2444.jpg.
     """
@@ -158,7 +158,7 @@ def _check_names(groups: list[_Group], report) -> None:
 
 
 def _undotted(name: str) -> str:
-    """The name with no dot but that of its ending: 000018.2444.jpg -> 000018_2444.jpg."""
+    """Replaces each dot of a name but that of its ending: 000018.2444.jpg becomes 000018_2444.jpg."""
     folder, slash, base = name.rpartition("/")
     stem, _, ending = base.rpartition(".")
     return f"{folder}{slash}{stem.replace('.', '_')}.{ending}"
@@ -216,7 +216,7 @@ def _some(names: Iterable[str], most: int = 5) -> str:
 
 
 def _hint(group: _Group) -> str:
-    """Of a sample without a picture or a caption whose name seems to have held a dot."""
+    """Suggests a new name for a sample without a caption whose name seems to have held a dot; returns "" otherwise."""
     for extension in group.parts:
         ending = extension.rpartition(".")[2]
         if group.flags & sidecar.MISSING_CAPTION and extension != ending and ending in CAPTION_EXTENSIONS:
@@ -273,7 +273,7 @@ def _fits(where: Path, shard: Shard) -> bool:
 
 
 def ensure_indexes(paths: Sequence[Shard], workers: int = 1) -> list[Problem]:
-    """`ensure_index` over many shards; with several workers each is a process of its own. Shows a progress bar."""
+    """Calls `ensure_index` for many shards, in `workers` processes; shows a progress bar, and returns all problems."""
     found: list[Problem] = []
     results = _each(paths, workers)
     for problems in tqdm(results, total=len(paths), unit="shard", desc="index", disable=len(paths) < 2):

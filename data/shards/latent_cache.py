@@ -64,7 +64,7 @@ class LatentCache:
 
     @property
     def flips(self) -> bool:
-        """Whether there are latents of mirrored pictures too."""
+        """Tells whether there are latents of mirrored pictures too."""
         return bool(self.identities["latents"]["flips"])
 
 
@@ -87,7 +87,7 @@ class EncodedBatch:
 def plan_latent_cache(
     folder: Path, dataset: Dataset, buckets: Buckets, identities: Mapping[str, Identity]
 ) -> LatentCache:
-    """The paths that follow from the data set and the identities; nothing is looked at.
+    """Computes the paths that follow from the data set and the identities; nothing on the disk is looked at.
 
     buckets: of the run's order; their shapes belong to the identity of the latents.
     """
@@ -128,7 +128,7 @@ def open_latent_cache(
 
 
 def missing(latent_cache: LatentCache) -> list[tuple[str, int]]:
-    """(kind, shard) of all that are not whole."""
+    """Lists (kind, shard) of all cache shards that are not whole."""
     wanted = [(kind, shard) for shard in range(len(latent_cache.paths[KINDS[0]])) for kind in KINDS]
     with ThreadPoolExecutor(16) as pool:  # a network disk answers one question in milliseconds, and many at once
         there = list(pool.map(lambda one: _is_whole(latent_cache.paths[one[0]][one[1]]), wanted))
@@ -136,12 +136,15 @@ def missing(latent_cache: LatentCache) -> list[tuple[str, int]]:
 
 
 def _is_whole(path: Path) -> bool:
-    """The index is written last; what an index says is compared when the shard is opened."""
+    """Tells whether a cache shard is whole: its index, written last, is there, and so is the tar.
+
+    What the index says is compared when the shard is opened.
+    """
     return index_path(path).exists() and path.exists()
 
 
 def damaged(latent_cache: LatentCache, rank: int = 0, world_size: int = 1) -> dict[tuple[str, int], str]:
-    """(kind, shard) -> what is wrong with it, of a rank's share of those that are there.
+    """Finds damage in a rank's share of the cache shards that are there: (kind, shard) -> what is wrong with it.
 
     Reads all their bytes, on the first rank with a progress bar.
     """
@@ -166,7 +169,7 @@ def damaged(latent_cache: LatentCache, rank: int = 0, world_size: int = 1) -> di
 
 
 def _fault(path: Path) -> str | None:
-    """What a cache shard has else than when it was written."""
+    """Says what has changed in a cache shard since it was written; returns None where nothing has."""
     try:
         opened = _OpenShard(path)
         for sample, parts in zip(opened.index.samples, opened.index.parts, strict=True):
@@ -178,7 +181,10 @@ def _fault(path: Path) -> str | None:
 
 
 def read_stated(folder: Path) -> dict[str, Any] | None:
-    """What columns.json says: `identities` of both kinds, and `computed`, a list of the machines' facts."""
+    """Reads columns.json: `identities` of both kinds, and `computed`, a list of the machines' facts.
+
+    Returns None where there is none. Raises ValueError where it cannot be read.
+    """
     try:
         return json.loads((folder / STATED).read_text())
     except FileNotFoundError:
@@ -206,7 +212,7 @@ def state(folder: Path, identities: Mapping[str, Identity], computed: Mapping[st
 
 
 def differences(stated: Mapping[str, Any], identities: Mapping[str, Identity]) -> str:
-    """What the stated identities have else than these, for people; empty where they are equal."""
+    """Says, for people, how the stated identities differ from these; returns "" where they are equal."""
     found = []
     for kind in KINDS:
         there, wanted = stated["identities"].get(kind, {}), json.loads(json.dumps(identities[kind]))
@@ -217,18 +223,18 @@ def differences(stated: Mapping[str, Any], identities: Mapping[str, Identity]) -
 
 
 def latents_parts(dtype: str, flipped: bool) -> list[str]:
-    """Extensions of mean and standard deviation."""
+    """Returns the extensions of mean and standard deviation."""
     mirrored = "flipped." if flipped else ""
     return [f"{name}.{mirrored}{dtype}.npy" for name in ("mean", "std")]
 
 
 def text_parts(dtype: str, caption: int, pooled: bool) -> list[str]:
-    """Extensions of the hidden states, and of the pooled embedding where there is one, of a sample's caption."""
+    """Returns the extensions of a caption's hidden states, and of its pooled embedding where there is one."""
     return [f"{name}.{caption}.{dtype}.npy" for name in ("hidden_states", "pooled")[: 1 + pooled]]
 
 
 def stored_bytes(arrays: Sequence[np.ndarray]) -> int:
-    """What these arrays take in a cache shard and its index."""
+    """Counts the bytes that these arrays of one sample take in a cache shard and its index."""
     return sum(BLOCK + -(-len(_npy(array)) // BLOCK) * BLOCK + PART.itemsize for array in arrays) + SAMPLE.itemsize
 
 
@@ -238,10 +244,10 @@ Add = Callable[[int, str, Mapping[str, np.ndarray]], None]
 
 @contextmanager
 def written_cache_shard(path: Path, original: ShardIndex, stated: Mapping[str, Any]) -> Iterator[Add]:
-    """A cache shard that gets its name when the block ends well, and otherwise leaves nothing behind.
+    """Writes a cache shard, which gets its name when the block ends well, and otherwise leaves nothing behind.
 
-    original: of the shard whose rows are added, each at most once and in any order. stated: kept in the tar under a
-    name that is no sample's. Raises OSError with a remedy on a full disk.
+    Gives the function that adds a sample. original: of the shard whose rows are added, each at most once and in any
+    order. stated: kept in the tar under a name that is no sample's. Raises OSError with a remedy on a full disk.
     """
     for leftover in path.parent.glob(f"{path.name}.*.tmp"):  # of a killed one; nobody else computes this shard
         leftover.unlink(missing_ok=True)
@@ -277,7 +283,7 @@ def written_cache_shard(path: Path, original: ShardIndex, stated: Mapping[str, A
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
-    """-> the byte at which the payload begins."""
+    """Adds a member to a tar; returns the byte at which its payload begins."""
     member = tarfile.TarInfo(name)
     member.size, member.mode = len(data), 0o444
     tar.addfile(member, io.BytesIO(data))
@@ -325,7 +331,7 @@ class LatentCacheReader:
         self._lock = Lock()
 
     def latents(self, shard: int, row: int, key: str, key_hash: int, flipped: bool) -> list[np.ndarray]:
-        """Mean and standard deviation, (C, h, w) each. row: of the original's index.
+        """Reads mean and standard deviation, (C, h, w) each. row: of the original's index.
 
         Raises BadSample where the picture could not be encoded, since then a substitute is taken without the cache too,
         and ValueError where the cache shard is damaged or of another one.
@@ -334,7 +340,10 @@ class LatentCacheReader:
         return self._read("latents", shard, row, key, key_hash, parts)
 
     def text(self, shard: int, row: int, key: str, key_hash: int, caption: int) -> list[np.ndarray]:
-        """Hidden states (L, D) of a caption of the sample, and the pooled embedding (P,) where the base has one."""
+        """Reads the hidden states (L, D) of a sample's caption, and its pooled embedding (P,) where the base has one.
+
+        Raises what `latents` does.
+        """
         identity = self.cache.identities["text"]
         return self._read("text", shard, row, key, key_hash, text_parts(identity["dtype"], caption, identity["pooled"]))
 
@@ -366,7 +375,7 @@ class LatentCacheReader:
 
 
 def _read_part(opened: _OpenShard, sample: np.void, part: np.void) -> bytes:
-    """The bytes of one array. Raises ValueError where they are not those that were written."""
+    """Reads the bytes of one array. Raises ValueError where they are not those that were written."""
     at = int(sample["offset"]) + int(part["offset"])
     data = _pread(opened, int(part["size"]), at)
     if zlib.crc32(data) != part["crc"]:

@@ -68,7 +68,10 @@ class Dataset:
     """The data sets that this one joins, whose shards follow each other here; empty where it is a single one."""
 
     def samples_per_shard(self, condition_kind: str | None = None) -> np.ndarray:
-        """(shards,) int64: usable samples, with a condition of that kind if one is asked for."""
+        """Counts the usable samples of each shard, (shards,) int64, with a condition of that kind if one is asked for.
+
+        Raises ValueError where no sample has such a condition.
+        """
         condition_kind = stored_kind(condition_kind)
         if condition_kind is None:
             return np.array([row.usable for row in self.rows], np.int64)
@@ -84,7 +87,7 @@ class Dataset:
 
 
 def join_datasets(datasets: Sequence[Dataset]) -> Dataset:
-    """One data set with the shards of all, in their order; of a single one, itself."""
+    """Joins data sets into one with the shards of all, in their order; returns a single one as it is."""
     if len(datasets) == 1:
         return datasets[0]
     digest = hashlib.blake2b(digest_size=16)
@@ -100,7 +103,7 @@ def join_datasets(datasets: Sequence[Dataset]) -> Dataset:
 
 
 def fingerprint(rows: Sequence[ShardRow]) -> str:
-    """blake2b-128 in hex over the index hashes in order."""
+    """Hashes the index hashes in order: blake2b-128, in hex."""
     digest = hashlib.blake2b(digest_size=16)
     for row in rows:
         digest.update(bytes.fromhex(row.index_hash))
@@ -108,26 +111,26 @@ def fingerprint(rows: Sequence[ShardRow]) -> str:
 
 
 def shard_of(row: ShardRow) -> Shard:
-    """Where the shard of a row with absolute paths lies."""
+    """Returns where the shard of a row with absolute paths lies."""
     if storage.is_remote(row.uri):
         return RemoteShard(row.uri, row.bytes, row.etag, Path(row.index))
     return Path(row.uri)
 
 
 def same_place(shard: Shard) -> str:
-    """A text that is equal for two names of one shard."""
+    """Returns a text that is equal for two names of one shard."""
     return str(shard.resolve()) if isinstance(shard, Path) else shard.uri
 
 
 def shard_names(dataset: Dataset) -> list[str]:
-    """What to call each shard before people: its file's name, or where others have that too, where it lies."""
+    """Gives each shard a name for people: its file's name or, where others have that too, where it lies."""
     names = [storage.base_name(str(shard)) for shard in dataset.paths]
     common = {name for name, count in Counter(names).items() if count > 1}
     return [str(path) if name in common else name for name, path in zip(names, dataset.paths, strict=True)]
 
 
 def describe_shard(shard: Shard) -> ShardRow:
-    """A row from a shard's sidecar, its uri the path as given."""
+    """Makes a manifest row of a shard from its sidecar; its uri is the path or the URI as given."""
     index = load_index(index_path(shard))
     remote = isinstance(shard, RemoteShard)
     return ShardRow(
@@ -172,7 +175,10 @@ def write_manifest(rows: Sequence[ShardRow], path: Path) -> None:
 
 
 def _row_of(line: bytes) -> ShardRow:
-    """Raises ValueError or TypeError where a line is no row, or has fields of other types than are written."""
+    """Parses a line of a manifest.
+
+    Raises ValueError or TypeError where it is no row, or has fields of other types than are written.
+    """
     row = ShardRow(**json.loads(line))
     texts = (row.uri, row.index_hash, row.etag, row.index)
     counts = [row.bytes, row.samples, row.usable, *_values(row.conditions)]
@@ -196,7 +202,7 @@ def _values(tree: Any) -> list[Any]:
 
 
 def read_manifest(path: Path) -> list[ShardRow]:
-    """The rows of a manifest, their uris made absolute. Raises ValueError with the line that is wrong."""
+    """Reads the rows of a manifest, and makes their paths absolute. Raises ValueError with the line that is wrong."""
     rows = []
     names = {item.name for item in fields(ShardRow)}
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
@@ -218,7 +224,10 @@ def read_manifest(path: Path) -> list[ShardRow]:
 
 
 def find_shards(location: str | Path) -> list[Path]:
-    """The tars that a folder, a file, a glob or a {000..009} range names, in sorted or in stated order."""
+    """Finds the tars that a folder, a file, a glob or a {000..009} range names, sorted, or in the order of the range.
+
+    Raises FileNotFoundError where there are none or some are missing, and ValueError for a URI.
+    """
     text = str(location)
     if storage.is_remote(text):
         raise UserError(
@@ -264,10 +273,10 @@ def open_dataset(location: str | Path, index_missing: bool = False) -> Dataset:
 
 
 def locate_remote(location: str, indexes: Path) -> list[RemoteShard]:
-    """The shards that a URI names, a {000..009} range, or in s3:// and gs:// a folder or a glob, as they are now.
+    """Finds the shards that a URI, a {000..009} range, or in s3:// and gs:// a folder or a glob names, as they are now.
 
-    indexes: the folder for their sidecars, whose names hold a hash of the URI and the version.
-    Raises FileNotFoundError, StorageError and ValueError.
+    indexes: the folder for their sidecars, whose names hold a hash of the URI and the version. Raises
+    FileNotFoundError, StorageError and ValueError.
     """
     uris = [uri for pattern in expand_braces(location) for uri in storage.find(pattern)]
     with ThreadPoolExecutor(16) as pool:
@@ -291,7 +300,10 @@ def _stat_or_none(uri: str) -> storage.ObjectStat | None:
 
 
 def _matches(pattern: str) -> list[str]:
-    """Names that were spelled out are kept, there or not, so that a missing one is an error."""
+    """Returns the matches of a glob, sorted.
+
+    A name without wildcards is kept, there or not, so that a missing one is an error.
+    """
     return sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
 
 

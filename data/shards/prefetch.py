@@ -18,7 +18,7 @@ _log = logging.getLogger(__name__)
 def upcoming_shards(
     blocks: Sequence[tuple[int, list[int]]], shard_bytes: Sequence[int] | np.ndarray, budget_bytes: int
 ) -> list[int]:
-    """Which shards to have, the most urgent first; the list ends before the one that would exceed budget_bytes.
+    """Lists the shards to have, the most urgent first, and ends before the one that would exceed budget_bytes.
 
     blocks: (when, shards), as `Mixture.upcoming_blocks` gives them.
     """
@@ -38,7 +38,10 @@ class Prefetcher:
     """Threads that fetch what the plan of the latest step names into the cache."""
 
     def __init__(self, shards: Sequence[Shard], cache: Cache, plan: Callable[[int], list[int]], step: int):
-        """plan: step -> numbers of shards, the most urgent one first; called in one of the threads."""
+        """Starts the threads.
+
+        plan: step -> numbers of shards, the most urgent one first; called in one of the threads.
+        """
         self.shards, self.cache, self.plan = shards, cache, plan
         self.closing = threading.Event()
         self._step, self._planned = step, step - 1

@@ -75,8 +75,10 @@ class ShardReader:
         buckets: Buckets | None = None,
         pictures: bool = True,
     ):
-        """buckets: of the order whose places are read; None where all samples are in one. pictures: read the targets;
-        not where a latent cache stands for them.
+        """Makes a reader; a shard is opened when a sample of it is read.
+
+        buckets: of the order whose places are read; None where all samples are in one. pictures: whether to read the
+        targets, for which a latent cache may stand.
         """
         self.dataset, self.condition_kind, self.most_open = dataset, stored_kind(condition_kind), most_open
         self.cache, self.closing = cache, Event()
@@ -87,7 +89,7 @@ class ShardReader:
         self._lock = Lock()
 
     def read(self, shard: int, ordinal: int, bucket: int = 0) -> SampleBytes:
-        """The sample with this ordinal among the shard's usable ones of that bucket.
+        """Reads the sample with this ordinal among the shard's usable ones of that bucket.
 
         Raises BadSample where the bytes are not those that were indexed, OSError where they could not be read, and
         ValueError when the file is another one than was indexed.
@@ -112,7 +114,10 @@ class ShardReader:
             raise
 
     def _read(self, shard: int, ordinal: int, bucket: int, cache: Cache | None) -> SampleBytes:
-        """cache: where to read a shard of a store from; None for the shard itself, on a disk or in the store."""
+        """Reads and checks a sample. Raises as `read` does.
+
+        cache: where to read a shard of a store from; None for the shard itself, on a disk or in the store.
+        """
         began = time.perf_counter()
         with self._pinned(shard) as opened:
             index = opened.index
@@ -146,8 +151,10 @@ class ShardReader:
         )
 
     def noted(self, shard: int, ordinal: int, bucket: int = 0) -> tuple[int, str]:
-        """What ledgers tell a sample by, as it holds for every condition kind: where it begins in its shard, and its
-        `contents`, which go with it where the shard is moved."""
+        """Returns by what a ledger identifies a sample: the byte at which it begins in its shard, and its `contents`.
+
+        Both are the same for every condition kind, and the contents stay the same where the shard is moved.
+        """
         with self._pinned(shard) as opened:
             row = int(opened.rows[bucket][ordinal])
             return int(opened.index.samples[row]["offset"]), opened.index.contents(row)
@@ -171,7 +178,7 @@ class ShardReader:
     def _bytes(
         self, shard: int, opened: _OpenShard, length: int, offset: int, cache: Cache | None
     ) -> tuple[bytes, bool]:
-        """-> the bytes, and whether they were in the cache."""
+        """Reads `length` bytes from `offset` on; returns them, and whether the shard was in the cache."""
         where = self.dataset.paths[shard]
         if isinstance(where, Path):
             assert opened.descriptor is not None
@@ -196,7 +203,7 @@ class ShardReader:
 
     @contextmanager
     def _pinned(self, shard: int) -> Iterator[_OpenShard]:
-        """The open shard, not closed before it is given back."""
+        """Keeps a shard open until the block ends."""
         with self._lock:
             opened = self._open.get(shard)
             if opened is None:
@@ -244,7 +251,7 @@ def _close(opened: _OpenShard) -> None:
 
 
 def _key(data: bytes, key_hash: int, where: str) -> str:
-    """The key from the sample's first tar header, which must be the one that was indexed."""
+    """Returns the key in the sample's first tar header. Raises BadSample where that is not the one that was indexed."""
     name = _plain_name(data) or _full_name(data)
     split = split_name(name)
     if split is None or hash64(split[0]) != key_hash:
@@ -253,7 +260,7 @@ def _key(data: bytes, key_hash: int, where: str) -> str:
 
 
 def _plain_name(data: bytes) -> str | None:
-    """The fast way for short ustar names: no prefix, no long-name or PAX header before it."""
+    """Returns a short ustar name, the fast way; None with a prefix, or a long-name or PAX header before it."""
     if data[156:157] not in (b"0", b"\0") or data[345]:
         return None
     return data[: data.index(b"\0", 0, 101) if b"\0" in data[:100] else 100].decode("utf-8", "surrogateescape")

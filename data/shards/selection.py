@@ -30,7 +30,7 @@ Item = TypeVar("Item")
 
 
 def choose(dataset: Dataset, count: int, kind: str | None) -> list[tuple[int, int]]:
-    """(shard, ordinal among its usable samples of the kind) of `count` samples, in the order of the choice.
+    """Chooses `count` samples: (shard, ordinal among its usable samples of the kind), in the order of the choice.
 
     Raises ValueError where there are fewer, and OSError where shards cannot be read.
     """
@@ -52,7 +52,10 @@ def choose(dataset: Dataset, count: int, kind: str | None) -> list[tuple[int, in
 
 
 def in_turns(items: Iterable[Item], group: Callable[[Item], Hashable]) -> list[Item]:
-    """One item of each group, then a second one of each that has two, and so on; else in the order given."""
+    """Sorts items into turns: one of each group, then a second one of each that has two, and so on.
+
+    Within a turn they keep the order given.
+    """
     seen: dict[Hashable, int] = {}
     rounds: list[list[Item]] = []
     for item in items:
@@ -65,8 +68,10 @@ def in_turns(items: Iterable[Item], group: Callable[[Item], Hashable]) -> list[I
 
 
 def _by_content(dataset: Dataset, kind: str | None) -> np.ndarray:
-    """(n, 2) int64, shard and ordinal of all usable samples, by a hash of what they hold: the targets' bytes, and the
-    captions' and the key's where targets are equal."""
+    """Sorts all usable samples by hashes of what they hold: (n, 2) int64, shard and ordinal.
+
+    Size and CRC of the target decide; where targets are equal, those of the caption, and then the key.
+    """
     shards = []
     for number, path in enumerate(dataset.paths):
         index = load_index(index_path(path))
@@ -84,7 +89,7 @@ def _by_content(dataset: Dataset, kind: str | None) -> np.ndarray:
 
 
 def _folder_and_caption(reader: ShardReader, shard: int, ordinal: int) -> tuple[str, str]:
-    """Of a sample that cannot be read: of no folder, without a caption."""
+    """Returns folder and first caption of a sample, both "" where it is bad."""
     try:
         sample = reader.read(shard, ordinal)
         caption = read_captions(sample.caption, sample.caption_extension, sample.key)[0]

@@ -9,7 +9,7 @@ from controlbooth.data.shards.tar import members
 
 
 def samples_of(shard: Shard) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Key and parts of each sample of a tar, in its order, also of those that an index would flag."""
+    """Yields key and parts {extension: bytes} of each sample of a tar, in its order, even those an index would flag."""
     remote = isinstance(shard, RemoteShard)
     size = shard.bytes if isinstance(shard, RemoteShard) else shard.stat().st_size
     key, parts = "", dict[str, bytes]()

@@ -58,7 +58,10 @@ _CONDITION = re.compile(rf"(?:cond\.)?([^.]+)\.(?:{'|'.join(IMAGE_EXTENSIONS)})"
 
 
 def condition_kind(extension: str) -> str | None:
-    """The kind of condition that a part holds: "canny" for cond.canny.png, and for canny.png of others' shards."""
+    """Returns the kind of condition that a part holds, or None where it is no condition.
+
+    It is "canny" for cond.canny.png, and also for canny.png, as shards of others have it.
+    """
     match = _CONDITION.fullmatch(extension)
     return match.group(1) if match else None
 
@@ -81,15 +84,17 @@ class ShardIndex:
         return tuple(sorted({kind for kind in map(condition_kind, self.extensions) if kind}))
 
     def columns(self, role: str, kind: str | None = None) -> list[int]:
-        """Columns of `parts` for role "image", "caption" or "condition" (of that kind), in the order of choice."""
+        """Lists columns of `parts` for role "image", "caption" or "condition" (of this kind), the preferred first."""
         if role == "condition":
             return [i for i, extension in enumerate(self.extensions) if condition_kind(extension) == kind]
         wanted = IMAGE_EXTENSIONS if role == "image" else CAPTION_EXTENSIONS
         return [self.extensions.index(extension) for extension in wanted if extension in self.extensions]
 
     def usable(self, kind: str | None = None) -> np.ndarray:
-        """Rows of the samples to train on: image and caption present, no fault known, and the condition if one is
-        asked for. The order's ordinals count along this array."""
+        """Returns the rows of the samples to train on, int64; the order's ordinals count along this array.
+
+        They have image and caption, no known fault, and the condition if one is asked for.
+        """
         good = (self.samples["flags"] & _UNUSABLE) == 0
         kind = stored_kind(kind)
         if kind is not None:
@@ -97,7 +102,10 @@ class ShardIndex:
         return np.flatnonzero(good)
 
     def part_contents(self, role: str, rows: np.ndarray) -> np.ndarray:
-        """(n,) uint64: size and CRC of the part that each of these rows has in a role, see `columns`; 0 without one."""
+        """Returns size and CRC of the part that each of these rows has in a role: (n,) uint64, 0 without one.
+
+        The size is in the upper 32 bits. role: see `columns`.
+        """
         found = np.zeros(len(rows), np.uint64)
         for column in reversed(self.columns(role)):  # the first one that is there is taken
             part = self.parts[rows, column]
@@ -106,27 +114,28 @@ class ShardIndex:
         return found
 
     def contents(self, row: int) -> str:
-        """16 hex digits over a sample's key and the name, size and CRC of each of its parts, where its key may repeat.
+        """Hashes a sample's key and its parts' names, sizes and CRCs to 16 hex digits, as its key may repeat.
 
-        Equal for copies of the sample in any shard, whatever its flags; another one where a part has changed.
+        The result is equal for copies of the sample in any shard, whatever its flags, and another one where a part has
+        changed.
         """
         parts = zip(self.extensions, self.parts[row], strict=True)
         there = [(name, int(part["size"]), int(part["crc"])) for name, part in parts if part["offset"]]
         return f"{hash64(int(self.samples['key_hash'][row]), *(fact for part in there for fact in part)):016x}"
 
     def aspect_bins(self, kind: str | None = None) -> np.ndarray:
-        """(n,) int64, the aspect-ratio bin of each of the usable samples."""
+        """Returns the aspect-ratio bin of each of the usable samples: (n,) int64."""
         used = self.samples[self.usable(kind)]
         return aspect_bins(used["width"], used["height"])
 
 
 def index_path(shard: Shard) -> Path:
-    """Beside a shard on a disk; of one in a store, where its manifest says."""
+    """Returns where a shard's index lies: beside it on a disk, and for one in a store where its manifest says."""
     return shard.index if isinstance(shard, RemoteShard) else shard.with_name(shard.name + ".idx")
 
 
 def make_index(shard_bytes: int, extensions: tuple[str, ...], samples: np.ndarray, parts: np.ndarray) -> ShardIndex:
-    """samples: (n,) SAMPLE. parts: (n, len(extensions)) PART."""
+    """Makes an index from samples, (n,) SAMPLE, and parts, (n, len(extensions)) PART."""
     body = _encode(shard_bytes, extensions, samples, parts)
     return ShardIndex(shard_bytes, extensions, samples, parts, _digest(body).hex())
 
@@ -173,7 +182,7 @@ def _extensions(table: bytes) -> tuple[str, ...]:
 
 
 def _inside(samples: np.ndarray, parts: np.ndarray, shard_bytes: int) -> bool:
-    """Whether every part lies in its shard."""
+    """Tells whether every part lies in its shard."""
     if not parts.size:
         return True
     ends = (parts["offset"].astype(np.uint64) + parts["size"]).max(axis=1)
@@ -182,7 +191,7 @@ def _inside(samples: np.ndarray, parts: np.ndarray, shard_bytes: int) -> bool:
 
 
 def read_digest(path: Path) -> str:
-    """The digest that an index file states, without reading the rest of it. Raises ValueError where it has none."""
+    """Reads the digest that an index file states, in hex, and nothing else of it. Raises ValueError without one."""
     with open(path, "rb") as file:
         if file.seek(0, os.SEEK_END) < _HEADER.size + DIGEST_BYTES:
             raise UserError(_damaged(path))

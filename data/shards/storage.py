@@ -83,7 +83,7 @@ Shard = Path | RemoteShard
 
 
 def is_remote(location: str | Path) -> bool:
-    """Whether a location is a URI. Raises ValueError for schemes that are not read, and for one with a password."""
+    """Tells whether a location is a URI. Raises ValueError for unknown schemes, and for a user or a password in it."""
     scheme, separator, _ = str(location).partition("://")
     if separator and "@" in without_query(str(location)) and without_secrets(str(location)) != str(location):
         raise UserError(
@@ -97,22 +97,22 @@ def is_remote(location: str | Path) -> bool:
 
 
 def without_query(uri: str) -> str:
-    """A URI up to what is asked of its server."""
+    """Returns a URI without its query, the part from "?" on."""
     return uri.partition("?")[0]
 
 
 def base_name(uri: str) -> str:
-    """The last part of a URI's path, without a signature behind it."""
+    """Returns the last part of a URI's path, without the query, such as a signature, behind it."""
     return uri.split("?", 1)[0].rstrip("/").rsplit("/", 1)[-1]
 
 
 def version_name(uri: str, size: int, etag: str) -> str:
-    """16 hex digits that name one version of one object: equal base names of different buckets differ."""
+    """Returns 16 hex digits that name one version of one object: equal base names in different buckets differ."""
     return f"{hash64('shard', uri, size, etag):016x}"
 
 
 def stat(uri: str, closing: threading.Event | None = None) -> ObjectStat:
-    """Size and version of an object. Raises FileNotFoundError and StorageError."""
+    """Asks for size and version of an object. Raises FileNotFoundError and StorageError."""
     info = _repeated(uri, "its size", lambda store: store.info(uri), closing)
     if info.get("type") != "file":
         raise MissingFile(errno.ENOENT, "there is no such object", shown(uri))
@@ -123,7 +123,7 @@ def stat(uri: str, closing: threading.Event | None = None) -> ObjectStat:
 
 
 def read(uri: str, start: int, stop: int, closing: threading.Event | None = None) -> bytes:
-    """The bytes [start, stop) of an object, all of them. Raises FileNotFoundError and StorageError.
+    """Reads the bytes [start, stop) of an object, all of them. Raises FileNotFoundError and StorageError.
 
     closing: ends the waiting between attempts, with a StorageError.
     """
@@ -159,14 +159,15 @@ def download(shard: RemoteShard, descriptor: int, closing: threading.Event | Non
 
 
 def open_sequential(shard: RemoteShard) -> BinaryIO:
-    """The shard as a file that is read forwards, a chunk in memory at a time."""
+    """Opens the shard as a file that is read forwards, a chunk in memory at a time."""
     return io.BufferedReader(_Ranges(shard), CHUNK_BYTES)
 
 
 def find(location: str) -> list[str]:
-    """URIs of the tars that a folder or a glob in s3:// or gs:// names, sorted; of http, which has no listings, itself.
+    """Lists the URIs of the tars that a folder or a glob in s3:// or gs:// names, sorted.
 
-    Raises FileNotFoundError where there are none.
+    A URI of http, which has no listings, or of a single tar is returned as it is. Raises FileNotFoundError where there
+    are none.
     """
     scheme = location.partition("://")[0]
     if scheme in ("http", "https"):
@@ -247,7 +248,10 @@ def _repeated(uri: str, what: str, once: Callable[[Any], T], closing: threading.
 
 
 def _cause(error: Exception) -> BaseException:
-    """fsspec says of every failed question for a size over HTTP that the file was not found, and hides why."""
+    """Returns the true cause of an error.
+
+    fsspec reports every failed request for a size over HTTP as a file that was not found, and hides why.
+    """
     hidden = error.__cause__
     if isinstance(error, FileNotFoundError) and hidden is not None and type(hidden).__module__.startswith("aiohttp."):
         return error if getattr(hidden, "status", None) in (404, 410) else hidden
@@ -265,7 +269,7 @@ def _is_transient(error: BaseException | None) -> bool:
 
 @lru_cache
 def _broken_connections() -> tuple[type[Exception], ...]:
-    """What the client libraries that are installed raise for them; all three stores speak through aiohttp."""
+    """Lists the errors that the installed client libraries raise for broken connections; all stores use aiohttp."""
     import aiohttp
 
     kinds: list[type[Exception]] = [aiohttp.ClientConnectionError, aiohttp.ClientPayloadError]
@@ -280,7 +284,7 @@ def _broken_connections() -> tuple[type[Exception], ...]:
 
 @lru_cache
 def _store(scheme: str) -> Any:
-    """The fsspec file system of a scheme. Raises StorageError where its package is not installed."""
+    """Opens the fsspec file system of a scheme. Raises StorageError where its package is not installed."""
     try:
         return _OPEN[scheme]()
     except ImportError as error:

@@ -35,7 +35,7 @@ class Member(NamedTuple):
 
 
 def members(file: BinaryIO, file_bytes: int) -> Iterator[Member]:
-    """The regular files of a tar, in order; the caller may read payloads from `file` in between.
+    """Yields the regular files of a tar, in order; the caller may read payloads from `file` in between.
 
     Raises TarDamage at the first byte that cannot be right, after every member before it was given.
     """
@@ -80,7 +80,7 @@ def members(file: BinaryIO, file_bytes: int) -> Iterator[Member]:
 
 
 def first_name(data: bytes) -> str:
-    """The name of the member whose first header stands at the start of `data`, as `members` gives it."""
+    """Returns the name of the member whose first header is at the start of `data`, as `members` gives it."""
     at, long_name, pax = 0, None, {}
     while True:
         kind, name, size = _header(data[at : at + BLOCK], at)
@@ -95,7 +95,7 @@ def first_name(data: bytes) -> str:
 
 
 def _header(block: bytes, at: int) -> tuple[bytes, str, int]:
-    """One header block -> (type flag, name, payload bytes)."""
+    """Parses one header block into type flag, name and payload bytes. Raises TarDamage where it is no header."""
     if len(block) < BLOCK:
         raise TarDamage("truncated", at, f"the file ends inside a header, {BLOCK - len(block)} bytes short")
     stated = _number(block[148:156])
@@ -112,7 +112,7 @@ def _header(block: bytes, at: int) -> tuple[bytes, str, int]:
 
 
 def _number(field: bytes) -> int | None:
-    """A number in octal, or in base 256 when the first bit is set (GNU, for sizes from 8 GiB)."""
+    """Parses a number in octal, or in base 256 when the first bit is set (GNU, for sizes from 8 GiB); else None."""
     if field[0] == 0xFF:  # a negative one
         return None
     if field[0] & 0x80:
@@ -122,7 +122,7 @@ def _number(field: bytes) -> int | None:
 
 
 def _pax_records(data: bytes, at: int) -> dict[str, str]:
-    """The records "length key=value\\n" of a PAX header."""
+    """Parses the records "length key=value\\n" of a PAX header. Raises TarDamage where they cannot be read."""
     records = {}
     while data:
         length, space, _ = data.partition(b" ")
@@ -137,8 +137,10 @@ def _pax_records(data: bytes, at: int) -> dict[str, str]:
 
 
 def _is_number(text: bytes) -> bool:
-    """Whether it is a decimal number of a length that a size may have; `int` takes signs, spaces and underscores too,
-    and `isdigit` of a str other digits."""
+    """Tells whether a text is a decimal number of a length that a size may have.
+
+    `int` takes signs, spaces and underscores too, and `isdigit` of a str other digits.
+    """
     return re.fullmatch(rb"[0-9]{1,20}", text) is not None
 
 
@@ -155,7 +157,10 @@ def _raise_end(at: int, file_bytes: int) -> None:
 
 
 def _check_end(file: BinaryIO, at: int, file_bytes: int) -> None:
-    """From the first zero block on there must be at least two blocks, and nothing but zeros."""
+    """Checks that from the first zero block on there are at least two blocks, and nothing but zeros.
+
+    Raises TarDamage otherwise.
+    """
     if file_bytes - at < 2 * BLOCK:
         raise TarDamage("end", at, "only one of the two zero blocks that close a tar is there")
     file.seek(at)

@@ -20,8 +20,11 @@ ENTRY: Fields = {"time": is_moment, "round": maybe(is_whole), "decision": is_tex
 
 
 def append(folder: Path, lease: int, number: int | None, decision: str, reason: str, **facts: Any) -> None:
-    """With one system call, and on the disk on return. What the last line says already is not said again, so that
-    ticks which find nothing to do add one line and not one each."""
+    """Appends a decision to the audit log, in one system call; it is on the disk on return.
+
+    A decision with the round, name and reason of the log's last line is not written again, so that ticks that find
+    nothing to do add one line in all and not one each.
+    """
     entry = dict(time=time.time(), lease=lease, round=number, decision=decision, reason=reason) | facts
     before = read(folder)
     if before and all(before[-1].get(key) == entry[key] for key in ("round", "decision", "reason")):
@@ -37,7 +40,7 @@ def append(folder: Path, lease: int, number: int | None, decision: str, reason: 
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """All entries, oldest first. A line that a full disk cut off, or that is damaged, is left out."""
+    """Reads all entries, oldest first. A line that a full disk cut off, or that is damaged, is left out."""
     try:
         with open_file(folder / NAME, "Move it away: the log then begins anew") as file:
             lines = file.read().splitlines()
@@ -51,7 +54,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 
 def describe(entries: list[dict[str, Any]]) -> str:
-    """For people: one paragraph a decision, in the time zone of this machine."""
+    """Formats entries for people: one paragraph for each decision, with times in the time zone of this machine."""
     lines = []
     for entry in entries:
         when = datetime.datetime.fromtimestamp(entry["time"]).astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")

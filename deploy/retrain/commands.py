@@ -13,7 +13,7 @@ from controlbooth.deploy.retrain.lease import Holding, LeaseLost, holder, take
 from controlbooth.deploy.retrain.policy import Policy, load_policy, state_folder
 from controlbooth.deploy.retrain.registry import CHAMPION, PREVIOUS, RegistryAway
 from controlbooth.deploy.retrain.rounds import as_submitted, is_alive, read_state
-from controlbooth.deploy.retrain.tick import AGAIN, open_registry_of, progress, tell, tick
+from controlbooth.deploy.retrain.tick import AGAIN, describe, open_registry_of, progress, tick
 from controlbooth.trainer.config.section import ConfigError
 
 EXIT_STATUSES = """exit statuses, of all four:
@@ -45,7 +45,7 @@ def main_tick(arguments: Sequence[str] | None = None) -> int:
 
     def work() -> int:
         if options.dry_run:
-            told, submitted = tell(policy, options.now)
+            told, submitted = describe(policy, options.now)
             print(f"{told}\n{submitted}", end="")
             return 0
         return tick(policy, options.now)
@@ -77,7 +77,7 @@ def _status(policy: Policy) -> int:
         print(f"{f'round {one.number}':<12}{one.state}, {one.samples} samples, begun {began}  {running}".rstrip())
     if decided := audit.read(folder):
         print(f"last        {decided[-1]['decision']}: {decided[-1]['reason']}")
-    print(f"a tick now  {tell(policy)[0]}")
+    print(f"a tick now  {describe(policy)[0]}")
     return 0
 
 
@@ -138,7 +138,8 @@ def _parser(verb: str, description: str, example: str) -> argparse.ArgumentParse
 
 
 def _or_again(verb: str, work: Callable[[], int]) -> int:
-    """AGAIN, with one line, where nothing is wrong that time does not heal."""
+    """Returns the exit status of `work`. Where MLflow is away or the lease is lost, prints one line and returns AGAIN:
+    calling again later is all that is needed."""
     try:
         return work()
     except (RegistryAway, LeaseLost) as error:

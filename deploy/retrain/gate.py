@@ -19,8 +19,9 @@ class Verdict:
 
 
 def judge(gate: Gate, differences: Mapping[str, Figure], lower_is_better: tuple[str, ...]) -> Verdict:
-    """differences: by metric, with intervals at gate.confidence, as `trainer.evaluate.compare.compare` returns them.
+    """Decides whether the challenger takes the champion's place.
 
+    differences: by metric, with intervals at gate.confidence, as `trainer.evaluate.compare.compare` returns them.
     Raises ConfigError for a metric that was not measured on each picture.
     """
     held, broken = [], []

@@ -51,17 +51,18 @@ class Changes:
 
 
 def current(location: str) -> Dataset:
-    """The data set as it is now. Raises FileNotFoundError and ValueError with the command that helps."""
+    """Opens the data set as it is now. Raises FileNotFoundError and ValueError with the command that helps."""
     return open_dataset(location)
 
 
 def frozen(manifest: Path) -> list[ShardRow]:
-    """The shards of an earlier state, which need not be there any more; none where there was no such state."""
+    """Reads the shards of an earlier state from its manifest; they need not exist any more. Returns none where there is
+    no manifest."""
     return read_manifest(manifest) if manifest.is_file() else []
 
 
 def changes(before: Sequence[ShardRow], now: Dataset, condition: str) -> Changes:
-    """before: an earlier state; empty where there was none."""
+    """Compares a data set with an earlier state of it. before: the shards of that state; empty where there was none."""
     old, new = _by_place(before, condition), _by_place(now.rows, condition)
     known, here = ({row.index_hash for row, _ in state.values()} for state in (old, new))
     others = {place: count for place, (row, count) in new.items() if row.index_hash not in known}
@@ -79,7 +80,7 @@ def changes(before: Sequence[ShardRow], now: Dataset, condition: str) -> Changes
 
 
 def _by_place(rows: Sequence[ShardRow], condition: str) -> dict[str, tuple[ShardRow, int]]:
-    """Where a shard lies -> its row, and how many samples of the kind it has."""
+    """Maps where each shard lies to its row and how many samples with this condition it has."""
     if not rows:
         return {}
     counts = Dataset("the data set", tuple(rows), "", ()).samples_per_shard(condition).tolist()
@@ -87,7 +88,7 @@ def _by_place(rows: Sequence[ShardRow], condition: str) -> dict[str, tuple[Shard
 
 
 def describe(found: Changes) -> str:
-    """For people; what was taken away or written anew is said, since nobody may have meant it."""
+    """Describes changes for people. It names what was taken away or written anew, since nobody may have meant that."""
     parts = [f"{found.now} samples, {found.new} of them new"]
     if found.gone:
         parts.append(f"SHRANK: {len(found.gone)} shards with {found.gone_samples} samples are gone ({found.gone[0]})")
@@ -142,7 +143,8 @@ def check_apart(training: Dataset, held_out: Dataset) -> None:
 def _near_copies(
     training: Dataset, held_out: Dataset, pairs: Sequence[tuple[tuple[int, int], tuple[int, int]]]
 ) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """Those of the pairs of (held-out, training) samples that show nearly the same; each is (shard, ordinal)."""
+    """Returns those of the pairs of (held-out, training) samples that show nearly the same; each sample is (shard,
+    ordinal)."""
     with (
         contextlib.closing(ShardReader(held_out, None, most_open=4)) as one,
         contextlib.closing(ShardReader(training, None, most_open=4)) as other,
@@ -151,7 +153,8 @@ def _near_copies(
 
 
 def _same_picture(one: SampleBytes, other: SampleBytes) -> bool:
-    """Whether one shows what the other does, at another size or compression. Blank pictures are copies of none."""
+    """Tells whether both samples show the same picture, maybe at another size or compression. A blank picture, or one
+    that cannot be decoded, is a copy of none."""
     hashes = []
     for sample in (one, other):
         try:

@@ -46,9 +46,10 @@ class Lease:
 
 
 def take(folder: Path, seconds: float, now: float | None = None) -> Lease | None:
-    """The lease, or None where another holder has it.
+    """Takes the lease for `seconds` and returns it, or returns None where another holder has it.
 
-    Raises ValueError for one that will expire later than it can, as a clock was set: nobody knows then who is at it.
+    Raises ValueError where the present lease expires later than its length allows, because a clock was set back: nobody
+    knows then whether its holder is still at work.
     """
     folder.mkdir(parents=True, exist_ok=True)
     now = time.time() if now is None else now
@@ -79,7 +80,7 @@ def take(folder: Path, seconds: float, now: float | None = None) -> Lease | None
 
 
 def holder(folder: Path) -> Lease | None:
-    """The latest lease, whether or not it has expired or was given back."""
+    """Returns the latest lease, whether or not it has expired or was given back; None where there is none."""
     for path in sorted(folder.glob("lease-*.json"), reverse=True):
         try:
             return Lease(**{name: one for name, one in _read(path).items() if name in Lease.__dataclass_fields__})
@@ -89,13 +90,13 @@ def holder(folder: Path) -> Lease | None:
 
 
 def held(folder: Path, lease: Lease) -> bool:
-    """Whether nobody has taken over. True of an expired lease too, as long as nobody has."""
+    """Tells whether nobody has taken over. This is true of an expired lease too, as long as nobody has."""
     latest = holder(folder)
     return latest is not None and latest.owner == lease.owner
 
 
 def renew(folder: Path, lease: Lease, seconds: float) -> Lease:
-    """Raises LeaseLost where another process has taken over."""
+    """Renews the lease for `seconds` from now and returns it. Raises LeaseLost where another process has taken over."""
     renewed = replace(lease, expires=time.time() + seconds, seconds=seconds)
     if held(folder, lease):
         os.replace(_write_beside(folder, renewed), _path(folder, lease.generation))
@@ -137,7 +138,7 @@ class Holding:
         give_back(self.folder, self.lease)
 
     def renew(self) -> None:
-        """To be called right before each change that others can see. Raises LeaseLost, and OSError."""
+        """Renews the lease; call it right before each change that others can see. Raises LeaseLost, and OSError."""
         with self._one_at_a_time:
             if self._failed is not None:
                 raise self._failed
@@ -172,7 +173,8 @@ class Holding:
 
 
 def _expires(folder: Path, lease: Lease) -> float:
-    """What the file of a former holder says now; 0 where it was tidied away."""
+    """Returns when a former holder's lease expires, as its file says now, in seconds since 1970; 0 where the file is
+    gone."""
     try:
         return _read(_path(folder, lease.generation))["expires"]
     except FileNotFoundError:

@@ -31,7 +31,7 @@ class Question:
 
 
 def measure(folder: Path, run: Path, step: int, digest: str, asked: Question, holding: Holding) -> Path:
-    """-> the folder with the evaluation of a run's checkpoint, drawn unless it is there.
+    """Returns the folder with the evaluation of a run's checkpoint. It is evaluated first unless that was done before.
 
     digest: of the checkpoint's weights. Raises ConfigError where it cannot be measured, and LeaseLost.
     """
@@ -71,9 +71,10 @@ def measure(folder: Path, run: Path, step: int, digest: str, asked: Question, ho
 
 
 def differences(champion: Path | None, challenger: Path, level: float) -> dict[str, dict[str, float]]:
-    """Evaluations -> metric -> what the challenger gains with control, as `trainer.evaluate.compare.compare` has it.
+    """Computes what the challenger gains with control, by metric, as `trainer.evaluate.compare.compare` returns it.
 
-    champion: None compares with the base alone, drawn from the same noise without control.
+    champion, challenger: folders of evaluations. Without a champion (None), the comparison is with the base alone,
+    drawn from the same noise without control.
     """
     from controlbooth.trainer.evaluation.compare import (
         compare,
@@ -84,7 +85,7 @@ def differences(champion: Path | None, challenger: Path, level: float) -> dict[s
     tree, rows = read_evaluation(challenger)
     ours = {key: row for key, row in rows.items() if key[0] in (WITH, REAL)}
     if champion is None:
-        drawn = {(WITH, key): row for (way, key), row in rows.items() if way == WITHOUT}
+        drawn = {(WITH, key): row for (variant, key), row in rows.items() if variant == WITHOUT}
         theirs = tree, drawn | {key: row for key, row in rows.items() if key[0] == REAL}
     else:
         theirs = read_evaluation(champion)
@@ -93,17 +94,18 @@ def differences(champion: Path | None, challenger: Path, level: float) -> dict[s
 
 
 def values(evaluation: Path, metric: str) -> np.ndarray:
-    """(N,) float64: a figure of each picture with control, or what each adds to the share of what is possible.
+    """Reads a metric of each picture with control, (N,) float64; of a share, what each picture adds to it.
 
-    metric: such as edge_f1, or edge_f1_share. Raises ConfigError where it was not measured, or a share cannot be told.
+    metric: such as edge_f1, or edge_f1_share, the share of what is possible. Raises ConfigError where the metric was
+    not measured, or where real pictures are not certainly better than chance, so that there is no share.
     """
     from controlbooth.trainer.evaluation.compare import read_evaluation
     from controlbooth.trainer.evaluation.record import REAL, WITH
-    from controlbooth.trainer.evaluation.statistics import per_picture, tells
+    from controlbooth.trainer.evaluation.statistics import per_picture, tells_apart
 
     figures = read_evaluation(evaluation)[1]
-    rows: list[Mapping[str, Any]] = [row for (way, _), row in figures.items() if way == WITH]
-    reals: list[Mapping[str, Any]] = [figures[REAL, place] for way, place in figures if way == WITH]
+    rows: list[Mapping[str, Any]] = [row for (variant, _), row in figures.items() if variant == WITH]
+    reals: list[Mapping[str, Any]] = [figures[REAL, place] for variant, place in figures if variant == WITH]
     known = [name for name, value in rows[0].items() if isinstance(value, float)]
     if metric in known:
         return np.array([row[metric] for row in rows])
@@ -115,7 +117,7 @@ def values(evaluation: Path, metric: str) -> np.ndarray:
         )
     chances = np.array([row["chance"][name] for row in rows])
     best = np.array([row[name] for row in reals])
-    if not tells(chances, best, lower_is_better=name in lower_is_better()):
+    if not tells_apart(chances, best, lower_is_better=name in lower_is_better()):
         raise ConfigError(
             f"drift asks for {metric!r}, and in {evaluation} real pictures are not certainly better than chance by "
             f"{name}: measure more samples, or another figure"

@@ -196,7 +196,8 @@ def load_policy(path: Path) -> Policy:
 
 
 def cluster_of(policy: Policy) -> Cluster | None:
-    """Where rounds train; None with engine=local. Raises ConfigError where the file cannot be used, or is missing."""
+    """Reads the cluster that rounds train on; returns None with engine=local. Raises ConfigError where the file cannot
+    be used, or is missing."""
     if policy.engine == "local":
         return None
     cluster = load_cluster(policy.cluster, policy.engine)
@@ -215,9 +216,10 @@ def state_folder(policy: Policy) -> Path:
 
 
 def round_config(policy: Policy, name: str, shards: str, controlnet: str | None) -> RunConfig:
-    """The run of a round. shards: of the data set; controlnet: weights to start from, None for the template's start.
+    """Builds the configuration of a round's run from the policy's run file.
 
-    Raises ConfigError where the template cannot be used.
+    shards: of the data set. controlnet: the weights to start from; None starts as the run file does. Raises ConfigError
+    where the run file cannot be used.
     """
     tree: dict[str, Any] = read_tree(policy.run, policy.changes)
     data = tree.get("data") if isinstance(tree.get("data"), dict) else {}

@@ -43,9 +43,10 @@ class Proposal:
 def propose(
     policy: Policy, folder: Path, state: State, there: Registry, now: float, by_hand: bool, measured: Measured | None
 ) -> Proposal:
-    """by_hand: start whatever the triggers say. measured: None leaves drift unmeasured.
+    """Decides whether a round is to be started now, on which data and from which weights.
 
-    Raises ConfigError and other ValueErrors for what a person must correct, FileNotFoundError, and RegistryAway.
+    by_hand: start whatever the triggers say. measured: None leaves drift unmeasured. Raises ConfigError and other
+    ValueErrors for what a person must correct, FileNotFoundError, and RegistryAway.
     """
     number = max((one.number for one in state.rounds), default=0) + 1
     name = f"{policy.name}-{number:04d}"
@@ -96,7 +97,7 @@ def propose(
 def quick_triggers(
     policy: Policy, state: State, last: Round | None, found: Changes, now: float, by_hand: bool
 ) -> list[Trigger]:
-    """Those that need no measurement."""
+    """Evaluates the triggers that need no measurement."""
     if by_hand:
         return [Trigger(True, "by hand")]
     if last is None:
@@ -111,12 +112,14 @@ def quick_triggers(
 
 
 def last_decided(state: State) -> Round | None:
-    """What growth is counted from: a round that failed has not learned its data."""
+    """Returns the last round that was promoted or refused, from which growth is counted; None where there is none. A
+    round that failed does not count: it has not learned its data."""
     return next((one for one in reversed(state.rounds) if one.state in ("promoted", "refused")), None)
 
 
 def check_frozen(policy: Policy, state: State, config: RunConfig) -> str:
-    """-> the fingerprint of the frozen set. Raises ConfigError where it is not the one that it was, or too small."""
+    """Returns the fingerprint of the frozen evaluation set. Raises ConfigError where the set has changed or is too
+    small."""
     held = growth.current(policy.evaluation.data)
     wanted = policy.evaluation.fingerprint or state.evaluation_fingerprint
     if wanted not in (None, held.fingerprint):
@@ -135,7 +138,8 @@ def check_frozen(policy: Policy, state: State, config: RunConfig) -> str:
 
 
 def check_start(policy: Policy, proposed: Proposal) -> None:
-    """What would make the round worthless. Raises ConfigError."""
+    """Raises ConfigError where the round would be worthless: its data overlap the evaluation set, the folder of its run
+    exists already, or the champion's weights are gone."""
     growth.check_apart(proposed.dataset, growth.current(policy.evaluation.data))
     folder = run_folder(proposed.config)
     if folder.exists():
@@ -151,7 +155,8 @@ def check_start(policy: Policy, proposed: Proposal) -> None:
 
 
 def identity_of(config: RunConfig, fingerprint: str, start: str) -> str:
-    """Digest of what determines the weights: configuration, data and where it starts."""
+    """Computes a digest (SHA-256, in hex) of what determines the weights: configuration, data and where the round
+    starts."""
     tree = with_old_names(without_later_fields(config.model_dump(mode="json", exclude={"name", "output", "tracking"})))
     tree["data"]["shards"], tree["model"]["controlnet"] = fingerprint, start
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()

@@ -112,7 +112,7 @@ def _registered(registry: Registry) -> Any | None:
 
 
 def aliases(registry: Registry) -> dict[str, Version]:
-    """Alias -> version. Raises RegistryAway."""
+    """Returns the version that each alias names, by alias. Raises RegistryAway."""
     if (store := store_file(registry.uri)) is not None and not store.is_file():
         return {}  # looking would make it
     with _answering(registry.uri):
@@ -132,9 +132,11 @@ def _version(registry: Registry, number: int) -> Version:
 
 
 def register(registry: Registry, run_id: str, digest: str, tags: Mapping[str, str]) -> Version | None:
-    """The version of a checkpoint that the trainer has logged, made unless it is there, as the challenger.
+    """Makes a checkpoint that the trainer has logged the challenger, and returns its version in the registry. The
+    version is created unless it is there.
 
-    None where the checkpoint has not reached MLflow yet. tags: round and fingerprints. Raises RegistryAway.
+    Returns None where the checkpoint has not reached MLflow yet. digest: of its weights. tags: round and fingerprints.
+    Raises RegistryAway.
     """
     with _answering(registry.uri):
         client, model = registry.client, registry.model
@@ -177,7 +179,7 @@ def promote(registry: Registry, version: int, previous: int | None) -> None:
 
 
 def way_back(registry: Registry) -> tuple[Version, Version]:
-    """-> the champion, and the one before it. Raises ConfigError where there is none, and RegistryAway."""
+    """Returns the champion and the one before it. Raises ConfigError where either is missing, and RegistryAway."""
     champion = aliases(registry).get(CHAMPION)
     if champion is None:
         raise ConfigError(f"the registered model {registry.model!r} has no champion, so there is no way back")
@@ -205,7 +207,8 @@ def rollback(registry: Registry) -> tuple[Version, Version]:
 
 
 def mark_dead(registry: Registry, run_id: str) -> bool:
-    """A run whose processes are gone stays RUNNING for ever; -> whether it was so. Raises RegistryAway."""
+    """Marks an MLflow run as killed if it is still RUNNING, as one whose processes are gone stays for ever. Returns
+    whether it was RUNNING. Raises RegistryAway."""
     with _answering(registry.uri):
         if registry.client.get_run(run_id).info.status != "RUNNING":
             return False

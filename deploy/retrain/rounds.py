@@ -36,7 +36,7 @@ from controlbooth.data.files.records import (
 )
 from controlbooth.data.files.whole import write_whole
 from controlbooth.deploy.retrain.policy import Policy, cluster_of
-from controlbooth.launch.follow import log_words, next_submission, said
+from controlbooth.launch.follow import describe_states, log_words, next_submission
 from controlbooth.launch.job.cluster import Engine
 from controlbooth.launch.job.job import Job, job_logs, recorded_job
 from controlbooth.launch.job.outcome import ANEW, STATUS, failure_reasons
@@ -119,12 +119,12 @@ def read_state(folder: Path, now: float) -> State:
 
 
 def write_state(folder: Path, state: State) -> None:
-    """Whole or not at all, and on the disk on return."""
+    """Writes state.json whole or not at all; it is on the disk on return."""
     write_whole(folder / "state.json", json.dumps(asdict(state), indent=1).encode())
 
 
 def with_round(state: State, changed: Round) -> State:
-    """The state with a round replaced, or added where its number is new."""
+    """Returns the state with a round replaced, or added where its number is new."""
     others = tuple(one for one in state.rounds if one.number != changed.number)
     return replace(state, rounds=tuple(sorted((*others, changed), key=lambda one: one.number)))
 
@@ -134,15 +134,16 @@ def round_folder(folder: Path, number: int) -> Path:
 
 
 def training_command(policy: Policy, run_file: Path) -> list[str]:
-    """What trains a round on this machine, or goes on with it."""
+    """Returns the command that trains a round on this machine, or goes on with it."""
     processes = [] if policy.processes is None else ["--processes", str(policy.processes)]
     return [*CLI, "train", str(run_file), *processes]
 
 
 def first_submission(policy: Policy, config: RunConfig, frozen: RunConfig) -> tuple[str, list[str]]:
-    """-> what the engine would be given for a new round, nothing with engine=local, and what is wrong with it.
+    """Returns what the engine would be given for a new round (empty with engine=local), and what is wrong with the
+    round.
 
-    config: of data that is there, and is checked. frozen: of the manifest that the round is to see.
+    config: of data that is there, and is checked. frozen: of the manifest that the round will train on.
     """
     cluster = cluster_of(policy)
     if cluster is None:
@@ -152,7 +153,7 @@ def first_submission(policy: Policy, config: RunConfig, frozen: RunConfig) -> tu
 
 
 def job_of_round(policy: Policy, folder: Path, one: Round) -> tuple[Job, dict[str, str]] | None:
-    """-> the round's next job and the files of its folder; None with engine=local.
+    """Returns the round's next job and the files of the job's folder, name -> text; None with engine=local.
 
     Raises ConfigError where it cannot be submitted, and ValueError where the engine does not answer.
     """
@@ -202,16 +203,18 @@ def submit(policy: Policy, folder: Path, one: Round) -> Round:
 
 
 def as_submitted(one: Round) -> Round:
-    """With the submissions that its job's record counts, which people may have added to by `launch resume`."""
+    """Returns the round with the number of submissions that its job's record counts, since people may have added some
+    by `launch resume`; with engine=local, or before the first one, the round as it is."""
     record = None if one.engine == "local" else last_record(Path(one.run))
     return one if record is None else replace(one, submissions=record["submission"])
 
 
 def is_alive(one: Round) -> bool:
-    """Whether the round's job waits or runs, or its command, or anything else trains in its folder here.
+    """Tells whether the round's job waits or runs; with engine=local, whether its command or anything else trains in
+    the run's folder.
 
-    Raises ValueError with engine=local on another machine than the one that trains, which cannot see its processes,
-    and with others where the scheduler does not answer.
+    Raises ValueError with engine=local on another machine than the one that trains, which cannot see its processes, and
+    with other engines where the scheduler does not answer.
     """
     if one.engine != "local":
         record = last_record(Path(one.run))
@@ -233,27 +236,29 @@ def is_alive(one: Round) -> bool:
 
 
 def run_status(one: Round) -> dict[str, Any]:
-    """status.json of its run; a state of `none` where it has not come so far."""
+    """Reads status.json of the round's run; its state is `none` where the run has not come so far or the file is
+    damaged."""
     fields = {**STATUS, "state": is_text}
     return read_note(Path(one.run) / "status.json", ANEW, fields) or dict(state="none")
 
 
 def was_cancelled(one: Round) -> bool:
-    """Whether a person has ended its job, by `controlbooth launch cancel`, and has not resumed it."""
+    """Tells whether a person has ended the round's job by `controlbooth launch cancel` and has not resumed it."""
     return one.engine != "local" and (Path(one.run) / "job" / "cancelled").exists()
 
 
 def job_words(one: Round) -> str:
-    """What the engine says of the round's job, for people; nothing with engine=local."""
+    """Says for people what state the engine reports for the round's job; empty with engine=local, or before it was
+    submitted."""
     record = None if one.engine == "local" else last_record(Path(one.run))
     if record is None:
         return ""
     asked = states(record, recorded_job(Path(one.run), record).cluster)
-    return f"{record['engine']} job {record['id']}: {said(asked)}"
+    return f"{record['engine']} job {record['id']}: {describe_states(asked)}"
 
 
 def last_words(folder: Path, one: Round) -> str:
-    """Why it died, as far as anybody has said: what its ranks have noted, or the last line that was printed."""
+    """Says why the round died, as far as is known: what its ranks have noted, or the last line that was printed."""
     silent = "it has printed nothing"
     if one.engine == "local":
         return run_status(one).get("error") or log_words(round_folder(folder, one.number) / "output.txt") or silent
@@ -265,7 +270,7 @@ def last_words(folder: Path, one: Round) -> str:
 
 
 def where_to_look(folder: Path, one: Round) -> str:
-    """All that was printed, for people."""
+    """Says for people where all that the round has printed can be read: a file, or a command that shows it."""
     if one.engine == "local":
         return str(round_folder(folder, one.number) / "output.txt")
     return f"`controlbooth launch logs {quoted(one.run)}`"

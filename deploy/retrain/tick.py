@@ -65,7 +65,7 @@ class Tick:
     now: float
 
     def note(self, decision: str, reason: str, one: Round | None, **facts: Any) -> None:
-        """Into the audit log, and to whoever looks."""
+        """Appends a decision to the audit log and prints it."""
         number = None if one is None else one.number
         audit.append(self.folder, self.holding.lease.generation, number, decision, reason, **facts)
         print(f"{decision}: {reason}" if number is None else f"round {number} {decision}: {reason}", flush=True)
@@ -197,7 +197,7 @@ def start(now: Tick, proposed: Proposal) -> int:
 
 
 def frozen_config(policy: Policy, folder: Path, proposed: Proposal) -> RunConfig:
-    """The run of a proposed round, on the data set as it is now."""
+    """Builds the configuration of a proposed round's run, on the round's own manifest of the data set as it is now."""
     manifest = round_folder(folder, proposed.number) / "manifest.jsonl"
     controlnet = str(proposed.weights.checkpoint / "controlnet") if proposed.weights else None
     return round_config(policy, proposed.config.name, str(manifest), controlnet)
@@ -208,7 +208,8 @@ def cannot_start(proposed: Proposal, problems: list[str]) -> ConfigError:
 
 
 def resume(now: Tick, one: Round) -> int:
-    """A round whose processes or job are gone before it was finished: marks it dead, starts it again or gives it up."""
+    """Deals with a round whose processes or job are gone before it was finished: marks it dead, and starts it again or
+    gives it up."""
     status, words = run_status(one), last_words(now.folder, one)
     if one.submissions:
         was = {
@@ -242,7 +243,7 @@ def mlflow_run_id(one: Round) -> str | None:
 
 
 def mark_status(one: Round) -> None:
-    """status.json of a run that was killed says `running` until somebody notices."""
+    """Writes into status.json that a killed run has failed: the file says `running` until somebody notices."""
     path = Path(one.run) / "status.json"
     write_json(path, run_status(one) | dict(state="failed", error="its processes were gone", time=time.time()))
 
@@ -316,8 +317,8 @@ def finish_promotion(now: Tick, one: Round) -> int:
     return DONE
 
 
-def tell(policy: Policy, by_hand: bool = False) -> tuple[str, str]:
-    """-> what a tick would do now, and why, and what it would submit; changes nothing. Raises as `tick` does.
+def describe(policy: Policy, by_hand: bool = False) -> tuple[str, str]:
+    """Returns what a tick would do now and why, and what it would submit; changes nothing. Raises as `tick` does.
 
     What would be submitted is a batch script or manifests; it is empty where there is nothing, and with engine=local.
     """

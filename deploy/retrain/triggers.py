@@ -20,7 +20,11 @@ class Trigger:
 
 
 def clock(policy: Clock, last_start: float, now: float) -> Trigger:
-    """last_start, now: seconds since 1970; of the last round, or of the policy's first tick where there is none."""
+    """Decides whether the cron line or the hours since the last round make a new one due.
+
+    last_start, now: in seconds since 1970. last_start is that of the last round, or of the policy's first tick where
+    there is none.
+    """
     there = zone(policy)
 
     def shown(seconds: float) -> str:
@@ -53,9 +57,11 @@ def growth(policy: Growth, changes: Changes) -> Trigger:
 
 
 def drift(policy: Drift, confidence: float, sign: float, frozen: np.ndarray, fresh: np.ndarray) -> Trigger:
-    """frozen: (N,), fresh: (M,) float, the champion's figure of each picture; sign: -1 where lower is better.
+    """Decides whether the champion is worse on fresh data than on the frozen set: by the margin at least, and certainly
+    worse.
 
-    The samples are others, so both means are resampled independently, and their difference has its interval.
+    frozen: (N,), fresh: (M,) float, the champion's figure of each picture. sign: -1 where lower is better, else 1. The
+    two sets hold different samples, so both means are resampled independently to get an interval of their difference.
     """
     loss = sign * float(frozen.mean() - fresh.mean())
     difference = sign * (resampled_means(frozen) - resampled_means(fresh, seed=1))

@@ -103,8 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def is_finished(config: RunConfig) -> bool:
-    """Whether its status.json says that all of its steps are done. One that stopped at its convergence does not, and
-    is started again, and ends at once."""
+    """Tells whether its status.json says that all of its steps are done. It does not for a run that stopped early at
+    its convergence; that one is started again, and ends at once."""
     path = run_folder(config) / "status.json"
     status = read_note(path, ANEW, STATUS)
     return status.get("state") == "finished" and (status.get("step") or 0) >= config.max_steps
@@ -132,7 +132,7 @@ def refuse_other_settings(config: RunConfig) -> None:
 
 
 def settings(config: RunConfig) -> dict[str, object]:
-    """section.key -> value, as a run file has it."""
+    """Returns section.key -> value, as a run file has it."""
     flat: dict[str, object] = {}
     for name, value in config.model_dump(mode="json").items():
         flat |= {f"{name}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value}
@@ -140,7 +140,7 @@ def settings(config: RunConfig) -> dict[str, object]:
 
 
 def load_ablations(path: Path) -> Ablations:
-    """Raises ConfigError for what cannot be read or understood."""
+    """Reads a file of ablations. Raises ConfigError for what cannot be read or understood."""
     try:
         tree = read_yaml(path, "Correct it")
         refuse_other_kind(tree, path, ABLATIONS)
@@ -152,7 +152,7 @@ def load_ablations(path: Path) -> Ablations:
 
 
 def planned_runs(grid: Ablations, run_file: Path, overrides: Sequence[str] = ()) -> list[tuple[str, int, list[str]]]:
-    """Variant, seed and overrides of every run, in the order in which they are trained."""
+    """Returns the variant, seed and overrides of every run, in the order in which they are trained."""
     output = load_config(run_file, [*grid.changes, *overrides]).output / grid.name
     planned = []
     for name, variant in grid.variants.items():

@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def summary(run: Path, subjects: Path, count: int, steps: int, seconds: dict[str, float]) -> str:
-    """The closing table: what was made, where it lies, how to open it, what to do next."""
+    """Returns the closing table: what was made, where it lies, how to open it, what to do next."""
     figures = json.loads((run / "measures.json").read_text())
     us = beside_python("controlbooth")
     made = {
@@ -80,7 +80,7 @@ def summary(run: Path, subjects: Path, count: int, steps: int, seconds: dict[str
 
 
 def beside_config() -> str:
-    """The configuration's path as a person would type it here."""
+    """Returns the configuration's path as a person would type it here."""
     try:
         return str(CONFIG.relative_to(Path.cwd()))
     except ValueError:

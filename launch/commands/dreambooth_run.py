@@ -53,7 +53,7 @@ examples:
 
 
 def plan(config: SubjectRunConfig, tasks: Sequence[Task], processes: int) -> str:
-    """What is about to run, for a person to check at a glance."""
+    """Describes what is about to run, for a person to check at a glance."""
     classes = sorted({task.class_prompt for task in tasks})
     steps = [sum(task.steps for task in share_of_rank(tasks, rank, processes)) for rank in range(processes)]
     trained = f"LoRA of rank {config.adapter.rank} on {config.adapter.layers}"

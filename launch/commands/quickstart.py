@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def packing(config: RunConfig) -> list[list[str]]:
-    """The verbs that write the run's shards, training and held-out; what is there already is not written again."""
+    """Returns the commands that write the run's shards, training and held-out; they keep what is there already."""
     pack = ["data", "pack", "--condition", "edges", "--condition", "segmentation"]
     shards = sources(config)[0].shards
     return [
@@ -83,12 +83,12 @@ def packing(config: RunConfig) -> list[list[str]]:
 
 
 def train_command(run_file: str, overrides: Sequence[str], processes: int | None) -> list[str]:
-    """The verb that trains a run by itself. processes: ranks; None for what this machine has."""
+    """Returns the command that trains a run by itself. processes: ranks; None for what this machine has."""
     return ["train", run_file, *overrides, *(["--processes", str(processes)] if processes else [])]
 
 
 def shown(command: Sequence[str]) -> str:
-    """A verb and its arguments as they are typed."""
+    """Returns a command as it is typed, with `controlbooth` before its verb and arguments."""
     return f"controlbooth {shlex.join(command)}"
 
 
@@ -122,12 +122,12 @@ def verb(command: Sequence[str]) -> float:
 
 
 def beside_python(program: str) -> str:
-    """How to call a program of this environment from here, whether or not the environment is active."""
+    """Returns how to call a program of this environment from here, whether or not the environment is active."""
     return os.path.relpath(Path(sys.executable).with_name(program))
 
 
 def summary(run: Path, data: Path, export: Path, uri: str, seconds: dict[str, float]) -> str:
-    """The closing table: what was made, where it lies, how to open it, what to do next."""
+    """Returns the closing table: what was made, where it lies, how to open it, what to do next."""
     evaluation = read_json(run / "evaluation" / "evaluation.json", "Start it again")
     speed = read_json(run / "speed.json", "Start it again")
     rows = [("", "mask IoU", "edge F1")]

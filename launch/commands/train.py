@@ -101,7 +101,7 @@ def mend_status(folder: Path, problems: Sequence[str]) -> None:
 
 
 def warn_of_shrunk_lines(config: RunConfig) -> None:
-    """What the start says of lines that were packed much larger than they are read; of shards that are indexed."""
+    """Warns of lines of indexed shards that were packed much larger than they are read, as the start does."""
     from controlbooth.data.conditions.sizes import warnings  # imports numpy and OpenCV: not for every start
 
     data, shards = config.data, [source.shards for source in sources(config)]
@@ -113,7 +113,7 @@ def warn_of_shrunk_lines(config: RunConfig) -> None:
 
 
 def warn_of_cut_captions(config: RunConfig) -> None:
-    """What the start says of captions and prompts that are longer than the base reads; of shards that are indexed."""
+    """Warns of prompts, and captions of indexed shards, that are longer than the base reads, as the start does."""
     from controlbooth.data.loading.long_captions import cut_captions_of  # imports transformers: not for every start
 
     base = base_folder(config.model.base)
@@ -128,13 +128,14 @@ def warn_of_cut_captions(config: RunConfig) -> None:
 
 
 def is_finished(folder: Path, since: float) -> bool:
-    """Whether a start of this run has written, since a time in seconds since 1970, that it has done all its steps."""
+    """Tells whether the run has written since then, in seconds since 1970, that it has done all its steps."""
     status = read_note(folder / "status.json", ANEW, STATUS)
     return status.get("state") == "finished" and (status.get("time") or 0.0) >= since
 
 
 def stopped_well(folder: Path, since: float) -> str | None:
-    """What to say where the ranks have ended with a checkpoint, as a signal asks them to that torchrun hands on."""
+    """Returns what to say where the ranks have ended with a checkpoint, as they do at a signal that torchrun passes on
+    to them; None where they have not. since: in seconds since 1970."""
     status = read_note(folder / "status.json", ANEW, STATUS)
     if status.get("state") != "stopped" or (status.get("time") or 0.0) < since:
         return None
@@ -143,13 +144,13 @@ def stopped_well(folder: Path, since: float) -> str | None:
 
 
 def failures(folder: Path, since: float) -> dict[int, str]:
-    """rank -> what it has said about its failure since a time in seconds since 1970."""
+    """Returns rank -> what it has said about its failure since a time in seconds since 1970."""
     notes = sorted(failure_notes(folder, since), key=lambda note: note["rank"])
     return {note["rank"]: note["error"] for note in notes}
 
 
 def say_again(program: str, start: "Start", told: dict[int, str]) -> None:
-    """What the ranks have said, below torchrun's own report; what a single rank has said stands last already."""
+    """Prints what the ranks have said, below torchrun's own report; of a single rank it is the last output already."""
     if not start.single_rank:
         for rank, error in told.items():
             print(f"{program}: rank {rank}: {error}", file=sys.stderr)
@@ -158,10 +159,11 @@ def say_again(program: str, start: "Start", told: dict[int, str]) -> None:
 def why_silent(
     config: RunConfig, told: dict[int, str], ranks: int, kills: int, by_signal: str = "SIGKILL"
 ) -> str | None:
-    """What to make of ranks that ended without a word, as a signal ends them.
+    """Explains why ranks ended without a word, as a signal ends them.
 
-    told: what the others said. kills: processes that the kernel has killed for memory meanwhile. None where the others
-    say enough: torchrun ends those that are still there when one has failed.
+    told: what the others said. ranks: how many there were. kills: processes that the kernel has killed for memory
+    meanwhile. by_signal: the name of the signal. Returns None where the others say enough: torchrun ends those that are
+    still there when one has failed.
     """
     silent = [rank for rank in range(ranks) if rank not in told]
     if not silent or not all("lost another rank" in error for error in told.values()):
@@ -177,7 +179,7 @@ def why_silent(
 
 
 def out_of_memory_kills() -> int:
-    """Processes that this machine's kernel has killed for memory since it was started; 0 where it does not say."""
+    """Counts the processes that the kernel has killed for memory since it was started; 0 where it does not say."""
     try:
         counters = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
     except OSError:
@@ -186,7 +188,7 @@ def out_of_memory_kills() -> int:
 
 
 def plan(config: RunConfig, node: Node) -> str:
-    """What is about to run, for a person to check at a glance."""
+    """Describes what is about to run, for a person to check at a glance."""
     accumulation = gradient_accumulation_steps(config, world_size(node))
     devices = f"{node.gpus} GPUs" if node.gpus else f"CPU, {threads_per_process(node)} threads each"
     held_out = f"held out: {config.data.held_out}" if config.data.held_out else "nothing is held out or validated"
@@ -206,5 +208,5 @@ def plan(config: RunConfig, node: Node) -> str:
 
 
 def label(name: str, lines: Sequence[str]) -> list[str]:
-    """Lines of a plan, the first of them with its name."""
+    """Returns lines of a plan, the first of them with its name."""
     return [f"{name if number == 0 else '':<11}{line}" for number, line in enumerate(lines)]

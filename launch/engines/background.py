@@ -13,13 +13,13 @@ from pathlib import Path
 import psutil
 
 from controlbooth.data.errors import UserError
-from controlbooth.launch.engines.script import Expanded, indented, judging, preamble, rows, saying, shell, training
+from controlbooth.launch.engines.script import Expanded, echoing, indented, judging, preamble, rows, shell, training
 from controlbooth.launch.job.job import Job, JobState
 from controlbooth.launch.ranks import child_process
 
 
 def render(job: Job) -> str:
-    """The script; tasks of an array come one after another, each with its own log."""
+    """Returns the text of the script; tasks of an array come one after another, each with its own log."""
     log, cancelled = (shlex.quote(str(job.job_folder / name)) for name in ("log-", "cancelled"))
     ends_with_script = [job.python, "-m", child_process.MODULE, Expanded("$$")]
     lines = ["#!/bin/bash", f"# {job.name}, trained by controlbooth; written by `controlbooth launch local`."]
@@ -44,7 +44,7 @@ def render(job: Job) -> str:
         "esac",
         "done",
         f'echo "== {job.cluster.restarts} restarts are used up. Look above for what ends the attempts; then:"',
-        saying("controlbooth", "launch", "resume", str(job.folder)),
+        echoing("controlbooth", "launch", "resume", str(job.folder)),
         "return 1",
         "}",
         "",
@@ -92,7 +92,7 @@ def submit(script: Path) -> str:
 
 
 def states(job_id: str) -> list[JobState]:
-    """Raises ValueError on another machine than the one that it was started on."""
+    """Tells whether the job's process is running. Raises ValueError on another machine than the job's."""
     process = _process(job_id)
     if process is None:
         return [JobState("unknown", "its process has ended")]
@@ -100,7 +100,7 @@ def states(job_id: str) -> list[JobState]:
 
 
 def cancel(job_id: str, now: bool) -> None:
-    """Hands on SIGTERM, so that it ends with a checkpoint, or kills the script and its ranks.
+    """Sends SIGTERM to the script, so that the job ends with a checkpoint, or kills the script and its ranks.
 
     Raises ValueError on another machine than the one that it was started on.
     """
@@ -120,7 +120,7 @@ def cancel(job_id: str, now: bool) -> None:
 
 
 def _process(job_id: str) -> psutil.Process | None:
-    """Of this id, beginning and host; None where it has ended. Raises ValueError on another host."""
+    """Finds the process of this id, beginning and host; None where it has ended. Raises ValueError on another host."""
     pid, began, host = job_id.split("@")
     if host != socket.gethostname():
         raise UserError(

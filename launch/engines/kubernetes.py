@@ -35,14 +35,14 @@ INDEX_FAILURES = "metadata.annotations['batch.kubernetes.io/job-index-failure-co
 
 
 def render(job: Job, files: dict[str, str]) -> str:
-    """All manifests as one YAML text. files: of the job's folder, which pods see below /job."""
+    """Returns all manifests as one YAML text. files: those of the job's folder, which pods see below /job."""
     documents = [_config_map(job, files | {"script.sh": render_script(job)})]
     documents += [_indexed_job(job)] if job.subjects else [_runtime(job), _train_job(job)]
     return "---\n".join(yaml.dump(one, Dumper=_Readable, sort_keys=False, width=120) for one in documents)
 
 
 def render_script(job: Job) -> str:
-    """What each pod runs."""
+    """Returns the script that each pod runs."""
     lines = ["#!/bin/bash", f"# {job.name}, trained by controlbooth; written by `controlbooth launch kubernetes`."]
     lines += [*preamble(job), *rows(job, "JOB_COMPLETION_INDEX")]
     lines += [f"export CONTROLBOOTH_ATTEMPT=$(({job.first_attempt} + ${{RESTARTS:-0}}))", "STARTED=$(date +%s)"]
@@ -83,9 +83,10 @@ until_it_ends() {
 
 
 def object_name(job: Job) -> str:
-    """Of all objects of a submission. Kubernetes takes 63 small letters, digits and hyphens, and adds to them.
+    """Returns the name of all objects of a submission.
 
-    Folder and time tell runs of one name apart, and a run from another one that began in the same folder.
+    Kubernetes takes 63 small letters, digits and hyphens, and adds some to them. Folder and time tell runs of one name
+    apart, and a run from another one that began in the same folder.
     """
     words = re.sub(r"[^a-z0-9]+", "-", job.name.lower()).strip("-")
     words = words if words[:1].isalpha() else f"run-{words}"
@@ -102,7 +103,7 @@ def _metadata(job: Job) -> dict[str, Any]:
 
 
 def _queued(job: Job) -> dict[str, Any]:
-    """Metadata of what Kueue admits."""
+    """Returns the metadata of what Kueue admits."""
     metadata, queue = _metadata(job), job.cluster.kubernetes.queue
     return metadata | {"labels": metadata["labels"] | ({"kueue.x-k8s.io/queue-name": queue} if queue else {})}
 
@@ -187,7 +188,7 @@ def _deadline(cluster: Cluster) -> dict[str, int]:
 
 
 def _pod(job: Job, restarts: str) -> dict[str, Any]:
-    """restarts: the field that tells a pod how often it has been tried before."""
+    """Returns the specification of a pod. restarts: the field that tells a pod how often it has been tried before."""
     cluster, kubernetes = job.cluster, job.cluster.kubernetes
     asked: dict[str, Any] = {"cpu": str(cluster.cores_per_node or cluster.processes_per_node)}
     if cluster.memory_gib_per_node:
@@ -251,9 +252,9 @@ _Readable.add_representer(str, _text)
 
 
 def submit(manifests: Path, job: Job) -> str:
-    """-> kind/name, which kubectl takes. Raises ValueError with what the API server says where it refuses them.
+    """Creates the objects and returns kind/name, which kubectl takes. Raises ValueError with what the API server says.
 
-    It refuses objects that exist, where `apply` would change those of another run.
+    The server refuses objects that exist, where `apply` would change those of another run.
     """
     kubectl("create", "--validate=strict", "-f", str(manifests))
     return id_of(job)
@@ -264,7 +265,7 @@ def id_of(job: Job) -> str:
 
 
 def find(job: Job) -> str | None:
-    """What `submit` returned of this submission, or would have, where the API server has it; None where it has not.
+    """Returns what `submit` returned for this submission, or would have, where the API server has it; otherwise None.
 
     Raises ValueError where the server does not answer.
     """
@@ -309,7 +310,7 @@ def selector(job_id: str) -> list[str]:
 
 
 def logs_command(job_id: str, namespace: str, follow: bool, task: int | None) -> list[str]:
-    """What prints what the pods say; task: of an Indexed Job, its index."""
+    """Returns the command that prints what the pods say. task: the index in an Indexed Job; None for all pods."""
     chosen = selector(job_id)
     if task is not None:
         chosen[-1] += f",batch.kubernetes.io/job-completion-index={task}"
@@ -318,7 +319,7 @@ def logs_command(job_id: str, namespace: str, follow: bool, task: int | None) ->
 
 
 def kubectl(*arguments: str) -> str:
-    """Raises ValueError with its message."""
+    """Runs kubectl and returns what it prints. Raises ValueError with its message."""
     command = ["kubectl", *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True)

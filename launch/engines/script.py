@@ -38,13 +38,13 @@ def shell(words: Sequence[Word]) -> str:
     return text
 
 
-def saying(*words: str) -> str:
+def echoing(*words: str) -> str:
     """Writes a line that prints these words as a command that can be copied. The words reach the reader as they are."""
     return f"echo {shlex.quote(shlex.join(words))}"
 
 
 def preamble(job: Job) -> list[str]:
-    """Where the run starts, and the environment of its ranks."""
+    """Returns lines of shell that enter the folder where the run starts and set the environment of its ranks."""
     environment = torchrun_environment(one_node(job.cluster), job.cluster.environment) | job.cluster.environment
     return [
         f"cd {shlex.quote(str(job.working_directory))} || exit 1",
@@ -55,9 +55,10 @@ def preamble(job: Job) -> list[str]:
 
 
 def training(job: Job, endpoint: str, is_host: str, folder: Path | None = None) -> list[Word]:
-    """The words that start the ranks of one node. folder: that holds run.yaml there, where it is not the job's.
+    """Returns the command that starts the ranks of one node.
 
-    endpoint, is_host: as of `rendezvous`, with variables of the script.
+    folder: that holds run.yaml there, where it is not the job's. endpoint, is_host: as for `rendezvous`, with variables
+    of the script.
     """
     folder = folder or job.job_folder
     run = str(folder / "run.yaml")
@@ -69,7 +70,7 @@ def training(job: Job, endpoint: str, is_host: str, folder: Path | None = None) 
 
 
 def checking(job: Job, head: str, port: str, node_rank: str, folder: Path | None = None) -> list[Word]:
-    """The words that check one node, together with all others, before the ranks start."""
+    """Returns the command that checks one node, together with all others, before the ranks start."""
     return [
         job.python,
         "-m",
@@ -88,7 +89,7 @@ def checking(job: Job, head: str, port: str, node_rank: str, folder: Path | None
 
 
 def judging(job: Job, folder: Path | None = None) -> list[Word]:
-    """The words that say what the attempt has come to: finished, failed or again."""
+    """Returns the command that says what the attempt has come to: finished, failed or again."""
     words: list[Word] = [
         job.python,
         "-m",
@@ -102,7 +103,8 @@ def judging(job: Job, folder: Path | None = None) -> list[Word]:
 
 
 def rows(job: Job, index: str) -> list[str]:
-    """What a task of an array trains: rows of the manifest. index: the engine's variable that numbers the tasks."""
+    """Returns lines of shell that set which rows of the manifest a task of an array trains; none for a single run.
+    index: the engine's variable that numbers the tasks."""
     if not job.subjects:
         return []
     first = f"{index} * {job.subjects_per_task}"
@@ -114,7 +116,8 @@ def rows(job: Job, index: str) -> list[str]:
 
 
 def indented(lines: Sequence[str]) -> str:
-    """The text of a script, blocks of functions, loops and cases set in; a line of several lines is moved as one."""
+    """Returns the text of a script with the blocks of functions, loops and cases indented; an entry of several lines is
+    moved as one."""
     text, depth = [], 0
     for line in lines:
         depth -= line in ("done", "esac", "}", "fi")

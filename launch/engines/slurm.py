@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from controlbooth.data.errors import UserError
-from controlbooth.launch.engines.script import checking, judging, preamble, rows, saying, shell, training
+from controlbooth.launch.engines.script import checking, echoing, judging, preamble, rows, shell, training
 from controlbooth.launch.job.cluster import shutdown_seconds
 from controlbooth.launch.job.job import Job, JobState
 from controlbooth.launch.job.outcome import EXIT_CODES
@@ -42,7 +42,7 @@ AGAIN = EXIT_CODES["again"]
 
 
 def render(job: Job) -> str:
-    """The batch script."""
+    """Returns the text of the batch script."""
     lines = ["#!/bin/bash", *(f"#SBATCH --{option}" for option in _options(job)), "#", *_header(job)]
     lines += preamble(job)
     lines += rows(job, "SLURM_ARRAY_TASK_ID")
@@ -143,12 +143,12 @@ def _options(job: Job) -> list[str]:
 
 
 def _sbatch_word(text: str) -> str:
-    """One word of an #SBATCH line, where a backslash escapes any character, also inside of quotes."""
+    """Escapes one word of an #SBATCH line, where a backslash escapes any character, also inside of quotes."""
     return re.sub(r"([^A-Za-z0-9_@%+=:,./-])", r"\\\1", text)
 
 
 def folder_problems(folder: Path) -> Iterator[str]:
-    """Of a run's folder, whose name stands in #SBATCH lines and in the name of its log."""
+    """Yields the problems of a run's folder, whose name stands in #SBATCH lines and in the name of its log."""
     if "\\" in str(folder):
         yield f"output is {folder}, and Slurm takes no backslash in the name of a log. Give another folder"
     elif found := re.search("hetjob|packjob", str(folder), re.IGNORECASE):
@@ -172,19 +172,19 @@ case "$STATE" in
 esac
 if [ "${{SLURM_RESTART_COUNT:-0}}" -ge {restarts} ]; then
   echo "== {restarts} restarts are used up. Look above for what ends the attempts; then:"
-  {saying("controlbooth", "launch", "resume", str(job.folder))}
+  {echoing("controlbooth", "launch", "resume", str(job.folder))}
   exit 1
 fi
 answered scontrol requeue "$JOB\""""
 
 
 def submit(script: Path) -> str:
-    """-> the id of the job. Raises ValueError with what Slurm says where it refuses the script."""
+    """Submits the script and returns the job's id. Raises ValueError with what Slurm says where it refuses."""
     return client("sbatch", "--parsable", str(script)).partition(";")[0]
 
 
 def find(script: Path, name: str) -> str | None:
-    """The id of a job of this batch script that has not ended, the newest of several; None where there is none.
+    """Returns the id of the newest job of this batch script that has not ended; None where there is none.
 
     name: of the job. Raises ValueError where Slurm does not answer.
     """
@@ -194,7 +194,7 @@ def find(script: Path, name: str) -> str | None:
 
 
 def states(job_id: str) -> list[JobState]:
-    """Of the job, or of each task of an array; what has not begun is one entry for many tasks.
+    """Returns the state of the job, or of each task of an array; what has not begun is one entry for many tasks.
 
     Raises ValueError where Slurm does not answer.
     """
@@ -208,7 +208,7 @@ def states(job_id: str) -> list[JobState]:
 
 
 def facts_of(line: str) -> dict[str, str]:
-    """Of what `scontrol show --oneliner` prints of one thing: Key=value, between spaces."""
+    """Parses what `scontrol show --oneliner` prints of one thing: Key=value, between spaces."""
     return {key: value for key, _, value in (word.partition("=") for word in line.split())}
 
 

@@ -107,7 +107,8 @@ class Cluster(Section):
     @field_validator("environment", mode="before")
     @classmethod
     def _as_text(cls, value: object) -> object:
-        """YAML reads NCCL_DEBUG: 1 as a number, and a variable is text."""
+        """Turns numbers into text: YAML reads NCCL_DEBUG: 1 as a number, and a variable is text. Raises ValueError for
+        control characters."""
         if not isinstance(value, dict):
             return value
         for key, entry in value.items():
@@ -132,7 +133,7 @@ def refuse_secrets(cluster: Cluster, path: Path) -> None:
 
 
 def load_cluster(path: Path | None, engine: Engine) -> Cluster:
-    """The file, or the defaults of an engine where there is none.
+    """Reads the file, or returns the defaults of an engine where there is none.
 
     Raises ConfigError with every mistake of the file, and with the engine local ValueError where nvidia-smi hangs.
     """
@@ -166,7 +167,7 @@ def _read_cluster(path: Path, engine: Engine) -> Cluster:
 
 
 def _filled_in_here(cluster: Cluster) -> Cluster:
-    """With what is not written in its file, as `controlbooth train` takes this machine."""
+    """Returns the cluster with what its file leaves out taken from this machine, as `controlbooth train` takes it."""
     left_out = {"processes_per_node", "gpus_per_node", "cores_per_node"} - cluster.model_fields_set
     if not left_out:
         return cluster
@@ -180,7 +181,7 @@ def dump_cluster(cluster: Cluster) -> str:
 
 
 def one_node(cluster: Cluster) -> Node:
-    """The facts of each of its nodes."""
+    """Returns the facts of a node of the cluster, which are the same for each of them."""
     return Node(
         processes=cluster.processes_per_node,
         cores=cluster.cores_per_node or cluster.processes_per_node,

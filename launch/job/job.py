@@ -63,7 +63,7 @@ class Job:
 
     @property
     def job_folder(self) -> Path:
-        """As the nodes see it."""
+        """Returns the folder of the job's files, as the nodes see it."""
         return self.folder / "job"
 
     @property
@@ -93,7 +93,7 @@ class JobState:
 
 
 def job_logs(folder: Path, tasks: int | None = None) -> list[Path]:
-    """Of a single run, or of the tasks of an array."""
+    """Returns the paths of the logs of a single run, or of the tasks of an array."""
     return [folder / "job" / ("log.txt" if tasks is None else f"log-{task}.txt") for task in range(tasks or 1)]
 
 
@@ -119,7 +119,7 @@ def write_job(job: Job, texts: dict[str, str]) -> None:
 
 
 def job_texts(folder: Path) -> dict[str, tuple[str, bool]]:
-    """What lies in job/ of a run's folder, but for the logs, and whether it is for its owner alone."""
+    """Reads what lies in job/ of a run's folder but the logs: name -> text, and whether it is for its owner alone."""
     files = [path for path in (folder / "job").glob("*") if path.is_file() and not path.name.startswith("log")]
     return {path.name: (path.read_text(), not path.stat().st_mode & 0o077) for path in files}
 
@@ -136,7 +136,7 @@ def restore_job(folder: Path, texts: dict[str, tuple[str, bool]]) -> None:
 
 
 def record_of(job: Job) -> dict[str, Any]:
-    """What job.json says, but for `id`, the engine's name for it."""
+    """Returns what job.json says, but for `id`, the engine's name for the job."""
     return dict(
         engine=job.cluster.engine,
         name=job.name,
@@ -151,24 +151,24 @@ def record_of(job: Job) -> dict[str, Any]:
 
 
 def write_intent(folder: Path, record: dict[str, Any]) -> None:
-    """submitting.json, before the engine is asked: with it the job is found where job.json is never written."""
+    """Writes submitting.json before the engine is asked: with it the job is found where job.json is never written."""
     write_whole(folder / "job" / SUBMITTING, json.dumps(record, indent=1).encode())
 
 
 def read_intent(folder: Path) -> dict[str, Any] | None:
-    """submitting.json of a run's folder; None where there is none."""
+    """Reads submitting.json of a run's folder; returns None where there is none. Raises Damaged."""
     remedy = "Delete it, and look in the queue of your engine whether it has the job"
     return read_json(folder / "job" / SUBMITTING, remedy, RECORD, missing=None)
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
-    """job.json, after the engine has taken the job. record: with its `id`."""
+    """Writes job.json after the engine has taken the job, and deletes submitting.json. record: with its `id`."""
     write_whole(folder / "job" / "job.json", json.dumps(record, indent=1).encode())
     (folder / "job" / SUBMITTING).unlink(missing_ok=True)
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """job.json of a run's folder; None where there is none."""
+    """Reads job.json of a run's folder; returns None where there is none. Raises Damaged."""
     remedy = "Delete it, end the job by the commands of your engine where it has it, and submit the run again"
     record = read_json(folder / "job" / "job.json", remedy, {**RECORD, "id": is_text}, missing=None)
     if record is not None and not re.fullmatch(IDS[record["engine"]], record["id"]):
@@ -177,7 +177,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def recorded_job(folder: Path, record: dict[str, Any]) -> Job:
-    """The job of a run's folder that a record is of. Raises ConfigError where its cluster.yaml cannot be read."""
+    """Returns the job of a run's folder that a record is of. Raises ConfigError for an unreadable cluster.yaml."""
     return Job(
         name=record["name"],
         folder=Path(record["folder"]),
@@ -192,7 +192,7 @@ def recorded_job(folder: Path, record: dict[str, Any]) -> Job:
 
 
 def code_version() -> dict[str, Any]:
-    """Version, git commit and whether tracked files differ from it; commit is null for an installed copy."""
+    """Returns version, git commit and whether tracked files differ from it; commit is None for an installed copy."""
     version: dict[str, Any] = {"version": importlib.metadata.version("controlbooth"), "commit": None, "dirty": None}
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
@@ -205,7 +205,8 @@ def code_version() -> dict[str, Any]:
 
 
 def settled_manifest(tasks: Sequence[Task]) -> str:
-    """JSONL of subjects with nothing left to the run or to their place in the list, so that slices of it are sound."""
+    """Returns the manifest of subjects as JSONL, with nothing left to the run or to a subject's place in the list, so
+    that slices of it can be used by themselves."""
     rows = []
     for task in tasks:
         images = {str(path.parent.absolute()) for path in task.images}
@@ -217,5 +218,5 @@ def settled_manifest(tasks: Sequence[Task]) -> str:
 
 
 def task_rows(task: int, subjects_per_task: int, subjects: int) -> range:
-    """Rows of the settled manifest that one task of an array trains."""
+    """Returns the rows of the settled manifest that one task of an array trains."""
     return range(task * subjects_per_task, min((task + 1) * subjects_per_task, subjects))

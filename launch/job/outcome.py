@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def of_run(folder: Path, since: float) -> tuple[str, list[str]]:
-    """-> finished, failed or again, and why."""
+    """Tells what the attempt that began at `since` (seconds since 1970) came to: finished, failed or again; and why."""
     if reasons := failure_reasons(folder, since):
         return "failed", reasons
     status = read_note(folder / "status.json", ANEW, STATUS)
@@ -72,19 +72,19 @@ def of_run(folder: Path, since: float) -> tuple[str, list[str]]:
 
 
 def failure_reasons(folder: Path, since: float) -> list[str]:
-    """What ranks have said of failures that were their own."""
+    """Returns what ranks have said of failures of their own, not of lost ranks. since: in seconds since 1970."""
     new = failure_notes(folder, since)
     return [f"rank {note['rank']}: {note['error']}" for note in new if note["error"].partition(":")[0] not in LOST_PEER]
 
 
 def failure_notes(folder: Path, since: float) -> list[dict]:
-    """failed-RANK.json of all ranks that have failed since then."""
+    """Reads failed-RANK.json of all ranks that have failed since a time in seconds since 1970."""
     notes = [read_note(path, ANEW, FAILURE) for path in sorted(folder.glob("failed-*.json"))]
     return [note for note in notes if note and note["time"] >= since]
 
 
 def of_subjects(folder: Path, names: Sequence[str]) -> tuple[str, list[str]]:
-    """The same of some subjects. One that has failed is not tried again by itself, and stops no other."""
+    """Tells the same as `of_run` of some subjects. A failed one is not tried again by itself, and stops no other."""
     statuses = {name: read_note(folder / "subjects" / name / "status.json", ANEW, STATUS) for name in names}
     if any(status.get("state") not in ("finished", "failed") for status in statuses.values()):
         return "again", []

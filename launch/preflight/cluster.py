@@ -26,7 +26,7 @@ SETUP_MINUTES = 2
 
 
 def job_problems(config: RunConfig, cluster: Cluster) -> list[str]:
-    """Of a run, asked where it is submitted."""
+    """Returns the problems of a run on a cluster, as seen from where it is submitted."""
     problems: list[str] = []
     checkpoint: int | None = None
     if cluster.engine == "kubernetes":  # the pods see what this machine may not
@@ -43,7 +43,8 @@ def job_problems(config: RunConfig, cluster: Cluster) -> list[str]:
 
 
 def engine_problems(cluster: Cluster, checkpoint: int | None = None) -> list[str]:
-    """Of where it is to run, whatever is to be trained. checkpoint: bytes of one."""
+    """Returns the problems of where a job is to run, whatever is to be trained. checkpoint: size of one in bytes; None
+    where it is not known."""
     problems = list(time_problems(cluster, checkpoint))
     if cluster.engine == "local" and cluster.nodes > 1:
         problems.append(f"nodes is {cluster.nodes}, and the engine local has this machine only. Set nodes to 1")
@@ -55,7 +56,7 @@ def engine_problems(cluster: Cluster, checkpoint: int | None = None) -> list[str
 
 
 def time_problems(cluster: Cluster, checkpoint: int | None) -> Iterator[str]:
-    """A step and a checkpoint < torchrun's wait < the engine's grace < an attempt's time."""
+    """Yields what breaks step and checkpoint < torchrun's wait < the engine's grace < an attempt's time."""
     waits, grace = shutdown_seconds(cluster), cluster.grace_seconds
     needed, said = cluster.checkpoint_seconds, "checkpoint_seconds is"
     if needed is None and checkpoint is not None:
@@ -104,7 +105,7 @@ def slurm_problems(cluster: Cluster) -> Iterator[str]:
 
 
 def parse_partition(line: str) -> Partition:
-    """A line of `scontrol show partition --oneliner`."""
+    """Parses a line of `scontrol show partition --oneliner`."""
     facts = facts_of(line)
     return Partition(
         name=facts["PartitionName"],
@@ -118,7 +119,7 @@ def parse_partition(line: str) -> Partition:
 
 
 def parse_minutes(text: str) -> float:
-    """Of Slurm's [days-]hours:minutes:seconds, or UNLIMITED."""
+    """Parses Slurm's [days-]hours:minutes:seconds, or UNLIMITED, which is inf; returns minutes."""
     if text == "UNLIMITED":
         return float("inf")
     match = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", text)
@@ -154,7 +155,7 @@ def partition_problems(cluster: Cluster, partitions: list[Partition]) -> Iterato
 
 
 def paths(config: RunConfig) -> dict[str, Path]:
-    """Files and folders of a run that its nodes must see, by field."""
+    """Returns the files and folders of a run that its nodes must see, by field."""
     named = {"output": str(run_folder(config)), "data.held_out": config.data.held_out, "data.latent_cache": None}
     if config.data.latent_cache:
         named["data.latent_cache"] = str(config.data.latent_cache)
@@ -169,7 +170,7 @@ def paths(config: RunConfig) -> dict[str, Path]:
 
 
 def server_problems(cluster: Cluster) -> Iterator[str]:
-    """Of a Kubernetes cluster and the way to it, whatever its pods are to see."""
+    """Yields the problems of a Kubernetes cluster and the way to it, whatever its pods are to see."""
     kubernetes = cluster.kubernetes
     if kubernetes.image is None:
         yield "kubernetes.image is not set: build deploy/Dockerfile, push the image, and name it here"
@@ -192,7 +193,8 @@ def server_problems(cluster: Cluster) -> Iterator[str]:
 
 
 def kubernetes_problems(cluster: Cluster, named: dict[str, Path]) -> Iterator[str]:
-    """named: paths that pods must see, by field; that of `output` is written to."""
+    """Yields the paths that pods do not see, or cannot write to. named: paths that pods must see, by field; that of
+    `output` is written to."""
     kubernetes = cluster.kubernetes
     for field, path in named.items():
         mount = mount_of(path, kubernetes.storage)
@@ -207,7 +209,8 @@ def kubernetes_problems(cluster: Cluster, named: dict[str, Path]) -> Iterator[st
 
 
 def record_problems(here: Path, mount: Storage | None) -> Iterator[str]:
-    """here: the run's folder as this machine sees it, where the job's files are to lie. mount: the storage it is in."""
+    """Yields why the job's own files cannot be written. here: the run's folder as this machine sees it, where they are
+    to lie. mount: the storage it is in."""
     if mount is not None and mount.here is None and not Path(mount.path).is_dir():
         yield (
             f"the job's own files would go to {here}, and this machine has no {mount.path}: set `here` of that storage "
@@ -223,12 +226,12 @@ def record_problems(here: Path, mount: Storage | None) -> Iterator[str]:
 
 
 def mount_of(path: Path, storage: tuple[Storage, ...]) -> Storage | None:
-    """The innermost mount that a path lies in."""
+    """Returns the innermost mount that a path lies in; None where it lies in none."""
     holding = [one for one in storage if path.is_relative_to(one.path)]
     return max(holding, key=lambda one: len(one.path), default=None)
 
 
 def path_here(path: Path, storage: tuple[Storage, ...]) -> Path:
-    """Where this machine sees a path of the pods."""
+    """Returns where this machine sees a path of the pods."""
     mount = mount_of(path, storage)
     return path if mount is None or mount.here is None else mount.here / path.relative_to(mount.path)

@@ -56,7 +56,7 @@ def check_data(config: RunConfig, node: Node) -> Iterator[str]:
 
 
 def _copies_held_out(config: RunConfig) -> Iterator[str]:
-    """Shards of the held-out set that are copies of trained ones, as their indexes say where they have any."""
+    """Yields a problem where held-out shards are copies of trained ones, as far as they have indexes that tell."""
     try:
         trained = {digest: shard for source in sources(config) for digest, shard in _digests(source.shards).items()}
         held = _digests(config.data.held_out or "")
@@ -71,7 +71,7 @@ def _copies_held_out(config: RunConfig) -> Iterator[str]:
 
 
 def _digests(location: str) -> dict[str, str]:
-    """Digest of its index -> the shard, for all of a location whose manifest or index tells it."""
+    """Returns digest of its index -> the shard, for all shards of a location whose manifest or index tells it."""
     manifest = manifest_of(location)
     if manifest is not None:
         return {row["index_hash"]: shown(row["uri"]) for row in _manifest_rows(manifest) if "index_hash" in row}
@@ -82,7 +82,8 @@ def _digests(location: str) -> dict[str, str]:
 
 
 def check_shards(config: RunConfig, node: Node) -> Iterator[str]:
-    """What manifests tell of shards: whether they are as they were indexed, and whether there is enough of them."""
+    """Checks whether shards are as their manifests say and hold enough samples, and without a manifest whether they are
+    cut short. Yields the problems."""
     named = [("data.shards", source.shards) for source in sources(config)]
     held_out = [("data.held_out", config.data.held_out)] if config.data.held_out else []
     stored = config.data.condition if config.data.condition == config.data.condition_name else None
@@ -136,7 +137,7 @@ def check_shards(config: RunConfig, node: Node) -> Iterator[str]:
 
 
 def check_readable(config: RunConfig, node: Node) -> Iterator[str]:
-    """Whether a first sample can be read, of each source on a disk; mostly one is read for it."""
+    """Yields a problem for each source on a disk of which no sample can be read; mostly a single one is read for it."""
     from controlbooth.data.inspection.readable import problem  # imports numpy and OpenCV: not for every command
 
     for location in dict.fromkeys(source.shards for source in sources(config)):
@@ -146,7 +147,7 @@ def check_readable(config: RunConfig, node: Node) -> Iterator[str]:
 
 
 def _faults(folder: Path, rows: Sequence[dict[str, Any]]) -> list[str]:
-    """What differs from a manifest's rows. A shard in a store is compared when it is fetched."""
+    """Returns what differs from a manifest's rows. A shard in a store is compared when it is fetched."""
     local = [row for row in rows if not is_remote(row["uri"])]
     with ThreadPoolExecutor(16) as pool:  # a network disk answers one question in milliseconds, and many at once
         return [fault for fault in pool.map(lambda row: _fault(folder / row["uri"], row), local) if fault]
@@ -164,7 +165,8 @@ def _fault(shard: Path, row: dict[str, Any]) -> str | None:
 
 
 def _stated_digest(index: Path, missing_ok: bool = True) -> str:
-    """What an index says of its contents, at its end; "" where there is no index."""
+    """Reads what an index says of its contents, at its end, in hexadecimal. Without an index it returns "", or raises
+    FileNotFoundError where missing_ok is False."""
     try:
         with index.open("rb") as file:
             file.seek(-min(DIGEST_BYTES, index.stat().st_size), os.SEEK_END)
@@ -176,7 +178,7 @@ def _stated_digest(index: Path, missing_ok: bool = True) -> str:
 
 
 def _is_cut(shard: Path) -> bool:
-    """Whether a shard that is yet to be indexed, or is shorter than when it was, has no end of a tar: zeros."""
+    """Tells whether a shard that has no index, or is shorter than it says, lacks the 1,024 zeros that end a tar."""
     stated, size = _stated_bytes(shard.with_name(f"{shard.name}.idx")), shard.stat().st_size
     if stated is not None and stated <= size:
         return False
@@ -186,7 +188,7 @@ def _is_cut(shard: Path) -> bool:
 
 
 def _stated_bytes(index: Path) -> int | None:
-    """How long the shard of an index is; None where the index is missing or not whole."""
+    """Reads from an index how many bytes its shard has; None where the index is missing or not whole."""
     try:
         with index.open("rb") as file:
             header = file.read(INDEX_HEADER.size)
@@ -201,14 +203,14 @@ def _some(items: Sequence[Any], most: int = 3) -> str:
 
 
 def manifest_of(location: str) -> Path | None:
-    """The manifest that a location names, or that lies in the folder that it names."""
+    """Returns the manifest that a location names, or that lies in the folder that it names; None without any."""
     path = Path(location)
     manifest = path / MANIFEST if path.is_dir() else path
     return manifest if manifest.suffix == ".jsonl" and manifest.exists() else None
 
 
 def find_shards(location: str) -> list[str]:
-    """Paths of the tars that a location names, all of them existing, and the URIs that a manifest lists, not asked for.
+    """Finds the tars that a location names, and the URIs that a manifest lists; only the tars are checked to exist.
 
     Raises FileNotFoundError and ValueError.
     """
@@ -238,7 +240,7 @@ def find_shards(location: str) -> list[str]:
 
 
 def is_remote(location: str) -> bool:
-    """Whether it is a URI; `data.shards.storage` says which of them are read."""
+    """Tells whether a location is a URI; `data.shards.storage` says which of them are read."""
     return "://" in location
 
 
@@ -257,7 +259,8 @@ def _manifest_rows(manifest: Path) -> list[dict[str, Any]]:
 
 
 def check_cache(config: RunConfig, node: Node) -> Iterator[str]:
-    """Whether the disk has what the cache of remote shards may come to hold."""
+    """Checks whether the folder of the cache of remote shards can be used, and whether its disk has room for what it
+    may come to hold. Yields the problems."""
     cache = config.data.cache
     manifests = [Path(source.shards) for source in sources(config) if source.shards.endswith(".jsonl")]
     if cache is None:
@@ -286,7 +289,8 @@ def check_cache(config: RunConfig, node: Node) -> Iterator[str]:
 
 
 def check_latent_cache(config: RunConfig, node: Node) -> Iterator[str]:
-    """Whether there are any, and of the size that their indexes say; the trainer compares what they are of."""
+    """Checks whether there is a latent cache, and whether its shards have the size that their indexes say; the trainer
+    checks what they were computed from. Yields the problems."""
     folder = config.data.latent_cache
     if folder is None:
         return
@@ -306,7 +310,8 @@ def check_latent_cache(config: RunConfig, node: Node) -> Iterator[str]:
 
 
 def _cache_shard_fault(path: Path) -> str | None:
-    """Of a shard of the latent cache. One without an index was never finished, and is none yet."""
+    """Returns what is wrong with a shard of the latent cache, or None. One without an index was never finished, and
+    does not count yet."""
     index = path.with_name(f"{path.name}.idx")
     if not index.exists():
         return None

@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def node_problems(config: RunConfig, nodes: int, processes: int | None, gpus_expected: int) -> Iterator[str]:
-    """What is wrong on this node alone."""
+    """Yields what is wrong on this node alone."""
     gpus = gpu_count()
     if gpus < gpus_expected:
         yield (
@@ -156,7 +156,8 @@ def check_as_head(
 
 
 def once_each(named: dict[str, list[str]]) -> list[str]:
-    """named: node -> what is wrong there. -> sentences, of what several nodes have in common one."""
+    """Returns sentences that say what is wrong and where; what several nodes have in common is said once. named: node
+    -> what is wrong there."""
     nodes: dict[str, list[str]] = {}
     for node, problems in named.items():
         for problem in problems:
@@ -195,7 +196,7 @@ def check_as_other(config: RunConfig, rank: int, head: str, port: int, problems:
 
 
 def listen(port: int, nodes: int) -> socket.socket:
-    """Raises ValueError where another program has the port."""
+    """Opens the socket on which the first node listens. Raises ValueError where another program has the port."""
     try:
         return socket.create_server(("", port), backlog=nodes)
     except OSError as error:
@@ -206,7 +207,8 @@ def listen(port: int, nodes: int) -> socket.socket:
 
 
 def meet(server: socket.socket, nodes: int, patience: float) -> Iterator[Peer]:
-    """The other nodes, as they come, until all are there or time is up. One that goes at once has not come."""
+    """Yields the other nodes, as they connect, until all are there or `patience` seconds are over. One that disconnects
+    at once does not count."""
     end = time.monotonic() + patience
     missing = nodes - 1
     while missing:
@@ -226,7 +228,7 @@ def meet(server: socket.socket, nodes: int, patience: float) -> Iterator[Peer]:
 
 
 def reach(head: str, port: int, patience: float) -> socket.socket:
-    """A connection to the first node, which may still be starting, for `patience` seconds. Raises OSError."""
+    """Connects to the first node, which may still be starting; tries for `patience` seconds. Raises OSError."""
     end = time.monotonic() + patience
     while True:
         try:
@@ -278,7 +280,7 @@ def answer(stream: Any, asked: dict[str, Any], config: RunConfig) -> None:
 
 
 def clock_of(stream: Any) -> float:
-    """Seconds by which the peer's clock is ahead, of the quickest of five exchanges."""
+    """Measures by how many seconds the peer's clock is ahead, by the quickest of five exchanges."""
     best = (float("inf"), 0.0)
     for _ in range(5):
         before = time.time()
@@ -290,7 +292,7 @@ def clock_of(stream: Any) -> float:
 
 
 def speed_of(stream: Any) -> tuple[float, float]:
-    """Mbit/s to the peer and from it."""
+    """Measures the speed to the peer and from it, in Mbit/s."""
     speeds = []
     for direction in ("take", "give"):
         began = time.perf_counter()
@@ -306,7 +308,7 @@ def speed_of(stream: Any) -> tuple[float, float]:
 
 
 def write_token(config: RunConfig) -> Path:
-    """A file in the run's folder that the other nodes must see."""
+    """Makes a file in the run's folder that the other nodes must see, and returns its path."""
     path = run_folder(config).absolute() / f".check-{uuid.uuid4().hex}"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
@@ -323,7 +325,7 @@ def appears(path: Path) -> bool:
 
 
 def node_versions() -> dict[str, Any]:
-    """What must be the same on all nodes."""
+    """Returns the versions that must be the same on all nodes, by name."""
     code = code_version()
     versions = {"controlbooth": f"{code['version']} {code['commit'] or ''}".strip()}
     return versions | {"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in PACKAGES}
@@ -341,7 +343,7 @@ def table(host: str, peers: Sequence[Peer]) -> str:
 
 
 def all_well(config: RunConfig, peers: Sequence[Peer]) -> str:
-    """What has been looked at, and found fit."""
+    """Describes what has been looked at, and found fit."""
     seen = (
         f"data ({data_set_name(config)}), base ({config.model.base}), the run's folder ({run_folder(config)}) and its "
         "disk, batch and ranks"
@@ -359,7 +361,7 @@ def send(stream: Any, message: dict[str, Any]) -> None:
 
 
 def receive(stream: Any) -> dict[str, Any]:
-    """Raises ConnectionError where the other side has gone."""
+    """Reads one message. Raises ConnectionError where the other side has gone."""
     line = stream.readline()
     if not line.endswith(b"\n"):
         raise ConnectionError("it closed the connection")

@@ -66,7 +66,7 @@ TRAINING_BYTES = 4 + 4 + 4 + 4
 
 
 def preflight(config: RunConfig, node: Node, on_node: bool = True) -> list[str]:
-    """Problems that would stop the run, or make it worthless; none is an empty list.
+    """Returns the problems that would stop the run, or make it worthless; none is an empty list.
 
     on_node: whether this machine is to train it, and not only sees the same shared disks as those that do.
     """
@@ -102,7 +102,7 @@ def check_base(config: RunConfig, node: Node) -> Iterator[str]:
 
 
 def controlnet_problems(path: Path) -> Iterator[str]:
-    """Why a run cannot go on from the weights of this ControlNet, as far as its files' headers tell."""
+    """Yields why a run cannot go on from the weights of this ControlNet, as far as its files' headers tell."""
     named = f"model.controlnet is {str(path)!r}"
     remedy = (
         "give the folder of a ControlNet to go on from, as RUN/checkpoints/step-N/controlnet is one, or 'unet' to "
@@ -122,9 +122,9 @@ def controlnet_problems(path: Path) -> Iterator[str]:
 
 
 def base_problems(name: str, family: str, config: RunConfig | None = None) -> Iterator[str]:
-    """Why the base of this name cannot be taken as a model of this family, as far as its files' headers tell.
+    """Yields why the base of this name cannot be taken as a model of this family, as far as its files' headers tell.
 
-    config: of a ControlNet run, of which it is told what has no meaning with the base's family.
+    config: of a ControlNet run; its settings that have no meaning with the base's family are problems too.
 
     The trainer compares every tensor with the network that it belongs to, and so does a dry run (network_check.py).
     """
@@ -146,7 +146,8 @@ def base_problems(name: str, family: str, config: RunConfig | None = None) -> It
 
 
 def _part_problems(named: str, base: Path, requested: str, config: RunConfig | None) -> Iterator[str]:
-    """Of a folder or a single file that is there: which family it is of, and whether all of its parts are."""
+    """Yields the problems of a folder or a single file that is there: whether it is of the family that is asked for,
+    and whether all of its parts are there."""
     found: list[Family] = []
     yield from problem_of(named, lambda: found.append(recognise(base, requested)))
     for family in found:
@@ -178,7 +179,8 @@ def _check_scheduler_file(family: Family, path: Path) -> None:
 
 
 def problem_of(named: str, check: Callable[[], object]) -> Iterator[str]:
-    """What a check raises, with the name of what is checked; nothing where it raises nothing."""
+    """Runs a check and yields the ValueError or OSError that it raises, with the name of what is checked; nothing where
+    it raises nothing."""
     try:
         check()
     except (ValueError, OSError) as error:
@@ -186,7 +188,7 @@ def problem_of(named: str, check: Callable[[], object]) -> Iterator[str]:
 
 
 def check_room(config: RunConfig, node: Node) -> Iterator[str]:
-    """Whether the disk has room for the checkpoints that are kept."""
+    """Checks whether the disk has room for the checkpoints that are kept. Yields the problem."""
     folder = run_folder(config)
     existing = nearest(folder)
     try:
@@ -214,7 +216,7 @@ def check_free(config: RunConfig, node: Node) -> Iterator[str]:
 
 
 def free_problems(folder: Path) -> Iterator[str]:
-    """Whether another training holds a run's folder. The trainer takes it; here it is only asked."""
+    """Yields a problem where another training holds a run's folder. The trainer takes its lock; this only looks."""
     if "CONTROLBOOTH_ATTEMPT" in os.environ:  # by which an engine may replace a start of its own
         return
     if is_locked(folder / ".lock"):
@@ -224,7 +226,7 @@ def free_problems(folder: Path) -> Iterator[str]:
 
 
 def check_start(config: RunConfig, node: Node) -> Iterator[str]:
-    """What the start asks too, before it writes anything."""
+    """Checks what the start of the run checks too, before it writes anything. Yields the problems."""
     yield from refusals(config)
 
 
@@ -244,12 +246,12 @@ CHECKS = (
 
 
 def base_weights(base: Path) -> list[Path]:
-    """The .safetensors files that hold the base's U-Net. Raises ValueError and OSError where there are none."""
+    """Returns the .safetensors files that hold the base's U-Net. Raises ValueError and OSError where there are none."""
     return weights_files(base / UNET.folder, UNET.stem) if base.is_dir() else [base]
 
 
 def checkpoint_bytes(config: RunConfig) -> int:
-    """An upper estimate of one checkpoint's size, from the base's headers. Raises ValueError and OSError for damage."""
+    """Estimates one checkpoint's bytes, from above, by the base's headers. Raises ValueError and OSError for damage."""
     base = base_path(config)
     shapes = shapes_of(base_weights(base))
     learning = COPIED if base.is_dir() else COPIED_ORIGINAL

@@ -19,7 +19,7 @@ from controlbooth.trainer.tracking.mlflow_address import tracking_problems
 
 
 def run_problems(config: SubjectRunConfig) -> Iterator[str]:
-    """What would stop all subjects, wherever they are trained."""
+    """Yields what would stop all subjects, wherever they are trained."""
     problems = list(base_problems(config.model.base, config.model.family))
     base, named = base_folder(config.model.base), f"model.base {config.model.base!r}"
     if not problems:
@@ -38,7 +38,7 @@ def run_problems(config: SubjectRunConfig) -> Iterator[str]:
 
 
 def folder_problems(config: SubjectRunConfig) -> Iterator[str]:
-    """Of folders to be written on this machine, or on a disk that it sees."""
+    """Yields the problems of folders to be written on this machine, or on a disk that it sees."""
     yield from tracking_problems(config)
     written = [("output", config.output, config.output / config.name)]
     if config.prior.weight and config.prior.cache is not None:
@@ -51,9 +51,10 @@ def folder_problems(config: SubjectRunConfig) -> Iterator[str]:
 def checked_subjects(
     config: SubjectRunConfig, manifest: Path, program: str, open_pictures: bool
 ) -> tuple[list[Task], dict[str, str]]:
-    """The subjects that can be trained, and what is wrong with the others, by name, which is printed.
+    """Returns the subjects that can be trained, and what is wrong with the others, by name, which is printed.
 
-    open_pictures: each one, as training does when a subject begins. Raises ValueError where no subject can be trained.
+    open_pictures: whether each picture is opened, as training does when a subject begins. Raises ValueError where no
+    subject can be trained.
     """
     subjects, faults = load_subjects(manifest)
     tasks, more = settle(subjects, config)

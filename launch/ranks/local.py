@@ -33,7 +33,7 @@ OVER = "it is finished, and its ranks are ending; once more ends them now"
 
 
 def signal_of(status: int) -> str | None:
-    """The name of the signal that an exit status of more than 128 stands for."""
+    """Returns the name of the signal that an exit status of more than 128 stands for; None where it stands for none."""
     try:
         return signal.Signals(status - 128).name
     except ValueError:
@@ -41,7 +41,8 @@ def signal_of(status: int) -> str | None:
 
 
 def this_node(processes: int | None = None) -> Node:
-    """The facts of this machine. Raises ValueError where MASTER_PORT names a port that is taken."""
+    """Returns the facts of this machine. processes: ranks on it; None for one per GPU, or 1 without. Raises ValueError
+    for fewer than 1, and where MASTER_PORT cannot be used or nvidia-smi hangs."""
     gpus = gpu_count()
     if processes is not None and processes < 1:
         raise UserError(f"--processes is {processes}, but a run has at least one rank")
@@ -49,7 +50,8 @@ def this_node(processes: int | None = None) -> Node:
 
 
 def gpu_count() -> int:
-    """NVIDIA GPUs that CUDA_VISIBLE_DEVICES leaves visible, counted without torch."""
+    """Counts the NVIDIA GPUs that CUDA_VISIBLE_DEVICES leaves visible, without torch. Raises ValueError where
+    nvidia-smi hangs."""
     try:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=True).stdout
     except (FileNotFoundError, subprocess.CalledProcessError):  # no driver, or a driver without a device
@@ -67,7 +69,8 @@ def gpu_count() -> int:
 
 
 def head_port() -> int:
-    """MASTER_PORT if it is set and free, otherwise a free port that the system chooses."""
+    """Returns MASTER_PORT if it is set, otherwise a free port that the system chooses. Raises ValueError for a
+    MASTER_PORT that is no number or is taken."""
     configured = os.environ.get("MASTER_PORT", "")
     if configured and not configured.isdecimal():
         raise UserError(f"MASTER_PORT is {configured!r}, but a port is a number. Unset it to have a free one chosen")
@@ -93,13 +96,13 @@ class Start:
     """Whether what is started is the rank, and not torchrun."""
 
     def __str__(self) -> str:
-        """For a shell."""
+        """Returns the command as it is typed in a shell, with its variables before it."""
         words = (f"{key}={shlex.quote(value)}" for key, value in self.environment.items())
         return " ".join([*words, shlex.join(self.command)])
 
 
 def start_of(node: Node, run_file: str, overrides: Sequence[str], name: str, worker: str = WORKER) -> Start:
-    """name: of the run. worker: the module that each rank runs."""
+    """Returns how the ranks of this machine are started. name: of the run. worker: the module that each rank runs."""
     environment = torchrun_environment(node, os.environ)
     if world_size(node) == 1:
         return Start(
@@ -152,7 +155,8 @@ def run(
 
 @contextlib.contextmanager
 def handling_stops(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Inside, the signals that stop a command go to a handler; not SIGHUP where nohup has it ignored."""
+    """Sends the signals that stop a command to a handler while the block runs; those that are ignored, as SIGHUP is
+    under nohup, stay so."""
     previous = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     for number in STOP_SIGNALS:
         if previous[number] is not signal.SIG_IGN:
@@ -166,9 +170,10 @@ def handling_stops(handler: Callable[[int, Any], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def adopting(whether: bool) -> Iterator[Callable[[subprocess.Popen], list[psutil.Process]]]:
-    """Inside, what a started program leaves behind becomes this process's, and the function given tells what that is.
+    """Makes this process, while the block runs, the parent of what a started program leaves behind.
 
-    whether: False for a program that leaves nothing behind of ours. On other systems than Linux nothing is taken in.
+    The function that the block is given returns these processes. whether: False for a program that leaves nothing
+    behind of ours. On other systems than Linux nothing is taken in.
     """
     before = {process.pid for process in psutil.Process().children()}
 
@@ -185,7 +190,7 @@ def adopting(whether: bool) -> Iterator[Callable[[subprocess.Popen], list[psutil
 
 
 def _end_ranks(ranks: Sequence[psutil.Process], why: str, stopping: str) -> None:
-    """Has them stop as a signal to the launcher would, and waits; what has not ended in time is killed."""
+    """Asks ranks to stop, as a signal to the launcher would, and waits; kills what has not ended in GRACE_SECONDS."""
     named = ", ".join(str(rank.pid) for rank in ranks)
     print(
         f"controlbooth: {why}; its ranks (processes {named}) are stopping {stopping}; Ctrl-C ends them now",
@@ -201,7 +206,7 @@ def _end_ranks(ranks: Sequence[psutil.Process], why: str, stopping: str) -> None
 
 
 def _terminate(started: subprocess.Popen, single_rank: bool) -> None:
-    """SIGTERM to the ranks: torchrun itself would end with status 1 and a traceback although all of them ended well."""
+    """Sends SIGTERM to the ranks: torchrun itself would end with status 1 and a traceback though they all end well."""
     try:
         ranks = [] if single_rank else psutil.Process(started.pid).children()
     except psutil.NoSuchProcess:

@@ -50,7 +50,7 @@ class Node:
 
 
 def world_size(node: Node) -> int:
-    """Ranks of the whole run; every node has the same number."""
+    """Returns the number of ranks of the whole run; every node has the same number."""
     return node.nodes * node.processes
 
 
@@ -59,7 +59,7 @@ def threads_per_process(node: Node) -> int:
 
 
 def torchrun_command(run_file: str, overrides: Sequence[str], name: str, node: Node, worker: str = WORKER) -> list[str]:
-    """The argument list that starts one node. name: of the run, the same on every node; it names the rendezvous.
+    """Returns the command that starts one node. name: of the run, the same on every node; it names the rendezvous.
 
     worker: the module that each rank runs.
     """
@@ -69,7 +69,7 @@ def torchrun_command(run_file: str, overrides: Sequence[str], name: str, node: N
 
 
 def single_rank_command(run_file: str, overrides: Sequence[str], worker: str = WORKER) -> list[str]:
-    """The argument list that starts the only rank of a run, which meets nobody.
+    """Returns the command that starts the only rank of a run, which meets nobody.
 
     torchrun's own process would take 0.3 GiB beside it and two seconds before it.
     """
@@ -77,7 +77,7 @@ def single_rank_command(run_file: str, overrides: Sequence[str], worker: str = W
 
 
 def single_rank_environment() -> dict[str, str]:
-    """What torchrun would tell the only rank, whatever the variables of the process that starts it say."""
+    """Returns the variables that torchrun would set for the only rank, whatever the inherited ones say."""
     return {
         "RANK": "0",
         "WORLD_SIZE": "1",
@@ -90,7 +90,7 @@ def single_rank_environment() -> dict[str, str]:
 
 
 def rendezvous(endpoint: str, is_host: str) -> list[str]:
-    """The words that say where nodes meet.
+    """Returns the arguments of torchrun that say where nodes meet.
 
     endpoint: address:port of the first node, where all meet; port 0 is any, for a single node. is_host: "1" on that
     node and "0" on others. Both may be shell expressions, where a script is written and not a command started.
@@ -104,7 +104,8 @@ def rendezvous(endpoint: str, is_host: str) -> list[str]:
 def torchrun_arguments(
     node: Node, meeting: Sequence[Word], name: str, worker: str, arguments: Sequence[Word]
 ) -> list[str | Word]:
-    """What follows the interpreter. meeting: the words of `rendezvous`, of whatever kind the caller's words are."""
+    """Returns what follows the interpreter on the command line. meeting: what `rendezvous` returns, as text or in a
+    type of the caller's own, which `arguments` have too."""
     return [
         "-m",
         "torch.distributed.run",
@@ -122,7 +123,7 @@ def torchrun_arguments(
 
 
 def torchrun_environment(node: Node, inherited: Mapping[str, str]) -> dict[str, str]:
-    """The variables to set on top of `inherited`; what the user has set there stays."""
+    """Returns the variables to set on top of `inherited`; what the user has set there stays."""
     chosen = {
         # torchrun would set 1, and without it every rank would take all cores
         "OMP_NUM_THREADS": str(threads_per_process(node)),

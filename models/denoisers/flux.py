@@ -30,21 +30,21 @@ ZERO, ENTRY = ("controlnet_blocks.", "controlnet_single_blocks."), ("controlnet_
 
 
 def pack(latents: Tensor) -> Tensor:
-    """(B, C, h, w) -> tokens (B, h/2 * w/2, 4 C)."""
+    """Packs latents (B, C, h, w) into tokens (B, h/2 * w/2, 4 C), one for each square of 2x2 positions."""
     batch, channels, height, width = latents.shape
     squares = latents.view(batch, channels, height // 2, 2, width // 2, 2)
     return squares.permute(0, 2, 4, 1, 3, 5).reshape(batch, height // 2 * (width // 2), 4 * channels)
 
 
 def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
-    """(B, h/2 * w/2, 4 C) -> latents (B, C, h, w): the inverse of `pack`."""
+    """Unpacks tokens (B, h/2 * w/2, 4 C) into latents (B, C, h, w): the inverse of `pack`."""
     batch, _, features = tokens.shape
     squares = tokens.view(batch, height // 2, width // 2, features // 4, 2, 2)
     return squares.permute(0, 3, 1, 4, 2, 5).reshape(batch, features // 4, height, width)
 
 
 def _places(height: int, width: int, like: Tensor) -> Tensor:
-    """(h/2 * w/2, 3): zero, row and column of each picture token, in the dtype and on the device of `like`."""
+    """Returns zero, row and column of each picture token, (h/2 * w/2, 3), in the dtype and on the device of `like`."""
     places = torch.zeros(height // 2, width // 2, 3, device=like.device)
     places[..., 1] += torch.arange(height // 2, device=like.device)[:, None]
     places[..., 2] += torch.arange(width // 2, device=like.device)[None, :]
@@ -52,7 +52,7 @@ def _places(height: int, width: int, like: Tensor) -> Tensor:
 
 
 def _inputs(network: Any, noisy_latents: Tensor, times: Tensor, text: TextEncoding, dtype: torch.dtype) -> Any:
-    """What the base and its ControlNet take alike. times: (B,) or (), 1000 sigma."""
+    """Makes the arguments that the base and its ControlNet are both called with. times: (B,) or (), 1000 sigma."""
     states = text.encoder_hidden_states.to(dtype)
     config = getattr(network, "module", network).config
     return dict(

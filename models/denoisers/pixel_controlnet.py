@@ -41,7 +41,7 @@ class HintTokens(ControlNetConditioningEmbedding):
 
 
 class PixelSD3ControlNet(SD3ControlNetModel):
-    """As SD3ControlNetModel, with a hint network in place of the patch embedding of the condition's latents.
+    """An SD3ControlNetModel with a hint network in place of the patch embedding of the condition's latents.
 
     hint_channels: its widths. Each step from one width to the next halves the picture: four widths.
     """
@@ -54,11 +54,15 @@ class PixelSD3ControlNet(SD3ControlNetModel):
 
     @property
     def controlnet_cond_embedding(self) -> HintTokens:
-        """The hint network, by the name that it has in a U-Net's ControlNet."""
+        """Returns the hint network, under the name that it has in a U-Net's ControlNet."""
         return self.pos_embed_input
 
     def forward(self, *, hidden_states: Tensor, controlnet_cond: Tensor, **others: Any) -> Any:  # type: ignore[override]
-        """As SD3ControlNetModel's, with pixels (B, 3, 8h, 8w) in [0, 1] as the condition of latents (B, C, h, w)."""
+        """Runs SD3ControlNetModel's forward with pixels as the condition.
+
+        controlnet_cond: (B, 3, 8h, 8w) in [0, 1], for latents (B, C, h, w). Raises ValueError for pixels of another
+        size.
+        """
         check_condition_size(controlnet_cond, hidden_states)
         return super().forward(hidden_states=hidden_states, controlnet_cond=controlnet_cond, **others)
 

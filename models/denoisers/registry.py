@@ -44,7 +44,10 @@ DENOISERS = {
 
 
 def denoiser_of(network: Any) -> Denoiser:
-    """Returns how a network, a ControlNet, or an engine around one, is called. Raises ValueError for another class."""
+    """Returns the entry of DENOISERS for a network, a ControlNet, or an engine around one.
+
+    Raises ValueError for another class.
+    """
     module = getattr(network, "module", network)
     for one in type(module).__mro__:
         if one.__name__ in DENOISERS:
@@ -82,7 +85,7 @@ def control_residuals(
 
 @torch.no_grad()
 def encode_condition(base: Base, controlnet: nn.Module, conditioning: Tensor) -> Tensor:
-    """Makes what a ControlNet takes of condition pictures (B, 3, H, W), RGB in [0, 1]: those themselves, or latents."""
+    """Turns condition pictures (B, 3, H, W), RGB in [0, 1], into a ControlNet's input: those themselves, or latents."""
     return denoiser_of(controlnet).file.encode_condition(base, controlnet, conditioning)
 
 
@@ -95,9 +98,10 @@ def predict(
     condition: Tensor | None,
     conditioning_scale: float = 1.0,
 ) -> Tensor:
-    """(B, C, h, w): what the base predicts under control, eq. 2 of the paper; without a ControlNet, by itself.
+    """Predicts (B, C, h, w) with the base under control, eq. 2 of arXiv 2302.05543, or alone without a ControlNet.
 
-    Shapes and dtypes as in `control_residuals` and `denoise`.
+    Shapes and dtypes are as in `control_residuals` and `denoise`. Raises ValueError for a ControlNet without a
+    condition.
     """
     if controlnet is None:
         return denoise(network, noisy_latents, times, text)
@@ -150,5 +154,5 @@ def check_fits(controlnet: Any, network: Any, where: str = "the ControlNet") -> 
 
 
 def _plain(value: Any) -> Any:
-    """JSON makes lists of tuples."""
+    """Returns a tuple for a list, since JSON makes lists of tuples, and any other value as it is."""
     return tuple(value) if isinstance(value, list) else value

@@ -19,6 +19,6 @@ class Residuals:
         return tuple(one for group in self.groups for one in group)
 
     def with_each(self, others: Iterable[Tensor]) -> "Residuals":
-        """Returns others in the places of these; as many, in the same order."""
+        """Returns residuals in the same groups, with `others` in place of these: as many, in the same order."""
         left = iter(others)
         return Residuals(tuple(tuple(next(left) for _ in group) for group in self.groups))

@@ -20,8 +20,8 @@ def used_evenly(blocks: int, count: int) -> bool:
 
 
 def used_but_last(blocks: int, count: int) -> bool:
-    """Tells the same where block i adds number int(i / interval), with a fraction in the interval, and the last block
-    adds none, as the networks of SD3 do."""
+    """Tells whether each of `count` residuals is added somewhere, where block i of `blocks` adds number int(i /
+    interval), with a fraction in the interval, and the last block adds none, as the networks of SD3 do."""
     interval = blocks / count
     return count < blocks and {int(block / interval) for block in range(blocks - 1)} == set(range(count))
 
@@ -64,7 +64,7 @@ block, of which only the picture's output is used."""
 
 
 def without_dead_ends(controlnet: Any, last: nn.Module) -> Any:
-    """Makes buffers of the parameters of the last block that never get a gradient; -> the ControlNet.
+    """Turns the parameters of the last block that never get a gradient into buffers, and returns the ControlNet.
 
     They stay in its state, under their names, so that files have what other programs ask for. An optimizer, which is
     given parameters, does not see them. Keeps their values, and those of other buffers, as they are now, in host memory

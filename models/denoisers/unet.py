@@ -74,7 +74,7 @@ def build_controlnet(
     hint_network: HintNetwork = "released",
     only_mid_control: bool = False,
 ) -> ControlNetModel:
-    """A trainable ControlNet for `unet`, in float32: copied encoder, zero convolutions, hint network.
+    """Builds a trainable ControlNet for `unet`, in float32: copied encoder, zero convolutions, hint network.
 
     hint_channels: widths of the hint network. Each step from one width to the next halves the picture: four widths.
     hint_network: that of the released code (3x3 convolutions, SiLU, the last one zero) or that of the paper's text
@@ -110,9 +110,10 @@ def build_controlnet(
 
 
 def keep_only_mid_control(controlnet: ControlNetModel) -> None:
-    """Takes the gradients of the other residuals' convolutions, which must be zero. Raises ValueError where not.
+    """Makes the gradients of all residuals' convolutions but the middle block's zero.
 
-    They stay parameters of the optimizer, and so checkpoints and ZeRO have the same layout in every mode.
+    The convolutions must be zero themselves: raises ValueError where not. They stay parameters of the optimizer, and so
+    checkpoints and ZeRO have the same layout in every mode.
     """
     for parameter in controlnet.controlnet_down_blocks.parameters():
         if parameter.device.type != "meta" and parameter.any():
@@ -121,7 +122,7 @@ def keep_only_mid_control(controlnet: ControlNetModel) -> None:
 
 
 def _start(controlnet: Any, unet: Any, trainable_copy: str, connections: str, hint_network: str) -> None:
-    """The weights before the first step."""
+    """Sets the weights that a ControlNet has before the first step: copies of the U-Net's, or Gaussian ones."""
     for name in COPIED if trainable_copy == "full" else ("conv_in",):
         module = getattr(controlnet, name, None)
         if module is not None:
@@ -135,7 +136,7 @@ def _start(controlnet: Any, unet: Any, trainable_copy: str, connections: str, hi
 
 
 def _start_hint_network(controlnet: ControlNetModel, gain: float) -> None:
-    """Variance-preserving Gaussian weights and no biases; the last convolution stays zero.
+    """Gives the hint network variance-preserving Gaussian weights and zero biases; its last convolution stays zero.
 
     PyTorch's default weights shrink a sparse edge map to 3e-5 over the seven layers, beside biases a thousand times
     larger: the network then learns for hundreds of steps without seeing its condition.
@@ -177,7 +178,7 @@ def finish_reading(controlnet: ControlNetModel) -> ControlNetModel:
 
 
 def check_usable(config: Any, where: str) -> None:
-    """Refuses none: whatever ControlNetModel can be of RGB conditions can be used here."""
+    """Accepts every ControlNet: whatever ControlNetModel can be of RGB conditions can be used here."""
 
 
 def encode_condition(base: Any, controlnet: nn.Module, conditioning: Tensor) -> Tensor:
@@ -192,7 +193,7 @@ def denoise(
     text: TextEncoding,
     residuals: Residuals | None,
 ) -> Tensor:
-    """The locked U-Net's prediction (B, C, h, w) in its dtype: the noise, or v, as the base's prediction_type says.
+    """Predicts the noise, or v, as the base's prediction_type says, with the locked U-Net: (B, C, h, w) in its dtype.
 
     Its weights take no gradient; residuals do, through the middle block's output and the decoder. The encoder sees
     nothing that needs a gradient, so autograd keeps none of its activations.

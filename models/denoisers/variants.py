@@ -1,7 +1,7 @@
 """ControlNets that the paper compares with its own: ControlNet-lite, and its text's hint network.
 
 Both are kept in a diffusers folder of a class of ours, which diffusers itself does not know; `load_controlnet` reads
-them. Gaussian connections and control of the middle block alone need no class: see `controlnet.build_controlnet`.
+them. Gaussian connections and control of the middle block alone need no class: see `unet.build_controlnet`.
 """
 
 import inspect
@@ -55,7 +55,11 @@ class VariantControlNet(ControlNetModel):
         return_dict: bool = True,
         **others: Any,
     ) -> Any:
-        """As ControlNetModel's; with return_dict=False the down residuals and the middle block's."""
+        """Runs the ControlNet as ControlNetModel's forward does.
+
+        Returns the down residuals and the middle block's; with trainable_copy="full" and return_dict=True an output of
+        diffusers that holds them.
+        """
         if not self.lite:
             return super().forward(
                 sample,
@@ -79,7 +83,7 @@ class VariantControlNet(ControlNetModel):
 
 
 def accepted(kind: type, parent: type) -> inspect.Signature:
-    """Makes the signature of a class of ours whose constructor hands `**config` on to that of diffusers.
+    """Makes the signature of a class of ours whose constructor passes `**config` on to that of diffusers.
 
     diffusers keeps those entries of a folder's configuration that the constructor's signature names.
     """
@@ -118,7 +122,11 @@ class PaperHintNetwork(nn.Module):
 
 
 def _one_convolution_a_block(widths: list[int] | tuple[int, ...], layers_per_block: int) -> nn.ModuleList:
-    """Of the shapes that the copy's blocks have: layers_per_block at each width, then a halving but at the last."""
+    """Makes convolutions of the shapes of the copy's blocks.
+
+    There are layers_per_block of them at each width, and then, except at the last width, one that halves height and
+    width.
+    """
     convolutions = nn.ModuleList()
     before = widths[0]
     for number, width in enumerate(widths):
@@ -156,7 +164,8 @@ def check_condition_size(conditioning: Tensor, latents: Tensor) -> None:
 
 
 def start_gaussian(layers: Any, gain: float) -> None:
-    """Weights that keep the variance of what passes after an activation of this gain, and no biases."""
+    """Draws Gaussian weights that keep the variance of what passes after an activation of this gain; biases are
+    zero."""
     for layer in layers:
         torch.nn.init.normal_(layer.weight, std=gain * layer.weight[0].numel() ** -0.5)
         torch.nn.init.zeros_(layer.bias)

@@ -32,7 +32,7 @@ NAMED = 4
 def load_module(
     kind: Any, folder: Path, dtype: torch.dtype, stem: str, *, empty: bool = False, remedy: str = REMEDY
 ) -> Any:
-    """A network from its folder, every tensor from its files, on the CPU in `dtype` and in eval mode.
+    """Reads a network from its folder, every tensor from its files, on the CPU in `dtype` and in eval mode.
 
     kind: a class of diffusers or transformers. stem: as `weights_files` takes it. empty: shapes without memory, on the
     device "meta". remedy: what to do about tensors that do not fit. Raises FileNotFoundError and ValueError, naming
@@ -45,7 +45,10 @@ def load_module(
 
 
 def empty_module(kind: Any, folder: Path) -> Any:
-    """A network of a folder's config.json, whose parameters have no memory yet; its buffers have. Raises ValueError."""
+    """Builds the network of a folder's config.json: its parameters take no memory yet, its buffers do.
+
+    Raises FileNotFoundError without that file, and ValueError if no network can be made of it.
+    """
     config = read_json(folder / "config.json")
     try:
         with init_empty_weights(include_buffers=False):
@@ -60,7 +63,7 @@ def empty_module(kind: Any, folder: Path) -> Any:
 
 
 def read_tensors(files: Sequence[Path], empty: bool = False) -> dict[str, Tensor]:
-    """name -> tensor of all files together, on the CPU; with `empty` from their headers, on the device "meta".
+    """Reads name -> tensor of all files together, on the CPU; with `empty` only their headers, on the device "meta".
 
     Raises ValueError as `stored_tensors`.
     """
@@ -107,12 +110,13 @@ def fill(
 
 
 def _own(tensor: Tensor) -> Tensor:
-    """The tensor without what else was read with it: a view would keep the whole in memory."""
+    """Copies a tensor that is a view of a larger storage, which would stay in memory; returns others unchanged."""
     return tensor if tensor.is_meta or tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def _misfits(expected: Mapping[str, Tensor], found: Mapping[str, Weight]) -> list[str]:
-    """What is wrong with names, shapes and dtypes, a phrase for each kind of fault."""
+    """Describes in phrases what is wrong with names, shapes and dtypes; of each fault it names at most NAMED
+    tensors."""
     missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     both = [name for name in expected if name in found]
     shapes = [
@@ -133,10 +137,10 @@ def _misfits(expected: Mapping[str, Tensor], found: Mapping[str, Weight]) -> lis
 
 
 def _renamed(module: Any, weights: Mapping[str, Weight], where: str) -> dict[str, Weight]:
-    """Under the names that the libraries give them today, and without those that a file may hold besides.
+    """Returns the weights under the names that the libraries use today, without those that the module does not need.
 
     diffusers has renamed the projections of a VAE's attention; transformers 5.6 took the prefix `text_model.` from one
-    of CLIP's classes and left it to the other.
+    of CLIP's classes and left it to the other. Raises ValueError for a tensor that is there under two names.
     """
     renamed = dict(weights)
     if hasattr(module, "_fix_state_dict_keys_on_load"):
@@ -157,9 +161,10 @@ def _renamed(module: Any, weights: Mapping[str, Weight], where: str) -> dict[str
 
 
 def _with_tied(weights: dict[str, Weight], parameters: Mapping[str, Tensor], declared: Any) -> dict[str, Weight]:
-    """A parameter that a module has under two names may lie in a file under one of them.
+    """Adds the missing name of each parameter that a module has under two names and a file under only one of them.
 
-    declared: what a class of transformers says of it, name -> the other name; without memory both are parameters.
+    declared: what a class of transformers says of it, name -> the other name. It is needed because both are separate
+    parameters while they have no memory.
     """
     for name, other in declared.items() if isinstance(declared, Mapping) else ():
         one = next((one for one in (name, other) if one in weights), None)
@@ -176,7 +181,10 @@ def _with_tied(weights: dict[str, Weight], parameters: Mapping[str, Tensor], dec
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Whether all values are finite; true of what has no values, on the meta device. Without a copy of the tensor."""
+    """Tells whether all values are finite, without a copy of the tensor, except of 8-bit floats.
+
+    Returns True for tensors that have no values, on the meta device, and for integers.
+    """
     if tensor.is_meta or not tensor.numel() or not tensor.is_floating_point():
         return True
     if tensor.element_size() == 1:  # 8-bit floats have no arithmetic of their own
@@ -189,7 +197,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _tensors(names: Sequence[str]) -> str:
-    """ "3 tensors (a, b, c)", "the tensor a"."""
+    """Returns a phrase that names tensors, such as "the tensor a" or "3 tensors (a, b, c)"; NAMED of them at most."""
     if len(names) == 1:
         return f"the tensor {names[0]}"
     return f"{len(names)} tensors ({', '.join(names[:NAMED])}{', ...' if len(names) > NAMED else ''})"

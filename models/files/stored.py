@@ -66,7 +66,7 @@ class Stored:
         return _later(torch.chunk, (self, *arguments), options)
 
     def clone(self) -> "Stored":
-        """Returns the same: nothing that is read is shared, and nothing has a gradient."""
+        """Returns the tensor itself: nothing that is read is shared, and nothing has a gradient."""
         return self
 
     contiguous = detach = clone
@@ -97,7 +97,7 @@ def _later(function: Any, arguments: Any, options: Mapping[str, Any]) -> Any:
 
 
 def _with(arguments: Any, take: Callable[[Stored], Tensor]) -> Any:
-    """The arguments of a call with a tensor for each that is stored."""
+    """Returns the arguments of a call with `take(stored)` in place of each stored tensor."""
     if isinstance(arguments, Stored):
         return take(arguments)
     if isinstance(arguments, list | tuple):
@@ -106,7 +106,7 @@ def _with(arguments: Any, take: Callable[[Stored], Tensor]) -> Any:
 
 
 def stored_tensors(files: Sequence[Path], empty: bool = False) -> dict[str, Stored]:
-    """name -> tensor of all files together; with `empty` none will ever be read, and each is one without values.
+    """Returns name -> stored tensor of all files together; with `empty` no values will ever be read, and none has any.
 
     Raises ValueError for a damaged file, a dtype that is not known, and a name that two files have.
     """

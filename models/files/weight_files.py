@@ -27,7 +27,10 @@ _FILE = re.compile(
 
 
 def safetensors_header(file: Path) -> dict[str, Any]:
-    """name -> {dtype, shape, data_offsets} of every tensor. Raises ValueError for a file that is none or incomplete."""
+    """Reads name -> {dtype, shape, data_offsets} of every tensor from a file's header.
+
+    Raises ValueError for a file that is not a safetensors file, is damaged or is incomplete.
+    """
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         size = file.stat().st_size
@@ -54,7 +57,10 @@ def _begin(entry: Any) -> int:
 
 
 def _is_entry(entry: Any) -> bool:
-    """Whether it states a dtype, a shape and a place, and these agree. Of a dtype that is not known only the place."""
+    """Tells whether an entry of a header states a dtype, a shape and offsets, and these agree.
+
+    Of a dtype that is not known the size is not compared, only the form of shape and offsets.
+    """
     if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
         return False
     shape, offsets = entry.get("shape"), entry.get("data_offsets")
@@ -72,17 +78,18 @@ def _short(entry: Any) -> str:
 
 
 def variant_of(file: Path) -> str | None:
-    """diffusion_pytorch_model.fp16.safetensors and diffusion_pytorch_model.fp16-00001-of-00002.safetensors -> fp16."""
+    """Returns the variant in a file's name, or None: fp16 for diffusion_pytorch_model.fp16.safetensors and for
+    diffusion_pytorch_model.fp16-00001-of-00002.safetensors."""
     match = _FILE.fullmatch(file.name)
     return match["variant"] if match else None
 
 
 def weights_files(folder: Path, stem: str) -> list[Path]:
-    """The .safetensors files of a network: the full-precision ones, or else those of its only variant.
+    """Finds the .safetensors files of a network: the full-precision ones, or else those of its only variant.
 
-    stem: what the library that wrote them calls them, `diffusion_pytorch_model` or `model`. A file that holds all goes
-    before shards of it, as in the libraries. Raises FileNotFoundError where there is none, or a shard is not there, and
-    ValueError for several variants.
+    stem: what the library that wrote them calls them, `diffusion_pytorch_model` or `model`. A file that holds all is
+    preferred to shards of it, as in the libraries. Raises FileNotFoundError where there is none, or a shard is missing,
+    and ValueError for several variants and for shards of several downloads.
     """
     groups: dict[str | None, list[Path]] = {}
     for file in sorted(folder.glob("*.safetensors")):
@@ -118,13 +125,14 @@ def _nothing_to_read(folder: Path, stem: str) -> str:
 
 
 def _shard_of(file: Path) -> tuple[int, int] | None:
-    """(number, how many there are) of a shard, counted from 1; None for a file that holds all."""
+    """Returns (number, how many there are) of a shard, counted from 1, or None for a file that holds all."""
     found = re.search(r"-(\d{5})-of-(\d{5})", file.name)
     return (int(found[1]), int(found[2])) if found else None
 
 
 def _shards(folder: Path, stem: str, variant: str | None, files: Sequence[Path]) -> list[Path]:
-    """These, where they are all that there should be. Raises FileNotFoundError and ValueError where not."""
+    """Returns the files if they are all shards that there should be. Raises FileNotFoundError if one is missing, and
+    ValueError if they are of several downloads."""
     numbers = [number for file in files if (number := _shard_of(file))]
     totals = sorted({total for _, total in numbers})
     if len(totals) > 1:
@@ -149,7 +157,7 @@ def _shards(folder: Path, stem: str, variant: str | None, files: Sequence[Path])
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a model's folder. Raises FileNotFoundError, and ValueError for a file that holds none."""
+    """Reads a JSON object of a model's folder. Raises FileNotFoundError, and ValueError for a file that holds none."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -162,5 +170,5 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def shapes_of(files: Sequence[Path]) -> Mapping[str, tuple[int, ...]]:
-    """name -> shape of the tensors of several files, from their headers. Raises ValueError as `safetensors_header`."""
+    """Reads name -> shape of the tensors of several files from headers. Raises ValueError as `safetensors_header`."""
     return {name: tuple(entry["shape"]) for file in files for name, entry in safetensors_header(file).items()}

@@ -26,7 +26,7 @@ TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
 
 
 def scheduler_file(folder: Path) -> Path:
-    """Of a base's folder. Raises FileNotFoundError where it is not there."""
+    """Returns the path of scheduler_config.json in a base's folder. Raises FileNotFoundError where it is not there."""
     path = folder / "scheduler" / "scheduler_config.json"
     if not path.is_file():
         raise MissingFile(
@@ -103,7 +103,7 @@ def check_scheduler(config: Mapping[str, Any], where: str) -> None:
 
 
 def _check_betas(config: Mapping[str, Any], where: str) -> None:
-    """The noise schedule's numbers. Raises ValueError with field and value."""
+    """Checks the noise schedule's numbers. Raises ValueError with field and value."""
     steps = config.get("num_train_timesteps", 1000)
     start, end = config.get("beta_start", 0.0001), config.get("beta_end", 0.02)
     if type(steps) is not int or steps < 1:

@@ -47,7 +47,7 @@ class Diffusion:
 
     @property
     def levels(self) -> int:
-        """How many levels of noise there are."""
+        """Returns how many levels of noise there are."""
         return int(self.scheduler.config["num_train_timesteps"])
 
     @property
@@ -90,8 +90,10 @@ class Diffusion:
         return snr.clamp(max=min_snr_gamma) / divisor
 
     def even_levels(self, ranks: np.ndarray, count: int) -> np.ndarray:
-        """Returns the levels of `count` samples that are spread evenly over all that are drawn; ranks: which of them,
-        int64."""
+        """Returns levels that are spread evenly over all levels.
+
+        ranks: int64, which of `count` samples the levels are for.
+        """
         return (ranks * 2 + 1) * self.levels // (2 * count)
 
     samplers = tuple(SCHEDULERS)
@@ -104,7 +106,7 @@ class Diffusion:
         return scheduler
 
     def facts(self) -> dict[str, Any]:
-        """Returns what of it decides on results."""
+        """Returns the settings that results depend on: fields of the scheduler's configuration."""
         config = self.scheduler.config
         spacing = given_fields(self.scheduler).get("timestep_spacing", "the sampler's own")  # the classes' differ
         return {name: config[name] for name in FIELDS if name in config} | {"timestep_spacing": spacing}
@@ -152,7 +154,7 @@ class FlowMatching:
 
     @property
     def thresholds(self) -> tuple[int, ...]:
-        """Cumulative share of each level but the last, times 2**64: see `level_thresholds`."""
+        """Returns the cumulative share of each level but the last, times 2**64: see `level_thresholds`."""
         return level_thresholds(self.settings)
 
     def with_settings(self, settings: FlowSettings) -> "FlowMatching":
@@ -208,7 +210,10 @@ class FlowMatching:
         return 2.0 / (math.pi * (1.0 - 2.0 * sigmas + 2.0 * sigmas**2))
 
     def even_levels(self, ranks: np.ndarray, count: int) -> np.ndarray:
-        """Returns the levels of `count` samples at even quantiles of the density; ranks: which of them, int64."""
+        """Returns levels at even quantiles of the density.
+
+        ranks: int64, which of `count` samples the levels are for.
+        """
         places = [(2 * int(rank) + 1) * 2**64 // (2 * count) for rank in ranks]
         return np.searchsorted(np.array(self.thresholds, np.uint64), np.array(places, np.uint64), side="right")
 
@@ -247,7 +252,7 @@ class FlowMatching:
         return scheduler
 
     def facts(self) -> dict[str, Any]:
-        """Returns what of it decides on results: fields of the scheduler's configuration."""
+        """Returns the settings that results depend on: fields of the scheduler's configuration."""
         return {name: value for name, value in self.scheduler.config.items() if not name.startswith("_")}
 
 

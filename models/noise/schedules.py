@@ -53,16 +53,20 @@ FIELDS = (
 
 
 def read_noise_scheduler(path: Path) -> DDPMScheduler:
-    """The training view of the scheduler in this scheduler_config.json. Raises ValueError, naming the file."""
+    """Reads a scheduler_config.json, of whatever scheduler, as the DDPMScheduler that the base is trained with.
+
+    Raises FileNotFoundError, and ValueError, naming the file.
+    """
     config = read_json(path)
     check_scheduler(config, str(path))
     return make_noise_scheduler(config, str(path))
 
 
 def make_noise_scheduler(config: Mapping[str, Any], where: str) -> DDPMScheduler:
-    """DDPM's scheduler with the base's part of `config`; of what is not given, DDPM's defaults.
+    """Makes DDPM's scheduler with the base's part of `config` (FIELDS); what is not given has DDPM's defaults.
 
-    `set_alpha_to_one`, which DDPM has not, is kept with it for samplers. Raises ValueError, naming `where`.
+    `set_alpha_to_one`, which DDPM does not have, is kept in its configuration for samplers. Raises ValueError, naming
+    `where`.
     """
     given = {name: config[name] for name in FIELDS if name in config}
     others = {name: given.pop(name) for name in ("set_alpha_to_one",) if name in given}
@@ -75,15 +79,18 @@ def make_noise_scheduler(config: Mapping[str, Any], where: str) -> DDPMScheduler
 
 
 def given_fields(noise_scheduler: DDPMScheduler) -> dict[str, Any]:
-    """The base's part of its configuration, as far as its file states it: what a sampler's class has defaults of its
-    own for is left out where the file leaves it out, as diffusers' pipelines do."""
+    """Returns the base's part of its configuration (FIELDS), as far as its file states it.
+
+    What the file leaves out is left out here, since samplers have defaults of their own for it, as in diffusers'
+    pipelines.
+    """
     config = noise_scheduler.config
     defaults = config.get("_use_default_values", ())
     return {name: config[name] for name in FIELDS if name in config and name not in defaults}
 
 
 def make_sampler(name: str, noise_scheduler: DDPMScheduler) -> Any:
-    """The sampler of this name, of SCHEDULERS, on a base's schedule. Raises ValueError where it cannot take that."""
+    """Makes the sampler of this name, of SCHEDULERS, on a base's schedule. Raises ValueError if they do not fit."""
     takes = inspect.signature(SCHEDULERS[name].__init__).parameters
     accepted = {field: value for field, value in given_fields(noise_scheduler).items() if field in takes}
     try:

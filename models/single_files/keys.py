@@ -41,7 +41,7 @@ _FOREIGN_BEGINNINGS = (
 
 
 def identify_file(shapes: Mapping[str, Any]) -> Family:
-    """The family of a single file in the layout of its authors. shapes: tensor name -> shape.
+    """Finds the family of a single file in the layout of its authors. shapes: tensor name -> shape.
 
     Only what makes a family is looked at, never its sizes. Raises ValueError for a file that is no whole base of a
     known family; the message says what it is.
@@ -88,7 +88,10 @@ _DENOISER = "model.diffusion_model."
 
 
 def _identify_sd3_file(shapes: Mapping[str, Any]) -> Family:
-    """The family of tensors with joint blocks. shapes: of the transformer, without a prefix."""
+    """Finds the family of a transformer with joint blocks. shapes: of its tensors, named without a prefix.
+
+    Raises ValueError for an incomplete transformer, and for one that is no text-to-image model.
+    """
     entry, last = shapes.get("x_embedder.proj.weight", ()), shapes.get("final_layer.linear.weight", ())
     if len(entry) != 4 or len(last) != 2 or "pos_embed" not in shapes:
         raise UserError(
@@ -105,7 +108,10 @@ def _identify_sd3_file(shapes: Mapping[str, Any]) -> Family:
 
 
 def _identify_flux_file(shapes: Mapping[str, Any]) -> Family:
-    """The family of tensors with double blocks. That of FLUX.1 Kontext is equal to FLUX.1-dev's."""
+    """Finds the family of a transformer with double blocks. Raises ValueError for a relative of FLUX.1-dev.
+
+    The tensors of FLUX.1 Kontext are named and shaped as FLUX.1-dev's, so it cannot be told apart.
+    """
     entry, last = shapes.get("img_in.weight", ()), shapes.get("final_layer.linear.weight", ())
     if len(entry) != 2 or len(last) != 2 or not any(key.startswith("single_blocks.") for key in shapes):
         raise UserError(

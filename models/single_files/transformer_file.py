@@ -85,7 +85,7 @@ def _sizes(
 
 
 def _count(names: Iterable[str], blocks: str) -> int:
-    """Counts blocks, as many as the highest number says: one that is not there is then told by its tensors."""
+    """Counts blocks by the highest number in the names, so that a block that is missing is reported by its tensors."""
     numbers = [match[1] for name in names if (match := re.match(rf"{blocks}\.(\d+)\.", name))]
     return 1 + max(map(int, numbers), default=-1)
 

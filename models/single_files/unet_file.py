@@ -43,7 +43,7 @@ _MLP = {"linear_1": "0", "linear_2": "2"}
 
 
 def key_map(controlnet: nn.Module, layers_per_block: int) -> dict[str, str]:
-    """diffusers' name of every tensor of a ControlNet -> its original name, without the `control_model.` prefix.
+    """Returns diffusers' name of each tensor of a ControlNet -> its original name, without the `control_model.` prefix.
 
     Raises ValueError for a module that the original layout has no name for: the miniature's pooled text.
     """
@@ -51,7 +51,10 @@ def key_map(controlnet: nn.Module, layers_per_block: int) -> dict[str, str]:
 
 
 def _original_key(key: str, layers_per_block: int) -> str:
-    """One name. `input_blocks.0` is conv_in; a level has layers_per_block blocks and, but the last, a downsampler."""
+    """Returns the original name of one tensor. Raises ValueError as `key_map`.
+
+    `input_blocks.0` is conv_in; a level has layers_per_block blocks and, except the last level, a downsampler.
+    """
     if match := re.fullmatch(r"down_blocks\.(\d+)\.(resnets|attentions|downsamplers)\.(\d+)\.(.+)", key):
         level, kind, index, rest = int(match[1]), match[2], int(match[3]), match[4]
         first = 1 + level * (layers_per_block + 1)
@@ -102,7 +105,7 @@ def is_original(weights: Mapping[str, Weight]) -> bool:
 
 
 def hint_channels(weights: Mapping[str, Weight], where: str) -> tuple[int, ...]:
-    """Widths of the hint network of a ControlNet file in either layout. Raises ValueError if it holds none."""
+    """Returns the widths of the hint network of a ControlNet file in either layout. Raises ValueError without one."""
     if is_original(weights):
         keys = [f"input_hint_block.{number}.weight" for number in (0, 4, 8, 12)]
         weights = {key.removeprefix(PREFIX): tensor for key, tensor in weights.items()}
@@ -115,14 +118,17 @@ def hint_channels(weights: Mapping[str, Weight], where: str) -> tuple[int, ...]:
 
 
 def condition_channels(weights: Mapping[str, Weight]) -> int:
-    """How many channels the conditions of a ControlNet file have. weights: one that `hint_channels` has accepted."""
+    """Returns how many channels the conditions of a ControlNet file have, or 0 if its first layer is no convolution.
+
+    weights: those of a file that `hint_channels` has accepted.
+    """
     first = "input_hint_block.0.weight" if is_original(weights) else "controlnet_cond_embedding.conv_in.weight"
     weight = next(tensor for key, tensor in weights.items() if key.removeprefix(PREFIX) == first)
     return int(weight.shape[1]) if weight.ndim == 4 else 0
 
 
 def to_diffusers(weights: Mapping[str, Weight], controlnet: ControlNetModel) -> dict[str, Weight]:
-    """A ControlNet file's tensors under diffusers' names; a file that has these already is returned as it is."""
+    """Renames a ControlNet file's tensors to diffusers' names; a file that has these already keeps them."""
     if not is_original(weights):
         return dict(weights)
     names = {original: key for key, original in key_map(controlnet, controlnet.config["layers_per_block"]).items()}
@@ -133,7 +139,10 @@ def to_diffusers(weights: Mapping[str, Weight], controlnet: ControlNetModel) -> 
 def build_base(
     state: Mapping[str, Stored], architecture: Architecture, dtype: torch.dtype, where: str
 ) -> tuple[UNet2DConditionModel, AutoencoderKL, tuple[nn.Module, ...]]:
-    """U-Net, VAE and text encoders from a whole checkpoint in the original layout, on the CPU."""
+    """Builds U-Net, VAE and text encoders from a whole checkpoint in the original layout, on the CPU.
+
+    Raises ValueError for tensors that are missing, unknown, of another shape or no numbers.
+    """
     with init_empty_weights(include_buffers=False):
         unet, vae = UNet2DConditionModel(**architecture.denoiser), AutoencoderKL(**architecture.vae)
     named = f"the U-Net of {where}"
@@ -155,9 +164,10 @@ def build_base(
 def converted(
     convert: Callable[..., dict[str, Any]], state: Mapping[str, Stored], prefix: str, where: str, *arguments: Any
 ) -> dict[str, Stored]:
-    """What diffusers makes of the tensors under a prefix. Raises ValueError for one that is missing or not asked for.
+    """Converts the tensors under a prefix with a function of diffusers, or one like it.
 
-    Its functions look up what they need by name, and pass over what they do not know.
+    Raises ValueError for a tensor that is missing, unknown or of another shape. The unknown are looked for here, since
+    these functions look up what they need by name, and pass over what they do not know.
     """
     try:
         made = convert(dict(state), *arguments)
@@ -185,9 +195,10 @@ _LEFT_OUT = re.compile(r"^loss\.|position_ids$|logit_scale$|^model_ema\.|text_pr
 
 
 def _text_weights(state: Mapping[str, Stored], encoder: Any, where: str) -> dict[str, Stored]:
-    """CLIP-L keeps transformers' names under a prefix; OpenCLIP (SD2.1, and the second of SDXL) has its own names.
+    """Returns the weights of a text encoder under transformers' names.
 
-    Of OpenCLIP's layers the last is passed over where the encoder has one less, as Stable Diffusion 2 reads it.
+    CLIP-L has these names already, under a prefix; OpenCLIP (SD2.1, and the second of SDXL) has its own. Of OpenCLIP's
+    layers the last is left out where the encoder has one less, as Stable Diffusion 2 reads it.
     """
     is_second = isinstance(encoder, CLIPTextModelWithProjection)
     if is_second or "cond_stage_model.model.token_embedding.weight" in state:

@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -117,6 +118,15 @@ def test_imports_point_downwards(path):
         elif folder in DIRECTIONS:
             allowed = reachable(DIRECTIONS[folder], room)
             assert theirs in allowed, f"{folder}/{room} may not import {name}; of {folder}/ it may: {sorted(allowed)}"
+
+
+@EVERY_FILE
+def test_docstrings_of_functions_begin_with_a_verb(path):
+    """In the third person, as in "Returns": what a function is for is the first thing that its reader asks."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and (text := ast.get_docstring(node)):
+            first = text.split()[0].rstrip(",")
+            assert re.fullmatch("[A-Z][a-z]+s", first), f"{path}:{node.lineno} {node.name}: begins with {first!r}"
 
 
 def test_the_directions_name_every_room_and_nothing_else():

@@ -29,14 +29,14 @@ TAKEN_BY = {
 
 
 def kind_of(tree: Any) -> str | None:
-    """The kind with most of its own keys in a file's tree; None where it has none of any."""
+    """Returns the kind that has the most of its own keys in a file's tree, or None where the tree has no such key."""
     counts = {kind: sum(key in tree for key in keys) for kind, keys in OWN_KEYS.items() if isinstance(tree, dict)}
     best = max(counts, key=lambda kind: counts[kind], default=None)
     return best if best and counts[best] else None
 
 
 def mistaken_for(tree: Any, wanted: str, path: str) -> str | None:
-    """What to say of a file that is plainly of another kind than is wanted; None where it is not."""
+    """Returns a message for a file that is plainly of another kind than the wanted one, or None where it is not."""
     kind = kind_of(tree)
     if kind in (None, wanted) or any(key in tree for key in OWN_KEYS[wanted]):
         return None

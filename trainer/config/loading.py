@@ -26,7 +26,11 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 
 
 def read_tree(path: str | os.PathLike[str], overrides: Sequence[str] = (), kind: str = RUN) -> dict[str, Any]:
-    """A run file and its overrides, before anything is checked but that it is a mapping, and of this kind."""
+    """Reads a run file and applies its overrides, without checking any key or value against the fields of a run.
+
+    Raises ConfigError where the file does not exist, is not YAML, is no mapping or is plainly of another kind than
+    `kind`, where it has a key under both its old and its new name, and for an override that cannot be applied.
+    """
     path = Path(path)
     try:
         tree = read_yaml(path, "Correct it, or put a whole copy back")
@@ -49,7 +53,10 @@ def read_tree(path: str | os.PathLike[str], overrides: Sequence[str] = (), kind:
 
 
 def _forget_secrets(tree: dict[str, Any]) -> None:
-    """Of what a run begun before wrote down. Its file cannot be mended: a checkpoint knows the sizes of its files."""
+    """Removes secrets from the tracking URI of a config that an earlier version of a run saved, in place.
+
+    The file itself cannot be mended, since a checkpoint records the sizes of its files.
+    """
     tracking = tree.get("tracking")
     if isinstance(tracking, dict) and isinstance(tracking.get("uri"), str):
         tracking["uri"] = without_secrets(tracking["uri"])
@@ -62,7 +69,7 @@ def refuse_other_kind(tree: Any, path: Path, kind: str) -> None:
 
 
 def build_config(tree: dict[str, Any], source: str = "the run config") -> RunConfig:
-    """A nested dict -> RunConfig; every error of the tree in one ConfigError."""
+    """Builds a RunConfig from a nested dict. Raises one ConfigError that names every error of the tree."""
     rename_keys(tree, source)
     try:
         return RunConfig.model_validate(tree)
@@ -71,7 +78,10 @@ def build_config(tree: dict[str, Any], source: str = "the run config") -> RunCon
 
 
 def explain_errors(error: ValidationError, model: type[BaseModel]) -> str:
-    """All that is wrong with a tree, with the values and what to do. model: the class that refused it."""
+    """Explains everything that is wrong with a tree, with the values and what to do.
+
+    model: the class that refused it.
+    """
     told: list[str] = []
     strange: dict[tuple[Any, ...], list[Any]] = {}
     for one in error.errors():
@@ -127,7 +137,7 @@ def _dotted(location: tuple[Any, ...]) -> str:
 
 
 def _nearest_key(location: tuple[Any, ...], model: type[BaseModel]) -> str | None:
-    """What an unknown key may have been meant for."""
+    """Returns the known key that is spelled most like an unknown one, or None where none is close."""
     close = difflib.get_close_matches(str(location[-1]), _keys_beside(location, model), n=1)
     return close[0] if close else None
 
@@ -143,7 +153,7 @@ def _keys_beside(location: tuple[Any, ...], model: type[BaseModel]) -> list[str]
 
 
 def dump(config: RunConfig) -> str:
-    """The resolved tree as YAML, in the order of the fields."""
+    """Returns the resolved tree as YAML, in the order of the fields."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
@@ -158,9 +168,10 @@ LATER = (
 
 
 def without_later_fields(tree: dict[str, Any]) -> dict[str, Any]:
-    """Takes from the tree of a run, in place, what earlier versions did not have, for digests that are kept.
+    """Removes from a run's tree, in place, what earlier versions did not have, so that saved digests stay the same.
 
-    A field that says another thing than they did stays, and so does each field beside it.
+    Only fields at their defaults are removed: each of `model` by itself, and the section `flow` where all of it is at
+    its default. Where validation.guidance_scale is not set it becomes 7.5, as it was in those versions.
     """
     later = RunConfig.model_fields["flow"].default
     if tree.get("flow") == later.model_dump(mode="json"):
@@ -178,7 +189,10 @@ FOLLOWS_BASE = {"validation.guidance_scale"}
 
 
 def changes(before: str, now: str) -> list[str]:
-    """`section.key: old -> new` of each field that differs between two dumps."""
+    """Lists the fields that differ between two dumps, each as `section.key: old -> new`.
+
+    Fields that the older dump's version did not have are not listed, nor those that are now left to the base's family.
+    """
     old, new = (with_new_names(dict(_leaves(yaml.safe_load(text)))) for text in (before, now))
     names = [*new, *(name for name in old if name not in new)]
     changed = [name for name in names if old.get(name) != new.get(name)]

@@ -12,20 +12,20 @@ Value = TypeVar("Value")
 
 
 def renamed(key: str) -> str:
-    """Returns the name since of section.key, which is most often the same."""
+    """Returns the present name of a key, as section.key; most keys never had another."""
     return RENAMED.get(key, key)
 
 
 def with_new_names(flat: Mapping[str, Value]) -> dict[str, Value]:
-    """Returns a mapping of section.key to anything under the names since."""
+    """Returns a mapping whose keys, as section.key, have their present names."""
     return {renamed(key): value for key, value in flat.items()}
 
 
 def rename_keys(tree: Any, source: str) -> None:
-    """Gives the keys in the tree of a run their names since, in place.
+    """Gives the keys in a run's tree their present names, in place.
 
-    source: the file, for the message. Raises ConfigError where it has a key under both of its names: one of the two
-    values would be lost silently.
+    source: the file, for the message. Raises ConfigError where the tree has a key under both of its names: one of the
+    two values would be lost silently.
     """
     for old, new in RENAMED.items():
         (section, was), (_, name) = old.split("."), new.split(".")
@@ -38,7 +38,7 @@ def rename_keys(tree: Any, source: str) -> None:
 
 
 def with_old_names(tree: dict[str, Any]) -> dict[str, Any]:
-    """Gives the keys in the tree of a run the names that they had first, in place, for digests that are kept."""
+    """Gives the keys in a run's tree their first names again, in place, so that saved digests stay the same."""
     for old, new in RENAMED.items():
         (section, was), (_, name) = old.split("."), new.split(".")
         if name in tree.get(section, {}):

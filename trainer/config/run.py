@@ -151,7 +151,7 @@ class DataConfig(Section):
 
     @property
     def condition_name(self) -> str:
-        """The kind of condition, wherever it comes from."""
+        """Returns the kind of condition, whether it is stored with the samples or computed."""
         return self.condition.removeprefix(COMPUTED)
 
     @field_validator("condition")
@@ -359,7 +359,10 @@ class RunConfig(Section):
 
 
 def gradient_accumulation_steps(config: RunConfig, world_size: int) -> int:
-    """Forward passes that each rank makes per optimizer step. Raises ConfigError where the numbers do not divide."""
+    """Returns how many forward passes each rank makes per optimizer step.
+
+    Raises ConfigError where global_batch_size is not a multiple of micro_batch_size * world_size.
+    """
     samples_per_pass = config.micro_batch_size * world_size
     if config.global_batch_size % samples_per_pass:
         passes = config.global_batch_size / config.micro_batch_size
@@ -374,12 +377,12 @@ def gradient_accumulation_steps(config: RunConfig, world_size: int) -> int:
 
 
 def sources(config: RunConfig) -> tuple[SourceConfig, ...]:
-    """What the run draws from; data.shards is a single source."""
+    """Returns the sources from which the run draws its samples; data.shards counts as a single source."""
     return (SourceConfig(shards=config.data.shards),) if config.data.shards else config.data.sources
 
 
 def data_set_name(config: RunConfig) -> str:
-    """The sources as a person would write them."""
+    """Describes the sources in one line: the shards of each, with its weight and repeats where they are set."""
     return ", ".join(
         source.shards
         + (f" (weight {source.weight:g})" if source.weight is not None else "")
@@ -412,12 +415,12 @@ def run_folder(config: RunConfig) -> Path:
 
 
 def base_path(config: RunConfig) -> Path:
-    """The folder or file of the run's base model."""
+    """Returns the folder or file of the run's base model."""
     return base_folder(config.model.base)
 
 
 def base_folder(name: str) -> Path:
-    """The folder or file of a base model; `miniature` is the one shipped with controlbooth."""
+    """Returns the folder or file of a base model; `miniature` is the one shipped with controlbooth."""
     return MINIATURE if name == BUILT_IN else Path(name)
 
 
@@ -432,7 +435,7 @@ class Tracked(Protocol):
 
 
 def tracking_uri(config: Tracked) -> str:
-    """Where MLflow keeps this run: the configured server, or mlflow.db beside the runs."""
+    """Returns the URI at which MLflow keeps this run: the configured server, or mlflow.db beside the runs."""
     return config.tracking.uri or f"sqlite:///{(config.output / 'mlflow.db').absolute()}"
 
 
@@ -443,7 +446,10 @@ FOR_DATABASES = "give the password to the database's client, for PostgreSQL in P
 
 
 def refuse_secrets(uri: str) -> None:
-    """Raises ValueError, which does not show it, for a URI with a password in it."""
+    """Raises ValueError for a URI with a secret in it, which the message does not show.
+
+    Secrets are passwords, the user of an HTTP server, and secret parameters.
+    """
     clean = without_secrets(uri)
     if clean != uri:
         remedy = FOR_SERVERS if clean.startswith("http") else FOR_DATABASES

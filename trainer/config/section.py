@@ -15,13 +15,17 @@ MAY_HAVE_LINES = ("prompts", "instance_prompt", "class_prompt", "setup")
 
 
 def control_character(text: str, allowed: str = "") -> str | None:
-    """The first character that would end a line, steer a terminal, or is half of one, as it is written; else None."""
+    """Returns a phrase that names the first control character of a text, or None where there is none.
+
+    Such a character would end a line or steer a terminal (Unicode categories Cc, Zl and Zp), or is half of a surrogate
+    pair (Cs). Those in `allowed` do not count.
+    """
     found = (one for one in text if unicodedata.category(one) in ("Cc", "Cs", "Zl", "Zp") and one not in allowed)
     return next((f"the control character {one!r}" for one in found), None)
 
 
 def _refuse_control_characters(value: Any, allowed: str) -> None:
-    """Raises ValueError for a text with such a character, or a list of texts."""
+    """Raises ValueError for a text, or a list with one, that has a control character other than those allowed."""
     if isinstance(value, str | Path) and (control := control_character(str(value), allowed)) is not None:
         raise UserError(f"{control} is not taken here. Leave it out")
     for one in value if isinstance(value, list | tuple) else ():
@@ -37,7 +41,12 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _as_yaml_means_it(cls, value: Any, info: ValidationInfo) -> Any:
-        """An empty section is one; 1e5, which YAML 1.1 reads as text, is a number; yes and no are none."""
+        """Turns a value as YAML reads it into the one that was meant, before pydantic checks it.
+
+        An empty section becomes a section with its defaults. Where a whole number is wanted, 1e5, which YAML 1.1 reads
+        as text, becomes one. Raises ValueError for yes or no where no bool is wanted, for control characters, and for a
+        password, token or signature.
+        """
         name = info.field_name or ""
         wanted = cls.model_fields[name].annotation
         _refuse_control_characters(value, allowed="\n\r\t" if name in MAY_HAVE_LINES else "")

@@ -160,7 +160,10 @@ class SubjectRunConfig(Section):
 
 
 def load_run(path: Path, overrides: Sequence[str] = ()) -> SubjectRunConfig:
-    """Raises ConfigError with every mistake of the file."""
+    """Reads the run file of a DreamBooth run and applies overrides.
+
+    Raises ConfigError with every mistake of the file.
+    """
     tree = read_tree(path, overrides, SUBJECTS)
     try:
         return SubjectRunConfig.model_validate(tree)
@@ -169,7 +172,10 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> SubjectRunConfig:
 
 
 def fill(field: str, template: str, identifier: str, class_noun: str) -> str:
-    """A prompt with its words in it. Raises ValueError, naming the field, for a template that asks for others."""
+    """Fills the identifier and the class noun into a prompt template.
+
+    Raises ValueError, naming the field, for a template that asks for other words or is malformed.
+    """
     words = dict(identifier=identifier, class_noun=class_noun)
     try:
         asked = [(name, spec, how) for _, name, spec, how in Formatter().parse(template) if name is not None]

@@ -13,7 +13,7 @@ from controlbooth.data.arguments import quoted
 from controlbooth.data.loading.loader import Loader
 from controlbooth.data.loading.long_captions import cut_captions
 from controlbooth.data.loading.plan import check_version, continued_history, resume_position, source_weights
-from controlbooth.data.loading.tokens import told_of_cut
+from controlbooth.data.loading.tokens import describe_cut
 from controlbooth.data.order.settings import DrawSettings
 from controlbooth.data.shards.cache import Cache
 from controlbooth.data.shards.latent_cache import LatentCache, open_latent_cache
@@ -44,7 +44,7 @@ from controlbooth.trainer.engine import deepspeed as engines
 from controlbooth.trainer.engine import ema
 from controlbooth.trainer.engine.device import device_name
 from controlbooth.trainer.engine.distributed import World
-from controlbooth.trainer.evaluation.extract import Extract, extractor, tells_control
+from controlbooth.trainer.evaluation.extract import Extract, extractor, measures_control
 from controlbooth.trainer.evaluation.held_out import HeldOutSet
 from controlbooth.trainer.evaluation.verdict import cannot_announce
 from controlbooth.trainer.run import checkpoint as checkpoints
@@ -54,9 +54,9 @@ from controlbooth.trainer.run.attention import choose_once
 from controlbooth.trainer.run.base import open_base, with_usual_guidance
 from controlbooth.trainer.run.continuing import SHAPING, check_position, check_same_run, check_unlocked
 from controlbooth.trainer.run.process import say
-from controlbooth.trainer.run.same_base import back_or_anew, check_same_base, told_of_base
+from controlbooth.trainer.run.same_base import back_or_anew, check_same_base, describe_base_changes
 from controlbooth.trainer.run.watchdog import Watchdog
-from controlbooth.trainer.tracking.open import open_tracker, tell_page
+from controlbooth.trainer.tracking.open import open_tracker, report_page
 from controlbooth.trainer.tracking.run_page import describe_training, inputs, training_tags
 from controlbooth.trainer.tracking.tracker import Tracker
 
@@ -106,8 +106,8 @@ def open_inputs(config: RunConfig, world: World, base: Base) -> tuple[Dataset, H
     if held is None:
         return dataset, None, None
     extract = extractor(held, {}, str(world.device))
-    check_told(config, held, extract, world)
-    if world.rank == 0 and (line := told_of_cut(base.tokenizers, held.captions, "held-out captions")):
+    check_measurable(config, held, extract, world)
+    if world.rank == 0 and (line := describe_cut(base.tokenizers, held.captions, "held-out captions")):
         say(world, f"warning: {line}")
     return dataset, held, extract
 
@@ -135,7 +135,7 @@ def check_saved(
     """Raises ConfigError where a checkpoint is of another run or base; -> whether the decoder learns in it already."""
     begun = f"at step {saved['step']}"
     check_same_base(saved, base, begun, back_or_anew(latest))
-    for line in told_of_base(saved, begun):
+    for line in describe_base_changes(saved, begun):
         say(world, line)
     identity = dict(
         zero_stage=config.engine.zero_stage,
@@ -193,11 +193,15 @@ def announce(run: Run, report: ParameterReport, chosen: AttentionChoice, latest:
         )
     if latest:
         say(world, f"going on from {latest} at step {run.step}")
-        say_changes(world, config, (latest / "config.yaml").read_text(), run.step)
+        report_changes(world, config, (latest / "config.yaml").read_text(), run.step)
 
 
-def say_changes(world: World, config: RunConfig, before: str, step: int) -> None:
-    """What was set anew since the checkpoint, as that holds from here on. before: the configuration that it holds."""
+def report_changes(world: World, config: RunConfig, before: str, step: int) -> None:
+    """Prints which settings have changed since the checkpoint, and warns where they change the learning rate of this
+    step.
+
+    before: the configuration that the checkpoint holds, as YAML.
+    """
     if changed := changes(before, dump(config)):
         say(world, f"changed since step {step}: {'; '.join(changed)}")
     saved = yaml.safe_load(before)
@@ -209,7 +213,8 @@ def say_changes(world: World, config: RunConfig, before: str, step: int) -> None
 
 
 def base_attention_shapes(config: RunConfig, base: Base) -> tuple[AttentionShape, ...]:
-    """Those of one micro-batch's pass, for choosing the kernel by timing it."""
+    """Returns the attention shapes of the base's forward pass for one micro-batch, for choosing the kernel by timing
+    it."""
     resolution = config.data.resolution
     size = resolution // base.family.vae_factor
     latents = torch.zeros(config.micro_batch_size, base.latent_channels, size, size, device=base.device)
@@ -219,14 +224,14 @@ def base_attention_shapes(config: RunConfig, base: Base) -> tuple[AttentionShape
     return attention_shapes(base.denoiser, lambda: denoise(base.denoiser, latents, times, text))
 
 
-def check_told(config: RunConfig, held: HeldOutSet, extract: Extract | None, world: World) -> None:
+def check_measurable(config: RunConfig, held: HeldOutSet, extract: Extract | None, world: World) -> None:
     """Says where control can never be announced. Raises ConfigError where the run is to end by that."""
     patience = config.validation.stop_after_convergence
     if why := cannot_announce(config):
         if patience is not None:
             raise ConfigError(f"validation.stop_after_convergence={patience} would never end the run: {why}")
         say(world, f"warning: {why}")
-    elif patience is not None and not tells_control(held, extract):
+    elif patience is not None and not measures_control(held, extract):
         raise ConfigError(
             f"validation.stop_after_convergence={patience} would never end the run: no figure tells control of "
             f"{held.kind} in pictures of {config.data.held_out}. Leave it out, or put edges there too, which are "
@@ -272,7 +277,11 @@ def make_loader(
     order: dict[str, Any] | None = None,
     latent_cache: LatentCache | None = None,
 ) -> Loader:
-    """order: the data order of the checkpoint that the run goes on from."""
+    """Makes the loader of the training data, which begins at `step`.
+
+    order: the data order in the checkpoint that the run goes on from; None in a new run. Raises ConfigError as
+    `check_aspect_step` does.
+    """
     data = config.data
     size = data.resolution // base.family.vae_factor
     check_aspect_step(config, base)
@@ -337,7 +346,7 @@ def check_aspect_step(config: RunConfig, base: Base) -> None:
 
 
 def unlock_decoder(run: Run) -> None:
-    """From here on the base's decoder learns too. Called by every rank, between two steps."""
+    """Makes the base's decoder learn too from here on, in a new engine. Every rank calls this, between two steps."""
     controlnet, shares = unlocking.take_out(run.engine, run.average)
     run.engine = run.average = None
     run.engine, run.average = unlocking.unlocked_engine(
@@ -366,7 +375,7 @@ def make_tracker(run: Run, parameters: int) -> Tracker:
             "controlnet_parameters": parameters,
         },
     )
-    tracker = open_tracker(run.folder, config, tags, run.attempt, partial(tell_page, world))
+    tracker = open_tracker(run.folder, config, tags, run.attempt, partial(report_page, world))
     tracker.log_inputs(inputs(config, run.dataset, held_out))
     machine = (
         f"{world.world_size} rank{'s' * (world.world_size > 1)} on {device}, {run.precision}, "

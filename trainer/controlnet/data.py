@@ -14,7 +14,10 @@ from controlbooth.trainer.run.process import say
 
 
 def open_data(config: RunConfig, world: World) -> tuple[Dataset, HeldOutSet | None]:
-    """The training shards and the held-out set, checked to be apart. Rank 0 indexes what has no index yet."""
+    """Opens the training shards and the held-out set (None where there is none), and checks that they do not overlap.
+
+    Rank 0 first indexes the shards that have no index yet. Raises ConfigError where the two overlap.
+    """
     locations = [source.shards for source in sources(config)]
     if world.rank == 0:
         for location in [*locations, config.data.held_out]:
@@ -48,5 +51,5 @@ def check_held_out(dataset: Dataset, held_out: Dataset) -> None:
 
 
 def run_buckets(config: RunConfig, dataset: Dataset) -> Buckets:
-    """The picture shapes of the run's order, and which samples have which."""
+    """Plans the picture shapes of the run, and which samples have which."""
     return plan_order(dataset, order_settings(config))[1]

@@ -16,7 +16,7 @@ from controlbooth.trainer.run.network_check import problem
 
 
 def network_problems(config: RunConfig) -> Iterator[str]:
-    """Why a ControlNet run cannot work with its base and its ControlNet as they are now."""
+    """Yields why a ControlNet run cannot work with its base and its ControlNet as they are now."""
     found: list[Any] = []
     yield from problem(f"model.base is {config.model.base!r}", lambda: found.append(_base(config)))
     if not found:

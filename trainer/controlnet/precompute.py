@@ -204,7 +204,8 @@ def check_apart(folder: Path, dataset: Dataset) -> None:
 
 
 def all_damaged(latent_cache: LatentCache, world: World) -> list[tuple[str, int]]:
-    """(kind, shard) of what is there and damaged, on every rank; each has read its share, and told what it found."""
+    """Returns (kind, shard) of each cache shard that is there and damaged, on every rank. Each rank checks its share of
+    them and prints what it finds."""
     group = patient_group() if world.world_size > 1 else None  # a share may be terabytes
     mine = damaged(latent_cache, world.rank, world.world_size)
     for fault in mine.values():
@@ -213,7 +214,8 @@ def all_damaged(latent_cache: LatentCache, world: World) -> list[tuple[str, int]
 
 
 def lacking_kinds(latent_cache: LatentCache, spoiled: Sequence[tuple[str, int]] = ()) -> dict[int, list[str]]:
-    """Shard -> kinds of cache shards that it lacks, or has damaged; equal shards of two sources share theirs."""
+    """Returns, by shard, the kinds of cache shards that it lacks or has damaged. Equal shards of two sources have the
+    same cache shards, which are listed once."""
     jobs = {latent_cache.paths[kind][shard]: (kind, shard) for kind, shard in (*missing(latent_cache), *spoiled)}
     kinds: dict[int, list[str]] = {}
     for kind, shard in jobs.values():
@@ -239,7 +241,7 @@ def report(base: Base, dataset: Dataset, latent_cache: LatentCache, jobs: dict[i
 
 
 def sample_bytes(base: Base, latent_cache: LatentCache) -> dict[str, int]:
-    """Bytes of a sample in each kind of cache shard, of its largest picture and with one caption."""
+    """Returns the bytes of a sample in each kind of cache shard, for the largest picture shape and one caption."""
     height, width = max(latent_cache.identities["latents"]["shapes"], key=lambda shape: shape[0] * shape[1])
     posterior = encode_posterior(base, torch.zeros(1, 3, height, width, device=base.device))
     text = [tensor for tensor in encode_captions(base, [""]) if tensor is not None]
@@ -269,7 +271,7 @@ def compute(
     latent_cache: LatentCache,
     jobs: dict[int, list[str]],
 ) -> int:
-    """This rank's share of the shards; -> how many of their samples lack something."""
+    """Computes this rank's share of the shards. Returns how many of their samples cannot be read, or not in full."""
     data = config.data
     mine = sorted(jobs)[world.rank :: world.world_size]
     cv2.setNumThreads(1)
@@ -320,7 +322,7 @@ def compute_shard(work: Work, shard: int, kinds: Sequence[str], bar: tqdm) -> in
 
 
 def read_shard(work: Work, shard: int, index: ShardIndex) -> Iterator[Sample]:
-    """The usable samples, decoded in threads a few batches ahead of who takes them."""
+    """Yields the usable samples of a shard in order, decoded in threads up to two batches ahead of the consumer."""
     shapes = row_shapes(work, shard, index.aspect_bins())
     rows = index.usable().tolist()
     ahead: deque[Future[Sample]] = deque()
@@ -333,7 +335,8 @@ def read_shard(work: Work, shard: int, index: ShardIndex) -> Iterator[Sample]:
 
 
 def row_shapes(work: Work, shard: int, bins: np.ndarray) -> list[Shape | None]:
-    """The shape of each usable sample; None where the run's condition has no sample of that bin, and so no shape."""
+    """Returns the shape of each usable sample; None where no sample with the run's condition is in that bin of aspect
+    ratios, so that the run has no shape for it."""
     shapes = work.buckets.shapes
     if len(shapes) == 1:
         return [shapes[0]] * len(bins)
@@ -346,7 +349,8 @@ def row_shapes(work: Work, shard: int, bins: np.ndarray) -> list[Shape | None]:
 def read_sample(
     reader: ShardReader, shard: int, ordinal: int, row: int, shape: Shape | None, max_pixels: int
 ) -> Sample:
-    """Runs in a thread. Pictures are cut as the loader cuts them without random crops and flips."""
+    """Reads and decodes one sample, in a thread. Pictures are cut as the loader cuts them without random crops and
+    flips."""
     try:
         sample = reader.read(shard, ordinal)
     except BadSample as error:

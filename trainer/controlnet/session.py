@@ -73,7 +73,8 @@ class Run:
 
 
 def send_what_is_left(attempt: Attempt, config: RunConfig) -> None:
-    """Of a finished run whose server did not answer at its end, or which was killed on its very last line."""
+    """Sends MLflow the rest of a finished run whose server did not answer at its end, or that was killed on its very
+    last line. Writes its speed.json, unless it is there, and status.json."""
     folder, tracker = attempt.run, open_tracker(attempt.run, config, {}, attempt)
     tracker.finish("FINISHED")
     tracker.close(timeout_seconds=30.0)
@@ -126,7 +127,8 @@ def save(run: Run, figures: dict[str, float]) -> None:
 
 
 def note_stall(run: Run, began: float) -> None:
-    """began: of time.perf_counter(), when training stood still for a checkpoint."""
+    """Logs for how many seconds training stood still for a checkpoint. began: the time.perf_counter() at which that
+    began."""
     if run.tracker is not None:
         run.tracker.log(run.step, {"checkpoint_stall_seconds": time.perf_counter() - began})
 

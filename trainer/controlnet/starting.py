@@ -87,8 +87,11 @@ def check_continues(config: RunConfig, latest: Path, state: dict[str, Any]) -> N
 
 
 def planned_order(config: RunConfig, saved: dict[str, Any]) -> tuple[Any, str] | None:
-    """-> the order in which the run goes on, and its data's fingerprint; None where the data are not indexed, or not
-    there, which is told elsewhere. saved: the checkpoint's order. Raises ValueError."""
+    """Returns the order in which the run goes on and its data's fingerprint; None where the data are missing or not
+    indexed, which is reported elsewhere.
+
+    saved: the checkpoint's order. Raises ValueError where no order can be planned.
+    """
     from controlbooth.data.loading.plan import continued_history, plan_order, source_weights
     from controlbooth.data.shards.manifest import join_datasets, open_dataset
 

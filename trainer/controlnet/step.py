@@ -48,7 +48,10 @@ class DeviceBatch:
 
 
 def to_device(batch: MicroBatch, device: torch.device) -> DeviceBatch:
-    """Copies a micro-batch to the device, and there brings uint8 into the networks' ranges."""
+    """Copies a micro-batch to the device, and there scales uint8 pixels to the networks' ranges.
+
+    Raises ValueError for a batch without conditions.
+    """
     if batch.conditioning is None:
         raise UserError("a ControlNet is trained on conditions, and the loader was made without a condition kind")
 
@@ -70,7 +73,8 @@ def to_device(batch: MicroBatch, device: torch.device) -> DeviceBatch:
 
 
 def prediction_and_target(base: Base, controlnet: nn.Module, batch: DeviceBatch) -> tuple[Tensor, Tensor]:
-    """What the controlled network says of the noisy latents, and what it should say; (B, C, h, w) each."""
+    """Returns what the controlled network predicts from the noisy latents, and what it should predict, (B, C, h, w)
+    each."""
     with torch.no_grad():
         with record_function("encode picture"):
             posterior = batch.posterior if batch.pixel_values is None else encode_posterior(base, batch.pixel_values)
@@ -89,7 +93,8 @@ def prediction_and_target(base: Base, controlnet: nn.Module, batch: DeviceBatch)
 
 
 def controlnet_loss(base: Base, controlnet: nn.Module, batch: DeviceBatch, min_snr_gamma: float | None) -> Tensor:
-    """The loss of one micro-batch, a float32 scalar: how well controlled noise prediction undoes what was added."""
+    """Returns the loss of one micro-batch, a float32 scalar: the mean squared error of the controlled prediction,
+    weighted by sample and by noise level."""
     prediction, target = prediction_and_target(base, controlnet, batch)
     weights, by_level = batch.weights, base.process.loss_weights(batch.levels, target.shape, min_snr_gamma)
     return weighted_mse(prediction, target, weights if by_level is None else weights * by_level)
@@ -103,10 +108,10 @@ def controlnet_step(
     min_snr_gamma: float | None,
     device: torch.device,
 ) -> list[float]:
-    """This rank's share of one optimizer step: forward and backward over its micro-batches.
+    """Runs this rank's share of one optimizer step: forward and backward over its micro-batches.
 
-    `backward` takes a micro-batch's loss and accumulates its gradients, divided by the number of micro-batches.
-    Returns the loss of each micro-batch. The optimizer is not moved: engine.apply_gradients does that.
+    `backward` takes a micro-batch's loss and accumulates its gradients, divided by the number of micro-batches. Returns
+    the loss of each micro-batch. Weights do not change here: engine.apply_gradients takes the step.
     """
     losses = []
     for micro_batch in micro_batches:

@@ -45,19 +45,20 @@ def is_unlocked(engine: Any) -> bool:
 
 
 def unlocks_now(config: RunConfig, step: int, engine: Any) -> bool:
-    """Whether the decoder must learn from this step on and does not yet."""
+    """Tells whether the decoder must learn from this step on and does not yet."""
     at = config.model.unlock_decoder_at
     return at is not None and step >= at and not is_unlocked(engine)
 
 
 def parameter_groups(network: nn.Module) -> list[list[nn.Parameter]]:
-    """Those with a learning rate of their own, in the order of `learning_rates`."""
+    """Returns the groups of parameters that have learning rates of their own, in the order of `learning_rates`."""
     parts = (network.controlnet, network.decoder) if isinstance(network, UnlockedNetwork) else (network,)
     return [list(part.parameters()) for part in parts]
 
 
 def learning_rates(config: RunConfig, step: int, engine: Any) -> dict[str, float]:
-    """By the name of its metric: the ControlNet's, and once it learns the decoder's, on the same schedule."""
+    """Returns the learning rates by the names of their metrics: the ControlNet's and, once the decoder learns, the
+    decoder's on the same schedule."""
     rate = engines.learning_rate(config.optimizer, step, config.max_steps)
     rates = {"learning_rate": rate}
     if is_unlocked(engine):
@@ -67,7 +68,8 @@ def learning_rates(config: RunConfig, step: int, engine: Any) -> dict[str, float
 
 
 def take_out(engine: Any, average: ema.Average | None) -> tuple[Any, list[Share]]:
-    """A fresh ControlNet with the engine's weights, in float32 on the CPU, and this rank's share of the optimizer.
+    """Returns a new ControlNet with the engine's weights, in float32 on the CPU, and this rank's share of the
+    optimizer's state.
 
     The engine is of no use afterwards; drop it before the next one is made, which then has its memory.
     """
@@ -99,7 +101,8 @@ def unlocked_engine(
     precision: str,
     world_size: int,
 ) -> tuple[Any, ema.Average | None]:
-    """The engine, and the average if the run keeps one, that go on from `take_out`. Every rank calls this."""
+    """Makes the engine, and the average if the run keeps one, that go on from what `take_out` returned. Every rank
+    calls this."""
     engines.reclaim(base.device)
     if config.model.only_mid_control:
         keep_only_mid_control(controlnet)
@@ -126,25 +129,28 @@ def unlocked_engine(
 
 
 def moment_steps(engine: Any) -> list[float]:
-    """How many steps the moments of each of the optimizer's tensors hold, to be saved with an unlocked checkpoint."""
+    """Returns how many steps the moments of each of the optimizer's tensors hold, to be saved with an unlocked
+    checkpoint."""
     return [float(state.get("step", 0)) for state in engines.optimizer_state(engine)]
 
 
 def restore_moment_steps(engine: Any, steps: list[float]) -> None:
-    """After a load: the universal format of ZeRO-3 has one number for all, and the decoder's has begun later."""
+    """Restores the step counts of the moments after a load: the universal format of ZeRO-3 has one number for all, but
+    the decoder began to learn later."""
     for state, taken in zip(engines.optimizer_state(engine), steps, strict=True):
         if torch.is_tensor(state.get("step")):
             state["step"] = torch.full_like(state["step"], taken)
 
 
 def write_networks(engine: Any, weights: dict[str, Tensor], folder: Path) -> None:
-    """`checkpoint.write_controlnet` for an unlocked engine: the ControlNet's folder, with the decoder in it."""
+    """Writes the ControlNet's folder with the decoder in it: the `write_weights` of `begin_save` for an unlocked
+    engine."""
     save_controlnet(as_module(engine.module.controlnet, _named(weights, CONTROLNET)), folder)
     save_decoder(_named(weights, DECODER), folder)
 
 
 def read_networks(folder: Path) -> dict[str, Tensor]:
-    """What `write_networks` wrote, by the names of the engine's parameters."""
+    """Reads what `write_networks` wrote, by the names of the engine's parameters."""
     controlnet, decoder = load_file(folder / SAFETENSORS_WEIGHTS_NAME), load_file(folder / DECODER_FILE)
     return {CONTROLNET + name: tensor for name, tensor in controlnet.items()} | {
         DECODER + name: tensor for name, tensor in decoder.items()

@@ -44,7 +44,7 @@ from controlbooth.trainer.tracking.run_page import describe_control
 
 
 def validate_and_log(run: Run) -> dict[str, float]:
-    """Samples and measures on all ranks; rank 0 logs the figures and the picture. Returns the figures."""
+    """Validates on all ranks; rank 0 logs the figures and the pictures of samples. Returns the figures, by name."""
     assert run.held is not None
     run.watchdog.begin("the validation", run.step)
     grid = run.folder / "samples" / f"step-{run.step:08d}.png"
@@ -68,7 +68,7 @@ def validate_and_log(run: Run) -> dict[str, float]:
         run.tracker.log_image(grid, "samples", run.step)
         if run.config.validation.prompts:
             run.tracker.log_image(prompted, "prompts", run.step)
-    say(run.world, f"step {run.step}: {told(figures)} ({time.perf_counter() - began:.0f} s)")
+    say(run.world, f"step {run.step}: {describe_figures(figures)} ({time.perf_counter() - began:.0f} s)")
     note_verdict(run, validated=True)
     return figures
 
@@ -89,7 +89,7 @@ def note_verdict(run: Run, validated: bool) -> None:
             run.tracker.log(run.step, {"convergence/step": verdict.announced.step})
         changed = verdict.events != (before.events if before else ())
         if changed or (verdict.events and not validated):
-            tell_verdict(run, verdict, "" if validated or not changed else f"as of step {run.step}: ")
+            report_verdict(run, verdict, "" if validated or not changed else f"as of step {run.step}: ")
         elif not verdict.events and run.step > USUAL_STEPS and not run.warned:
             say(run.world, "warning: " + describe(verdict))
             run.warned = True
@@ -98,7 +98,7 @@ def note_verdict(run: Run, validated: bool) -> None:
     run.verdict = from_first_rank(verdict)
 
 
-def tell_verdict(run: Run, verdict: Verdict, since: str) -> None:
+def report_verdict(run: Run, verdict: Verdict, since: str) -> None:
     """Says it, and tags it in MLflow. since: what is said before it."""
     say(run.world, since + describe(verdict))
     if run.tracker is not None:
@@ -107,7 +107,7 @@ def tell_verdict(run: Run, verdict: Verdict, since: str) -> None:
 
 
 def converged_long_ago(run: Run) -> bool:
-    """Whether the run was asked to end now, because control came long enough ago."""
+    """Tells whether the run was asked to end now, because control came long enough ago."""
     patience = run.config.validation.stop_after_convergence
     announced = run.verdict.announced if run.verdict else None
     return patience is not None and announced is not None and run.step >= announced.step + patience
@@ -119,8 +119,11 @@ BESIDE = ("_chance", "_real", "_share", "_share_low", "_share_high")
 
 @torch.no_grad()
 def fixed_noise_loss(base: Base, controlnet: nn.Module, held: HeldOutSet, size: int, world: World) -> float:
-    """The training loss on the held-out set with noise and timesteps that never change, prompts kept: comparable
-    between steps and between runs, which the training loss is not."""
+    """Computes the mean squared error of predictions on the held-out set, with noise and timesteps that never change
+    and no prompt dropped.
+
+    So it can be compared between steps and between runs, which the training loss cannot.
+    """
     count = len(held.keys)
     mine = [i % count for i in range(world.rank, -(-count // world.world_size) * world.world_size, world.world_size)]
     factor = base.family.vae_factor
@@ -151,8 +154,8 @@ def fixed_noise_loss(base: Base, controlnet: nn.Module, held: HeldOutSet, size: 
 def fidelity_figures(
     controlled: np.ndarray, unprompted: np.ndarray, plain: np.ndarray, held: HeldOutSet, extract: Extract | None
 ) -> dict[str, float]:
-    """Means over the set, of pictures made with control, with control and no prompt, and without control, (N, H, W, 3)
-    uint8 each.
+    """Measures pictures made with control, with control and no prompt, and without control, (N, H, W, 3) uint8 each.
+    Returns means over the set, by name.
 
     For each figure NAME: NAME with captions, NAME_chance of the same pictures under the conditions of other samples,
     NAME_real of the real pictures, and NAME_share, _share_low and _share_high: the share of what is possible with its
@@ -181,8 +184,9 @@ def fidelity_figures(
     return {name: float(value) for name, value in figures.items() if np.isfinite(value)}
 
 
-def told(figures: Mapping[str, float]) -> str:
-    """What `validate` returns, in one line for people: chance and share behind the figure that they belong to.
+def describe_figures(figures: Mapping[str, float]) -> str:
+    """Formats what `validate` returns in one line for people, with chance and share behind the figure that they belong
+    to.
 
     What the base does without control, which is the same at every validation, is left out.
     """
@@ -208,11 +212,11 @@ def validate(
     extract: Extract | None,
     attempt: Attempt,
 ) -> dict[str, float]:
-    """Samples, measures and draws. Returns the figures, by name, on every rank.
+    """Draws samples, measures them and saves pictures of them. Returns the figures, by name, on every rank.
 
-    grid: where rank 0 draws a picture of condition | without control | with control | target. What the base makes by
-    itself is made on the first call, and kept beside it as an .npy for as long as nothing that it depends on changes.
-    attempt: the start that has taken the run; files are made in its folder. Raises Superseded.
+    grid: where rank 0 draws a picture of condition | without control | with control | control, no prompt | target. What
+    the base makes by itself is made on the first call, and kept beside it as an .npy for as long as nothing that it
+    depends on changes. attempt: the start that has taken the run; files are made in its folder. Raises Superseded.
     """
     was_training = controlnet.training
     controlnet.eval()

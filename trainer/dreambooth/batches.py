@@ -80,7 +80,11 @@ def begin_training(config: SubjectRunConfig, base: Base, task: Task) -> Training
 
 @torch.no_grad()
 def encode_pictures(config: SubjectRunConfig, base: Base, pictures: Sequence[np.ndarray], prompt: str) -> Pictures:
-    """One at a time, so that a picture's latents do not depend on how many others there are."""
+    """Encodes pictures, each (3, H, W) uint8, into the VAE's posterior, and their common prompt.
+
+    They are encoded one at a time, so that a picture's latents do not depend on how many others there are. With
+    random_flip a mirrored copy of each picture is added.
+    """
     shown = [*pictures, *(picture[:, :, ::-1].copy() for picture in pictures)] if config.random_flip else pictures
     encoded = [
         encode_posterior(base, to_pixel_values(torch.from_numpy(picture)[None].to(base.device))) for picture in shown
@@ -92,9 +96,11 @@ def encode_pictures(config: SubjectRunConfig, base: Base, pictures: Sequence[np.
 def make_batch(
     config: SubjectRunConfig, base: Base, trainings: Sequence[Training], share: slice = slice(None)
 ) -> SubjectBatch:
-    """Everything random about a subject's step is drawn from (its seed, its step): no company changes it.
+    """Makes the batch of one step of these subjects.
 
-    share: of each step's pictures, and of its class pictures; all of them where a rank has the subject to itself.
+    Everything random about a subject's step is drawn from (its seed, its step), so the other subjects change nothing.
+    share: the part of each step's pictures, and of its class pictures, that this rank takes; all of them where a rank
+    has the subject to itself.
     """
     count = config.instance_batch_size
     parts = []
@@ -118,7 +124,10 @@ def make_batch(
 def _rows(
     base: Base, pictures: Pictures, seed: int, positions: np.ndarray
 ) -> tuple[Tensor, Tensor, Tensor, TextEncoding]:
-    """-> latents, timesteps, noise and text of these positions; each pass over the pictures is shuffled anew."""
+    """Returns latents (B, C, h, w) float32, timesteps (B,) int64, noise (B, C, h, w) float32 and text of B positions.
+
+    Each pass over the pictures is shuffled anew.
+    """
     n = len(pictures.mean)
     chosen = [int(draws.permutation(draws.hash64(seed, "pass", p // n), n)[p % n]) for p in positions.tolist()]
     shape, device = pictures.mean.shape[1:], pictures.mean.device
@@ -146,7 +155,7 @@ def prior_folder(config: SubjectRunConfig, base: Base, prompt: str) -> Path:
 
 
 def draw_prior(config: SubjectRunConfig, base: Base, tasks: Sequence[Task], world: World) -> None:
-    """Class pictures that are not there yet, spread over the ranks; every rank waits until all are."""
+    """Draws the class pictures that do not exist yet, spread over the ranks; every rank waits until all exist."""
     if config.prior.weight == 0:
         return
     prompts = sorted({task.class_prompt for task in tasks})

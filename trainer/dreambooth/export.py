@@ -58,7 +58,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def trained_file(run: Path, name: str, best: bool) -> Path:
-    """The LoRA of a subject's last step, or of its best. Raises ConfigError where no step was found to be that."""
+    """Returns the LoRA file of a subject's last step, or with `best` that of its best step.
+
+    Raises ConfigError where no step was found to be the best.
+    """
     own = run / "subjects" / name
     if not best:
         return own / LORA_FILE
@@ -71,9 +74,10 @@ def trained_file(run: Path, name: str, best: bool) -> Path:
 
 
 def kohya_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """peft's names (unet.a.b.lora_A.weight) -> kohya's (lora_unet_a_b.lora_down.weight), with alpha = rank.
+    """Renames tensors from peft's names (unet.a.b.lora_A.weight) to kohya's (lora_unet_a_b.lora_down.weight).
 
-    kohya's scripts scale by alpha / rank, and ours does not scale, so alpha is the rank.
+    An alpha is added to each layer. kohya's scripts scale by alpha / rank, and ours does not scale, so alpha is the
+    rank.
     """
     renamed = {}
     for name, tensor in weights.items():

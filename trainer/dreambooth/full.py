@@ -118,7 +118,7 @@ def optimizer_settings(config: SubjectRunConfig, task: Task) -> OptimizerConfig:
 
 
 def identity(config: SubjectRunConfig, task: Task, precision: str, base: Base) -> dict[str, Any]:
-    """What a checkpoint of a subject must agree with."""
+    """Returns the settings that a subject's checkpoint and the run that resumes from it must agree on."""
     return dict(
         zero_stage=config.engine.zero_stage,
         precision=precision,
@@ -129,7 +129,10 @@ def identity(config: SubjectRunConfig, task: Task, precision: str, base: Base) -
 
 
 def step_full(config: SubjectRunConfig, training: FullTraining, batch: SubjectBatch) -> tuple[float, float, bool]:
-    """One optimizer step. batch: this rank's SubjectBatch of one subject. -> losses, and whether it was skipped."""
+    """Makes one optimizer step, and returns the instance loss, the prior loss and whether the update was skipped.
+
+    batch: this rank's SubjectBatch of one subject.
+    """
     network: Any = training.engine
     instance, prior = dreambooth_step(
         training.base,
@@ -146,13 +149,13 @@ def step_full(config: SubjectRunConfig, training: FullTraining, batch: SubjectBa
 
 
 def has_finite_weights(engine: Any) -> bool:
-    """Of the weights that this rank holds: all of them, or with ZeRO-3 its part."""
+    """Tells whether the weights that this rank holds are finite: the whole network's, or with ZeRO-3 its part."""
     own = (getattr(parameter, "ds_tensor", parameter) for parameter in engine.module.parameters())
     return all(bool(tensor.isfinite().all()) for tensor in own)
 
 
 def save_full(run: SubjectRun, training: FullTraining) -> None:
-    """Saves a checkpoint of the subject, and none older. Every rank calls this."""
+    """Saves a checkpoint of the subject, and deletes its older ones. Every rank calls this."""
     own, world = run.folder / "subjects" / training.task.name, run.world
     state = identity(run.config, training.task, run.precision, training.base) | dict(
         step=training.step, world_size=world.world_size, metrics={}
@@ -175,7 +178,7 @@ def save_full(run: SubjectRun, training: FullTraining) -> None:
 
 
 def train_fully(run: SubjectRun, tasks: Sequence[Task]) -> bool:
-    """Trains these subjects, one after another; -> whether it was stopped."""
+    """Trains these subjects one after another, and returns whether training was stopped."""
     bar = tqdm(total=sum(task.steps for task in tasks), unit="step", desc="subjects", disable=run.world.rank > 0)
     run.tracking.queue(tasks)
     for task in tasks:
@@ -192,7 +195,10 @@ def train_fully(run: SubjectRun, tasks: Sequence[Task]) -> bool:
 
 
 def begin_on_all_ranks(run: SubjectRun, task: Task) -> Training | None:
-    """Reads and encodes a subject's pictures; None where a rank cannot, and its status says why."""
+    """Reads and encodes a subject's pictures on every rank.
+
+    Returns None where some rank cannot; the subject has then failed, and its status says why.
+    """
     pictures, error = None, None
     try:
         pictures = begin_training(run.config, run.base, task)
@@ -207,13 +213,16 @@ def begin_on_all_ranks(run: SubjectRun, task: Task) -> Training | None:
 
 
 def note(run: SubjectRun, task: Task, **fields: object) -> None:
-    """Writes the subject's status; ranks but the first leave it to that."""
+    """Writes the subject's status on the first rank; the other ranks leave it to that one."""
     if run.world.rank == 0:
         run.write_status(task.name, **fields)
 
 
 def train_subject(run: SubjectRun, task: Task, pictures: Training, bar: tqdm) -> bool:
-    """Trains one subject to its end, its failure or a stop; -> whether it was stopped. Every rank calls this."""
+    """Trains one subject to its end, its failure or a stop, and returns whether it was stopped.
+
+    Every rank calls this.
+    """
     training = begin_full(run, task)
     note(run, task, state="training", step=training.step, steps=task.steps)
     run.tracking.begin(task, training.step)
@@ -252,7 +261,10 @@ def train_subject(run: SubjectRun, task: Task, pictures: Training, bar: tqdm) ->
 def save_unless_diverged(
     run: SubjectRun, training: FullTraining, skipped_in_a_row: int, loss: float, stopped: bool
 ) -> str | None:
-    """Saves the subject where it is worth it on every rank; else -> why not."""
+    """Saves the subject unless its training has diverged on some rank.
+
+    Returns why it has diverged, or None where it was saved. Every rank calls this.
+    """
     own = divergence(training.task, training.step, skipped_in_a_row, loss, has_finite_weights(training.engine))
     error = next((one for one in gather_objects(own, run.world) if one is not None), None)
     if error is None:
@@ -263,7 +275,7 @@ def save_unless_diverged(
 
 
 def end_subject(run: SubjectRun, training: FullTraining, error: str | None) -> None:
-    """Writes what a subject has come to. error: why it has failed."""
+    """Records that a subject has finished, failed or been stopped. error: why it has failed."""
     task = training.task
     if error is not None:
         note(run, task, state="failed", step=training.step, error=error)
@@ -277,7 +289,7 @@ def end_subject(run: SubjectRun, training: FullTraining, error: str | None) -> N
 
 
 def validate_full(run: SubjectRun, training: FullTraining, pictures: Training) -> float:
-    """Looks at the subject where a validation is due; -> how many seconds it took. Every rank calls this."""
+    """Validates the subject where a validation is due, and returns how many seconds it took. Every rank calls this."""
     config, studio = run.config, run.studio
     if not is_due(config, pictures):
         return 0.0
@@ -301,7 +313,7 @@ def validate_full(run: SubjectRun, training: FullTraining, pictures: Training) -
 def log_full(
     run: SubjectRun, training: FullTraining, loss: float, prior_loss: float, seconds: float, stalled: float
 ) -> None:
-    """Logs what the last step was worth, and what it cost. stalled: seconds between the step before and this one."""
+    """Logs the losses of the last step, and what it cost. stalled: seconds between the step before and this one."""
     losses = {"train/instance_loss": loss} | ({"train/prior_loss": prior_loss} if run.config.prior.weight else {})
     run.tracking.log(training.task.name, training.step, losses)
     pictures = run.config.instance_batch_size * (2 if run.config.prior.weight else 1)
@@ -318,7 +330,7 @@ def log_full(
 
 
 def batch_of_rank(config: SubjectRunConfig, base: Base, pictures: Training, world: World) -> SubjectBatch:
-    """This rank's share of a step."""
+    """Returns this rank's share of a step, with prompts in place of embeddings where the text encoder is trained."""
     share = config.instance_batch_size // world.world_size
     batch = make_batch(config, base, [pictures], slice(world.rank * share, (world.rank + 1) * share))
     if not config.train_text_encoder:
@@ -333,7 +345,7 @@ def stop_everywhere(stop: StopRequest, world: World) -> bool:
 
 
 def finish_full(run: SubjectRun, training: FullTraining) -> None:
-    """Writes the pipeline from the last checkpoint, whole or not at all, and deletes that."""
+    """Writes the pipeline from the last checkpoint, whole or not at all, and deletes the subject's checkpoints."""
     own = run.folder / "subjects" / training.task.name
     if run.world.rank == 0:
         latest = checkpoints.folder_of(own, training.step)

@@ -17,7 +17,10 @@ class SubjectError(UserError):
 
 
 def read_pictures(paths: Sequence[Path], resolution: int) -> list[np.ndarray]:
-    """(3, resolution, resolution) uint8 of each. Raises SubjectError, also where one is a copy of another."""
+    """Reads pictures, each as (3, resolution, resolution) uint8.
+
+    Raises SubjectError for a picture that cannot be used, and where one is a copy of another.
+    """
     pictures = [read_picture(path, resolution) for path in paths]
     distinct = {picture.tobytes() for picture in pictures}
     if len(distinct) < len(pictures):
@@ -26,9 +29,10 @@ def read_pictures(paths: Sequence[Path], resolution: int) -> list[np.ndarray]:
 
 
 def read_picture(path: Path, resolution: int) -> np.ndarray:
-    """(3, resolution, resolution) uint8: upright, on white where it is transparent, the middle square.
+    """Reads the middle square of a picture as (3, resolution, resolution) uint8, upright.
 
-    Raises SubjectError, naming it, for what cannot be opened or decoded, and for one that is too small.
+    White shows where the picture is transparent. Raises SubjectError, naming it, where it cannot be opened or decoded,
+    or is too small.
     """
     try:
         image = decode_image(path.read_bytes(), path.stem, path.suffix.lstrip("."))

@@ -66,9 +66,10 @@ RECORDED: Fields = {
 
 
 def load_subjects(path: Path) -> tuple[list[Subject], dict[str, str]]:
-    """The rows of a manifest (YAML list, CSV, JSONL or Parquet), and what is wrong with each of the others, by name.
+    """Reads the rows of a manifest: a YAML list, CSV, JSONL or Parquet.
 
-    Raises ConfigError where the file itself cannot be read.
+    Returns the rows that are valid, and what is wrong with each of the others by the subject's name, or by `row N`
+    where it has no usable name. Raises ConfigError where the file itself cannot be read.
     """
     subjects: list[Subject] = []
     faults: dict[str, str] = {}
@@ -93,7 +94,10 @@ def load_subjects(path: Path) -> tuple[list[Subject], dict[str, str]]:
 
 
 def folder_name(value: object) -> str | None:
-    """What a row calls its subject, if a folder can be called so; else None, and the row has its number for a name."""
+    """Returns the name that a row gives its subject, or None where no folder can have that name.
+
+    Where it is None, the row's number stands in for the name.
+    """
     try:
         return TypeAdapter(Name).validate_python(value)
     except ValidationError:
@@ -101,7 +105,7 @@ def folder_name(value: object) -> str | None:
 
 
 def same_folder(name: str) -> str:
-    """A text that is equal for names that are one folder on disks which do not tell capitals apart, or drop dots."""
+    """Returns a text that is equal for names of one folder on disks that ignore case or drop final dots."""
     return name.casefold().rstrip(".")
 
 
@@ -113,9 +117,10 @@ def _named_alike(name: str, others: Sequence[str]) -> str:
 
 
 def settle(subjects: Sequence[Subject], config: SubjectRunConfig) -> tuple[list[Task], dict[str, str]]:
-    """Subjects with identifiers, prompts and pictures; and what is wrong with each of the others, by name.
+    """Gives subjects their identifiers, prompts and pictures.
 
-    Identifiers are given out in the order of the manifest, so adding a subject at its end changes none before it.
+    Returns them as tasks, and what is wrong with each of the others by name. Identifiers are given out in the order of
+    the manifest, so adding a subject at its end changes none before it.
     """
     tasks: list[Task] = []
     faults: dict[str, str] = {}
@@ -175,7 +180,7 @@ def settle(subjects: Sequence[Subject], config: SubjectRunConfig) -> tuple[list[
 
 
 def check_full(config: SubjectRunConfig, world_size: int) -> None:
-    """Raises ConfigError where the ranks cannot share a step's pictures."""
+    """Raises ConfigError where the ranks cannot share a step's pictures, or the base is not a diffusers folder."""
     if config.instance_batch_size % world_size:
         raise ConfigError(
             f"instance_batch_size={config.instance_batch_size} cannot be shared by {world_size} ranks, which all train "
@@ -189,7 +194,10 @@ def check_full(config: SubjectRunConfig, world_size: int) -> None:
 
 
 def check_pictures(tasks: Sequence[Task], resolution: int) -> dict[str, str]:
-    """Opens every picture, as training will. Says what is wrong with each subject whose pictures cannot be used."""
+    """Opens every picture as training will.
+
+    Returns what is wrong with each subject whose pictures cannot be used, by name.
+    """
     from controlbooth.trainer.dreambooth.images import (
         SubjectError,
         read_pictures,  # numpy, which starting a run does without
@@ -205,7 +213,10 @@ def check_pictures(tasks: Sequence[Task], resolution: int) -> dict[str, str]:
 
 
 def record_texts(config: SubjectRunConfig, tasks: Sequence[Task]) -> dict[str, str]:
-    """What a run trains, for whoever looks at it later: files of its folder, config.yaml and subjects.json."""
+    """Returns the texts of config.yaml and subjects.json, which record in the run's folder what it trains.
+
+    Whoever looks at the run later reads them, so the paths of pictures and of the output are absolute.
+    """
     rows = [asdict(task) | {name: absolute(getattr(task, name)) for name in PICTURES} for task in tasks]
     tree = config.model_dump(mode="json") | {"output": str(config.output.absolute())}
     return {
@@ -215,7 +226,7 @@ def record_texts(config: SubjectRunConfig, tasks: Sequence[Task]) -> dict[str, s
 
 
 def read_record(folder: Path) -> tuple[SubjectRunConfig, list[Task]]:
-    """What a run's `record_texts` say. Raises ConfigError where there are none."""
+    """Reads what `record_texts` has recorded in a run's folder. Raises ConfigError where there is no subjects.json."""
     if not (folder / "subjects.json").is_file():
         raise ConfigError(
             f"{folder} holds no subjects.json, so it is no run of subjects, or one of before they wrote it. Start it "
@@ -236,9 +247,9 @@ def absolute(paths: Sequence[Path]) -> list[str]:
 
 
 def find_images(folder: Path) -> list[Path]:
-    """What is named like a picture that can be read and is not hidden, in the order of the names.
+    """Returns the files that are named like readable pictures and are not hidden, ordered by name.
 
-    Raises OSError where the folder cannot be read.
+    Returns none where there is no such folder. Raises OSError where it cannot be read.
     """
     if not folder.is_dir():
         return []
@@ -246,9 +257,10 @@ def find_images(folder: Path) -> list[Path]:
 
 
 def share_of_rank(tasks: Sequence[Task], rank: int, world_size: int) -> list[Task]:
-    """What a rank trains: the longest subjects are dealt out first, each to the rank that has least to do.
+    """Returns what a rank trains: the longest subjects are dealt out first, each to the rank that has least to do.
 
-    A function of the list, so ranks need not talk; ties go to the earlier subject and the lower rank.
+    The result depends on the list alone, so ranks need not talk. Ties go to the name that sorts first and to the lower
+    rank.
     """
     load = [0] * world_size
     mine = []

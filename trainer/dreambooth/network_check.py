@@ -8,7 +8,7 @@ from controlbooth.trainer.run.network_check import base_or_problem, problem
 
 
 def subjects_network_problems(config: SubjectRunConfig) -> Iterator[str]:
-    """Why a run of subjects cannot work with its base as it is now."""
+    """Yields the reasons why a run of subjects cannot work with its base as it is now."""
     from controlbooth.trainer.run.same_base import check_same_base, read_base_facts
 
     base = yield from base_or_problem(config.model.base, config.model.family)

@@ -36,7 +36,10 @@ def write_weights(engine: Any, weights: dict[str, Tensor], folder: Path) -> None
 
 
 def put_pipeline(config: SubjectRunConfig, weights: dict[str, Tensor], folder: Path, attempt: Attempt) -> None:
-    """In place of the one that may be there, whole or not at all."""
+    """Writes a pipeline with these weights in place of one that may be there, whole or not at all.
+
+    Raises Superseded where a newer start has taken the run.
+    """
     made = attempt.folder / folder.name
     with named_when_full(folder):
         write_pipeline(config, weights, made)
@@ -46,10 +49,10 @@ def put_pipeline(config: SubjectRunConfig, weights: dict[str, Tensor], folder: P
 
 
 def write_pipeline(config: SubjectRunConfig, weights: dict[str, Tensor], made: Path) -> None:
-    """The base's folder with these weights, by their names in FullNetwork, in place of its own.
+    """Copies the base's folder with these weights, by their names in FullNetwork, in place of its own.
 
-    All networks are written in float32 under the names that diffusers looks for by itself: of a base that has only
-    half-precision variants, those that were trained would be found and the others not, or in another dtype.
+    All networks are written in float32 under the names that diffusers looks for by itself. Otherwise, from a base that
+    has only half-precision variants, the trained networks would be found and the others not, or in another dtype.
     """
     where = base_folder(config.model.base)
     fresh = load_base(where, config.model.family, torch.float32, torch.device("cpu"))
@@ -71,7 +74,8 @@ def write_pipeline(config: SubjectRunConfig, weights: dict[str, Tensor], made: P
 
 
 def without_variant(folder: Path) -> None:
-    """Gives weights that a folder has as a variant alone, such as a safety checker's, the plain name, in float32."""
+    """Rewrites weights that a folder has as a variant alone, such as a safety checker's, by the plain name in
+    float32."""
     for stem in (WEIGHTS_STEM, "model"):
         try:
             files = weights_files(folder, stem)
@@ -93,6 +97,6 @@ def without_variant(folder: Path) -> None:
 
 
 def base_of_subject(config: SubjectRunConfig, base: Base, pipeline: Path) -> Base:
-    """The trained networks of a finished subject, with the rest of `base`."""
+    """Returns `base` with the trained networks of a finished subject's pipeline in place of its own."""
     own = load_base(pipeline, config.model.family, base.dtype, base.device)
     return replace(base, denoiser=own.denoiser, text_encoders=own.text_encoders, _empty=None)

@@ -17,7 +17,10 @@ DRAWN_AT_ONCE = 8
 
 
 def class_folder(cache: Path, base: Base, prompt: str, prior: PriorConfig, resolution: int) -> Path:
-    """Named by all that the pictures depend on, so that one folder serves every subject, run and rank."""
+    """Returns the folder of a class's pictures, named by a hash of all that the pictures depend on.
+
+    One folder thus serves every subject, run and rank.
+    """
     identity = dict(
         dtype=str(base.dtype),
         **drawn_by(base),
@@ -34,12 +37,16 @@ def class_images(folder: Path, count: int) -> list[Path]:
 
 
 def missing_class_images(folders: Sequence[tuple[Path, str]], count: int) -> list[tuple[Path, str]]:
-    """(file, prompt) of each class picture that is not there, in the same order on every rank."""
+    """Returns (file, prompt) of each class picture that does not exist, in the same order on every rank."""
     return [(path, prompt) for folder, prompt in folders for path in class_images(folder, count) if not path.exists()]
 
 
 def draw_class_images(base: Base, missing: Sequence[tuple[Path, str]], prior: PriorConfig, resolution: int) -> None:
-    """Draws these pictures; each depends on its prompt and number alone, and is whole when it has its name."""
+    """Draws these class pictures, given as (file, prompt).
+
+    Each picture depends on its prompt and number alone, and its file appears whole or not at all. Raises ValueError
+    where resolution is not the base's own picture size.
+    """
     size = (resolution, resolution)
     if base.picture_size != size:
         raise UserError(

@@ -51,7 +51,10 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 def train_stacked(run: SubjectRun, tasks: Sequence[Task], faults: dict[str, str]) -> bool:
-    """Trains adapters of several subjects at once on each rank; -> whether it was stopped."""
+    """Trains adapters of several subjects at once on each rank.
+
+    Returns whether some rank was stopped before it had trained all of its subjects.
+    """
     left = unfinished(run.folder, tasks)
     if run.world.rank == 0:
         plan_ranks(run.attempt, run.config, left, faults, run.world.world_size)
@@ -63,9 +66,10 @@ def train_stacked(run: SubjectRun, tasks: Sequence[Task], faults: dict[str, str]
 
 
 def make_stack(run: SubjectRun, tasks: Sequence[Task], faults: dict[str, str], left: Sequence[Task]) -> Stack:
-    """Makes this rank's subjects as its state file says. left: those that are not finished.
+    """Makes this rank's stack of subjects from its state file. left: the subjects that are not finished.
 
-    One that had begun and cannot be read now has failed. What it has learned is kept, for a start at which it can.
+    A subject that had begun and whose pictures cannot be read now has failed. What it has learned is kept for a start
+    at which they can. Raises ConfigError where the manifest no longer has a subject of the state file.
     """
     by_name = {task.name: task for task in tasks}
     state = read_state(state_path(run.attempt.run, run.world))
@@ -101,7 +105,7 @@ def make_stack(run: SubjectRun, tasks: Sequence[Task], faults: dict[str, str], l
 
 
 def try_to_begin(run: SubjectRun, task: Task) -> Training | None:
-    """Begins a subject that is to be put into a slot; None where it cannot begin, and its status says why."""
+    """Begins a subject that is to be put into a slot. Returns None where it cannot begin; its status then says why."""
     try:
         return begin_training(run.config, run.base, task)
     except SubjectError as error:
@@ -111,7 +115,10 @@ def try_to_begin(run: SubjectRun, task: Task) -> Training | None:
 
 
 def run_stack(run: SubjectRun, stack: Stack) -> None:
-    """Trains until the queue and all slots are empty, or until it is asked to stop, after a step and with its state."""
+    """Trains until the queue and all slots are empty, or until a stop is requested.
+
+    A stop takes effect after the current step, once the state is saved.
+    """
     world, stop = run.world, run.stop
     path = state_path(run.attempt.run, world)
     left = sum(task.steps for task in stack.queue) + sum(t.task.steps - t.step for t in stack.trainings)
@@ -152,9 +159,10 @@ def run_stack(run: SubjectRun, stack: Stack) -> None:
 
 
 def validate_due(run: SubjectRun, stack: Stack) -> float:
-    """Looks at those subjects of the stack of which a validation is due; -> how many seconds it took.
+    """Validates those subjects of the stack that are due, and returns how many seconds it took.
 
-    Asked to stop, it leaves it to the next start, but for subjects that have come to their end.
+    Once a stop is requested, only subjects that have reached their last step are validated; the next start validates
+    the others.
     """
     trainings = stack.trainings
     due = [slot for slot, training in enumerate(trainings) if is_due(run.config, training)]
@@ -179,7 +187,7 @@ def validate_due(run: SubjectRun, stack: Stack) -> float:
 
 
 def log_stack(run: SubjectRun, stack: Stack, seconds: float, stalled: float, metrics: dict[str, float]) -> None:
-    """Logs what the last step was worth to each subject, and what it cost.
+    """Logs each subject's losses at the last step, and what the step cost.
 
     stalled: seconds between the step before and this one, in which subjects begin, end, are drawn and are saved.
     """
@@ -203,14 +211,14 @@ def log_stack(run: SubjectRun, stack: Stack, seconds: float, stalled: float, met
 
 
 def note_saved(run: SubjectRun, stack: Stack, state: str) -> None:
-    """Writes into the status of each subject in training how far it is saved, and whether it is trained on now."""
+    """Writes into the status of each subject in training its state, and the step up to which it is saved."""
     for training in stack.trainings:
         task = training.task
         run.write_status(task.name, state=state, step=training.step, steps=task.steps)
 
 
 def fill_slots(run: SubjectRun, stack: Stack) -> None:
-    """Begins subjects of the queue while there is room. One that cannot begin has failed, and takes none."""
+    """Begins subjects of the queue while there is room. One that cannot begin has failed, and takes no slot."""
     while stack.queue and len(stack.trainings) < run.config.subjects_per_batch:
         task = stack.queue.pop(0)
         training = try_to_begin(run, task)
@@ -229,7 +237,7 @@ def fill_slots(run: SubjectRun, stack: Stack) -> None:
 
 
 def step_stack(config: SubjectRunConfig, stack: Stack) -> dict[str, float]:
-    """One step of every subject in the stack."""
+    """Makes one step of every subject in the stack, and returns the means of their instance and prior losses."""
     trainings = stack.trainings
     for parameter in stack.optimizer.parameters:
         parameter.grad = None
@@ -272,13 +280,13 @@ def end_training(run: SubjectRun, stack: Stack, training: Training) -> None:
 
 
 def save_lora(attempt: Attempt, weights: dict[str, Tensor], path: Path) -> None:
-    """In the names that diffusers' load_lora_weights reads, whole or not at all. Raises Superseded."""
+    """Writes a LoRA by the names that diffusers' load_lora_weights reads, whole or not at all. Raises Superseded."""
     tensors = {f"unet.{name}": tensor for name, tensor in weights.items()}
     write_file(attempt, path, lambda made: save_weights(tensors, made))
 
 
 def stack_attention_shapes(config: SubjectRunConfig, base: Base) -> tuple[AttentionShape, ...]:
-    """Those of one step of a whole stack, for choosing the kernels by timing them."""
+    """Returns the attention shapes of one step of a full stack, for which kernels are timed and chosen."""
     size = config.resolution // base.family.vae_factor
     rows = config.subjects_per_batch * config.instance_batch_size * (2 if config.prior.weight else 1)
     latents = torch.zeros(rows, base.latent_channels, size, size, device=base.device)

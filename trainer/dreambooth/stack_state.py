@@ -39,10 +39,10 @@ class Stack:
 def plan_ranks(
     attempt: Attempt, config: SubjectRunConfig, left: Sequence[Task], faults: dict[str, str], world_size: int
 ) -> None:
-    """Writes what each rank begins with, on rank 0, where the last start had another number of ranks or none, or where
-    its state is damaged.
+    """Writes the state with which each rank begins, unless the last start has left one that fits. Rank 0 calls this.
 
-    Subjects that were in training keep their weights and steps; all that are not finished are dealt out anew.
+    It does not fit where the last start had another number of ranks, or its state is damaged. Subjects that were in
+    training keep their weights and steps; all that are not finished are dealt out anew.
     """
     states = attempt.run / "state"
     current = states / "CURRENT"
@@ -74,10 +74,11 @@ def plan_ranks(
 
 
 def state_files(states: Path, before: str | None) -> tuple[list[Path], list[str]]:
-    """-> the state files to go on from, and what is wrong with those that the last start has left.
+    """Returns the state files to go on from, and what is wrong with those that the last start has left.
 
-    before: of CURRENT, the folder of the last start. Where its files are not all there and whole, every whole file is
-    taken, the newest last: a subject that goes on from an older step, or begins anew, ends with the same weights.
+    before: the content of CURRENT, which names the folder of the last start. Where its files are not all there and
+    whole, every whole file is returned, the newest last: a subject that goes on from an older step, or begins anew,
+    ends with the same weights.
     """
     damage = [] if before is None else [f"{states / 'CURRENT'} is {before!r}, and no name of a folder beside it"]
     if before is not None and (match := re.fullmatch(r"of-([1-9]\d*)", before)):
@@ -90,7 +91,10 @@ def state_files(states: Path, before: str | None) -> tuple[list[Path], list[str]
 
 
 def state_fault(path: Path) -> str | None:
-    """Why a state file cannot be read; None of a whole one. It tells its own length, so what was cut off is seen."""
+    """Returns why a state file cannot be read, or None for a whole one.
+
+    The file records its own length, so what was cut off is noticed.
+    """
     try:
         with safe_open(path, "pt") as file:
             json.loads(file.metadata()["names"])

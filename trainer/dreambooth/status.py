@@ -15,10 +15,10 @@ MOST_SKIPPED = 10
 
 
 def divergence(task: Task, step: int, skipped: int, loss: float, finite_weights: bool) -> str | None:
-    """Why a subject has failed that was trained up to this step; None where it may go on, or has ended well.
+    """Returns why a subject trained up to this step has failed, or None where it may go on or has ended well.
 
-    skipped: updates in a row without a finite gradient. A few are survived, but not that the last step ends in one by
-    a loss that is no number: then what would be written is of weights with which the network computes none.
+    skipped: updates in a row without a finite gradient. A few are tolerated, but not a last step whose loss is not
+    finite: the weights that would be written are then ones with which the network computes no numbers.
     """
     if skipped > MOST_SKIPPED:
         what = f"{skipped} updates in a row had no finite gradient, up to step {step}"
@@ -32,14 +32,19 @@ def divergence(task: Task, step: int, skipped: int, loss: float, finite_weights:
 
 
 def status_of(folder: Path, name: str) -> dict[str, Any]:
-    """What a subject's status.json says; nothing where there is none, or where it is damaged: then the subject counts
-    as not finished, and is trained again to the same weights."""
+    """Returns what a subject's status.json says, or {} where there is none or it is damaged.
+
+    The subject then counts as not finished, and is trained again to the same weights.
+    """
     fields = {"state": maybe(is_text), "step": maybe(is_whole), "error": maybe(is_text)}
     return read_note(folder / "subjects" / name / "status.json", "Its subject counts as not finished", fields)
 
 
 def write_status(attempt: Attempt, folder: Path, name: str, **fields: object) -> None:
-    """status.json of a subject of the run in `folder`. Raises Superseded where a newer start trains the subject."""
+    """Writes status.json of a subject of the run in `folder`.
+
+    Raises Superseded where a newer start trains the subject.
+    """
     write_text(attempt, folder / "subjects" / name / "status.json", json.dumps(fields))
 
 

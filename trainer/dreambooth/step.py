@@ -36,11 +36,12 @@ def dreambooth_step(
     prior_loss_weight: float,
     min_snr_gamma: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Forward and backward of one step of K subjects. Returns their instance and prior losses, (K,) float32 each.
+    """Runs forward and backward of a step of K subjects. Returns their instance and prior losses, (K,) float32 each.
 
     network(noisy latents, timesteps, text) holds what learns: the stacked adapters of K subjects, or for one subject
-    all layers. `backward` leaves its gradients; the optimizer is not moved. What is differentiated is the sum over
-    subjects, so a subject's gradient does not know how many others there are.
+    all layers. `backward` leaves the gradients in place; no optimizer step is made. What is differentiated is the sum
+    over subjects of instance loss + prior_loss_weight * prior loss (arXiv 2208.12242, eq. 2), so a subject's gradient
+    does not depend on how many others there are.
     """
     noisy = base.process.noised(batch.latents, batch.noise, batch.timesteps)
     prediction = network(noisy.latents, noisy.times, batch.text)  # (K * b, C, h, w)

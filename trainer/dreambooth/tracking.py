@@ -63,36 +63,45 @@ class Untracked:
 
     @contextlib.contextmanager
     def open(self, faults: Mapping[str, str]) -> Iterator[Closing]:
-        """Until the training inside has ended, well or not. faults: of subjects that cannot be trained, by name."""
+        """Keeps tracking open until the training inside has ended, well or not.
+
+        faults: by name, what is wrong with the subjects that cannot be trained.
+        """
         yield Closing()
 
     def queue(self, tasks: Sequence[Task]) -> None:
-        """Subjects that this process will train, and has not begun."""
+        """Announces the subjects that this process will train and has not begun."""
 
     def begin(self, task: Task, step: int) -> None:
-        """A subject is trained from here on. step: its steps up to now; what was logged of later ones is forgotten."""
+        """Begins the run of a subject that is trained from here on.
+
+        step: how many steps it has made up to now; what was logged of later ones is forgotten.
+        """
 
     def log(self, name: str, step: int, metrics: Mapping[str, float]) -> None:
-        """Figures of a subject that has begun, without those that are no numbers."""
+        """Logs the figures of a subject that has begun, except those that are not finite."""
 
     def log_image(self, name: str, path: Path, series: str, step: int) -> None:
-        """A picture of a series of a subject. The file must stay until it is sent."""
+        """Logs a picture in a series of a subject. The file must stay until it is sent."""
 
     def set_tags(self, name: str, tags: Mapping[str, str]) -> None:
-        """Of a subject that has begun."""
+        """Sets tags of a subject that has begun."""
 
     def describe(self, name: str, **parts: str) -> None:
-        """Sets parts of the description of a subject that has begun, Markdown."""
+        """Sets parts of the description of a subject that has begun, as Markdown."""
 
     def log_step(self, metrics: Mapping[str, float]) -> None:
-        """What a step of all subjects together has cost, by the number of the process's steps, repeated ones too."""
+        """Logs what a step of all subjects together has cost.
+
+        It is logged by the number of steps of this process, in which repeated ones count.
+        """
 
     def end(self, task: Task, state: str, reason: str = "") -> None:
-        """state: finished, failed or stopped. reason: why it has failed."""
+        """Ends the run of a subject. state: finished, failed or stopped. reason: why it has failed."""
 
 
 class SubjectTracking(Untracked):
-    """Of one process: its part of the job's run, and the runs of the subjects that it trains.
+    """Tracks one process's part of the job's run, and the runs of the subjects that this process trains.
 
     What is logged is in files on return, and only the end of `open` waits for a server.
     """
@@ -106,8 +115,10 @@ class SubjectTracking(Untracked):
         tags: Mapping[str, str],
         tell: Callable[[Sequence[str]], None] | None = None,
     ):
-        """folder: of the run; that of the attempt is the same, or the part of it that belongs to a task of an array.
+        """Opens the job's run, and starts a thread that sends to MLflow.
 
+        The first rank of each machine starts another one, which measures the machine.
+        folder: the folder of the run. attempt.run is the same, or the part of it that belongs to a task of an array.
         tell: is called once, from a thread, with how to open the job's run, when MLflow has it.
         """
         self._config, self._folder, self._attempt = config, folder, attempt
@@ -178,7 +189,7 @@ class SubjectTracking(Untracked):
         self._end(task.name, subject_params(self._config, task), subject_tags(task), state, reason)
 
     def is_sent(self) -> bool:
-        """Whether MLflow has all that was logged up to now."""
+        """Tells whether MLflow has all that was logged up to now."""
         with self._lock:
             return not self._queued and all(one.is_sent() for one in (self._parent, *self._children.values()))
 
@@ -192,7 +203,10 @@ class SubjectTracking(Untracked):
         self._close(timeout_seconds)
 
     def _abandon(self, timeout_seconds: float) -> None:
-        """After an error that ends this process, and with it the job unless that is an array."""
+        """Closes after an error that ends this process, and marks the job as failed.
+
+        The job of an array is not marked, since its other tasks go on.
+        """
         if self._attempt.run == self._folder:
             self._parent.set_status("FAILED")
         self._close(timeout_seconds)
@@ -217,12 +231,12 @@ class SubjectTracking(Untracked):
             self._ended.add(name)
 
     def _named(self, name: str) -> str:
-        """train/loss -> train/rank-1/loss, of a process that is not the only one of the run."""
+        """Puts this process's part, where the run has others, into a metric's name: train/loss -> train/rank-1/loss."""
         group, _, own = name.partition("/")
         return f"{group}/{self._part}{own}"
 
     def _open(self, name: str, params: Mapping[str, Any], tags: Mapping[str, str], status: Status) -> Tracker:
-        """status: of a run that is not open yet."""
+        """Returns a subject's tracker, which is opened where it is not open yet. status: of a run that is opened."""
         self._changed = True
         with self._lock:
             self._queued = [task for task in self._queued if task.name != name]
@@ -246,7 +260,10 @@ class SubjectTracking(Untracked):
         status: Status,
         **family: Any,
     ) -> Tracker:
-        """family: what Tracker is told of the runs above and beside this one."""
+        """Makes a Tracker with the settings of this run.
+
+        family: what Tracker is given about the runs above and beside this one.
+        """
         made_in = self._attempt.folder / f"tracking-{place}"
         made_in.mkdir(exist_ok=True)  # without its parents: those are gone where a newer start has taken the run
         return Tracker(
@@ -264,7 +281,7 @@ class SubjectTracking(Untracked):
         )
 
     def _send(self) -> None:
-        """The sending thread: until closed and empty, or closed and out of time."""
+        """Sends, in the sending thread, until tracking is closed and everything is sent, or its time is up."""
         while self._parent.is_ours():
             closing = self._closing.is_set()
             usual, began = self._is_connected(), time.thread_time()
@@ -281,7 +298,7 @@ class SubjectTracking(Untracked):
             return not self._queued and all(one.is_connected() for one in (self._parent, *self._children.values()))
 
     def _send_round(self, closing: bool) -> bool:
-        """Of each run what is there; -> whether the server has taken all."""
+        """Sends what each run has to send, and returns whether the server has taken all of it."""
         if self._changed and not closing:
             self._log_counts()
         taken = self._parent.send_pending(closing)
@@ -318,7 +335,7 @@ class SubjectTracking(Untracked):
                 del self._children[name]
 
     def _log_counts(self) -> None:
-        """How many subjects of the whole run are finished, failed and left, as their statuses say."""
+        """Logs how many subjects of the whole run are finished, failed, in training and left, as their statuses say."""
         self._changed = False
         try:
             counts = {state: float(count) for state, count in count_states(self._folder).items()}
@@ -341,7 +358,7 @@ def pause_seconds(spent: float) -> float:
 
 
 def subject_params(config: SubjectRunConfig, task: Task) -> dict[str, Any]:
-    """What a subject's run in MLflow is compared by."""
+    """Returns the params by which the runs of subjects are compared in MLflow."""
     own = dict(
         class_noun=task.class_noun,
         identifier=task.identifier,
@@ -362,7 +379,7 @@ def subject_tags(task: Task) -> dict[str, str]:
 
 
 def describe_job(config: SubjectRunConfig, folder: Path) -> str:
-    """Markdown, for the page of the job's run."""
+    """Describes the job in Markdown, for the page of its run."""
     how = "all layers" if config.method == "full" else f"LoRA of rank {config.adapter.rank} on {config.adapter.layers}"
     return (
         f"**DreamBooth subjects** on {code(config.model.base)}: {how}, {config.steps} steps unless a subject has its "
@@ -372,7 +389,7 @@ def describe_job(config: SubjectRunConfig, folder: Path) -> str:
 
 
 def describe_subject(params: Mapping[str, Any]) -> str:
-    """Markdown, for the page of a subject's run. params: of `subject_params`."""
+    """Describes a subject in Markdown, for the page of its run. params: as `subject_params` returns them."""
     return (
         f"**{plain(params['class_noun'])}**, drawn by {code(params['instance_prompt'])}: {params['pictures']} "
         f"pictures, {params['steps']} steps at {params['learning_rate']:g}. `samples.png` among the artifacts is "
@@ -385,12 +402,12 @@ def finite(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def last_step(folder: Path) -> int:
-    """The largest one in a folder's metrics.jsonl; 0 where there is none."""
+    """Returns the largest step in a folder's metrics.jsonl, or 0 where there is none."""
     return max((step for step, _, _ in read_metrics(folder)), default=0)
 
 
 def count_states(folder: Path) -> dict[str, int]:
-    """How many subjects of a run are finished, failed, in training, and left, which are all that have not ended."""
+    """Counts the subjects of a run that are finished, failed, in training, and left: all that have not ended."""
     record = folder / "subjects.json"
     known = {one["name"] for one in read_json_list(record, "Start the run again", {"name": is_text}, missing=[])}
     names = known | {path.parent.name for path in folder.glob("subjects/*/status.json")}

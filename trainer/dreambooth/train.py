@@ -52,10 +52,16 @@ from controlbooth.trainer.run.attempt import Attempt, Superseded, only_run, writ
 from controlbooth.trainer.run.attention import choose_once
 from controlbooth.trainer.run.failures import end_superseded, note_failure
 from controlbooth.trainer.run.process import StopRequest, quiet_libraries
-from controlbooth.trainer.run.same_base import BASE_FILE, base_facts, check_same_base, read_base_facts, told_of_base
+from controlbooth.trainer.run.same_base import (
+    BASE_FILE,
+    base_facts,
+    check_same_base,
+    describe_base_changes,
+    read_base_facts,
+)
 from controlbooth.trainer.run.starting import folder_problems, refuse
 from controlbooth.trainer.tracking.mlflow_address import tracking_problems
-from controlbooth.trainer.tracking.open import tell_page
+from controlbooth.trainer.tracking.open import report_page
 from controlbooth.trainer.tracking.run_page import source_tags
 
 
@@ -110,7 +116,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def own_folder(folder: Path, rows: range) -> Path:
-    """Of the task that trains these rows. Raises ConfigError where others would train some of them as well."""
+    """Returns the folder of the array task that trains these rows.
+
+    Raises ConfigError where the run was begun without an array, or where another task trains some of these rows as
+    well.
+    """
     if (folder / "state").exists():
         raise ConfigError(f"{folder} was begun by `controlbooth dreambooth run`: go on with that, or take another name")
     for other in (folder / "rows").glob("*-*"):
@@ -124,7 +134,7 @@ def own_folder(folder: Path, rows: range) -> Path:
 
 
 def read_rows(text: str, count: int) -> range:
-    """FIRST:END of `count` rows. Raises ConfigError for what is none."""
+    """Reads FIRST:END as a range of `count` rows. Raises ConfigError unless 0 <= FIRST < END <= count."""
     first, _, end = text.partition(":")
     if not (first.isdecimal() and end.isdecimal() and int(first) < int(end) <= count):
         raise ConfigError(f"--rows is {text!r}, but it is FIRST:END, with 0 <= FIRST < END <= {count}")
@@ -140,10 +150,10 @@ def train_subjects(
     stop: StopRequest,
     folder: Path,
 ) -> int:
-    """Trains all that are not finished. Returns 0, also where it was stopped, or 1 where a subject has failed.
+    """Trains all subjects that are not finished. Returns 0, also after a stop, or 1 where a subject has failed.
 
-    folder: of the run. That of the attempt is the same, or the part of it that belongs to these tasks alone, where
-    others train others.
+    folder: the folder of the run. attempt.run is the same, or, in an array, the part of it that belongs to these tasks
+    alone.
     """
     own = attempt.run
     zero_stage = config.engine.zero_stage if config.method == "full" else 1
@@ -171,7 +181,7 @@ def train_subjects(
     writes = config.method == "lora" or world.rank == 0
     tracking = Untracked()  # of ranks that train a subject together the first logs
     if writes:
-        tracking = SubjectTracking(config, folder, attempt, world, tags, partial(tell_page, world))
+        tracking = SubjectTracking(config, folder, attempt, world, tags, partial(report_page, world))
     with tracking.open(faults if world.rank == 0 else {}) as closing:
         studio = open_studio(config, folder, attempt, tracking, world.device, writes)
         draw_prior(config, base, tasks, world)
@@ -200,19 +210,19 @@ def go_on_with_base(attempt: Attempt, folder: Path, base: Base, world: World) ->
     if saved is None:
         if world.rank == 0:
             if (folder / "subjects").is_dir():
-                for line in told_of_base({}, begun):
+                for line in describe_base_changes({}, begun):
                     print(line, file=sys.stderr, flush=True)
             write_text(attempt, folder / BASE_FILE, json.dumps(base_facts(base), indent=1))
         return
     remedy = f"Put it back as it was, or give the run another name: {folder} holds subjects that were trained on that"
     check_same_base(saved, base, begun, remedy)
     if world.rank == 0:
-        for line in told_of_base(saved, begun):
+        for line in describe_base_changes(saved, begun):
             print(line, file=sys.stderr, flush=True)
 
 
 def run_tags(config: SubjectRunConfig, base: Base, attention: str, precision: str, world: World) -> dict[str, str]:
-    """Of the job in MLflow, to filter by."""
+    """Returns the tags of the job in MLflow, by which runs are filtered."""
     return {
         "task": "dreambooth",
         "method": config.method,

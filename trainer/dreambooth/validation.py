@@ -76,7 +76,7 @@ class Studio:
 def open_studio(
     config: SubjectRunConfig, folder: Path, attempt: Attempt, tracking: Untracked, device: torch.device, writes: bool
 ) -> Studio:
-    """Raises ConfigError for an encoder that cannot be read."""
+    """Makes what validations need, and loads the encoders. Raises ConfigError for an encoder that cannot be read."""
     asked = config.validation.encoders
     subject = None
     if asked.dino is not None:
@@ -88,7 +88,7 @@ def open_studio(
 
 
 def is_due(config: SubjectRunConfig, training: Training) -> bool:
-    """Whether a validation is due at the step at which a subject is, and has not been made."""
+    """Tells whether a validation is due at the step that a subject has reached, and has not been made."""
     done = training.history[-1]["step"] if training.history else -1
     return done < training.step and (
         training.step % config.validation.every_steps == 0 or training.step == training.task.steps
@@ -96,7 +96,7 @@ def is_due(config: SubjectRunConfig, training: Training) -> bool:
 
 
 def recall(studio: Studio, training: Training) -> None:
-    """Takes up what validations of earlier starts have found, up to the step at which the subject is."""
+    """Reads into a subject's history what earlier starts' validations have found, up to the step that it is at."""
     path = own_folder(studio, training.task) / FILE
     remedy = f"Delete it: what was found up to step {training.step} is then not told again"
     found = read_json_list(path, remedy, {"step": is_whole}, missing=[])
@@ -112,10 +112,10 @@ def validate_subjects(
     hold: Callable[[int], contextlib.AbstractContextManager[None]],
     keep_best: Callable[[Training, Path], None],
 ) -> None:
-    """Looks at subjects of one stack, or at one that is trained fully, logs what it finds, and keeps the best.
+    """Validates subjects of one stack, or one that is trained fully, logs the figures, and keeps the best weights.
 
-    hold(branches): inside, `base` draws these subjects, each `branches` times over. keep_best(training, folder) writes
-    what is learnt of a subject as the best of its steps; with method=full every rank calls it.
+    hold(branches): a context in which `base` draws these subjects, each `branches` times over. keep_best(training,
+    folder) writes what a subject has learnt as the best of its steps; with method=full every rank calls it.
     """
     with hold(1):
         figures = fixed_losses(studio.config, base, network, trainings)
@@ -143,7 +143,7 @@ def validate_subjects(
 
 
 def note(studio: Studio, training: Training, found: Figures, told: Course, pictures: np.ndarray | None) -> None:
-    """Writes the grid, logs it and the figures, and says what is new of a subject's course."""
+    """Writes the grid, logs it and the figures, and reports what has changed in a subject's course."""
     task, step = training.task, training.step
     studio.tracking.log(task.name, step, {f"validation/{name}": value for name, value in found.items()})
     if pictures is not None:
@@ -165,7 +165,7 @@ def describe(told: Course) -> str:
 
 
 def write_best(studio: Studio, training: Training, found: Figures, told: Course) -> None:
-    """best.json, after what it tells of."""
+    """Writes best.json, after the weights that it describes."""
     facts = {"step": training.step, "prompt": training.task.instance_prompt, "figures": found} | asdict(told)
     path = own_folder(studio, training.task) / BEST
     write_text(studio.attempt, path, json.dumps(facts, indent=1))
@@ -175,7 +175,7 @@ def write_best(studio: Studio, training: Training, found: Figures, told: Course)
 def fixed_losses(
     config: SubjectRunConfig, base: Base, network: Network, trainings: Sequence[Training]
 ) -> dict[str, Figures]:
-    """-> losses by subject: the training loss of its kinds of pictures, with noise and timesteps that never change.
+    """Returns each subject's training loss by kind of pictures, with noise and timesteps that never change.
 
     They can be compared between steps, which those of training cannot. The latents are the posterior's means.
     """
@@ -205,7 +205,7 @@ def fixed_losses(
 
 
 def _fixed_rows(base: Base, pictures: Pictures, seed: int, steps: int) -> tuple[Tensor, Tensor, Tensor, TextEncoding]:
-    """-> latents and noise (ROWS, C, h, w), timesteps (ROWS,), and the text's rows."""
+    """Returns latents and noise (ROWS, C, h, w) float32, timesteps (ROWS,) int64, and the text's rows."""
     chosen = [row % len(pictures.mean) for row in range(ROWS)]
     mean, device = pictures.mean[chosen], pictures.mean.device
     latents = sample_posterior(base, mean, torch.zeros_like(mean), torch.zeros_like(mean)).float()
@@ -222,7 +222,10 @@ def prompts_of(config: SubjectRunConfig, task: Task) -> list[str]:
 
 
 def draw_samples(config: SubjectRunConfig, base: Base, tasks: Sequence[Task]) -> dict[str, np.ndarray]:
-    """-> by subject (prompts * pictures, H, W, 3) uint8, prompt after prompt. All subjects are drawn together."""
+    """Draws the validation prompts of all subjects together.
+
+    Returns by subject (prompts * pictures, H, W, 3) uint8, prompt after prompt.
+    """
     asked = config.validation
     rows = {
         task.name: [(prompt, number) for prompt in prompts_of(config, task) for number in range(asked.pictures)]
@@ -247,19 +250,24 @@ def draw_samples(config: SubjectRunConfig, base: Base, tasks: Sequence[Task]) ->
 
 
 def named_prompts(config: SubjectRunConfig) -> list[str]:
-    """The templates that name the subject; others show what has become of its class, and are not compared with it."""
+    """Returns the prompt templates that name the subject.
+
+    The others show what has become of its class, and are not compared with the subject.
+    """
     return [prompt for prompt in config.validation.prompts if "{identifier}" in prompt]
 
 
 def of_subject(config: SubjectRunConfig, drawn: np.ndarray) -> np.ndarray:
-    """The pictures of those prompts."""
+    """Returns those drawn pictures whose prompts name the subject."""
     named = ["{identifier}" in prompt for prompt in config.validation.prompts]
     return drawn[np.repeat(named, config.validation.pictures)]
 
 
 def compare(studio: Studio, task: Task, drawn: np.ndarray, own: dict[str, float]) -> tuple[Figures, dict[str, float]]:
-    """Of drawn pictures of a subject -> figures by the names of `dreambooth measure`, and `own` with those of
-    `overfitting`."""
+    """Compares drawn pictures of a subject with its own pictures, and where CLIP is given with their prompts.
+
+    Returns figures by the names of `dreambooth measure`, and `own` with the figures that `overfitting` reads.
+    """
     subject, clip, real = studio.subject, studio.clip, real_rows(studio, task)
     assert subject is not None
     rows, pictures = subject.images(drawn), real["subject"]
@@ -286,7 +294,7 @@ def compare(studio: Studio, task: Task, drawn: np.ndarray, own: dict[str, float]
 
 
 def real_rows(studio: Studio, task: Task) -> Mapping[str, Tensor]:
-    """Embeddings of a subject's own pictures, those that it is trained on."""
+    """Returns the embeddings of the pictures on which a subject is trained, by encoder; they are computed once."""
     if task.name not in studio.real:
         side = studio.config.resolution
         pictures = np.stack([read_picture(path, side).transpose(1, 2, 0) for path in task.images])
@@ -296,7 +304,7 @@ def real_rows(studio: Studio, task: Task) -> Mapping[str, Tensor]:
 
 
 def draw_subject(config: SubjectRunConfig, task: Task, pictures: np.ndarray, path: Path) -> None:
-    """Rows are prompts; columns one of the subject's own pictures and those that are drawn."""
+    """Draws a grid with a row for each prompt: one of the subject's own pictures, then those that are drawn."""
     prompts, count = prompts_of(config, task), config.validation.pictures
     real = [read_picture(one, config.resolution).transpose(1, 2, 0) for one in task.images]
     columns = {"photograph": np.stack([real[row % len(real)] for row in range(len(prompts))])}

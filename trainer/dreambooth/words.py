@@ -12,11 +12,12 @@ from controlbooth.trainer.dreambooth.manifest import Task
 
 
 def check_words(tasks: Sequence[Task], config: SubjectRunConfig) -> tuple[dict[str, str], dict[str, str]]:
-    """What the base makes of the subjects' words, by subject: faults, and what a person should know.
+    """Checks how the base reads the subjects' words. Returns, by subject, faults and warnings.
 
-    An identifier is one token of every tokenizer: of one that is split, each piece has a meaning of its own. It is
-    among the tokens that the tokenizer keeps of the prompt, and no other subject's is the same to it. A class noun of
-    which hardly two letters stay together is a word that the base has never read, so it has no prior for it.
+    An identifier must be one token of every tokenizer: of one that is split, each piece has a meaning of its own. It
+    must be among the tokens that the tokenizer keeps of the prompt, and no other subject's may be the same to the base.
+    A class noun that is split so finely that hardly two letters stay together is a word that the base has never read,
+    so it has no prior for it.
     """
     from controlbooth.models.pretrained import load_tokenizers  # takes seconds, and the rest of this file none
 
@@ -34,7 +35,10 @@ def check_words(tasks: Sequence[Task], config: SubjectRunConfig) -> tuple[dict[s
 
 
 def _identifier_fault(tokenizer: Any, task: Task) -> str | None:
-    """Why nothing would be learnt under a subject's identifier; None where its prompt has it, or is not to have it."""
+    """Returns why nothing would be learnt under a subject's identifier, or None where the base can learn it.
+
+    Returns None also where the instance prompt leaves the identifier out.
+    """
     from controlbooth.data.loading.tokens import tokens_of
 
     if task.identifier not in task.instance_prompt:
@@ -57,7 +61,7 @@ def _identifier_fault(tokenizer: Any, task: Task) -> str | None:
 
 
 def _equal_subjects(tokenizers: Sequence[Any], tasks: Sequence[Task]) -> dict[str, str]:
-    """What is wrong with subjects whose identifiers or prompts differ, and are the same to the base, by name."""
+    """Returns by name what is wrong with subjects whose identifiers or prompts differ but are the same to the base."""
     faults: dict[str, str] = {}
     for field in ("identifier", "instance_prompt"):
         by_name = {task.name: str(getattr(task, field)) for task in tasks}
@@ -71,7 +75,7 @@ def _equal_subjects(tokenizers: Sequence[Any], tasks: Sequence[Task]) -> dict[st
 
 
 def _equal_to_the_base(tokenizers: Sequence[Any], texts: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
-    """(name, name of another with a different text that is the same to the base, why) of all that have one."""
+    """Yields (name, name of another whose text differs but is the same to the base, why) for each name that has one."""
     from controlbooth.data.loading.tokens import cut_prompts, equal_prompts
 
     kept = min(tokenizer.model_max_length for tokenizer in tokenizers)
@@ -95,7 +99,7 @@ def _unknown_nouns(tokenizers: Sequence[Any], task: Task) -> Iterator[str]:
 
 
 def _cut_prompts(tokenizers: Sequence[Any], task: Task, config: SubjectRunConfig) -> Iterator[str]:
-    """What the base does not read of a subject's prompts, a line for each."""
+    """Yields a line for each prompt of a subject whose end the base does not read."""
     from controlbooth.data.loading.tokens import cut_prompts
 
     words = dict(identifier=task.identifier, class_noun=task.class_noun)

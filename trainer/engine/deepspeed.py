@@ -25,7 +25,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def resolve_precision(requested: str, device: torch.device, zero_stage: int) -> str:
-    """`auto` -> bf16 where the device multiplies in it, else fp16 on a GPU and fp32 on a CPU.
+    """Returns the precision to use: for `auto`, bf16 where the device multiplies in it, else fp16 on a GPU and fp32 on
+    a CPU.
 
     Raises ValueError for fp16 on a CPU, on which DeepSpeed has no loss scaling, and for fp16 at stage 0, at which
     DeepSpeed 0.19 divides gradients by a scale that it has not multiplied the loss with.
@@ -43,7 +44,7 @@ def resolve_precision(requested: str, device: torch.device, zero_stage: int) -> 
 
 
 def cpu_multiplies_bf16() -> bool:
-    """Whether this CPU has bf16 dot products or matrix units (AVX512-BF16, AMX)."""
+    """Tells whether this CPU has bf16 dot products or matrix units (AVX512-BF16, AMX)."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # no public question exists
 
 
@@ -67,7 +68,7 @@ def batch_sizes(config: RunConfig, world_size: int) -> BatchSizes:
 
 
 def sums_gradients(zero_stage: int, global_batch_size: int, micro_batch_size: int) -> bool:
-    """Whether DeepSpeed adds up gradients of several micro-batches or ranks, in fp32 whatever the precision.
+    """Tells whether DeepSpeed adds up gradients of several micro-batches or ranks, in fp32 whatever the precision.
 
     Where one rank takes the whole batch at once, stages 1 and 2 have nothing to add, and keep gradients as they come.
     """
@@ -75,14 +76,14 @@ def sums_gradients(zero_stage: int, global_batch_size: int, micro_batch_size: in
 
 
 def is_single_rank(engine: EngineConfig, ranks: int) -> bool:
-    """Whether SingleRankGradients take the place of DeepSpeed's reduction."""
+    """Tells whether SingleRankGradients takes the place of DeepSpeed's reduction."""
     return ranks == 1 and engine.zero_stage == 2 and not engine.offload_optimizer
 
 
 def deepspeed_config(
     engine: EngineConfig, sizes: BatchSizes, max_grad_norm: float, precision: str, load_universal: bool
 ) -> dict[str, Any]:
-    """The JSON tree that deepspeed.initialize takes."""
+    """Builds the configuration for deepspeed.initialize, a JSON tree."""
     zero: dict[str, Any] = {"stage": engine.zero_stage}
     if engine.zero_stage:
         # Small models: whole buckets, reduced at the end of the backward pass, in the order of the parameters.
@@ -161,7 +162,8 @@ def initialize(
 
 @contextmanager
 def _without_mlflow() -> Iterator[None]:
-    """DeepSpeed's autotuner imports MLflow if it can: 0.9 s and 0.1 GiB of every rank, where only rank 0 tracks."""
+    """Keeps DeepSpeed's autotuner from importing MLflow, which costs 0.9 s and 0.1 GiB on every rank, while only rank 0
+    tracks."""
     absent = "deepspeed" not in sys.modules and "mlflow" not in sys.modules
     if absent:
         sys.modules["mlflow"] = None  # type: ignore[assignment]
@@ -173,7 +175,7 @@ def _without_mlflow() -> Iterator[None]:
 
 
 def _any_not_finite(optimizer: Any) -> Tensor:
-    """(1,) bool: whether a gradient that this rank holds has no finite norm. optimizer: of stage 1 or 2.
+    """Tells, as a (1,) bool, whether a gradient that this rank holds has no finite norm. optimizer: of stage 1 or 2.
 
     Without one it could not be clipped either, and stage 0 asks the same. The Euclidean norm has a fast kernel
     everywhere; on a CPU the largest magnitude takes sixty times as long.
@@ -183,7 +185,7 @@ def _any_not_finite(optimizer: Any) -> Tensor:
 
 
 def apply_settings(engine: Any, config: OptimizerConfig) -> None:
-    """To be called after a checkpoint was loaded: the run's settings count, not those that were saved."""
+    """Sets the run's optimizer settings in place of those that a checkpoint holds. To be called after it was loaded."""
     for group in engine.optimizer.param_groups:
         group |= dict(betas=config.betas, eps=config.epsilon, weight_decay=config.weight_decay)
     if hasattr(engine.optimizer, "clip_grad"):
@@ -197,7 +199,8 @@ def apply_settings(engine: Any, config: OptimizerConfig) -> None:
 
 
 def learning_rate(config: OptimizerConfig, step: int, max_steps: int) -> float:
-    """Of optimizer step `step`, counted from 0. A function of the step alone, so there is nothing to resume."""
+    """Returns the learning rate of optimizer step `step`, counted from 0. It depends on no earlier step, so there is
+    nothing to resume."""
     warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     progress = max(0.0, step - config.warmup_steps) / max(1, max_steps - config.warmup_steps)
     shape = {
@@ -209,14 +212,14 @@ def learning_rate(config: OptimizerConfig, step: int, max_steps: int) -> float:
 
 
 def accumulate(engine: Any, loss: Tensor) -> None:
-    """Backward of one micro-batch's mean loss; DeepSpeed divides it by the number of micro-batches."""
+    """Runs the backward pass of one micro-batch's mean loss; DeepSpeed divides it by the number of micro-batches."""
     engine.backward(loss)
     if not engine.is_gradient_accumulation_boundary():
         engine.step()  # which only counts: the optimizer is moved by apply_gradients
 
 
 def apply_gradients(engine: Any, *rates: float) -> tuple[float, bool]:
-    """One optimizer step with what backward has accumulated. Returns (gradient norm before clipping, skipped).
+    """Takes one optimizer step with the accumulated gradients. Returns (gradient norm before clipping, skipped).
 
     rates: one for each group of parameters. A step whose gradients are not finite is skipped on all ranks alike:
     weights and optimizer stay as they were.
@@ -247,7 +250,7 @@ def _gradient_norm(module: nn.Module) -> Tensor:
 
 
 def masters(engine: Any) -> list[Tensor]:
-    """The fp32 tensors that the optimizer moves, as this rank holds them: its share, flat, under ZeRO."""
+    """Returns the fp32 tensors that the optimizer updates, as this rank holds them: its share, flat, under ZeRO."""
     optimizer = engine.optimizer
     if engine.zero_optimization_stage() == 3:
         return list(optimizer.fp32_partitioned_groups_flat)
@@ -261,7 +264,8 @@ def masters(engine: Any) -> list[Tensor]:
 
 
 def optimizer_state(engine: Any) -> list[dict[str, Any]]:
-    """What the optimizer keeps of each of `masters`, as this rank holds it: the very dicts, which may be written to."""
+    """Returns the optimizer's state of each of `masters`, as this rank holds it: the dicts themselves, which may be
+    changed."""
     inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
     return [inner.state[master] for master in masters(engine)]
 
@@ -297,7 +301,7 @@ def reclaim(device: torch.device) -> None:
 
 
 def full_state(engine: Any) -> dict[str, Tensor]:
-    """The masters by parameter name, whole, fp32, on the CPU of every rank. Every rank calls this."""
+    """Gathers the masters by parameter name, whole, in fp32, on the CPU of every rank. Every rank calls this."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     if engine.zero_optimization_stage() == 0:
@@ -311,7 +315,8 @@ def full_state(engine: Any) -> dict[str, Tensor]:
 
 
 def _names_of_masters(engine: Any) -> list[str]:
-    """At stage 0, where each parameter has a whole master."""
+    """Returns the names of the parameters in the order of `masters`, at stage 0, where each parameter has a whole
+    master."""
     names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
     if hasattr(engine.optimizer, "fp16_groups"):  # bf16's too
         return [names[id(parameter)] for group in engine.optimizer.fp16_groups for parameter in group]

@@ -9,7 +9,8 @@ if TYPE_CHECKING:
 
 
 def device_name(device: "torch.device") -> str:
-    """What PyTorch calls a GPU, as `NVIDIA A100-SXM4-80GB`, and Linux a processor, as `AMD EPYC 9B14`."""
+    """Returns what PyTorch calls a GPU, as `NVIDIA A100-SXM4-80GB`, or what Linux calls a processor, as `AMD EPYC
+    9B14`."""
     import torch
 
     if device.type == "cuda":

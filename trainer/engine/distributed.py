@@ -120,16 +120,16 @@ def all_sum(values: Sequence[float]) -> list[float]:
 
 
 def patient_group() -> Any:
-    """All ranks, to be met after work that takes each of them its own time, be it days: `gather_objects` takes it.
+    """Makes a group of all ranks for a `gather_objects` after work that takes each rank its own time, be it days.
 
-    Every rank calls this before that work, where they are still together, since connecting has them wait as well. A
-    rank that dies ends the others' wait: its connections are closed.
+    Every rank calls this before that work, while the ranks are still together, since they wait for each other to
+    connect. A rank that dies ends the others' wait: its connections are closed.
     """
     return dist.new_group(backend="gloo", timeout=PATIENCE)
 
 
 def gather_objects(value: Any, world: World, group: Any = None) -> list[Any]:
-    """What every rank holds, in the order of ranks, on every rank. For small things: it is pickled.
+    """Returns the values of all ranks, in the order of ranks, on every rank. For small values: they are pickled.
 
     group: by default one whose ranks wait for each other no longer than TIMEOUT. Raises RuntimeError after that.
     """
@@ -141,7 +141,7 @@ def gather_objects(value: Any, world: World, group: Any = None) -> list[Any]:
 
 
 def from_first_rank(value: Any) -> Any:
-    """What rank 0 holds, on every rank. For small things: it is pickled."""
+    """Returns the value of rank 0 on every rank. For small values: they are pickled."""
     holder = [value]
     dist.broadcast_object_list(holder, src=0)
     return holder[0]

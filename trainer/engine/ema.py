@@ -28,7 +28,7 @@ class Average:
             mean.lerp_(share.detach(), weight)
 
     def full_state(self) -> dict[str, Tensor]:
-        """By parameter name, whole, fp32, on the CPU of every rank. Every rank calls this."""
+        """Gathers the average by parameter name, whole, in fp32, on the CPU of every rank. Every rank calls this."""
         with self._instead_of_masters():
             return full_state(self.engine)
 
@@ -46,7 +46,7 @@ class Average:
 
     @contextmanager
     def _instead_of_masters(self) -> Iterator[None]:
-        """Inside, the masters hold the average; what is written there is the average afterwards."""
+        """Keeps the average in the masters within the block; what is written there is the average afterwards."""
         self._swap()
         try:
             yield
@@ -63,7 +63,8 @@ class Average:
 
 @contextmanager
 def averaged_weights(engine: Any, average: Average | None) -> Iterator[None]:
-    """Inside, the network holds the averaged weights. Under ZeRO-3 rank 0's copy is scattered on leaving the block."""
+    """Keeps the averaged weights, if there are any, in the network within the block, and puts its own back afterwards.
+    Under ZeRO-3 the parameters are gathered for both changes, after which rank 0's values are scattered again."""
     if average is None:
         yield
         return

@@ -61,7 +61,7 @@ class SingleRankGradients:
         parameter.grad = None
 
     def hand_over(self) -> None:
-        """At the last micro-batch of a step, gives the optimizer its gradients."""
+        """Gives the optimizer its gradients at the last micro-batch of a step."""
         self.optimizer._epilogue_ran_this_backward = True
         if not self.optimizer.is_gradient_accumulation_boundary():
             return
@@ -72,7 +72,7 @@ class SingleRankGradients:
         self.handed_over = True
 
     def norm(self) -> Tensor:
-        """(), float64: the Euclidean norm of all gradients.
+        """Computes the Euclidean norm of all gradients, (), float64.
 
         DeepSpeed takes each gradient's in float64, which costs a CPU 15 ms for 15 million. In float32 a long sum loses
         digits there, 1 % of it over a hundred million, so the sums are short ones, and only they are added up exactly.

@@ -51,8 +51,11 @@ LISTED = {"variant": is_text, "seed": is_whole, "run": is_text}
 
 
 def prompts_of(captions: Sequence[str]) -> dict[str, list[str]]:
-    """The paper's four settings. insufficient: the background alone, and not what stands before it. conflicting: what
-    is to be seen under the next condition."""
+    """Makes the prompts of the paper's four settings from N captions: setting -> N prompts.
+
+    none: empty prompts. insufficient: only the background, without what stands before it. conflicting: the caption of
+    the next sample. perfect: the captions themselves.
+    """
     return {
         "none": [""] * len(captions),
         "insufficient": ["on " + caption.partition(" on ")[2] for caption in captions],
@@ -109,7 +112,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def draw_run(
     run: Path, base: Base, held: HeldOutSet, prompts: dict[str, list[str]], world: World
 ) -> dict[str, np.ndarray]:
-    """Pictures by kind of prompt; kept in the run's folder until it has another checkpoint, or others are held out."""
+    """Draws a run's pictures for each kind of prompt: kind -> (N, H, W, 3) uint8.
+
+    Keeps them in a file in the run's folder, and reads them from there as long as the checkpoint, the base, the prompts
+    and the held-out conditions are the same. Raises ConfigError where the run has no whole checkpoint, or the base has
+    changed.
+    """
     whole = complete_checkpoints(run)
     if not whole:
         raise ConfigError(f"{run} holds no whole checkpoint: `controlbooth ablate` goes on where it was")
@@ -134,8 +142,12 @@ def draw_run(
 
 
 def means(images: np.ndarray, held: HeldOutSet, extract: Extract | None, real: Fidelity) -> dict[str, float]:
-    """Each figure, NAME_chance of it and NAME_share, the share of what is possible; the last is left out where real
-    pictures are not certainly better than chance, and both where one condition is held out."""
+    """Computes the mean of each figure over the pictures, by name, with its chance and its share of what is possible.
+
+    Beside each figure NAME stand NAME_chance and NAME_share. NAME_share is left out where real pictures are not
+    certainly better than chance, and both are left out where only one condition is held out. real: the fidelity of the
+    real pictures.
+    """
     own = fidelity(images, held, range(len(held.keys)), extract)
     figures = {}
     for name, values in own.values.items():
@@ -148,7 +160,7 @@ def means(images: np.ndarray, held: HeldOutSet, extract: Extract | None, real: F
 
 
 def draw(path: Path, shown: dict[str, dict[str, np.ndarray]], held: HeldOutSet, prompts: dict[str, list[str]]) -> None:
-    """One row a condition and kind of prompt, one column a variant."""
+    """Writes a PNG of SHOWN conditions: one row for each condition and kind of prompt, one column for each variant."""
     rows = [(number, name) for number in range(min(SHOWN, len(held.keys))) for name in prompts]
     columns = {"condition": np.stack([held.conditions[number] for number, _ in rows])}
     for variant, pictures in shown.items():
@@ -158,7 +170,7 @@ def draw(path: Path, shown: dict[str, dict[str, np.ndarray]], held: HeldOutSet, 
 
 
 def describe_table(table: Sequence[dict[str, Any]]) -> str:
-    """For people: the mean over seeds, and +- their standard deviation where there are several."""
+    """Writes the table as text: the mean of each figure over seeds, with +- the standard deviation of several seeds."""
     variants = list(dict.fromkeys(row["variant"] for row in table))
     prompts = list(dict.fromkeys(row["prompt"] for row in table))
     width = max(map(len, variants)) + 2

@@ -10,7 +10,7 @@ NEGATIVES = 8
 
 
 def negatives(count: int) -> np.ndarray:
-    """(count, S) int64: for each of `count` samples S others, the same at every call and on every rank.
+    """Draws S other samples for each of `count` samples: (count, S) int64, the same at every call and on every rank.
 
     Each column is a permutation without a fixed point (a derangement): all samples in one fixed random order, moved on
     by 1, 2, ... S places, so that every sample is in negative pairs equally often. S is NEGATIVES, or count - 1 where

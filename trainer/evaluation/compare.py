@@ -41,13 +41,15 @@ def run(options: argparse.Namespace) -> int:
 
 
 Figures = dict[tuple[str, tuple[int, int]], dict[str, Any]]
-"""(way, place of the sample in its data set) -> what was measured of a picture."""
+"""(variant, place of the sample in its data set) -> what was measured of a picture."""
 
 
 def read_evaluation(where: Path) -> tuple[dict[str, Any], Figures]:
-    """-> what was measured, and the figures of each picture. Raises ConfigError where there is none.
+    """Reads an evaluation: what was measured, and the figures of each picture.
 
-    Samples are told by their places, as keys repeat: evaluations are compared on one data set alone.
+    where: the folder of the evaluation, or of its run. Samples are identified by their places, since keys may repeat,
+    so only evaluations on the same data set are compared. Raises ConfigError where there is no evaluation, or one by an
+    older version that did not note places.
     """
     folder = where if (where / "evaluation.json").is_file() else where / "evaluation"
     result = read_result(folder)
@@ -69,10 +71,12 @@ def compare(
     b: tuple[dict[str, Any], Figures],
     level: float = LEVEL,
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """way -> figure -> mean of A and of B, mean of B - A with its interval, and the share of samples where B is better.
+    """Compares two evaluations: variant of the pictures -> figure -> what is known of A, B and their difference.
 
-    level: of the intervals. Raises ConfigError where they were measured differently, or by a version that did not note
-    how, or have no sample in common.
+    That is the mean of A and of B, the mean of B - A with its interval, and the share of samples where B is better.
+    level: the confidence level of the intervals. Ways that do not depend on the ControlNet are left out. Raises
+    ConfigError where the two were measured differently, or by a version that did not note how, or have no sample in
+    common.
     """
     for letter, (facts, _) in (("A", a), ("B", b)):
         if unknown := [name for name in SAME if name not in facts]:
@@ -84,40 +88,41 @@ def compare(
     for name in (name for name in SAME if name != "base_identity"):
         if a[0][name] != b[0][name]:
             raise ConfigError(
-                f"the two were not measured alike: {name} is {told(a[0], name)} in A and {told(b[0], name)} in B. "
-                "Evaluate one of them again as the other one was"
+                f"the two were not measured alike: {name} is {describe_fact(a[0], name)} in A and "
+                f"{describe_fact(b[0], name)} in B. Evaluate one of them again as the other one was"
             )
     if changed := base_differences(a[0]["base_identity"], b[0]["base_identity"]):
         what = describe_differences(changed, "in A", "in B it is")
         raise ConfigError(f"the two were not measured alike: {what}. Evaluate one of them again as the other one was")
     result: dict[str, dict[str, dict[str, float]]] = {}
-    for way in dict.fromkeys(way for way, _ in a[1]):
-        if way in (WITHOUT, DISCS, NOISE, REAL):  # the same in both
+    for variant in dict.fromkeys(variant for variant, _ in a[1]):
+        if variant in (WITHOUT, DISCS, NOISE, REAL):  # the same in both
             continue
-        shared = [place for one, place in a[1] if one == way and (way, place) in b[1]]
+        shared = [place for one, place in a[1] if one == variant and (variant, place) in b[1]]
         if not shared:
             raise ConfigError("the two evaluations have no sample in common: were they made of other shards?")
-        result[way] = compare_way(a[1], b[1], way, shared, level)
+        result[variant] = compare_variant(a[1], b[1], variant, shared, level)
     return result
 
 
-def compare_way(
-    a: Figures, b: Figures, way: str, shared: Sequence[tuple[int, int]], level: float
+def compare_variant(
+    a: Figures, b: Figures, variant: str, shared: Sequence[tuple[int, int]], level: float
 ) -> dict[str, dict[str, float]]:
-    """What B gains over A in the samples of one way that both have.
+    """Computes what B gains over A in each figure, on the samples that both have of one variant of the pictures.
 
-    A figure NAME of control has chance_a and chance_b too, and beside it stands NAME_share, the share of what is
-    possible (`statistics.share_of_possible`), where real pictures are certainly better than chance.
+    shared: the places of these samples. A figure NAME of control also has chance_a and chance_b, and beside it stands
+    NAME_share, the share of what is possible (`statistics.share_of_possible`), where real pictures are certainly better
+    than chance.
     """
     result: dict[str, dict[str, float]] = {}
-    first, other = a[way, shared[0]], b[way, shared[0]]
+    first, other = a[variant, shared[0]], b[variant, shared[0]]
     for name in [name for name, value in first.items() if isinstance(value, float) and name in other]:
         lower = name in LOWER_IS_BETTER
-        ours, theirs = (np.array([one[way, place][name] for place in shared]) for one in (a, b))
+        ours, theirs = (np.array([one[variant, place][name] for place in shared]) for one in (a, b))
         result[name] = differences(ours, theirs, lower) | named(mean_and_interval(theirs - ours, level))
         if name not in first["chance"]:
             continue
-        chances = [np.array([one[way, place]["chance"][name] for place in shared]) for one in (a, b)]
+        chances = [np.array([one[variant, place]["chance"][name] for place in shared]) for one in (a, b)]
         result[name] |= dict(chance_a=float(chances[0].mean()), chance_b=float(chances[1].mean()))
         reals = np.array([a[REAL, place][name] for place in shared])
         more = share_difference((ours, chances[0]), (theirs, chances[1]), reals, level, lower)
@@ -129,7 +134,7 @@ def compare_way(
 
 
 def differences(ours: np.ndarray, theirs: np.ndarray, lower_is_better: bool) -> dict[str, float]:
-    """(N,) each, of A and of B: their means, and the share of samples where B is better."""
+    """Computes the means of A's and of B's values, (N,) each, and the share of samples where B is better."""
     better = theirs < ours if lower_is_better else theirs > ours
     return dict(a=float(ours.mean()), b=float(theirs.mean()), samples=len(ours), better=float(better.mean()))
 
@@ -138,14 +143,16 @@ def named(interval: Mapping[str, float]) -> dict[str, float]:
     return {f"difference_{key}": value for key, value in interval.items()}
 
 
-def told(facts: dict[str, Any], name: str) -> str:
-    """For people: a digest with the path that it is of."""
+def describe_fact(facts: dict[str, Any], name: str) -> str:
+    """Formats a fact of an evaluation for an error message; a digest is followed by the path that it belongs to."""
     of = {"data_fingerprint": "data", "base_digest": "base"}.get(name)
     return repr(facts[name]) if of is None else f"{facts[name]:.12} ({facts[of]})"
 
 
 def table(differences: dict[str, dict[str, dict[str, float]]], a: Path, b: Path) -> str:
-    rows = [(f"{way}, {title(name)}", one) for way, figures in differences.items() for name, one in figures.items()]
+    rows = [
+        (f"{variant}, {title(name)}", one) for variant, figures in differences.items() for name, one in figures.items()
+    ]
     width = max((len(label) for label, _ in rows), default=0)
     heads = f"{'A':>8}{'chance':>8}{'B':>8}{'chance':>8}{'B - A':>9}   95 % interval     B better"
     lines = [f"A {a}", f"B {b}", f"{'':<{width}}{heads}"]

@@ -19,7 +19,7 @@ LOW, HIGH = 80, 160
 
 
 def edge_map(image: np.ndarray) -> np.ndarray:
-    """(H, W, 3) uint8 -> (H, W) bool. Canny on the channel that changes most at each pixel.
+    """Finds edges by Canny on the channel that changes most at each pixel: (H, W, 3) uint8 -> (H, W) bool.
 
     Gray values would miss the edge between two colours of the same brightness, such as red on teal.
     """
@@ -33,24 +33,25 @@ def edge_map(image: np.ndarray) -> np.ndarray:
 
 
 def line_map(picture: np.ndarray) -> np.ndarray:
-    """(H, W) uint8, bright lines on black -> (H, W) bool, lines one pixel wide.
+    """Thins bright lines on black to a width of one pixel: (H, W) uint8 -> (H, W) bool.
 
-    A line is what has at least half of the picture's highest level, whatever that is.
+    A pixel belongs to a line where it has more than half of the picture's highest level, whatever that is.
     """
     strong = picture > int(picture.max(initial=0)) / 2
     return thin(strong.astype(np.uint8)) > 0
 
 
 def edge_f1(found: np.ndarray, given: np.ndarray, tolerance: int = TOLERANCE_PIXELS) -> float:
-    """found, given: (H, W) bool, lines one pixel wide -> agreement of the two, corrected for chance, in [0, 1].
+    """Measures how well found lines lie on the given ones, corrected for chance, in [0, 1].
 
-    A pixel is matched if the other map has one within `tolerance` pixels, diagonals included. Precision p is the share
-    of found pixels that are matched, recall r that of given ones. Where lines are dense, pixels are matched wherever
-    they lie: scattered at random, a share d of them, the share of all pixels within the tolerance of the other map.
-    What each has above that, (p - d) / (1 - d) and (r - d') / (1 - d'), are the weighted kappas of Bloch and Kraemer
-    (1989, Biometrics 45, 269-287); this is their harmonic mean, which at a tolerance of 0 is Cohen's kappa (1960). It
-    is 1 for equal maps and 0 for all that is no better than scattered pixels, however many. It is 0 also where either
-    map is empty, or leaves no place that is not near to a line: nothing that can be told from chance agrees.
+    found, given: (H, W) bool, lines one pixel wide. A pixel is matched if the other map has one within `tolerance`
+    pixels, diagonals included. Precision p is the share of found pixels that are matched, recall r that of given ones.
+    Where lines are dense, pixels are matched wherever they lie: of pixels scattered at random, a share d is matched,
+    which is the share of all pixels within the tolerance of the other map. What each has above that, (p - d) / (1 - d)
+    and (r - d') / (1 - d'), are the weighted kappas of Bloch and Kraemer (1989, Biometrics 45, 269-287); this is their
+    harmonic mean, which at a tolerance of 0 is Cohen's kappa (1960). It is 1 for equal maps and 0 for all that is no
+    better than scattered pixels, however many. It is also 0 where either map is empty, or has lines near to every
+    pixel: then agreement cannot be told from chance.
     """
     kernel = np.ones((2 * tolerance + 1, 2 * tolerance + 1), np.uint8)
     near_found, near_given = (cv2.dilate(one.astype(np.uint8), kernel) > 0 for one in (found, given))
@@ -62,20 +63,22 @@ def edge_f1(found: np.ndarray, given: np.ndarray, tolerance: int = TOLERANCE_PIX
 
 
 def above_chance(value: float, chance: float) -> float:
-    """The share of what is possible above chance that was reached, in [0, 1]; 0 where chance is all that there is.
+    """Computes which share of what is possible above chance was reached, in [0, 1].
 
     value, chance: in [0, 1]. This is the skill score of forecasts (Murphy 1988, Monthly Weather Review 116, 2417-2424)
-    and the correction of the adjusted Rand index (Hubert and Arabie 1985, Journal of Classification 2, 193-218).
+    and the correction of the adjusted Rand index (Hubert and Arabie 1985, Journal of Classification 2, 193-218). It is
+    0 for values below chance, and where chance is 1, which leaves no room above it.
     """
     return max(0.0, (value - chance) / (1.0 - chance)) if chance < 1.0 else 0.0
 
 
 def object_mask(image: np.ndarray, distance: float = 28.0, least_pixels: int = 12) -> np.ndarray:
-    """(H, W, 3) uint8 -> (H, W) bool: what stands before a background of at most two plain colours.
+    """Finds what stands before a background of at most two plain colours: (H, W, 3) uint8 -> (H, W) bool.
 
-    The border shows the background only; its two main colours are found by 2-means. Regions that differ from both by
-    more than `distance` (Euclidean, levels of 255) are objects, and their outline is put where a pixel is halfway
-    between the object's and the background's colour. On real scenes the mask's IoU with the exact one is .98.
+    The border is taken to show the background only; its two main colours are found by 2-means. Regions of at least
+    `least_pixels` that differ from both colours by more than `distance` (Euclidean, levels of 255) are objects, and
+    their outline is put where a pixel is halfway between the object's and the background's colour. On real scenes the
+    mask's IoU with the exact one is .98.
     """
     border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]]).astype(np.float32)
     cv2.setRNGSeed(0)
@@ -96,7 +99,7 @@ def object_mask(image: np.ndarray, distance: float = 28.0, least_pixels: int = 1
 
 
 def mask_iou(found: np.ndarray, given: np.ndarray) -> float:
-    """(H, W) bool each -> intersection over union in [0, 1]; 0 for two empty masks, which show no object."""
+    """Computes the intersection over union of two (H, W) bool masks, in [0, 1]; 0 where both are empty."""
     union = np.logical_or(found, given).sum()
     return float(np.logical_and(found, given).sum() / union) if union else 0.0
 
@@ -104,10 +107,10 @@ def mask_iou(found: np.ndarray, given: np.ndarray) -> float:
 def control_fidelity(
     images: np.ndarray, edges: np.ndarray | None, segmentation: np.ndarray | None
 ) -> dict[str, np.ndarray]:
-    """Figures of each picture, by name; those whose truth is not given are left out.
+    """Computes edge_f1 and mask_iou of each picture, by name, each (B,) float64; without its truth, one is left out.
 
     images: (B, H, W, 3) uint8. edges: (B, H, W) uint8, bright on edges. segmentation: (B, H, W) uint8, nonzero on
-    objects. Returns edge_f1 and mask_iou, each (B,) float64.
+    objects.
     """
     figures = {}
     if edges is not None:

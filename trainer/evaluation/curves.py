@@ -39,7 +39,10 @@ class Figure:
 
 
 def read_figures(run: Path) -> list[Figure]:
-    """Those that tell how pictures follow their conditions, the one by which control is told first."""
+    """Reads the figures of a run's validations that show how well pictures follow their conditions.
+
+    Those by which control is judged come first, in the order of FIGURES.
+    """
     rows = validated(run)
     names = dict.fromkeys(name.removeprefix(VALIDATION) for metrics in rows.values() for name in metrics)
     own = [name for name in names if f"{name}_chance" in names or name in FIGURES]
@@ -59,7 +62,7 @@ def read_figures(run: Path) -> list[Figure]:
 
 
 def limits(figures: Iterable[Figure]) -> tuple[float, float] | None:
-    """An axis on which one figure of several runs can be compared; None where there is nothing of it."""
+    """Chooses the low and high end of an axis for one figure of several runs; None where it has no values."""
     values = [value for one in figures for value in one.values("", "_chance", "_real", EMPTY)]
     if not values:
         return None
@@ -68,9 +71,9 @@ def limits(figures: Iterable[Figure]) -> tuple[float, float] | None:
 
 
 def plot_shares(figure: Figure, verdict: Verdict | None, last: int) -> str:
-    """The share of what is possible over the steps, with its interval; the step that was named is marked.
+    """Draws the share of what is possible over the steps, with its interval, as SVG.
 
-    last: the step at which the axis ends.
+    The steps where control was announced or withdrawn are marked. last: the step at which the axis ends.
     """
     drawing, axes = _axes("control, as a share of what is possible", last, height=3.6)
     share = figure.series["_share"]
@@ -115,7 +118,11 @@ def _mark(axes: Any, event: Event) -> None:
 
 
 def plot_figure(figure: Figure, last: int, ends: tuple[float, float] | None) -> str:
-    """A figure as it is measured, between chance, up to which it means nothing, and the real pictures."""
+    """Draws a figure as it is measured over the steps, as SVG, beside its chance and the value of the real pictures.
+
+    A value no better than chance means nothing. last: the step at which the axis ends. ends: of the other axis, as
+    `limits` gives them.
+    """
     drawing, axes = _axes(title(figure.name), last)
     series = figure.series
     if chance := series.get("_chance"):
@@ -143,7 +150,7 @@ def plot_loss(curve: Mapping[int, float], last: int) -> str:
 
 
 def smooth(curve: Mapping[int, float]) -> dict[int, float]:
-    """A running mean over a 50th of the run."""
+    """Computes a running mean over a 50th of the curve's points, by step; it begins where the first window is full."""
     steps = sorted(curve)
     width = max(1, len(steps) // 50)
     values = np.convolve([curve[step] for step in steps], np.ones(width) / width, mode="valid")
@@ -151,9 +158,9 @@ def smooth(curve: Mapping[int, float]) -> dict[int, float]:
 
 
 def plot_standing(shares: Mapping[str, Mapping[str, float]], marked: str, bound: float) -> str:
-    """Where each way of making pictures stands between chance and the real pictures, with its interval.
+    """Draws where each variant of the pictures stands between chance and the real pictures, with its interval, as SVG.
 
-    shares: way -> mean, low and high. marked: the way that is asked about. bound: the share beyond which it obeys.
+    shares: variant -> mean, low and high. marked: the variant that is judged. bound: the share beyond which it obeys.
     """
     from matplotlib.figure import Figure as Drawing
 
@@ -163,18 +170,18 @@ def plot_standing(shares: Mapping[str, Mapping[str, float]], marked: str, bound:
     axes.axvline(0.0, color=CHANCE, linestyle="--", linewidth=1.4)
     axes.axvline(1.0, color=REAL, linestyle=":", linewidth=1.6)
     axes.axvline(bound, color=BOUND, linewidth=1)
-    for place, (way, share) in enumerate(shares.items()):
-        colour = REAL if way != marked else WITH_CONTROL if share["low"] > bound else BOUND
+    for place, (variant, share) in enumerate(shares.items()):
+        colour = REAL if variant != marked else WITH_CONTROL if share["low"] > bound else BOUND
         low, mean, high = (float(np.clip(share[end], *SHARES)) for end in ("low", "mean", "high"))
-        axes.plot([low, high], [place, place], color=colour, linewidth=5 if way == marked else 2.5, alpha=0.4)
-        axes.plot([mean], [place], "o", color=colour, markersize=9 if way == marked else 5.5)
+        axes.plot([low, high], [place, place], color=colour, linewidth=5 if variant == marked else 2.5, alpha=0.4)
+        axes.plot([mean], [place], "o", color=colour, markersize=9 if variant == marked else 5.5)
         axes.annotate(
             f"{share['mean']:.0%}", (high, place), xytext=(7, 0), textcoords="offset points", fontsize=9, va="center",
             color=colour,
         )  # fmt: skip
     axes.set_yticks(range(len(shares)), list(shares), fontsize=9.5)
-    for label, way in zip(axes.get_yticklabels(), shares, strict=True):
-        if way == marked:
+    for label, variant in zip(axes.get_yticklabels(), shares, strict=True):
+        if variant == marked:
             label.set(fontweight="bold")
     axes.set_ylim(len(shares) - 0.5, -0.5)
     axes.set_xlim(SHARES[0], SHARES[1] + 0.06)

@@ -38,7 +38,11 @@ class Measures:
 
 
 def open_measures(folders: Mapping[str, Path], aesthetic: Path | None, device: torch.device) -> Measures:
-    """folders: of `clip` and `dino`. Raises ConfigError for what cannot be opened, with what to give."""
+    """Opens the encoders and the aesthetic head by which sets of pictures are measured.
+
+    folders: of `clip` and `dino`, as far as they are given. aesthetic: a safetensors file, which needs `clip`. Raises
+    ConfigError for what cannot be opened, and says what to give.
+    """
     encoders = open_encoders(folders, device)
     head = None
     if aesthetic is not None:
@@ -52,7 +56,10 @@ def open_measures(folders: Mapping[str, Path], aesthetic: Path | None, device: t
 
 
 def read_head(path: Path) -> tuple[Tensor, Tensor]:
-    """A linear layer with one output. Raises ConfigError for anything else."""
+    """Reads the weight (1, D) and bias (1,), float32, of a linear layer with one output.
+
+    Raises ConfigError for anything else.
+    """
     try:
         tensors = load_file(path)
     except (OSError, ValueError, RuntimeError) as error:
@@ -67,23 +74,24 @@ def read_head(path: Path) -> tuple[Tensor, Tensor]:
 def measure_sets(
     measures: Measures, images: dict[str, np.ndarray], held: HeldOutSet, mine: Sequence[int], world: World
 ) -> dict[str, dict[str, Any]]:
-    """Figure -> {"values": {way: value}, "note": text}. Each rank encodes its own rows; the result is on all of them.
+    """Measures whole sets of pictures: figure -> {"values": {variant: value}, "note": text}.
 
-    images: by way, this rank's (n, H, W, 3) uint8; the last way is real pictures, against which the others stand.
+    images: for each variant of the pictures, this rank's (n, H, W, 3) uint8; the last variant is the real pictures,
+    with which the others are compared. Each rank encodes its own rows, and every rank gets the whole result.
     """
     subject, clip = measures.encoders.subject, measures.encoders.clip
-    ways = list(images)
-    real = ways[-1]
-    features = {way: gathered(subject, images[way], mine, world) for way in ways}
+    variants = list(images)
+    real = variants[-1]
+    features = {variant: gathered(subject, images[variant], mine, world) for variant in variants}
     count = len(features[real])
     result: dict[str, dict[str, Any]] = {}
     if count >= LEAST_FOR_KID:
         result[f"KID by {subject.title}"] = dict(
-            values={way: kid(widened(features[way]), widened(features[real])) for way in ways[:-1]},
+            values={variant: kid(widened(features[variant]), widened(features[real])) for variant in variants[:-1]},
             note="lower is better, 0 for pictures of the same distribution",
         )
     if count >= LEAST_FOR_FID:
-        values = {way: fid(widened(features[way]), widened(features[real])) for way in ways[:-1]}
+        values = {variant: fid(widened(features[variant]), widened(features[real])) for variant in variants[:-1]}
         result[f"FID by {subject.title}"] = dict(values=values, note="lower is better")
     else:
         instead = ": see KID" if count >= LEAST_FOR_KID else ""
@@ -91,27 +99,31 @@ def measure_sets(
     if clip is not None:
         assert clip.texts is not None
         texts = clip.texts(held.captions)
-        embedded = {way: gathered(clip, images[way], mine, world) for way in ways}
+        embedded = {variant: gathered(clip, images[variant], mine, world) for variant in variants}
         result["CLIP score"] = dict(
-            values={way: float((one.double() * texts.double()).sum(dim=1).mean()) for way, one in embedded.items()},
+            values={
+                variant: float((one.double() * texts.double()).sum(dim=1).mean()) for variant, one in embedded.items()
+            },
             note="mean cosine of picture and prompt; higher is better",
         )
         if measures.aesthetic is not None:
             weight, bias = measures.aesthetic
             result["CLIP aesthetic score"] = dict(
-                values={way: float((one @ weight.T + bias).mean()) for way, one in embedded.items()},
+                values={variant: float((one @ weight.T + bias).mean()) for variant, one in embedded.items()},
                 note="higher is better",
             )
-    few = {way: gathered_pictures(images[way], mine, world) for way in ways}
+    few = {variant: gathered_pictures(images[variant], mine, world) for variant in variants}
     result[measures.encoders.div_title] = dict(
-        values={way: off_diagonal(measures.encoders.distances(one)) for way, one in few.items() if len(one) > 1},
+        values={
+            variant: off_diagonal(measures.encoders.distances(one)) for variant, one in few.items() if len(one) > 1
+        },
         note="mean distance of two pictures of different prompts; higher is more diverse",
     )
     return result
 
 
 def gathered(encoder: Encoder, images: np.ndarray, mine: Sequence[int], world: World) -> Tensor:
-    """(N, D) float32, in the order of the set, on every rank."""
+    """Encodes this rank's pictures, and gathers all embeddings on every rank: (N, D) float32, in the set's order."""
     own: dict[int, Tensor] = {}
     for first in range(0, len(mine), AT_ONCE):  # the same pictures in each batch at every world size
         part = slice(first, first + AT_ONCE)
@@ -121,7 +133,7 @@ def gathered(encoder: Encoder, images: np.ndarray, mine: Sequence[int], world: W
 
 
 def gathered_pictures(images: np.ndarray, mine: Sequence[int], world: World) -> np.ndarray:
-    """The set's first pictures, on every rank."""
+    """Gathers the set's first DIVERSITY_PICTURES pictures on every rank, in the set's order: (n, H, W, 3) uint8."""
     own = {row: image for row, image in zip(mine, images, strict=True) if row < DIVERSITY_PICTURES}
     everyone = {row: one for part in gather_objects(own, world) for row, one in part.items()}
     return np.stack([everyone[row] for row in sorted(everyone)])
@@ -144,13 +156,19 @@ class Passed(nn.Module):
 
 
 def widened(features: Tensor) -> Tensor:
-    """(N, D) of unit length -> (N, D) float64 of length sqrt(D), as features have that no encoder has normalised: KID's
-    kernel, (x . y / D + 1)^3, is then (cosine + 1)^3."""
+    """Scales features of unit length, (N, D), to (N, D) float64 of length sqrt(D).
+
+    Features that no encoder has normalised are about as long. KID's kernel, (x . y / D + 1)^3, is then (cosine + 1)^3.
+    """
     return features.double() * features.shape[1] ** 0.5
 
 
 def kid(generated: Tensor, real: Tensor) -> float:
-    """Kernel distance (arXiv 1801.01401) of (N, D) and (M, D) features: the mean over subsets, from fixed draws."""
+    """Computes the kernel inception distance (KID, arXiv 1801.01401) of (N, D) and (M, D) features.
+
+    It is the mean over KID_SUBSETS subsets of KID_SUBSET features, drawn from a fixed seed; where the smaller set has
+    no more features than that, one subset of its size is taken.
+    """
     from torchmetrics.image.kid import KernelInceptionDistance
 
     size = min(len(generated), len(real))
@@ -170,7 +188,10 @@ def kid(generated: Tensor, real: Tensor) -> float:
 
 
 def fid(generated: Tensor, real: Tensor) -> float:
-    """Frechet distance (arXiv 1706.08500) of (N, D) and (M, D) features."""
+    """Computes the Frechet inception distance (FID, arXiv 1706.08500) of (N, D) and (M, D) features.
+
+    Raises UserError where N or M is below LEAST_FOR_FID.
+    """
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     if min(len(generated), len(real)) < LEAST_FOR_FID:

@@ -34,11 +34,12 @@ def generate(
     prompts: Sequence[str] | None = None,
     progress: str | None = None,
 ) -> np.ndarray:
-    """One picture for each held-out condition, spread over ranks; (N, H, W, 3) uint8 on every rank.
+    """Draws one picture for each held-out condition, spread over ranks: (N, H, W, 3) uint8 on every rank.
 
-    prompts: N texts instead of the captions; without any word in them there is no guidance.
-    Picture i depends on i alone, so it is the same at every world size. Every rank makes equally many passes, since
-    under ZeRO-3 each pass is a collective. progress: what a progress bar calls it; none without.
+    controlnet: None draws with the base alone. prompts: N texts instead of the captions; where all of them are empty
+    there is no guidance, except for bases that take the guidance scale as an input. Picture i depends on i alone, so it
+    is the same at every world size. Every rank makes equally many passes, since under ZeRO-3 each pass is a collective.
+    progress: the title of the progress bar; None shows no bar.
     """
     prompts = held.captions if prompts is None else prompts
     if controlnet is not None:
@@ -65,13 +66,16 @@ def generate(
 
 
 def noise_pictures(rows: Sequence[int], size: tuple[int, int]) -> np.ndarray:
-    """(N, H, W, 3) uint8, every level independent and uniform; a row has the same picture on any rank."""
+    """Draws pictures of noise: (N, H, W, 3) uint8, every level independent and uniform.
+
+    A row has the same picture on any rank.
+    """
     pictures = [np.random.default_rng(row).integers(0, 256, (*size, 3), dtype=np.uint8) for row in rows]
     return np.stack(pictures) if pictures else np.zeros((0, *size, 3), np.uint8)
 
 
 def rows_of(world: World, count: int) -> list[int]:
-    """This rank's rows: whole batches in turn, so that the same rows share a batch at every world size."""
+    """Lists this rank's rows: ranks take whole batches in turn, so batches have the same rows at every world size."""
     batches = range(0, count, AT_ONCE)
     return [
         row for first in batches[world.rank :: world.world_size] for row in range(first, min(first + AT_ONCE, count))
@@ -85,7 +89,10 @@ def slug(name: str) -> str:
 def way_digest(
     target: Evaluated, base: Base, dataset: Dataset, network: Any, prompts: Sequence[str], guidance: float, side: int
 ) -> str:
-    """Of everything that the pictures depend on."""
+    """Computes a digest of everything that one variant's pictures depend on: 12 hexadecimal digits of a SHA-256.
+
+    network: the ControlNet, or None for the base alone.
+    """
     facts = dict(
         weights=target.digest if network is not None else None,
         data=dataset.fingerprint,
@@ -112,7 +119,11 @@ def draw(
     name: str,
     world: World,
 ) -> tuple[np.ndarray, int]:
-    """This rank's pictures, (n, H, W, 3) uint8, and how many were not there yet."""
+    """Draws this rank's pictures into the folder, and returns them, (n, H, W, 3) uint8, and how many were drawn now.
+
+    A batch whose pictures are all in the folder already is not drawn again. mine: the rows of this rank. name: the
+    title of the progress bar.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     new = 0
     batches = [[row for row in mine if row // AT_ONCE == batch] for batch in sorted({row // AT_ONCE for row in mine})]
@@ -150,19 +161,25 @@ def read_png(path: Path) -> np.ndarray:
 def sample_rows(
     images: dict[str, np.ndarray], held: HeldOutSet, mine: Sequence[int], extract: Any
 ) -> list[dict[str, Any]]:
-    """One row a way and picture of this rank: what it is of, and figures."""
+    """Makes a row for each of this rank's pictures and each variant of making them: sample, figures and their chance.
+
+    images: by variant, the pictures of the rows `mine`, (n, H, W, 3) uint8. Values are rounded to 6 decimal places.
+    """
     rows = []
-    for way, pictures in images.items():
+    for variant, pictures in images.items():
         figures = fidelity(pictures, held, mine, extract)
         for place, row in enumerate(mine):
             own, chance = ({name: round(float(values[place]), 6) for name, values in part.items()} for part in figures)
             named = dict(key=held.keys[row], place=held.places[row], caption=held.captions[row])
-            rows.append(dict(way=way, row=row, **named, **own, chance=chance))
+            rows.append(dict(way=variant, row=row, **named, **own, chance=chance))
     return rows
 
 
 def disc_baseline(what: Scene, size: int) -> Scene:
-    """The scene with each object replaced by a disc of its area at its centre of mass: place and size, no outline."""
+    """Replaces each object of a scene by a disc of its area at its centre of mass, which keeps place and size alone.
+
+    size: of the square picture in which the objects are measured, in pixels.
+    """
     rendering = render(what, size)
     objects = []
     for place, thing in enumerate(what.objects):

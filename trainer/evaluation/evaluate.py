@@ -26,7 +26,7 @@ import torch
 
 from controlbooth.data.condition_names import COMPUTED
 from controlbooth.data.files.whole import write_whole
-from controlbooth.data.loading.tokens import told_of_cut
+from controlbooth.data.loading.tokens import describe_cut
 from controlbooth.data.scenes.render import Scene, render
 from controlbooth.data.shards.manifest import Dataset, open_dataset
 from controlbooth.models.base import Base
@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def base_of(target: Evaluated, world: World) -> Base:
-    """Reads the base that pictures are drawn with: a run's as the run uses it."""
+    """Loads the base that pictures are drawn with: a run's base in the way in which the run uses it."""
     if target.config is None:
         return load_base(base_folder(target.base), target.family, torch.float32, world.device)
     model = target.config.model.model_copy(update={"base": target.base, "family": target.family})
@@ -106,14 +106,14 @@ def evaluate(target: Evaluated, options: argparse.Namespace, world: World) -> in
     controlnet.eval().requires_grad_(False).to(world.device)
     side = target.resolution or base.picture_size[0]
     held = load_held_out(dataset, count, target.condition, side)
-    if world.rank == 0 and (line := told_of_cut(base.tokenizers, held.captions, "held-out captions")):
+    if world.rank == 0 and (line := describe_cut(base.tokenizers, held.captions, "held-out captions")):
         print(f"warning: {line}", file=sys.stderr)
     networks = named_networks(options.network, held.kind)
     extract = extractor(held, networks, str(world.device))
     measures = open_measures(encoder_folders(options.encoder), options.aesthetic, world.device)
     if extract is None and world.rank == 0 and held.kind not in EDGE_KINDS:
         print(what_is_missing(held.kind), file=sys.stderr)
-    ways: dict[str, tuple[Any, Sequence[str], float]] = {
+    variants: dict[str, tuple[Any, Sequence[str], float]] = {
         WITHOUT: (None, held.captions, guidance),
         WITH: (controlnet, held.captions, guidance),
         NO_PROMPT: (controlnet, [""] * len(held.keys), guidance if base.family.embeds_guidance else 1.0),
@@ -123,10 +123,10 @@ def evaluate(target: Evaluated, options: argparse.Namespace, world: World) -> in
     drawn = 0
 
     def way_folder(name: str) -> Path:
-        network, prompts, guidance = ways[name]
+        network, prompts, guidance = variants[name]
         return out / "pictures" / f"{slug(name)}-{way_digest(target, base, dataset, network, prompts, guidance, side)}"
 
-    for name, (network, prompts, guidance) in ways.items():
+    for name, (network, prompts, guidance) in variants.items():
         drawn_by = base if network is None else controlled
         images[name], new = draw(
             drawn_by, network, held, prompts, guidance, target, way_folder(name), mine, name, world
@@ -142,13 +142,13 @@ def evaluate(target: Evaluated, options: argparse.Namespace, world: World) -> in
     seen = judged(images, mine, world) if scenes and side == JUDGED_SIDE else {}
     samples = [row for part in gather_objects(sample_rows(images, held, mine, extract), world) for row in part]
     samples.sort(key=lambda row: (list(images).index(row["way"]), row["row"]))
-    sets = measure_sets(measures, {name: images[name] for name in (*ways, REAL)}, held, mine, world)
+    sets = measure_sets(measures, {name: images[name] for name in (*variants, REAL)}, held, mine, world)
     everything = gather_objects(drawn, world)
     if world.rank == 0:
-        for way, own in seen.items():
-            add_prompt_accuracy([row for row in samples if row["way"] == way], own, scenes)
-        of_way = {way: [row for row in samples if row["way"] == way] for way in images}
-        figures = {way: summary(rows, of_way[REAL]) for way, rows in of_way.items()}
+        for variant, own in seen.items():
+            add_prompt_accuracy([row for row in samples if row["way"] == variant], own, scenes)
+        of_variant = {variant: [row for row in samples if row["way"] == variant] for variant in images}
+        figures = {variant: summary(rows, of_variant[REAL]) for variant, rows in of_variant.items()}
         measured_by = {kind: str(Path(folder).resolve()) for kind, folder in networks.items() if kind == held.kind}
         facts = dict(
             base_digest=base.digest,
@@ -160,7 +160,7 @@ def evaluate(target: Evaluated, options: argparse.Namespace, world: World) -> in
         write(out, target, dataset, facts, figures, sets, measures, samples, seconds, sum(everything), world)
         shown = min(SHOWN, len(held.keys))
         columns = {"condition": held.conditions[:shown]}
-        for name in ways:
+        for name in variants:
             columns[name] = np.stack([read_png(way_folder(name) / f"{row:06d}.png") for row in range(shown)])
         draw_grid(out / "evaluation.png", columns | {"target": held.targets[:shown]}, held.captions[:shown])
         write_ends(out, samples, held, way_folder(WITH))
@@ -176,7 +176,10 @@ def evaluate(target: Evaluated, options: argparse.Namespace, world: World) -> in
 
 
 def write_ends(out: Path, samples: Sequence[dict[str, Any]], held: HeldOutSet, drawn: Path) -> None:
-    """ends.json and ends/: the best and the worst pictures, for the report. drawn: the folder of those with control."""
+    """Writes ends.json and ends/, for the report: the best and the worst pictures by the first of FIGURES they have.
+
+    drawn: the folder of the pictures with control. Writes nothing where they have no such figure.
+    """
     own = [row for row in samples if row["way"] == WITH]
     figure = next((name for name in FIGURES if name in own[0]), None)
     if figure is None:
@@ -203,11 +206,11 @@ def write_ends(out: Path, samples: Sequence[dict[str, Any]], held: HeldOutSet, d
 
 
 def summary(rows: Sequence[dict[str, Any]], real: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Mean of each figure with its confidence interval; chance and share, each likewise, where they can be told.
+    """Computes the mean of each figure with its confidence interval; likewise its chance and share where there are any.
 
     rows, real: of the same held-out samples in the same order, as in samples.jsonl. chance is what the same pictures
-    score under the conditions of other samples, and share the share of what is possible (`share_of_possible`), which
-    is left out where real pictures are not certainly better than chance.
+    score under the conditions of other samples, and share the share of what is possible (`share_of_possible`), which is
+    left out where real pictures are not certainly better than chance.
     """
     names = [name for name, value in rows[0].items() if isinstance(value, float)]
     result: dict[str, dict[str, Any]] = {}
@@ -226,14 +229,14 @@ def summary(rows: Sequence[dict[str, Any]], real: Sequence[dict[str, Any]]) -> d
 
 
 def judged(images: dict[str, np.ndarray], mine: Sequence[int], world: World) -> dict[str, np.ndarray]:
-    """By way: what the judge reads in all pictures, (N, 8), whole on every rank."""
+    """Reads all pictures but discs with the judge: variant of the pictures -> (N, 8) int64, whole on every rank."""
     judge = load_judge()
     found = {}
-    for way, pictures in images.items():
+    for variant, pictures in images.items():
         seen = dict(zip(mine, read(judge, pictures) if len(mine) else [], strict=True))
         everyone = {row: one for part in gather_objects(seen, world) for row, one in part.items()}
-        if way != DISCS:
-            found[way] = np.stack([everyone[row] for row in sorted(everyone)])
+        if variant != DISCS:
+            found[variant] = np.stack([everyone[row] for row in sorted(everyone)])
     return found
 
 
@@ -260,7 +263,11 @@ def write(
     drawn: int,
     world: World,
 ) -> None:
-    """evaluation.json and samples.jsonl, each whole or not at all. facts: more of what it was measured with."""
+    """Writes evaluation.json and samples.jsonl, each whole or not at all.
+
+    facts: more of what the pictures were measured with. seconds: how long drawing took. drawn: how many pictures were
+    new.
+    """
     verdict = read_verdict(target.where) if target.config else None
     result = dict(
         where=str(target.where),

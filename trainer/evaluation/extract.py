@@ -20,10 +20,11 @@ Extract = Callable[[np.ndarray], np.ndarray]
 
 
 def extractor(held: HeldOutSet, networks: Mapping[str, str], device: str) -> Extract | None:
-    """By a network that was named, else by the function that makes such conditions, else, for scenes, by the reader.
+    """Chooses what finds conditions of the held-out set's kind in pictures; None where nothing can.
 
-    networks: kind -> folder, as `controlbooth data annotate` takes them. None where nothing finds such a condition.
-    Raises ValueError for a network that cannot be opened.
+    It is a network that was named, else the function that makes such conditions, else, for scenes, the reader.
+    networks: kind -> folder, as `controlbooth data annotate` takes them. Raises ValueError for a network that cannot be
+    opened.
     """
     kind = held.kind
     if kind not in AGREEMENT:
@@ -64,7 +65,7 @@ class Comparison(NamedTuple):
 
 
 def comparisons(held: HeldOutSet, extract: Extract | None) -> list[Comparison]:
-    """All that can be told of pictures made under these conditions: edges, masks, and the trained kind's own."""
+    """Lists all comparisons that pictures of these conditions allow: edges, masks, and the trained kind's own."""
     found = []
     if held.edges is not None:
         found.append(Comparison(edge_map, held.edges, line_map, lambda own, given: {"edge_f1": edge_f1(own, given)}))
@@ -78,11 +79,11 @@ def comparisons(held: HeldOutSet, extract: Extract | None) -> list[Comparison]:
 
 
 def fidelity(images: np.ndarray, held: HeldOutSet, rows: Sequence[int], extract: Extract | None) -> Fidelity:
-    """Every figure of pictures that were made by these rows of the set, and what each of them scores by chance.
+    """Computes every figure of pictures that were made under these rows of the set, with what each scores by chance.
 
-    images: (N, H, W, 3) uint8. extract: finds the trained kind of condition; without it there is no figure of its own
-    beside those of edges and masks. Chance is told by all samples of the set, whichever rows are asked for, so that
-    ranks that share the pictures find the same.
+    images: (N, H, W, 3) uint8. extract: finds the trained kind of condition; without it there are only the figures of
+    edges and masks. Chance is taken over all samples of the set, whichever rows are asked for, so that ranks that share
+    the pictures find the same.
     """
     others = negatives(len(held.keys))
     values: dict[str, list[float]] = {}
@@ -99,13 +100,13 @@ def fidelity(images: np.ndarray, held: HeldOutSet, rows: Sequence[int], extract:
     return Fidelity(*({name: np.array(one) for name, one in part.items()} for part in (values, chances)))
 
 
-def tells_control(held: HeldOutSet, extract: Extract | None) -> bool:
-    """Whether these pictures have a figure by which control is told."""
+def measures_control(held: HeldOutSet, extract: Extract | None) -> bool:
+    """Tells whether pictures of this set have a figure by which control is judged (FIGURES)."""
     return any(name in FIGURES for name in fidelity(held.targets[:1], held, [0], extract).values)
 
 
 def what_is_missing(kind: str) -> str:
-    """For people: why a kind has no figure of its own, and what to give."""
+    """Explains to people why a kind has no figure of its own, and what to give for one."""
     if kind in NETWORKS:
         folders = ",".join(NETWORKS[kind][1])
         return f"nothing finds {kind} in pictures: give --network {kind}={folders} for its fidelity"

@@ -10,7 +10,10 @@ OF_ALL_KINDS = ("edge_f1", "mask_iou")
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """result: as in evaluation.json. One block for each figure of control, and one table of prompt accuracy."""
+    """Writes an evaluation as text: a block for each figure of control, a table of prompt accuracy, and the remarks.
+
+    result: as in evaluation.json.
+    """
     figures = result["figures"]
     names = list(dict.fromkeys(name for own in figures.values() for name in own))
     control = [name for name in names if not name.startswith("says_")]
@@ -26,19 +29,19 @@ def table(result: Mapping[str, Any]) -> str:
     if result["samples"] == 1:
         lines[1] = "one held-out sample has no chance beside it: take more, up to all of the shards, with --samples"
     for name in control:
-        lines += control_block(name, {way: own[name] for way, own in figures.items() if name in own})
+        lines += control_block(name, {variant: own[name] for variant, own in figures.items() if name in own})
     if says := [name for name in names if name.startswith("says_")]:
         lines += ["", *prompt_accuracy_block(says, figures)]
     return "\n".join([*lines, *remarks(result)])
 
 
 def control_block(name: str, figures: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A figure of control: a line for each way, with its value, chance and share."""
+    """Writes one figure of control: a line for each variant of the pictures, with its value, chance and share."""
     lower = " (lower is better)" if name in LOWER_IS_BETTER else ""
     lines = ["", f"{title(name) + lower:<34}{'value':>20}{'chance':>20}{'possible':>24}"]
-    for way, one in figures.items():
+    for variant, one in figures.items():
         chance = cell(one["chance"]) if "chance" in one else "-"
-        lines.append(f"  {way:<32}{cell(one):>20}{chance:>20}{share_cell(one):>24}")
+        lines.append(f"  {variant:<32}{cell(one):>20}{chance:>20}{share_cell(one):>24}")
     told = [one for one in figures.values() if "chance" in one]
     if told and not any("share" in one for one in told):
         lines.append("  tells nothing here: real pictures are not certainly better than chance. More samples may help")
@@ -46,21 +49,24 @@ def control_block(name: str, figures: Mapping[str, Mapping[str, Any]]) -> list[s
 
 
 def prompt_accuracy_block(names: Sequence[str], figures: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Writes the prompt accuracy: what of the captions the pictures show; the real pictures and noise bound it."""
+    """Writes the prompt accuracy: which share of what captions ask for pictures show.
+
+    That of the real pictures and that of noise bound it.
+    """
     width = max(map(len, figures)) + 4
     lines = ["prompt accuracy".ljust(width) + "".join(f"{title(name):>20}" for name in names)]
-    for way, own in figures.items():
+    for variant, own in figures.items():
         if any(name in own for name in names):
             cells = [cell(own[name]) if name in own else "-" for name in names]
-            lines.append(f"  {way}".ljust(width) + "".join(f"{one:>20}" for one in cells))
+            lines.append(f"  {variant}".ljust(width) + "".join(f"{one:>20}" for one in cells))
     return lines
 
 
 def remarks(result: Mapping[str, Any]) -> list[str]:
-    """Figures of whole sets of pictures, the validations' curve, and the speed."""
+    """Writes the figures of whole sets of pictures, the verdict over the validations, and the speed, a line each."""
     lines = []
     for name, one in result["sets"].items():
-        values = ", ".join(f"{way} {value:.4f}" for way, value in one["values"].items())
+        values = ", ".join(f"{variant} {value:.4f}" for variant, value in one["values"].items())
         note = one.get("note", "")
         lines.append(f"{name}: " + (f"{values} ({note})" if values and note else values or note))
     if result.get("told"):  # of a run
@@ -75,7 +81,7 @@ def remarks(result: Mapping[str, Any]) -> list[str]:
 
 
 def title(name: str) -> str:
-    """A figure's name for people."""
+    """Gives a figure's name for people: without `says_`, and with spaces for underscores."""
     return name.removeprefix("says_").replace("_", " ")
 
 
@@ -91,12 +97,12 @@ def share_cell(figure: Mapping[str, Any]) -> str:
 
 
 def evaluation_table(evaluation: Mapping[str, Any]) -> str:
-    """A row for each figure; a column for each kind of pictures, and for chance and the share of what is possible."""
-    ways, sampler = evaluation["figures"], evaluation["sampler"]
-    names = list(dict.fromkeys(name for figures in ways.values() for name in figures))
-    heads = ["figure", *ways]
-    rows = [[_title(name), *(_with_interval(figures.get(name)) for figures in ways.values())] for name in names]
-    controlled = ways["with control"]
+    """Writes a Markdown table: a row for each figure, a column for each kind of pictures, and for chance and share."""
+    variants, sampler = evaluation["figures"], evaluation["sampler"]
+    names = list(dict.fromkeys(name for figures in variants.values() for name in figures))
+    heads = ["figure", *variants]
+    rows = [[_title(name), *(_with_interval(figures.get(name)) for figures in variants.values())] for name in names]
+    controlled = variants["with control"]
     if any("chance" in figure for figure in controlled.values()):
         heads += ["chance, with control", "share of what is possible"]
         for row, name in zip(rows, names, strict=True):
@@ -116,7 +122,7 @@ def _markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _title(name: str) -> str:
-    """A figure's name for people."""
+    """Gives a figure's name for people: without `says_`, and with spaces for underscores."""
     return name.removeprefix("says_").replace("_", " ")
 
 

@@ -38,7 +38,7 @@ class HeldOutSet:
 
     @property
     def picture_size(self) -> tuple[int, int]:
-        """(H, W) in pixels."""
+        """Gives (H, W) in pixels."""
         return self.targets.shape[1], self.targets.shape[2]
 
 
@@ -83,7 +83,7 @@ def load_held_out(
 
 
 def scenes_of(held: HeldOutSet) -> list[Scene]:
-    """The scenes behind keys such as scene-1000003-00000007; empty where the set holds anything else."""
+    """Makes the scenes behind keys such as scene-1000003-00000007; an empty list where the set holds anything else."""
     parts = [key.split("-") for key in held.keys]
     if not all(len(part) == 3 and part[0] == "scene" and part[1].isdecimal() and part[2].isdecimal() for part in parts):
         return []

@@ -42,17 +42,17 @@ class Pose(NamedTuple):
 
 
 def labels_of(picture: np.ndarray) -> Labels:
-    """picture: (H, W) labels or (H, W, 3) colours, uint8."""
+    """Finds the classes of a label map: (H, W) labels or (H, W, 3) colours, uint8."""
     weights = np.array([1 << 16, 1 << 8, 1])
     codes = picture.astype(np.int64) * weights.sum() if picture.ndim == 2 else picture.astype(np.int64) @ weights
     return Labels(*np.unique(codes.ravel(), return_inverse=True))
 
 
 def segmentation_miou(found: Labels, given: Labels) -> float:
-    """Mean, over the classes in `given`, of the intersection over union above chance, in [0, 1].
+    """Computes the mean, over the classes in `given`, of the intersection over union above chance, in [0, 1].
 
     Both are of pictures of one size and kind. Two maps that know nothing of each other, one with a share a of its
-    pixels in a class and the other with a share b, have an IoU of a b / (a + b - a b) in the mean: of a large
+    pixels in a class and the other with a share b, have an IoU of a b / (a + b - a b) in the mean. For a large
     background that is nearly 1, so it is taken off each class by `above_chance`. A picture of one class alone has
     nothing to be placed, and scores 0.
     """
@@ -68,12 +68,12 @@ def segmentation_miou(found: Labels, given: Labels) -> float:
 
 
 def depth_agreement(found: np.ndarray, given: np.ndarray) -> tuple[float, float]:
-    """(scale-invariant RMSE, share of pixels with a ratio below 1.25, above chance) of inverse depths, (H, W) uint8.
+    """Computes (scale-invariant RMSE, share of pixels with a ratio below 1.25, above chance) of inverse depths.
 
-    Depth from one picture is known up to a scale and a shift, so `found` is first brought to `given` by least squares
-    (arXiv 1907.01341, section 5), and near stays near: where a negative scale would be best it is 0. The error is in
-    units of 255. The ratio is the delta of arXiv 1406.2283. Many pixels have it below 1.25 when all depths are the
-    mean, so what one plane without any shape has is taken off by `above_chance`.
+    found, given: (H, W) uint8. Depth from one picture is known up to a scale and a shift, so `found` is first fitted to
+    `given` by least squares (arXiv 1907.01341, section 5), and near stays near: where a negative scale would be best it
+    is 0. The error is in units of 255. The ratio is the delta of arXiv 1406.2283. Many pixels have it below 1.25 when
+    all depths are the mean, so the share that one plane without any shape reaches is taken off by `above_chance`.
     """
     ours, truth = (one.astype(np.float64).ravel() for one in (found, given))
     ours = ours - ours.mean()
@@ -90,7 +90,10 @@ def _share_within(ours: np.ndarray, truth: np.ndarray, ratio: float = 1.25) -> f
 
 
 def normals_angle(found: np.ndarray, given: np.ndarray) -> float:
-    """Mean angle between directions, in degrees. (H, W, 3) uint8, each component as (n + 1) / 2 * 255."""
+    """Computes the mean angle between directions, in degrees.
+
+    found, given: (H, W, 3) uint8, each component as (n + 1) / 2 * 255.
+    """
     ours, truth = (one.astype(np.float64) / 127.5 - 1.0 for one in (found, given))
     product = (ours * truth).sum(axis=2)
     lengths = np.linalg.norm(ours, axis=2) * np.linalg.norm(truth, axis=2)
@@ -98,7 +101,7 @@ def normals_angle(found: np.ndarray, given: np.ndarray) -> float:
 
 
 def points_of(picture: np.ndarray) -> dict[int, np.ndarray]:
-    """The dots of a drawn pose: number of the colour in POINT_COLOURS -> (n, 2) float64 x, y of their centres.
+    """Finds the dots of a drawn pose: number of the colour in POINT_COLOURS -> (n, 2) float64 x, y of their centres.
 
     picture: (H, W, 3) uint8.
     """
@@ -111,12 +114,12 @@ def points_of(picture: np.ndarray) -> dict[int, np.ndarray]:
 
 
 def pose_of(picture: np.ndarray) -> Pose:
-    """picture: (H, W, 3) uint8."""
+    """Finds the dots of a drawn pose, and the picture's shorter side. picture: (H, W, 3) uint8."""
     return Pose(points_of(picture), min(picture.shape[:2]))
 
 
 def pose_agreement(found: Pose, given: Pose) -> tuple[float, float]:
-    """(PCK, OKS), both in [0, 1], of drawn poses; 0 where none is given, which asks for nothing.
+    """Computes (PCK, OKS) of drawn poses, both in [0, 1]; both are 0 where the given pose has no points.
 
     PCK: share of the given points that have a found one of their kind within NEAR of the shorter side. OKS: mean of
     exp(-d^2 / (2 s^2 k^2)) with d the distance to the nearest found one, s^2 the area of the box around all given
@@ -138,7 +141,7 @@ def pose_agreement(found: Pose, given: Pose) -> tuple[float, float]:
 
 
 def soft_rmse(found: np.ndarray, given: np.ndarray) -> float:
-    """Root mean squared difference of levels, in units of 255; for kinds that are pictures of strength or colour."""
+    """Computes the root mean squared difference of levels, in units of 255, for pictures of strength or colour."""
     difference = found.astype(np.float64) - given.astype(np.float64)
     return float(np.sqrt(np.mean(difference**2)) / 255.0)
 
@@ -153,7 +156,7 @@ class Comparing(NamedTuple):
 
 
 def agreement(kind: str, found: np.ndarray, given: np.ndarray) -> dict[str, float]:
-    """Figures by name of two condition pictures of one kind and size: (H, W) or (H, W, 3) uint8."""
+    """Compares two condition pictures of one kind and size, (H, W) or (H, W, 3) uint8, and returns figures by name."""
     prepare, agree = AGREEMENT[kind]
     return agree(prepare(found), prepare(given))
 
@@ -169,7 +172,7 @@ def _pose(found: Pose, given: Pose) -> dict[str, float]:
 
 
 def _gray(picture: np.ndarray) -> np.ndarray:
-    """One channel, (H, W): of a picture with three, which are equal in kinds that have one."""
+    """Takes one channel, (H, W), of a picture; where there are three, they are equal in kinds that have one."""
     return picture if picture.ndim == 2 else picture[..., 0]
 
 

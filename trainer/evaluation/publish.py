@@ -49,9 +49,9 @@ def publish(run: Path, config: RunConfig, result: Mapping[str, Any]) -> None:
 
 
 def headline(result: Mapping[str, Any]) -> dict[str, float]:
-    """The figures by which control is told, of the pictures with control; of the first also chance and share.
+    """Picks, of the pictures with control, the figures by which control is judged; of the first also chance and share.
 
-    All others are in the table: a chart of a single point shows nothing.
+    They are metrics by name. All others are in the table: a chart of a single point shows nothing.
     """
     controlled = result["figures"][WITH]
     told = [name for name in FIGURES if name in controlled]
@@ -63,31 +63,31 @@ def headline(result: Mapping[str, Any]) -> dict[str, float]:
 
 
 def mean(figure: Any) -> float | None:
-    """Of a figure with an interval, or without one; None where there is none."""
+    """Returns the mean of a figure that has an interval, or the figure itself where it is a number or None."""
     return figure.get("mean") if isinstance(figure, Mapping) else figure
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """A row for each figure and kind of pictures, with its interval, chance and share: JSON for Tracker.log_table."""
-    ways = result["figures"]
-    names = dict.fromkeys(name for own in ways.values() for name in own)
+    """Makes the table for Tracker.log_table, as JSON: a row for each figure and kind of pictures, with the COLUMNS."""
+    variants = result["figures"]
+    names = dict.fromkeys(name for own in variants.values() for name in own)
     rows: list[list[str | float]] = []
     for name in names:
-        for way, own in ways.items():
+        for variant, own in variants.items():
             if one := own.get(name):
-                rows.append([name, way, *(cell(mean(one.get(column))) for column in COLUMNS)])
+                rows.append([name, variant, *(cell(mean(one.get(column))) for column in COLUMNS)])
     for name, one in result["sets"].items():
-        rows += [[name, way, cell(value), *[""] * (len(COLUMNS) - 1)] for way, value in one["values"].items()]
+        rows += [[name, variant, cell(value), *[""] * (len(COLUMNS) - 1)] for variant, value in one["values"].items()]
     return table_json(["figure", "pictures", *COLUMNS], rows)
 
 
 def cell(value: float | None) -> str | float:
-    """To what a table shows, where nothing is shown of what is not known; JSON has neither NaN nor infinity."""
+    """Rounds a value to 4 decimal places; an unknown one becomes "", as JSON has neither NaN nor infinity."""
     return "" if value is None or not math.isfinite(value) else round(value, 4)
 
 
 def described(result: Mapping[str, Any]) -> str:
-    """A sentence of Markdown for the run's description: the first figure by which control is told."""
+    """Writes a sentence of Markdown for the run's description, with the first figure by which control is judged."""
     controlled = result["figures"][WITH]
     name = next((name for name in FIGURES if name in controlled), None)
     if name is None:

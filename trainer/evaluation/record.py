@@ -22,19 +22,19 @@ USUAL_SAMPLES = 64
 
 
 def _figure(value: Any) -> bool:
-    """A mean with its interval, and chance and share of such a kind where there are any."""
+    """Tells whether a value has a mean, and such a chance and share where it has any."""
     if not (is_mapping(value) and is_figure(value.get("mean"))):
         return False
     return all(maybe(_figure)(value.get(beside)) for beside in ("chance", "share"))
 
 
 def _ways(value: Any) -> bool:
-    """way -> name -> figure"""
+    """Tells whether a value maps each variant of the pictures to its figures by name."""
     return is_mapping(value) and all(is_mapping(own) and all(map(_figure, own.values())) for own in value.values())
 
 
 def _sets(value: Any) -> bool:
-    """name -> values by way, and a note"""
+    """Tells whether a value maps the name of each figure of whole sets to its values by variant, and perhaps a note."""
     return is_mapping(value) and all(
         having({"values": is_mapping, "note": maybe(is_text)})(one) and all(map(is_figure, one["values"].values()))
         for one in value.values()
@@ -63,15 +63,15 @@ SAMPLE: Fields = {
 
 
 def read_result(folder: Path, *needed: str) -> dict[str, Any] | None:
-    """Reads what was measured; None where nothing was. needed: names of EVALUATION that the reader cannot do without.
+    """Reads evaluation.json; returns None where there is none.
 
-    Raises Damaged.
+    needed: names of EVALUATION that the reader cannot do without. Raises Damaged.
     """
     return read_json(folder / RESULT, remedy(folder), {name: EVALUATION[name] for name in needed}, missing=None)
 
 
 def read_samples(folder: Path) -> list[dict[str, Any]]:
-    """Reads what was measured of each picture. Raises Damaged."""
+    """Reads samples.jsonl: what was measured of each picture. Raises Damaged."""
     return list(read_json_lines(folder / SAMPLES, remedy(folder), SAMPLE))
 
 

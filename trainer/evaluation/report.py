@@ -134,7 +134,7 @@ def obeys(run: Path) -> dict[str, Any]:
 
 
 def headline(verdict: Verdict | None) -> tuple[str, str]:
-    """(class of the box, what is written in it largest)."""
+    """Chooses the CSS class of the verdict's box, and the largest text in it."""
     if verdict is None or verdict.last is None:
         return "unknown", "Not known whether it obeys"
     if verdict.announced:
@@ -147,11 +147,14 @@ def headline(verdict: Verdict | None) -> tuple[str, str]:
 
 
 def standing(measured: dict[str, Any], verdict: Verdict | None) -> tuple[str, dict[str, dict[str, float]]]:
-    """(figure, share of what is possible by way): of the evaluation, or else of the last validation."""
+    """Finds (figure, share of what is possible by variant), from the evaluation or else from the last validation.
+
+    Both are empty where neither has any.
+    """
     own = measured.get("figures", {})
     told = [verdict.figure] if verdict and verdict.figure else []
     for figure in [*told, *FIGURES]:
-        shares = {way: one[figure]["share"] for way, one in own.items() if "share" in one.get(figure, {})}
+        shares = {variant: one[figure]["share"] for variant, one in own.items() if "share" in one.get(figure, {})}
         if shares:
             return figure, shares
     if verdict and verdict.figure and verdict.last and np.isfinite(verdict.last.share):
@@ -202,7 +205,10 @@ def fidelity(run: Path) -> dict[str, Any]:
 
 
 def over_the_steps(run: Path, most: int) -> dict[str, Any] | None:
-    """Returns one row a held-out condition, one column a validation; None where none has been drawn."""
+    """Makes a table of pictures: a row for each held-out condition, a column for each validation.
+
+    most: how many validations are shown at most. Returns None where none has been drawn.
+    """
     strips, verdict = read_strips(run / STRIPS), read_verdict(run)
     if strips is None or not strips.steps:
         return None
@@ -218,7 +224,10 @@ def over_the_steps(run: Path, most: int) -> dict[str, Any] | None:
 
 
 def shown_steps(steps: Sequence[int], around: Sequence[int], most: int) -> list[int]:
-    """At most so many of the validated steps, evenly spread, with those between which control came."""
+    """Chooses at most `most` of the validated steps, evenly spread.
+
+    Those in `around`, between which control came, are always among them.
+    """
     chosen = set(around) & set(steps)
     others = [step for step in steps if step not in chosen]
     count = min(len(others), most - len(chosen))
@@ -226,7 +235,7 @@ def shown_steps(steps: Sequence[int], around: Sequence[int], most: int) -> list[
 
 
 def ends(run: Path) -> dict[str, Any]:
-    """Returns the best and the worst pictures of the evaluation; nothing where none were chosen."""
+    """Reads the best and the worst pictures of the evaluation; returns nothing where none were chosen."""
     folder = run / "evaluation"
     chosen = read_note(folder / "ends.json", "Measure again by `controlbooth evaluate`", {"best": ENDS, "worst": ENDS})
     return {
@@ -259,7 +268,7 @@ def configuration(run: Path) -> dict[str, Any]:
 
 
 def encode_picture(image: np.ndarray) -> str:
-    """Returns a PNG as base64, at most twice as wide as it is shown."""
+    """Encodes a picture as PNG in base64, at most twice as wide and high as TILE, at which it is shown."""
     made = Image.fromarray(image)
     made.thumbnail((2 * TILE, 2 * TILE))
     data = io.BytesIO()

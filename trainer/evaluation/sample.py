@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from controlbooth.data.loading.held_out import held_out
-from controlbooth.data.loading.tokens import told_of_cut
+from controlbooth.data.loading.tokens import describe_cut
 from controlbooth.data.pictures.images import decode_image, prepare_condition, to_rgb
 from controlbooth.data.shards.manifest import open_dataset
 from controlbooth.models.base import Base
@@ -72,7 +72,7 @@ def run(options: argparse.Namespace) -> int:
     base, networks = open_controls(folders, base)
     requests = make_requests(options, sources, base)
     prompts = [*(row.prompt for row in requests), *([options.negative] if options.negative else [])]
-    if line := told_of_cut(base.tokenizers, prompts, "prompts"):
+    if line := describe_cut(base.tokenizers, prompts, "prompts"):
         print(f"warning: {line}", file=sys.stderr)
     options.out.mkdir(parents=True, exist_ok=True)
     pictures: list[np.ndarray] = []
@@ -110,7 +110,11 @@ def run(options: argparse.Namespace) -> int:
 
 
 def parse_control(text: str, schedules: Sequence[str], guess: bool) -> Source:
-    """ "edges=runs/x:0.8" and the schedule that is for it. Raises ConfigError for what cannot be understood."""
+    """Parses a value of --control, such as "edges=runs/x:0.8", and chooses the schedule for its kind.
+
+    schedules: values of --schedule, NAME or KIND=NAME. guess: whether control enters the conditional branch alone, with
+    logspace unless a schedule is given. Raises ConfigError for what cannot be understood.
+    """
     kind, equals, rest = text.partition("=")
     where, colon, scale = rest.rpartition(":")
     if not colon:
@@ -133,7 +137,11 @@ def parse_control(text: str, schedules: Sequence[str], guess: bool) -> Source:
 
 
 def base_of(sources: Sequence[Source]) -> str:
-    """The base that the runs among them were trained on. Raises ConfigError where there is none, or two."""
+    """Finds the base that the runs among the sources were trained on.
+
+    Raises ConfigError where there is none, where there are several, or where a run was trained on another kind than its
+    own.
+    """
     found = {}
     for source in sources:
         if checkpoints := complete_checkpoints(source.where):
@@ -160,7 +168,10 @@ def check_bases(sources: Sequence[Source], base: Base) -> None:
 
 
 def controlnet_folder(where: Path) -> Path:
-    """Of a run its latest checkpoint's. Raises ConfigError where nothing lies, or no ControlNet."""
+    """Finds a ControlNet's folder: of a run, that of its latest checkpoint; else the path itself.
+
+    Raises ConfigError where nothing is there, or it holds no ControlNet, and CheckpointError where weights are damaged.
+    """
     if not where.exists():
         raise ConfigError(f"--control names {where}, which does not exist")
     checkpoints = complete_checkpoints(where)
@@ -173,9 +184,10 @@ def controlnet_folder(where: Path) -> Path:
 
 
 def open_controls(folders: Mapping[str, Path], base: Base) -> tuple[Base, dict[str, Any]]:
-    """The ControlNets by kind, and the base with the decoder that learned with one of them, if one did.
+    """Loads the ControlNets by kind, frozen, and returns the base and them.
 
-    folders: by kind. Raises ConfigError where two have a decoder of their own: a picture has one decoder.
+    The base has the decoder that one of them was trained with, if one was. folders: by kind. Raises ConfigError where
+    two have a decoder of their own: a picture has one decoder.
     """
     opened = {kind: load_networks(folder, base, base.dtype) for kind, folder in folders.items()}
     changed = [kind for kind, (own, _) in opened.items() if own is not base]
@@ -189,7 +201,10 @@ def open_controls(folders: Mapping[str, Path], base: Base) -> tuple[Base, dict[s
 
 
 def make_requests(options: argparse.Namespace, sources: Sequence[Source], base: Base) -> list[Request]:
-    """Conditions and prompts of every picture, from shards or from files."""
+    """Makes the requests for all pictures, with their prompts and conditions, from shards or from files.
+
+    Raises ConfigError where the conditions do not match the controls, or differ in shape.
+    """
     if options.data:
         if options.condition:
             raise ConfigError("--condition and --data exclude each other: conditions come from one of them")
@@ -234,8 +249,11 @@ def requests_of_shards(options: argparse.Namespace, sources: Sequence[Source], b
 
 
 def read_condition(path: Path, kind: str, base: Base) -> np.ndarray:
-    """(H, W, 3) uint8: its short side as the base's pictures, its long one cut to a multiple of 8. Lines and labels
-    are told by the kind's name, or by this picture."""
+    """Reads a condition and fits it to the base: (H, W, 3) uint8.
+
+    Its short side becomes that of the base's pictures, and its long one is cut to a multiple of 8. Whether it holds
+    lines or labels, which are resized differently, is decided by the kind's name, or else by the picture.
+    """
     picture = decode_image(path.read_bytes(), path.stem, path.suffix.lstrip("."), background=0)
     short, (height, width) = min(base.picture_size), picture.shape[:2]
     factor = short / min(height, width)
@@ -244,5 +262,5 @@ def read_condition(path: Path, kind: str, base: Base) -> np.ndarray:
 
 
 def to_conditioning(pictures: Sequence[np.ndarray]) -> torch.Tensor:
-    """(B, 3, H, W) float32 in [0, 1]"""
+    """Stacks conditions for the ControlNet: B pictures (H, W, 3) uint8 -> (B, 3, H, W) float32 in [0, 1]."""
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255.0

@@ -27,12 +27,12 @@ class Strips:
 
 
 def write_strip(path: Path, images: np.ndarray) -> None:
-    """images: (N, H, W, 3) uint8, laid side by side."""
+    """Writes pictures, (N, H, W, 3) uint8, side by side into one PNG."""
     Image.fromarray(np.concatenate(list(images), axis=1)).save(path, format="PNG")
 
 
 def read_strips(folder: Path) -> Strips | None:
-    """None where the run has made none."""
+    """Reads a run's strips; returns None where it has made none."""
     captions = read_json_list(folder / CAPTIONS, "The next validation writes it anew", is_text, missing=None)
     if not captions:
         return None

@@ -44,7 +44,7 @@ class Evaluated:
 
 
 def resolve(options: argparse.Namespace) -> Evaluated:
-    """Raises ConfigError for what is missing or cannot be."""
+    """Finds all that an evaluation needs, from the command's options. Raises ConfigError for what cannot be used."""
     where: Path = options.where
     if (where / "config.yaml").is_file():
         return resolve_run(options, where)
@@ -117,7 +117,7 @@ def resolve_run(options: argparse.Namespace, where: Path) -> Evaluated:
 
 
 def file_digest(folder: Path) -> str:
-    """SHA-256 over the names and bytes of a ControlNet's folder."""
+    """Computes the SHA-256 over the names and bytes of a ControlNet's weight files and its config.json."""
     total = hashlib.sha256()
     files = [*folder.glob("*.safetensors"), *folder.glob(f"{UNET_FOLDER}/*.safetensors")]
     for path in sorted(files) + [folder / "config.json"]:
@@ -127,7 +127,10 @@ def file_digest(folder: Path) -> str:
 
 
 def samples_to_draw(target: Evaluated, dataset: Dataset) -> int:
-    """As many as were asked for, or else up to USUAL_SAMPLES. Raises ConfigError where there are fewer, or none."""
+    """Counts the samples to draw: as many as were asked for, or else up to USUAL_SAMPLES.
+
+    Raises ConfigError where the data set has fewer, or none.
+    """
     there = int(dataset.samples_per_shard(target.condition).sum())
     if there == 0:
         raise ConfigError(f"{target.data} has no sample with the condition {target.condition!r}: name others by --data")
@@ -142,9 +145,10 @@ def samples_to_draw(target: Evaluated, dataset: Dataset) -> int:
 
 
 def named_networks(given: Sequence[str], trained: str) -> dict[str, str]:
-    """["depth=/path"] -> {"depth": "/path"}. trained: the kind of condition that pictures are compared in.
+    """Parses the values of --network: ["depth=/path"] -> {"depth": "/path"}.
 
-    Raises ConfigError and ValueError for what is no model's folder, or would not be used.
+    trained: the kind of condition that pictures are compared in. Raises ConfigError for what cannot be parsed, is no
+    model's folder, or would not be used.
     """
     named = {}
     for one in given:

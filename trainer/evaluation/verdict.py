@@ -119,14 +119,15 @@ class Verdict:
 
     @property
     def announced(self) -> Event | None:
-        """What holds now; None where control was not announced, or that was withdrawn."""
+        """Returns the announcement that holds now; None where control was not announced, or that was withdrawn."""
         return self.events[-1] if self.events and self.events[-1].kind == "announced" else None
 
 
 def judge(validations: Sequence[Validation], samples: int) -> tuple[Event, ...]:
-    """The rule. validations: by rising step. samples: held out, in each of them.
+    """Applies the rule of this module, and returns when control was announced or withdrawn.
 
-    The events of any first part of the validations are the first of the events of all.
+    validations: by rising step. samples: how many were held out, in each of them. The events of any first part of the
+    validations are the first of the events of all.
     """
     if samples < LEAST_SAMPLES:
         return ()
@@ -159,8 +160,10 @@ def _event(kind: Literal["announced", "withdrawn"], all_of_them: Sequence[Valida
 
 
 def _rises(validations: Sequence[Validation], place: int) -> tuple[float, float]:
-    """Of the value and of the share, up to this validation from the one before; the first one's are from what is
-    reached without control."""
+    """Computes the rises of the value and of the share from the validation before to this one.
+
+    The first validation's are from what is reached without control. A share that is not finite rises by -inf.
+    """
     now = validations[place]
     before = validations[place - 1] if place else None
     value = now.value - (before.value if before else now.value_without)
@@ -169,15 +172,16 @@ def _rises(validations: Sequence[Validation], place: int) -> tuple[float, float]
 
 
 def certain_low(one: Validation, samples: int) -> float:
-    """The share above which it lies with CERTAINTY."""
+    """Computes the share above which the true share lies with CERTAINTY."""
     return one.share - stretch(samples) * (one.share - one.low)
 
 
 def stretch(samples: int) -> float:
-    """How many times farther below the mean that is than the low end of a 95 % percentile bootstrap interval.
+    """Computes how many times farther below the mean `certain_low` lies than the low end of a 95 % bootstrap interval.
 
-    The quantile is of Student's t, as such intervals of few samples are too narrow (arXiv 1411.5279, the expanded
-    percentile interval); it is found from the normal one by formula 26.7.5 of Abramowitz and Stegun.
+    That interval is a percentile one. The quantile is of Student's t, as such intervals of few samples are too narrow
+    (arXiv 1411.5279, the expanded percentile interval); it is found from the normal one by formula 26.7.5 of Abramowitz
+    and Stegun.
     """
     free, z = samples - 1, NormalDist().inv_cdf(CERTAINTY)
     terms = ((z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384)
@@ -186,15 +190,15 @@ def stretch(samples: int) -> float:
 
 
 def bound_beyond(without: float) -> float:
-    """The share beyond which control is announced. without: what the base reaches without it."""
+    """Computes the share beyond which control is announced. without: the share that the base reaches on its own."""
     known = min(max(without, 0.0), 1.0) if math.isfinite(without) else 0.0
     return known + LEAST_SHARE * (1.0 - known)
 
 
 def judge_run(run: Path, samples: int) -> Verdict:
-    """Of the validations in the run's metrics.jsonl. Only the training asks this; all others read its verdict."""
+    """Judges the validations in the run's metrics.jsonl. Only the training calls this; all others read its verdict."""
     by_step = validated(run)
-    figure = told_by(name for metrics in by_step.values() for name in metrics)
+    figure = measured_by(name for metrics in by_step.values() for name in metrics)
     if figure is None:
         return Verdict(None, samples, 0, 0, None, ())
     rows = {step: metrics for step, metrics in by_step.items() if figure in metrics}
@@ -215,7 +219,7 @@ def judge_run(run: Path, samples: int) -> Verdict:
 
 
 def validated(run: Path) -> dict[int, dict[str, float]]:
-    """What the run's validations have logged, by rising step."""
+    """Reads the metrics that the run's validations have logged, by rising step."""
     found: dict[int, dict[str, float]] = {}
     for step, _, metrics in read_metrics(run):
         if own := {name: value for name, value in metrics.items() if name.startswith(VALIDATION)}:
@@ -223,8 +227,11 @@ def validated(run: Path) -> dict[int, dict[str, float]]:
     return dict(sorted(found.items()))
 
 
-def told_by(metrics: Iterable[str]) -> str | None:
-    """The figure by which control is told, of the names of metrics: where there is a choice, one with a share."""
+def measured_by(metrics: Iterable[str]) -> str | None:
+    """Chooses the metric by which control is judged, from the names of metrics; None where there is none.
+
+    It is the first of FIGURES that has a share, else the first that has a chance, else the first that is there.
+    """
     names = set(metrics)
     for suffix in ("_share", "_chance", ""):
         for figure in FIGURES:
@@ -234,13 +241,16 @@ def told_by(metrics: Iterable[str]) -> str | None:
 
 
 def validation_curve(run: Path, name: str) -> dict[int, float]:
-    """A figure of the run's validations by step."""
+    """Reads one figure of the run's validations: step -> value."""
     name = f"{VALIDATION}{name}"
     return {step: metrics[name] for step, metrics in validated(run).items() if name in metrics}
 
 
 def as_tree(verdict: Verdict) -> dict[str, Any]:
-    """What control.json holds: the verdict, and in words. JSON has no other way for numbers that are not finite."""
+    """Makes what control.json holds: the verdict's fields, and the verdict in words as `told`.
+
+    Numbers that are not finite become text, as JSON has no other way for them.
+    """
     return _written(asdict(verdict)) | {"told": describe(verdict)}
 
 
@@ -276,7 +286,7 @@ VERDICT: Fields = {
 
 
 def from_tree(tree: Mapping[str, Any]) -> Verdict:
-    """The inverse of `as_tree`, of a tree with VERDICT's fields."""
+    """Makes a verdict of a tree with VERDICT's fields, as the inverse of `as_tree`."""
     numbers = ("rise", "value", "share", "low", "high", "without", "value_without")
 
     def read(kind: type, one: Mapping[str, Any]) -> Any:
@@ -290,14 +300,17 @@ def from_tree(tree: Mapping[str, Any]) -> Verdict:
 
 
 def read_verdict(run: Path) -> Verdict | None:
-    """None for a run that has none: it was not validated, or by a version that did not measure chance."""
+    """Reads a run's verdict from control.json; returns None for a run without one. Raises Damaged.
+
+    A run has none where it was not validated, or by a version that did not measure chance.
+    """
     remedy = "Delete it: a training that goes on writes it again"
     tree = read_json(run / CONTROL, remedy, VERDICT, missing=None)
     return None if tree is None else from_tree(tree)
 
 
 def describe_run(run: Path) -> str:
-    """The verdict on a run for people, whatever there is of it."""
+    """Describes the verdict on a run for people, also where there is none."""
     verdict = read_verdict(run)
     if verdict is not None:
         return describe(verdict)
@@ -305,7 +318,7 @@ def describe_run(run: Path) -> str:
 
 
 def describe(verdict: Verdict) -> str:
-    """For people, in one line."""
+    """Describes a verdict for people, in one line."""
     if verdict.last is None:
         if verdict.without_chance:
             return BEFORE_CHANCE
@@ -358,19 +371,19 @@ def _describe_none(verdict: Verdict, figure: str) -> str:
 
 
 def in_words(share: float, low: float, high: float) -> str:
-    """70% (65% to 75%)."""
+    """Formats a share with its interval, such as 70% (65% to 75%)."""
     return f"{share:.0%} ({low:.0%} to {high:.0%})"
 
 
 def title(figure: str) -> str:
-    """A figure's name for people."""
+    """Gives a figure's name for people: with spaces, and abbreviations such as IoU as they are usually written."""
     return " ".join(ABBREVIATED.get(word, word) for word in figure.removeprefix("says_").split("_"))
 
 
 def cannot_announce(config: RunConfig) -> str | None:
-    """Why control can never be announced in a run of these settings, and what to set; None where it can.
+    """Explains why control can never be announced in a run of these settings, and what to set; None where it can.
 
-    A run without held-out data is not validated at all, which is told elsewhere.
+    A run without held-out data is not validated at all, which is said elsewhere.
     """
     settings = config.validation
     if not config.data.held_out:

@@ -81,7 +81,8 @@ def unpack(work: Path, out: Path) -> None:
 
 
 def score(out: Path, count: int = 128) -> dict[str, float]:
-    """Samples held-out captions, has the judge read the pictures, and draws some of them."""
+    """Measures the exported base: draws pictures for held-out captions and has the judge read them. Writes some of them
+    to samples.png, and the figures to README.md. Returns the figures, by name."""
     base = load_base(out)
     judge = load_judge(out / "judge.safetensors")
     scenes = [scene(HELD_OUT_SEED, i) for i in range(count)]
@@ -118,7 +119,7 @@ def sampled(base: Base, captions: list[str]) -> np.ndarray:
 
 
 def card(out: Path, figures: dict[str, float], count: int) -> str:
-    """The model card: what it is, how it was made, what it can do."""
+    """Returns the text of the model card: what it is, how it was made, what it can do."""
     asked = ("background", "object_colour", "object_class", "object_size", "count")
     rows = [
         f"| {name.replace('_', ' ')} | "

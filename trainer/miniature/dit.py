@@ -96,7 +96,7 @@ def train_dit(work: Path, minutes: float, final: bool) -> None:
     """Trains by flow matching with logit-normal levels, from where the work folder's state ends.
 
     The target is what the shipped U-Net expects, and the sample's own above its last noise level. Takes a GPU where
-    there is one. final: the learning rate ends at 0.
+    there is one. final: the learning rate falls at the end, as in `learning_rate`.
     """
     world = join()  # as many threads as OMP_NUM_THREADS says: torchrun gives each rank one
     device = "cuda" if torch.cuda.is_available() else "cpu"

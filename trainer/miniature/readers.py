@@ -51,9 +51,9 @@ def train_judge(work: Path, minutes: float) -> None:
 
 
 def train_reader(work: Path, minutes: float) -> None:
-    """Its scenes have another seed than the judge's, and their conditions with them; they are drawn anew here.
+    """Trains the reader on scenes of another seed than the judge's, drawn anew here together with their conditions.
 
-    The one stage that takes a GPU where there is one: it needs some 20,000 steps, half an hour on two cores.
+    It takes a GPU where there is one: it needs some 20,000 steps, half an hour on two cores.
     """
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -96,7 +96,8 @@ def train_reader(work: Path, minutes: float) -> None:
 
 
 def _conditions(index: int) -> dict[str, np.ndarray]:
-    """A scene's picture and what the reader is to find in it; heat is 255 at key points and falls within 2 pixels."""
+    """Draws a scene's picture and what the reader is to find in it. The heat of each key point is 255 at the point and
+    falls off around it as a Gaussian of 1.5 pixels."""
     drawn = render(scene(1, index), SIZE)
     heat = np.zeros((len(LANDMARK_COLOURS), SIZE, SIZE), np.float32)
     rows, columns = np.mgrid[:SIZE, :SIZE]
@@ -108,7 +109,7 @@ def _conditions(index: int) -> dict[str, np.ndarray]:
 
 
 def reading_real(reader: Reader, count: int = 256) -> dict[str, float]:
-    """How well the reader reads real held-out scenes: what the figures for generated ones are bounded by."""
+    """Measures how well the reader reads real held-out scenes, which bounds the figures for generated ones."""
     drawn = [render(scene(HELD_OUT_SEED, i), SIZE) for i in range(count)]
     images = np.stack([one.image for one in drawn])
     figures: dict[str, list[float]] = {}
@@ -120,7 +121,7 @@ def reading_real(reader: Reader, count: int = 256) -> dict[str, float]:
 
 
 def spoil(x: Tensor) -> Tensor:
-    """Blur and noise of random strength, for a judge that is not put off by what a generator leaves behind."""
+    """Adds blur and noise of random strength, so that the judge is not confused by the flaws of generated pictures."""
     blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     share = torch.rand(x.shape[0], 1, 1, 1, device=x.device)
     noise = torch.randn_like(x) * torch.rand(x.shape[0], 1, 1, 1, device=x.device) * 0.12

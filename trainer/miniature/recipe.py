@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10.0, help="how long the stage trains")
     parser.add_argument("--scenes", type=int, default=64_000, help="how many the stage `scenes` draws")
     parser.add_argument(
-        "--final", action="store_true", help="let the learning rate of `unet` or `dit` end at 0 (the last run)"
+        "--final", action="store_true", help="let the learning rate of `unet` or `dit` fall to 2 % (the last run)"
     )
     options = parser.parse_args()
     torch.set_flush_denormal(True)

@@ -31,7 +31,8 @@ OTHER_WORDS = (
 
 
 def rare_words(count: int = 48) -> list[str]:
-    """Three consonants each, which no word of the captions holds: names for subjects that the base knows nothing of."""
+    """Returns words of three consonants each, which no word of the captions holds: names for subjects that the base
+    knows nothing of."""
     consonants = "bcdfghjklmnpqrstvwxz"
     draw = np.random.default_rng(7)
     words: dict[str, None] = {"sks": None}
@@ -41,7 +42,7 @@ def rare_words(count: int = 48) -> list[str]:
 
 
 def build_tokenizer() -> Any:
-    """A byte-pair vocabulary of CLIP's kind in which each word of the captions is one token.
+    """Builds a tokenizer with a byte-pair vocabulary, as CLIP's, in which each word of the captions is one token.
 
     The merges are learned from the words rather than listed: a hand-written list lets the merges of one word split
     another ("r a" of "rabbit" takes "orange" apart).
@@ -67,7 +68,8 @@ def build_tokenizer() -> Any:
 
 
 def vary(what: Scene, draw: np.random.Generator) -> tuple[str, list[int]]:
-    """A caption of the scene, in part of the cases one that says less, and the facts that it states (others: NONE)."""
+    """Draws a caption of the scene, which in part of the cases leaves something out, and returns it with the facts that
+    it states (the others are NONE)."""
     with_sizes, with_background, with_photo = draw.random() < 0.8, draw.random() < 0.9, draw.random() < 0.15
     named = [
         f"a {t.size} {t.colour} {t.class_name}" if with_sizes else f"a {t.colour} {t.class_name}" for t in what.objects

@@ -74,7 +74,7 @@ def cache_latents(path: Path, work: Path, load: Callable[[], Any], world: World)
 
 
 def read_latents(work: Path) -> tuple[Tensor, Any]:
-    """The cached latents and the VAE, both with channels of mean 0 and variance 1.
+    """Reads the cached latents and the VAE, both scaled to channels of mean 0 and variance 1.
 
     The scale goes into the 1x1 convolutions on both sides of the latents, so that `scaling_factor` is 1.
     """
@@ -133,13 +133,19 @@ def take_step(
 
 
 def learning_rate(taken: int, share: float, final: bool) -> float:
-    """The learning rate after `taken` steps of this start and a share of its time: it warms up; `final`: ends at 0."""
+    """Returns the learning rate after `taken` steps of this start and a share of its time.
+
+    It warms up over 200 steps. With `final` it falls in the last third of the time, to 2 % of what it was.
+    """
     rate = LEARNING_RATE * min(1.0, (taken + 1) / 200)
     return rate * (min(1.0, 3.0 * (1.0 - share) + 0.02) if final else 1.0)
 
 
 def train_unet(work: Path, minutes: float, final: bool) -> None:
-    """v-prediction, uniform timesteps, an exponential average that warms up. `final`: the learning rate ends at 0."""
+    """Trains the U-Net by v-prediction, with uniform timesteps and an exponential average that warms up.
+
+    final: the learning rate falls at the end, as in `learning_rate`.
+    """
     world = join()  # two ranks with a thread each: small operations do not gain from two threads
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.world_size))
     torch.manual_seed(0)

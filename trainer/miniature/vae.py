@@ -26,7 +26,7 @@ VAE: dict[str, Any] = dict(
 
 
 def start_linear(module: nn.Module) -> None:
-    """Variance-preserving weights, and residual branches that begin at zero: the network starts as a linear one.
+    """Sets variance-preserving weights, and residual branches that begin at zero: the network starts as a linear one.
 
     With PyTorch's default weights each of the 20 layers shrinks its input to 0.58, and a small autoencoder spends its
     first thousand steps on growing out of that.

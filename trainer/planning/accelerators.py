@@ -73,7 +73,11 @@ def _card(
     price: float,
     cards: int = 8,
 ) -> Accelerator:
-    """half and single in TFLOP/s; gb, and bandwidths in GB/s; network in Gbit/s of one card."""
+    """Makes a card from the units of data sheets.
+
+    half and single are in TFLOP/s, gb in GB, bandwidth and node in GB/s, network in Gbit/s of one card, price in
+    dollars an hour.
+    """
     speeds = (bandwidth * 1e9, node * 1e9, network * 1e9 / 8)
     return Accelerator(name, title, "cuda", half * 1e12, single * 1e12, gb * 1e9, *speeds, cards, price)
 
@@ -107,7 +111,10 @@ ACCELERATORS = {
 
 
 def accelerator(name: str, precision: str = "bf16") -> Accelerator:
-    """One of the table, or `cpu` for this machine, which is measured. Raises ValueError with the nearest name."""
+    """Looks a card up in the table; `cpu` is this machine, which is measured.
+
+    Raises UserError for any other name, with the nearest known one.
+    """
     plain = name.lower().replace("_", "-")
     if plain == "cpu":
         return this_processor(precision)
@@ -121,8 +128,10 @@ def accelerator(name: str, precision: str = "bf16") -> Accelerator:
 
 
 def is_card(card: Accelerator, device: str) -> bool:
-    """Whether a device of this name, as `device_name` gives it, is such a card; of a processor, whether it is this
-    machine's."""
+    """Tells whether a device of this name, as `device_name` gives it, is such a card.
+
+    For a processor, tells whether the name is that of this machine's.
+    """
     import torch
 
     if card.kind == "cpu":
@@ -138,7 +147,7 @@ GLOO = 2e9
 
 
 def this_processor(precision: str) -> Accelerator:
-    """This machine, as one rank with the threads that it may use sees it; half a second of measuring."""
+    """Measures this machine, as one rank sees it with the threads that it may use; takes half a second."""
     import torch
 
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16

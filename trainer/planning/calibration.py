@@ -59,13 +59,13 @@ class Measured:
 
     @property
     def measured_card(self) -> Accelerator:
-        """What was measured; the planned card where it is none of the table."""
+        """Returns the card that was measured, or the planned card where that is none of the table."""
         named = (one for one in ACCELERATORS.values() if self.device and is_card(one, self.device))
         return next(named, self.card)
 
     @property
     def differs(self) -> tuple[str, ...]:
-        """Which of COMPARED are other than in the planned run."""
+        """Lists which of COMPARED are other than in the planned run."""
         rows, planned = [_facts(row) for row in self.rows], _facts(self.planned)
         return tuple(name for name in COMPARED if all(row[name] != planned[name] for row in rows))
 
@@ -94,7 +94,7 @@ class Measured:
         return _in_words(name, facts)
 
     def warning(self) -> str | None:
-        """Where it was measured on another card than the planned one, or nobody knows on which."""
+        """Returns a warning where the speed was measured on another card than the planned one, or an unknown one."""
         device = self.device
         if _kind(self.rows[0]) is None:
             return (
@@ -118,7 +118,7 @@ def _listed(words: Sequence[str]) -> str:
 
 
 def _in_words(name: str, facts: Mapping[str, Any]) -> str:
-    """A fact of COMPARED for people."""
+    """Describes a fact of COMPARED for people."""
     value = facts[name]
     if name == "scores":
         kernel = facts.get("attention", "auto")
@@ -133,8 +133,10 @@ def _in_words(name: str, facts: Mapping[str, Any]) -> str:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSON-lines file, a list in JSON or YAML, or a finished run's folder. Raises ConfigError for anything
-    else."""
+    """Reads rows from a JSON-lines file, a list in JSON or YAML, or a finished run's folder.
+
+    Leaves out rows without samples_per_second. Raises ConfigError for anything else.
+    """
     if path.is_dir():
         return [_run_row(path)]
     try:
@@ -178,7 +180,7 @@ def _run_row(folder: Path) -> dict[str, Any]:
 
 
 def rows_for(card: Accelerator, path: Path) -> list[dict[str, Any]]:
-    """Those rows that say something about such a card: of its kind, and of the card itself where there are any.
+    """Reads the rows that say something about such a card: those of the card itself, or else those of its kind.
 
     Raises ConfigError where all are of the other kind, beside the errors of `read_rows`.
     """
@@ -197,7 +199,10 @@ def rows_for(card: Accelerator, path: Path) -> list[dict[str, Any]]:
 
 
 def _kind(row: Mapping[str, Any]) -> str | None:
-    """cuda or cpu; None of a run that was trained before speed.json told it. Rows name a processor as `cpu, ...`."""
+    """Returns cuda or cpu, or None for a run that was trained before speed.json noted its device.
+
+    Rows without device_kind name a processor as `cpu, ...`.
+    """
     if "device_kind" in row or "device" not in row:
         return row.get("device_kind")
     return "cpu" if row["device"].startswith("cpu") else "cuda"
@@ -206,7 +211,7 @@ def _kind(row: Mapping[str, Any]) -> str | None:
 def planned_facts(
     config: RunConfig, precision: str, micro_batch_size: int, shapes: str | None = None
 ) -> dict[str, Any]:
-    """The fields of a row that say what was measured, of a run."""
+    """Returns the fields of a row that say what is measured, for a run."""
     return {
         "family": shapes or family_of(config),
         "resolution": config.data.resolution,
@@ -219,7 +224,7 @@ def planned_facts(
 
 
 def family_of(config: RunConfig) -> str:
-    """Names the family of a run's base: by its folder where that is here, else as the run says."""
+    """Finds the family of a run's base: by its folder where that is here, else as the run says."""
     folder = base_path(config)
     found = (folder / denoiser / "config.json" for denoiser in ("unet", "transformer"))
     file = next((one for one in found if one.is_file()), None)
@@ -236,8 +241,10 @@ def _facts(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def nearest(rows: Sequence[Mapping[str, Any]], planned: Mapping[str, Any], card: Accelerator) -> Measured:
-    """The rows that have most in common with what is planned: all micro-batches of the nearest one's step, of equals
-    the fastest."""
+    """Finds the rows that have most in common with what is planned: those of one step at all its micro-batches.
+
+    Where several rows have one micro-batch, the fastest is taken.
+    """
     wanted = _facts(planned)
 
     def distance(row: Mapping[str, Any]) -> tuple:
@@ -253,15 +260,18 @@ def nearest(rows: Sequence[Mapping[str, Any]], planned: Mapping[str, Any], card:
 
 
 def _step_of(row: Mapping[str, Any]) -> list[Any]:
-    """All that decides on its time but the micro-batch."""
+    """Lists everything on which a row's time depends but the micro-batch."""
     facts = {"settings": "default", "device": None, "ranks": 1, "zero_stage": 2, "accumulation_steps": 1} | _facts(row)
     names = (*COMPARED[:-1], "settings", "device", "ranks", "zero_stage", "accumulation_steps")
     return [facts[name] for name in names]
 
 
 def config_of_row(config: RunConfig, row: Mapping[str, Any]) -> tuple[RunConfig, str | None]:
-    """The run with the row's base and settings in place of its own, so that its step can be planned like the run's; and
-    the published shapes that it has, or None where it is the run's base."""
+    """Makes the run that a row was measured of, so that its step can be planned, and names its published shapes.
+
+    It is `config` with the row's base and settings in place of its own; the shapes are None where the base is the run's
+    own. Raises ConfigError for a family that is neither published nor that of the run's base.
+    """
     facts = _facts(row)
     same = facts["family"] == family_of(config) and base_path(config).is_dir()
     if not same and facts["family"] not in PUBLISHED:

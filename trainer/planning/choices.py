@@ -83,7 +83,10 @@ class Plan:
 
 
 def planned_precision(config: RunConfig, card: Accelerator) -> str:
-    """As engine.resolve_precision, for a device that is not here; every card of the table multiplies in bf16."""
+    """Resolves the precision as engine.resolve_precision does, for a device that is not here.
+
+    Every card of the table multiplies in bf16.
+    """
     if config.engine.precision != "auto":
         return config.engine.precision
     return "bf16" if card.kind == "cuda" or cpu_multiplies_bf16() else "fp32"
@@ -97,9 +100,11 @@ def make_plan(
     storage_bandwidth: float = STORAGE_GBIT * 1e9 / 8,
     say: Callable[[str], None] = lambda message: None,
 ) -> Plan:
-    """layout: of `plan.layout_of`, among whose ranks the global batch can be divided.
+    """Plans a run on given cards: the footprint of its step, all choices, the recommended one and the scaling curve.
 
-    Raises ConfigError for a base or a calibration that cannot be planned with.
+    layout: of `plan.layout_of`, among whose ranks the global batch can be divided. storage_bandwidth: bytes a second.
+    say: is called with each stage of the planning. Raises ConfigError for a base or a calibration that cannot be
+    planned with.
     """
     card = layout.accelerator
     precision = planned_precision(config, card)
@@ -148,7 +153,7 @@ def make_plan(
 
 
 def alternatives(config: RunConfig) -> list[tuple[str, RunConfig, str]]:
-    """(name, run, attention): what else decides on activations."""
+    """Lists what else activations depend on: (name, run, attention) of the run with each such setting the other way."""
     other = not config.model.gradient_checkpointing
     model = config.model.model_copy(update={"gradient_checkpointing": other})
     named = "gradient checkpointing" if other else "all activations kept"
@@ -164,7 +169,11 @@ def engine_of(config: RunConfig, choice: Choice) -> EngineConfig:
 
 
 def all_choices(config: RunConfig, one: Footprint, layout: Layout, precision: str, speed: Speed) -> list[Choice]:
-    """ZeRO 0 to 3, with and without offload, at every micro-batch of a power of two that the global batch allows."""
+    """Makes the choices of ZeRO 0 to 3, and of 2 and 3 with offload, at every micro-batch that is possible.
+
+    Micro-batches are those of MICRO_BATCHES that divide the samples of a rank. ZeRO 0 is left out in fp16, which it
+    does not support.
+    """
     samples = config.global_batch_size // layout.ranks
     sizes = [size for size in MICRO_BATCHES if samples % size == 0]
     engines = [(stage, False) for stage in range(4)] + [(stage, True) for stage in (2, 3)]
@@ -187,7 +196,10 @@ def all_choices(config: RunConfig, one: Footprint, layout: Layout, precision: st
 
 
 def fastest(choices: Sequence[Choice]) -> Choice | None:
-    """Of those that fit and are as fast as the fastest but for ALIKE: without offload if possible, the least memory."""
+    """Chooses the best of the choices that fit and whose speed is within ALIKE of the fastest; None where none fits.
+
+    It is one without offload if possible, and of those the one with the least memory.
+    """
     fitting = [choice for choice in choices if choice.fits]
     best = max((choice.step.samples_per_second for choice in fitting), default=0.0)
     close = [choice for choice in fitting if choice.step.samples_per_second >= (1 - ALIKE) * best]
@@ -218,7 +230,10 @@ def memory_of(config: RunConfig, one: Footprint, engine: EngineConfig, layout: L
 
 
 def loader_bytes(config: RunConfig, one: Footprint, ranks: int) -> int:
-    """Decoded batches that each rank holds ready: pictures as uint8, a quarter of the floats on the device."""
+    """Computes the bytes of decoded batches that each rank's loader holds ready.
+
+    They are pictures as uint8, a quarter of the bytes of the floats on the device.
+    """
     per_sample = one.batch_bytes / one.micro_batch_size / 4
     return round(per_sample * config.global_batch_size / ranks * (config.data.prefetch_steps + 1))
 
@@ -226,7 +241,10 @@ def loader_bytes(config: RunConfig, one: Footprint, ranks: int) -> int:
 def fitting(
     config: RunConfig, one: Footprint, engine: EngineConfig, layout: Layout, precision: str
 ) -> dict[int, Footprint]:
-    """Micro-batches that divide the global batch and fit, 1 where none does."""
+    """Finds the micro-batches of MICRO_BATCHES that divide the global batch and fit; where none does, it is 1.
+
+    Returns the footprint of each.
+    """
     sizes = (size for size in MICRO_BATCHES if config.global_batch_size % size == 0)
     at = {size: scaled(one, size) for size in sizes}
     card = layout.accelerator
@@ -239,7 +257,10 @@ def fitting(
 
 
 def measured_speed(one: Footprint, measured: Measured, otherwise: Speed) -> Speed:
-    """Fitted to measured steps. one: of one of them. otherwise: as `unmeasured` of `fitted_speed`."""
+    """Fits the speed to measured steps.
+
+    one: the footprint of one of them. otherwise: as `unmeasured` of `fitted_speed`.
+    """
     card = measured.measured_card
     at = [(row, scaled(one, row["micro_batch_size"])) for row in measured.rows]
     steps = [(footprint, measured_seconds(footprint, row, card)) for row, footprint in at]
@@ -247,13 +268,16 @@ def measured_speed(one: Footprint, measured: Measured, otherwise: Speed) -> Spee
 
 
 def footprint_of_row(config: RunConfig, row: Mapping[str, Any]) -> Footprint:
-    """Of a measured step. config: a run with its base."""
+    """Computes the footprint of a measured step. config: a run, whose base is taken where the row is of its family."""
     same, shapes = config_of_row(config, row)
     return footprint(same, row["precision"], row["micro_batch_size"], row.get("attention", "auto"), shapes)
 
 
 def known_footprint(known: Measured) -> Footprint:
-    """Of a step that tests/benchmarks/throughput.py has measured with published shapes; once in a process."""
+    """Computes the footprint of a step that tests/benchmarks/throughput.py has measured with published shapes.
+
+    It is computed once in a process.
+    """
     return _published_footprint(tuple(sorted(known.rows[0].items())))
 
 
@@ -275,8 +299,10 @@ def _published_footprint(items: tuple[tuple[str, Any], ...]) -> Footprint:
 
 
 def measured_seconds(one: Footprint, row: Mapping[str, Any], card: Accelerator) -> float:
-    """Forward and backward of one micro-batch of a measured step: what is left of it without communication and
-    optimizer as they are planned, at least half."""
+    """Computes the seconds of forward and backward of one micro-batch of a measured step.
+
+    They are what is left of the step without communication and optimizer as they are planned, but at least half of it.
+    """
     ranks, times = row.get("ranks", 1), row.get("accumulation_steps", 1)
     engine, layout = EngineConfig(zero_stage=row.get("zero_stage", 2)), Layout(card, 1, ranks)
     whole = times * row["micro_batch_size"] / row["samples_per_second"]
@@ -286,14 +312,20 @@ def measured_seconds(one: Footprint, row: Mapping[str, Any], card: Accelerator) 
 
 
 def data_of(config: RunConfig, one: Footprint, storage_bandwidth: float) -> tuple[Data, bool]:
-    """What a run reads, and whether its size was counted in shards that are here."""
+    """Computes what data a run reads, and tells whether the size of a sample was counted in shards that are here.
+
+    storage_bandwidth: bytes a second.
+    """
     size, counted = sample_size(config, one)
     decoded = config.data.threads * DECODED_PER_CORE * (512 / config.data.resolution) ** 2
     return Data(size, storage_bandwidth, math.inf if config.data.latent_cache else decoded), counted
 
 
 def sample_size(config: RunConfig, one: Footprint) -> tuple[float, bool]:
-    """Bytes of a sample that come over the network, and whether they were counted in shards that are here."""
+    """Computes the bytes of a sample that come over the network.
+
+    Tells also whether they were counted in shards that are here.
+    """
     picture = STORED_BYTES_PER_PIXEL * config.data.resolution**2
     if config.data.latent_cache is not None:  # beside the condition, about a third of picture and condition
         return one.cached_bytes / one.micro_batch_size + picture / 3, False
@@ -306,13 +338,17 @@ def sample_size(config: RunConfig, one: Footprint) -> tuple[float, bool]:
 
 
 def checkpoint_bytes(one: Footprint, precision: str, averaged: bool) -> int:
-    """Masters and moments, weights in the run's precision, the trained weights in fp32 for diffusers, the average."""
+    """Computes the bytes of a checkpoint.
+
+    It holds fp32 masters and Adam's moments, weights in the run's precision (none in fp32), the trained weights in fp32
+    for diffusers, and, where there is one, the moving average.
+    """
     width = 0 if precision == "fp32" else 2
     return one.trained_parameters * (4 + 8 + width + 4 + (4 if averaged else 0))
 
 
 def days_and_price(plan: Plan, step: Step) -> tuple[float, float]:
-    """Of all steps and the checkpoints between them; validations come on top."""
+    """Computes the days and the dollars of all steps and the checkpoints between them; validations come on top."""
     saves = plan.config.max_steps // plan.config.checkpoint.every_steps
     hours = (plan.config.max_steps * step.seconds + saves * plan.checkpoint_bytes / WRITE_BYTES) / 3600
     return hours / 24, hours * plan.layout.ranks * plan.layout.accelerator.price

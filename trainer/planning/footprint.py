@@ -52,8 +52,11 @@ FLASH, FLASH_BACKWARD = (
 
 
 def attention_backward_flops(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
-    """Twice those of the forward pass, as of every product. PyTorch's formula has a fifth product more, of the scores
-    that these kernels compute again: how they save memory, and no work that is asked for."""
+    """Counts the floating-point operations of attention's backward pass: twice those forward, as of every product.
+
+    PyTorch's formula has a fifth product more, of the scores that these kernels compute again: that is how they save
+    memory, and not work that the step asks for.
+    """
     return 2 * flop_registry[FLASH[0]](query, key, value, out_val=gradient)
 
 
@@ -70,7 +73,7 @@ ALLOCATIONS = (aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Of one micro-batch on one rank, forward and backward."""
+    """What one micro-batch takes on one rank, forward and backward."""
 
     micro_batch_size: int
     frozen_bytes: int
@@ -111,7 +114,7 @@ class Footprint:
 
 
 def scaled(one: Footprint, micro_batch_size: int) -> Footprint:
-    """The same at another micro-batch: activations and work have the batch as a factor, weights and gradients not."""
+    """Scales a footprint to another micro-batch: activations and work grow with it, weights and gradients do not."""
     times = micro_batch_size / one.micro_batch_size
     return replace(
         one,
@@ -125,7 +128,7 @@ def scaled(one: Footprint, micro_batch_size: int) -> Footprint:
 
 
 def runs_a_kernel(func: Any, arguments: Iterable[Tensor], results: Iterable[Tensor]) -> bool:
-    """Whether an operation reads or writes elements: it makes new ones, or changes what it was given.
+    """Tells whether an operation reads or writes elements: it makes new ones, or changes what it was given.
 
     Questions (device, size, stride), views, `detach`, `lift` and allocations do not; `_unsafe_view` is a view that is
     not called one, so results are told from arguments by their memory.
@@ -149,13 +152,13 @@ class LiveStorages(TorchDispatchMode):
         self._known: dict[int, Any] = {}
 
     def ignore(self, tensors: Iterable[Tensor]) -> None:
-        """What was there before and is counted elsewhere, such as weights."""
+        """Leaves out tensors that were there before and are counted elsewhere, such as weights."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             self._known[storage._cdata] = storage  # held, so that its address is not used again
 
     def is_gradient(self, tensor: Tensor) -> None:
-        """From now on this tensor counts as a gradient, not as an activation."""
+        """Counts this tensor as a gradient from now on, not as an activation."""
         size = tensor.untyped_storage().nbytes()
         self.gradients += size
         self.live -= size
@@ -191,8 +194,10 @@ class LiveStorages(TorchDispatchMode):
 
 
 def worst_moments(moments: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    """Those of (activations, gradients) for which no other has as much of both: whatever a gradient costs, the peak is
-    at one of them."""
+    """Picks the moments (activations, gradients), in bytes, for which no other has as much of both.
+
+    Whatever a byte of gradients costs, the peak is at one of them.
+    """
     kept: list[tuple[int, int]] = []
     for activations, gradients in sorted(set(moments), reverse=True):
         if not kept or gradients > kept[-1][1]:
@@ -280,7 +285,10 @@ def _without_t5(config: RunConfig, family: Family) -> Family:
 
 
 def _controlnet(config: RunConfig, network: Any) -> Any:
-    """On the meta device. One to go on from is read for its configuration, not for its weights."""
+    """Makes the ControlNet of a run on the meta device.
+
+    Of one that is to be trained further, only the configuration is read, not the weights.
+    """
     model = config.model
     if model.controlnet != "unet" and Path(model.controlnet).is_dir():
         folder = Path(model.controlnet)
@@ -366,7 +374,7 @@ def _measured(config: RunConfig, base: Base, controlnet: Any, micro_batch_size: 
 
 
 def fake_batch(config: RunConfig, base: Base, size: int) -> DeviceBatch:
-    """A micro-batch as `to_device` leaves it: of pictures, or of what the latent cache holds."""
+    """Makes a micro-batch as `to_device` leaves it: of pictures, or of what the latent cache holds."""
     side = config.data.resolution
     latent = side // base.family.vae_factor
     shape = (size, base.latent_channels, latent, latent)
@@ -400,8 +408,10 @@ def tensors_of(module: nn.Module) -> list[Tensor]:
 
 
 def without_memory(module: nn.Module) -> None:
-    """Puts fake tensors in place of those on the meta device, which operations with others would refuse; one that has
-    two names, as T5's embedding, stays one."""
+    """Puts fake tensors in place of those on the meta device, which operations with other tensors would refuse.
+
+    A parameter that has two names, as T5's embedding, stays one.
+    """
     made: dict[int, nn.Parameter] = {}
     for part in module.modules():
         for name, parameter in list(part._parameters.items()):

@@ -43,9 +43,10 @@ def say(message: str) -> None:
 
 
 def layout_of(options: argparse.Namespace, config: RunConfig) -> Layout:
-    """The cards that the command line or the cluster file names; the command line wins.
+    """Finds the cards that the command line or the cluster file names; the command line wins.
 
-    Raises ConfigError where the run cannot be divided among them.
+    Raises ConfigError where the cluster file cannot be read, a number is below 1, or the global batch cannot be divided
+    among the ranks, and UserError for an unknown accelerator.
     """
     told: dict[str, Any] = {}
     if options.cluster:

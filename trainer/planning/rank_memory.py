@@ -93,9 +93,10 @@ def rank_memory(
     averaged: bool = False,
     loader_bytes: int = 0,
 ) -> RankMemory:
-    """The peak of one of `ranks` ranks. kind: cuda or cpu. loader_bytes: decoded batches that wait in host memory.
+    """Computes the memory of one of `ranks` ranks at its peak.
 
-    global_batch_size: default that of one micro-batch a rank, without accumulation.
+    kind: cuda or cpu. global_batch_size: None is one micro-batch a rank, without accumulation. averaged: whether a
+    moving average is kept. loader_bytes: of decoded batches that wait in host memory.
     """
     stage, total, fp32 = engine.zero_stage, one.trained_parameters, precision == "fp32"
     width = 4 if fp32 else 2
@@ -144,19 +145,19 @@ def rank_memory(
 
 
 def needed(memory: RankMemory, kind: str) -> float:
-    """Bytes that the device must have: on CUDA with what its allocator does not see."""
+    """Computes the bytes that the device must have: the peak, and on CUDA also what its allocator does not see."""
     return memory.peak if kind == "cpu" else memory.peak * (1 + FRAGMENTATION) + HIDDEN_BYTES
 
 
 def _kept_gradients(stage: int, native: bool, total: int, share: int) -> int:
-    """Buffers that exist from the first step to the last."""
+    """Computes the bytes of gradient buffers that exist from the first step to the last."""
     if stage == 1 and not native:
         return ACCUMULATED * total
     return ACCUMULATED * share if stage == 3 else 0
 
 
 def _bucket(stage: int, native: bool, width: int, filled: int, kind: str) -> int:
-    """Bytes of the buffer in which gradients wait; filled: elements of them so far."""
+    """Computes the bytes of the bucket in which gradients wait for their reduction. filled: elements of them so far."""
     if stage == 0 or (stage == 1 and not native):
         return 0
     own = 4 if stage == 3 else width
@@ -166,7 +167,10 @@ def _bucket(stage: int, native: bool, width: int, filled: int, kind: str) -> int
 def _backward(
     one: Footprint, stage: int, native: bool, width: int, activations: int, gradients: int, ranks: int, kind: str
 ) -> dict[str, int]:
-    """At one moment of the backward pass. gradients: bytes of those that have been computed."""
+    """Computes the bytes by category at one moment of the backward pass.
+
+    activations: bytes of those that are held. gradients: bytes of those that have been computed.
+    """
     filled = gradients // width
     parts = {"activations": activations, "gradients": 0, "communication": 0}
     if stage <= 1:
@@ -183,7 +187,10 @@ def _backward(
 def _reduction(
     one: Footprint, stage: int, native: bool, width: int, share: int, ranks: int, kind: str
 ) -> dict[str, int]:
-    """While a full bucket, or the last one, is reduced; a bucket that fills up before the end meets activations."""
+    """Computes the bytes by category while a full bucket, or the last one, is reduced.
+
+    A bucket that fills up before the end of the backward pass meets activations.
+    """
     total = one.trained_parameters
     reduced = min(total, BUCKET_ELEMENTS)
     activations = max(a for a, gradients in one.profile if gradients >= width * reduced * 0.999)
@@ -204,7 +211,7 @@ def _reduction(
 
 
 def _step_gradients(stage: int, native: bool, width: int, total: int, share: int) -> int:
-    """Gradients while the optimizer steps; activations and buckets are gone."""
+    """Computes the bytes of gradients while the optimizer steps; activations and buckets are gone."""
     if stage == 0:
         return width * total + (0 if width == 4 else ACCUMULATED * total)
     if stage == 1 and not native:
@@ -215,7 +222,7 @@ def _step_gradients(stage: int, native: bool, width: int, total: int, share: int
 
 
 def _beside_free_blocks(parts: dict[str, int], activations: int, apart: int) -> dict[str, int]:
-    """What a CPU holds at a moment after the backward pass, with the memory of its activations, which glibc keeps.
+    """Adds the memory of activations, which glibc keeps, to what a CPU holds at a moment after the backward pass.
 
     apart: bytes of gradients that are tensors of their own, which fit into it.
     """

@@ -25,7 +25,7 @@ GIB = 2**30
 
 
 def as_tree(plan: Plan) -> dict[str, Any]:
-    """The plan for other programs."""
+    """Makes a tree of the plan for other programs, which is written as JSON."""
 
     def choice(one: Choice | None) -> dict[str, Any] | None:
         if one is None:
@@ -61,7 +61,7 @@ def as_tree(plan: Plan) -> dict[str, Any]:
 
 
 def print_plan(plan: Plan) -> None:
-    """The whole plan as text."""
+    """Prints the whole plan as text."""
     print(_heading(plan))
     print("\nmemory of one rank at its peak, GiB")
     print("\n".join(memory_lines([plan.asked, *_by_stage(plan)], plan)))
@@ -100,13 +100,16 @@ def _cards(layout: Layout) -> str:
 
 
 def _by_stage(plan: Plan) -> list[Choice]:
-    """One of each stage, at the run's micro-batch or the nearest that was tried."""
+    """Picks one choice of each stage and offload, at the run's micro-batch or the nearest that was tried."""
     size = min((c.micro_batch_size for c in plan.choices), key=lambda one: abs(one - plan.asked.micro_batch_size))
     return [choice for choice in plan.choices if choice.micro_batch_size == size]
 
 
 def memory_lines(choices: Sequence[Choice], plan: Plan) -> list[str]:
-    """A column for each category, a row for each choice; the first is the run as it is written."""
+    """Writes the memory in GiB: a row for each choice, and a column for each category.
+
+    The first choice is the run as it is written.
+    """
     shown = [name for name in CATEGORIES if any(choice.memory.device[name] for choice in choices)]
     lines = [
         f"{'':<20}{'batch':>6}" + "".join(f"{name.split()[0]:>14}" for name in shown) + f"{'peak':>8}{'needed':>8}"
@@ -171,7 +174,7 @@ def recommendation_lines(plan: Plan) -> list[str]:
 
 
 def _why(plan: Plan, best: Choice) -> str:
-    """The rule of `planning.fastest`, in words."""
+    """Explains in words why `choices.fastest` chose this one."""
     first = max((choice for choice in plan.choices if choice.fits), key=lambda one: one.step.samples_per_second)
     if first is best:
         return f"the fastest that fits; nothing within {100 * ALIKE:g} % of it needs less memory"
@@ -267,7 +270,10 @@ def assumption_lines(plan: Plan) -> list[str]:
 
 
 def draw_curve(plan: Plan, path: Path) -> None:
-    """Samples/s against cards, and what would be without communication. Needs matplotlib (the `measure` extra)."""
+    """Draws samples/s against the number of cards as a PNG, and what as many times one card would reach.
+
+    Raises ConfigError where matplotlib (the `measure` extra) is not installed.
+    """
     try:
         import matplotlib
     except ImportError as error:

@@ -52,7 +52,7 @@ class Step:
 
     @property
     def compute_seconds(self) -> float:
-        """Forward and backward of all its micro-batches."""
+        """Adds up the seconds of forward and backward of all its micro-batches."""
         return self.device_seconds + self.host_seconds
 
     @property
@@ -76,7 +76,10 @@ def step_time(
     global_batch_size: int,
     speed: Speed,
 ) -> Step:
-    """One optimizer step of global_batch_size samples, which micro_batch_size * ranks divides. Raises ValueError."""
+    """Computes the time of one optimizer step of global_batch_size samples.
+
+    Raises UserError where that is not a multiple of the micro-batch times the ranks.
+    """
     samples = one.micro_batch_size * layout.ranks
     if global_batch_size % samples:
         raise UserError(f"{global_batch_size} samples are not a multiple of {one.micro_batch_size} * {layout.ranks}")
@@ -94,12 +97,15 @@ def step_time(
 
 
 def gloo_seconds(ranks: int) -> float:
-    """Latency of one collective of CPUs: a reduction around a ring, and its result around again."""
+    """Computes the latency of one collective of CPUs: a reduction around a ring, and its result around again."""
     return 2 * (ranks - 1) * GLOO_HOP_SECONDS
 
 
 def communication_bytes(one: Footprint, stage: int, precision: str, ranks: int, accumulation: int) -> float:
-    """Bytes that each rank sends in one optimizer step. A ring all-reduce of n bytes sends 2 n (N - 1) / N."""
+    """Computes the bytes that each rank sends in one optimizer step.
+
+    A ring all-reduce of n bytes among N ranks sends 2 n (N - 1) / N.
+    """
     total, width = one.trained_parameters, 4 if precision == "fp32" else 2
     once = (ranks - 1) / ranks
     reduced = 2 * once * total * (width if stage == 0 else 4)  # from stage 1 on gradients travel in fp32
@@ -126,7 +132,11 @@ def communication_seconds(one: Footprint, layout: Layout, engine: EngineConfig, 
 
 
 def optimizer_seconds(one: Footprint, layout: Layout, engine: EngineConfig, precision: str) -> float:
-    """AdamW reads and writes masters and moments, and reads gradients: 28 bytes a parameter, of this rank's share."""
+    """Computes the seconds of the optimizer's step on this rank's share of the parameters.
+
+    AdamW reads and writes masters and moments, and reads gradients: 28 bytes a parameter. With offload it runs at
+    HOST_ADAM on the node's CPU, and gradients and weights travel to it and back.
+    """
     share = one.trained_parameters / (1 if engine.zero_stage == 0 else layout.ranks)
     if engine.offload_optimizer:
         rate = HOST_ADAM / layout.processes_per_node
@@ -151,14 +161,14 @@ class Data:
 
 
 def with_nodes(layout: Layout, ranks: int) -> Layout:
-    """The same cards in another number: full nodes, or a part of one."""
+    """Returns a layout of the same cards in another number: full nodes, or a part of one."""
     per_node = min(ranks, layout.accelerator.cards_per_node)
     return replace(layout, nodes=-(-ranks // per_node), processes_per_node=per_node)
 
 
 @dataclass(frozen=True)
 class Point:
-    """Of the scaling curve."""
+    """One point of the scaling curve."""
 
     ranks: int
     step: Step
@@ -178,10 +188,11 @@ def scaling_curve(
     data: Data,
     speed: Speed,
 ) -> list[Point]:
-    """1, 2, 4, ... cards. at: micro-batch -> footprint, those that fit.
+    """Computes the points of the scaling curve at 1, 2, 4, ... 1,024 cards.
 
-    The global batch is kept as long as each card has a sample of it, with the largest micro-batch that divides; beyond,
-    every card takes one micro-batch of the smallest size and the global batch grows.
+    at: micro-batch -> footprint, of those that fit. Where the cards divide the global batch, it is kept, with the
+    largest micro-batch that divides each card's samples; else every card takes one micro-batch of the smallest size,
+    and they make up the global batch.
     """
     points = []
     alone = with_nodes(layout, 1)
@@ -200,9 +211,9 @@ def scaling_curve(
 
 
 def limit_of(step: Step, ranks: int, best_seconds: float, data: Data) -> str:
-    """What costs most of the time that a step takes beyond that of its samples at best_seconds a sample and card.
+    """Finds what costs most of the time that a step takes beyond that of its samples at best_seconds a sample and card.
 
-    Of a step that loses less than LIMIT: whichever of the card and its host takes more of it.
+    For a step that loses at most LIMIT, it is the card or the host, whichever takes more of it.
     """
     storage = step.global_batch_size / data.stored_samples
     decoding = step.global_batch_size / ranks / data.decoded_samples
@@ -221,7 +232,10 @@ def limit_of(step: Step, ranks: int, best_seconds: float, data: Data) -> str:
 
 
 def first_limits(points: list[Point], storage_bandwidth: float) -> tuple[int | None, int | None]:
-    """Numbers of cards from which communication takes more than LIMIT of a step, and data more than storage gives."""
+    """Finds the least numbers of cards at which communication, and at which data, limits the run; None for no limit.
+
+    Communication then takes more than LIMIT of a step, and data more bytes a second than the storage gives.
+    """
     network = next((p.ranks for p in points if p.step.communication_share > LIMIT), None)
     data = next((p.ranks for p in points if p.data_bytes_per_second > storage_bandwidth), None)
     return network, data

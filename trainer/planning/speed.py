@@ -25,7 +25,7 @@ plan_check.py, with gloo's collectives; half of it is assumed of a GPU's host.""
 
 @dataclass(frozen=True)
 class Speed:
-    """Of a device and its host."""
+    """How fast a device and its host are."""
 
     device: float
     """Its seconds over computed ones."""
@@ -40,7 +40,7 @@ to nothing took 25 us an operation, and 67 to 78 under DeepSpeed's engine in bf1
 
 
 def host_seconds(one: Footprint, card: Accelerator, speed: Speed, stage: int = 0) -> float:
-    """Forward and backward of a micro-batch. stage: of ZeRO."""
+    """Computes the host's seconds for forward and backward of a micro-batch. stage: of ZeRO."""
     gathering = one.trained_modules * GATHER_SECONDS[card.kind] if stage == 3 else 0.0
     return one.operations * speed.launch_seconds + gathering
 
@@ -61,9 +61,10 @@ def _computed_seconds(one: Footprint, card: Accelerator, precision: str) -> floa
 def fitted_speed(
     steps: Sequence[tuple[Footprint, float]], card: Accelerator, precision: str, unmeasured: Speed
 ) -> Speed:
-    """The speed at which micro-batches take the seconds that were measured, by least squares of relative errors.
+    """Fits the speed at which micro-batches take the seconds that were measured, by least squares of relative errors.
 
     Micro-batches of one size do not tell host from device: both are then as many times slower as those of `unmeasured`.
+    Of several sizes, the device is never taken to be faster than computed, nor the host to take less than 0 seconds.
     """
     if len({one.micro_batch_size for one, _ in steps}) == 1:
         times = sum(seconds / micro_batch_seconds(one, card, precision, unmeasured) for one, seconds in steps)

@@ -67,7 +67,7 @@ class Attempt:
 
     @property
     def folder(self) -> Path:
-        """Of its own, below the run's. It is gone as soon as a newer attempt has taken the run."""
+        """Returns the attempt's own folder, below the run's. It is gone once a newer attempt has taken the run."""
         return self.run / f".attempt-{self.number:06d}-{self.identity}"
 
 
@@ -110,7 +110,7 @@ def only_run(run: Path, world: World) -> Iterator[Attempt]:
 
 
 def is_superseded(attempt: Attempt) -> bool:
-    """Whether a newer attempt has begun to take the run, or has done so."""
+    """Tells whether a newer attempt has begun to take the run, or has done so."""
     return _newest(attempt.run) > attempt.order
 
 
@@ -142,8 +142,11 @@ def move(attempt: Attempt, source: Path, target: Path) -> None:
 
 
 def _held(attempt: Attempt) -> int:
-    """The folder as it was made. One of the same name, which a library that makes its own folders could put in the
-    place of a removed one, is another: nothing moves out of that."""
+    """Returns a descriptor of the attempt's folder as it was made.
+
+    A folder of the same name, which a library that makes its own folders could put in the place of a removed one, is
+    another: nothing moves out of that.
+    """
     if attempt.folder not in _DESCRIPTORS:
         _DESCRIPTORS[attempt.folder] = os.open(attempt.folder, os.O_RDONLY | os.O_DIRECTORY)
     return _DESCRIPTORS[attempt.folder]
@@ -157,12 +160,13 @@ def _is_there(attempt: Attempt) -> bool:
 
 
 def write_text(attempt: Attempt, path: Path, text: str) -> None:
-    """A file of the run, whole or not at all. Raises Superseded."""
+    """Writes a file of the run whole or not at all. Raises Superseded, and OSError on a full disk."""
     write_file(attempt, path, lambda made: made.write_text(text))
 
 
 def write_file(attempt: Attempt, path: Path, write: Callable[[Path], object]) -> None:
-    """The same of a file that `write` makes where it is told. Raises Superseded, and OSError on a full disk.
+    """Puts in place a file of the run that `write` makes at the path it is given. Raises Superseded, and OSError on a
+    full disk.
 
     path: on the run's own disk. Ranks write at once where the last two parts of their paths differ.
     """
@@ -237,7 +241,7 @@ def _remove(old: Attempt, new: Attempt) -> None:
 
 
 def _names(folder: Path) -> list[str]:
-    """Of what is in it; none where another attempt has just taken the folder away."""
+    """Lists the names in a folder; none where another attempt has just taken the folder away."""
     try:
         return os.listdir(folder)
     except FileNotFoundError:
@@ -253,13 +257,14 @@ def _replace_lock(attempt: Attempt, lock: Any) -> None:
 
 
 def _starts(run: Path) -> list[Attempt]:
-    """Those that have a folder."""
+    """Lists the attempts at a run that have a folder."""
     found = [re.fullmatch(r"\.attempt-(\d+)-(\w+)", path.name) for path in run.glob(".attempt-*")]
     return [Attempt(run, int(match[1]), match[2]) for match in found if match]
 
 
 def _newest(run: Path) -> tuple[int, str]:
-    """The order of the newest attempt. It has a folder before it has a record, and a record before its folder goes."""
+    """Returns the order of the newest attempt. It has a folder before it has a record, and a record before its folder
+    goes."""
     folders = [attempt.order for attempt in _starts(run)]
     record = read_record(run)
     return max([*folders, (record.get("number", 0), record.get("identity") or "")])

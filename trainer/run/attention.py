@@ -26,9 +26,10 @@ def choose_once(
     shapes: Callable[[], Sequence[AttentionShape]],
     kernels: Sequence[str] = ("xformers", *KERNELS),
 ) -> AttentionChoice:
-    """The kernels, chosen on rank 0, and with `auto` only at the run's first start: others round otherwise.
+    """Chooses the attention kernels on rank 0, with `auto` only at the run's first start, since other kernels round
+    otherwise. Returns the choice on every rank.
 
-    attention.json is a note of that choice: where it is damaged, it is told, and chosen anew.
+    attention.json is a note of that choice: where it is damaged, a warning is printed and the kernels are chosen anew.
     """
     remembered = attempt.run / "attention.json"
     chosen = None

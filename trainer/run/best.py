@@ -8,7 +8,10 @@ the kind that is trained on, and edge_f1 is that of edges, so a kind's own figur
 
 
 def best_by(measured: Iterable[Mapping[str, float]]) -> str | None:
-    """The figure by which checkpoints are compared: the first of FIGURES that any of them has. measured: the metrics
-    in their state.json; None where none of them was measured."""
+    """Returns the figure by which checkpoints are compared: the first of FIGURES that any of them has; None where none
+    of these was measured.
+
+    measured: the metrics in their state.json.
+    """
     names = {name for metrics in measured for name in metrics}
     return next((figure for figure in FIGURES if figure in names), None)

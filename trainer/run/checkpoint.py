@@ -60,17 +60,17 @@ def folder_of(run: Path, step: int) -> Path:
 
 
 def complete_checkpoints(run: Path) -> list[Path]:
-    """Whole checkpoints of a run, oldest first."""
+    """Lists the whole checkpoints of a run, oldest first."""
     return [path for path in checkpoint_folders(run) if is_complete(path)]
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether every file that was committed is there in its size. What is generated later may come besides."""
+    """Tells whether every file that was committed is there in its size. Files generated later may be there too."""
     return what_is_missing(checkpoint) is None
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """What was saved beside the weights. Raises CheckpointError where that, or config.yaml, is damaged."""
+    """Reads what was saved beside the weights. Raises CheckpointError where that, or config.yaml, is damaged."""
     if damage := records_damage(checkpoint):
         raise CheckpointError(f"{checkpoint} is damaged, in {damage}. Delete it to use an older one")
     return read_json(checkpoint / STATE, "Delete the checkpoint to use an older one")
@@ -83,11 +83,13 @@ def check_weights(checkpoint: Path) -> None:
 
 
 def latest_checkpoint(run: Path, world: World, say: Callable[[str], None]) -> Path | None:
-    """The same on every rank: the last one that rank 0 sees whole and that no rank finds damaged. None: there is none.
+    """Finds the last checkpoint that rank 0 sees whole and that no rank finds damaged: the same on every rank. None:
+    there is none.
 
     Ranks that looked for themselves would go on from different steps where a node's view of a shared disk is old. They
-    compare the checksums of all files, each of its share. say: told on rank 0 of a checkpoint that is passed over.
-    Raises CheckpointError where another rank does not see what rank 0 sees, and AllDamaged where all are damaged.
+    compare the checksums of all files, each of its share. say: called on rank 0 with a message about each checkpoint
+    that is passed over. Raises CheckpointError where another rank does not see what rank 0 sees, and AllDamaged where
+    all are damaged.
     """
     folders = [(path, what_is_missing(path)) for path in checkpoint_folders(run)]
     there: list[tuple[Path, str | None]] = from_first_rank(folders)
@@ -131,10 +133,10 @@ def load_checkpoint(
     attempt: Attempt,
     read_weights: Callable[[Path], dict[str, Tensor]] = read_controlnet,
 ) -> None:
-    """Every rank calls this, on an engine made with load_universal = `needs_universal`.
+    """Loads a checkpoint into an engine that was made with load_universal = `needs_universal`. Every rank calls this.
 
-    read_weights(folder) undoes what write_weights of `save_checkpoint` wrote.
-    An average that the checkpoint does not hold begins at its weights.
+    read_weights(folder) undoes what write_weights of `save_checkpoint` wrote. An average that the checkpoint does not
+    hold begins at its weights. Raises CheckpointError where it cannot be read.
     """
     state, tag = read_state(checkpoint), _TAG
     if needs_universal(state, world.world_size):
@@ -156,7 +158,7 @@ def load_checkpoint(
 
 
 def needs_universal(state: Mapping[str, Any], world_size: int) -> bool:
-    """Whether states that were split over the saved world's ranks must be split anew."""
+    """Tells whether states that were split over the saved world's ranks must be split anew."""
     return state["zero_stage"] > 0 and state["world_size"] != world_size
 
 
@@ -179,7 +181,8 @@ def prune(run: Path, keep: int, keep_best: int, attempt: Attempt, committed: Pat
 
 
 def _metrics(checkpoint: Path) -> dict[str, float]:
-    """Empty of one that was not measured, or whose state.json is damaged: the best is another one then."""
+    """Returns the metrics of a checkpoint; empty where it was not measured or its state.json is damaged: another one is
+    the best then."""
     try:
         return read_state(checkpoint).get("metrics") or {}
     except (CheckpointError, Damaged):
@@ -187,7 +190,7 @@ def _metrics(checkpoint: Path) -> dict[str, float]:
 
 
 def as_module(trained: Any, weights: dict[str, Tensor]) -> Any:
-    """A ControlNet like the trained one, with these weights."""
+    """Makes a ControlNet like the trained one, with these weights."""
     with torch.device("meta"):
         module: Any = type(trained).from_config(trained.config)
     module.load_state_dict(weights | fixed_tensors(trained), assign=True)
@@ -195,7 +198,8 @@ def as_module(trained: Any, weights: dict[str, Tensor]) -> Any:
 
 
 def delete(folder: Path, attempt: Attempt) -> None:
-    """A checkpoint, or another folder of the run. Moved away first: half a deletion must not look like a checkpoint.
+    """Deletes a checkpoint, or another folder of the run. It is moved away first: half a deletion must not look like a
+    checkpoint.
 
     Raises Superseded.
     """
@@ -230,7 +234,8 @@ def _make_universal(checkpoint: Path, attempt: Attempt) -> None:
 
 @contextlib.contextmanager
 def tensors_only(checkpoint: Path) -> Iterator[None]:
-    """Inside, torch.load makes tensors, plain values and DeepSpeed's own records, whatever its callers ask for.
+    """Keeps torch.load within the block to tensors, plain values and DeepSpeed's own records, whatever its callers ask
+    for.
 
     DeepSpeed reads its files as pickles without limits, and a pickle can call anything. PyTorch's own switch overrides
     that; it is a variable of the environment, which is set for no longer than this. Raises CheckpointError for a file
@@ -254,8 +259,8 @@ def tensors_only(checkpoint: Path) -> Iterator[None]:
 
 
 def _deepspeed_records() -> list[Any]:
-    """Classes that DeepSpeed's states are made of besides tensors: values and their names, without any behaviour when
-    they are read."""
+    """Lists the classes that DeepSpeed's states are made of besides tensors: values and their names, without any
+    behaviour when they are read."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
@@ -265,6 +270,6 @@ def _deepspeed_records() -> list[Any]:
 
 @contextlib.contextmanager
 def _quiet():
-    """DeepSpeed prints its progress; an error still carries its own message."""
+    """Keeps what DeepSpeed prints of its progress off the terminal; an error still carries its own message."""
     with contextlib.redirect_stdout(io.StringIO()):
         yield

@@ -57,7 +57,8 @@ class Before:
 
 
 def read_record(run: Path) -> dict[str, Any]:
-    """attempt.json: `number`, `identity`, `given` by the engine or null, `host`, `process`, `time`; at first empty.
+    """Reads attempt.json: `number`, `identity`, `given` by the engine or null, `host`, `process`, `time`. Returns an
+    empty dict where there is none yet.
 
     Raises Damaged where it cannot be read.
     """
@@ -65,7 +66,7 @@ def read_record(run: Path) -> dict[str, Any]:
 
 
 def holder_of(record: Mapping[str, Any]) -> str:
-    """For people: ` (process 7 on a host, since a time)`; empty where there is no such record."""
+    """Formats who holds a run, as ` (process 7 on a host, since a time)`; empty where there is no such record."""
     if record.get("time") is None:
         return ""
     since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record["time"]))
@@ -73,7 +74,8 @@ def holder_of(record: Mapping[str, Any]) -> str:
 
 
 def found_before(config: RunConfig) -> Before | None:
-    """None where the run's folder holds no checkpoint that can be gone on from, as far as its small files tell."""
+    """Returns the latest checkpoint compared with this configuration; None where the run's folder holds none that can
+    be gone on from, as far as its small files tell."""
     latest = latest_readable(run_folder(config))[0]
     try:
         return compared_with(latest, config) if latest else None
@@ -82,8 +84,11 @@ def found_before(config: RunConfig) -> Before | None:
 
 
 def latest_readable(run: Path) -> tuple[Path | None, list[str]]:
-    """-> the latest checkpoint whose files are there in their sizes, and whose small ones are whole, and what is wrong
-    with later ones. The start compares all bytes of it too, and passes it over where one has changed."""
+    """Finds the latest checkpoint whose files are there in their sizes and whose small files are whole. Returns it, or
+    None, and what is wrong with later ones.
+
+    The start compares all bytes of it too, and passes it over where one has changed.
+    """
     damages: list[str] = []
     for checkpoint in reversed(checkpoint_folders(run)):
         damage = what_is_missing(checkpoint) or records_damage(checkpoint)
@@ -102,14 +107,17 @@ def all_damaged(damages: Sequence[str]) -> str:
 
 
 def compared_with(checkpoint: Path, config: RunConfig) -> Before:
-    """checkpoint: a whole one of the run of this configuration. Raises ConfigError where its own cannot be read."""
+    """Compares a checkpoint's configuration with the one that is asked for.
+
+    checkpoint: a whole one of the run of this configuration. Raises ConfigError where its own cannot be read.
+    """
     saved = load_config(checkpoint / CONFIG).model_copy(update={"output": config.output})
     return Before(step_of(checkpoint), changes(dump(saved), dump(config)))
 
 
 def checkpoint_folders(run: Path) -> list[Path]:
-    """Folders with the names that checkpoints get, whole or not, oldest first. A copy that a person has made beside
-    them under another name is no checkpoint: it is neither read nor deleted."""
+    """Lists the folders with the names that checkpoints get, whole or not, oldest first. A copy that a person has made
+    beside them under another name is no checkpoint: it is neither read nor deleted."""
     found = (run / "checkpoints").glob("step-*")
     return sorted((path for path in found if re.fullmatch(r"step-(\d{8}|[1-9]\d{8,})", path.name)), key=step_of)
 
@@ -119,12 +127,13 @@ def is_finished(before: Before, config: RunConfig) -> bool:
 
 
 def asks_for_another(before: Before) -> bool:
-    """Whether a finished run is asked for with settings that it has not: fewer steps, or what shapes the result."""
+    """Tells whether a finished run is asked for with settings that it does not have: fewer steps, or what shapes the
+    result."""
     return any(not change.startswith(HOW) for change in before.changed)
 
 
 def describe_finished(before: Before, config: RunConfig) -> str:
-    """Why nothing is trained, what to do, and which of the settings asked for the run does not have."""
+    """Says why nothing is trained, what to do, and which of the settings asked for the run does not have."""
     more = f"max_steps={config.max_steps}" + (f" above {before.step}" if before.step > config.max_steps else "")
     told = f"{run_folder(config)} is finished at step {before.step}. Raise {more} to go on, or change the name"
     if before.changed:
@@ -133,7 +142,7 @@ def describe_finished(before: Before, config: RunConfig) -> str:
 
 
 def describe_start(config: RunConfig) -> list[str]:
-    """For people, in lines: whether a start begins, goes on or does nothing, and with which changes."""
+    """Describes a start for people, in lines: whether it begins, goes on or does nothing, and with which changes."""
     before = found_before(config)
     if before is None:
         return [f"{config.name} in {run_folder(config)}, which is new"]
@@ -168,7 +177,8 @@ def check_same_run(state: Mapping[str, Any], now: Mapping[str, Any], checkpoint:
 
 
 def check_unlocked(saved: Mapping[str, Any], config: RunConfig, checkpoint: Path) -> bool:
-    """Whether a checkpoint's decoder has learned. Raises CheckpointError where the run says another step of it.
+    """Tells whether a checkpoint's decoder has learned. Raises CheckpointError where that began at another step than
+    the run's configuration says.
 
     saved: the checkpoint's state.
     """

@@ -46,8 +46,8 @@ class RankHung(RankFailed):
 
 @contextlib.contextmanager
 def failure_noted(attempt: Attempt, config: RunConfig, world: World) -> Iterator[None]:
-    """Whatever ends the block is in failed-RANK.json, and from rank 0 in status.json; RankFailed replaces what needs
-    words."""
+    """Writes any error that ends the block, except Superseded, to failed-RANK.json, and from rank 0 to status.json.
+    Raises RankFailed in place of an error that needs an explanation."""
     try:
         yield
     except Superseded:
@@ -61,7 +61,8 @@ def failure_noted(attempt: Attempt, config: RunConfig, world: World) -> Iterator
 
 
 def explain(error: Exception, config: RunConfig, rank: int) -> RankFailed | None:
-    """In words, if it is one of the machine's memory or of another rank; None where it speaks for itself."""
+    """Explains an error of the machine's memory or of another rank in words; returns None where the error speaks for
+    itself."""
     first_line = (str(error).splitlines() or [""])[0][:300]
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
         isinstance(error, (RuntimeError, OSError))
@@ -79,7 +80,7 @@ def explain(error: Exception, config: RunConfig, rank: int) -> RankFailed | None
 
 
 def remedies(config: RunConfig) -> str:
-    """What takes less memory in this run, the cheapest first; none of it changes the global batch."""
+    """Says what takes less memory in this run, the cheapest first; none of it changes the global batch."""
     ways = []
     if config.micro_batch_size > 1:
         ways.append(f"lower micro_batch_size={config.micro_batch_size}")
@@ -94,7 +95,8 @@ def remedies(config: RunConfig) -> str:
 
 
 def note_failure(attempt: Attempt, rank: int, error: Exception) -> None:
-    """failed-RANK.json, as each rank may fail for another reason, and status.json from rank 0."""
+    """Writes failed-RANK.json, as each rank may fail for another reason, and from rank 0 status.json, unless that says
+    that the run has ended."""
     with contextlib.suppress(OSError):  # a full disk may be what failed; the message on the terminal remains
         text = _record(rank, error, attempt.number)
         write_text(attempt, attempt.run / f"failed-{rank}.json", text)
@@ -104,7 +106,7 @@ def note_failure(attempt: Attempt, rank: int, error: Exception) -> None:
 
 
 def note_refusal(rank: int, error: Exception) -> None:
-    """failed-RANK.json in the folder that the launcher gave for it, if one started this rank."""
+    """Writes failed-RANK.json into the folder that the launcher gave for it, if one started this rank."""
     if folder := os.environ.get(REFUSED):
         with contextlib.suppress(OSError):  # the message on the terminal remains
             Path(folder, f"failed-{rank}.json").write_text(_record(rank, error, 0))
@@ -115,7 +117,7 @@ def _record(rank: int, error: Exception, attempt: int) -> str:
 
 
 def _state_of(status: Path) -> str | None:
-    """None where there is no status, or one that says nothing."""
+    """Reads the state in status.json; returns None where there is no such file or it cannot be used."""
     try:
         return read_json(status, "", {"state": is_text})["state"]
     except (OSError, Damaged):
@@ -123,7 +125,8 @@ def _state_of(status: Path) -> str | None:
 
 
 def end_superseded(error: Superseded, rank: int) -> NoReturn:
-    """One line, from rank 0, and out: nothing is flushed, closed or logged that would reach the run's folder."""
+    """Prints one line, from rank 0, and ends the process: nothing is flushed, closed or logged that would reach the
+    run's folder."""
     if rank == 0:
         print(f"\nrank 0: {error}", file=sys.stderr, flush=True)  # not behind a progress bar
     os._exit(SUPERSEDED)

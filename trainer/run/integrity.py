@@ -57,7 +57,7 @@ def write_marker(checkpoint: Path) -> None:
 
 
 def read_marker(checkpoint: Path) -> Marker | None:
-    """None where COMPLETE is missing, or damaged itself."""
+    """Reads COMPLETE; returns None where it is missing, or damaged itself."""
     try:
         tree = read_json(checkpoint / COMPLETE, "")
         if set(tree) == {"files", "digest"}:
@@ -71,12 +71,13 @@ def read_marker(checkpoint: Path) -> Marker | None:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step that a checkpoint's name tells: 400 for step-00000400."""
+    """Returns the step in a checkpoint's name: 400 for step-00000400."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
 def what_is_missing(checkpoint: Path) -> str | None:
-    """Of the files that were committed; None where they are all there in their sizes, and none of others among them."""
+    """Says which of the files that were committed is missing or has another size, or which file of PyTorch's among them
+    was not committed; returns None where there is none of that."""
     marker = read_marker(checkpoint)
     if marker is None:
         return NO_MARKER
@@ -90,7 +91,8 @@ def what_is_missing(checkpoint: Path) -> str | None:
 
 
 def _what_is_besides(folder: Path, marker: Marker) -> str | None:
-    """A file of PyTorch's among those that were committed: DeepSpeed takes all that it finds by their endings."""
+    """Finds a file of PyTorch's that lies among those that were committed and is not one of them: DeepSpeed takes all
+    that it finds by their endings. Returns what is wrong, or None."""
     for place in {(folder / name).parent for name in marker.sizes if name.endswith(".pt")}:
         for path in sorted(place.glob("*.pt")):
             if str(name := path.relative_to(folder)) not in marker.sizes:
@@ -99,12 +101,13 @@ def _what_is_besides(folder: Path, marker: Marker) -> str | None:
 
 
 def sizes_of(folder: Path) -> dict[str, int]:
-    """Bytes of every file below the folder, by relative name."""
+    """Returns the bytes of every file below the folder, by relative name."""
     return {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def folder_digest(folder: Path, names: Collection[str] | None = None) -> str:
-    """SHA-256 over the names and bytes of the folder's files, hexadecimal. names: of those that count; None for all."""
+    """Computes a SHA-256, in hex, over the names and bytes of the folder's files. names: of those that count; None for
+    all."""
     digest = sha256()
     for path in sorted(folder.iterdir()):
         if names is not None and path.name not in names:
@@ -117,8 +120,11 @@ def folder_digest(folder: Path, names: Collection[str] | None = None) -> str:
 
 
 def first_damage(checkpoint: Path, share: int, of: int) -> str | None:
-    """What is wrong in each `of`th of PyTorch's files from number `share` on, beginning with 0, and for share 0 in all
-    other files; None where nothing is. The checkpoint is complete."""
+    """Says what is wrong in this share of a complete checkpoint's files; None where nothing is.
+
+    The share is each `of`th of PyTorch's files from number `share` on, counted from 0, and for share 0 all other files
+    too.
+    """
     marker = read_marker(checkpoint)
     if marker is None:
         return NO_MARKER
@@ -127,7 +133,7 @@ def first_damage(checkpoint: Path, share: int, of: int) -> str | None:
 
 
 def files_damage(folder: Path, share: int, of: int) -> str | None:
-    """As `first_damage`, by the folder's marker alone, so of any folder that has one."""
+    """Checks as `first_damage` does, by the folder's marker alone, so any folder that has one."""
     marker = read_marker(folder)
     if marker is None:
         return NO_MARKER
@@ -138,7 +144,7 @@ def files_damage(folder: Path, share: int, of: int) -> str | None:
 
 
 def _archives_damage(folder: Path, marker: Marker, share: int, of: int) -> str | None:
-    """Of PyTorch's files, each `of`th from number `share` on."""
+    """Says what is wrong in PyTorch's files, each `of`th from number `share` on; None where nothing is."""
     parts = [name for name in sorted(marker.sizes) if name.endswith(".pt")][share::of]
     with ThreadPoolExecutor(THREADS) as pool:
         faults = pool.map(lambda name: _archive_fault(folder / name, marker.digests.get(name)), parts)
@@ -149,7 +155,7 @@ def _archives_damage(folder: Path, marker: Marker, share: int, of: int) -> str |
 
 
 def _other_files_damage(folder: Path, marker: Marker) -> str | None:
-    """Of files with a digest that are not PyTorch's."""
+    """Says what is wrong in the files with a digest that are not PyTorch's; None where nothing is."""
     for name, digest in marker.digests.items():
         if name.endswith(".pt"):
             continue
@@ -163,7 +169,7 @@ def _other_files_damage(folder: Path, marker: Marker) -> str | None:
 
 
 def records_damage(checkpoint: Path) -> str | None:
-    """As `first_damage`, of state.json, config.yaml, and what else is neither weights nor PyTorch's."""
+    """Checks, as `first_damage` does, state.json, config.yaml, and what else is neither weights nor PyTorch's."""
     marker = read_marker(checkpoint)
     if marker is None:
         return NO_MARKER
@@ -182,7 +188,7 @@ def records_damage(checkpoint: Path) -> str | None:
 
 
 def weights_damage(checkpoint: Path) -> str | None:
-    """As `first_damage`, of everything but PyTorch's files."""
+    """Checks, as `first_damage` does, everything but PyTorch's files."""
     if damage := records_damage(checkpoint):
         return damage
     marker = read_marker(checkpoint)
@@ -202,7 +208,8 @@ def weights_damage(checkpoint: Path) -> str | None:
 
 
 def _digest(path: Path) -> str:
-    """SHA-256 in hex of a file's bytes; of PyTorch's file, of its directory, which has the checksums of the rest."""
+    """Computes a SHA-256, in hex, of a file's bytes; of PyTorch's file, of its directory, which has the checksums of
+    the rest."""
     if path.suffix == ".pt":
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
             file.seek(archive.start_dir)

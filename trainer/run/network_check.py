@@ -16,7 +16,7 @@ def base_or_problem(name: str, family: str) -> Any:
 
 
 def problem(named: str, check: Callable[[], object]) -> Iterator[str]:
-    """What a check raises, with the name of what is checked; nothing where it raises nothing."""
+    """Yields the error that a check raises, behind the name of what is checked; nothing where it raises nothing."""
     try:
         check()
     except (ValueError, OSError) as error:

@@ -30,7 +30,7 @@ def say(world: World, message: str) -> None:
 
 
 def peak_memory_gib(world: World) -> float:
-    """The most that this rank has held: of the GPU where there is one, else of its process."""
+    """Returns the most memory that this rank has held, in GiB: of the GPU where there is one, else of its process."""
     if world.device.type == "cuda":
         return torch.cuda.max_memory_allocated(world.device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)

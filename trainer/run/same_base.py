@@ -18,12 +18,12 @@ BASE_FILE = "base.json"
 
 
 def base_facts(base: Base) -> dict[str, Any]:
-    """What is noted of a base when something is made with it."""
+    """Returns what is noted of a base when something is made with it."""
     return {"base": base.identity, "libraries": libraries()}
 
 
 def back_or_anew(checkpoint: Path) -> str:
-    """What to do about a checkpoint of a ControlNet run that cannot be gone on from."""
+    """Says what to do about a checkpoint of a ControlNet run that cannot be gone on from."""
     return (
         "Put it back as it was, or give the run another name to start anew "
         f"(model.controlnet={checkpoint}/controlnet starts from its weights)"
@@ -41,8 +41,8 @@ def check_same_base(saved: Mapping[str, Any], base: Base, when: str, remedy: str
         raise ConfigError(f"{base.path}: {describe_differences(found, when)}. {remedy}")
 
 
-def told_of_base(saved: Mapping[str, Any], when: str) -> list[str]:
-    """What a person should know of a record that was accepted, a line each: what it lacks, and other libraries."""
+def describe_base_changes(saved: Mapping[str, Any], when: str) -> list[str]:
+    """Lists, a line each, what a person should know of an accepted record: what it lacks, and other libraries."""
     if "base" not in saved:
         return [
             f"what was made {when} is of a version that noted nothing of the base but its weights: whether its "
@@ -58,7 +58,8 @@ def told_of_base(saved: Mapping[str, Any], when: str) -> list[str]:
 
 
 def read_base_facts(folder: Path) -> dict[str, Any] | None:
-    """What a run of subjects has noted of its base; None where it has nothing. Raises ConfigError where damaged."""
+    """Reads what a run of subjects has noted of its base; returns None where it has noted nothing. Raises ConfigError
+    where that is damaged."""
     path = folder / BASE_FILE
     try:
         saved = json.loads(path.read_text())

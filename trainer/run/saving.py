@@ -51,7 +51,7 @@ def save_checkpoint(
     name: str = "controlnet",
     write_weights: Callable[[Any, dict[str, Tensor], Path], None] = write_controlnet,
 ) -> Path:
-    """`begin_save` and `finish_save` at once: returns the committed folder."""
+    """Saves a checkpoint by `begin_save` and `finish_save` at once; returns the committed folder."""
     return finish_save(begin_save(engine, run, state, config, average, world, attempt, name, write_weights), world)
 
 
@@ -115,7 +115,7 @@ def begin_save(
 
 
 def is_written(save: Save) -> bool:
-    """Whether this rank's thread has ended, well or not."""
+    """Tells whether this rank's thread has ended, well or not."""
     return not save.thread.is_alive()
 
 
@@ -145,7 +145,8 @@ def finish_save(save: Save, world: World) -> Path:
 
 @contextlib.contextmanager
 def _copied(engine: Any) -> Iterator[list[tuple[Any, str]]]:
-    """Inside, what DeepSpeed saves is not written but copied to the CPU: (state, path) of each file."""
+    """Keeps DeepSpeed from writing what it saves within the block; it is copied to the CPU instead, as (state, path) of
+    each file."""
     files: list[tuple[Any, str]] = []
     writer = engine.checkpoint_engine
     # On the instance, in front of the methods of DeepSpeed's class; the second one would copy on the device first.
@@ -158,7 +159,7 @@ def _copied(engine: Any) -> Iterator[list[tuple[Any, str]]]:
 
 
 def _on_cpu(tree: Any) -> Any:
-    """A copy that shares nothing with the original, tensors on the CPU, containers of the same classes."""
+    """Copies a tree so that it shares nothing with the original: tensors to the CPU, containers in the same classes."""
     if isinstance(tree, Tensor):
         return tree.detach().to("cpu", copy=True)
     if isinstance(tree, dict):
@@ -184,7 +185,7 @@ def _commit(partial: Path, final: Path, attempt: Attempt) -> None:
 
 
 def _sync(path: Path) -> None:
-    """A file's bytes, or a folder's names, are on the disk afterwards."""
+    """Flushes a file's bytes, or a folder's names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -193,7 +194,7 @@ def _sync(path: Path) -> None:
 
 
 def check_space(engine: Any, run: Path, world: World) -> int:
-    """Bytes that a checkpoint takes at most; raises OSError on all ranks where the disk has less.
+    """Returns the bytes that a checkpoint takes at most. Raises OSError on all ranks where the disk has less.
 
     Weights in fp32 twice, two moments, a half-precision copy, the average: 24 bytes a parameter.
     """

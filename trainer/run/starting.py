@@ -32,7 +32,7 @@ def unwritable(folder: Path) -> str | None:
 
 
 def nearest(path: Path) -> Path:
-    """The path itself or the innermost of its parents, whichever exists: what decides whether it can be made."""
+    """Returns the path itself or its innermost parent that exists, which decides whether the path can be made."""
     return next(one for one in (path.absolute(), *path.absolute().parents) if one.exists())
 
 

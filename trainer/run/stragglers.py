@@ -41,14 +41,14 @@ class Pace:
         self.begin()
 
     def begin(self) -> None:
-        """A step begins."""
+        """Begins a step."""
         self._started, self._seconds = time.perf_counter(), None
         if self._on_gpu:
             self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
             self._events[0].record()
 
     def before(self, backward: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
-        """`backward`, whose first call in a step ends this rank's own work."""
+        """Returns `backward` wrapped so that its first call in a step ends the time of this rank's own work."""
 
         def call(loss: Tensor) -> None:
             if self._seconds is None:
@@ -67,9 +67,9 @@ class Pace:
         return seconds
 
     def note(self, seconds: Sequence[float], step_seconds: float) -> str | None:
-        """A line for people when a rank has become persistently slow, or no longer is.
+        """Returns a line for people when a rank has become persistently slow, or no longer is; else None.
 
-        seconds: of each rank, as its `seconds` tells them.
+        seconds: of each rank, as its `seconds` tells them. step_seconds: of the whole step.
         """
         if self.world.world_size == 1:
             return None
@@ -90,7 +90,7 @@ class Pace:
 
 
 def slowest(seconds: Sequence[float]) -> tuple[int, float]:
-    """The slowest of two or more ranks, and how many times the median of the others it takes (at least 1)."""
+    """Returns the slowest of two or more ranks, and how many times the median of the others it takes (at least 1)."""
     rank = max(range(len(seconds)), key=lambda r: seconds[r])
     others = median(value for r, value in enumerate(seconds) if r != rank)
     return rank, seconds[rank] / others if others > 0 else 1.0

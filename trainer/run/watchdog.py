@@ -66,7 +66,7 @@ class Watchdog:
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def begin(self, kind: str, step: int) -> None:
-        """What follows is of this kind, such as `the step` or `the validation`; what came before has ended."""
+        """Begins an activity, such as `the step` or `the validation`; the one before has ended."""
         before, _ = self._activity
         self._longest[before] = max(self._longest.get(before, 0.0), self._spent)
         self._activity, self._spent = (kind, step), 0.0
@@ -75,7 +75,7 @@ class Watchdog:
         self._closing.set()
 
     def limit(self, kind: str) -> float:
-        """Seconds."""
+        """Returns how many seconds an activity of this kind may take."""
         plain = self.timeout_seconds * (1 if kind == "the step" else LONGER)
         return max(plain, SLOWER * self._longest.get(kind, 0.0))
 
@@ -123,7 +123,7 @@ class Watchdog:
                 time.sleep(LET_SPEAK_SECONDS)
 
     def _gather(self) -> dict[int, str]:
-        """rank -> the first line of its stacks, of all ranks that answer."""
+        """Collects the first line of the stacks of all ranks that answer, by rank."""
         told: dict[int, str] = {}
         end = time.monotonic() + REPORT_SECONDS / 2
         while len(told) < self.world.world_size and time.monotonic() < end:
@@ -158,7 +158,7 @@ def watching(attempt: Attempt, world: World, timeout_seconds: float) -> Iterator
 
 
 def waits_in(frame: FrameType | None) -> str:
-    """The three innermost functions of this project, or of the program, that a thread is in, the innermost first."""
+    """Says which functions of this project or program a thread is in: the three innermost, the innermost first."""
     found = []
     while frame is not None and len(found) < 3:
         if frame.f_globals.get("__name__", "").startswith(("controlbooth.", "__main__")):
@@ -168,7 +168,7 @@ def waits_in(frame: FrameType | None) -> str:
 
 
 def write_stacks(attempt: Attempt, rank: int, line: str) -> None:
-    """stacks-RANK.txt in the run's folder: the line, the start's number, and every thread's Python stack."""
+    """Writes stacks-RANK.txt in the run's folder: the line, the start's number, and every thread's Python stack."""
     made = attempt.folder / f"stacks-{rank}.txt"
     with open(made, "w") as file:
         file.write(f"{line}\nstart {attempt.number}, {time.strftime('%Y-%m-%d %H:%M:%S %z')}\n\n")
@@ -178,7 +178,7 @@ def write_stacks(attempt: Attempt, rank: int, line: str) -> None:
 
 
 def describe(told: dict[int, str], world_size: int, run: Path) -> str:
-    """One message of what each rank waits in. told: rank -> its line."""
+    """Describes in one message what each rank waits in. told: the line of each rank that has answered, by rank."""
     silent = [str(rank) for rank in range(world_size) if rank not in told]
     lines = ["controlbooth: the ranks hang, and end, so that the run can be started again from its latest checkpoint"]
     lines += [f"  {told[rank]}" for rank in sorted(told)]
@@ -189,7 +189,7 @@ def describe(told: dict[int, str], world_size: int, run: Path) -> str:
 
 
 def _first_line(attempt: Attempt, rank: int) -> str:
-    """Of this start's stacks; empty where there are none."""
+    """Reads the first line of a rank's stacks, if they are of this start; empty where there are none."""
     try:
         first, second, *_ = (attempt.run / f"stacks-{rank}.txt").read_text().splitlines()
     except (OSError, ValueError):

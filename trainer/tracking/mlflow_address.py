@@ -28,7 +28,7 @@ UI = "http://127.0.0.1:5000"
 
 
 def unusable(uri: str) -> str | None:
-    """Why MLflow can never keep anything at this address, and what may have been meant; None where it may.
+    """Returns why MLflow can never keep anything at this address, and what may have been meant, or None where it can.
 
     Whether a server is up is not asked: what is logged waits for it in the run's folder.
     """
@@ -104,17 +104,17 @@ def _no_database(uri: str) -> str | None:
 
 
 def _plugins() -> set[str]:
-    """Schemes that packages beside MLflow bring."""
+    """Returns the URI schemes that installed packages add to those of MLflow."""
     return {one.name for one in importlib.metadata.entry_points(group="mlflow.tracking_store")}
 
 
 def run_page(experiment_id: str, run_id: str) -> str:
-    """The path of a run's page on any server."""
+    """Returns the path of a run's page, which is the same on any server."""
     return f"/#/experiments/{experiment_id}/runs/{run_id}"
 
 
 def how_to_open(uri: str, experiment_id: str, run_id: str, mlflow: str = "mlflow") -> list[str]:
-    """For a reader: the address of the run's page; of a local store, before it, the command that serves that page.
+    """Returns, for a reader, the address of a run's page; for a local store, first the command that serves that page.
 
     mlflow: how the program is called from here.
     """
@@ -125,7 +125,10 @@ def how_to_open(uri: str, experiment_id: str, run_id: str, mlflow: str = "mlflow
 
 
 def how_to_open_saved(run_folder: Path, mlflow: str = "mlflow") -> list[str]:
-    """As `how_to_open`, of the run in a folder; empty as long as MLflow has not got it, or nothing was tracked."""
+    """Returns, like `how_to_open`, how a reader opens the run of a folder.
+
+    The list is empty as long as MLflow has not got the run, or where nothing was tracked.
+    """
     fields = {"uri": is_text, "experiment_id": maybe(is_text), "run_id": maybe(is_text)}
     state = read_note(run_folder / STATE, "Delete it to send all of metrics.jsonl again, into a new MLflow run", fields)
     if not state.get("run_id") or not state.get("experiment_id"):  # which runs begun before have not written
@@ -134,14 +137,14 @@ def how_to_open_saved(run_folder: Path, mlflow: str = "mlflow") -> list[str]:
 
 
 def how_to_serve(uri: str, mlflow: str = "mlflow") -> str:
-    """The command that shows a local store or a database to a browser."""
+    """Returns the command that shows a local store or a database in a browser."""
     store = store_file(uri)
     location = uri if store is None else f"sqlite:///{store.absolute()}"
     return f"{mlflow} ui --backend-store-uri {shlex.quote(location)}"
 
 
 def tracking_problems(config: Tracked) -> Iterator[str]:
-    """Says where MLflow could never keep anything; a server that is down now is waited for."""
+    """Yields why MLflow could never keep anything at the run's address; a server that is down now is waited for."""
     uri = tracking_uri(config)
     if config.tracking.uri is not None and (why := unusable(uri)):
         yield f"tracking.uri is {uri!r}, where MLflow can keep nothing: {why}"

@@ -88,9 +88,10 @@ class MlflowRun:
         self._sent_steps: dict[str, int] = {}
 
     def skip_sent_steps(self) -> None:
-        """From here on, leaves out what the server has now: each metric up to its last step, as steps come in order.
+        """Leaves out, from here on, what the server has now: each metric up to its last step, as steps come in order.
 
-        Evaluations do not. Sent twice, their points have the times that they had, and count once.
+        Evaluations are sent again: their points have the times that they had, and count once. Nothing is left out where
+        repeated steps may have other values than before.
         """
         if not self._values_changed:
             data = self._client.get_run(self.run_id).data
@@ -98,7 +99,10 @@ class MlflowRun:
             self._sent_steps = {name: step for name, step in last.items() if not name.startswith(EVALUATION)}
 
     def send(self, records: Sequence[Record]) -> None:
-        """Puts records of one kind there. Raises Refused, or anything that another try may cure."""
+        """Sends records of one kind to MLflow.
+
+        Raises Refused for what it will never take, and otherwise whatever another try may cure.
+        """
         from mlflow.exceptions import MlflowException
 
         kind = kind_of(records[0])
@@ -119,7 +123,7 @@ class MlflowRun:
             raise Refused(str(error)) from error
 
     def _is_active(self) -> bool:
-        """A deleted run refuses everything, until it is restored."""
+        """Tells whether the run is not deleted: a deleted run refuses everything, until it is restored."""
         return self._client.get_run(self.run_id).info.lifecycle_stage == "active"
 
     def _find_or_create_experiment(self) -> str:
@@ -142,7 +146,10 @@ class MlflowRun:
         return experiment.experiment_id
 
     def _find_or_create_run(self, name: str, parent_id: str | None, shared: Path | None) -> str:
-        """By our key: the answer to an earlier attempt to create it may have been lost."""
+        """Returns the id of the run that has our key, which is created where there is none.
+
+        The run is searched for by its key, as the answer to an earlier attempt to create it may have been lost.
+        """
         key = self._state.key
         found = self._client.search_runs([self.experiment_id], f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
         if found:
@@ -159,7 +166,10 @@ class MlflowRun:
         return agreed
 
     def _metrics(self, record: Record) -> Iterator[Any]:
-        """A record of a step or of the machine -> mlflow.entities.Metric, without those that the server has."""
+        """Yields the mlflow.entities.Metric of a record of a step or of the machine.
+
+        Those of a step that the server has are left out.
+        """
         from mlflow.entities import Metric
 
         time = round(record["time"] * 1000)
@@ -192,7 +202,7 @@ class MlflowRun:
             self._client.update_run(self.run_id, record["status"])
 
     def _send_inputs(self, record: Record) -> None:
-        """Data sets. One that the run has already is not added again."""
+        """Sends data sets. One that the run has already is not added again."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         inputs = []
@@ -212,7 +222,7 @@ class MlflowRun:
         self._client.log_artifact(self.run_id, str(self._folder / record["artifact"]))
 
     def _send_table(self, record: Record) -> None:
-        """A file as MlflowClient.log_table writes it, which needs pandas for that and adds rows when it is repeated."""
+        """Sends a file as MlflowClient.log_table would, which needs pandas and adds rows when it is repeated."""
         path = self._folder / record["table"]
         self._client.log_artifact(self.run_id, str(path))
         logged = json.loads(self._client.get_run(self.run_id).data.tags.get(MLFLOW_LOGGED_ARTIFACTS, "[]"))
@@ -220,7 +230,7 @@ class MlflowRun:
             self._client.set_tag(self.run_id, MLFLOW_LOGGED_ARTIFACTS, json.dumps([*logged, entry]))
 
     def _send_image(self, record: Record) -> None:
-        """A picture of the series, and NAME.png at the top of the artifacts, which is the newest one."""
+        """Sends a picture of a series, also as NAME.png at the top of the artifacts, which is the newest one."""
         from mlflow.tracking.multimedia import compress_image_size
 
         image, time = record["image"], round(record["time"] * 1000)
@@ -238,7 +248,7 @@ class MlflowRun:
             self._client.log_image(self.run_id, picture, f"{image['name']}.png")
 
     def _picture(self, path: str) -> Any:
-        """Raises Refused for one that cannot be read, as another try would not cure that."""
+        """Opens a picture. Raises Refused for one that cannot be read, as another try would not cure that."""
         from PIL import Image
 
         try:
@@ -249,7 +259,10 @@ class MlflowRun:
             raise Refused(f"{path} cannot be read: {error}") from error
 
     def _send_checkpoint(self, record: Record) -> None:
-        """A LoggedModel, whose bytes stay where they are, with its metrics, as an output of the run."""
+        """Sends a checkpoint as a LoggedModel with its metrics, as an output of the run.
+
+        Its bytes stay where they are.
+        """
         from mlflow.entities import LoggedModelOutput, Metric
 
         checkpoint, step = record["checkpoint"], record["step"]
@@ -267,7 +280,7 @@ class MlflowRun:
             self._client.log_outputs(self.run_id, [LoggedModelOutput(model_id, step)])
 
     def _find_model(self, digest: str, step: int) -> tuple[str | None, set[str]]:
-        """The id and the metrics of this checkpoint's LoggedModel, if there is one."""
+        """Returns the id and the names of the metrics of this checkpoint's LoggedModel, or None and no names."""
         found = self._client.search_logged_models(
             [self.experiment_id],
             f"source_run_id = '{self.run_id}' AND tags.digest = '{digest}' AND tags.step = '{step}'",
@@ -279,7 +292,10 @@ class MlflowRun:
         return None, set()
 
     def _create_model(self, checkpoint: dict[str, Any], step: int) -> str:
-        """As mlflow.create_external_model does it, which needs pandas for a signature, and a global tracking URI."""
+        """Creates a LoggedModel as mlflow.create_external_model does, and returns its id.
+
+        That function itself needs pandas for a signature, and a global tracking URI.
+        """
         from mlflow.models import Model
 
         model = self._client.create_logged_model(
@@ -307,19 +323,22 @@ class MlflowRun:
 
 
 def metric_name(name: str) -> str:
-    """What a metric of metrics.jsonl is called in MLflow."""
+    """Returns what a metric of metrics.jsonl is called in MLflow."""
     return name if "/" in name else f"{TRAIN}{name}"
 
 
 def kind_of(record: Record) -> str:
-    """Neighbouring records of the kind `points` may be sent together."""
+    """Returns the kind of a record. Neighbouring records of the kind `points` may be sent together."""
     if record.keys() & {"metrics", "system"}:
         return "points"
     return next(kind for kind in OTHER_KINDS if kind in record)
 
 
 def _artifact_location(uri: str) -> str | None:
-    """Beside a SQLite file, where MLflow would take the working directory; a server decides by itself."""
+    """Returns the URI of the artifact folder beside a SQLite file, where MLflow would take the working directory.
+
+    Returns None for a server, which decides by itself.
+    """
     store = store_file(uri)
     return None if store is None else (store.absolute().parent / "mlartifacts").as_uri()
 

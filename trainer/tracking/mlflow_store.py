@@ -23,7 +23,7 @@ STILL_SECONDS = 10.0
 
 
 def store_file(uri: str) -> Path | None:
-    """The file of a SQLite store; None of a server and of a store in memory."""
+    """Returns the file of a SQLite store, or None for a server or a store in memory."""
     name = uri.removeprefix("sqlite:///").partition("?")[0]
     return Path(name) if uri.startswith("sqlite:///") and name not in ("", ":memory:") else None
 
@@ -78,11 +78,10 @@ FILLED_BY_MAKING = {"alembic_version", "workspaces"}
 
 
 def _is_made(path: Path) -> bool:
-    """Whether there is a store, and so something in it: MLflow ends the making with a first experiment.
+    """Tells whether a store is complete and so holds something: MLflow ends the making with a first experiment.
 
-    True of a file in which any other table holds something, as that of another program.
-
-    True also of a file that SQLite cannot read: what is wrong with it is for MLflow to say.
+    This is also true of a file in which any other table holds something, as that of another program, and of a file that
+    SQLite cannot read: what is wrong with it is for MLflow to say.
     """
     if not path.exists():
         return False

@@ -12,7 +12,7 @@ from controlbooth.trainer.tracking.tracker import Status, Tracker
 IN_MLFLOW: dict[str, Status] = {"failed": "FAILED", "stopped": "KILLED", "finished": "FINISHED"}
 
 
-def tell_page(world: World, ways: Sequence[str]) -> None:
+def report_page(world: World, ways: Sequence[str]) -> None:
     say(world, f"MLflow: {', then '.join(ways)}")
 
 
@@ -23,9 +23,11 @@ def open_tracker(
     attempt: Attempt | None = None,
     tell: Callable[[Sequence[str]], None] | None = None,
 ) -> Tracker:
-    """attempt: the one that has taken the run; without one, what is logged goes beside what a training may log.
+    """Opens the tracker of a run as its configuration says.
 
-    tell: as Tracker has it.
+    attempt: the one that has taken the run; without one, lines are added to the files of a training that may be
+    running.
+    tell: as for Tracker.
     """
     return Tracker(
         folder,

@@ -22,7 +22,10 @@ NAMED_PARTS = 2
 
 
 def source_tags(program: str) -> dict[str, str]:
-    """Who started what, of which commit, in MLflow's own tags. program: the module that runs."""
+    """Returns MLflow's own tags that say who started what, and of which commit.
+
+    program: the module that runs.
+    """
     tags = {"mlflow.source.name": program, "mlflow.source.type": "LOCAL"}
     with contextlib.suppress(OSError, KeyError):  # a user without a name, as in some containers
         tags["mlflow.user"] = getpass.getuser()
@@ -32,7 +35,10 @@ def source_tags(program: str) -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """Of the code that runs; None for an installed copy, also for one inside of another project's checkout."""
+    """Returns the commit of the code that runs.
+
+    Returns None for an installed copy, also for one inside another project's checkout.
+    """
     file = Path(__file__)
     git = ["git", "-C", str(file.parent)]
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
@@ -43,7 +49,7 @@ def git_commit() -> str | None:
 
 
 def training_tags(config: RunConfig, family: str, facts: Mapping[str, Any]) -> dict[str, str]:
-    """What runs are filtered by, beside their params: `tags.condition = 'edges' and tags.family = 'sd15'`.
+    """Returns the tags by which runs are filtered, beside params: `tags.condition = 'edges' and tags.family = 'sd15'`.
 
     facts: what is known of a run only when it is built, by name.
     """
@@ -58,7 +64,7 @@ def training_tags(config: RunConfig, family: str, facts: Mapping[str, Any]) -> d
 
 
 def inputs(config: RunConfig, dataset: Dataset, held_out: Dataset | None) -> list[Input]:
-    """The data sets of a run: each of its sources, and what is held out."""
+    """Returns the data sets of a run: each of its sources, and the held-out one if there is one."""
     named = [(one, "training") for one in dataset.sources or (dataset,)]
     named += [(held_out, "held-out")] if held_out is not None else []
     return [
@@ -68,7 +74,7 @@ def inputs(config: RunConfig, dataset: Dataset, held_out: Dataset | None) -> lis
 
 
 def input_name(location: str) -> str:
-    """The end of a path or URI: `photos/train` of /data/photos/train/."""
+    """Returns the end of a path or URI: `photos/train` for /data/photos/train/."""
     return "/".join([part for part in location.split("/") if part][-NAMED_PARTS:])
 
 
@@ -77,14 +83,14 @@ def absolute(location: str) -> str:
 
 
 def usable(dataset: Dataset, config: RunConfig) -> int:
-    """Samples of a data set with the run's condition; of several sources one may have none of them."""
+    """Counts the samples of a data set that have the run's condition; of several sources one may have none of them."""
     return int(dataset.samples_per_shard(config.data.condition).sum())
 
 
 def describe_training(
     config: RunConfig, folder: Path, base_title: str, dataset: Dataset, held_out: Dataset | None, machine: str
 ) -> dict[str, str]:
-    """Parts of the description for Tracker.describe: what is trained, and on what, how, and where it lies.
+    """Describes a training for Tracker.describe, in parts: what is trained, and on what, how, and where it lies.
 
     machine: ranks, device and precision, as text.
     """
@@ -107,5 +113,5 @@ def describe_training(
 
 
 def describe_control(verdict: str) -> str:
-    """Markdown. verdict: what the validations up to now say of control, as a sentence."""
+    """Describes control in Markdown. verdict: what the validations up to now say of it, as a sentence."""
     return f"**Control:** {verdict}"

@@ -9,8 +9,11 @@ from controlbooth.trainer.tracking.spool import read_metrics
 
 
 def write_speed(attempt: Attempt, **facts: Any) -> None:
-    """speed.json: medians over the run's logged steps, the first three of which still warm up. Without any, as of a
-    run whose metrics.jsonl is gone, there is none."""
+    """Writes speed.json: medians over the run's logged steps, and the largest of their peak memories in GiB.
+
+    The first three steps, which still warm up, are left out where there are more. Without any steps, as in a run whose
+    metrics.jsonl is gone, no file is written.
+    """
     told = ("step_seconds", "samples_per_second", "stall_percent", "peak_memory_gib")
     steps = [metrics for _, _, metrics in read_metrics(attempt.run) if metrics.keys() >= {*told}]
     steps = steps[3:] or steps

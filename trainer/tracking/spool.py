@@ -73,7 +73,7 @@ def texts(value: Any) -> bool:
 
 
 def timed(value: Any) -> bool:
-    """name -> [value, time]"""
+    """Tells whether a value is a mapping of names to [value, time]."""
     return is_mapping(value) and all(
         isinstance(one, list) and len(one) == 2 and is_moment(one[1]) for one in value.values()
     )
@@ -142,12 +142,12 @@ class Spool:
     def __init__(
         self, folder: Path, uri: str, experiment: str, made_in: Path | None = None, shared: State | None = None
     ):
-        """Opens or starts them. Another server or experiment than before gets everything from the first line.
+        """Opens or starts the files. Another server or experiment than before gets everything from the first line.
 
-        shared: of `shared_state`, where several writers log to one MLflow run. made_in: the folder of the attempt that
-        has taken the run (attempt.py), in which new versions of the files are made. metrics.jsonl is then a fresh copy,
-        so that an older start that still has the old one open writes into nothing; and this one can replace neither
-        file when its own folder is gone. Raises ValueError for a tracking.json that cannot be read.
+        shared: the result of `shared_state`, where several writers log to one MLflow run. made_in: the folder of the
+        attempt that has taken the run (attempt.py), in which new versions of the files are made. metrics.jsonl is then
+        a fresh copy, so that an older start that still has the old one open writes into nothing; and this one can
+        replace neither file when its own folder is gone. Raises ValueError for a tracking.json that cannot be read.
         """
         folder.mkdir(parents=True, exist_ok=True)
         self.path, self._state_path = folder / LINES, folder / STATE
@@ -170,7 +170,10 @@ class Spool:
         self.update()
 
     def _known_again(self, state: State) -> State:
-        """The state where the file is the one of which it tells; else that all is to be sent, which is said."""
+        """Returns the state as it is where metrics.jsonl is the file that it describes.
+
+        Else returns one by which everything is sent again, and logs a warning.
+        """
         strange = [stream for stream, place in state.acknowledged.items() if not self._is_marked(state, stream, place)]
         if not strange:
             return state
@@ -191,7 +194,7 @@ class Spool:
         return (not place or before.endswith(b"\n")) and mark in (None, sha256(before).hexdigest())
 
     def _bytes_before(self, place: int) -> bytes:
-        """The last MARKED_BYTES of them."""
+        """Returns the last bytes of metrics.jsonl before an offset, at most MARKED_BYTES."""
         with self.path.open("rb") as file:
             file.seek(max(0, place - MARKED_BYTES))
             return file.read(min(place, MARKED_BYTES))
@@ -221,9 +224,9 @@ class Spool:
                 rest = rest[self._file.write(rest) :]
 
     def read(self, stream: str, limit: int) -> tuple[list[tuple[Record, int]], int]:
-        """The next records of a stream after those acknowledged, at most `limit`, each with the offset after it.
+        """Returns the next records of a stream after those acknowledged, at most `limit`, each with its end offset.
 
-        The second value goes to `acknowledge`.
+        The second value, the generation of the file, goes to `acknowledge`.
         """
         with self._lock:
             self._put_back()
@@ -265,14 +268,17 @@ class Spool:
         logger.warning("%s was taken away while the run writes to it. It is put back, with all its lines", self.path)
 
     def acknowledge(self, stream: str, offset: int, generation: int) -> None:
-        """The server has this stream's records before `offset`. Ignored if lines were cut since they were read."""
+        """Records that the server has this stream's records before `offset`.
+
+        Does nothing where lines were cut since they were read.
+        """
         with self._lock:
             if generation == self._generation:
                 acknowledged = self.state.acknowledged | {stream: offset}
                 self.update(acknowledged=acknowledged, marks=self._marks(acknowledged))
 
     def unsent(self) -> int:
-        """Lines that no server has acknowledged."""
+        """Counts the lines that no server has acknowledged."""
         return sum(len(self.read(stream, limit=sys.maxsize)[0]) for stream in STREAMS)
 
     def cut_back(self, step: int) -> None:
@@ -303,7 +309,7 @@ class Spool:
             self._file = self.path.open("a+b", buffering=0)
 
     def is_ours(self) -> bool:
-        """Whether no newer start has taken the run. Asked before something is sent or written."""
+        """Tells whether no newer start has taken the run. This is asked before something is sent or written."""
         return self._made_in.is_dir()
 
     def close(self) -> None:
@@ -319,9 +325,10 @@ def check_files(folder: Path) -> None:
 
 
 def shared_state(folder: Path, uri: str, experiment: str) -> State:
-    """The identity of the MLflow run of a run folder to which several processes log: drawn by the first, read by all.
+    """Returns the identity of the MLflow run of a run folder to which several processes log.
 
-    tracking.json of the folder holds it. Raises ValueError where that cannot be read.
+    The first process draws it, and all read it from tracking.json of the folder. Raises ValueError where that cannot be
+    read.
     """
     path = folder / STATE
     if not path.exists():
@@ -333,7 +340,10 @@ def shared_state(folder: Path, uri: str, experiment: str) -> State:
 
 
 def publish(path: Path, text: str) -> str:
-    """Writes a file that is not there yet, whole or not at all; -> what it holds, which another may have written."""
+    """Writes a file that is not there yet, whole or not at all.
+
+    Returns what the file holds, which another process may have written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
     temporary.write_text(text)
@@ -344,7 +354,10 @@ def publish(path: Path, text: str) -> str:
 
 
 def _moved(state: State, uri: str, experiment: str) -> State:
-    """The state at another server or experiment, where nothing of the run is yet; all who ask get the same key."""
+    """Returns the state for a server and an experiment; at others than before nothing of the run is there yet.
+
+    All processes that ask get the same key.
+    """
     state = replace(state, uri=without_secrets(state.uri))  # which runs begun before may have written
     if (state.uri, state.experiment) == (uri, experiment):
         return state
@@ -353,7 +366,10 @@ def _moved(state: State, uri: str, experiment: str) -> State:
 
 
 def read_metrics(run_folder: str | os.PathLike[str]) -> Iterator[tuple[int, float, dict[str, float]]]:
-    """(step, time, metrics) of every record of a step in a run folder, in order; nothing where there is no file yet."""
+    """Yields (step, time, metrics) of every record of a step in a run folder, in order.
+
+    Yields nothing where there is no file yet. Times are in seconds since 1970.
+    """
     path = Path(run_folder) / LINES
     if not path.exists():
         return
@@ -364,7 +380,7 @@ def read_metrics(run_folder: str | os.PathLike[str]) -> Iterator[tuple[int, floa
 
 
 def _lines(path: Path, offset: int) -> Iterator[tuple[bytes, int]]:
-    """Complete lines from a byte offset on, each with the offset after it. A torn last line is not among them."""
+    """Yields complete lines from a byte offset on, each with the offset after it. A torn last line is left out."""
     with open_file(path, NO_FILE) as file:
         file.seek(offset)
         for line in file:
@@ -375,7 +391,7 @@ def _lines(path: Path, offset: int) -> Iterator[tuple[bytes, int]]:
 
 
 def _parse(line: bytes, path: Path, end: int) -> Record | None:
-    """None of a line that no version has written, which is said."""
+    """Parses a line. Returns None for one that no version has written, and logs a warning."""
     try:
         where = f"{path}, the line that ends at byte {end},"
         record = parse_json(line, where, LEFT_OUT, {"time": is_moment})
@@ -390,7 +406,7 @@ def _parse(line: bytes, path: Path, end: int) -> Record | None:
 
 
 def _open_without_torn_line(path: Path) -> Any:
-    """Opens for appending, unbuffered; what follows the last line end goes."""
+    """Opens a file for appending, unbuffered, and cuts off what follows the last line end."""
     if path.exists():
         open_file(path, NO_FILE).close()
     file = path.open("a+b", buffering=0)
@@ -427,12 +443,16 @@ def _as_text(state: State) -> str:
 
 
 def _digest(tree: dict[str, Any]) -> str:
-    """Of a wrong place up to which all was sent nothing else would tell, and lines would never be."""
+    """Returns a digest of the fields of tracking.json, SHA-256 in hex.
+
+    Without it nothing would tell of a wrong place up to which all was sent, and the lines before it would never be
+    sent.
+    """
     return sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
 def _strict(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become "NaN", "Infinity" and "-Infinity", which float() reads."""
+    """Replaces numbers that JSON does not have by "NaN", "Infinity" and "-Infinity", which float() reads."""
     if isinstance(value, dict):
         return {key: _strict(inner) for key, inner in value.items()}
     if isinstance(value, float) and not math.isfinite(value):

@@ -10,7 +10,10 @@ GIB = 2**30
 
 
 def system_metrics(folder: Path) -> dict[str, float]:
-    """Load of this machine in percent and GiB, memory of this process, free disk at `folder`, and its NVIDIA GPUs."""
+    """Measures this machine's load and memory, this process's memory, free disk at `folder`, and NVIDIA GPUs.
+
+    Returns the figures by name, each in percent or GiB as its name says.
+    """
     memory = psutil.virtual_memory()
     return {
         "cpu_percent": psutil.cpu_percent(),
@@ -21,7 +24,10 @@ def system_metrics(folder: Path) -> dict[str, float]:
 
 
 def _gpu_metrics() -> dict[str, float]:
-    """Asks nvidia-smi, which comes with the driver; nothing where there is none or it does not answer."""
+    """Asks nvidia-smi, which comes with the driver, for the load in percent and the memory in GiB of each GPU.
+
+    Returns {} where there is none or it does not answer.
+    """
     if shutil.which("nvidia-smi") is None:
         return {}
     query = ["nvidia-smi", "--query-gpu=index,utilization.gpu,memory.used", "--format=csv,noheader,nounits"]

@@ -58,7 +58,7 @@ class Input:
 
     @property
     def source_type(self) -> str:
-        """`local`, or what its URI begins with, such as `s3`."""
+        """Returns `local`, or what the source's URI begins with, such as `s3`."""
         scheme, separator, _ = self.source.partition("://")
         return scheme if separator else "local"
 
@@ -86,13 +86,14 @@ class Tracker:
         shared: Path | None = None,
         threads: bool = True,
     ):
-        """params: may be nested; changed ones of a resumed run become tags, since MLflow refuses to change a param.
+        """Opens the run's files, logs its status, params and tags, and starts the threads.
 
+        params: may be nested; changed ones of a resumed run become tags, since MLflow refuses to change a param.
         made_in: the folder of the attempt that has taken the run (attempt.py). When it is gone, nothing more is sent.
         tell: is called once, from a thread, with how to open the run, when MLflow has it.
-        parent: whose run in MLflow is that of this one's parent. shared: the folder of a run that several processes log
-        to, each through a run_folder of its own. status: None leaves it as it is. threads: send by itself, and log the
-        machine; else `send_pending`.
+        parent: the tracker whose run in MLflow is the parent of this one. shared: the folder of a run that several
+        processes log to, each through a run_folder of its own. status: None leaves it as it is. threads: sends by
+        itself, and logs the machine; without them, call `send_pending`.
         Raises ValueError for a URI with a password in it, before anything is written.
         """
         refuse_secrets(uri)
@@ -124,26 +125,26 @@ class Tracker:
             thread.start()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One value per name and step. Raises OSError when the disk is full."""
+        """Logs one value per name at a step. Raises OSError when the disk is full."""
         now = time.time()
         values = {name: float(value) for name, value in metrics.items()}
         self._spool.append({"step": step, "time": now, "metrics": values})
         self._logged |= dict.fromkeys(values, (step, now))
 
     def log_image(self, path: str | os.PathLike[str], name: str, step: int) -> None:
-        """A picture of a series. The file must stay until it is sent."""
+        """Logs a picture of a series. The file must stay until it is sent."""
         self._spool.append({"step": step, "image": {"path": self._stored(path), "name": name}})
 
     def log_artifact(self, path: str | os.PathLike[str]) -> None:
-        """A file, under its base name. It must stay until it is sent."""
+        """Logs a file, under its base name. It must stay until it is sent."""
         self._spool.append({"artifact": self._stored(path)})
 
     def log_table(self, path: str | os.PathLike[str]) -> None:
-        """A file of `table_json`, under its base name, to be shown as a table. It must stay until it is sent."""
+        """Logs a file of `table_json`, under its base name, to be shown as a table. It must stay until it is sent."""
         self._spool.append({"table": self._stored(path)})
 
     def log_inputs(self, inputs: Sequence[Input]) -> None:
-        """Data sets that the run reads. Those that it has already are not added again."""
+        """Logs data sets that the run reads. Those that it has already are not added again."""
         self._spool.append(
             {
                 "inputs": [
@@ -156,7 +157,7 @@ class Tracker:
     def describe(self, **parts: str) -> None:
         """Sets parts of the run's description, as Markdown; they stand in the order of PARTS, and others after them.
 
-        They are kept from start to start; an empty one goes.
+        They are kept from start to start; an empty text removes its part.
         """
         given = self._spool.state.description | parts
         ordered = [*(name for name in PARTS if name in given), *(name for name in given if name not in PARTS)]
@@ -166,13 +167,16 @@ class Tracker:
             self._spool.update(description=described)  # afterwards: killed between the two, it is said again
 
     def times(self, step: int) -> dict[str, float]:
-        """When the metrics of this step were logged, as long as no later step has been."""
+        """Returns when each metric of this step was logged, in seconds since 1970.
+
+        Metrics that were logged at another step since are left out.
+        """
         return {name: logged for name, (logged_step, logged) in self._logged.items() if logged_step == step}
 
     def log_checkpoint(
         self, step: int, digest: str, uri: str, metrics: Mapping[str, float], times: Mapping[str, float]
     ) -> None:
-        """A checkpoint as a LoggedModel with metrics, so that the best one can be searched for; its bytes stay.
+        """Logs a checkpoint as a LoggedModel with metrics, so that the best one can be searched for; its bytes stay.
 
         The metrics are the run's too: those that were logged at this step already, at these times, count as the same
         points.
@@ -186,7 +190,7 @@ class Tracker:
             self._spool.append({"tags": {name: str(value) for name, value in tags.items()}})
 
     def cut_back(self, step: int) -> None:
-        """After a resume from a checkpoint at `step` (-1: from the start): forgets what will be logged again.
+        """Forgets, after a resume from a checkpoint at `step` (-1: from the start), what will be logged again.
 
         MLflow cannot forget. Repeated steps that it has are not sent again, as a resumed run repeats their values,
         unless params have changed: then it has both.
@@ -194,23 +198,29 @@ class Tracker:
         self._spool.cut_back(step)
 
     def set_status(self, status: Status) -> None:
-        """How the run is now."""
+        """Sets the run's status as it is now."""
         self._spool.append({"status": status})
 
     def finish(self, status: Status) -> None:
-        """How the run ended. To be followed by `close`."""
+        """Sets the status with which the run ended. `close` must follow."""
         self.set_status(status)
 
     def log_timed(self, group: str, metrics: Mapping[str, float]) -> None:
-        """Figures of a moment, and of no step, as GROUP/NAME."""
+        """Logs figures of a moment, and of no step, as GROUP/NAME."""
         self._spool.append({"system": dict(metrics), "group": group})
 
     def how_to_open(self) -> list[str]:
-        """For a reader, as mlflow_address.how_to_open; empty as long as MLflow has not got the run."""
+        """Returns how a reader opens the run, as mlflow_address.how_to_open does.
+
+        The list is empty as long as MLflow has not got the run.
+        """
         return how_to_open_saved(self.folder)
 
     def close(self, timeout_seconds: float) -> int:
-        """Tries to send what is left, and returns how many lines remain for the next start. Logs nothing after it."""
+        """Tries to send what is left, and returns how many lines remain for the next start.
+
+        Nothing can be logged after it.
+        """
         self._deadline = time.monotonic() + timeout_seconds
         self._closing.set()
         for thread in self._threads:
@@ -227,7 +237,7 @@ class Tracker:
         return unsent
 
     def _log_params(self, params: dict[str, str]) -> bool:
-        """Returns whether any has another value than before."""
+        """Logs new params, and changed ones as tags. Returns whether any has another value than before."""
         before = with_new_names(self._spool.state.params)
         new = {name: value for name, value in params.items() if name not in before}
         changed = {name: value for name, value in params.items() if before.get(name, value) != value}
@@ -238,12 +248,12 @@ class Tracker:
         return bool(changed)
 
     def _stored(self, path: str | os.PathLike[str]) -> str:
-        """Relative to the run's folder, which may be moved, where the file is in it."""
+        """Returns a path as it is stored: relative to the run's folder, which may be moved, where the file is in it."""
         absolute = Path(path).absolute()
         return str(absolute.relative_to(self.folder) if absolute.is_relative_to(self.folder) else absolute)
 
     def _send(self) -> None:
-        """The sending thread: until closed and empty, or closed and out of time."""
+        """Sends, in the sending thread, until the tracker is closed and everything is sent, or its time is up."""
         while self._spool.is_ours():
             taken = self.send_pending(at_once=self._closing.is_set())
             if not self._closing.is_set():
@@ -254,12 +264,12 @@ class Tracker:
                 time.sleep(min(FIRST_RETRY_SECONDS, max(0.0, self._deadline - time.monotonic())))
 
     def send_pending(self, at_once: bool) -> bool:
-        """Sends what is there, each stream at its own pace; -> whether the server has taken all of it.
+        """Sends what is there, each stream at its own pace, and returns whether the server has taken all of it.
 
         The streams take turns, one artifact at a time: those of an hour without a server take minutes, in which the
         curves go on.
 
-        at_once: without waiting for the pause to end that follows a failure.
+        at_once: does not wait for the end of the pause that follows a failure.
         """
         due = [stream for stream in STREAMS if at_once or time.monotonic() >= self._retry_at[stream]]
         sent = True
@@ -282,19 +292,22 @@ class Tracker:
         return not any(self._pause.values())
 
     def connect(self) -> str:
-        """-> the id of the run in MLflow, which is found or created. Raises whatever the server or a proxy raises."""
+        """Finds or creates the run in MLflow, and returns its id.
+
+        Raises whatever the server or a proxy raises.
+        """
         return self._connect(self._generation).run_id
 
     def is_ours(self) -> bool:
-        """Whether no newer start has taken the run."""
+        """Tells whether no newer start has taken the run."""
         return self._spool.is_ours()
 
     def is_connected(self) -> bool:
-        """Tells whether the run was found or made in MLflow, which costs much, and once."""
+        """Tells whether the run has been found or made in MLflow, which costs much, and only once."""
         return self._run is not None
 
     def is_sent(self) -> bool:
-        """Whether MLflow has all that was logged."""
+        """Tells whether MLflow has all that was logged."""
         return not self._spool.unsent()
 
     def _send_some(self, stream: str) -> bool:
@@ -319,7 +332,10 @@ class Tracker:
                 logger.warning("MLflow refuses %.200s: %s. It stays in %s", records[0], error, self._spool.path)
 
     def _connect(self, generation: int) -> MlflowRun:
-        """The connection, which knows what the server has of the steps that are repeated after a cut."""
+        """Returns the connection to the run in MLflow, which is made at the first call.
+
+        After a cut it asks the server which of the repeated steps it has.
+        """
         if self._run is None:
             parent_id = None if self._parent is None else self._parent.connect()
             self._run = MlflowRun(
@@ -345,12 +361,15 @@ class Tracker:
 
 
 def table_json(columns: Sequence[str], rows: Sequence[Sequence[str | float | None]]) -> str:
-    """A table as MLflow's pages show one: the text of a .json file for `log_table`."""
+    """Returns a table as MLflow's pages show one: the text of a .json file for `log_table`.
+
+    Raises ValueError for a value that is not finite.
+    """
     return json.dumps({"columns": list(columns), "data": [list(row) for row in rows]}, allow_nan=False)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested mappings -> dotted names with values as text, cut to MLflow's old limit of 500 characters."""
+    """Flattens nested mappings to dotted names with values as text, cut to MLflow's old limit of 500 characters."""
     flat = {}
     for name, value in tree.items():
         if isinstance(value, Mapping):
@@ -362,7 +381,10 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def _groups(records: list[tuple[Record, int]]) -> list[list[tuple[Record, int]]]:
-    """Neighbours that one call takes: records of metrics together, of up to 1000 values; all others alone."""
+    """Groups neighbouring records that one call takes.
+
+    Records of metrics go together, up to 1000 values; all others go alone.
+    """
     groups: list[list[tuple[Record, int]]] = []
     values = 0
     for record, end in records:

@@ -13,7 +13,7 @@ import yaml
 
 from controlbooth.launch.cli import main as controlbooth
 from controlbooth.launch.engines import background, kubernetes, slurm
-from controlbooth.launch.follow import follow, log_words, said
+from controlbooth.launch.follow import describe_states, follow, log_words
 from controlbooth.launch.job.cluster import Cluster, dump_cluster
 from controlbooth.launch.job.job import Job, JobState, record_of, write_job, write_record
 
@@ -67,8 +67,8 @@ def test_the_tasks_of_an_array_have_a_state_each(client):
         JobState("failed", "TIMEOUT (TimeLimit)", "n2", 0, 1),
         JobState("waiting", "PENDING (Resources)", "", 0, None),
     ]
-    assert said(states) == "1 tasks running, 1 tasks failed, 1 tasks waiting"
-    assert said(states[:1]) == "RUNNING on n1, restarted 2 times"
+    assert describe_states(states) == "1 tasks running, 1 tasks failed, 1 tasks waiting"
+    assert describe_states(states[:1]) == "RUNNING on n1, restarted 2 times"
 
 
 def test_a_job_that_slurm_has_forgotten_is_unknown_and_a_dead_controller_is_an_error(client):

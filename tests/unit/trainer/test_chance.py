@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from controlbooth.data.conditions.functions import CONDITIONS
 from controlbooth.data.scenes.render import HELD_OUT_SEED, render, scene
-from controlbooth.trainer.controlnet.validation import fidelity_figures, told
+from controlbooth.trainer.controlnet.validation import describe_figures, fidelity_figures
 from controlbooth.trainer.evaluation.ablations import describe_table, means
 from controlbooth.trainer.evaluation.chance import NEGATIVES, negatives
 from controlbooth.trainer.evaluation.drawing import noise_pictures
@@ -94,7 +94,7 @@ def test_a_validation_has_chance_and_share_with_its_interval_beside_each_figure(
         for way in ("empty_prompt", "without_control"):
             assert figures[f"{name}_{way}"] < figures[name]
             assert figures[f"{name}_{way}_share"] < 0.05
-    shown = told(figures | {"fixed_noise_loss": 0.25})
+    shown = describe_figures(figures | {"fixed_noise_loss": 0.25})
     assert shown.startswith(f"edge_f1 {figures['edge_f1']:.3f} (chance {figures['edge_f1_chance']:.3f}, 100% of what")
     assert shown.endswith("fixed_noise_loss 0.250") and "share" not in shown and "real" not in shown
 

@@ -24,7 +24,7 @@ from controlbooth.trainer.config.run import (
 )
 from controlbooth.trainer.config.section import ConfigError
 from controlbooth.trainer.config.subjects import load_run
-from controlbooth.trainer.controlnet.build import say_changes
+from controlbooth.trainer.controlnet.build import report_changes
 from controlbooth.trainer.engine.distributed import World
 
 SHIPPED = sorted((Path(__file__).parents[3] / "launch/configs").glob("*.yaml"))
@@ -186,11 +186,11 @@ def test_what_a_resumed_run_has_set_anew_is_told_and_so_is_a_schedule_that_is_st
     before = dump(load_config(path, ["optimizer.schedule=cosine"]))
     now = load_config(path, ["optimizer.schedule=cosine", "max_steps=200", "validation.samples=4"])
     assert changes(before, dump(now)) == ["max_steps: 100 -> 200", "validation.samples: 16 -> 4"]
-    say_changes(World(0, 1, 0, torch.device("cpu")), now, before, 100)
+    report_changes(World(0, 1, 0, torch.device("cpu")), now, before, 100)
     told = capsys.readouterr().err
     assert "changed since step 100: max_steps: 100 -> 200; validation.samples: 16 -> 4" in told
     assert "the learning rate of step 100 is 5e-06, and was to be 0" in told
-    say_changes(World(0, 1, 0, torch.device("cpu")), now, dump(now), 100)
+    report_changes(World(0, 1, 0, torch.device("cpu")), now, dump(now), 100)
     assert capsys.readouterr().err == ""
 
 

@@ -21,7 +21,7 @@ from controlbooth.trainer.encoding import latent_cache_identities
 from controlbooth.trainer.evaluation.sample import Source, check_bases
 from controlbooth.trainer.run import same_base
 from controlbooth.trainer.run.integrity import write_marker
-from controlbooth.trainer.run.same_base import base_facts, check_same_base, read_base_facts, told_of_base
+from controlbooth.trainer.run.same_base import base_facts, check_same_base, describe_base_changes, read_base_facts
 
 
 def edit(path: Path, **changes) -> None:
@@ -144,12 +144,12 @@ def test_a_base_that_is_moved_saved_anew_or_described_further_is_the_same(base_c
 def test_a_record_of_before_and_other_libraries_are_said_and_go_on(load_tiny, monkeypatch):
     base = load_tiny("sd15")
     check_same_base({"step": 2, "base_digest": base.digest}, base, "at step 2", "")
-    (line,) = told_of_base({"step": 2}, "at step 2")
+    (line,) = describe_base_changes({"step": 2}, "at step 2")
     assert "noted nothing of the base but its weights" in line
     saved = base_facts(base)
-    assert told_of_base(saved, "at step 2") == []
+    assert describe_base_changes(saved, "at step 2") == []
     monkeypatch.setattr(same_base, "libraries", lambda: identity.libraries() | {"torch": "99.0"})
-    (line,) = told_of_base(saved, "at step 2")
+    (line,) = describe_base_changes(saved, "at step 2")
     assert line == (
         f"other libraries than at step 2, so last bits may differ: torch was {torch.__version__} and is 99.0"
     )
@@ -246,3 +246,13 @@ def test_pictures_are_not_drawn_with_a_base_that_has_changed_since_the_run(base_
         check_bases(sources, load_base(base_copy))
     assert f"was epsilon at step 2 of {tmp_path / 'run'} and is v_prediction" in str(raised.value)
     assert f"or say --base {base_copy} to draw with what it is now" in str(raised.value)
+
+
+def test_an_sd3_with_its_t5_and_one_without_are_not_the_same_base():
+    whole = {"family": "sd3", "text_encoder": {"weights": "a"}, "text_encoder_3": {"weights": "b"}}
+    without = {name: part for name, part in whole.items() if name != "text_encoder_3"}
+    assert identity.differences(whole, whole) == []
+    assert identity.differences(whole, without) == [("text_encoder_3", "there", "left out")]
+    assert "its text_encoder_3" in identity.describe_differences(
+        [("family", "a", "b"), *identity.differences(without, whole)], "before"
+    )

@@ -8,7 +8,7 @@ import pytest
 
 from controlbooth.trainer.config.loading import build_config
 from controlbooth.trainer.config.section import ConfigError
-from controlbooth.trainer.controlnet.build import check_told
+from controlbooth.trainer.controlnet.build import check_measurable
 from controlbooth.trainer.controlnet.session import Run
 from controlbooth.trainer.controlnet.validation import converged_long_ago, note_verdict
 from controlbooth.trainer.engine.distributed import join
@@ -105,7 +105,7 @@ def test_a_folder_from_before_chance_was_measured_goes_on(tmp_path):
 
 
 def test_a_run_that_can_never_announce_is_told_at_its_start_and_refused_where_it_is_to_end_by_that(tmp_path, capsys):
-    check_told(config(tmp_path, samples=4), SimpleNamespace(), None, join())
+    check_measurable(config(tmp_path, samples=4), SimpleNamespace(), None, join())
     assert "warning: control cannot be announced by validation.samples=4" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="stop_after_convergence=9 would never end the run: control cannot be .*=4"):
-        check_told(config(tmp_path, samples=4, stop_after_convergence=9), SimpleNamespace(), None, join())
+        check_measurable(config(tmp_path, samples=4, stop_after_convergence=9), SimpleNamespace(), None, join())

@@ -2,7 +2,7 @@
 
 import pytest
 
-from controlbooth.data.loading.tokens import cut_prompts, equal_prompts, told_of_cut
+from controlbooth.data.loading.tokens import cut_prompts, describe_cut, equal_prompts
 from controlbooth.trainer.config.subjects import SubjectRunConfig
 from controlbooth.trainer.dreambooth.manifest import Task
 from controlbooth.trainer.dreambooth.words import check_words
@@ -64,12 +64,12 @@ def test_equal_prompts_of_several_subjects_are_no_fault(config):
 
 def test_what_is_cut_is_counted_and_told_once(load_tiny):
     tokenizers = load_tiny("sdxl").tokenizers
-    assert told_of_cut(tokenizers, ["a", "", NINE], "captions") is None
-    assert told_of_cut(tokenizers, [], "captions") is None
+    assert describe_cut(tokenizers, ["a", "", NINE], "captions") is None
+    assert describe_cut(tokenizers, [], "captions") is None
     long = f"{NINE} j k"
     (cut,) = cut_prompts(tokenizers, [long, "a", long])
     assert (cut.prompt, cut.tokens, cut.kept) == (long, 13, TOKENS)
-    line = told_of_cut(tokenizers, [long, "a", long], "captions")
+    line = describe_cut(tokenizers, [long, "a", long], "captions")
     assert line == (
         "2 of 3 captions are longer than the base reads and are cut, such as 'a b c d e f g h i j k': "
         "it has 13 tokens, and the tokenizer keeps 12"

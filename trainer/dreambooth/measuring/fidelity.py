@@ -10,10 +10,11 @@ from controlbooth.data.errors import UserError
 
 
 def similarity(ours: Tensor, theirs: Tensor) -> float:
-    """Mean cosine over all pairs of a row of (N, D) and a row of (M, D).
+    """Returns the mean cosine over all pairs of a row of (N, D) and a row of (M, D).
 
-    Of generated and real pictures of a subject: subject fidelity (DINO, CLIP-I; higher is better). Of generated
-    pictures of the class and real ones of the subject: PRES (lower is better: the class is not to become the subject).
+    Of generated and real pictures of a subject it is subject fidelity (DINO, CLIP-I; higher is better). Of generated
+    pictures of the class and real ones of the subject it is PRES (lower is better: the class is not to become the
+    subject). Raises ValueError where N or M is 0.
     """
     if not len(ours) or not len(theirs):
         raise UserError(f"{len(ours)} pictures against {len(theirs)} have no similarity; give at least one of each")
@@ -21,22 +22,25 @@ def similarity(ours: Tensor, theirs: Tensor) -> float:
 
 
 def prompt_similarity(images: Tensor, texts: Tensor) -> float:
-    """Mean cosine of row i of (N, D) images and row i of (N, D) texts: CLIP-T, higher is better."""
+    """Returns the mean cosine of row i of (N, D) images and row i of (N, D) texts: CLIP-T, higher is better.
+
+    Raises ValueError where their shapes differ.
+    """
     if images.shape != texts.shape:
         raise UserError(f"images {tuple(images.shape)} and texts {tuple(texts.shape)} belong together row by row")
     return float((images.double() * texts.double()).sum(dim=1).mean())
 
 
 def diversity(distances: list[Tensor]) -> float:
-    """DIV: the mean distance of two pictures of one prompt, then the mean over prompts. Higher is better.
+    """Returns DIV: the mean distance of two pictures of one prompt, then the mean over prompts. Higher is better.
 
-    distances: of each prompt (M, M), symmetric; the diagonal is left out.
+    distances: for each prompt (M, M), symmetric; the diagonal is left out.
     """
     return sum(mean_off_diagonal(one) for one in distances) / len(distances)
 
 
 def mean_off_diagonal(square: Tensor) -> float:
-    """(M, M) -> mean of what is not on the diagonal. Raises ValueError for M < 2."""
+    """Returns the mean of an (M, M) tensor without its diagonal. Raises ValueError for M < 2."""
     count = len(square)
     if count < 2:
         raise UserError("one picture has no pair to compare; at least two are needed")
@@ -45,11 +49,12 @@ def mean_off_diagonal(square: Tensor) -> float:
 
 
 def separation(embeddings: Tensor, subjects: list[str]) -> dict[str, float]:
-    """How well an encoder tells real subjects apart: what its figures for generated pictures can mean at best.
+    """Measures how well an encoder tells real subjects apart.
 
-    within: mean over subjects of the mean cosine of two pictures of it, the paper's row of real images. between: mean
-    cosine of pictures of two subjects. nearest_neighbour: share of pictures whose most similar other picture is of the
-    same subject. embeddings: (N, D); subjects: N names. Raises ValueError for one subject, or one with one picture.
+    Its figures for generated pictures can mean no more than these allow. within: mean over subjects of the mean cosine
+    of two pictures of it, the paper's row of real images. between: mean cosine of pictures of two subjects.
+    nearest_neighbour: share of pictures whose most similar other picture is of the same subject. embeddings: (N, D);
+    subjects: N names. Raises ValueError for one subject, or one with one picture.
     """
     names = sorted(set(subjects))
     label = torch.tensor([names.index(subject) for subject in subjects])

@@ -65,7 +65,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def candidates(tokenizers: Sequence[Any]) -> list[str]:
-    """Words by rules 1 to 4 that are one token of every tokenizer; those without vowels first, the rarest first."""
+    """Returns the words by rules 1 to 4 that are one token of every tokenizer.
+
+    Those without vowels come first, and among them the rarest.
+    """
     from wordfreq import zipf_frequency  # reads its lists, and only this command wants them
 
     tokens = tokenizers[0].get_vocab()
@@ -86,7 +89,10 @@ def candidates(tokenizers: Sequence[Any]) -> list[str]:
 def without_a_prior(
     base: Base, encoder: Encoder, words: Sequence[str], nouns: Sequence[str], count: int, settings: dict[str, Any]
 ) -> list[str]:
-    """The first `count` of the words whose pictures are no more alike than those of each class noun. Prints figures."""
+    """Returns the first `count` words whose pictures are no more alike than those of each class noun.
+
+    Prints the figures of every word that it tries.
+    """
     alike = {noun: likeness(base, encoder, f"a {noun}", settings) for noun in nouns}
     for noun, value in alike.items():
         print(f"a {noun}: pictures alike {value:.3f}", file=sys.stderr)
@@ -106,7 +112,10 @@ def without_a_prior(
 
 
 def likeness(base: Base, encoder: Encoder, prompt: str, settings: dict[str, Any]) -> float:
-    """Mean cosine of two pictures of a prompt. Seeds are the same for all prompts, so that only words differ."""
+    """Returns the mean cosine of two pictures of a prompt.
+
+    Seeds are the same for all prompts, so that only words differ.
+    """
     pictures = []
     for first in range(0, settings["images"], DRAWN_AT_ONCE):
         seeds = [

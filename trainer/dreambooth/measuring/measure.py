@@ -94,7 +94,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def measure_real(folder: Path, encoders: dict[str, Path]) -> int:
-    """Prints how alike real pictures of one subject are, and of two."""
+    """Prints how alike real pictures of the same subject are, and those of different subjects."""
     if not folder.is_dir():
         raise ConfigError(f"--real {folder} is no folder. Give one that holds a folder of pictures for each subject")
     named = [(one.name, path) for one in sorted(folder.iterdir()) if one.is_dir() for path in find_images(one)]
@@ -172,7 +172,7 @@ def pictures_folder(run: Path, task: Task) -> Path:
 
 
 def forget_others(run: Path, config: SubjectRunConfig, base: Base, task: Task) -> None:
-    """Deletes pictures that were drawn by other weights or otherwise; those of this LoRA are kept."""
+    """Deletes a subject's pictures that other weights or settings have drawn; those of its present weights are kept."""
     folder = pictures_folder(run, task)
     own = run / "subjects" / task.name
     now = dict(
@@ -192,7 +192,7 @@ def forget_others(run: Path, config: SubjectRunConfig, base: Base, task: Task) -
 
 
 def trained_files(own: Path, method: str) -> list[Path]:
-    """What was trained of a subject, in an order of its own. own: the subject's folder.
+    """Returns the files of a subject's trained weights, always in the same order. own: the subject's folder.
 
     A network above 10 GB is in several files, and a text encoder may have learned with the U-Net.
     """
@@ -202,7 +202,7 @@ def trained_files(own: Path, method: str) -> list[Path]:
 
 
 def digest_of(files: Sequence[Path]) -> str:
-    """SHA-256 of the bytes of these files, one after another."""
+    """Returns the SHA-256, in hex, of the bytes of these files, one after another."""
     digest = hashlib.sha256()
     for path in files:
         with path.open("rb") as stream:
@@ -266,7 +266,7 @@ def draw_full(
     missing: dict[str, list[Drawing]],
     world: World,
 ) -> None:
-    """The same of subjects that each have networks of their own."""
+    """Draws the missing pictures of subjects that each have networks of their own, one subject after another."""
     total = sum(len(missing[task.name]) for task in tasks)
     bar = tqdm(total=total, desc="drawing", unit="picture", disable=world.rank > 0, dynamic_ncols=True)
     for task in tasks:
@@ -281,7 +281,7 @@ def draw_full(
 
 
 def sample_rows(base: Base, rows: Sequence[Drawing], prior: PriorConfig) -> Tensor:
-    """(len(rows), H, W, 3) uint8, with the settings of class pictures."""
+    """Draws these rows with the settings of class pictures, and returns them as (len(rows), H, W, 3) uint8."""
     return sample(
         base,
         [row.prompt for row in rows],
@@ -292,13 +292,13 @@ def sample_rows(base: Base, rows: Sequence[Drawing], prior: PriorConfig) -> Tens
 
 
 def read_lora(path: Path) -> dict[str, Tensor]:
-    """By the layers' names in the U-Net."""
+    """Reads the tensors of a LoRA, by the names of its layers in the U-Net."""
     return {name.removeprefix("unet."): tensor for name, tensor in read_tensors([path]).items()}
 
 
 @torch.no_grad()
 def fill_stack(adapters: dict[str, StackedAdapter], loras: Sequence[dict[str, Tensor]]) -> None:
-    """Makes the stack hold these, in this order, with room for the largest rank among them."""
+    """Makes the stack hold these LoRAs, in this order, with room for the largest rank among them."""
     rank = max(len(tensor) for lora in loras for name, tensor in lora.items() if name.endswith("lora_A.weight"))
     for adapter in adapters.values():
         (_, _, *inputs), (_, outputs, _, *kernel) = adapter.down.shape, adapter.up.shape
@@ -309,7 +309,10 @@ def fill_stack(adapters: dict[str, StackedAdapter], loras: Sequence[dict[str, Te
 
 
 def real_pictures(paths: Sequence[Path], side: int) -> np.ndarray:
-    """(N, side, side, 3) uint8, as the trainer sees them."""
+    """Reads pictures as the trainer sees them, (N, side, side, 3) uint8.
+
+    Raises ConfigError for a picture that cannot be used.
+    """
     try:
         return np.stack([read_picture(path, side).transpose(1, 2, 0) for path in paths])
     except SubjectError as error:
@@ -317,7 +320,10 @@ def real_pictures(paths: Sequence[Path], side: int) -> np.ndarray:
 
 
 def figures_of(encoders: Encoders, real: np.ndarray, drawn: np.ndarray, plan: Sequence[Drawing]) -> dict[str, float]:
-    """One subject's figures by name. real: (N, H, W, 3) uint8; drawn: (M, H', W', 3) uint8, in the order of `plan`."""
+    """Computes one subject's figures by name.
+
+    real: (N, H, W, 3) uint8; drawn: (M, H', W', 3) uint8, in the order of `plan`.
+    """
     groups = np.array([row.group for row in plan])
     of_subject, of_class = torch.from_numpy(groups >= 0), torch.from_numpy(groups < 0)
     subject = encoders.subject
@@ -339,7 +345,7 @@ def figures_of(encoders: Encoders, real: np.ndarray, drawn: np.ndarray, plan: Se
 
 
 def judged(seen: np.ndarray, plan: Sequence[Drawing], class_noun: str) -> dict[str, float]:
-    """What the embedded world's judge reads in pictures of the subject: prompt fidelity without CLIP.
+    """Computes prompt fidelity without CLIP, from what the embedded world's judge reads in pictures of the subject.
 
     seen: (M, 8), as `judge.read` returns it. judge_background: share of pictures with the background that their prompt
     asks for, all colours of it; judge_class: share that show the class noun first from the left.
@@ -360,7 +366,10 @@ def judged(seen: np.ndarray, plan: Sequence[Drawing], class_noun: str) -> dict[s
 
 
 def grid(path: Path, real: np.ndarray, drawn: np.ndarray, plan: Sequence[Drawing], images: int) -> None:
-    """Rows are prompts, and the class noun alone last; columns one real picture and up to four drawn ones."""
+    """Draws a grid of a subject's pictures with a row for each of the first prompts, and one for the class noun last.
+
+    Its columns are one real picture and up to four drawn ones.
+    """
     groups = [row.group for row in plan]
     shown = [group for group in dict.fromkeys(groups) if group >= 0][:GRID_ROWS]
     count = min(images, 4)
@@ -372,7 +381,7 @@ def grid(path: Path, real: np.ndarray, drawn: np.ndarray, plan: Sequence[Drawing
 
 
 def named_encoders(encoders: Encoders) -> dict[str, str]:
-    """Titles of the table -> what they stand for."""
+    """Returns what the titles of the table stand for, by title."""
     named = {encoders.subject.title: encoders.subject.what}
     if encoders.clip is not None:
         named["CLIP"] = encoders.clip.what
@@ -380,7 +389,7 @@ def named_encoders(encoders: Encoders) -> dict[str, str]:
 
 
 def mean_of(rows: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Over the subjects that have a figure."""
+    """Returns the mean of each figure over the subjects that have it."""
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: float(np.mean([row[name] for row in rows if name in row])) for name in names}
 
@@ -415,9 +424,10 @@ def table(result: dict[str, Any], encoders: Encoders) -> str:
 
 
 def log_to_mlflow(run: Path, config: SubjectRunConfig, result: dict[str, Any]) -> None:
-    """To the run of the job, the means, and to that of each subject, its own: those that the training logged to.
+    """Logs the means to the job's run in MLflow, and each subject's figures to its own run.
 
-    What does not reach MLflow stays in the files, as its warning says, and is sent with the next measures.
+    These are the runs that the training logged to. What does not reach MLflow stays in the files, as its warning says,
+    and is sent with the next measures.
     """
     settings = (tracking_uri(config), config.tracking.experiment)
     measured = {"measure": {"protocol": result["protocol"], "encoders": result["encoders"]}}

@@ -36,7 +36,10 @@ class Course:
 
 
 def course(validations: Sequence[Validation]) -> Course:
-    """validations: of one subject in order, the first one at step 0; nothing is told without that one."""
+    """Tells when a subject is learnt, from when on it is copied, and which step is the best.
+
+    validations: of one subject in order. Where the first one is not of step 0, or has no `real`, every field is None.
+    """
     if not validations or validations[0]["step"] != 0 or "real" not in validations[0]:
         return Course(None, None, None)
     first = validations[0]
@@ -50,7 +53,7 @@ def course(validations: Sequence[Validation]) -> Course:
 
 
 def since(validations: Sequence[Validation], holds: Sequence[bool]) -> int | None:
-    """The step from which on something holds up to the last one."""
+    """Returns the step from which on something holds up to the last validation, or None where it fails at the last."""
     step = None
     for one, held in zip(reversed(validations), reversed(holds), strict=True):
         if not held:
@@ -65,14 +68,20 @@ def is_learnt(one: Validation, first: Validation) -> bool:
 
 
 def is_copied(one: Validation, first: Validation) -> bool:
-    """Drawn pictures are nearer to a picture of the subject than such pictures are to each other; and where prompts are
-    measured, these have lost by it: a picture that follows its prompt is no copy."""
+    """Tells whether drawn pictures copy a subject's own.
+
+    They do where they are nearer to a picture of the subject than such pictures are to each other and, where prompts
+    are measured, prompt fidelity has dropped: a picture that follows its prompt is no copy.
+    """
     if one["nearest"] <= one["real_nearest"]:
         return False
     return "prompt" not in one or one["prompt"] < PROMPT_KEPT * first["prompt"]
 
 
 def score(one: Validation, first: Validation) -> float:
-    """How near drawn pictures are to the subject, as a share of its own ones, times the share of the prompts kept."""
+    """Returns how near drawn pictures are to the subject, times the share of prompt fidelity that is kept.
+
+    Nearness is a share of that which the subject's own pictures have among themselves.
+    """
     kept = min(1.0, one["prompt"] / first["prompt"]) if first.get("prompt", 0.0) > 0 else 1.0
     return one["fidelity"] / one["real"] * kept

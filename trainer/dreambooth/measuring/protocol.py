@@ -79,24 +79,27 @@ class Drawing:
 
 
 def prompts_for(class_noun: str, embedded: bool) -> tuple[str, ...]:
-    """The 25 prompts of a kind of subject, with {thing} for what it is called."""
+    """Returns the 25 prompts for a kind of subject, with {thing} for what it is called."""
     if embedded:
         return EMBEDDED_PROMPTS
     return LIVE_PROMPTS if class_noun.split()[-1].lower() in LIVE_NOUNS else OBJECT_PROMPTS
 
 
 def chosen_prompts(count: int, available: int) -> list[int]:
-    """`count` of the numbers 0 .. available - 1, evenly spread and with both ends, so that every kind is among them."""
+    """Returns `count` of the numbers 0 .. available - 1, evenly spread, so that every kind of prompt is among them.
+
+    Both ends are included, and for a count of 1 only 0 is. Raises ConfigError unless 1 <= count <= available.
+    """
     if not 1 <= count <= available:
         raise ConfigError(f"--prompts is {count}; the protocol has 1 to {available}")
     return [round(place * (available - 1) / max(count - 1, 1)) for place in range(count)]
 
 
 def drawings(task: Task, folder: Path, embedded: bool, prompts: int, images: int) -> list[Drawing]:
-    """All pictures of a subject: `images` of each of `prompts` prompts, then as many of its class as there are prompts.
+    """Lists all pictures of a subject: `images` of each of `prompts` prompts, then `prompts` pictures of its class.
 
     A picture's file and seed depend on the subject's name, its prompt and its number alone, so a larger set holds a
-    smaller one where the prompts are the same.
+    smaller one where the prompts are the same. Raises ConfigError for fewer than 2 images.
     """
     if images < 2:
         raise ConfigError(f"--images is {images}; diversity compares pictures of one prompt, so at least 2 are needed")
@@ -118,5 +121,5 @@ def drawings(task: Task, folder: Path, embedded: bool, prompts: int, images: int
 
 
 def asked_background(described: str) -> tuple[str, ...]:
-    """Colours of the background that a prompt of EMBEDDED_PROMPTS asks for."""
+    """Returns the colours of the background that a prompt of EMBEDDED_PROMPTS asks for."""
     return tuple(described.partition(" on a ")[2].removesuffix(" background").split(" and "))

@@ -28,7 +28,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 
 
 def facts(scene: Scene) -> list[int]:
-    """The values of a scene: one index into ATTRIBUTES[name] for each name, in order."""
+    """Lists the values of a scene: one index into ATTRIBUTES[name] for each name, in order."""
     values = []
     for place in range(2):
         thing = scene.objects[place] if place < len(scene.objects) else None
@@ -57,7 +57,7 @@ class Judge(nn.Module):
 
 
 def split(logits: Tensor) -> list[Tensor]:
-    """(B, sum) -> for each attribute (B, number of its values)."""
+    """Splits logits by attribute: (B, sum) -> for each attribute (B, number of its values)."""
     return list(logits.split([len(values) for values in ATTRIBUTES.values()], dim=1))
 
 
@@ -69,7 +69,10 @@ def load_judge(path: Path = WEIGHTS) -> Judge:
 
 @torch.inference_mode()
 def read(judge: Judge, images: np.ndarray) -> np.ndarray:
-    """images: (B, 64, 64, 3) uint8 -> (B, 8) int64, an index into the values of each attribute."""
+    """Reads scenes in pictures: (B, 64, 64, 3) uint8 -> (B, 8) int64, an index into the values of each attribute.
+
+    Raises UserError for pictures of another shape.
+    """
     if images.shape[1:] != (64, 64, 3):
         raise UserError(f"the judge reads pictures of 64 x 64 x 3, and these are {images.shape[1:]}")
     pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1.0
@@ -77,7 +80,7 @@ def read(judge: Judge, images: np.ndarray) -> np.ndarray:
 
 
 def prompt_accuracy(seen: np.ndarray, scenes: list[Scene]) -> dict[str, float]:
-    """Returns shares of what captions ask for that pictures show. seen: (B, 8), as `read` returns it.
+    """Computes which shares of what captions ask for the pictures show, by name. seen: (B, 8), as `read` returns it.
 
     object_class, object_colour and object_size are over all objects, the others over pictures.
     """
@@ -89,10 +92,10 @@ def prompt_accuracy(seen: np.ndarray, scenes: list[Scene]) -> dict[str, float]:
 
 
 def prompt_accuracy_by_picture(seen: np.ndarray, scenes: list[Scene]) -> dict[str, np.ndarray]:
-    """name -> (B,) float64 in [0, 1]: what of each caption its picture shows. seen: (B, 8), as `read` returns it.
+    """Computes what each picture shows of its caption: name -> (B,) float64 in [0, 1].
 
-    object_class, object_colour and object_size are shares of the picture's objects; background asks for every colour
-    of it; count is whether one or two objects are there.
+    seen: (B, 8), as `read` returns it. object_class, object_colour and object_size are shares of the picture's objects;
+    background asks for every colour of it; count is whether one or two objects are there.
     """
     truth = np.array([facts(scene) for scene in scenes])
     hit = seen == truth

@@ -28,7 +28,7 @@ WIDTHS = (16, 32, 64, 96)
 
 
 class Reading(NamedTuple):
-    """Of (B, 3, H, W) pictures in [-1, 1]."""
+    """What the network finds in (B, 3, H, W) pictures in [-1, 1]."""
 
     depth: Tensor
     """(B, H, W), in units of 255."""
@@ -77,9 +77,10 @@ def load_reader(path: Path = WEIGHTS) -> Reader:
 
 @torch.inference_mode()
 def read(network: Reader, kind: str, images: np.ndarray) -> np.ndarray:
-    """The condition pictures of a kind, in the format of `data.scenes.Rendering`, found in pictures.
+    """Finds the condition pictures of a kind in pictures, in the format of `data.scenes.Rendering`.
 
-    images: (B, 64, 64, 3) uint8 -> (B, 64, 64), and (B, 64, 64, 3) for normals and keypoints, uint8.
+    images: (B, 64, 64, 3) uint8 -> (B, 64, 64), and (B, 64, 64, 3) for normals and keypoints, uint8. Raises UserError
+    for pictures of another shape.
     """
     if images.shape[1:] != (SIDE, SIDE, 3):
         raise UserError(f"the reader reads pictures of {SIDE} x {SIDE} x 3, and these are {images.shape[1:]}")
@@ -96,8 +97,10 @@ def read(network: Reader, kind: str, images: np.ndarray) -> np.ndarray:
 
 
 def peaks(heat: np.ndarray) -> list[np.ndarray]:
-    """(5, H, W) -> for each kind of key point (n, 2) float32 x, y of its local maxima, at most one for each of two
-    objects."""
+    """Finds key points in maps of heat, (5, H, W): for each kind (n, 2) float32 x, y of its local maxima.
+
+    n is at most 2, one for each of two objects; maxima below LEAST_HEAT do not count.
+    """
     found = []
     for one in heat:
         summit = (one == cv2.dilate(one, np.ones((7, 7), np.uint8))) & (one >= LEAST_HEAT)
