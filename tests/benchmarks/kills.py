@@ -204,6 +204,11 @@ def trained(folder: Path) -> bool:
     return status.exists() and json.loads(status.read_text()).get("state") == "finished"
 
 
+def subjects_trained(folder: Path) -> bool:
+    states = [json.loads(path.read_text()).get("state") for path in folder.glob("runs/many/subjects/*/status.json")]
+    return states == ["finished"] * 3
+
+
 def subject_words(folder: Path, world: Path) -> list[str]:
     path = studios.run_file(world, "many", output=str(folder / "runs"), steps=8, validation=dict(every_steps=100))
     own = folder / "subjects-run.yaml"
@@ -253,6 +258,7 @@ COMMANDS = (
         of_subjects,
         ("agent", "rank"),
         14,
+        until=subjects_trained,
         ranks=2,
     ),
     Command(
@@ -301,7 +307,7 @@ COMMANDS = (
         THREE,
         2,
     ),  # fmt: skip
-    Command("dreambooth", subject_words, any_file("runs/many/state/*"), of_subjects, THREE, 3),
+    Command("dreambooth", subject_words, any_file("runs/many/state/*"), of_subjects, THREE, 3, until=subjects_trained),
     Command(
         "export",
         lambda folder, world: ["export", str(world / "runs" / "whole"), str(folder / "out"), "--force"],

@@ -2,10 +2,10 @@
 
     .venv/bin/python tests/benchmarks/step_counts.py [--ranks 2]
 
-A tiny base on ranks of this machine, three steps of the real training loop under PyTorch's profiler, on rank 0:
-`waits` are values that the host reads from tensors, each of which a GPU would have to be waited for; `collectives` are
-calls of torch.distributed; `copies` and `operations` are calls of aten::copy_ and of all of ATen, views and questions
-included. They depend on the number of layers and parameters, so compare them with those of another version only.
+A tiny base on ranks of this machine, three steps of the real training loop, of which rank 0 counts what PyTorch's
+dispatcher sees: `waits` are values that the host reads from tensors, for each of which a GPU would have to be waited
+for; `collectives` are calls of torch.distributed; `copies` are those of tensors; `operations` are all, views and
+questions included. They depend on the number of layers and parameters: compare them with those of another version.
 """
 
 import argparse
@@ -18,6 +18,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 import tiny
 from record import write
 
+ENGINES = ["ZeRO-0-fp32", *(f"ZeRO-{stage}-{precision}" for stage in (1, 2, 3) for precision in ("fp32", "bf16"))]
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -27,11 +29,11 @@ def main() -> None:
         folder = Path(place)
         tiny.write_base(folder / "base")
         tiny.write_shards(folder)
-        found = tiny.torchrun(options.ranks, "counts", folder)
+        found = tiny.torchrun(options.ranks, "counts", folder, *ENGINES)
     rows = []
     for name, counts in found.items():
         by_name = counts.pop("by name")
-        rows.append({"engine": name, **counts, "which": ", ".join(f"{n[6:]} {c:.1f}" for n, c in by_name.items())})
+        rows.append({"engine": name, **counts, "which": ", ".join(f"{n} {c:.1f}" for n, c in by_name.items())})
     write("step_counts", rows)
 
 

@@ -155,6 +155,10 @@ def initialize(
     if hasattr(engine.optimizer, "has_overflow_partitioned_grads_serial"):
         # DeepSpeed's own asks each gradient by itself, with five kernels: 40 ms of a 275 ms step of SD1.5 on an H200
         engine.optimizer.has_overflow_partitioned_grads_serial = partial(_any_not_finite, engine.optimizer)
+    if precision == "bf16" and hasattr(engine.optimizer, "has_overflow") and not engine_config.offload_optimizer:
+        # Asked before the norm is taken, with a collective and a wait of its own. A gradient that is not finite has a
+        # norm that is not finite either, and there DeepSpeed looks again and skips the step.
+        engine.optimizer.has_overflow = lambda partition_gradients=True: False
     if is_single_rank(engine_config, sizes.ranks):
         SingleRankGradients(engine.optimizer)
     return engine
@@ -230,7 +234,12 @@ def apply_gradients(engine: Any, *rates: float) -> tuple[float, bool]:
         engine.optimizer, "overflow"
     )  # stage 0 in fp32: PyTorch's optimizer itself, which checks nothing
     if plain:
-        norm = float(_gradient_norm(engine.module))
+        total = _gradient_norm(engine.module)
+        # DeepSpeed's own asks each gradient for its norm by itself, a wait each, and the other ranks for what they know
+        engine.clip_fp32_gradients = partial(
+            nn.utils.clip_grads_with_norm_, list(engine.module.parameters()), engine.gradient_clipping(), total
+        )
+        norm = float(total)
         if not math.isfinite(norm):
             engine.zero_grad()
             engine.set_gradient_accumulation_boundary(False)  # so that step only counts this micro-batch

@@ -5,13 +5,14 @@ import json
 import shutil
 import sys
 import weakref
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "support"))
 
@@ -71,20 +72,31 @@ def stages(folder: Path, world: World, precision: str) -> dict:
     return losses
 
 
-class Profiled:
-    """A loader under whose sixth to eighth step the loop is profiled, from one batch's asking to the next one's."""
+class Calls(TorchDispatchMode):
+    """Counts operations by name. What a kernel does by itself is not seen, such as reading a step's number on a CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.count[f"{function.namespace}.{function.overloadpacket.__name__}"] += 1
+        return function(*arguments, **(options or {}))
+
+
+class Counted:
+    """A loader under whose sixth to eighth step calls are counted, from one batch's asking to the next one's."""
 
     FIRST, STEPS = 5, 3
 
     def __init__(self, loader) -> None:
-        self.loader, self.asked = loader, 0
-        self.profiler = profile(activities=[ProfilerActivity.CPU])
+        self.loader, self.asked, self.calls = loader, 0, Calls()
 
     def __next__(self):
         if self.asked == self.FIRST:
-            self.profiler.start()
+            self.calls.__enter__()
         if self.asked == self.FIRST + self.STEPS:
-            self.profiler.stop()
+            self.calls.__exit__(None, None, None)
         self.asked += 1
         return next(self.loader)
 
@@ -92,36 +104,34 @@ class Profiled:
         return getattr(self.loader, name)
 
 
-def counts(folder: Path, world: World) -> dict:
-    """What a step asks of the device and of the network, by ZeRO stage and precision: called from the training loop."""
+def counts(folder: Path, world: World, *engines_asked: str) -> dict:
+    """What a step asks of the device and of the network, in the training loop. engines_asked: such as ZeRO-2-bf16."""
     found = {}
-    for stage in (0, 1, 2, 3):
-        for precision in ("fp32", "bf16"):
-            if stage == 0 and precision == "bf16":
-                continue  # gradients are whole there, and it is stage 1's arithmetic otherwise
-            tree = run_tree(folder, f"counts-{stage}-{precision}") | dict(max_steps=Profiled.FIRST + Profiled.STEPS + 1)
-            tree["engine"] = dict(zero_stage=stage, precision=precision)
-            tree["checkpoint"] = dict(every_steps=100)
-            opened = build.make_loader
-            kept = []
+    for engine in engines_asked:
+        _, stage, precision = engine.split("-")
+        tree = run_tree(folder, f"counts-{engine}") | dict(max_steps=Counted.FIRST + Counted.STEPS + 1)
+        tree["engine"] = dict(zero_stage=int(stage), precision=precision)
+        tree["checkpoint"] = dict(every_steps=100)
+        opened = build.make_loader
+        kept = []
 
-            def make_loader(*arguments, opened=opened, kept=kept, **options):
-                kept.append(Profiled(opened(*arguments, **options)))
-                return kept[-1]
+        def make_loader(*arguments, opened=opened, kept=kept, **options):
+            kept.append(Counted(opened(*arguments, **options)))
+            return kept[-1]
 
-            build.make_loader = make_loader
-            try:
-                run(tree, world)
-            finally:
-                build.make_loader = opened
-            events = {one.key: one.count / Profiled.STEPS for one in kept[0].profiler.key_averages()}
-            found[f"ZeRO-{stage} {precision}"] = dict(
-                waits=events.get("aten::_local_scalar_dense", 0.0),
-                collectives=sum(count for name, count in events.items() if name.startswith("c10d::")),
-                copies=events.get("aten::copy_", 0.0),
-                operations=sum(count for name, count in events.items() if name.startswith("aten::")),
-            )
-            found[f"ZeRO-{stage} {precision}"]["by name"] = {n: c for n, c in events.items() if n.startswith("c10d::")}
+        build.make_loader = make_loader
+        try:
+            run(tree, world)
+        finally:
+            build.make_loader = opened
+        calls = {name: count / Counted.STEPS for name, count in kept[0].calls.count.items()}
+        found[engine] = dict(
+            waits=calls.get("aten._local_scalar_dense", 0.0) + 1.0,  # the losses' list is none of them
+            collectives=sum(count for name, count in calls.items() if name.startswith("c10d.")),
+            copies=sum(calls.get(f"aten.{name}", 0.0) for name in ("copy_", "_to_copy", "clone")),
+            operations=sum(calls.values()),
+        )
+        found[engine]["by name"] = {name[5:]: count for name, count in calls.items() if name.startswith("c10d.")}
     return found
 
 

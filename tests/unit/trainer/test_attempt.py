@@ -318,3 +318,11 @@ def test_a_stale_start_draws_no_validation_and_chooses_no_attention_over_those_o
         with pytest.raises(Superseded):
             choose(old)
         assert tree(tmp_path) == before and not old.folder.exists()
+
+
+def test_whether_a_run_is_still_ours_is_asked_without_a_look_at_what_lies_in_its_folder(tmp_path, monkeypatch):
+    with only_run(tmp_path, ALONE) as own:
+        monkeypatch.setattr(
+            attempts, "_newest", lambda run: pytest.fail("a thousand ranks would list a thousand files")
+        )
+        check_still_ours(own)

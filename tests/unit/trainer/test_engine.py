@@ -1,9 +1,12 @@
+import resource
+
 import pytest
 import torch
 
 from controlbooth.trainer.config.loading import build_config
 from controlbooth.trainer.config.run import OptimizerConfig
 from controlbooth.trainer.engine.deepspeed import batch_sizes, deepspeed_config, learning_rate, resolve_precision
+from controlbooth.trainer.engine.distributed import allow_open_files
 
 
 def config(**changes):
@@ -67,3 +70,13 @@ def test_a_precision_that_is_asked_for_is_taken():
     assert resolve_precision("bf16", torch.device("cpu"), 2) == "bf16"
     assert resolve_precision("fp32", torch.device("cpu"), 2) == "fp32"
     assert resolve_precision("auto", torch.device("cpu"), 2) in ("bf16", "fp32")
+
+
+def test_a_rank_may_have_as_many_files_open_as_the_system_lets_it():
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (512, before[1]))
+        allow_open_files()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (before[1], before[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)

@@ -1,0 +1,14 @@
+"""What a step may ask of the device and of the network: a new wait or collective fails here before it costs a GPU."""
+
+import tiny
+
+MOST = {  # engine -> (waits: values that the host reads from tensors, collectives) of a step of two micro-batches
+    "ZeRO-0-fp32": (2.0, 2.0),  # losses, norm; gradients, and the counters of the step
+    "ZeRO-2-bf16": (4.0, 5.0),  # gradients of each micro-batch, their norm, the new weights, counters
+}
+
+
+def test_a_step_makes_no_wait_and_no_collective_that_it_did_not_make_before(world_folder):
+    found = tiny.torchrun(2, "counts", world_folder, *MOST)
+    for engine, (waits, collectives) in MOST.items():
+        assert 0 < found[engine]["waits"] <= waits and 0 < found[engine]["collectives"] <= collectives, found[engine]
