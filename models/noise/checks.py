@@ -53,18 +53,32 @@ def check_flow_scheduler(config: Mapping[str, Any], where: str) -> None:
             f"{where}: num_train_timesteps is {config['num_train_timesteps']!r}, and flow matching has 1000"
         )
     for field, least in (("shift", 0.0), ("base_shift", None), ("max_shift", None)):
-        value = config.get(field)
-        if value is not None and (not _is_number(value) or (least is not None and value <= least)):
+        value = config.get(field, 1.0)
+        if not _is_number(value) or (least is not None and value <= least):
             raise UserError(
                 f"{where}: {field} is {value!r}, and a number{' above 0' if least == 0 else ''} belongs there"
             )
+    if (terminal := config.get("shift_terminal")) is not None and not (_is_number(terminal) and 0.0 < terminal < 1.0):
+        raise UserError(f"{where}: shift_terminal is {terminal!r}, and null or a number from 0 to 1 belongs there")
+    if (kind := config.get("time_shift_type", "exponential")) not in ("exponential", "linear"):
+        raise UserError(f"{where}: time_shift_type is {kind!r}, and exponential or linear belongs there")
     for field in ("base_image_seq_len", "max_image_seq_len"):
         if field in config and (type(config[field]) is not int or config[field] < 1):
             raise UserError(f"{where}: {field} is {config[field]!r}, and a number of tokens belongs there")
-    if type(config.get("use_dynamic_shifting", False)) is not bool:
-        raise UserError(
-            f"{where}: use_dynamic_shifting is {config['use_dynamic_shifting']!r}, and true or false belong there"
-        )
+    for field in ("use_dynamic_shifting", *_OTHER_SIGMAS):
+        if (value := config.get(field)) is not None and type(value) is not bool:
+            raise UserError(f"{where}: {field} is {value!r}, and true or false belong there")
+        if value and field in _OTHER_SIGMAS:
+            raise UserError(
+                f"{where}: {field} is true, and the levels of noise of the supported families are spaced as flow "
+                "matching spaces them. Put the base's own scheduler_config.json there"
+            )
+
+
+_OTHER_SIGMAS = (
+    "invert_sigmas", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "stochastic_sampling"
+)  # fmt: skip
+"""Of diffusers' scheduler: other levels than those that a base was trained at."""
 
 
 def check_noise(family: Family, config: Mapping[str, Any], where: str) -> None:

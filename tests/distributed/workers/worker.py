@@ -289,9 +289,9 @@ def train(folder: Path, world: World, *overrides: str) -> dict:
 def poisoned(folder: Path, world: World) -> dict:
     """A run whose third step has a gradient that is not finite on rank 1 only, for every ZeRO stage."""
     outcome = {}
-    for stage in (0, 2, 3):
-        tree = run_tree(folder, f"poisoned-{stage}")
-        tree["engine"]["zero_stage"] = stage
+    for stage, precision in ((0, "fp32"), (2, "fp32"), (2, "bf16"), (3, "fp32")):
+        tree = run_tree(folder, f"poisoned-{stage}-{precision}")
+        tree["engine"] = dict(zero_stage=stage, precision=precision)
         original, calls = engines.accumulate, []
 
         def spoil(engine, loss, original=original, calls=calls):
@@ -307,7 +307,7 @@ def poisoned(folder: Path, world: World) -> dict:
         if world.rank == 0:
             config = build_config(tree)
             rows = [m["skipped"] for _, _, m in read_metrics(config.output / config.name) if "skipped" in m]
-        outcome[str(stage)] = {"losses": losses, "skipped": rows}
+        outcome[f"{stage} {precision}"] = {"losses": losses, "skipped": rows}
     return outcome
 
 

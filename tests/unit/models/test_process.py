@@ -10,6 +10,7 @@ from diffusers.training_utils import compute_loss_weighting_for_sd3
 from scipy import stats
 
 from controlbooth.data.order import draws
+from controlbooth.models.noise.checks import check_flow_scheduler
 from controlbooth.models.noise.process import Diffusion, FlowMatching, FlowSettings, level_thresholds
 
 BETAS = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
@@ -23,6 +24,29 @@ def pictures(count: int = 3):
 def flow(shift: float = 3.0, dynamic: bool = False, **settings) -> FlowMatching:
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=dynamic)
     return FlowMatching(scheduler).with_settings(FlowSettings(**settings))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(_class_name="DDPMScheduler"), "the scheduler is a DDPMScheduler, and this base is of flow matching"),
+        (dict(num_train_timesteps=500), "num_train_timesteps is 500"),
+        (dict(shift=0), "shift is 0, and a number above 0"),
+        (dict(max_shift=None), "max_shift is None, and a number belongs"),
+        (dict(base_shift="a"), "base_shift is 'a'"),
+        (dict(shift_terminal=2), "shift_terminal is 2"),
+        (dict(time_shift_type=1.68), "time_shift_type is 1.68, and exponential or linear"),
+        (dict(base_image_seq_len=None), "base_image_seq_len is None"),
+        (dict(use_dynamic_shifting="yes"), "use_dynamic_shifting is 'yes'"),
+        (dict(invert_sigmas=True), "invert_sigmas is true"),
+        (dict(use_karras_sigmas=1), "use_karras_sigmas is 1, and true or false"),
+    ],
+)
+def test_a_scheduler_by_which_no_base_of_flow_matching_was_trained_is_refused_by_its_field(change, message):
+    config = dict(FlowMatchEulerDiscreteScheduler(shift=3.0).config)
+    check_flow_scheduler(config | {"_class_name": "FlowMatchEulerDiscreteScheduler"}, "here")
+    with pytest.raises(ValueError, match=f"^here: {message}"):
+        check_flow_scheduler(config | change, "here")
 
 
 def test_v_target_is_the_one_of_diffusers_and_epsilon_is_the_noise():
