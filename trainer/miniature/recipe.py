@@ -11,8 +11,8 @@
              On two ranks: torchrun --standalone --nproc-per-node 2 -m controlbooth.trainer.miniature.recipe unet --work
              FOLDER
     dit      a second base on the same VAE and text encoder, those of the shipped weights: SD3's transformer, by flow
-             matching. It needs `scenes` alone, and takes a GPU where there is one.  dit-score   exports it to WORK/dit
-             and has the judge read 128 samples of held-out captions
+             matching towards what the shipped U-Net expects. It needs `scenes` alone, and takes a GPU if there is one.
+             dit-score   exports it to WORK/dit and has the judge read 128 samples of held-out captions
     export   writes the diffusers folder;   score   samples 128 held-out captions and has the judge read them
     unpack   the reverse of export: fills an empty work folder from the shipped weights, so that `unet` trains them on
 
