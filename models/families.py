@@ -2,7 +2,10 @@
 
 Adding a family: an entry in FAMILIES and a branch in `identify`; a text encoding in TEXT_ENCODINGS of text.py; for an
 architecture that is new, a file beside denoisers/sd3.py and its entry in DENOISERS of denoisers/registry.py; its name
-in `model.family` of trainer/config/run.py and subjects.py and in PIPELINES of trainer/model_card.py. So that it can be
+in `model.family` of trainer/config/run.py, of a U-Net also of subjects.py, and in PIPELINES of trainer/model_card.py. A
+transformer's class also in _TRANSFORMERS here, its ControlNet's in CONTROLNETS of recognition.py, CLASSES of
+pretrained.py, CLASSES and TAGS of trainer/model_card.py; its layers in JOINT of attention.py; how its text encoders fit
+in base.py; and which settings it has in trainer/config/families.py. So that it can be
 planned without weights, an Architecture in PUBLISHED of architectures.py; where single files are to be read, also the
 keys that tell it in single_files/keys.py.
 """

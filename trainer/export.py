@@ -132,11 +132,10 @@ def _write(run: Path, checkpoint: Path, folder: Path, format: str, dtype: str) -
 
 def base_like(controlnet: Any) -> dict[str, Any]:
     """Converts a ControlNet's configuration to one like its base's, with all that tells families apart."""
+    from controlbooth.models.denoisers.registry import denoiser_of
+
     config = dict(controlnet.config)
-    sd3, flux = "SD3Transformer2DModel", "FluxTransformer2DModel"
-    kinds = {"SD3ControlNetModel": sd3, "PixelSD3ControlNet": sd3, "FluxControlNetModel": flux}
-    kind = kinds.get(type(controlnet).__name__, "UNet2DConditionModel")
-    return config | {"_class_name": kind, "out_channels": config["in_channels"]}
+    return config | {"_class_name": denoiser_of(controlnet).base, "out_channels": config["in_channels"]}
 
 
 def _write_unet(config: RunConfig, state: dict[str, Any], checkpoint: Path, folder: Path, dtype: Any) -> None:

@@ -1,7 +1,8 @@
 """Condition images that are computed from a picture by classical image processing.
 
-A new kind is one function, one line of CONDITIONS and its name in `data/condition_names.py`; packing, and the
-measurement of how well a model obeys its condition, find it there.
+A new kind is one function, one line of CONDITIONS and its name in `data/condition_names.py`, where packing and training
+find it. For control to be measured it also needs an entry in AGREEMENT of `trainer/evaluation/kinds.py`, or for edges
+its name in EDGE_KINDS of `trainer/evaluation/held_out.py`.
 """
 
 from collections.abc import Callable

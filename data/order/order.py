@@ -66,7 +66,10 @@ class Lane:
 
 
 class Order:
-    """The order of a run: a function of the shards' sample counts, the seed, C lanes and B shards per block."""
+    """The order of one source in one shape of pictures; `Mixture` makes a run's of several.
+
+    A function of the shards' sample counts, the seed, C lanes and B shards per block.
+    """
 
     def __init__(self, samples_per_shard: Sequence[int] | np.ndarray, seed: int, lanes: int, shards_per_block: int = 2):
         """Checks the arguments; epochs, lanes and blocks are computed when they are asked for.

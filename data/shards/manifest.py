@@ -268,7 +268,12 @@ def open_dataset(location: str | Path, index_missing: bool = False) -> Dataset:
                 raise UserError(f"{len(damaged)} damaged shards; fetch or pack them again: {_some(damaged)}")
         _check_indexed(shards, location)
         rows = [replace(describe_shard(shard), uri=str(shard.absolute())) for shard in shards]
-    _check_unchanged(rows, location)
+    check_unchanged(rows, location)
+    return dataset_of(location, rows)
+
+
+def dataset_of(location: str | Path, rows: Sequence[ShardRow]) -> Dataset:
+    """Makes a data set of rows with absolute paths that were checked before. Touches no file."""
     return Dataset(str(location), tuple(rows), fingerprint(rows), tuple(shard_of(row) for row in rows))
 
 
@@ -324,8 +329,8 @@ def _check_indexed(shards: Sequence[Path], location: str | Path) -> None:
         )
 
 
-def _check_unchanged(rows: Sequence[ShardRow], location: str | Path) -> None:
-    """Compares every shard's size and every sidecar's digest with its row.
+def check_unchanged(rows: Sequence[ShardRow], location: str | Path) -> None:
+    """Compares every shard's size and every sidecar's digest with its row. Raises ValueError where one differs.
 
     A shard in a store is compared when it is fetched: asking for the size of each would take a run minutes to start.
     """

@@ -1,1 +1,1 @@
-"""Where jobs run: the background of this machine, Slurm, Kubernetes."""
+"""Where jobs run: the background of this machine, Slurm, Kubernetes. trainer/engine is another thing, DeepSpeed."""

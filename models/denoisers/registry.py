@@ -25,10 +25,14 @@ class Denoiser:
     `check_usable`, and the names FITS, ZERO and ENTRY."""
 
     file: ModuleType | Any
+    base: str
+    """The class of the base's network."""
     is_transformer: bool
 
 
-UNET, SD3, FLUX = Denoiser(unets, False), Denoiser(sd3, True), Denoiser(flux, True)
+UNET = Denoiser(unets, "UNet2DConditionModel", is_transformer=False)
+SD3 = Denoiser(sd3, "SD3Transformer2DModel", is_transformer=True)
+FLUX = Denoiser(flux, "FluxTransformer2DModel", is_transformer=True)
 DENOISERS = {
     "UNet2DConditionModel": UNET,
     "ControlNetModel": UNET,

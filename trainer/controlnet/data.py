@@ -5,10 +5,17 @@ from controlbooth.data.inspection.readable import check_readable
 from controlbooth.data.loading.plan import plan_order
 from controlbooth.data.order.buckets import Buckets
 from controlbooth.data.secrets import shown
-from controlbooth.data.shards.manifest import Dataset, join_datasets, open_dataset, same_place
+from controlbooth.data.shards.manifest import (
+    Dataset,
+    check_unchanged,
+    dataset_of,
+    join_datasets,
+    open_dataset,
+    same_place,
+)
 from controlbooth.trainer.config.run import RunConfig, order_settings, sources
 from controlbooth.trainer.config.section import ConfigError
-from controlbooth.trainer.engine.distributed import World, barrier
+from controlbooth.trainer.engine.distributed import World, from_first_rank
 from controlbooth.trainer.evaluation.held_out import HeldOutSet, load_held_out
 from controlbooth.trainer.run.process import say
 
@@ -16,25 +23,31 @@ from controlbooth.trainer.run.process import say
 def open_data(config: RunConfig, world: World) -> tuple[Dataset, HeldOutSet | None]:
     """Opens the training shards and the held-out set (None where there is none), and checks that they do not overlap.
 
-    Rank 0 first indexes the shards that have no index yet. Raises ConfigError where the two overlap.
+    Raises ConfigError where the two overlap.
     """
-    locations = [source.shards for source in sources(config)]
-    if world.rank == 0:
-        for location in [*locations, config.data.held_out]:
-            if location:
-                open_dataset(location, index_missing=True)
-    barrier()
-    dataset = join_datasets([open_dataset(location) for location in locations])
+    dataset = join_datasets([open_once(source.shards, world) for source in sources(config)])
     check_readable(dataset, config.data.condition, config.data.max_pixels, pictures=config.data.latent_cache is None)
     if world.rank == 0 and (lines := shrunk_lines(dataset, config.data.condition, config.data.resolution)):
         say(world, f"warning: {lines}")
     if not config.data.held_out:
         return dataset, None
-    held_out = open_dataset(config.data.held_out)
+    held_out = open_once(config.data.held_out, world)
     check_held_out(dataset, held_out)
     data = config.data
     held = load_held_out(held_out, config.validation.samples, data.condition, data.resolution, data.max_pixels)
     return dataset, held
+
+
+def open_once(location: str, world: World) -> Dataset:
+    """Opens shards on rank 0, which indexes those that have no index yet, and gives every rank what it has found.
+
+    On each other machine one rank looks whether the shards are there too, and the same. A thousand ranks that each
+    looked at a hundred thousand shards would keep a shared disk busy for longer than they wait for each other.
+    """
+    rows = from_first_rank(open_dataset(location, index_missing=True).rows if world.rank == 0 else None)
+    if world.rank and world.local_rank == 0:
+        check_unchanged(rows, location)
+    return dataset_of(location, rows)
 
 
 def check_held_out(dataset: Dataset, held_out: Dataset) -> None:

@@ -1,4 +1,5 @@
-"""One micro-batch, from bytes to gradients, in one function."""
+"""A rank's share of an optimizer step: from decoded micro-batches to gradients. `apply_gradients` of the engine moves
+the weights, called by train.py."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

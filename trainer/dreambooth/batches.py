@@ -1,4 +1,4 @@
-"""What is the same however subjects are trained: their pictures, their batches, class pictures, their status."""
+"""The batch of a step: rows of several subjects after each other (`make_batch`), and subjects' encoded pictures."""
 
 import logging
 from collections.abc import Sequence

@@ -1,4 +1,5 @@
-"""The only home of ranks and collectives. Everything else is handed `rank` and `world_size` as integers."""
+"""The only file that calls torch.distributed. Everything else is handed a World, or ranks as integers; what only
+DeepSpeed can gather it gathers in deepspeed.py and ema.py."""
 
 import contextlib
 import datetime

@@ -1,4 +1,4 @@
-"""Checkpoints: committed whole or not at all, found again, loaded at any world size, pruned.
+"""Checkpoints: how they lie, found again, loaded at any world size, pruned. saving.py writes them, integrity.py checks.
 
     checkpoints/step-00000400/deepspeed/     DeepSpeed's files, one set a rank: weights, master copies, optimizer
                               controlnet/    the trained weights (or their moving average) in fp32, as diffusers reads
