@@ -5,8 +5,8 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -38,6 +38,8 @@ class Save:
     thread: Thread
     error: Exception | None = None
     """What the thread has ended with."""
+    synced: list[str] = field(default_factory=list)
+    """The files that it has written and flushed to the disk, relative to `partial`."""
 
 
 def save_checkpoint(
@@ -88,11 +90,15 @@ def begin_save(
     if average is not None:
         state = state | {"average": True}
 
+    def sync(path: Path) -> None:
+        _sync(path)
+        save.synced.append(str(path.relative_to(partial)))
+
     def write() -> None:
         try:
             for tree, path in files:
                 engine.checkpoint_engine.save(tree, path)
-                _sync(Path(path))
+                sync(Path(path))
             if world.rank == 0:
                 if broken := [key for key, tensor in weights.items() if not tensor.isfinite().all()]:
                     raise CheckpointError(
@@ -103,8 +109,8 @@ def begin_save(
                 digest = {"digest": folder_digest(partial / name)}
                 (partial / STATE).write_text(json.dumps(state | digest, indent=2))
                 (partial / CONFIG).write_text(config)
-                for path in (partial / name).iterdir():
-                    _sync(path)
+                for path in (*(partial / name).iterdir(), partial / STATE, partial / CONFIG):
+                    sync(path)
         except Exception as error:  # of whatever kind: finish_save raises it on the ranks' main threads
             lack = _lack_of_space(needed, run, shutil.disk_usage(run).free)  # PyTorch's writer calls that anything
             save.error = error if lack is None else OSError(f"{lack} ({error})")
@@ -126,19 +132,19 @@ def finish_save(save: Save, world: World) -> Path:
     rank 0 does not see what another rank wrote.
     """
     save.thread.join()
-    errors = gather_objects(save.error and f"{type(save.error).__name__}: {save.error}", world)
+    error = save.error and f"{type(save.error).__name__}: {save.error}"
+    ranks = gather_objects((error, save.synced), world)  # of each its own files only: all see those of all
     if save.error is not None:  # PyTorch's writer calls a full disk a RuntimeError, as it does a lost rank
         raise CheckpointError(f"{save.final} could not be written: {save.error}") from save.error
-    for rank, error in enumerate(errors):
+    for rank, (error, _) in enumerate(ranks):
         if error:
             raise CheckpointError(f"rank {rank} could not write its part of {save.final}: {error}")
-    seen = gather_objects(sorted(sizes_of(save.partial / _TAG)), world)
-    missing = sorted({name for names in seen for name in names} - set(seen[0]))
+    synced = {name for _, names in ranks for name in names}
+    missing = from_first_rank(sorted(synced - sizes_of(save.partial).keys()) if world.rank == 0 else None)
     if missing:
-        where = save.partial / _TAG
-        raise CheckpointError(f"rank 0 does not see {missing[0]} in {where}. Put `output` on a shared disk")
+        raise CheckpointError(f"rank 0 does not see {missing[0]} in {save.partial}. Put `output` on a shared disk")
     if world.rank == 0:
-        _commit(save.partial, save.final, save.attempt)
+        _commit(save.partial, save.final, save.attempt, synced)
     barrier()
     return save.final
 
@@ -172,8 +178,9 @@ def _on_cpu(tree: Any) -> Any:
     return copy.deepcopy(tree)
 
 
-def _commit(partial: Path, final: Path, attempt: Attempt) -> None:
-    for name in sizes_of(partial):
+def _commit(partial: Path, final: Path, attempt: Attempt, synced: Collection[str] = ()) -> None:
+    """Moves a checkpoint that is written to its place. synced: files that are on the disk already."""
+    for name in sizes_of(partial).keys() - synced:
         _sync(partial / name)
     write_marker(partial)
     _sync(partial / COMPLETE)
