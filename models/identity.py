@@ -145,8 +145,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple
             ]
         elif one != other:
             found.append((name, one, other))
-    there = {True: "there", False: "left out"}
-    found += [(name, there[name in before], there[name in now]) for name in (before.keys() ^ now.keys()) & {T5}]
+    if before and now and (T5 in before) != (T5 in now):
+        found.append((T5, *("there" if T5 in one else "left out" for one in (before, now))))
     return sorted(found, key=lambda difference: (difference[0] not in FIRST, difference[0]))
 
 

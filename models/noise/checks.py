@@ -66,7 +66,8 @@ def check_flow_scheduler(config: Mapping[str, Any], where: str) -> None:
         if field in config and (type(config[field]) is not int or config[field] < 1):
             raise UserError(f"{where}: {field} is {config[field]!r}, and a number of tokens belongs there")
     for field in ("use_dynamic_shifting", *_OTHER_SIGMAS):
-        if (value := config.get(field)) is not None and type(value) is not bool:
+        value = config.get(field, False)
+        if type(value) is not bool and not (value is None and field in _OTHER_SIGMAS):
             raise UserError(f"{where}: {field} is {value!r}, and true or false belong there")
         if value and field in _OTHER_SIGMAS:
             raise UserError(

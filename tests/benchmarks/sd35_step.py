@@ -43,7 +43,7 @@ from controlbooth.models.pretrained import flow_process
 from controlbooth.models.text import TextEncoding
 from controlbooth.trainer.config.run import ModelConfig
 from controlbooth.trainer.controlnet.build import new_controlnet
-from controlbooth.trainer.engine.deepspeed import DTYPES
+from controlbooth.trainer.engine.deepspeed import DTYPES, cpu_multiplies_bf16
 from controlbooth.trainer.losses import weighted_mse
 from controlbooth.trainer.planning.footprint import LiveStorages, tensors_of, without_memory
 
@@ -215,7 +215,7 @@ def main() -> None:
     optimizer = kinds[options.optimizer]()
     peak.begin()
     began = time.perf_counter()
-    widened = options.device == "cpu" and options.precision == "bf16" and not torch.cpu._is_avx512_bf16_supported()
+    widened = options.device == "cpu" and options.precision == "bf16" and not cpu_multiplies_bf16()
     with ProductsInFp32() if widened else contextlib.nullcontext():
         loss = loss_of(nets, options.resolution // 8, options.text_tokens, options.device)
         shown = loss.item()

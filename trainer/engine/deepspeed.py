@@ -237,7 +237,7 @@ def apply_gradients(engine: Any, *rates: float) -> tuple[float, bool]:
         total = _gradient_norm(engine.module)
         # DeepSpeed's own asks each gradient for its norm by itself, a wait each, and the other ranks for what they know
         engine.clip_fp32_gradients = partial(
-            nn.utils.clip_grads_with_norm_, list(engine.module.parameters()), engine.gradient_clipping(), total
+            nn.utils.clip_grads_with_norm_, engine.module.parameters(), engine.gradient_clipping(), total
         )
         norm = float(total)
         if not math.isfinite(norm):

@@ -24,7 +24,7 @@ from controlbooth.trainer.miniature.card import sampled
 from controlbooth.trainer.miniature.pictures import SIZE
 from controlbooth.trainer.miniature.text import draw_captions
 from controlbooth.trainer.miniature.training import Clock, mixed_precision, save_atomically, set_learning_rate
-from controlbooth.trainer.miniature.unet import LEARNING_RATE, cache_latents, learning_rate, take_step
+from controlbooth.trainer.miniature.unet import cache_latents, learning_rate, take_step
 from controlbooth.trainer.miniature.vae import VAE
 
 DIT: dict[str, Any] = dict(
@@ -139,7 +139,7 @@ def train_dit(work: Path, minutes: float, final: bool) -> None:
             with mixed_precision(device):
                 taught = teacher_velocity(teacher, schedule, noisy[known], times[known] / 1000.0, hidden[known])
             target[known] = taught.float()
-        set_learning_rate(optimizer, learning_rate(step - first, share, final) * RATE / LEARNING_RATE)
+        set_learning_rate(optimizer, learning_rate(step - first, share, final, RATE))
         with mixed_precision(device):  # the fused kernel of attention is as fast as the plain one for 88 tokens
             predicted = dit(noisy, hidden, pooled, times, return_dict=False)[0]
         loss = F.mse_loss(predicted.float(), target)

@@ -132,12 +132,12 @@ def take_step(
     return share
 
 
-def learning_rate(taken: int, share: float, final: bool) -> float:
+def learning_rate(taken: int, share: float, final: bool, peak: float = LEARNING_RATE) -> float:
     """Returns the learning rate after `taken` steps of this start and a share of its time.
 
-    It warms up over 200 steps. With `final` it falls in the last third of the time, to 2 % of what it was.
+    It warms up to `peak` over 200 steps. With `final` it falls in the last third of the time, to 2 % of what it was.
     """
-    rate = LEARNING_RATE * min(1.0, (taken + 1) / 200)
+    rate = peak * min(1.0, (taken + 1) / 200)
     return rate * (min(1.0, 3.0 * (1.0 - share) + 0.02) if final else 1.0)
 
 

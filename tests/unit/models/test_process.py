@@ -38,6 +38,7 @@ def flow(shift: float = 3.0, dynamic: bool = False, **settings) -> FlowMatching:
         (dict(time_shift_type=1.68), "time_shift_type is 1.68, and exponential or linear"),
         (dict(base_image_seq_len=None), "base_image_seq_len is None"),
         (dict(use_dynamic_shifting="yes"), "use_dynamic_shifting is 'yes'"),
+        (dict(use_dynamic_shifting=None), "use_dynamic_shifting is None, and true or false"),
         (dict(invert_sigmas=True), "invert_sigmas is true"),
         (dict(use_karras_sigmas=1), "use_karras_sigmas is 1, and true or false"),
     ],
