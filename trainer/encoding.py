@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from controlbooth.data.shards.latent_cache import EncodedBatch
+from controlbooth.data.condition_names import Values
+from controlbooth.data.shards.latent_cache import CONDITION, EncodedBatch
 from controlbooth.models.base import Base, Encoded
 from controlbooth.models.identity import libraries, module_digest, tokenizer_digest
 from controlbooth.models.text import TEXT_ENCODINGS, TextEncoding, with_rest
@@ -40,6 +41,11 @@ def sample_posterior(base: Base, mean: Tensor, std: Tensor, noise: Tensor) -> Te
 def to_pixel_values(pictures: Tensor) -> Tensor:
     """Converts pictures: (B, 3, H, W) uint8 -> float32 in [-1, 1]."""
     return pictures.float() / 127.5 - 1.0
+
+
+def to_conditioning(conditions: Tensor) -> Tensor:
+    """Converts conditions: (B, 3, H, W) uint8 -> float32 in [0, 1]."""
+    return conditions.float() / 255.0
 
 
 def encode_captions(base: Base, captions: list[str]) -> Encoded:
@@ -85,6 +91,11 @@ def posterior_of(encoded: EncodedBatch, device: torch.device) -> tuple[Tensor, T
     return as_tensor(encoded.mean, encoded.latents_dtype, device), as_tensor(encoded.std, encoded.latents_dtype, device)
 
 
+def condition_of(encoded: EncodedBatch, device: torch.device) -> Tensor | None:
+    """Copies the cached mean of the conditions' posterior (B, C, h, w) to the device; None where there is none."""
+    return None if encoded.condition is None else as_tensor(encoded.condition, encoded.latents_dtype, device)
+
+
 def captions_of(encoded: EncodedBatch, device: torch.device) -> Encoded | None:
     if encoded.hidden_states is None:
         return None
@@ -109,21 +120,24 @@ def dtype_name(module: Any) -> str:
 
 
 def latent_cache_identities(
-    config: RunConfig, base: Base, shapes: tuple[tuple[int, int], ...]
+    config: RunConfig, base: Base, shapes: tuple[tuple[int, int], ...], values: Values | None = None
 ) -> dict[str, dict[str, Any]]:
     """Returns what the run's latent cache depends on, for each kind of cache shard.
 
-    shapes: (height, width) in pixels of the pictures of each bucket.
+    shapes: (height, width) in pixels of the pictures of each bucket. values: what the condition is resized as; None
+    where the ControlNet reads pixels, and the cache holds nothing of conditions.
     """
+    latents = {
+        "version": IDENTITY_VERSION,
+        "vae": module_digest(base.vae),
+        "dtype": dtype_name(base.vae),
+        "shapes": [list(shape) for shape in shapes],
+        "crop": "centre",
+        "flips": config.data.random_flip,
+    }
+    name = config.data.condition
     return {
-        "latents": {
-            "version": IDENTITY_VERSION,
-            "vae": module_digest(base.vae),
-            "dtype": dtype_name(base.vae),
-            "shapes": [list(shape) for shape in shapes],
-            "crop": "centre",
-            "flips": config.data.random_flip,
-        },
+        "latents": latents,
         "text": {
             "version": IDENTITY_VERSION,
             "text_encoders": [module_digest(encoder) for encoder in base.text_encoders],
@@ -132,6 +146,7 @@ def latent_cache_identities(
             "pooled": base.empty_prompt(TEXT_ENCODINGS[base.family.name])[1] is not None,
             **({"text_tokens": base.text_tokens} if base.text_tokens else {}),
         },
+        **({} if values is None else {f"{CONDITION}{name}": latents | {"condition": name, "values": values}}),
     }
 
 

@@ -21,7 +21,7 @@ class MicroBatch:
     pixel_values: np.ndarray | None
     """(B, 3, H, W) uint8; None with a latent cache, which stands for them."""
     conditioning: np.ndarray | None
-    """(B, 3, H, W) uint8; None without a condition kind."""
+    """(B, 3, H, W) uint8; None without a condition kind, and with a latent cache that holds its latents."""
     encoded: EncodedBatch | None
     """What the encoders made of pictures and prompts, from the latent cache; None without one."""
     captions: list[str]

@@ -64,8 +64,9 @@ class _Step:
     shape: tuple[int, int]
     """(height, width) of the pictures."""
     pixel_values: np.ndarray | None
-    posterior: np.ndarray | None
-    """(2, n, C, h, w): mean and standard deviation, from the latent cache."""
+    latents: np.ndarray | None
+    """(2, n, C, h, w): mean and standard deviation of the picture's posterior, from the latent cache; (3, n, C, h, w),
+    with the mean of the condition's, where the cache has that."""
     conditioning: np.ndarray | None
     noise: np.ndarray
     posterior_noise: np.ndarray
@@ -124,7 +125,8 @@ class Loader:
         file to which each bad sample is appended, one file for each rank; `ledger` has the same lines. cache: for the
         shards that lie in a store, shared by ranks_per_node ranks of this machine. history: see `plan_order`.
         latent_shape: (C, h, w) of a square picture. latent_cache: a complete one of this data set; with it, target
-        pictures are neither read nor decoded. max_pixels: a sample with a larger picture is bad.
+        pictures are neither read nor decoded, nor are conditions whose latents it has. max_pixels: a sample with a
+        larger picture is bad.
 
         A "computed:" condition is made from each target after cropping and mirroring; what is random about it is drawn
         from (seed, position). Raises ValueError for arguments that do not fit each other or the data set.
@@ -150,6 +152,11 @@ class Loader:
                 "stands for them: leave out data.latent_cache, or write the condition into shards with "
                 "`controlbooth data annotate`"
             )
+        if latent_cache is not None and latent_cache.condition not in (None, order.condition):
+            raise UserError(
+                f"{latent_cache.folder} has latents of the condition {latent_cache.condition!r}, and the loader reads "
+                f"{order.condition!r}"
+            )
         live_shards = order.lanes // world_size * order.shards_per_block * self.order.streams
         self._check_cache(cache, live_shards, ranks_per_node)
 
@@ -162,15 +169,21 @@ class Loader:
         self._buffers = Buffers()
         self._closed = False
         cv2.setNumThreads(1)  # the loader's threads share the cores; OpenCV's own would compete with them
-        files = _affordable_files((2 if latent_cache is None else 6) * live_shards + 64)
-        self._latent_cache = None if latent_cache is None else LatentCacheReader(latent_cache, files * 2 // 3)
+        kinds = 0 if latent_cache is None else len(latent_cache.paths)
+        files = _affordable_files((2 + 2 * kinds) * live_shards + 64)
+        self._latent_cache = (
+            None if latent_cache is None else LatentCacheReader(latent_cache, files * kinds // (1 + kinds))
+        )
+        self._pictured = None if latent_cache is not None and latent_cache.condition else order.condition
+        """The kind of condition that is given as a picture."""
         self._reader = ShardReader(
             dataset,
             order.condition,
-            files if latent_cache is None else files // 3,
+            files // (1 + kinds),
             cache,
             buckets,
-            latent_cache is None,
+            pictures=latent_cache is None,
+            conditions=self._pictured is not None,
         )
         self._values = ConditionValues(dataset, order.condition, self._reader.closing, max_pixels)
         self._prefetcher = None
@@ -303,10 +316,12 @@ class Loader:
             flips=draws.flips(self.seed, positions) & self.drawn.random_flip,
             shape=(height, width),
             pixel_values=self._buffers.empty(pixels) if self._latent_cache is None else None,
-            posterior=None
+            latents=None
             if self._latent_cache is None
-            else np.zeros((2, *latents), self._latent_cache.latents_stored),
-            conditioning=None if self.settings.condition is None else self._buffers.empty(pixels),
+            else np.zeros(
+                (3 if self._latent_cache.cache.condition else 2, *latents), self._latent_cache.latents_stored
+            ),
+            conditioning=None if self._pictured is None else self._buffers.empty(pixels),
             noise=np.empty(latents, np.float32),
             posterior_noise=np.empty(latents, np.float32),
         )
@@ -402,18 +417,20 @@ class Loader:
     def _read_latent_cache(
         self, latent_cache: LatentCacheReader, step: _Step, at: int, sample: SampleBytes, shard: int, row: _Row
     ) -> float:
-        """Reads the posterior into the step, and the text into the row unless its prompt is empty.
+        """Reads the latents into the step, and the text into the row unless its prompt is empty.
 
         Returns the seconds that it took.
         """
         began = time.perf_counter()
-        assert step.posterior is not None
+        assert step.latents is not None
         where = (shard, sample.row, sample.key, sample.key_hash)
-        posterior = latent_cache.latents(*where, flipped=bool(step.flips[at]))
+        latents = latent_cache.latents(*where, flipped=bool(step.flips[at]))
+        if latent_cache.cache.condition is not None:
+            latents.append(latent_cache.condition(*where, flipped=bool(step.flips[at])))
         dropped, choice = self._prompt_draws(step.positions[at : at + 1], [row])
         if prompt(row.captions, int(choice[0]), bool(dropped[0])):
             row.text = latent_cache.text(*where, caption=int(choice[0]))
-        step.posterior[:, at] = posterior
+        step.latents[:, at] = latents
         return time.perf_counter() - began
 
     def _prompt_draws(self, positions: np.ndarray, rows: list[_Row]) -> tuple[np.ndarray, np.ndarray]:
@@ -498,13 +515,14 @@ class Loader:
         return batches
 
     def _encoded(self, step: _Step, rows: list[_Row], part: slice) -> EncodedBatch | None:
-        if step.posterior is None or self._latent_cache is None:
+        if step.latents is None or self._latent_cache is None:
             return None
         text = [row.text for row in rows[part] if row.text is not None]
         identities = self._latent_cache.cache.identities
         return EncodedBatch(
-            mean=step.posterior[0, part],
-            std=step.posterior[1, part],
+            mean=step.latents[0, part],
+            std=step.latents[1, part],
+            condition=step.latents[2, part] if len(step.latents) > 2 else None,
             latents_dtype=identities["latents"]["dtype"],
             hidden_states=np.stack([one[0] for one in text]) if text else None,
             pooled=np.stack([one[1] for one in text]) if text and identities["text"]["pooled"] else None,

@@ -1,16 +1,17 @@
 """The latent cache: what the frozen encoders make of a shard's samples, in tars of their own, aligned by ordinal.
 
-Of each shard x.tar the folder holds two cache shards, each whole once its index stands beside it:
+Of each shard x.tar the folder holds a cache shard of each kind, whole once its index stands beside it:
 
-    columns.json                     what the cache is of, and where it was computed
-    x.latents-<fingerprint>.tar      KEY.mean.DTYPE.npy, KEY.std.DTYPE.npy       of the VAE's posterior
-    x.text-<fingerprint>.tar         KEY.hidden_states.I.DTYPE.npy (and .pooled.) of caption I; "" has none
-    x.latents-<fingerprint>.tar.idx  row i is of row i of x.tar.idx, without parts where the sample could not be encoded
+    columns.json                         what the cache is of, and where it was computed
+    x.latents-<fingerprint>.tar          KEY.mean.DTYPE.npy, KEY.std.DTYPE.npy   of the VAE's posterior
+    x.text-<fingerprint>.tar             KEY.hidden_states.I.DTYPE.npy (and .pooled.) of caption I; "" has none
+    x.condition.NAME-<fingerprint>.tar   KEY.mean.DTYPE.npy of a condition, where ControlNets read its latents
+    x.latents-<fingerprint>.tar.idx      row i is of row i of x.tar.idx, without parts where it could not be encoded
 
 These are plain tars of npy arrays under the keys of the originals, so webdataset reads them beside those. numpy has no
 bfloat16: its bits are kept as uint16. The fingerprint is a hash of what the values depend on: encoders, their dtype,
-the shapes and flips of the pictures, and the index of x.tar. So a sample that was quarantined since, or packed anew,
-asks for new cache shards of its shard and of no other.
+the shapes and flips of the pictures, how a condition is resized, and the index of x.tar. So a sample that was
+quarantined since, or packed anew, asks for new cache shards of its shard and of no other.
 
 The folder's columns.json and the name __columns__ in the tars stay as they were first written: what is on disk keeps
 its names, whatever we call it.
@@ -42,7 +43,9 @@ from controlbooth.data.shards.manifest import Dataset
 from controlbooth.data.shards.sidecar import PART, SAMPLE, ShardIndex, index_path, load_index, make_index, write_index
 from controlbooth.data.shards.tar import BLOCK
 
-KINDS = ("latents", "text")
+CONDITION = "condition."
+"""What the kinds of cache shards with latents of conditions begin with: "condition.depth". The others are "latents" and
+"text", which every cache has."""
 STATED = "columns.json"
 STORED = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": np.dtype("<u2")}
 """Name of a dtype -> what numpy keeps it in."""
@@ -57,6 +60,7 @@ class LatentCache:
 
     folder: Path
     identities: Mapping[str, Identity]
+    """Kind -> what its values depend on. The kinds are those that the run reads; the folder may hold more."""
     paths: Mapping[str, tuple[Path, ...]]
     """Kind -> the cache shard of each shard of the data set."""
     computed: Sequence[Mapping[str, Any]] = ()
@@ -67,6 +71,11 @@ class LatentCache:
         """Tells whether there are latents of mirrored pictures too."""
         return bool(self.identities["latents"]["flips"])
 
+    @property
+    def condition(self) -> str | None:
+        """Returns the name of the condition whose latents there are; None where conditions are read as pictures."""
+        return next((kind.removeprefix(CONDITION) for kind in self.identities if kind.startswith(CONDITION)), None)
+
 
 @dataclass(frozen=True)
 class EncodedBatch:
@@ -76,6 +85,8 @@ class EncodedBatch:
     """(B, C, h, w) of the VAE's posterior; 0 where no sample could be read."""
     std: np.ndarray
     """(B, C, h, w)"""
+    condition: np.ndarray | None
+    """(B, C, h, w): the mean of the condition's posterior; None where the condition is given as a picture."""
     latents_dtype: str
     hidden_states: np.ndarray | None
     """(K, L, D) of the prompts that are not empty, in their order; None with K = 0."""
@@ -93,11 +104,11 @@ def plan_latent_cache(
     """
     paths: dict[str, tuple[Path, ...]] = {}
     first = np.cumsum([len(source.rows) for source in dataset.sources or (dataset,)])
-    for kind in KINDS:
+    for kind in identities:
         names = []
         for number, (shard, row) in enumerate(zip(dataset.paths, dataset.rows, strict=True)):
             source = int(np.searchsorted(first, number, side="right"))
-            shapes = sorted(buckets.assigned[source].items()) if kind == "latents" else []
+            shapes = sorted(buckets.assigned[source].items()) if kind != "text" else []
             fingerprint = _fingerprint([kind, identities[kind], row.index_hash, shapes])
             names.append(folder / f"{shard.name.removesuffix('.tar')}.{kind}-{fingerprint}.tar")
         paths[kind] = tuple(names)
@@ -117,6 +128,13 @@ def open_latent_cache(
             f"the latent cache in {folder} is another than this run computes: {different}. "
             f"Set that back, or name another folder in data.latent_cache and {remedy}"
         )
+    if absent := [kind.removeprefix(CONDITION) for kind in identities if kind not in stated["identities"]]:
+        held = [repr(kind.removeprefix(CONDITION)) for kind in stated["identities"] if kind.startswith(CONDITION)]
+        raise UserError(
+            f"the latent cache in {folder} has no latents of the condition {absent[0]!r}, which the ControlNet of this "
+            f"run reads (it has those of {', '.join(held) or 'pictures alone'}): run `controlbooth data precompute` "
+            "with the arguments of this run, which adds them, or leave data.latent_cache out"
+        )
     latent_cache = replace(plan_latent_cache(folder, dataset, buckets, identities), computed=tuple(stated["computed"]))
     if lacking := missing(latent_cache):
         kind, shard = lacking[0]
@@ -129,7 +147,8 @@ def open_latent_cache(
 
 def missing(latent_cache: LatentCache) -> list[tuple[str, int]]:
     """Lists (kind, shard) of all cache shards that are not whole."""
-    wanted = [(kind, shard) for shard in range(len(latent_cache.paths[KINDS[0]])) for kind in KINDS]
+    shards = range(len(latent_cache.paths["latents"]))
+    wanted = [(kind, shard) for shard in shards for kind in latent_cache.paths]
     with ThreadPoolExecutor(16) as pool:  # a network disk answers one question in milliseconds, and many at once
         there = list(pool.map(lambda one: _is_whole(latent_cache.paths[one[0]][one[1]]), wanted))
     return [one for one, whole in zip(wanted, there, strict=True) if not whole]
@@ -151,8 +170,8 @@ def damaged(latent_cache: LatentCache, rank: int = 0, world_size: int = 1) -> di
     lacking = set(missing(latent_cache))
     there = {
         path: (kind, shard)
-        for kind in KINDS
-        for shard, path in enumerate(latent_cache.paths[kind])
+        for kind, paths in latent_cache.paths.items()
+        for shard, path in enumerate(paths)
         if (kind, shard) not in lacking
     }
     mine = list(there.items())[rank::world_size]
@@ -181,7 +200,7 @@ def _fault(path: Path) -> str | None:
 
 
 def read_stated(folder: Path) -> dict[str, Any] | None:
-    """Reads columns.json: `identities` of both kinds, and `computed`, a list of the machines' facts.
+    """Reads columns.json: `identities` of all kinds, and `computed`, a list of the machines' facts.
 
     Returns None where there is none. Raises ValueError where it cannot be read.
     """
@@ -204,18 +223,23 @@ def check_stated(folder: Path, identities: Mapping[str, Identity]) -> None:
 
 
 def state(folder: Path, identities: Mapping[str, Identity], computed: Mapping[str, Any]) -> None:
-    """Writes columns.json before the first cache shard, or adds where more of them are computed. See `check_stated`."""
-    stated = read_stated(folder) or {"identities": identities, "computed": []}
+    """Writes columns.json before the first cache shard, or adds where more of them are computed, such as those of one
+    more condition. See `check_stated`."""
+    stated = read_stated(folder) or {"identities": {}, "computed": []}
+    stated["identities"] = {**identities, **stated["identities"]}
     if dict(computed) not in stated["computed"]:
         stated["computed"].append(dict(computed))
     write_whole(folder / STATED, json.dumps(stated, indent=2).encode() + b"\n")
 
 
 def differences(stated: Mapping[str, Any], identities: Mapping[str, Identity]) -> str:
-    """Says, for people, how the stated identities differ from these; returns "" where they are equal."""
+    """Says, for people, how the stated identities differ from these; returns "" where they are equal. The latents of a
+    condition that are not there at all are no difference: they can be added."""
     found = []
-    for kind in KINDS:
-        there, wanted = stated["identities"].get(kind, {}), json.loads(json.dumps(identities[kind]))
+    for kind, identity in identities.items():
+        if kind.startswith(CONDITION) and kind not in stated["identities"]:
+            continue
+        there, wanted = stated["identities"].get(kind, {}), json.loads(json.dumps(identity))
         for name in sorted(there.keys() | wanted.keys()):
             if there.get(name) != wanted.get(name):
                 found.append(f"{kind} have {name}={there.get(name)!r} there, and here {wanted.get(name)!r}")
@@ -226,6 +250,11 @@ def latents_parts(dtype: str, flipped: bool) -> list[str]:
     """Returns the extensions of mean and standard deviation."""
     mirrored = "flipped." if flipped else ""
     return [f"{name}.{mirrored}{dtype}.npy" for name in ("mean", "std")]
+
+
+def condition_parts(dtype: str, flipped: bool) -> list[str]:
+    """Returns the extension of the mean, which is all that is kept of a condition: ControlNets read the mode."""
+    return latents_parts(dtype, flipped)[:1]
 
 
 def text_parts(dtype: str, caption: int, pooled: bool) -> list[str]:
@@ -338,6 +367,12 @@ class LatentCacheReader:
         """
         parts = latents_parts(self.cache.identities["latents"]["dtype"], flipped)
         return self._read("latents", shard, row, key, key_hash, parts)
+
+    def condition(self, shard: int, row: int, key: str, key_hash: int, flipped: bool) -> np.ndarray:
+        """Reads the mean of a condition's posterior, (C, h, w). Raises what `latents` does."""
+        kind = f"{CONDITION}{self.cache.condition}"
+        parts = condition_parts(self.cache.identities[kind]["dtype"], flipped)
+        return self._read(kind, shard, row, key, key_hash, parts)[0]
 
     def text(self, shard: int, row: int, key: str, key_hash: int, caption: int) -> list[np.ndarray]:
         """Reads the hidden states (L, D) of a sample's caption, and its pooled embedding (P,) where the base has one.

@@ -44,6 +44,7 @@ class SampleBytes:
     """Empty from a reader without pictures."""
     image_extension: str
     condition: bytes | None
+    """None from a reader without conditions."""
     condition_extension: str
     caption: bytes
     caption_extension: str
@@ -74,15 +75,17 @@ class ShardReader:
         cache: Cache | None = None,
         buckets: Buckets | None = None,
         pictures: bool = True,
+        conditions: bool = True,
     ):
         """Makes a reader; a shard is opened when a sample of it is read.
 
-        buckets: of the order whose places are read; None where all samples are in one. pictures: whether to read the
-        targets, for which a latent cache may stand.
+        buckets: of the order whose places are read; None where all samples are in one. pictures, conditions: whether to
+        read the targets, and conditions where there is a kind: a latent cache may stand for them.
         """
         self.dataset, self.condition_kind, self.most_open = dataset, stored_kind(condition_kind), most_open
         self.cache, self.closing = cache, Event()
         self.buckets, self.pictures = buckets, pictures
+        self.conditions = conditions and self.condition_kind is not None
         self._first_shard = np.cumsum([0, *(len(source.rows) for source in dataset.sources)])
         self._dropped: set[int] = set()
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
@@ -124,7 +127,7 @@ class ShardReader:
             row = int(opened.rows[bucket][ordinal])
             record, parts = index.samples[row], index.parts[row]
             columns = {role: self._column(index, parts, role) for role in ("caption", "image")[: 1 + self.pictures]}
-            if self.condition_kind is not None:
+            if self.conditions:
                 columns["condition"] = self._column(index, parts, "condition")
             length = max(int(parts[column]["offset"]) + int(parts[column]["size"]) for column in columns.values())
             data, hit = self._bytes(shard, opened, length, int(record["offset"]), cache)

@@ -15,6 +15,7 @@ from controlbooth.data.errors import UserError
 from controlbooth.models.denoisers.residuals import Residuals
 from controlbooth.models.denoisers.transformer_copy import (
     check_count,
+    condition_mean,
     copy_parts,
     on_device,
     shared_settings,
@@ -97,7 +98,17 @@ def control_residuals(
 def encode_condition(base: Any, controlnet: nn.Module, conditioning: Tensor) -> Tensor:
     """Makes packed latents (B, tokens, 64) of conditions (B, 3, H, W) in [0, 1]: the posterior's mode, scaled as
     pictures are."""
-    return pack(base.encode_latents(2.0 * conditioning.float() - 1.0))
+    return condition_latents(base, controlnet, condition_mean(base, conditioning))
+
+
+def reads_latents(controlnet: nn.Module) -> bool:
+    """Tells whether a ControlNet reads the latents of its condition, and no pixels: all that can be used here do."""
+    return True
+
+
+def condition_latents(base: Any, controlnet: nn.Module, mean: Tensor) -> Tensor:
+    """Makes of `condition_mean`, (B, 16, h, w), what the ControlNet reads: scaled and packed, in the base's dtype."""
+    return pack(base.scaled(mean))
 
 
 def build_controlnet(

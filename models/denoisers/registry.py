@@ -21,8 +21,9 @@ from controlbooth.models.text import TextEncoding
 
 @dataclass(frozen=True)
 class Denoiser:
-    """A family's file: with `denoise`, `control_residuals`, `encode_condition`, `build_controlnet`, `finish_reading`,
-    `check_usable`, and the names FITS, ZERO and ENTRY."""
+    """A family's file: with `denoise`, `control_residuals`, `encode_condition`, `reads_latents`, `build_controlnet`,
+    `finish_reading`, `check_usable`, and the names FITS, ZERO and ENTRY; where `reads_latents` may be true, also with
+    `condition_latents`."""
 
     file: ModuleType | Any
     base: str
@@ -91,6 +92,17 @@ def control_residuals(
 def encode_condition(base: Base, controlnet: nn.Module, conditioning: Tensor) -> Tensor:
     """Turns condition pictures (B, 3, H, W), RGB in [0, 1], into a ControlNet's input: those themselves, or latents."""
     return denoiser_of(controlnet).file.encode_condition(base, controlnet, conditioning)
+
+
+def reads_latents(controlnet: nn.Module) -> bool:
+    """Tells whether a ControlNet, or an engine around one, reads the latents of its condition, and no pixels."""
+    return denoiser_of(controlnet).file.reads_latents(controlnet)
+
+
+@torch.no_grad()
+def condition_latents(base: Base, controlnet: nn.Module, mean: Tensor) -> Tensor:
+    """Makes the input of a ControlNet that reads latents from `transformer_copy.condition_mean` of its conditions."""
+    return denoiser_of(controlnet).file.condition_latents(base, controlnet, mean)
 
 
 def predict(

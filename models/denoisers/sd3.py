@@ -17,6 +17,7 @@ from controlbooth.models.denoisers.pixel_controlnet import PixelSD3ControlNet
 from controlbooth.models.denoisers.residuals import Residuals
 from controlbooth.models.denoisers.transformer_copy import (
     check_count,
+    condition_mean,
     copy_parts,
     on_device,
     shared_settings,
@@ -80,10 +81,22 @@ def encode_condition(base: Any, controlnet: nn.Module, conditioning: Tensor) -> 
     A ControlNet that reads pixels gets the conditions as they are. The pipelines draw from the posterior, and the
     scripts of diffusers forget to bring [0, 1] to [-1, 1].
     """
-    if isinstance(getattr(controlnet, "module", controlnet), PixelSD3ControlNet):
+    if not reads_latents(controlnet):
         return conditioning
-    mean = base.posterior(2.0 * conditioning.float() - 1.0).mean
-    return base.scaled(mean, shifted=not _is_of_instantx(controlnet))
+    return condition_latents(base, controlnet, condition_mean(base, conditioning))
+
+
+def reads_latents(controlnet: nn.Module) -> bool:
+    """Tells whether a ControlNet, or an engine around one, reads the latents of its condition, and no pixels."""
+    return not isinstance(getattr(controlnet, "module", controlnet), PixelSD3ControlNet)
+
+
+def condition_latents(base: Any, controlnet: nn.Module, mean: Tensor) -> Tensor:
+    """Makes of `condition_mean`, (B, 16, h, w), what the ControlNet reads: scaled, in the base's dtype.
+
+    Some of the VAE's kernels leave channels last, and a patch embedding would then round otherwise than on a cache.
+    """
+    return base.scaled(mean, shifted=not _is_of_instantx(controlnet)).contiguous()
 
 
 def build_controlnet(

@@ -1,5 +1,5 @@
-"""What the ControlNets of the transformer families have in common: which numbers of copied blocks leave nothing unused,
-and parameters that can never learn."""
+"""What the ControlNets of the transformer families have in common: what the VAE makes of a condition, which numbers of
+copied blocks leave nothing unused, and parameters that can never learn."""
 
 import inspect
 import math
@@ -10,6 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from controlbooth.data.errors import UserError
+
+
+def condition_mean(base: Any, conditioning: Tensor) -> Tensor:
+    """Encodes conditions (B, 3, H, W) in [0, 1] as the mode of the VAE's posterior, (B, C, h, w) in its dtype.
+
+    It is not scaled, and the same for every ControlNet. This is what a latent cache keeps of a condition.
+    """
+    return base.posterior(2.0 * conditioning.float() - 1.0).mean
 
 
 def used_evenly(blocks: int, count: int) -> bool:

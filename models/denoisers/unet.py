@@ -186,6 +186,11 @@ def encode_condition(base: Any, controlnet: nn.Module, conditioning: Tensor) -> 
     return conditioning
 
 
+def reads_latents(controlnet: nn.Module) -> bool:
+    """Says that no ControlNet of a U-Net reads its condition's latents."""
+    return False
+
+
 def denoise(
     unet: UNet2DConditionModel,
     noisy_latents: Tensor,

@@ -104,6 +104,7 @@ def test_a_latent_cache_gives_the_loss_that_encoding_in_the_step_gives_bit_for_b
     encoded = EncodedBatch(
         as_array(mean),
         as_array(std),
+        None,
         dtype_name(base.vae),
         None if text is None else as_array(text[0]),
         None,

@@ -143,7 +143,8 @@ class DataConfig(Section):
     needed, and twice that lets each next shard be fetched before its lane reaches it."""
     latent_cache: Path | None = None
     """Folder of the latent and text-embedding cache, which `controlbooth data precompute` writes there and the run then
-    takes instead of running the VAE and the text encoder. Not with random_crop."""
+    takes instead of running the VAE and the text encoder: also of conditions, where a ControlNet reads their latents.
+    Not with random_crop."""
     max_pixels: int = Field(default=MAX_PIXELS, gt=0)
     """A sample with a larger picture, target or condition, is bad: it would take 3 bytes of memory for each pixel."""
     max_bad_rate: float = Field(default=0.01, ge=0.0, le=1.0)

@@ -10,6 +10,8 @@ import torch
 import yaml
 
 from controlbooth.data.arguments import quoted
+from controlbooth.data.condition_names import Values
+from controlbooth.data.conditions.values import ConditionValues
 from controlbooth.data.loading.loader import Loader
 from controlbooth.data.loading.long_captions import cut_captions
 from controlbooth.data.loading.plan import check_version, continued_history, resume_position, source_weights
@@ -27,10 +29,16 @@ from controlbooth.models.attention import (
     attention_shapes,
 )
 from controlbooth.models.base import Base
-from controlbooth.models.denoisers.registry import ParameterReport, denoise, denoiser_of, parameter_report
+from controlbooth.models.denoisers.registry import (
+    ParameterReport,
+    denoise,
+    denoiser_of,
+    parameter_report,
+    reads_latents,
+)
 from controlbooth.models.denoisers.unet import build_controlnet, keep_only_mid_control
 from controlbooth.models.families import identify
-from controlbooth.models.pretrained import load_controlnet
+from controlbooth.models.pretrained import load_controlnet, read_controlnet_folder
 from controlbooth.models.text import encode_with_dropout
 from controlbooth.models.unlocked_decoder import UnlockedNetwork
 from controlbooth.trainer.config.loading import changes, dump
@@ -325,7 +333,8 @@ def open_run_latent_cache(config: RunConfig, world: World, base: Base, dataset: 
     if folder is None:
         return None
     buckets = run_buckets(config, dataset)
-    latent_cache = open_latent_cache(folder, dataset, buckets, latent_cache_identities(config, base, buckets.shapes))
+    identities = latent_cache_identities(config, base, buckets.shapes, cached_values(config, base, dataset))
+    latent_cache = open_latent_cache(folder, dataset, buckets, identities)
     here, there = computed_here(config, world.device), latent_cache.computed
     if list(there) == [here]:
         say(world, f"latent cache in {folder}: bitwise what this run would compute")
@@ -333,6 +342,22 @@ def open_run_latent_cache(config: RunConfig, world: World, base: Base, dataset: 
         facts = f"computed with {', '.join(map(str, there))}, where this run would compute with {here}"
         say(world, f"latent cache in {folder}: {facts}; last bits may differ")
     return latent_cache
+
+
+def cached_values(config: RunConfig, base: Base, dataset: Dataset) -> Values | None:
+    """Returns what the run's condition is resized as where its ControlNet reads latents, which the latent cache then
+    holds too; None where it reads pixels."""
+    if not base.family.is_transformer:
+        return None
+    model = config.model
+    controlnet = (
+        new_controlnet(base.denoiser, model, "meta")
+        if model.controlnet == "unet"
+        else read_controlnet_folder(Path(model.controlnet), empty=True)
+    )
+    if not reads_latents(controlnet):
+        return None
+    return ConditionValues(dataset, config.data.condition, max_pixels=config.data.max_pixels).get()
 
 
 def check_aspect_step(config: RunConfig, base: Base) -> None:

@@ -33,15 +33,24 @@ from tqdm import tqdm
 from controlbooth.data.files.locks import open_lock, take_lock
 from controlbooth.data.files.whole import write_whole
 from controlbooth.data.order.buckets import Buckets
-from controlbooth.data.pictures.images import BadSample, decode_image, memory_named, prepare_target, write_planes
+from controlbooth.data.pictures.images import (
+    BadSample,
+    decode_image,
+    memory_named,
+    prepare_condition,
+    prepare_target,
+    write_planes,
+)
 from controlbooth.data.secrets import error_text
 from controlbooth.data.shards.cache import Cache
 from controlbooth.data.shards.captions import read_captions
 from controlbooth.data.shards.latent_cache import (
+    CONDITION,
     REPAIR,
     Add,
     LatentCache,
     check_stated,
+    condition_parts,
     damaged,
     latents_parts,
     missing,
@@ -56,9 +65,11 @@ from controlbooth.data.shards.manifest import Dataset
 from controlbooth.data.shards.reader import ShardReader
 from controlbooth.data.shards.sidecar import ShardIndex, index_path, load_index
 from controlbooth.models.base import Base
+from controlbooth.models.denoisers.transformer_copy import condition_mean
 from controlbooth.trainer.config.loading import load_config
 from controlbooth.trainer.config.run import RunConfig
 from controlbooth.trainer.config.section import ConfigError
+from controlbooth.trainer.controlnet.build import cached_values
 from controlbooth.trainer.controlnet.data import open_data, run_buckets
 from controlbooth.trainer.encoding import (
     as_array,
@@ -67,6 +78,7 @@ from controlbooth.trainer.encoding import (
     encode_captions,
     encode_posterior,
     latent_cache_identities,
+    to_conditioning,
     to_pixel_values,
 )
 from controlbooth.trainer.engine import deepspeed as engines
@@ -98,6 +110,8 @@ class Work:
     buckets: Buckets
     latent_cache: LatentCache
     reader: ShardReader
+    conditions: ShardReader
+    """Of the samples with the run's condition."""
     pool: ThreadPoolExecutor
     max_pixels: int
 
@@ -112,6 +126,8 @@ class Sample:
     picture: np.ndarray | None
     """(3, H, W) uint8; None too where the run has no shape for it."""
     captions: list[str] | None
+    conditions: list[np.ndarray] | None
+    """(3, H, W) uint8 as it is, and mirrored where the run mirrors; None too where the cache holds no conditions."""
     bad: bool
 
 
@@ -154,7 +170,7 @@ def precompute(config: RunConfig, world: World, dry_run: bool = False) -> int:
     dataset, _ = open_data(without_held_out, world)
     check_apart(folder, dataset)
     buckets = run_buckets(config, dataset)
-    identities = latent_cache_identities(config, base, buckets.shapes)
+    identities = latent_cache_identities(config, base, buckets.shapes, cached_values(config, base, dataset))
     latent_cache = plan_latent_cache(folder, dataset, buckets, identities)
     with only_writer(folder, world, dry_run):
         jobs: dict[int, list[str]] = {}
@@ -226,13 +242,15 @@ def lacking_kinds(latent_cache: LatentCache, spoiled: Sequence[tuple[str, int]] 
 def report(base: Base, dataset: Dataset, latent_cache: LatentCache, jobs: dict[int, list[str]]) -> int:
     """Says what is there and what is to be written; -> bytes of that. One caption a sample is reckoned with."""
     needed = 0
+    width = max(map(len, latent_cache.paths))
     for kind, size in sample_bytes(base, latent_cache).items():
         lacking = [shard for shard, kinds in jobs.items() if kind in kinds]
-        samples = sum(dataset.rows[shard].usable for shard in lacking)
+        counts = dataset.samples_per_shard(latent_cache.condition if kind.startswith(CONDITION) else None)
+        samples = int(sum(counts[shard] for shard in lacking))
         needed += samples * size
         print(
-            f"{kind:8} {len(lacking)} of {len(dataset.rows)} shards to compute: {samples} samples of {size:,} bytes, "
-            f"{samples * size / 2**30:.3f} GiB",
+            f"{kind:{width}} {len(lacking)} of {len(dataset.rows)} shards to compute: {samples} samples of "
+            f"{size:,} bytes, {samples * size / 2**30:.3f} GiB",
             flush=True,
         )
     if any("json" in row.extensions for row in dataset.rows):
@@ -245,10 +263,14 @@ def sample_bytes(base: Base, latent_cache: LatentCache) -> dict[str, int]:
     height, width = max(latent_cache.identities["latents"]["shapes"], key=lambda shape: shape[0] * shape[1])
     posterior = encode_posterior(base, torch.zeros(1, 3, height, width, device=base.device))
     text = [tensor for tensor in encode_captions(base, [""]) if tensor is not None]
-    return {
-        "latents": stored_bytes([as_array(tensor[0]) for tensor in posterior] * (1 + latent_cache.flips)),
+    mean, std = (as_array(tensor[0]) for tensor in posterior)
+    sizes = {
+        "latents": stored_bytes([mean, std] * (1 + latent_cache.flips)),
         "text": stored_bytes([as_array(tensor[0]) for tensor in text]),
     }
+    if latent_cache.condition is not None:
+        sizes[f"{CONDITION}{latent_cache.condition}"] = stored_bytes([mean] * (1 + latent_cache.flips))
+    return sizes
 
 
 def check_room(folder: Path, needed: int) -> None:
@@ -280,10 +302,15 @@ def compute(
     total, bad = sum(dataset.rows[shard].usable for shard in mine), 0
     with (
         contextlib.closing(ShardReader(dataset, None, most_open=2, cache=cache)) as reader,
+        contextlib.closing(
+            ShardReader(dataset, latent_cache.condition, most_open=2, cache=cache, pictures=False)
+        ) as conditions,
         ThreadPoolExecutor(data.threads) as pool,
         tqdm(total=total, unit="sample", desc=name, disable=world.rank != 0) as bar,
     ):
-        work = Work(config.micro_batch_size, base, dataset, buckets, latent_cache, reader, pool, data.max_pixels)
+        work = Work(
+            config.micro_batch_size, base, dataset, buckets, latent_cache, reader, conditions, pool, data.max_pixels
+        )
         for shard in mine:
             bad += compute_shard(work, shard, jobs[shard], bar)
     return bad
@@ -293,41 +320,49 @@ def compute_shard(work: Work, shard: int, kinds: Sequence[str], bar: tqdm) -> in
     """Commits the cache shards of these kinds of one shard; -> how many of its samples cannot be read."""
     path, bad = work.dataset.paths[shard], 0
     index = load_index(index_path(path))
-    waiting: dict[Shape, list[Sample]] = {}
-    told: list[Sample] = []
+    waiting: dict[tuple[str, tuple[int, ...]], list[Sample]] = {}
     with contextlib.ExitStack() as stack:
         adds: dict[str, Add] = {}
         for kind in kinds:
             stated = {"shard": path.name, "index": index.digest, **work.latent_cache.identities[kind]}
             adds[kind] = stack.enter_context(written_cache_shard(work.latent_cache.paths[kind][shard], index, stated))
-        for sample in read_shard(work, shard, index):
+        for sample in read_shard(work, shard, index, kinds):
             bad += sample.bad
-            if "latents" in adds and sample.picture is not None:
-                height, width = sample.picture.shape[1:]
-                group = waiting.setdefault((height, width), [])
+            for kind in kinds:
+                shape = batch_shape(kind, sample)
+                if shape is None:
+                    continue
+                group = waiting.setdefault((kind, shape), [])
                 group.append(sample)
                 if len(group) == work.batch:
-                    add_latents(adds["latents"], work, waiting.pop((height, width)))
-            if "text" in adds and sample.captions is not None:
-                told.append(sample)
-                if len(told) == work.batch:
-                    add_text(adds["text"], work, told)
-                    told.clear()
+                    ENCODERS.get(kind, add_conditions)(adds[kind], work, group)
+                    group.clear()
             bar.update(1)
-        for group in waiting.values():
-            add_latents(adds["latents"], work, group)
-        if told:
-            add_text(adds["text"], work, told)
+        for (kind, _), group in waiting.items():
+            if group:
+                ENCODERS.get(kind, add_conditions)(adds[kind], work, group)
     return bad
 
 
-def read_shard(work: Work, shard: int, index: ShardIndex) -> Iterator[Sample]:
+def batch_shape(kind: str, sample: Sample) -> tuple[int, ...] | None:
+    """Returns what the samples of a batch have alike, the shape of their pictures; None for a sample that has nothing
+    of this kind."""
+    if kind == "text":
+        return None if sample.captions is None else ()
+    pictures = [sample.picture] if kind == "latents" else sample.conditions or [None]
+    return None if pictures[0] is None else pictures[0].shape
+
+
+def read_shard(work: Work, shard: int, index: ShardIndex, kinds: Sequence[str]) -> Iterator[Sample]:
     """Yields the usable samples of a shard in order, decoded in threads up to two batches ahead of the consumer."""
     shapes = row_shapes(work, shard, index.aspect_bins())
     rows = index.usable().tolist()
+    name = work.latent_cache.condition
+    conditioned = index.usable(name).tolist() if f"{CONDITION}{name}" in kinds else []
+    ordinals = {row: ordinal for ordinal, row in enumerate(conditioned)}
     ahead: deque[Future[Sample]] = deque()
     for ordinal, (row, shape) in enumerate(zip(rows, shapes, strict=True)):
-        ahead.append(work.pool.submit(read_sample, work.reader, shard, ordinal, row, shape, work.max_pixels))
+        ahead.append(work.pool.submit(read_sample, work, shard, ordinal, row, shape, kinds, ordinals.get(row)))
         if len(ahead) > 2 * work.batch:
             yield ahead.popleft().result()
     while ahead:
@@ -347,23 +382,52 @@ def row_shapes(work: Work, shard: int, bins: np.ndarray) -> list[Shape | None]:
 
 
 def read_sample(
-    reader: ShardReader, shard: int, ordinal: int, row: int, shape: Shape | None, max_pixels: int
+    work: Work, shard: int, ordinal: int, row: int, shape: Shape | None, kinds: Sequence[str], conditioned: int | None
 ) -> Sample:
-    """Reads and decodes one sample, in a thread. Pictures are cut as the loader cuts them without random crops and
-    flips."""
+    """Reads and decodes what these kinds are made of in one sample, in a thread.
+
+    Pictures are cut as the loader cuts them without random crops. conditioned: the sample's ordinal among those with
+    the run's condition; None where it has none, or its latents are there.
+    """
     try:
-        sample = reader.read(shard, ordinal)
+        sample = work.reader.read(shard, ordinal)
     except BadSample as error:
-        return Sample(row, error.key, None, None, bad=True)
-    picture = captions = None
+        return Sample(row, error.key, None, None, None, bad=True)
+    picture = captions = conditions = None
     with contextlib.suppress(BadSample):  # the run itself will meet it, and take a substitute
         captions = read_captions(sample.caption, sample.caption_extension, sample.key)
     if shape is None:
-        return Sample(row, sample.key, None, captions, bad=captions is None)
+        return Sample(row, sample.key, None, captions, None, bad=captions is None)
     with contextlib.suppress(BadSample), memory_named(sample.key, sample.image_extension, sample.size[::-1]):
-        image = decode_image(sample.image, sample.key, sample.image_extension, max_pixels=max_pixels)
-        picture = write_planes(prepare_target(image, shape), np.empty((3, *shape), np.uint8))
-    return Sample(row, sample.key, picture, captions, bad=captions is None or picture is None)
+        if "latents" in kinds:
+            image = decode_image(sample.image, sample.key, sample.image_extension, max_pixels=work.max_pixels)
+            picture = write_planes(prepare_target(image, shape), np.empty((3, *shape), np.uint8))
+    with contextlib.suppress(BadSample):
+        if conditioned is not None:
+            conditions = read_conditions(work, shard, conditioned, shape)
+    lacks = (captions is None, picture is None and "latents" in kinds, conditions is None and conditioned is not None)
+    return Sample(row, sample.key, picture, captions, conditions, bad=any(lacks))
+
+
+def read_conditions(work: Work, shard: int, ordinal: int, shape: Shape) -> list[np.ndarray]:
+    """Reads a condition, cut as the loader cuts it, and where the run mirrors also mirrored: (3, H, W) uint8 each.
+
+    Raises BadSample where it cannot be decoded, or shows another frame than the picture.
+    """
+    sample = work.conditions.read(shard, ordinal)
+    name, extension = work.latent_cache.condition, sample.condition_extension
+    values = work.latent_cache.identities[f"{CONDITION}{name}"]["values"]
+    assert sample.condition is not None
+    with memory_named(sample.key, extension, sample.size[::-1]):
+        condition = decode_image(sample.condition, sample.key, extension, 0, work.max_pixels)
+        try:
+            prepared = [
+                prepare_condition(condition, sample.size, name, shape, flip=flip, values=values)
+                for flip in (False, True)[: 1 + work.latent_cache.flips]
+            ]
+        except ValueError as error:
+            raise BadSample(sample.key, extension, str(error)) from error
+        return [write_planes(one, np.empty((3, *shape), np.uint8)) for one in prepared]
 
 
 def add_latents(add: Add, work: Work, samples: list[Sample]) -> None:
@@ -378,6 +442,21 @@ def add_latents(add: Add, work: Work, samples: list[Sample]) -> None:
         for name, tensor in zip(latents_parts(dtype, flipped), posterior, strict=True):
             for array, sample in zip(as_array(tensor), arrays, strict=False):
                 sample[name] = array
+    for sample, parts in zip(samples, arrays, strict=True):
+        add(sample.row, sample.key, parts)
+
+
+def add_conditions(add: Add, work: Work, samples: list[Sample]) -> None:
+    """Encodes up to a batch of conditions of one shape; see `add_latents`."""
+    dtype = work.latent_cache.identities[f"{CONDITION}{work.latent_cache.condition}"]["dtype"]
+    arrays: list[dict[str, np.ndarray]] = [{} for _ in samples]
+    for flipped in (False, True)[: 1 + work.latent_cache.flips]:
+        pictures = [sample.conditions[flipped] for sample in samples if sample.conditions is not None]
+        pictures += pictures[-1:] * (work.batch - len(pictures))
+        conditioning = to_conditioning(torch.from_numpy(np.stack(pictures)).to(work.base.device))
+        (name,) = condition_parts(dtype, flipped)
+        for array, sample in zip(as_array(condition_mean(work.base, conditioning)), arrays, strict=False):
+            sample[name] = array
     for sample, parts in zip(samples, arrays, strict=True):
         add(sample.row, sample.key, parts)
 
@@ -401,6 +480,10 @@ def add_text(add: Add, work: Work, samples: list[Sample]) -> None:
             arrays[at] |= {name: as_array(tensor[row]) for name, tensor in zip(names, encoded, strict=True)}
     for sample, parts in zip(samples, arrays, strict=True):
         add(sample.row, sample.key, parts)
+
+
+ENCODERS = {"latents": add_latents, "text": add_text}
+"""Kind of cache shard -> what encodes up to a batch of samples for it, beside `add_conditions`."""
 
 
 if __name__ == "__main__":

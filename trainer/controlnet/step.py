@@ -11,14 +11,16 @@ from torch.profiler import record_function
 from controlbooth.data.errors import UserError
 from controlbooth.data.loading.batches import MicroBatch
 from controlbooth.models.base import Base, Encoded
-from controlbooth.models.denoisers.registry import encode_condition
+from controlbooth.models.denoisers.registry import condition_latents, encode_condition
 from controlbooth.models.unlocked_decoder import controlled_prediction
 from controlbooth.trainer.encoding import (
     captions_of,
+    condition_of,
     encode_kept,
     encode_posterior,
     posterior_of,
     sample_posterior,
+    to_conditioning,
     to_pixel_values,
     with_empty_prompts,
 )
@@ -31,8 +33,8 @@ class DeviceBatch:
 
     pixel_values: Tensor | None
     """(B, 3, H, W) float32 in [-1, 1]; None where the posterior is known."""
-    conditioning_pixel_values: Tensor
-    """(B, 3, H, W) float32 in [0, 1]."""
+    conditioning_pixel_values: Tensor | None
+    """(B, 3, H, W) float32 in [0, 1]; None where its latents are known."""
     captions: list[str]
     levels: Tensor
     """Of noise, (B,) int64."""
@@ -46,6 +48,8 @@ class DeviceBatch:
     """Mean and standard deviation (B, C, h, w) in the VAE's dtype, from the latent cache."""
     text: Encoded | None = None
     """Of the captions that are not empty, from the latent cache; None too where all are empty."""
+    condition: Tensor | None = None
+    """The condition's latents (B, C, h, w), unscaled, in the VAE's dtype, from the latent cache."""
 
 
 def to_device(batch: MicroBatch, device: torch.device) -> DeviceBatch:
@@ -53,16 +57,18 @@ def to_device(batch: MicroBatch, device: torch.device) -> DeviceBatch:
 
     Raises ValueError for a batch without conditions.
     """
-    if batch.conditioning is None:
+    encoded = batch.encoded
+    condition = None if encoded is None else condition_of(encoded, device)
+    if batch.conditioning is None and condition is None:
         raise UserError("a ControlNet is trained on conditions, and the loader was made without a condition kind")
 
     def on_device(array) -> Tensor:
         return torch.from_numpy(array).to(device, non_blocking=True)
 
-    encoded = batch.encoded
+    conditioning = batch.conditioning
     return DeviceBatch(
         pixel_values=None if batch.pixel_values is None else to_pixel_values(on_device(batch.pixel_values)),
-        conditioning_pixel_values=on_device(batch.conditioning).float() / 255.0,
+        conditioning_pixel_values=None if conditioning is None else to_conditioning(on_device(conditioning)),
         captions=batch.captions,
         levels=on_device(batch.timesteps),
         noise=on_device(batch.noise),
@@ -70,7 +76,16 @@ def to_device(batch: MicroBatch, device: torch.device) -> DeviceBatch:
         weights=on_device(batch.weights),
         posterior=None if encoded is None else posterior_of(encoded, device),
         text=None if encoded is None else captions_of(encoded, device),
+        condition=condition,
     )
+
+
+def condition_input(base: Base, controlnet: nn.Module, batch: DeviceBatch) -> Tensor:
+    """Makes what the ControlNet reads of the conditions: their pixels as they are, as a U-Net's does, or latents."""
+    if batch.condition is not None:
+        return condition_latents(base, controlnet, batch.condition)
+    assert batch.conditioning_pixel_values is not None, "a batch has conditions, or what the VAE made of them"
+    return encode_condition(base, controlnet, batch.conditioning_pixel_values)
 
 
 def prediction_and_target(base: Base, controlnet: nn.Module, batch: DeviceBatch) -> tuple[Tensor, Tensor]:
@@ -82,10 +97,11 @@ def prediction_and_target(base: Base, controlnet: nn.Module, batch: DeviceBatch)
             assert posterior is not None, "a batch has pictures, or what the VAE made of them"
             latents = sample_posterior(base, *posterior, batch.posterior_noise).float()  # (B, C, h, w)
         with record_function("encode prompt"):  # dropped prompts share one cached embedding
-            height, width = batch.conditioning_pixel_values.shape[-2:]
+            height, width = (base.family.vae_factor * side for side in latents.shape[-2:])
             encoded = encode_kept(base, batch.captions) if batch.posterior is None else batch.text
             text = with_empty_prompts(base, batch.captions, encoded, picture_size=(height, width))
-        condition = encode_condition(base, controlnet, batch.conditioning_pixel_values)  # a U-Net's stays as it is
+        with record_function("encode condition"):
+            condition = condition_input(base, controlnet, batch)
         noisy = base.process.noised(latents, batch.noise, batch.levels)
 
     with record_function("predict"):  # the copy and its zero layers take gradients, what is locked none

@@ -327,8 +327,8 @@ def sample_size(config: RunConfig, one: Footprint) -> tuple[float, bool]:
     Tells also whether they were counted in shards that are here.
     """
     picture = STORED_BYTES_PER_PIXEL * config.data.resolution**2
-    if config.data.latent_cache is not None:  # beside the condition, about a third of picture and condition
-        return one.cached_bytes / one.micro_batch_size + picture / 3, False
+    if config.data.latent_cache is not None:  # beside a condition's picture, about a third of both pictures
+        return one.cached_bytes / one.micro_batch_size + (picture / 3 if one.reads_conditions else 0.0), False
     try:
         dataset = join_datasets([open_dataset(source.shards) for source in sources(config)])
     except FileNotFoundError:

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import flop_registry
 from controlbooth.models.architectures import PUBLISHED, Config
 from controlbooth.models.attention import AttentionChoice, apply_attention
 from controlbooth.models.base import Base, vae_dtype
-from controlbooth.models.denoisers.registry import denoiser_of, encode_condition
+from controlbooth.models.denoisers.registry import denoiser_of, reads_latents
 from controlbooth.models.denoisers.transformer_copy import fixed_tensors
 from controlbooth.models.families import FAMILIES, VAE, Family, Part
 from controlbooth.models.files.weight_files import read_json
@@ -36,7 +36,7 @@ from controlbooth.models.recognition import check_part, recognise_folder
 from controlbooth.trainer.config.run import RunConfig, base_path
 from controlbooth.trainer.config.section import ConfigError
 from controlbooth.trainer.controlnet.build import new_controlnet
-from controlbooth.trainer.controlnet.step import DeviceBatch, controlnet_loss
+from controlbooth.trainer.controlnet.step import DeviceBatch, condition_input, controlnet_loss
 from controlbooth.trainer.encoding import encode_captions, encode_kept, encode_posterior
 from controlbooth.trainer.engine.deepspeed import DTYPES
 from controlbooth.trainer.run.base import with_run_settings
@@ -103,6 +103,8 @@ class Footprint:
     """What of that is latents and hidden states from the latent cache, as they are stored; 0 with online encoders."""
     host_bytes: int = 0
     """In host memory: of a transformer's ControlNet, what its files hold besides trained weights, in fp32."""
+    reads_conditions: bool = True
+    """Whether the loader reads pictures of conditions: not where the latent cache holds their latents."""
 
     @property
     def activation_bytes(self) -> int:
@@ -340,14 +342,14 @@ def _measured(config: RunConfig, base: Base, controlnet: Any, micro_batch_size: 
     live, encoders = LiveStorages(), LiveStorages()
     live.ignore([*frozen, *trained])
     handles = [p.register_post_accumulate_grad_hook(lambda p: live.is_gradient(p.grad)) for p in trained]
-    batch = fake_batch(config, base, micro_batch_size)
+    batch = fake_batch(config, base, controlnet, micro_batch_size)
     with encoders, torch.no_grad():
-        encode_condition(base, controlnet, batch.conditioning_pixel_values)
+        condition_input(base, controlnet, batch)
         if batch.pixel_values is not None:
             encode_posterior(base, batch.pixel_values)
             encode_kept(base, batch.captions)
     with live:
-        batch = fake_batch(config, base, micro_batch_size)
+        batch = fake_batch(config, base, controlnet, micro_batch_size)
         size, live.traffic, live.operations = live.live, 0, 0
         controlnet_loss(base, controlnet, batch, config.optimizer.min_snr_gamma).backward()
     for handle in handles:
@@ -368,17 +370,20 @@ def _measured(config: RunConfig, base: Base, controlnet: Any, micro_batch_size: 
         operations=live.operations,
         batch_bytes=size,
         cached_bytes=sum(
-            t.numel() * t.element_size() for t in (*(batch.posterior or ()), *(batch.text or ())) if t is not None
+            t.numel() * t.element_size()
+            for t in (*(batch.posterior or ()), *(batch.text or ()), batch.condition)
+            if t is not None
         ),
+        reads_conditions=batch.conditioning_pixel_values is not None,
     )
 
 
-def fake_batch(config: RunConfig, base: Base, size: int) -> DeviceBatch:
+def fake_batch(config: RunConfig, base: Base, controlnet: Any, size: int) -> DeviceBatch:
     """Makes a micro-batch as `to_device` leaves it: of pictures, or of what the latent cache holds."""
     side = config.data.resolution
     latent = side // base.family.vae_factor
     shape = (size, base.latent_channels, latent, latent)
-    pixel_values, posterior, text = None, None, None
+    pixel_values, posterior, text, condition = None, None, None, None
     if config.data.latent_cache is None:
         pixel_values = torch.zeros(size, 3, side, side)
     else:
@@ -386,9 +391,10 @@ def fake_batch(config: RunConfig, base: Base, size: int) -> DeviceBatch:
         assert base._empty is not None
         states, pooled = base._empty
         text = (states.repeat(size, 1, 1), None if pooled is None else pooled.repeat(size, 1))
+        condition = torch.zeros(shape, dtype=base.vae.dtype) if reads_latents(controlnet) else None
     return DeviceBatch(
         pixel_values=pixel_values,
-        conditioning_pixel_values=torch.zeros(size, 3, side, side),
+        conditioning_pixel_values=torch.zeros(size, 3, side, side) if condition is None else None,
         captions=["a caption"] * size,
         levels=torch.zeros(size, dtype=torch.int64),
         noise=torch.zeros(shape),
@@ -396,6 +402,7 @@ def fake_batch(config: RunConfig, base: Base, size: int) -> DeviceBatch:
         weights=torch.ones(size),
         posterior=posterior,
         text=text,
+        condition=condition,
     )
 
 

@@ -18,6 +18,7 @@ from controlbooth.data.shards import latent_cache as caches
 from controlbooth.data.shards.latent_cache import (
     LatentCacheReader,
     check_stated,
+    condition_parts,
     damaged,
     latents_parts,
     missing,
@@ -36,10 +37,12 @@ SQUARE = Buckets(((SIZE, SIZE),), ({},))
 HERE = {"batch": 4, "device": "cpu", "threads": 1, "torch": "2"}
 
 
-def identities(**latents):
+def identities(condition=None, **latents):
+    pictures = {"vae": "v", "dtype": "bfloat16", "shapes": [[SIZE, SIZE]], "flips": False, **latents}
     return {
-        "latents": {"vae": "v", "dtype": "bfloat16", "shapes": [[SIZE, SIZE]], "flips": False, **latents},
+        "latents": pictures,
         "text": {"text_encoders": ["t"], "dtype": "float32", "pooled": True},
+        **({} if condition is None else {f"condition.{condition}": pictures | {"values": "binary"}}),
     }
 
 
@@ -54,6 +57,8 @@ def shards(tmp_path):
 def values(kind, row, shard, flipped=False):
     """Arrays that tell where they belong."""
     number = 1000 * shard + 10 * row + flipped
+    if kind.startswith("condition."):
+        return [np.full((4, 2, 2), number + 7, "<u2")]
     if kind == "latents":
         return [np.full((4, 2, 2), number + i, "<u2") for i in (0, 5)]
     return [np.full((3, 5), number, "<f4"), np.full(6, number, "<f4")]
@@ -78,10 +83,11 @@ def arrays_of(kind, known, row, shard):
     if kind == "text":
         return dict(zip(text_parts("float32", 0, True), values("text", row, shard), strict=True))
     flips = (False, True)[: 1 + known["latents"]["flips"]]
+    parts = latents_parts if kind == "latents" else condition_parts
     return {
         name: array
         for flipped in flips
-        for name, array in zip(latents_parts("bfloat16", flipped), values("latents", row, shard, flipped), strict=True)
+        for name, array in zip(parts("bfloat16", flipped), values(kind, row, shard, flipped), strict=True)
     }
 
 
@@ -130,7 +136,7 @@ def test_samples_of_one_key_get_their_own_latents_and_equal_shards_of_two_source
     dataset = join_datasets([open_dataset(tmp_path / name) for name in "aba"])
     latent_cache = plan_latent_cache(tmp_path / "c", dataset, Buckets(((SIZE, SIZE),), ({}, {}, {})), identities())
     (tmp_path / "c").mkdir()
-    for kind in caches.KINDS:
+    for kind in latent_cache.paths:
         assert latent_cache.paths[kind][:3] == latent_cache.paths[kind][6:] and len(set(latent_cache.paths[kind])) == 6
         for shard in range(6):
             index = load_index(index_path(dataset.paths[shard]))
@@ -161,6 +167,21 @@ def test_a_mirrored_sample_gets_the_latents_of_its_mirrored_picture(shards, tmp_
         for i, (key, flipped) in enumerate(zip(batch.keys, draws.flips(1, batch.positions), strict=True)):
             shard, row = place_of(key)
             assert np.array_equal(batch.encoded.mean[i], values("latents", row, shard, bool(flipped))[0])
+
+
+def test_each_sample_gets_the_latents_of_its_own_condition_in_place_of_the_picture_of_it(shards, tmp_path):
+    latent_cache = write(shards, tmp_path / "c", identities("edges", flips=True), without={(1, 4)})
+    plain, _ = take(shards, 6, random_flip=True, max_bad_rate=1.0)
+    found, _ = take(shards, 6, latent_cache, random_flip=True, max_bad_rate=1.0)
+    for one, other in zip(plain, found, strict=True):
+        assert other.conditioning is None and one.conditioning is not None
+        assert other.captions == one.captions or (1, 4) in map(place_of, one.keys)
+        for i, (key, flipped) in enumerate(zip(other.keys, draws.flips(1, other.positions), strict=True)):
+            shard, row = place_of(key)
+            assert np.array_equal(other.encoded.mean[i], values("latents", row, shard, bool(flipped))[0])
+            assert np.array_equal(other.encoded.condition[i], values("condition.edges", row, shard, bool(flipped))[0])
+    without, _ = take(shards, 1, write(shards, tmp_path / "d", identities()))
+    assert all(batch.encoded.condition is None and batch.conditioning is not None for batch in without)
 
 
 @pytest.mark.parametrize("changes", [{"random_flip": True}, {"random_crop": True}])

@@ -15,6 +15,7 @@ import stores
 import torch
 import webdataset
 
+from controlbooth.data.errors import UserError
 from controlbooth.data.scenes import render
 from controlbooth.data.shards.index import ensure_index
 from controlbooth.data.shards.latent_cache import check_stated, missing, open_latent_cache, plan_latent_cache, state
@@ -23,10 +24,15 @@ from controlbooth.data.shards.sidecar import index_path
 from controlbooth.launch.cli import main
 from controlbooth.launch.commands import data_index
 from controlbooth.models.denoisers.unet import build_controlnet
-from controlbooth.models.pretrained import load_base
+from controlbooth.models.pretrained import load_base, save_controlnet
 from controlbooth.trainer.config.loading import build_config
 from controlbooth.trainer.config.section import ConfigError
-from controlbooth.trainer.controlnet.build import make_loader, new_controlnet
+from controlbooth.trainer.controlnet.build import (
+    cached_values,
+    make_loader,
+    new_controlnet,
+    open_run_latent_cache,
+)
 from controlbooth.trainer.controlnet.precompute import (
     all_damaged,
     check_apart,
@@ -38,7 +44,7 @@ from controlbooth.trainer.controlnet.precompute import (
     run_buckets,
     sample_bytes,
 )
-from controlbooth.trainer.controlnet.step import prediction_and_target, to_device
+from controlbooth.trainer.controlnet.step import controlnet_step, prediction_and_target, to_device
 from controlbooth.trainer.encoding import computed_here, latent_cache_identities, module_digest, tokenizer_digest
 from controlbooth.trainer.engine.distributed import World, join, leave
 from controlbooth.trainer.run.base import open_base
@@ -51,8 +57,11 @@ def encode(extension, pixels):
     return cv2.imencode(f".{extension}", pixels if pixels.ndim == 2 else pixels[..., ::-1])[1].tobytes()
 
 
-def write_shards(folder, size, damaged=()):
-    """Scenes of `size(i)` (height, width); every third has two captions, every fifth an empty one."""
+def write_shards(folder, size, damaged=(), spoiled=()):
+    """Scenes of `size(i)` (height, width); every third has two captions, every fifth an empty one.
+
+    Of those that are `spoiled` the edges cannot be decoded, and of those that are `damaged` the picture.
+    """
     folder.mkdir()
     for shard in range(SHARDS):
         path = folder / f"{shard}.tar"
@@ -63,13 +72,15 @@ def write_shards(folder, size, damaged=()):
                 image, edges = (cv2.resize(one, (width, height)) for one in (drawn.image, drawn.edges))
                 png = encode("png", image)
                 captions = ["" if i % 5 == 0 else render.scene(3, i).caption] + ["another one"] * (i % 3 == 0)
-                parts = {"png": png[:90] + b"junk" if i in damaged else png, "cond.edges.png": encode("png", edges)}
+                png = png[:90] + b"junk" if i in damaged else png
+                lines = b"junk" if i in spoiled else encode("png", edges)
+                parts = {"png": png, "cond.edges.png": lines, "cond.normals.png": encode("png", image)}
                 writer.write({"__key__": f"k{i:03d}", "json": json.dumps({"captions": captions}).encode(), **parts})
         ensure_index(path)
     return folder
 
 
-def run_config(base, folder, **data):
+def run_config(base, folder, model=None, **data):
     changes = dict(
         shards=str(folder / "shards"), condition="edges", resolution=32, latent_cache=str(folder / "latents")
     )
@@ -77,7 +88,7 @@ def run_config(base, folder, **data):
     return build_config(
         dict(
             name="run", output=str(folder / "runs"), max_steps=1, global_batch_size=4, micro_batch_size=2,
-            model=dict(base=str(base)) | hints, data=changes | data, engine=dict(precision="fp32"),
+            model=dict(base=str(base)) | hints | (model or {}), data=changes | data, engine=dict(precision="fp32"),
         )
     )  # fmt: skip
 
@@ -86,7 +97,7 @@ def computed(config, base):
     """-> data set and its latent cache, as `precompute` writes them."""
     dataset = open_dataset(config.data.shards)
     buckets = run_buckets(config, dataset)
-    identities = latent_cache_identities(config, base, buckets.shapes)
+    identities = latent_cache_identities(config, base, buckets.shapes, cached_values(config, base, dataset))
     config.data.latent_cache.mkdir(exist_ok=True)
     state(config.data.latent_cache, identities, computed_here(config, ALONE.device))
     planned = plan_latent_cache(config.data.latent_cache, dataset, buckets, identities)
@@ -118,6 +129,7 @@ def both(config, base, dataset, latent_cache, steps):
         ("miniature", False),
         ("sd3", True),
         ("flux", False),
+        ("miniature-dit", False),
     ],
 )
 def test_a_step_on_a_latent_cache_is_bitwise_the_step_without(base_folder, tmp_path, family, flip):
@@ -125,12 +137,12 @@ def test_a_step_on_a_latent_cache_is_bitwise_the_step_without(base_folder, tmp_p
     config = run_config(base_folder(family), tmp_path, random_flip=flip)
     base = open_base(config, torch.float32, "cpu")
     dataset, latent_cache = computed(config, base)
-    torch.manual_seed(0)
-    controlnet = new_controlnet(base.denoiser, config.model)
+    controlnet = moved_controlnet(base, config)
     seen, kept = set(), 0
     with torch.no_grad():
         for one, other in both(config, base, dataset, latent_cache, steps=6):
             assert other.pixel_values is None and one.keys == other.keys and one.captions == other.captions
+            assert (other.conditioning is None) == (family in ("sd3", "flux")) and one.conditioning is not None
             assert np.array_equal(one.dropped, other.dropped)
             plain, cached = (to_device(batch, ALONE.device) for batch in (one, other))
             for a, b in zip(
@@ -142,6 +154,121 @@ def test_a_step_on_a_latent_cache_is_bitwise_the_step_without(base_folder, tmp_p
             seen |= set(one.keys)
             kept += sum(map(bool, one.captions))
     assert len(seen) > 16 and 0 < kept < 24
+
+
+def moved_controlnet(base, config):
+    """A ControlNet that is moved away from zero everywhere, so that what it adds depends on the condition."""
+    torch.manual_seed(0)
+    controlnet = new_controlnet(base.denoiser, config.model)
+    draw = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in controlnet.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=draw)
+    return controlnet
+
+
+def trained(base, config, dataset, latent_cache, steps):
+    """Losses of some steps of AdamW from one beginning, and the weights after them."""
+    controlnet = moved_controlnet(base, config).to(base.dtype)
+    optimizer = torch.optim.AdamW(controlnet.parameters(), 1e-3)
+    config.output.mkdir(exist_ok=True)
+    losses = []
+    with make_loader(config, ALONE, base, dataset, 0, config.output, latent_cache=latent_cache) as loader:
+        for _ in range(steps):
+
+            def backward(loss):
+                (loss / 2).backward()
+
+            losses += controlnet_step(base, controlnet, backward, next(loader).micro_batches, None, ALONE.device)
+            optimizer.step()
+            optimizer.zero_grad()
+    return losses, controlnet.state_dict()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("family", "condition"), [("sd3", "edges"), ("sd3", "normals"), ("flux", "normals")])
+def test_training_on_cached_latents_of_conditions_is_bitwise_training_without(
+    base_folder, tmp_path, family, condition, dtype
+):
+    """With buckets of two shapes, pictures that are mirrored, and normals, whose colours turn in a mirror."""
+    write_shards(tmp_path / "shards", lambda i: (16, 64) if i % 2 else (48, 48), spoiled=(4, 11))
+    config = run_config(
+        base_folder(family), tmp_path, condition=condition, random_flip=True, max_aspect_ratio=4.0, aspect_step=16,
+        max_bad_rate=1.0,
+    )  # fmt: skip
+    base = open_base(config, dtype, "cpu")
+    dataset, latent_cache = computed(config, base)
+    (losses, weights), (others, theirs) = (trained(base, config, dataset, one, 6) for one in (None, latent_cache))
+    assert latent_cache.condition == condition and len(set(losses)) == 12
+    assert losses == others
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in weights.items())
+
+
+def test_conditions_that_cannot_be_decoded_are_replaced_by_the_same_samples_with_their_latents(base_folder, tmp_path):
+    write_shards(tmp_path / "shards", lambda i: (32, 32), spoiled=(2, 9, 10), damaged=(3,))
+    config = run_config(base_folder("flux"), tmp_path, max_bad_rate=1.0)
+    base = load_base(config.model.base)
+    dataset, latent_cache = computed(config, base)
+    pairs = list(both(config, base, dataset, latent_cache, steps=10))
+    assert all(one.keys == other.keys and np.array_equal(one.weights, other.weights) for one, other in pairs)
+    assert not {"k002", "k003", "k009", "k010"} & {key for one, _ in pairs for key in one.keys}
+
+
+def written_times(folder):
+    return {path.name: path.stat().st_mtime_ns for path in folder.glob("*.tar")}
+
+
+def test_latents_of_conditions_are_added_to_a_cache_that_lacks_them(base_folder, tmp_path):
+    """As to one of before, and to one of a run on another condition, which goes on working."""
+    write_shards(tmp_path / "shards", lambda i: (32, 32))
+    config = run_config(base_folder("sd3"), tmp_path)
+    pixels = run_config(base_folder("sd3"), tmp_path, dict(condition_entry="pixels", hint_channels=[4, 8, 8, 16]))
+    base = load_base(config.model.base)
+    dataset, before = computed(pixels, base)
+    assert before.condition is None and set(before.paths) == {"latents", "text"}
+    files = written_times(tmp_path / "latents")
+
+    def opened(config):
+        return open_run_latent_cache(config, ALONE, base, dataset)
+
+    with pytest.raises(UserError, match="no latents of the condition 'edges', which .*those of pictures alone.*adds"):
+        opened(config)
+    _, edges = computed(config, base)
+    added = written_times(tmp_path / "latents")
+    assert files.items() <= added.items() and len(added) == 3 * SHARDS and edges.condition == "edges"
+    normals = run_config(base_folder("sd3"), tmp_path, condition="normals")
+    with pytest.raises(UserError, match="no latents of the condition 'normals'.*it has those of 'edges'.*which adds"):
+        opened(normals)
+    computed(normals, base)
+    assert added.items() <= written_times(tmp_path / "latents").items()
+    assert [opened(one).condition for one in (pixels, config, normals)] == [None, "edges", "normals"]
+    with pytest.raises(UserError, match="has latents of the condition 'edges', and the loader reads 'normals'"):
+        make_loader(normals, ALONE, base, dataset, 0, config.output, latent_cache=edges)
+
+
+def test_latents_of_a_condition_that_was_resized_otherwise_are_refused(base_folder, tmp_path):
+    write_shards(tmp_path / "shards", lambda i: (32, 32))
+    config = run_config(base_folder("sd3"), tmp_path)
+    base = load_base(config.model.base)
+    computed(config, base)
+    other = latent_cache_identities(config, base, ((32, 32),), "labels")
+    with pytest.raises(ValueError, match="condition.edges have values='levels' there, and here 'labels'"):
+        check_stated(tmp_path / "latents", other)
+
+
+def test_a_controlnet_that_goes_on_wants_latents_of_conditions_where_it_reads_them(base_folder, tmp_path):
+    write_shards(tmp_path / "shards", lambda i: (32, 32))
+    dataset, folders = open_dataset(tmp_path / "shards"), {}
+    base = load_base(base_folder("sd3"))
+    for entry in ("latents", "pixels"):
+        config = run_config(base_folder("sd3"), tmp_path, dict(condition_entry=entry, hint_channels=[4, 8, 8, 16]))
+        save_controlnet(new_controlnet(base.denoiser, config.model), folders.setdefault(entry, tmp_path / entry))
+    found = [
+        cached_values(run_config(base_folder("sd3"), tmp_path, dict(controlnet=str(folder))), base, dataset)
+        for folder in folders.values()
+    ]
+    assert found == ["levels", None]
 
 
 def test_the_steps_of_a_bfloat16_base_are_bitwise_equal_too(base_folder, tmp_path):
@@ -260,10 +387,25 @@ def test_the_bytes_that_are_announced_are_about_those_that_are_written(base_fold
     jobs = {shard: ["latents", "text"] for shard in range(SHARDS)}
     announced = report(base, dataset, latent_cache, jobs)
     assert announced == 21 * sum(sample_bytes(base, latent_cache).values())
+    assert "condition" not in capsys.readouterr().out
     latents = sum(path.stat().st_size for path in latent_cache.paths["latents"])
     assert 0 < latents - 21 * sample_bytes(base, latent_cache)["latents"] < SHARDS * 12_000  # tars end on 10 KiB
+    report(base, dataset, latent_cache, jobs)
     said = capsys.readouterr().out
     assert "3 of 3 shards to compute: 21 samples" in said and "several captions" in said
+
+
+def test_the_bytes_of_the_conditions_latents_are_announced_too(base_folder, tmp_path, capsys):
+    write_shards(tmp_path / "shards", lambda i: (32, 32))
+    config = run_config(base_folder("sd3"), tmp_path, random_flip=True)
+    base = load_base(config.model.base)
+    dataset, latent_cache = computed(config, base)
+    sizes = sample_bytes(base, latent_cache)
+    capsys.readouterr()
+    assert report(base, dataset, latent_cache, {0: ["condition.edges"]}) == 7 * sizes["condition.edges"]
+    assert "condition.edges 1 of 3 shards to compute: 7 samples" in capsys.readouterr().out
+    written = sum(path.stat().st_size for path in latent_cache.paths["condition.edges"])
+    assert 0 < written - 21 * sizes["condition.edges"] < SHARDS * 12_000
 
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_computed(tmp_path):
