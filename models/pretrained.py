@@ -28,6 +28,7 @@ from transformers import AutoTokenizer
 from controlbooth.data.errors import MissingFile, UserError
 from controlbooth.models.architectures import MINIATURE
 from controlbooth.models.base import Base, check_parts_fit, vae_dtype
+from controlbooth.models.denoisers.foreign import borrow, check_trainable
 from controlbooth.models.denoisers.pixel_controlnet import PixelSD3ControlNet
 from controlbooth.models.denoisers.registry import DENOISERS, check_fits, denoiser_of
 from controlbooth.models.denoisers.unet import build_controlnet
@@ -310,7 +311,8 @@ def load_controlnet(path: str | os.PathLike[str], unet: Any, dtype: torch.dtype 
     """Reads a ControlNet to continue from: a diffusers folder, or a single .safetensors file in either layout.
 
     It is on the CPU and trainable. Raises FileNotFoundError where it is not there, and ValueError if it was not made
-    for such a U-Net, or if a decoder has learned with it: `unlocked_decoder.load_networks` reads both.
+    for such a U-Net, is of a kind that is not trained here (see `denoisers.foreign`), or if a decoder has learned with
+    it: `unlocked_decoder.load_networks` reads these too.
     """
     path = Path(path)
     if (path / DECODER_FILE).exists() or ((path / UNET_FOLDER).exists() and (path / "config.json").exists()):
@@ -318,7 +320,9 @@ def load_controlnet(path: str | os.PathLike[str], unet: Any, dtype: torch.dtype 
             f"the ControlNet in {path} was trained with an unlocked decoder, and is worth nothing on the base's own. "
             "Go on with its run by raising max_steps, or take one that was trained with the decoder locked"
         )
-    return read_controlnet(path, unet, dtype)
+    controlnet = read_controlnet(path, unet, dtype)
+    check_trainable(controlnet.config, str(path))
+    return controlnet
 
 
 def read_controlnet(path: Path, unet: Any, dtype: torch.dtype = torch.float32) -> Any:
@@ -330,6 +334,7 @@ def read_controlnet(path: Path, unet: Any, dtype: torch.dtype = torch.float32) -
     if path.is_dir():
         controlnet = read_controlnet_folder(path, dtype, empty)
         check_fits(controlnet, unet, str(path))
+        borrow(controlnet, unet)
         return controlnet.train()
     if not path.is_file():
         raise MissingFile(f"ControlNet {path} does not exist. Give a diffusers folder or a .safetensors file.")

@@ -168,7 +168,8 @@ def _with_rows_for(control: Control, text: TextEncoding, pictures: int) -> Contr
 @contextmanager
 def _hints_kept(network: nn.Module) -> Iterator[None]:
     """Opens a context in which a ControlNet's hint network runs once for a condition, not again in each step."""
-    hint: Any = getattr(getattr(network, "module", network), "controlnet_cond_embedding", None)
+    module = getattr(network, "module", network)
+    hint: Any = getattr(module, "controlnet_cond_embedding", getattr(module, "input_hint_block", None))
     if hint is None:  # conditions are latents, and encoded already
         yield
         return
@@ -192,6 +193,12 @@ def _sum(several: Sequence[Residuals]) -> Residuals:
     """Adds up the residuals of ControlNets that were trained apart (arXiv 2302.05543, section 3.4)."""
     total, *others = several
     for other in others:
+        if ([*map(len, total.groups)], total.repeated) != ([*map(len, other.groups)], other.repeated):
+            counts = " and ".join(str([*map(len, one.groups)]) for one in (total, other))
+            raise UserError(
+                f"ControlNets whose residuals go to other blocks of the base cannot be added up: they have {counts}. "
+                "Use them one at a time"
+            )
         total = total.with_each(one + two for one, two in zip(total.each(), other.each(), strict=True))
     return total
 

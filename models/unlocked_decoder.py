@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from controlbooth.data.errors import UserError
 from controlbooth.models.base import Base
+from controlbooth.models.denoisers.foreign import tell_kind
 from controlbooth.models.denoisers.registry import predict
 from controlbooth.models.files.loading import fill, load_module, read_tensors
 from controlbooth.models.files.weights import save_weights
@@ -87,7 +88,9 @@ def save_decoder(weights: dict[str, Tensor], folder: Path) -> None:
     save_weights(weights, folder / DECODER_FILE)
 
 
-def load_networks(path: str | os.PathLike[str], base: Base, dtype: torch.dtype = torch.float32) -> tuple[Base, Any]:
+def load_networks(
+    path: str | os.PathLike[str], base: Base, dtype: torch.dtype = torch.float32, *, kind: str | None = None
+) -> tuple[Base, Any]:
     """Reads a ControlNet, and returns the base as it was trained with, and the ControlNet.
 
     That base has the decoder that learned with the ControlNet, where the folder holds one; else it is `base`.
@@ -95,9 +98,14 @@ def load_networks(path: str | os.PathLike[str], base: Base, dtype: torch.dtype =
     path: as for `load_controlnet`; a checkpoint's controlnet/ or an export. The ControlNet is on the CPU, in dtype and
     trainable; the base is on its device, in its dtype and frozen, and `base` itself is left as it is. Raises ValueError
     for a decoder or ControlNet of another base.
+
+    kind: of the conditions, such as "depth", which a ControlNet for several kinds is told; ValueError for one that it
+    does not know.
     """
     path = Path(path)
     controlnet, empty = read_controlnet(path, base.denoiser, dtype), base.device.type == "meta"
+    if kind is not None:
+        tell_kind(controlnet, kind, str(path))
     if (path / DECODER_FILE).is_file():
         weights = read_tensors([path / DECODER_FILE], empty)
     elif (path / UNET_FOLDER).is_dir():

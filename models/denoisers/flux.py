@@ -12,6 +12,7 @@ from diffusers import FluxControlNetModel
 from torch import Tensor, nn
 
 from controlbooth.data.errors import UserError
+from controlbooth.models.denoisers.foreign import has_hint_block, is_union, union_mode
 from controlbooth.models.denoisers.residuals import Residuals
 from controlbooth.models.denoisers.transformer_copy import (
     check_count,
@@ -77,7 +78,7 @@ def denoise(
     if residuals is not None:
         names = ("controlnet_block_samples", "controlnet_single_block_samples")
         groups = ([residual.to(dtype) for residual in group] or None for group in residuals.groups)
-        added = dict(zip(names, groups, strict=True))
+        added = dict(zip(names, groups, strict=True)) | {"controlnet_blocks_repeat": residuals.repeated}
     tokens = transformer(**_inputs(transformer, noisy_latents, times, text, dtype), **added)[0]
     return unpack(tokens, *noisy_latents.shape[-2:])
 
@@ -85,25 +86,31 @@ def denoise(
 def control_residuals(
     controlnet: nn.Module, noisy_latents: Tensor, times: Tensor, text: TextEncoding, condition: Tensor, scale: float
 ) -> Residuals:
-    """Runs the ControlNet, or an engine around one. condition: packed latents, see `encode_condition`."""
+    """Runs the ControlNet, or an engine around one. condition: as `encode_condition` makes it."""
     dtype = next(controlnet.parameters()).dtype
+    config: Any = getattr(controlnet, "module", controlnet).config
+    added = {"controlnet_mode": union_mode(controlnet, len(condition), condition.device)} if is_union(config) else {}
     double, single = controlnet(
         **_inputs(controlnet, noisy_latents, times, text, dtype),
         controlnet_cond=condition.to(dtype),
         conditioning_scale=scale,
+        **added,
     )
-    return Residuals((tuple(double or ()), tuple(single or ())))
+    return Residuals((tuple(double or ()), tuple(single or ())), repeated=has_hint_block(config))
 
 
 def encode_condition(base: Any, controlnet: nn.Module, conditioning: Tensor) -> Tensor:
     """Makes packed latents (B, tokens, 64) of conditions (B, 3, H, W) in [0, 1]: the posterior's mode, scaled as
-    pictures are."""
+    pictures are. A ControlNet of XLabs' kind gets pixels in [-1, 1]."""
+    if not reads_latents(controlnet):
+        return 2.0 * conditioning - 1.0
     return condition_latents(base, controlnet, condition_mean(base, conditioning))
 
 
 def reads_latents(controlnet: nn.Module) -> bool:
-    """Tells whether a ControlNet reads the latents of its condition, and no pixels: all that can be used here do."""
-    return True
+    """Tells whether a ControlNet, or an engine around one, reads the latents of its condition, and no pixels."""
+    module: Any = getattr(controlnet, "module", controlnet)
+    return not has_hint_block(module.config)
 
 
 def condition_latents(base: Any, controlnet: nn.Module, mean: Tensor) -> Tensor:
@@ -166,20 +173,24 @@ def _counts(copied_blocks: Sequence[int] | None, double: int, single: int) -> tu
 
 FITS = (
     "patch_size", "in_channels", "attention_head_dim", "num_attention_heads", "joint_attention_dim",
-    "pooled_projection_dim", "guidance_embeds", "axes_dims_rope",
+    "pooled_projection_dim", "axes_dims_rope",
 )  # fmt: skip
-"""Settings that a ControlNet and its base have alike."""
+"""Settings that a ControlNet and its base have alike. Each is told its guidance or not as it says itself."""
+
+
+def must_fit(config: Any) -> tuple[str, ...]:
+    """Returns the settings that a ControlNet with this configuration and its base have alike."""
+    return tuple(name for name in FITS if name != "patch_size" or not has_hint_block(config))  # there of the hint's
 
 
 def check_usable(config: Any, where: str) -> None:
     """Raises ValueError for a ControlNet of this class that cannot be used here. where: its folder."""
-    if config.get("num_mode") is not None:
-        raise UserError(
-            f"{where} is a union of {config['num_mode']} kinds of control, which wants the number of a kind, and that "
-            "cannot be told yet. Give a ControlNet of one kind"
-        )
-    if config.get("conditioning_embedding_channels") is not None:
-        raise UserError(
-            f"{where} takes conditions by a hint network (XLabs' kind), whose residuals are repeated over the base's "
-            "blocks; it cannot be used yet. Give one whose conditions are latents"
-        )
+    if has_hint_block(config):
+        features = config["conditioning_embedding_channels"] * config["patch_size"] ** 2
+        if features != config["in_channels"]:
+            raise UserError(
+                f"{where}: its hint network (XLabs' kind) gives {features} numbers a token, patch_size "
+                f"{config['patch_size']} squared times conditioning_embedding_channels "
+                f"{config['conditioning_embedding_channels']}, and in_channels is {config['in_channels']}. Fetch its "
+                "config.json again"
+            )

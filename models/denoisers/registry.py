@@ -22,8 +22,8 @@ from controlbooth.models.text import TextEncoding
 @dataclass(frozen=True)
 class Denoiser:
     """A family's file: with `denoise`, `control_residuals`, `encode_condition`, `reads_latents`, `build_controlnet`,
-    `finish_reading`, `check_usable`, and the names FITS, ZERO and ENTRY; where `reads_latents` may be true, also with
-    `condition_latents`."""
+    `finish_reading`, `check_usable`, `must_fit`, and the names ZERO and ENTRY; where `reads_latents` may be true, also
+    with `condition_latents`."""
 
     file: ModuleType | Any
     base: str
@@ -160,7 +160,7 @@ def check_fits(controlnet: Any, network: Any, where: str = "the ControlNet") -> 
             f"{where} is a {type(controlnet).__name__}, and the base is a {type(network).__name__}, which it does not "
             "fit. Give a ControlNet of the base's own family"
         )
-    for key in denoiser.file.FITS:
+    for key in denoiser.file.must_fit(controlnet.config):
         theirs, ours = (_plain(config.get(key)) for config in (controlnet.config, network.config))
         if theirs != ours:
             raise UserError(

@@ -1,7 +1,7 @@
 """What a ControlNet adds to its base, whatever the base's architecture."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -13,6 +13,8 @@ class Residuals:
     groups: tuple[tuple[Tensor, ...], ...]
     """Shallow to deep. Of a U-Net: one for each skip connection (SD1.5: 12), and the middle block's. Of SD3: one for
     each copied block, (B, tokens, D). Of FLUX.1: for each double block, and for each single one."""
+    repeated: bool = False
+    """Of FLUX.1: whether block i of the base adds number i modulo their count, and not each one to a run of blocks."""
 
     def each(self) -> tuple[Tensor, ...]:
         """Returns all of them, shallow to deep."""
@@ -21,4 +23,4 @@ class Residuals:
     def with_each(self, others: Iterable[Tensor]) -> "Residuals":
         """Returns residuals in the same groups, with `others` in place of these: as many, in the same order."""
         left = iter(others)
-        return Residuals(tuple(tuple(next(left) for _ in group) for group in self.groups))
+        return replace(self, groups=tuple(tuple(next(left) for _ in group) for group in self.groups))

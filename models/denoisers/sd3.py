@@ -13,6 +13,7 @@ from diffusers import SD3ControlNetModel
 from torch import Tensor, nn
 
 from controlbooth.data.errors import UserError
+from controlbooth.models.denoisers.foreign import in_levels_of_stability, is_without_text
 from controlbooth.models.denoisers.pixel_controlnet import PixelSD3ControlNet
 from controlbooth.models.denoisers.residuals import Residuals
 from controlbooth.models.denoisers.transformer_copy import (
@@ -56,10 +57,11 @@ def control_residuals(
     """Runs the ControlNet, or an engine around one. condition: as `encode_condition` makes it."""
     dtype = next(controlnet.parameters()).dtype
     pooled = text.added_cond_kwargs["pooled_projections"].to(dtype)
+    module: Any = getattr(controlnet, "module", controlnet)
     (blocks,) = controlnet(
         hidden_states=noisy_latents.to(dtype),
         timestep=times.expand(len(noisy_latents)),
-        encoder_hidden_states=text.encoder_hidden_states.to(dtype),
+        encoder_hidden_states=None if is_without_text(module.config) else text.encoder_hidden_states.to(dtype),
         pooled_projections=torch.zeros_like(pooled) if _is_of_instantx(controlnet) else pooled,
         controlnet_cond=condition.to(dtype),
         conditioning_scale=scale,
@@ -83,7 +85,9 @@ def encode_condition(base: Any, controlnet: nn.Module, conditioning: Tensor) -> 
     """
     if not reads_latents(controlnet):
         return conditioning
-    return condition_latents(base, controlnet, condition_mean(base, conditioning))
+    levels = in_levels_of_stability(controlnet, conditioning)
+    mean = condition_mean(base, conditioning) if levels is None else base.posterior(levels).mean
+    return condition_latents(base, controlnet, mean)
 
 
 def reads_latents(controlnet: nn.Module) -> bool:
@@ -153,17 +157,22 @@ FITS = (
     "caption_projection_dim", "pooled_projection_dim", "qk_norm", "pos_embed_max_size",
 )  # fmt: skip
 """Settings that a ControlNet and its base have alike."""
+OF_TEXT = ("joint_attention_dim", "caption_projection_dim", "qk_norm")
+"""Those of the settings above that a ControlNet without text does not have."""
+
+
+def must_fit(config: Any) -> tuple[str, ...]:
+    """Returns the settings that a ControlNet with this configuration and its base have alike."""
+    free = OF_TEXT if is_without_text(config) else ()
+    without_table = not config.get("use_pos_embed", True) or config.get("pos_embed_type", "sincos") is None
+    return tuple(name for name in FITS if name not in free and not (without_table and name == "pos_embed_max_size"))
 
 
 def check_usable(config: Any, where: str) -> None:
     """Raises ValueError for a ControlNet of this class that cannot be used here. where: its folder."""
-    if config.get("joint_attention_dim") is None or not config.get("use_pos_embed", True):
-        raise UserError(
-            f"{where} is one of Stability's ControlNets for SD3.5-large, without text, whose blocks are of another "
-            "kind; they cannot be used yet. Give one that was trained as a copy of the base's blocks"
-        )
     if config.get("extra_conditioning_channels", 0):
         raise UserError(
-            f"{where} takes {config['extra_conditioning_channels']} more channels beside the condition's latents, as "
-            "for inpainting, which conditions here do not have"
+            f"{where} takes {config['extra_conditioning_channels']} more channels beside the condition's latents, "
+            "as one for inpainting does for its mask, which conditions here do not have. Give one whose "
+            "extra_conditioning_channels is 0"
         )

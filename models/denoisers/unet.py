@@ -41,6 +41,13 @@ changes no shape and so would change the copy's function silently."""
 
 FITS = tuple(sorted(_SHARED))
 """Settings that a ControlNet and its base have alike."""
+
+
+def must_fit(config: Any) -> tuple[str, ...]:
+    """Returns the settings that a ControlNet with this configuration and its base have alike: the same for all."""
+    return FITS
+
+
 ZERO, ENTRY = ("controlnet_down_blocks.", "controlnet_mid_block."), ("controlnet_cond_embedding.",)
 """Beginnings of the names of zero convolutions, and of the hint network."""
 

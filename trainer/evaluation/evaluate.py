@@ -102,7 +102,7 @@ def evaluate(target: Evaluated, options: argparse.Namespace, world: World) -> in
         check_same_base(target.saved, base, f"at step {target.step}", remedy)
     guidance = target.guidance or base.family.usual_guidance
     target = replace(target, scheduler=target.scheduler or base.process.samplers[0], guidance=guidance)
-    controlled, controlnet = load_networks(target.weights, base)
+    controlled, controlnet = load_networks(target.weights, base, kind=target.condition)
     controlnet.eval().requires_grad_(False).to(world.device)
     side = target.resolution or base.picture_size[0]
     held = load_held_out(dataset, count, target.condition, side)

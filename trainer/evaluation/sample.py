@@ -189,7 +189,7 @@ def open_controls(folders: Mapping[str, Path], base: Base) -> tuple[Base, dict[s
     The base has the decoder that one of them was trained with, if one was. folders: by kind. Raises ConfigError where
     two have a decoder of their own: a picture has one decoder.
     """
-    opened = {kind: load_networks(folder, base, base.dtype) for kind, folder in folders.items()}
+    opened = {kind: load_networks(folder, base, base.dtype, kind=kind) for kind, folder in folders.items()}
     changed = [kind for kind, (own, _) in opened.items() if own is not base]
     if len(changed) > 1:
         raise ConfigError(
