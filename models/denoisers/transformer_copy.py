@@ -57,7 +57,11 @@ def shared_settings(controlnet: type, config: Any) -> dict[str, Any]:
 
 
 def copy_parts(controlnet: nn.Module, base: nn.Module, names: Iterable[str]) -> None:
-    """Gives modules of a new ControlNet the weights of the base's, lists of blocks from their beginnings."""
+    """Gives modules of a new ControlNet the weights of the base's, lists of blocks from their beginnings.
+
+    SD3's table of positions is copied as the base has it, of a base in bf16 so rounded: a ControlNet's files hold the
+    places that it was trained with, whatever precision they are read in.
+    """
     for name in names:
         own: Any = getattr(controlnet, name)
         theirs: Any = getattr(base, name)

@@ -97,6 +97,8 @@ def fill(
                 faulty += [name] if first in faulty else []
             continue
         tensor = weight.read() if isinstance(weight, Stored) else weight
+        # Buffers too, such as SD3's table of positions: diffusers rounds those that a file holds, and no others, and a
+        # base that is read in bf16 everywhere else would see other places here.
         ready[name] = _own(tensor.to(dtype) if parameters[name].is_floating_point() else tensor)
         if not _is_finite(ready[name]):
             (wild if _is_finite(tensor) else born).append(name)

@@ -160,4 +160,5 @@ def test_a_controlnet_without_positions_has_its_bases_in_its_own_precision(base_
     _, controlnet = load_networks(tmp_path, base, torch.bfloat16)
     assert controlnet.pos_embed.proj.weight.dtype == torch.bfloat16
     assert controlnet.pos_embed.proj is not base.denoiser.pos_embed.proj
-    assert torch.equal(controlnet.pos_embed.proj.weight, base.denoiser.pos_embed.proj.weight.bfloat16())
+    for name, tensor in base.denoiser.pos_embed.state_dict().items():
+        assert torch.equal(controlnet.pos_embed.state_dict()[name], tensor.bfloat16())

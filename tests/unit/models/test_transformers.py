@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from bases import T5_TOKENS, TRANSFORMER_FAMILIES
+from bases import SD3, T5_TOKENS, TRANSFORMER_FAMILIES
 from diffusers import (
     FluxControlNetModel,
     FluxControlNetPipeline,
@@ -25,7 +25,7 @@ from controlbooth.models.denoisers.registry import (
     predict,
 )
 from controlbooth.models.denoisers.transformer_copy import fixed_tensors, used_but_last, used_evenly
-from controlbooth.models.pretrained import load_base, load_controlnet, save_controlnet
+from controlbooth.models.pretrained import load_base, load_controlnet, read_controlnet_folder, save_controlnet
 from controlbooth.models.sampling import Control, sample
 from controlbooth.models.text import TEXT_ENCODINGS, encode_prompts
 
@@ -229,6 +229,35 @@ def test_text_is_encoded_as_the_pipelines_do(base, base_folder, prompt):
     close = dict(rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(states, encoded[0], **close)
     torch.testing.assert_close(pooled, encoded[2] if base.family.name == "sd3" else encoded[1], **close)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_positions_of_sd3_are_rounded_as_diffusers_rounds_them(base_folder, tmp_path, dtype):
+    base = load_base(base_folder("sd3"), dtype=dtype)
+    theirs = SD3Transformer2DModel.from_pretrained(base_folder("sd3") / "transformer", torch_dtype=dtype)
+    table = theirs.pos_embed.pos_embed
+    assert table.dtype == base.denoiser.pos_embed.pos_embed.dtype == dtype
+    assert torch.equal(base.denoiser.pos_embed.pos_embed, table)
+    exact = SD3Transformer2DModel(**SD3).pos_embed.pos_embed
+    assert torch.equal(exact.to(dtype), table) and torch.equal(exact, table) == (dtype == torch.float32)
+    controlnet = new_controlnet(base)
+    assert controlnet.pos_embed.pos_embed.dtype == torch.float32 and torch.equal(controlnet.pos_embed.pos_embed, table)
+    save_controlnet(controlnet, tmp_path)
+    again = load_controlnet(tmp_path, base.denoiser, dtype)
+    read = SD3ControlNetModel.from_pretrained(tmp_path, torch_dtype=dtype)
+    assert again.pos_embed.pos_embed.dtype == dtype
+    assert torch.equal(again.pos_embed.pos_embed, read.pos_embed.pos_embed) and torch.equal(
+        read.pos_embed.pos_embed, table
+    )
+
+
+def test_positions_that_no_file_holds_stay_in_float32_as_in_diffusers(tmp_path):
+    settings = {name: SD3[name] for name in SD3 if name != "dual_attention_layers"} | dict(pos_embed_max_size=None)
+    SD3ControlNetModel(**settings).save_pretrained(tmp_path)
+    theirs = SD3ControlNetModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    ours = read_controlnet_folder(tmp_path, torch.bfloat16)
+    assert theirs.pos_embed.pos_embed.dtype == ours.pos_embed.pos_embed.dtype == torch.float32
+    assert torch.equal(theirs.pos_embed.pos_embed, ours.pos_embed.pos_embed)
 
 
 def test_sd3_without_t5_takes_zeros_in_its_place(base_folder):
