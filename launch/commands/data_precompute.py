@@ -19,9 +19,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = verb_parser(
         "data precompute",
         "Computes the VAE's mean and standard deviation of each picture and the embedding of each caption "
-        "once, for the base, data, resolution and flips of a run, and writes them into its data.latent_cache, the "
-        "latent and text-embedding cache. The run then takes the same steps without these encoders. Started again, it "
-        "computes what is missing. With as many --processes as the training has, the latents are bitwise those "
+        "once, of each condition too where the run's ControlNet reads its latents, for the base, data, resolution and "
+        "flips of a run, and writes them into its data.latent_cache, the latent and text-embedding cache. The run then "
+        "takes the same steps without these encoders. Started again, it computes what is missing. With as many "
+        "--processes as the training has, the latents are bitwise those "
         "of the training.",
         "examples:\n  controlbooth data precompute run.yaml data.latent_cache=shards/latents --dry-run\n"
         "  controlbooth data precompute run.yaml data.latent_cache=shards/latents --processes 8\n"
