@@ -5,10 +5,12 @@
 # make test-cluster   a run on a real Slurm of two nodes, disturbed; needs root and Debian's slurm-wlm, munge, iproute2
 # make test-tracking  MLflow on PostgreSQL as deploy/compose.yaml has it, killed and back; needs Debian's postgresql
 # make bench        the benchmarks that need no run   make clean    delete what tools made; .venv and runs stay
+# make bench-gpu    what one GPU gives, in nine minutes: speed, share of its peak, memory beside the plan; without one in small
 # make docs         the site of docs/, in build/site  make setup    only install; runs once
 #
 # Variables: PYTHON=python3.12  DEVICE=cpu|cuda  JOBS=2 (test processes)
 #   PEER="--peer-diffusers CHECKOUT --peer-python PYTHON"   times diffusers' own program beside ours in `make bench`
+#   GPU="--seconds 240 --output rows.jsonl"   options of `make bench-gpu`, which goes on with the rows that a file lacks
 #   TORCH_INDEX=URL of a package index with CPU builds of torch, or empty to use what pip is configured for
 
 DEVICE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
@@ -18,7 +20,7 @@ JOBS ?= 2
 BIN := .venv/bin
 READY := .venv/ready-$(DEVICE)
 
-.PHONY: quickstart dreambooth-demo test test-unit test-cluster test-tracking check docs bench clean setup
+.PHONY: quickstart dreambooth-demo test test-unit test-cluster test-tracking check docs bench bench-gpu clean setup
 .DELETE_ON_ERROR:
 
 quickstart: setup
@@ -64,6 +66,9 @@ bench: setup
 	$(BIN)/python tests/benchmarks/decode_speed.py
 	$(BIN)/python tests/benchmarks/growth.py
 	$(BIN)/python tests/benchmarks/startup.py
+
+bench-gpu: setup
+	$(BIN)/python tests/benchmarks/gpu.py $(GPU)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -19,7 +19,7 @@ Examples:
   controlbooth plan run.yaml --accelerator a100-80 --nodes 8 --processes-per-node 8 engine.zero_stage=1
   controlbooth plan run.yaml --shapes sdxl data.resolution=1024 --simulate curve.png
   controlbooth plan run.yaml --shapes sd35-medium --accelerator a100-80 model.gradient_checkpointing=true
-  controlbooth plan run.yaml --calibration rows.jsonl      rows of tests/benchmarks/throughput.py, or a run's folder
+  controlbooth plan run.yaml --calibration rows.jsonl      rows of tests/benchmarks/gpu.py, or a run's folder
 """
 
 

@@ -28,8 +28,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from diffusers import UNet2DConditionModel
 from equal_work import small_unet
+from random_weights import random_module
 from record import write
-from sd15_step import random_module
 
 from controlbooth.launch.ranks.torchrun import Node, single_rank_environment, torchrun_environment
 from controlbooth.models.architectures import SD15

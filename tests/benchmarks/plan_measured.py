@@ -64,7 +64,7 @@ def card_of(row: Mapping[str, Any]) -> Accelerator:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--calibration", type=Path, default=SHIPPED, help="rows of tests/benchmarks/throughput.py")
+    parser.add_argument("--calibration", type=Path, default=SHIPPED, help="rows of tests/benchmarks/gpu.py")
     options = parser.parse_args()
     rows = read_rows(options.calibration)
     heads = f"{'from the others':>19}{'from all':>19}{'GiB':>8}{'planned':>9}{'growth':>10}{'planned':>9}"

@@ -5,7 +5,7 @@ have published. ControlNets of Stable Diffusion 3, 3.5 and FLUX.1-dev: what memo
     .venv/bin/python tests/benchmarks/plan_table.py --transformers [NAME ...]
 
 Nothing is downloaded or trained. The table of speeds rests on the measured rows that `controlbooth plan` takes by
-itself, or on those of --calibration, as tests/benchmarks/throughput.py writes them; tests/benchmarks/plan_measured.py
+itself, or on those of --calibration, as tests/benchmarks/gpu.py writes them; tests/benchmarks/plan_measured.py
 compares the rows themselves. What others have published is compared with a program that wastes nothing. Minutes on one
 core, with --quick one; the transformers take six minutes.
 """
@@ -229,7 +229,7 @@ def said(what: str, planned: float, figure: float) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--calibration", type=Path, help="rows of tests/benchmarks/throughput.py")
+    parser.add_argument("--calibration", type=Path, help="rows of tests/benchmarks/gpu.py")
     parser.add_argument("--quick", action="store_true", help="without the rows of cached latents and text")
     names = [name for name, one in PUBLISHED.items() if FAMILIES[one.family].is_transformer]
     parser.add_argument("--transformers", nargs="*", metavar="NAME", help=f"only these: {', '.join(names)}")

@@ -26,9 +26,9 @@ from statistics import median
 
 import torch
 from diffusers import ControlNetModel
+from gpu_step import gemm_flops_per_second
 from plain import plain_loss
 from record import write
-from throughput import gemm_flops_per_second
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from controlbooth.models.pretrained import load_base
@@ -76,7 +76,7 @@ def main() -> None:
                 wall[name].append(time.perf_counter() - began)
         seconds = {name: median(found) for name, found in wall.items()}
         profiles = {name: profiled(step, options.steps) for name, step in steps.items()}
-        rate = gemm_flops_per_second(world.device, engines.DTYPES[run.precision])
+        rate = gemm_flops_per_second(world.device, run.precision)
         report(config, options.steps, seconds, profiles, rate, run.precision, run.attention)
         run.loader.close()
         if run.tracker is not None:

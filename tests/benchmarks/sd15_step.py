@@ -16,6 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from random_weights import random_module
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from controlbooth.models.architectures import SD15
@@ -27,23 +28,6 @@ from controlbooth.trainer.config.loading import build_config
 from controlbooth.trainer.engine import deepspeed as engines
 from controlbooth.trainer.engine.distributed import gather_objects, join, leave
 from controlbooth.trainer.losses import weighted_mse
-
-
-def random_module(build, dtype: torch.dtype, device: str | torch.device = "cpu"):
-    """A module in `dtype` that never exists in float32: 860M parameters would take 3.4 GiB twice."""
-    with torch.device("meta"):
-        module = build()
-    module = module.to(dtype).to_empty(device=device).eval().requires_grad_(False)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=0.5 * parameter[0].numel() ** -0.5)
-            else:
-                parameter.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
-        for name, buffer in module.named_buffers():
-            if name.endswith("position_ids"):
-                buffer.copy_(torch.arange(buffer.shape[-1])[None])
-    return module
 
 
 def peak_gib() -> float:

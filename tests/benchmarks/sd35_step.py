@@ -30,6 +30,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import psutil
 import torch
 from diffusers import SD3Transformer2DModel
+from random_weights import fill
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -72,18 +73,6 @@ def networks(options: argparse.Namespace, initialise: Callable[[nn.Module], None
     blocks = (options.copied_blocks,)
     controlnet = new_controlnet(transformer, ModelConfig(base="random", copied_blocks=blocks))
     return Networks(transformer, nn.Module.to(controlnet, DTYPES[options.precision]))
-
-
-@torch.no_grad()
-def random_weights(module: nn.Module) -> None:
-    """Draws weights as small as training leaves them, so that activations stay of the order of 1."""
-    for name, parameter in module.named_parameters():
-        if parameter.ndim > 1:
-            parameter.normal_(std=0.5 * parameter[0].numel() ** -0.5)
-        else:
-            parameter.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
-    for buffer in module.buffers():  # the table of places
-        buffer.uniform_(-1.0, 1.0)
 
 
 def prepare(nets: Networks, checkpointing: bool) -> None:
@@ -203,7 +192,7 @@ def main() -> None:
         raise SystemExit(f"{free / GIB:.1f} GiB of memory are free, and about {1.1 * total / GIB:.1f} are needed")
     peak = Peak(options.device)
     torch.manual_seed(0)
-    nets = networks(options, random_weights, options.device)
+    nets = networks(options, fill, options.device)
     prepare(nets, options.checkpointing)
     report = parameter_report(nets.controlnet)
     print(f"ControlNet {report.total:,} = {report.copy:,} + {report.zero_convolutions:,} + {report.hint:,}", flush=True)

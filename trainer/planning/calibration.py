@@ -3,7 +3,7 @@
 A row is one JSON object: family, resolution, micro_batch_size, precision, attention, gradient_checkpointing, cached,
 samples_per_second (of one rank), peak_memory_gib, device, device_kind (cuda or cpu); and, unless it is of one rank
 under ZeRO-2 that accumulates nothing, ranks, zero_stage and accumulation_steps.
-tests/benchmarks/throughput.py writes such rows, one a line; of a run's folder, speed.json and config.yaml make one.
+tests/benchmarks/gpu.py writes such rows, one a line; of a run's folder, speed.json and config.yaml make one.
 measured.yaml holds those that we have measured, for GPUs.
 """
 
@@ -33,6 +33,8 @@ from controlbooth.trainer.planning.footprint import WITHOUT_SCORES
 
 COMPARED = ("family", "precision", "cached", "gradient_checkpointing", "resolution", "scores", "micro_batch_size")
 """In the order of how much they matter; `scores`: whether attention keeps a matrix of tokens by tokens."""
+COUNTED = (*COMPARED[:5], "attention", "micro_batch_size")
+"""The fields of a row on which its footprint depends."""
 SPEED = {
     **dict.fromkeys(("samples_per_second", "peak_memory_gib"), is_number),
     "world_size": lambda value: is_whole(value) and value > 0,
@@ -148,7 +150,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(
             f"calibration {path} is not readable ({error}): give a run's folder with speed.json, or rows that "
-            "tests/benchmarks/throughput.py has written"
+            "tests/benchmarks/gpu.py has written"
         ) from error
     rows = [row for row in whole if row.get("samples_per_second")]  # the others say why they could not be measured
     for row in rows:

@@ -12,7 +12,15 @@ from controlbooth.trainer.config.loading import build_config
 from controlbooth.trainer.config.run import EngineConfig, RunConfig, sources
 from controlbooth.trainer.engine.deepspeed import cpu_multiplies_bf16
 from controlbooth.trainer.planning.accelerators import STORAGE_GBIT, Accelerator, Layout
-from controlbooth.trainer.planning.calibration import SHIPPED, Measured, config_of_row, nearest, planned_facts, rows_for
+from controlbooth.trainer.planning.calibration import (
+    COUNTED,
+    SHIPPED,
+    Measured,
+    config_of_row,
+    nearest,
+    planned_facts,
+    rows_for,
+)
 from controlbooth.trainer.planning.footprint import Footprint, footprint, scaled
 from controlbooth.trainer.planning.rank_memory import RankMemory, needed, rank_memory
 from controlbooth.trainer.planning.scaling import (
@@ -274,11 +282,12 @@ def footprint_of_row(config: RunConfig, row: Mapping[str, Any]) -> Footprint:
 
 
 def known_footprint(known: Measured) -> Footprint:
-    """Computes the footprint of a step that tests/benchmarks/throughput.py has measured with published shapes.
+    """Computes the footprint of a step that tests/benchmarks/gpu.py has measured with published shapes.
 
     It is computed once in a process.
     """
-    return _published_footprint(tuple(sorted(known.rows[0].items())))
+    row = known.rows[0]
+    return _published_footprint(tuple((name, row[name]) for name in COUNTED if name in row))
 
 
 @cache
@@ -291,7 +300,7 @@ def _published_footprint(items: tuple[tuple[str, Any], ...]) -> Footprint:
             max_steps=1,
             global_batch_size=size,
             micro_batch_size=size,
-            model=dict(base="published", family=row["family"]),
+            model=dict(base="published"),
             data=dict(shards="none", condition="edges"),
         )
     )

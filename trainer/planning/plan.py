@@ -22,7 +22,7 @@ def run(options: argparse.Namespace) -> int:
     if options.calibration and not options.calibration.exists():
         raise ConfigError(
             f"--calibration {options.calibration} does not exist: give the folder of a run that has ended, or a file "
-            "of rows that tests/benchmarks/throughput.py has written"
+            "of rows that tests/benchmarks/gpu.py has written"
         )
     # Only now: what is wrong with the command line is said before diffusers is imported, which takes seconds.
     from controlbooth.trainer.planning.choices import make_plan

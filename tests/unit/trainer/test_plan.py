@@ -808,7 +808,7 @@ def test_a_run_of_a_cpu_calibrates_no_gpu_and_the_other_way_round(bases, tmp_pat
     processor = replace(H100, name="cpu", kind="cpu", title="this machine's processor")
     with pytest.raises(ConfigError, match=r"measured on a GPU \(NVIDIA H200\).*--accelerator h200"):
         rows_for(processor, gpu)
-    rows = tmp_path / "rows.jsonl"  # as tests/benchmarks/throughput.py names a processor
+    rows = tmp_path / "rows.jsonl"  # as tests/benchmarks/gpu.py names a processor
     rows.write_text(
         json.dumps(planned_facts(config, "fp32", 2) | {"samples_per_second": 1, "device": "cpu, 2 threads"})
     )
