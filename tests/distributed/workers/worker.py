@@ -104,6 +104,10 @@ class Counted:
         return getattr(self.loader, name)
 
 
+MESSAGES = ("c10d.send", "c10d.recv_")
+"""Calls of torch.distributed that two ranks make, not all."""
+
+
 def counts(folder: Path, world: World, *engines_asked: str) -> dict:
     """What a step asks of the device and of the network, in the training loop. engines_asked: such as ZeRO-2-bf16."""
     found = {}
@@ -127,7 +131,8 @@ def counts(folder: Path, world: World, *engines_asked: str) -> dict:
         calls = {name: count / Counted.STEPS for name, count in kept[0].calls.count.items()}
         found[engine] = dict(
             waits=calls.get("aten._local_scalar_dense", 0.0) + 1.0,  # the losses' list is none of them
-            collectives=sum(count for name, count in calls.items() if name.startswith("c10d.")),
+            collectives=sum(n for name, n in calls.items() if name.startswith("c10d.") and name not in MESSAGES),
+            messages=calls.get("c10d.send", 0.0),
             copies=sum(calls.get(f"aten.{name}", 0.0) for name in ("copy_", "_to_copy", "clone")),
             operations=sum(calls.values()),
         )
