@@ -35,7 +35,7 @@ from torch import Tensor
 from controlbooth.data.files.records import Damaged, read_json
 from controlbooth.models.denoisers.transformer_copy import fixed_tensors
 from controlbooth.trainer.engine.deepspeed import full_state
-from controlbooth.trainer.engine.distributed import World, barrier, from_first_rank, gather_objects
+from controlbooth.trainer.engine.distributed import World, barrier, gather_objects, on_first_rank
 from controlbooth.trainer.engine.ema import Average
 from controlbooth.trainer.run.attempt import Attempt, move
 from controlbooth.trainer.run.best import best_by
@@ -87,12 +87,10 @@ def latest_checkpoint(run: Path, world: World, say: Callable[[str], None]) -> Pa
     there is none.
 
     Ranks that looked for themselves would go on from different steps where a node's view of a shared disk is old. They
-    compare the checksums of all files, each of its share. say: called on rank 0 with a message about each checkpoint
-    that is passed over. Raises CheckpointError where another rank does not see what rank 0 sees, and AllDamaged where
-    all are damaged.
+    look for all files and compare their checksums, each of its share. say: called on rank 0 with a message about each
+    checkpoint that is passed over. Raises CheckpointError where another rank does not see what rank 0 sees, and
+    AllDamaged where all are damaged.
     """
-    folders = [(path, what_is_missing(path)) for path in checkpoint_folders(run)]
-    there: list[tuple[Path, str | None]] = from_first_rank(folders)
     damages: list[str] = []
 
     def pass_over(checkpoint: Path, damage: str) -> None:
@@ -100,13 +98,14 @@ def latest_checkpoint(run: Path, world: World, say: Callable[[str], None]) -> Pa
         if world.rank == 0:
             say(f"warning: {damages[-1]}; it is passed over")
 
-    for checkpoint, missing in reversed(there):
+    for checkpoint in reversed(on_first_rank(lambda: checkpoint_folders(run), world)):
+        missing = on_first_rank(lambda checkpoint=checkpoint: what_is_missing(checkpoint), world)
         if missing is not None:
             pass_over(checkpoint, missing)
             continue
-        seen = gather_objects(is_complete(checkpoint), world)
-        if not all(seen):
-            others = [rank for rank, complete in enumerate(seen) if not complete]
+        unseen = gather_objects(what_is_missing(checkpoint, world.rank, world.world_size), world)
+        if any(unseen):
+            others = [rank for rank, missing in enumerate(unseen) if missing]
             raise CheckpointError(
                 f"{checkpoint} is whole on rank 0 and not on ranks {others}. "
                 "Every node must see the same `output`: put it on a shared disk"
@@ -138,7 +137,7 @@ def load_checkpoint(
     read_weights(folder) undoes what write_weights of `save_checkpoint` wrote. An average that the checkpoint does not
     hold begins at its weights. Raises CheckpointError where it cannot be read.
     """
-    state, tag = read_state(checkpoint), _TAG
+    state, tag = on_first_rank(lambda: read_state(checkpoint), world), _TAG
     if needs_universal(state, world.world_size):
         tag = _UNIVERSAL
         # A marker of an older version is empty, and vouches for nothing: what it is of is made again too.
