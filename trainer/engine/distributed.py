@@ -62,6 +62,7 @@ def join() -> World:
         backend = "cpu:gloo,cuda:nccl"
     if not dist.is_initialized():
         dist.init_process_group(backend, timeout=TIMEOUT)
+        barrier()  # connects it: whoever waits for a rank that dies later is told by the connection
     # torchrun's name for it, and the deepspeed launcher's
     ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
     return World(dist.get_rank(), dist.get_world_size(), local_rank, device, ranks_per_node)
@@ -149,7 +150,9 @@ def patient_group() -> Any:
     Every rank calls this before that work, while the ranks are still together, since they wait for each other to
     connect. A rank that dies ends the others' wait: its connections are closed.
     """
-    return dist.new_group(backend="gloo", timeout=PATIENCE)
+    group = dist.new_group(backend="gloo", timeout=PATIENCE)
+    _rows(torch.zeros(1), group)  # connects it
+    return group
 
 
 def gather_objects(value: Any, world: World, group: Any = None) -> list[Any]:
