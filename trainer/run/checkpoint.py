@@ -17,13 +17,8 @@ Training stands still only while the states are copied, in `begin_save`. Threads
 at the boundary of a later step, makes the checkpoint of them: no thread takes part in a collective.
 """
 
-import contextlib
-import io
-import os
-import pickle
 import shutil
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +30,7 @@ from torch import Tensor
 from controlbooth.data.files.records import Damaged, read_json
 from controlbooth.models.denoisers.transformer_copy import fixed_tensors
 from controlbooth.trainer.engine.deepspeed import full_state
-from controlbooth.trainer.engine.distributed import World, barrier, gather_objects, on_first_rank
+from controlbooth.trainer.engine.distributed import World, gather_objects, on_first_rank
 from controlbooth.trainer.engine.ema import Average
 from controlbooth.trainer.run.attempt import Attempt, move
 from controlbooth.trainer.run.best import best_by
@@ -47,12 +42,12 @@ from controlbooth.trainer.run.integrity import (
     records_damage,
     weights_damage,
     what_is_missing,
-    write_marker,
 )
+from controlbooth.trainer.run.torch_files import quiet, tensors_only
+from controlbooth.trainer.run.universal import make_universal
 
 _TAG = "deepspeed"
 _UNIVERSAL = "universal"
-_TENSORS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
 def folder_of(run: Path, step: int) -> Path:
@@ -142,10 +137,8 @@ def load_checkpoint(
         tag = _UNIVERSAL
         # A marker of an older version is empty, and vouches for nothing: what it is of is made again too.
         if any(gather_objects(files_damage(checkpoint / _UNIVERSAL, world.rank, world.world_size), world)):
-            if world.rank == 0:
-                _make_universal(checkpoint, attempt)
-            barrier()
-    with _quiet(), tensors_only(checkpoint):
+            make_universal(checkpoint / _TAG, checkpoint / _UNIVERSAL, attempt, world)
+    with quiet(), tensors_only(checkpoint):
         path, _ = engine.load_checkpoint(str(checkpoint), tag=tag, load_lr_scheduler_states=False)
     if path is None:
         raise CheckpointError(
@@ -205,70 +198,3 @@ def delete(folder: Path, attempt: Attempt) -> None:
     doomed = attempt.folder / f"{folder.name}.deleted"
     move(attempt, folder, doomed)
     shutil.rmtree(doomed)
-
-
-def _make_universal(checkpoint: Path, attempt: Attempt) -> None:
-    """Splits DeepSpeed's files by parameter, so that a world of another size can put them together."""
-    import argparse
-
-    from deepspeed.checkpoint import ds_to_universal
-
-    target = attempt.folder / _UNIVERSAL
-    shutil.rmtree(checkpoint / _UNIVERSAL, ignore_errors=True)  # a copy of the checkpoint may hold a part of it
-    arguments = argparse.Namespace(
-        input_folder=str(checkpoint / _TAG),
-        output_folder=str(target),
-        num_extract_workers=1,
-        num_merge_workers=1,
-        keep_temp_folder=False,
-        strict=True,
-        inject_missing_state=True,
-    )
-    print(f"the world's size changed: splitting {checkpoint / _TAG} by parameter", file=sys.stderr, flush=True)
-    with _quiet(), tensors_only(checkpoint):
-        ds_to_universal.main(arguments)
-    write_marker(target)
-    move(attempt, target, checkpoint / _UNIVERSAL)
-
-
-@contextlib.contextmanager
-def tensors_only(checkpoint: Path) -> Iterator[None]:
-    """Keeps torch.load within the block to tensors, plain values and DeepSpeed's own records, whatever its callers ask
-    for.
-
-    DeepSpeed reads its files as pickles without limits, and a pickle can call anything. PyTorch's own switch overrides
-    that; it is a variable of the environment, which is set for no longer than this. Raises CheckpointError for a file
-    that holds anything else.
-    """
-    before = os.environ.get(_TENSORS_ONLY)
-    os.environ[_TENSORS_ONLY] = "1"
-    try:
-        with torch.serialization.safe_globals(_deepspeed_records()):
-            yield
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"a file of {checkpoint} holds more than tensors and plain values, and could run code when it is read: it "
-            f"is refused ({str(error).splitlines()[0]}). Delete {checkpoint} to use an older one"
-        ) from error
-    finally:
-        if before is None:
-            del os.environ[_TENSORS_ONLY]
-        else:
-            os.environ[_TENSORS_ONLY] = before
-
-
-def _deepspeed_records() -> list[Any]:
-    """Lists the classes that DeepSpeed's states are made of besides tensors: values and their names, without any
-    behaviour when they are read."""
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
-
-
-@contextlib.contextmanager
-def _quiet():
-    """Keeps what DeepSpeed prints of its progress off the terminal; an error still carries its own message."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield

@@ -19,9 +19,10 @@ from controlbooth.trainer.engine.deepspeed import full_state
 from controlbooth.trainer.engine.distributed import World, barrier, gather_objects, on_first_rank
 from controlbooth.trainer.engine.ema import Average
 from controlbooth.trainer.run.attempt import Attempt, move
-from controlbooth.trainer.run.checkpoint import _TAG, _quiet, as_module, delete, folder_of
+from controlbooth.trainer.run.checkpoint import _TAG, as_module, delete, folder_of
 from controlbooth.trainer.run.continuing import CheckpointError
 from controlbooth.trainer.run.integrity import COMPLETE, CONFIG, STATE, folder_digest, sizes_of, write_marker
+from controlbooth.trainer.run.torch_files import quiet
 
 
 def write_controlnet(engine: Any, weights: dict[str, Tensor], folder: Path) -> None:
@@ -82,7 +83,7 @@ def begin_save(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
     barrier()
-    with _quiet(), _copied(engine) as files:
+    with quiet(), _copied(engine) as files:
         engine.save_checkpoint(str(partial), tag=_TAG, client_state={}, save_latest=False)
     weights = full_state(engine) if average is None else average.full_state()
     if world.rank > 0:
