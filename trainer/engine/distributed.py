@@ -165,7 +165,7 @@ def gather_objects(value: Any, world: World, group: Any = None) -> list[Any]:
     own = pickle.dumps(value)
     sizes = [int(size) for (size,) in all_rows([len(own)], group)]
     padded = torch.frombuffer(bytearray(own.ljust(max(sizes), b"\0")), dtype=torch.uint8)
-    return [pickle.loads(row[:size].numpy()) for row, size in zip(_rows(padded, group), sizes, strict=True)]
+    return [pickle.loads(row[:size].numpy().tobytes()) for row, size in zip(_rows(padded, group), sizes, strict=True)]
 
 
 def from_first_rank(value: Any) -> Any:

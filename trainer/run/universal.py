@@ -93,7 +93,8 @@ def _help(world: World) -> None:
     while (work := from_first_rank(None)) is not None:
         if isinstance(work, CheckpointError):
             raise work
-        _do_together(*work, world)
+        do, chunks = work
+        _do_together(do, chunks, world)
 
 
 def _do_together(do: Do, chunks: Sequence[Any], world: World) -> list[Any]:
