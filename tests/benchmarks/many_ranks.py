@@ -10,10 +10,11 @@ the last rank, which stands for all that are neither rank 0 nor the first of the
 
 `start_s` is from the command to the first step, on rank 0. `side_ms` is a step's `all_rows`, of the rank that waits
 least for others. `open_files` is what the last rank has open after its first step, and `peers` how many of them are
-connections: the ranks that were forked before it have inherited some that they do not use. The calls are those of the last rank up to its first step: `data`, `base` and `run` name a file in the
-folder of the shards, of the base and of the run, `network` sends, receives or connects. More ranks than cores wait for
-a core as well, so times are of use beside each other only. Needs strace; `x` is by how much a row is more than the one
-with half of its ranks, in `start_s`, `side_ms`, `open_files` and `calls`.
+connections: the ranks that were forked before it have inherited some that they do not use. The calls are those of the
+last rank up to its first step: `data`, `base` and `run` name a file in the folder of the shards, of the base and of the
+run, `network` sends, receives or connects. More ranks than cores wait for a core as well, so times are of use beside
+each other only. Needs strace; `x` is by how much a row is more than the one with half of its ranks, in `start_s`,
+`side_ms`, `open_files` and `calls`.
 """
 
 import argparse
