@@ -6,7 +6,7 @@ Nothing here opens a network connection: what a base lacks is an error that says
 import inspect
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,8 @@ from controlbooth.models.recognition import (
 )
 from controlbooth.models.single_files import transformer_file, unet_file
 
+Digests = Callable[[Path, Mapping[str, Iterable[Path]]], tuple[str, dict[str, str]]]
+"""What gives the digests of a base's files: `weights_digests`, or what calls it for several processes."""
 DECODER_FILE = "decoder.safetensors"
 """In the ControlNet's folder of a checkpoint: the U-Net's decoder that has learned with the ControlNet, in float32."""
 UNET_FOLDER = "unet"
@@ -68,6 +70,7 @@ def load_base(
     *,
     t5: bool = True,
     text_tokens: int | None = None,
+    digests_of: Digests = weights_digests,
 ) -> Base:
     """Reads a base model, frozen, every tensor of its networks from its files.
 
@@ -76,16 +79,18 @@ def load_base(
     of SD3 or FLUX.1 does not hold, such as text encoders and the VAE, is read from folders beside it.
     t5: whether SD3's third text encoder is read; without it zeros stand for its states, as in the pipelines.
     text_tokens: to which T5's prompts are filled up or cut; None for what the family's pipelines take.
+    digests_of: is called once, after all files are read, except on the device "meta".
     Under fp16 a VAE that asks for it (SDXL's overflows) stays in float32. On the device "meta" no weight is read: all
     is checked but values, in a second or two, and the base is good for nothing else.
     Raises FileNotFoundError for what is missing and ValueError for a base of another or an unknown family, or one of
     which a tensor is missing, unknown, of another shape or no number.
     """
     path, empty = MINIATURE if os.fspath(path) == "miniature" else Path(path), torch.device(device).type == "meta"
+    digests_of = _no_digests if empty else digests_of
     if path.is_dir():
-        base = _load_folder(path, family, dtype, empty, t5)
+        base = _load_folder(path, family, dtype, empty, t5, digests_of)
     elif path.is_file():
-        base = _load_single_file(path, family, dtype, empty, t5)
+        base = _load_single_file(path, family, dtype, empty, t5, digests_of)
     else:
         raise MissingFile(
             f"base model {path} does not exist. Give a diffusers folder, a single .safetensors file, or 'miniature'."
@@ -98,7 +103,11 @@ def load_base(
     return base
 
 
-def _load_folder(folder: Path, requested: str, dtype: torch.dtype, empty: bool, t5: bool) -> Base:
+def _no_digests(root: Path, files: Mapping[str, Iterable[Path]]) -> tuple[str, dict[str, str]]:
+    return "", {}
+
+
+def _load_folder(folder: Path, requested: str, dtype: torch.dtype, empty: bool, t5: bool, digests_of: Digests) -> Base:
     family = recognise_folder(folder, requested)
     family = family if t5 else family.without_t5()
     check_dtype(family, dtype, str(folder))
@@ -112,7 +121,7 @@ def _load_folder(folder: Path, requested: str, dtype: torch.dtype, empty: bool, 
     index = folder / "model_index.json"
     settings = read_json(index) if index.is_file() else {}
     zero_empty_prompt = bool(settings.get("force_zeros_for_empty_prompt", family.name == "sdxl"))
-    digest, digests = ("", {}) if empty else weights_digests(folder, files)
+    digest, digests = digests_of(folder, files)
     scheduler = str(read_json(scheduler_file(folder)).get("_class_name", "DDPMScheduler"))
     return Base(
         family=family,
@@ -214,11 +223,13 @@ def _never_formed(tokenizer: Any, rules: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _load_single_file(path: Path, requested: str, dtype: torch.dtype, empty: bool, t5: bool) -> Base:
+def _load_single_file(
+    path: Path, requested: str, dtype: torch.dtype, empty: bool, t5: bool, digests_of: Digests
+) -> Base:
     """Reads a checkpoint in the original layout. Its tokenizers, and scheduler/ if any, lie in folders beside it."""
     family = recognise_file(path, requested)
     if family.is_transformer:
-        return _load_transformer_file(path, family if t5 else family.without_t5(), dtype, empty)
+        return _load_transformer_file(path, family if t5 else family.without_t5(), dtype, empty, digests_of)
     tokenizers = tuple(_load_tokenizer(path.parent, name) for name in family.tokenizers)
     state = stored_tensors([path], empty)
     with safe_open(path, "pt") as file:
@@ -227,7 +238,7 @@ def _load_single_file(path: Path, requested: str, dtype: torch.dtype, empty: boo
     assert family.architecture is not None  # only families whose single files can be read are found in them
     unet, vae, text_encoders = unet_file.build_base(state, family.architecture, dtype, str(path))
     zero_empty_prompt = family.name == "sdxl"
-    digest, digests = ("", {}) if empty else weights_digests(path.parent, {"file": [path]})
+    digest, digests = digests_of(path.parent, {"file": [path]})
     modules = {"unet": unet, "vae": vae}
     modules |= {part.folder: encoder for part, encoder in zip(family.parts[2:], text_encoders, strict=True)}
     return Base(
@@ -244,7 +255,7 @@ def _load_single_file(path: Path, requested: str, dtype: torch.dtype, empty: boo
     )
 
 
-def _load_transformer_file(path: Path, family: Family, dtype: torch.dtype, empty: bool) -> Base:
+def _load_transformer_file(path: Path, family: Family, dtype: torch.dtype, empty: bool, digests_of: Digests) -> Base:
     """Reads a file of SD3 or FLUX.1. What it does not hold lies beside it, in folders as in a diffusers folder."""
     check_dtype(family, dtype, str(path))
     state = stored_tensors([path], empty)
@@ -259,7 +270,7 @@ def _load_transformer_file(path: Path, family: Family, dtype: torch.dtype, empty
     for part in beside:
         modules[part.folder], files[part.folder] = _load_part(path.parent, part, dtype, empty)
     modules = {part.folder: modules[part.folder] for part in family.parts}
-    digest, digests = ("", {}) if empty else weights_digests(path.parent, files)
+    digest, digests = digests_of(path.parent, files)
     return Base(
         family=family,
         path=path,

@@ -6,6 +6,7 @@ them is transparent, see `codecs`. One-channel images stay one channel until `pr
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import cv2
 import numpy as np
@@ -28,6 +29,10 @@ class BadSample(UserError):
     def __init__(self, key: str, part: str, reason: str):
         super().__init__(f"sample {key!r}, part {part!r}: {reason}")
         self.key, self.part, self.reason = key, part, reason
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Returns how the error is pickled when one rank sends it to another: by what the constructor takes."""
+        return BadSample, (self.key, self.part, self.reason)
 
 
 class OutOfMemory(MemoryError):

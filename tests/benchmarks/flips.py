@@ -38,8 +38,9 @@ from tqdm import tqdm
 
 from controlbooth.data.files.records import read_json, read_yaml
 from controlbooth.trainer.engine.distributed import World
-from controlbooth.trainer.run.checkpoint import latest_checkpoint, tensors_only
+from controlbooth.trainer.run.checkpoint import latest_checkpoint
 from controlbooth.trainer.run.integrity import COMPLETE, files_damage
+from controlbooth.trainer.run.torch_files import tensors_only
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 import tiny

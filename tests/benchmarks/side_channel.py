@@ -1,10 +1,10 @@
-"""What the counters of a step cost by the number of ranks: one collective, beside the two that it replaced.
+"""What the counters of a step cost by the number of ranks: `all_rows`, beside the all_gather that it replaced.
 
     .venv/bin/python tests/benchmarks/side_channel.py [--ranks 2 4 8 16 32] [--rounds 50]
 
 Ranks of gloo on this machine, each with nothing to do but this. Printed: the median milliseconds of `all_rows` with a
-step's eleven counters, and of a sum and a maximum one after the other (as before 2026-11-30: the sum had a place for
-each rank), in turns; and the files that a rank has open, of which connections are two a peer. More ranks than cores
+step's eleven counters, which takes log2 of the ranks one after another, and of gloo's all_gather of the same (as before
+2026-11-30), a ring of all ranks, in turns; and the files that a rank has open after `all_rows`. More ranks than cores
 wait for a core as well, so times are of use beside each other only.
 """
 
@@ -25,30 +25,27 @@ from controlbooth.trainer.engine.distributed import all_rows, join, leave
 COUNTERS = 11
 
 
-def two_sums(world_size: int) -> None:
-    """As it was: five counters and a place for each rank are added up, then the largest of five are taken."""
-    for operation, count in ((dist.ReduceOp.SUM, 5 + world_size), (dist.ReduceOp.MAX, 5)):
-        tensor = torch.zeros(count, dtype=torch.float64)
-        dist.all_reduce(tensor, op=operation)
-        tensor.tolist()
+def ring() -> None:
+    rows = torch.empty(dist.get_world_size(), COUNTERS, dtype=torch.float64)
+    dist.all_gather(list(rows.unbind()), torch.zeros(COUNTERS, dtype=torch.float64))
+    rows.tolist()
 
 
 def measure(rounds: int) -> None:
     """On a rank; rank 0 prints the figures as JSON."""
     world = join()
-    took: dict[str, list[float]] = {"one collective": [], "two sums": []}
+    took: dict[str, list[float]] = {"all_rows": [], "all_gather": []}
+    all_rows([0.0] * COUNTERS)
+    opened = len(os.listdir("/proc/self/fd"))
     for number in range(rounds + 3):
-        for name, call in (
-            ("one collective", lambda: all_rows([0.0] * COUNTERS)),
-            ("two sums", lambda: two_sums(world.world_size)),
-        ):
+        for name, call in (("all_rows", lambda: all_rows([0.0] * COUNTERS)), ("all_gather", ring)):
             began = time.perf_counter()
             call()
             if number >= 3:
                 took[name].append(1000 * (time.perf_counter() - began))
     if world.rank == 0:
         figures = {f"{name}, ms": statistics.median(values) for name, values in took.items()}
-        print(json.dumps(figures | {"open files": len(os.listdir("/proc/self/fd"))}), flush=True)
+        print(json.dumps(figures | {"open files": opened}), flush=True)
     leave()
 
 

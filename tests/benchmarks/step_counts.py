@@ -4,7 +4,8 @@
 
 A tiny base on ranks of this machine, three steps of the real training loop, of which rank 0 counts what PyTorch's
 dispatcher sees: `waits` are values that the host reads from tensors, for each of which a GPU would have to be waited
-for; `collectives` are calls of torch.distributed; `copies` are those of tensors; `operations` are all, views and
+for; `collectives` are calls of torch.distributed that all ranks make, `messages` those by which a rank sends to
+another; `copies` are those of tensors; `operations` are all, views and
 questions included. They depend on the number of layers and parameters: compare them with those of another version.
 """
 

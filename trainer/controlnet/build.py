@@ -51,7 +51,7 @@ from controlbooth.trainer.encoding import computed_here, latent_cache_identities
 from controlbooth.trainer.engine import deepspeed as engines
 from controlbooth.trainer.engine import ema
 from controlbooth.trainer.engine.device import device_name
-from controlbooth.trainer.engine.distributed import World
+from controlbooth.trainer.engine.distributed import World, on_first_rank
 from controlbooth.trainer.evaluation.extract import Extract, extractor, measures_control
 from controlbooth.trainer.evaluation.held_out import HeldOutSet
 from controlbooth.trainer.evaluation.verdict import cannot_announce
@@ -59,7 +59,7 @@ from controlbooth.trainer.run import checkpoint as checkpoints
 from controlbooth.trainer.run import saving as savings
 from controlbooth.trainer.run.attempt import Attempt
 from controlbooth.trainer.run.attention import choose_once
-from controlbooth.trainer.run.base import open_base, with_usual_guidance
+from controlbooth.trainer.run.base import once_a_machine, open_base, with_usual_guidance
 from controlbooth.trainer.run.continuing import SHAPING, check_position, check_same_run, check_unlocked
 from controlbooth.trainer.run.process import say
 from controlbooth.trainer.run.same_base import back_or_anew, check_same_base, describe_base_changes
@@ -71,11 +71,11 @@ from controlbooth.trainer.tracking.tracker import Tracker
 
 def build(config: RunConfig, world: World, attempt: Attempt, watchdog: Watchdog, latest: Path | None) -> Run:
     """Builds everything that the run names, checked, on this rank's device, and at the latest checkpoint if any."""
-    saved = checkpoints.read_state(latest) if latest else None
+    saved = on_first_rank(lambda: checkpoints.read_state(latest), world) if latest else None
     if saved and latest:
         check_version(saved["order"], str(latest))
     precision = settle_precision(config, world, saved)
-    base = open_base(config, engines.DTYPES[precision], world.device)
+    base = open_base(config, engines.DTYPES[precision], world.device, once_a_machine(world))
     config = with_usual_guidance(config, base)
     dataset, held, extract = open_inputs(config, world, base)
     latent_cache = open_run_latent_cache(config, world, base, dataset)
@@ -201,7 +201,8 @@ def announce(run: Run, report: ParameterReport, chosen: AttentionChoice, latest:
         )
     if latest:
         say(world, f"going on from {latest} at step {run.step}")
-        report_changes(world, config, (latest / "config.yaml").read_text(), run.step)
+        if world.rank == 0:
+            report_changes(world, config, (latest / "config.yaml").read_text(), run.step)
 
 
 def report_changes(world: World, config: RunConfig, before: str, step: int) -> None:

@@ -15,7 +15,7 @@ from controlbooth.data.shards.manifest import (
 )
 from controlbooth.trainer.config.run import RunConfig, order_settings, sources
 from controlbooth.trainer.config.section import ConfigError
-from controlbooth.trainer.engine.distributed import World, from_first_rank
+from controlbooth.trainer.engine.distributed import World, on_first_rank
 from controlbooth.trainer.evaluation.held_out import HeldOutSet, load_held_out
 from controlbooth.trainer.run.process import say
 
@@ -23,18 +23,23 @@ from controlbooth.trainer.run.process import say
 def open_data(config: RunConfig, world: World) -> tuple[Dataset, HeldOutSet | None]:
     """Opens the training shards and the held-out set (None where there is none), and checks that they do not overlap.
 
-    Raises ConfigError where the two overlap.
+    The held-out samples are read by rank 0 for all: to choose them it looks into every sidecar. Raises ConfigError
+    where the two overlap.
     """
-    dataset = join_datasets([open_once(source.shards, world) for source in sources(config)])
-    check_readable(dataset, config.data.condition, config.data.max_pixels, pictures=config.data.latent_cache is None)
-    if world.rank == 0 and (lines := shrunk_lines(dataset, config.data.condition, config.data.resolution)):
-        say(world, f"warning: {lines}")
-    if not config.data.held_out:
-        return dataset, None
-    held_out = open_once(config.data.held_out, world)
-    check_held_out(dataset, held_out)
     data = config.data
-    held = load_held_out(held_out, config.validation.samples, data.condition, data.resolution, data.max_pixels)
+    dataset = join_datasets([open_once(source.shards, world) for source in sources(config)])
+    if world.local_rank == 0:
+        check_readable(dataset, data.condition, data.max_pixels, pictures=data.latent_cache is None)
+    if world.rank == 0 and (lines := shrunk_lines(dataset, data.condition, data.resolution)):
+        say(world, f"warning: {lines}")
+    if not data.held_out:
+        return dataset, None
+    held_out = open_once(data.held_out, world)
+    on_first_rank(lambda: check_held_out(dataset, held_out), world)
+    count = config.validation.samples
+    held = on_first_rank(
+        lambda: load_held_out(held_out, count, data.condition, data.resolution, data.max_pixels), world
+    )
     return dataset, held
 
 
@@ -44,7 +49,7 @@ def open_once(location: str, world: World) -> Dataset:
     On each other machine one rank looks whether the shards are there too, and the same. A thousand ranks that each
     looked at a hundred thousand shards would keep a shared disk busy for longer than they wait for each other.
     """
-    rows = from_first_rank(open_dataset(location, index_missing=True).rows if world.rank == 0 else None)
+    rows = on_first_rank(lambda: open_dataset(location, index_missing=True).rows, world)
     if world.rank and world.local_rank == 0:
         check_unchanged(rows, location)
     return dataset_of(location, rows)

@@ -91,7 +91,7 @@ from controlbooth.trainer.engine.distributed import (
     leave,
     patient_group,
 )
-from controlbooth.trainer.run.base import open_base
+from controlbooth.trainer.run.base import once_a_machine, open_base
 from controlbooth.trainer.run.process import say
 
 LOCK = ".lock"
@@ -165,7 +165,7 @@ def precompute(config: RunConfig, world: World, dry_run: bool = False) -> int:
             "data.latent_cache is not set: name the folder to write to, e.g. data.latent_cache=shards/latents"
         )
     precision = engines.resolve_precision(config.engine.precision, world.device, config.engine.zero_stage)
-    base = open_base(config, engines.DTYPES[precision], world.device)
+    base = open_base(config, engines.DTYPES[precision], world.device, once_a_machine(world))
     without_held_out = config.model_copy(update={"data": config.data.model_copy(update={"held_out": None})})
     dataset, _ = open_data(without_held_out, world)
     check_apart(folder, dataset)

@@ -35,7 +35,15 @@ from controlbooth.trainer.controlnet.starting import refusals
 from controlbooth.trainer.controlnet.step import controlnet_step
 from controlbooth.trainer.controlnet.validation import converged_long_ago, note_verdict, validate_and_log
 from controlbooth.trainer.engine import deepspeed as engines
-from controlbooth.trainer.engine.distributed import DistError, World, end_process, from_first_rank, join, leave
+from controlbooth.trainer.engine.distributed import (
+    DistError,
+    World,
+    end_process,
+    from_first_rank,
+    join,
+    leave,
+    on_first_rank,
+)
 from controlbooth.trainer.run import checkpoint as checkpoints
 from controlbooth.trainer.run.attempt import Superseded, only_run, write_text
 from controlbooth.trainer.run.continuing import compared_with, describe_finished, is_finished
@@ -82,11 +90,13 @@ def train(config: RunConfig, world: World, stop: "StopRequest") -> int:
         watching(attempt, world, config.engine.hang_timeout_seconds) as watchdog,
     ):
         latest = checkpoints.latest_checkpoint(folder, world, partial(say, world))
-        if latest is not None and is_finished(before := compared_with(latest, config), config):
-            if world.rank == 0:
-                send_what_is_left(attempt, config)
-            say(world, describe_finished(before, config))
-            return 0
+        if latest is not None:
+            before = on_first_rank(lambda: compared_with(latest, config), world)
+            if is_finished(before, config):
+                if world.rank == 0:
+                    send_what_is_left(attempt, config)
+                say(world, describe_finished(before, config))
+                return 0
         run = build(config, world, attempt, watchdog, latest)
         if world.rank == 0:
             write_text(attempt, folder / "config.yaml", dump(run.config))  # only now: it is the run's, and was accepted

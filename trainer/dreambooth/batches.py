@@ -25,7 +25,7 @@ from controlbooth.trainer.dreambooth.prior import (
 )
 from controlbooth.trainer.dreambooth.step import SubjectBatch
 from controlbooth.trainer.encoding import encode_posterior, sample_posterior, to_pixel_values
-from controlbooth.trainer.engine.distributed import World, barrier, from_first_rank
+from controlbooth.trainer.engine.distributed import World, barrier, on_first_rank
 
 logger = logging.getLogger(__name__)
 
@@ -160,7 +160,7 @@ def draw_prior(config: SubjectRunConfig, base: Base, tasks: Sequence[Task], worl
         return
     prompts = sorted({task.class_prompt for task in tasks})
     folders = [(prior_folder(config, base, prompt), prompt) for prompt in prompts]
-    missing = from_first_rank(missing_class_images(folders, config.prior.images))
+    missing = on_first_rank(lambda: missing_class_images(folders, config.prior.images), world)
     mine = missing[world.rank :: world.world_size]
     begin = draws.hash64("class pictures", tasks[0].name) % len(mine) if mine else 0
     mine = mine[begin:] + mine[:begin]  # tasks of an array that share a class begin at different pictures

@@ -39,9 +39,10 @@ from controlbooth.trainer.dreambooth.status import MOST_SKIPPED, divergence
 from controlbooth.trainer.dreambooth.step import SubjectBatch, dreambooth_step
 from controlbooth.trainer.dreambooth.validation import BEST_PIPELINE, ROWS, is_due, recall, validate_subjects
 from controlbooth.trainer.engine import deepspeed as engines
-from controlbooth.trainer.engine.distributed import World, all_sum, barrier, gather_objects
+from controlbooth.trainer.engine.distributed import World, all_sum, barrier, gather_objects, on_first_rank
 from controlbooth.trainer.run import checkpoint as checkpoints
 from controlbooth.trainer.run import saving
+from controlbooth.trainer.run.base import once_a_machine
 from controlbooth.trainer.run.process import StopRequest, peak_memory_gib
 
 
@@ -75,7 +76,8 @@ class FullTraining:
 def begin_full(run: SubjectRun, task: Task) -> FullTraining:
     """Begins a subject with the base's own weights, or those of the subject's latest checkpoint."""
     config, world = run.config, run.world
-    base = load_base(base_folder(config.model.base), config.model.family, torch.float32, world.device)
+    where, once = base_folder(config.model.base), once_a_machine(world)
+    base = load_base(where, config.model.family, torch.float32, world.device, digests_of=once)
     apply_attention(base.denoiser, run.attention)
     if config.model.gradient_checkpointing:
         base.denoiser.enable_gradient_checkpointing()
@@ -87,7 +89,7 @@ def begin_full(run: SubjectRun, task: Task) -> FullTraining:
         latest = checkpoints.latest_checkpoint(own, world, partial(tqdm.write, file=sys.stderr))
     except checkpoints.AllDamaged:  # which it has said; a subject has one checkpoint, and begins anew in little time
         latest = None
-    saved = None if latest is None else checkpoints.read_state(latest)
+    saved = None if latest is None else on_first_rank(lambda: checkpoints.read_state(latest), world)
     settings = optimizer_settings(config, task)
     engine = engines.initialize(
         network,

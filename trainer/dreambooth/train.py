@@ -50,6 +50,7 @@ from controlbooth.trainer.engine.device import device_name
 from controlbooth.trainer.engine.distributed import World, barrier, end_process, from_first_rank, join, leave
 from controlbooth.trainer.run.attempt import Attempt, Superseded, only_run, write_text
 from controlbooth.trainer.run.attention import choose_once
+from controlbooth.trainer.run.base import once_a_machine
 from controlbooth.trainer.run.failures import end_superseded, note_failure
 from controlbooth.trainer.run.process import StopRequest, quiet_libraries
 from controlbooth.trainer.run.same_base import (
@@ -160,7 +161,8 @@ def train_subjects(
     precision = resolve_precision(config.precision, world.device, zero_stage)
     if config.method == "full":
         check_full(config, world.world_size)
-    base = load_base(base_folder(config.model.base), config.model.family, DTYPES[precision], world.device)
+    where, once = base_folder(config.model.base), once_a_machine(world)
+    base = load_base(where, config.model.family, DTYPES[precision], world.device, digests_of=once)
     refuse_for_subjects(base.family, f"model.base {config.model.base!r}")
     go_on_with_base(attempt, folder, base, world)
     attention = choose_once(

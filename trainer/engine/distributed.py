@@ -4,11 +4,12 @@ DeepSpeed can gather it gathers in deepspeed.py and ema.py."""
 import contextlib
 import datetime
 import os
+import pickle
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ TIMEOUT = datetime.timedelta(minutes=30)
 """Longer than the slowest thing that one rank does alone, such as indexing shards of others."""
 PATIENCE = datetime.timedelta(days=365)
 """Longer than any rank still works when another has ended."""
+T = TypeVar("T")
 
 
 DistError = dist.DistError
@@ -43,6 +45,8 @@ def join() -> World:
     """
     end_with_agent()
     allow_open_files()
+    # gloo connects two ranks when one first sends to the other, and not each with all others at the start
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("WORLD_SIZE", "1")
     os.environ.setdefault("LOCAL_RANK", "0")
@@ -58,6 +62,7 @@ def join() -> World:
         backend = "cpu:gloo,cuda:nccl"
     if not dist.is_initialized():
         dist.init_process_group(backend, timeout=TIMEOUT)
+        barrier()  # connects it: whoever waits for a rank that dies later is told by the connection
     # torchrun's name for it, and the deepspeed launcher's
     ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
     return World(dist.get_rank(), dist.get_world_size(), local_rank, device, ranks_per_node)
@@ -66,7 +71,7 @@ def join() -> World:
 def allow_open_files() -> None:
     """Raises this process's limit of open files to the highest that the system lets it have.
 
-    A rank has a connection to every other one, and a thousand of them are more than the usual limit of 1,024.
+    The usual limit is 1,024, and a rank has shards, the base, and connections to others open.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
@@ -99,25 +104,44 @@ def end_process(status: int) -> NoReturn:
 
 
 def barrier() -> None:
-    all_sum([0.0])  # through gloo, on the CPU: a barrier of the default backend would need the accelerator
+    _rows(torch.zeros(1))  # through gloo, on the CPU: a barrier of the default backend would need the accelerator
 
 
-def all_rows(values: Sequence[float]) -> list[list[float]]:
+def all_rows(values: Sequence[float], group: Any = None) -> list[list[float]]:
     """Gives every rank the values of all ranks, in float64: a row for each rank, in their order.
 
-    One collective for whatever is made of them, sums and maxima alike.
+    For whatever is made of them, sums and maxima alike. Every rank gets the same numbers, bit for bit.
     """
-    mine = torch.tensor(values, dtype=torch.float64)
-    rows = torch.empty(dist.get_world_size(), len(values), dtype=torch.float64)
-    dist.all_gather(list(rows.unbind()), mine)
-    return rows.tolist()
+    return _rows(torch.tensor(values, dtype=torch.float64), group).tolist()
 
 
 def all_sum(values: Sequence[float]) -> list[float]:
     """Sums each value over all ranks, in float64. Every rank gets the same numbers, bit for bit."""
-    tensor = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
-    return tensor.tolist()
+    rows = _rows(torch.tensor(values, dtype=torch.float64)).tolist()
+    return [sum(column) for column in zip(*rows, strict=True)]
+
+
+def _rows(own: Tensor, group: Any = None) -> Tensor:
+    """Gathers the tensors of all ranks, (k,) on the CPU and each of one size, as (ranks, k), in the order of ranks.
+
+    A rank sends all that it has to the rank before it, then to the one two places before it, then four, and so on, and
+    so has twice as much after each round (Bruck et al., 1997, "Efficient algorithms for all-to-all communications"). It
+    takes log2 of the ranks, in rounds and in connections; gloo's own takes the ranks, one after the other in a ring.
+    """
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    rows = own.new_empty(ranks, len(own))  # row i is of the rank i places behind this one
+    rows[0] = own
+    have = 1
+    while have < ranks:
+        more = min(have, ranks - have)
+        to, source = (rank - have) % ranks, (rank + have) % ranks
+        sent = dist.isend(rows[:more], to, group)
+        received = dist.irecv(rows[have : have + more], source, group)
+        for work in (sent, received):
+            assert work is not None, "this rank is in the group"
+            work.wait()
+        have += more
+    return rows.roll(rank, 0)
 
 
 def patient_group() -> Any:
@@ -126,7 +150,9 @@ def patient_group() -> Any:
     Every rank calls this before that work, while the ranks are still together, since they wait for each other to
     connect. A rank that dies ends the others' wait: its connections are closed.
     """
-    return dist.new_group(backend="gloo", timeout=PATIENCE)
+    group = dist.new_group(backend="gloo", timeout=PATIENCE)
+    _rows(torch.zeros(1), group)  # connects it
+    return group
 
 
 def gather_objects(value: Any, world: World, group: Any = None) -> list[Any]:
@@ -136,9 +162,10 @@ def gather_objects(value: Any, world: World, group: Any = None) -> list[Any]:
     """
     if world.world_size == 1:
         return [value]
-    gathered: list[Any] = [None] * world.world_size
-    dist.all_gather_object(gathered, value, group)
-    return gathered
+    own = pickle.dumps(value)
+    sizes = [int(size) for (size,) in all_rows([len(own)], group)]
+    padded = torch.frombuffer(bytearray(own.ljust(max(sizes), b"\0")), dtype=torch.uint8)
+    return [pickle.loads(row[:size].numpy().tobytes()) for row, size in zip(_rows(padded, group), sizes, strict=True)]
 
 
 def from_first_rank(value: Any) -> Any:
@@ -146,6 +173,26 @@ def from_first_rank(value: Any) -> Any:
     holder = [value]
     dist.broadcast_object_list(holder, src=0)
     return holder[0]
+
+
+def on_first_rank(compute: Callable[[], T], world: World) -> T:
+    """Computes a small value on rank 0 and returns it on every rank; what the disk says is asked once so, by one rank.
+
+    ValueError and OSError, as of wrong input, are raised on every rank alike.
+    """
+    answer: Any = None
+    if world.rank == 0:
+        try:
+            answer = compute()
+        except (ValueError, OSError) as error:
+            if world.world_size == 1:
+                raise
+            answer = error
+    if world.world_size > 1:
+        answer = from_first_rank(answer)
+    if isinstance(answer, ValueError | OSError):
+        raise answer
+    return answer
 
 
 def sum_tensor(tensor: Tensor) -> Tensor:

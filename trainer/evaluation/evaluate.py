@@ -28,12 +28,12 @@ from controlbooth.data.condition_names import COMPUTED
 from controlbooth.data.files.whole import write_whole
 from controlbooth.data.loading.tokens import describe_cut
 from controlbooth.data.scenes.render import Scene, render
-from controlbooth.data.shards.manifest import Dataset, open_dataset
+from controlbooth.data.shards.manifest import Dataset, dataset_of, open_dataset
 from controlbooth.models.base import Base
 from controlbooth.models.pretrained import load_base
 from controlbooth.models.unlocked_decoder import load_networks
 from controlbooth.trainer.config.run import base_folder
-from controlbooth.trainer.engine.distributed import World, barrier, gather_objects, join, leave
+from controlbooth.trainer.engine.distributed import World, barrier, gather_objects, join, leave, on_first_rank
 from controlbooth.trainer.evaluation.chance import METRICS_VERSION
 from controlbooth.trainer.evaluation.distribution import Measures, measure_sets, open_measures
 from controlbooth.trainer.evaluation.drawing import (
@@ -60,7 +60,7 @@ from controlbooth.trainer.evaluation.scenes.judge import load_judge, prompt_accu
 from controlbooth.trainer.evaluation.statistics import mean_and_interval, share_of_possible
 from controlbooth.trainer.evaluation.target import Evaluated, named_networks, resolve, samples_to_draw
 from controlbooth.trainer.evaluation.verdict import as_tree, describe_run, read_verdict
-from controlbooth.trainer.run.base import open_base
+from controlbooth.trainer.run.base import once_a_machine, open_base
 from controlbooth.trainer.run.best import FIGURES
 from controlbooth.trainer.run.process import quiet_libraries
 from controlbooth.trainer.run.same_base import check_same_base
@@ -86,15 +86,19 @@ def run(options: argparse.Namespace) -> int:
 def base_of(target: Evaluated, world: World) -> Base:
     """Loads the base that pictures are drawn with: a run's base in the way in which the run uses it."""
     if target.config is None:
-        return load_base(base_folder(target.base), target.family, torch.float32, world.device)
+        where = base_folder(target.base)
+        return load_base(where, target.family, torch.float32, world.device, digests_of=once_a_machine(world))
     model = target.config.model.model_copy(update={"base": target.base, "family": target.family})
-    return open_base(target.config.model_copy(update={"model": model}), torch.float32, world.device)
+    return open_base(
+        target.config.model_copy(update={"model": model}), torch.float32, world.device, once_a_machine(world)
+    )
 
 
 def evaluate(target: Evaluated, options: argparse.Namespace, world: World) -> int:
     out = options.out or target.where / "evaluation"
     began = time.perf_counter()
-    dataset = open_dataset(target.data)
+    rows = on_first_rank(lambda: open_dataset(target.data).rows, world)
+    dataset = dataset_of(target.data, rows)
     count = samples_to_draw(target, dataset)
     base = base_of(target, world)
     if target.saved is not None:
@@ -105,7 +109,7 @@ def evaluate(target: Evaluated, options: argparse.Namespace, world: World) -> in
     controlled, controlnet = load_networks(target.weights, base, kind=target.condition)
     controlnet.eval().requires_grad_(False).to(world.device)
     side = target.resolution or base.picture_size[0]
-    held = load_held_out(dataset, count, target.condition, side)
+    held = on_first_rank(lambda: load_held_out(dataset, count, target.condition, side), world)
     if world.rank == 0 and (line := describe_cut(base.tokenizers, held.captions, "held-out captions")):
         print(f"warning: {line}", file=sys.stderr)
     networks = named_networks(options.network, held.kind)

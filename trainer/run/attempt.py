@@ -33,6 +33,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 from controlbooth.data.files.locks import open_lock, take_lock
@@ -46,8 +47,11 @@ GIVEN = "CONTROLBOOTH_ATTEMPT"
 WITHOUT_LOCKS = "a second start of this run is not refused: it takes the run over, and the first one ends"
 
 
+ASK_EVERY_SECONDS = 1.0
 _DESCRIPTORS: dict[Path, int] = {}
 """Of the folders of this process's attempts, open."""
+_TAKEN: set[Path] = set()
+"""Folders of this process's attempts that a newer one has removed."""
 
 
 class Superseded(RuntimeError):
@@ -92,8 +96,11 @@ def only_run(run: Path, world: World) -> Iterator[Attempt]:
     answer = from_first_rank(answer)
     if isinstance(answer, Exception):
         raise answer
+    over = Event()
     try:
-        _held(answer)
+        inode = os.fstat(_held(answer)).st_ino
+        if world.local_rank == 0:  # the others of its machine end with it
+            Thread(target=_notice, args=(answer, inode, over), name="fence", daemon=True).start()
         yield answer
     except Superseded:
         raise
@@ -102,6 +109,7 @@ def only_run(run: Path, world: World) -> Iterator[Attempt]:
             raise _superseded(answer) from error
         raise
     finally:
+        over.set()
         if lock is not None:
             shutil.rmtree(answer.folder, ignore_errors=True)
             lock.close()
@@ -115,12 +123,21 @@ def is_superseded(attempt: Attempt) -> bool:
 
 
 def check_still_ours(attempt: Attempt) -> None:
-    """Raises Superseded where a newer attempt has taken the run: an early notice, on which nothing depends.
+    """Raises Superseded where a newer attempt is seen to have taken the run: an early notice, on which nothing depends.
 
-    Every rank asks after every step, so this is one question to the disk, whatever lies in the run's folder.
+    Every rank calls this after every step, and it asks no disk: a thread of one rank of each machine does so.
     """
-    if not _is_there(attempt) and is_superseded(attempt):
+    if attempt.folder in _TAKEN:
         raise _superseded(attempt)
+
+
+def _notice(attempt: Attempt, inode: int, over: Event) -> None:
+    """Asks every second whether the attempt's folder is still the one that was made, until it is not or all is over."""
+    while not over.wait(ASK_EVERY_SECONDS):
+        with contextlib.suppress(OSError):  # of a disk that fails now, and is asked again
+            if not _is_there(attempt, inode) and is_superseded(attempt):
+                _TAKEN.add(attempt.folder)
+                return
 
 
 def move(attempt: Attempt, source: Path, target: Path) -> None:
@@ -152,9 +169,9 @@ def _held(attempt: Attempt) -> int:
     return _DESCRIPTORS[attempt.folder]
 
 
-def _is_there(attempt: Attempt) -> bool:
+def _is_there(attempt: Attempt, inode: int) -> bool:
     try:
-        return os.stat(attempt.folder).st_ino == os.fstat(_held(attempt)).st_ino
+        return os.stat(attempt.folder).st_ino == inode
     except FileNotFoundError:
         return False
 

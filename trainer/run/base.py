@@ -1,23 +1,59 @@
 """The base of a run, as the run uses it."""
 
+from collections.abc import Iterable, Mapping
+from functools import partial
+from pathlib import Path
+
 import torch
 
 from controlbooth.data.errors import UserError
 from controlbooth.models.base import Base
+from controlbooth.models.identity import weights_digests
 from controlbooth.models.noise.process import FlowMatching, FlowSettings
-from controlbooth.models.pretrained import load_base
+from controlbooth.models.pretrained import Digests, load_base
 from controlbooth.trainer.config.families import misplaced
 from controlbooth.trainer.config.run import RunConfig, base_path
+from controlbooth.trainer.engine.distributed import World, from_first_rank
 
 
-def open_base(config: RunConfig, dtype: torch.dtype, device: str | torch.device) -> Base:
+def open_base(
+    config: RunConfig, dtype: torch.dtype, device: str | torch.device, digests_of: Digests = weights_digests
+) -> Base:
     """Reads a run's base, with what the run decides about its text encoders and its noise.
 
-    Raises FileNotFoundError and ValueError as `load_base`, and for settings that have no meaning with its family.
+    digests_of: see `load_base`. Raises FileNotFoundError and ValueError as `load_base`, and for settings that have no
+    meaning with its family.
     """
-    model = config.model
-    base = load_base(base_path(config), model.family, dtype, device, t5=model.t5, text_tokens=model.text_tokens)
+    base = load_base(
+        base_path(config),
+        config.model.family,
+        dtype,
+        device,
+        t5=config.model.t5,
+        text_tokens=config.model.text_tokens,
+        digests_of=digests_of,
+    )
     return with_run_settings(config, base)
+
+
+def once_a_machine(world: World) -> Digests:
+    """Returns what `load_base` calls for the digests of a base that all ranks load at once: one rank of each machine
+    reads the files for them, and finds what rank 0 has found, or raises ValueError."""
+    return partial(_digests_once_a_machine, world)
+
+
+def _digests_once_a_machine(
+    world: World, root: Path, files: Mapping[str, Iterable[Path]]
+) -> tuple[str, dict[str, str]]:
+    own = weights_digests(root, files) if world.local_rank == 0 else None
+    digests = from_first_rank(own)
+    if own is not None and own != digests:
+        other = next(part for part, digest in digests[1].items() if own[1].get(part) != digest)
+        raise UserError(
+            f"{root} on this machine, of rank {world.rank}, holds other weights than on that of rank 0, first in "
+            f"{other}: copy the base there again, or put it on a shared disk"
+        )
+    return digests
 
 
 def with_run_settings(config: RunConfig, base: Base) -> Base:

@@ -17,13 +17,8 @@ Training stands still only while the states are copied, in `begin_save`. Threads
 at the boundary of a later step, makes the checkpoint of them: no thread takes part in a collective.
 """
 
-import contextlib
-import io
-import os
-import pickle
 import shutil
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +30,7 @@ from torch import Tensor
 from controlbooth.data.files.records import Damaged, read_json
 from controlbooth.models.denoisers.transformer_copy import fixed_tensors
 from controlbooth.trainer.engine.deepspeed import full_state
-from controlbooth.trainer.engine.distributed import World, barrier, from_first_rank, gather_objects
+from controlbooth.trainer.engine.distributed import World, gather_objects, on_first_rank
 from controlbooth.trainer.engine.ema import Average
 from controlbooth.trainer.run.attempt import Attempt, move
 from controlbooth.trainer.run.best import best_by
@@ -47,12 +42,12 @@ from controlbooth.trainer.run.integrity import (
     records_damage,
     weights_damage,
     what_is_missing,
-    write_marker,
 )
+from controlbooth.trainer.run.torch_files import quiet, tensors_only
+from controlbooth.trainer.run.universal import make_universal
 
 _TAG = "deepspeed"
 _UNIVERSAL = "universal"
-_TENSORS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
 def folder_of(run: Path, step: int) -> Path:
@@ -87,12 +82,10 @@ def latest_checkpoint(run: Path, world: World, say: Callable[[str], None]) -> Pa
     there is none.
 
     Ranks that looked for themselves would go on from different steps where a node's view of a shared disk is old. They
-    compare the checksums of all files, each of its share. say: called on rank 0 with a message about each checkpoint
-    that is passed over. Raises CheckpointError where another rank does not see what rank 0 sees, and AllDamaged where
-    all are damaged.
+    look for all files and compare their checksums, each of its share. say: called on rank 0 with a message about each
+    checkpoint that is passed over. Raises CheckpointError where another rank does not see what rank 0 sees, and
+    AllDamaged where all are damaged.
     """
-    folders = [(path, what_is_missing(path)) for path in checkpoint_folders(run)]
-    there: list[tuple[Path, str | None]] = from_first_rank(folders)
     damages: list[str] = []
 
     def pass_over(checkpoint: Path, damage: str) -> None:
@@ -100,13 +93,14 @@ def latest_checkpoint(run: Path, world: World, say: Callable[[str], None]) -> Pa
         if world.rank == 0:
             say(f"warning: {damages[-1]}; it is passed over")
 
-    for checkpoint, missing in reversed(there):
+    for checkpoint in reversed(on_first_rank(lambda: checkpoint_folders(run), world)):
+        missing = on_first_rank(lambda checkpoint=checkpoint: what_is_missing(checkpoint), world)
         if missing is not None:
             pass_over(checkpoint, missing)
             continue
-        seen = gather_objects(is_complete(checkpoint), world)
-        if not all(seen):
-            others = [rank for rank, complete in enumerate(seen) if not complete]
+        unseen = gather_objects(what_is_missing(checkpoint, world.rank, world.world_size), world)
+        if any(unseen):
+            others = [rank for rank, missing in enumerate(unseen) if missing]
             raise CheckpointError(
                 f"{checkpoint} is whole on rank 0 and not on ranks {others}. "
                 "Every node must see the same `output`: put it on a shared disk"
@@ -138,15 +132,13 @@ def load_checkpoint(
     read_weights(folder) undoes what write_weights of `save_checkpoint` wrote. An average that the checkpoint does not
     hold begins at its weights. Raises CheckpointError where it cannot be read.
     """
-    state, tag = read_state(checkpoint), _TAG
+    state, tag = on_first_rank(lambda: read_state(checkpoint), world), _TAG
     if needs_universal(state, world.world_size):
         tag = _UNIVERSAL
         # A marker of an older version is empty, and vouches for nothing: what it is of is made again too.
         if any(gather_objects(files_damage(checkpoint / _UNIVERSAL, world.rank, world.world_size), world)):
-            if world.rank == 0:
-                _make_universal(checkpoint, attempt)
-            barrier()
-    with _quiet(), tensors_only(checkpoint):
+            make_universal(checkpoint / _TAG, checkpoint / _UNIVERSAL, attempt, world)
+    with quiet(), tensors_only(checkpoint):
         path, _ = engine.load_checkpoint(str(checkpoint), tag=tag, load_lr_scheduler_states=False)
     if path is None:
         raise CheckpointError(
@@ -206,70 +198,3 @@ def delete(folder: Path, attempt: Attempt) -> None:
     doomed = attempt.folder / f"{folder.name}.deleted"
     move(attempt, folder, doomed)
     shutil.rmtree(doomed)
-
-
-def _make_universal(checkpoint: Path, attempt: Attempt) -> None:
-    """Splits DeepSpeed's files by parameter, so that a world of another size can put them together."""
-    import argparse
-
-    from deepspeed.checkpoint import ds_to_universal
-
-    target = attempt.folder / _UNIVERSAL
-    shutil.rmtree(checkpoint / _UNIVERSAL, ignore_errors=True)  # a copy of the checkpoint may hold a part of it
-    arguments = argparse.Namespace(
-        input_folder=str(checkpoint / _TAG),
-        output_folder=str(target),
-        num_extract_workers=1,
-        num_merge_workers=1,
-        keep_temp_folder=False,
-        strict=True,
-        inject_missing_state=True,
-    )
-    print(f"the world's size changed: splitting {checkpoint / _TAG} by parameter", file=sys.stderr, flush=True)
-    with _quiet(), tensors_only(checkpoint):
-        ds_to_universal.main(arguments)
-    write_marker(target)
-    move(attempt, target, checkpoint / _UNIVERSAL)
-
-
-@contextlib.contextmanager
-def tensors_only(checkpoint: Path) -> Iterator[None]:
-    """Keeps torch.load within the block to tensors, plain values and DeepSpeed's own records, whatever its callers ask
-    for.
-
-    DeepSpeed reads its files as pickles without limits, and a pickle can call anything. PyTorch's own switch overrides
-    that; it is a variable of the environment, which is set for no longer than this. Raises CheckpointError for a file
-    that holds anything else.
-    """
-    before = os.environ.get(_TENSORS_ONLY)
-    os.environ[_TENSORS_ONLY] = "1"
-    try:
-        with torch.serialization.safe_globals(_deepspeed_records()):
-            yield
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"a file of {checkpoint} holds more than tensors and plain values, and could run code when it is read: it "
-            f"is refused ({str(error).splitlines()[0]}). Delete {checkpoint} to use an older one"
-        ) from error
-    finally:
-        if before is None:
-            del os.environ[_TENSORS_ONLY]
-        else:
-            os.environ[_TENSORS_ONLY] = before
-
-
-def _deepspeed_records() -> list[Any]:
-    """Lists the classes that DeepSpeed's states are made of besides tensors: values and their names, without any
-    behaviour when they are read."""
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
-
-
-@contextlib.contextmanager
-def _quiet():
-    """Keeps what DeepSpeed prints of its progress off the terminal; an error still carries its own message."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield

@@ -75,19 +75,23 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
-def what_is_missing(checkpoint: Path) -> str | None:
+def what_is_missing(checkpoint: Path, share: int = 0, of: int = 1) -> str | None:
     """Says which of the files that were committed is missing or has another size, or which file of PyTorch's among them
-    was not committed; returns None where there is none of that."""
+    was not committed; returns None where there is none of that.
+
+    Of several that look together each looks for its share: each `of`th file from number `share` on, counted from 0, and
+    for share 0 at what else lies there.
+    """
     marker = read_marker(checkpoint)
     if marker is None:
         return NO_MARKER
-    for name, size in marker.sizes.items():
+    for name, size in list(marker.sizes.items())[share::of]:
         path = checkpoint / name
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes, and had {size}"
-    return _what_is_besides(checkpoint, marker)
+    return _what_is_besides(checkpoint, marker) if share == 0 else None
 
 
 def _what_is_besides(folder: Path, marker: Marker) -> str | None:

@@ -16,12 +16,13 @@ from torch import Tensor
 from controlbooth.data.errors import UnusableFile
 from controlbooth.models.pretrained import save_controlnet
 from controlbooth.trainer.engine.deepspeed import full_state
-from controlbooth.trainer.engine.distributed import World, barrier, from_first_rank, gather_objects
+from controlbooth.trainer.engine.distributed import World, barrier, gather_objects, on_first_rank
 from controlbooth.trainer.engine.ema import Average
 from controlbooth.trainer.run.attempt import Attempt, move
-from controlbooth.trainer.run.checkpoint import _TAG, _quiet, as_module, delete, folder_of
+from controlbooth.trainer.run.checkpoint import _TAG, as_module, delete, folder_of
 from controlbooth.trainer.run.continuing import CheckpointError
 from controlbooth.trainer.run.integrity import COMPLETE, CONFIG, STATE, folder_digest, sizes_of, write_marker
+from controlbooth.trainer.run.torch_files import quiet
 
 
 def write_controlnet(engine: Any, weights: dict[str, Tensor], folder: Path) -> None:
@@ -82,7 +83,7 @@ def begin_save(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
     barrier()
-    with _quiet(), _copied(engine) as files:
+    with quiet(), _copied(engine) as files:
         engine.save_checkpoint(str(partial), tag=_TAG, client_state={}, save_latest=False)
     weights = full_state(engine) if average is None else average.full_state()
     if world.rank > 0:
@@ -140,7 +141,7 @@ def finish_save(save: Save, world: World) -> Path:
         if error:
             raise CheckpointError(f"rank {rank} could not write its part of {save.final}: {error}")
     synced = {name for _, names in ranks for name in names}
-    missing = from_first_rank(sorted(synced - sizes_of(save.partial).keys()) if world.rank == 0 else None)
+    missing = on_first_rank(lambda: sorted(synced - sizes_of(save.partial).keys()), world)
     if missing:
         raise CheckpointError(f"rank 0 does not see {missing[0]} in {save.partial}. Put `output` on a shared disk")
     if world.rank == 0:
@@ -207,7 +208,7 @@ def check_space(engine: Any, run: Path, world: World) -> int:
     """
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
     needed = parameters * 24
-    if lack := _lack_of_space(needed, run, from_first_rank(shutil.disk_usage(run).free)):
+    if lack := _lack_of_space(needed, run, on_first_rank(lambda: shutil.disk_usage(run).free, world)):
         raise UnusableFile(lack)
     return needed
 

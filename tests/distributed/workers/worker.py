@@ -1,7 +1,9 @@
 """What the ranks of a distributed test do. `torchrun worker.py SCENARIO FOLDER RESULT [ARGUMENT ...]`."""
 
 import gc
+import hashlib
 import json
+import os
 import shutil
 import sys
 import weakref
@@ -42,8 +44,9 @@ from controlbooth.trainer.planning.footprint import Footprint, LiveStorages
 from controlbooth.trainer.planning.rank_memory import BUCKET_ELEMENTS, rank_memory
 from controlbooth.trainer.run import checkpoint as checkpoints
 from controlbooth.trainer.run import saving
-from controlbooth.trainer.run.attempt import Attempt
+from controlbooth.trainer.run.attempt import Attempt, only_run
 from controlbooth.trainer.run.base import open_base
+from controlbooth.trainer.run.universal import make_universal
 from controlbooth.trainer.tracking.spool import read_metrics
 
 
@@ -104,6 +107,92 @@ class Counted:
         return getattr(self.loader, name)
 
 
+class Touched:
+    """Notes the files and folders that this process opens, lists or asks about, while `noting`."""
+
+    def __init__(self) -> None:
+        self.noting, self.names, self.hashed = False, Counter[str](), 0
+        sys.addaudithook(self._audit)
+        for name in ("stat", "lstat"):  # which no audit tells
+            setattr(os, name, partial(self._ask, getattr(os, name)))
+        digest = hashlib.file_digest
+        hashlib.file_digest = partial(self._digest, digest)
+
+    def _note(self, path) -> None:
+        if self.noting and isinstance(path, str | Path):
+            self.names[os.fspath(path)] += 1
+
+    def _audit(self, event, arguments) -> None:
+        if event in ("open", "os.listdir", "os.scandir"):
+            self._note(arguments[0])
+
+    def _ask(self, real, path, *what, **how):
+        self._note(path)
+        return real(path, *what, **how)
+
+    def _digest(self, real, *what):
+        self.hashed += self.noting
+        return real(*what)
+
+
+def start_calls(folder: Path, world: World) -> dict:
+    """What each rank touches below the folder until its loader is made, at a new start and at one that goes on."""
+    touched, found = Touched(), {}
+    opened = build.make_loader
+
+    def make_loader(*arguments, **options):
+        touched.noting = False
+        return opened(*arguments, **options)
+
+    build.make_loader = make_loader
+    for start, steps in (("new", 4), ("resumed", 6)):
+        tree = run_tree(folder, "touched") | dict(max_steps=steps)
+        touched.names.clear()
+        touched.hashed, touched.noting = 0, True
+        run(tree, world)
+        inside = {name[len(f"{folder}/") :]: n for name, n in touched.names.items() if name.startswith(f"{folder}/")}
+        found[start] = gather_objects(dict(names=inside, hashed=touched.hashed), world)
+    build.make_loader = opened
+    return found
+
+
+def trained(folder: Path, world: World, name: str, stage: str) -> dict:
+    """Saves once, after two steps, and measures nothing."""
+    tree = run_tree(folder, name) | dict(max_steps=2)
+    tree["data"]["held_out"] = None
+    tree["engine"]["zero_stage"] = int(stage)
+    return {"losses": run(tree, world)}
+
+
+def split_again(folder: Path, world: World) -> dict:
+    """Splits a checkpoint of two ranks by parameter, on all ranks and on one; -> the markers of both, whose digests
+    are those of all files; and what each rank says of a file that is no archive."""
+    with only_run(folder / "runs" / "split", world) as attempt:
+        source = folder / "runs" / "split" / "checkpoints" / "step-00000002" / "deepspeed"
+        made = {}
+        for name, among in (("all", world), ("one", World(0, 1, 0, world.device))):
+            if among is world or world.rank == 0:
+                (folder / name).mkdir(exist_ok=True)
+                make_universal(source, folder / name / "universal", attempt, among)
+                made[name] = (folder / name / "universal" / "COMPLETE").read_text() if world.rank == 0 else None
+            barrier()
+        if world.rank == 0:
+            next(source.glob("*rank_1*optim_states.pt")).write_bytes(b"no archive")
+        barrier()
+        error = None
+        try:
+            make_universal(source, folder / "damaged" / "universal", attempt, world)
+        except Exception as raised:
+            error = str(raised)
+        errors = gather_objects(error, world)
+        left = [str(path) for path in (folder / "damaged").rglob("*")]
+    return made | dict(errors=errors, left=left)
+
+
+MESSAGES = ("c10d.send", "c10d.recv_")
+"""Calls of torch.distributed that two ranks make, not all."""
+
+
 def counts(folder: Path, world: World, *engines_asked: str) -> dict:
     """What a step asks of the device and of the network, in the training loop. engines_asked: such as ZeRO-2-bf16."""
     found = {}
@@ -127,7 +216,8 @@ def counts(folder: Path, world: World, *engines_asked: str) -> dict:
         calls = {name: count / Counted.STEPS for name, count in kept[0].calls.count.items()}
         found[engine] = dict(
             waits=calls.get("aten._local_scalar_dense", 0.0) + 1.0,  # the losses' list is none of them
-            collectives=sum(count for name, count in calls.items() if name.startswith("c10d.")),
+            collectives=sum(n for name, n in calls.items() if name.startswith("c10d.") and name not in MESSAGES),
+            messages=calls.get("c10d.send", 0.0),
             copies=sum(calls.get(f"aten.{name}", 0.0) for name in ("copy_", "_to_copy", "clone")),
             operations=sum(calls.values()),
         )

@@ -3,7 +3,9 @@
 import contextlib
 import json
 import multiprocessing
+import os
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -48,6 +50,13 @@ def two_starts(run, monkeypatch):
         old = stack.enter_context(only_run(run, ALONE))
         monkeypatch.setenv(GIVEN, "2")
         yield old, stack.enter_context(only_run(run, ALONE))
+
+
+def notice(attempt):
+    """Waits until the attempt has had time to see that it was replaced, and asks."""
+    for _ in range(100):
+        check_still_ours(attempt)
+        time.sleep(0.05)
 
 
 def made(attempt, step):
@@ -124,7 +133,7 @@ def test_a_stale_start_commits_prunes_and_writes_nothing_once_a_newer_one_has_ta
             lambda: checkpoint.prune(tmp_path, 1, 0, old, checkpoint.folder_of(tmp_path, 10**6)),
             lambda: write_text(old, tmp_path / "status.json", "{}"),
             lambda: spool.update(run_id="stale"),
-            lambda: check_still_ours(old),
+            lambda: notice(old),
         ):
             with pytest.raises((Superseded, FileNotFoundError)):
                 forbidden()
@@ -276,7 +285,7 @@ def test_nothing_moves_out_of_a_folder_that_a_library_has_made_anew(tmp_path, mo
         with pytest.raises(Superseded):
             write_text(old, tmp_path / "status.json", "{}")
         with pytest.raises(Superseded):
-            check_still_ours(old)
+            notice(old)
         check_still_ours(new)
         assert not checkpoint.folder_of(tmp_path, 4).exists() and not (tmp_path / "status.json").exists()
 
@@ -320,9 +329,32 @@ def test_a_stale_start_draws_no_validation_and_chooses_no_attention_over_those_o
         assert tree(tmp_path) == before and not old.folder.exists()
 
 
-def test_whether_a_run_is_still_ours_is_asked_without_a_look_at_what_lies_in_its_folder(tmp_path, monkeypatch):
+def test_after_a_step_no_disk_is_asked_whether_the_run_is_still_ours(tmp_path, monkeypatch):
     with only_run(tmp_path, ALONE) as own:
-        monkeypatch.setattr(
-            attempts, "_newest", lambda run: pytest.fail("a thousand ranks would list a thousand files")
-        )
-        check_still_ours(own)
+        asked = []
+
+        def noted(real):
+            def call(*what, **how):
+                asked.append(threading.get_ident())
+                return real(*what, **how)
+
+            return call
+
+        for name in ("stat", "fstat", "open", "listdir", "scandir"):
+            monkeypatch.setattr(os, name, noted(getattr(os, name)))
+        time.sleep(1.5 * attempts.ASK_EVERY_SECONDS)
+        for _ in range(1000):
+            check_still_ours(own)
+        assert asked and threading.get_ident() not in asked
+
+
+def test_one_rank_of_a_machine_asks_whether_a_run_is_still_ours(tmp_path, monkeypatch):
+    monkeypatch.setattr(attempts, "from_first_rank", lambda answer: made_by_first)
+    made_by_first = attempts.Attempt(tmp_path, 1, "id")
+    made_by_first.folder.mkdir()
+    for local_rank, asks in ((0, 1), (1, 0)):
+        with only_run(tmp_path, World(8 + local_rank, 16, local_rank, torch.device("cpu"), 8)):
+            assert sum(thread.name == "fence" for thread in threading.enumerate()) == asks
+        for thread in threading.enumerate():
+            if thread.name == "fence":
+                thread.join(5.0)

@@ -22,7 +22,6 @@ from controlbooth.trainer.run.checkpoint import (
     needs_universal,
     prune,
     read_state,
-    tensors_only,
 )
 from controlbooth.trainer.run.continuing import check_same_run
 from controlbooth.trainer.run.integrity import (
@@ -33,6 +32,7 @@ from controlbooth.trainer.run.integrity import (
     sizes_of,
     write_marker,
 )
+from controlbooth.trainer.run.torch_files import tensors_only
 
 
 def write(run, step, metrics=None):

@@ -56,6 +56,7 @@ from controlbooth.trainer.evaluation.encoders import Encoders, encoder_folders, 
 from controlbooth.trainer.evaluation.grids import draw_grid
 from controlbooth.trainer.evaluation.scenes.judge import ATTRIBUTES, NONE, load_judge, read
 from controlbooth.trainer.run.attempt import only_run
+from controlbooth.trainer.run.base import once_a_machine
 from controlbooth.trainer.run.process import quiet_libraries
 from controlbooth.trainer.run.same_base import check_same_base, read_base_facts
 from controlbooth.trainer.tracking.mlflow_run import EVALUATION
@@ -127,7 +128,8 @@ def measure_run(
     at_the_end = patient_group()
     encoders = open_encoders(folders, world.device)  # its errors come before hours of drawing
     precision = resolve_precision(config.precision, world.device, zero_stage=1)
-    base = load_base(base_folder(config.model.base), config.model.family, DTYPES[precision], world.device)
+    where, once = base_folder(config.model.base), once_a_machine(world)
+    base = load_base(where, config.model.family, DTYPES[precision], world.device, digests_of=once)
     remedy = "Put it back as it was: what a subject has learnt holds on that base alone"
     check_same_base(read_base_facts(run) or {}, base, "when the run began", remedy)
     embedded = base.family.name == "miniature"
