@@ -35,6 +35,7 @@ from controlbooth.data.pictures.images import (
     BadSample,
     crop_slack,
     decode_image,
+    keep_freed_memory,
     memory_named,
     prepare_condition,
     prepare_target,
@@ -162,6 +163,7 @@ class Loader:
         self._buffers = Buffers()
         self._closed = False
         cv2.setNumThreads(1)  # the loader's threads share the cores; OpenCV's own would compete with them
+        keep_freed_memory()
         files = _affordable_files((2 if latent_cache is None else 6) * live_shards + 64)
         self._latent_cache = None if latent_cache is None else LatentCacheReader(latent_cache, files * 2 // 3)
         self._reader = ShardReader(
