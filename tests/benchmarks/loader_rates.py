@@ -8,10 +8,11 @@ latent cache of Stable Diffusion 1.5's shapes with the stored edges: each alone,
 of a tiny network, whose many small operations hold the interpreter as a step does that launches kernels on a GPU, and
 copies a micro-batch as a run does into pinned memory.
 
-`CPU ms` is the time of the loader's own threads, which other work makes up to twice as long by its use of caches and
-memory, and `cores at N` is what N samples/s take of it. `samples/s` is by the clock, so it needs cores that are free. Where it is less than
-1000 / CPU ms for a thread, threads wait for cores, for the disk or for the interpreter: `waits` is that share of their
-time, by which a run needs more threads than cores. `step ms` is the main thread's step, alone in the first row.
+`CPU ms` is the time of the loader's own threads, which other work on the machine makes longer by its use of caches and
+memory, and `cores at N` is what N samples/s take of it. `samples/s` is by the clock, so it needs cores that are free.
+Where it is less than 1000 / CPU ms for a thread, threads wait for cores, for the disk or for the interpreter: `waits`
+is that share of their time, by which a run needs more threads than cores. `step ms` is the main thread's step, alone in
+the first row.
 """
 
 import argparse
