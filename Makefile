@@ -64,6 +64,7 @@ bench: setup
 	$(BIN)/python tests/benchmarks/sampling.py
 	$(BIN)/python tests/benchmarks/checkpoint_speed.py
 	$(BIN)/python tests/benchmarks/decode_speed.py
+	$(BIN)/python tests/benchmarks/loader_rates.py
 	$(BIN)/python tests/benchmarks/growth.py
 	$(BIN)/python tests/benchmarks/startup.py
 

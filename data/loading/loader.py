@@ -35,6 +35,7 @@ from controlbooth.data.pictures.images import (
     BadSample,
     crop_slack,
     decode_image,
+    keep_freed_memory,
     memory_named,
     prepare_condition,
     prepare_target,
@@ -169,6 +170,7 @@ class Loader:
         self._buffers = Buffers()
         self._closed = False
         cv2.setNumThreads(1)  # the loader's threads share the cores; OpenCV's own would compete with them
+        keep_freed_memory()
         kinds = 0 if latent_cache is None else len(latent_cache.paths)
         files = _affordable_files((2 + 2 * kinds) * live_shards + 64)
         self._latent_cache = (

@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -362,8 +363,8 @@ class LatentCacheReader:
     def latents(self, shard: int, row: int, key: str, key_hash: int, flipped: bool) -> list[np.ndarray]:
         """Reads mean and standard deviation, (C, h, w) each. row: of the original's index.
 
-        Raises BadSample where the picture could not be encoded, since then a substitute is taken without the cache too,
-        and ValueError where the cache shard is damaged or of another one.
+        The arrays are read-only. Raises BadSample where the picture could not be encoded, since then a substitute is
+        taken without the cache too, and ValueError where the cache shard is damaged or of another one.
         """
         parts = latents_parts(self.cache.identities["latents"]["dtype"], flipped)
         return self._read("latents", shard, row, key, key_hash, parts)
@@ -397,7 +398,7 @@ class LatentCacheReader:
         if len(parts) < len(extensions) or not all(part["offset"] for part in parts):
             raise BadSample(key, extensions[0], f"it could not be encoded when {opened.path.name} was computed")
         payloads = [_read_part(opened, sample, part) for part in parts]
-        return [np.lib.format.read_array(io.BytesIO(data), allow_pickle=False) for data in payloads]
+        return [_array(data) for data in payloads]
 
     def _opened(self, path: Path) -> _OpenShard:
         with self._lock:
@@ -432,6 +433,22 @@ def _npy(array: np.ndarray) -> bytes:
     file = io.BytesIO()
     np.lib.format.write_array(file, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
     return file.getvalue()
+
+
+def _array(data: bytes) -> np.ndarray:
+    """Returns the array of bytes that `_npy` made, read-only and without a copy."""
+    start = 10 + int.from_bytes(data[8:10], "little")
+    shape, dtype = _npy_header(data[:start])
+    return np.frombuffer(data, dtype, offset=start).reshape(shape)
+
+
+@lru_cache
+def _npy_header(header: bytes) -> tuple[tuple[int, ...], np.dtype]:
+    """Reads shape and type of a header. A cache has a few different ones, and each takes longer than its array."""
+    file = io.BytesIO(header)
+    np.lib.format.read_magic(file)
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    return shape, dtype
 
 
 def _fingerprint(tree: Any) -> str:

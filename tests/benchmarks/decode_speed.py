@@ -40,14 +40,17 @@ from controlbooth.data.shards.manifest import open_dataset
 SIZE, SHARDS, PER_SHARD, BATCH, QUALITY = 512, 8, 48, 32, 90
 
 
-def drawn_picture(number: int) -> np.ndarray:
+def drawn_picture(number: int, height: int = SIZE, width: int = SIZE) -> np.ndarray:
     """An enlarged scene with texture at all scales and grain, so that its JPEG is as large as a photograph's."""
     noise = np.random.default_rng(number)
-    picture = cv2.resize(render.render(render.scene(0, number), 128).image, (SIZE, SIZE), interpolation=cv2.INTER_CUBIC)
-    levels = picture.astype(np.float32)
-    for side in (16, 32, 64, 128, 256, 512):
-        texture = noise.normal(0.0, 7.0, (side, side, 3 if side < 512 else 1)).astype(np.float32)
-        levels += cv2.resize(texture, (SIZE, SIZE), interpolation=cv2.INTER_CUBIC).reshape(SIZE, SIZE, -1)
+
+    def enlarged(pixels: np.ndarray) -> np.ndarray:
+        return cv2.resize(pixels, (width, height), interpolation=cv2.INTER_CUBIC)
+
+    levels = enlarged(render.render(render.scene(0, number), 128).image).astype(np.float32)
+    for side in (16, 32, 64, 128, 256):
+        levels += enlarged(noise.normal(0.0, 7.0, (side, side, 3)).astype(np.float32))
+    levels += noise.normal(0.0, 7.0, (height, width, 1)).astype(np.float32)
     return np.clip(levels, 0, 255).astype(np.uint8)
 
 
@@ -59,25 +62,37 @@ def photograph(path: Path) -> np.ndarray:
     return cv2.resize(picture[top : top + side, left : left + side], (SIZE, SIZE), interpolation=cv2.INTER_CUBIC)
 
 
-def write_shards(folder: Path, photos: Path | None) -> None:
-    count = SHARDS * PER_SHARD
-    paths = sorted(path for path in photos.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES) if photos else []
-    if photos and len(paths) < count:
-        raise SystemExit(f"{photos} has {len(paths)} pictures, the benchmark takes {count}")
+def drawn_edges(picture: np.ndarray) -> np.ndarray:
+    return canny(picture, low=60, high=120)
+
+
+def photographs(folder: Path, count: int) -> Iterator[np.ndarray]:
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    if len(paths) < count:
+        raise SystemExit(f"{folder} has {len(paths)} pictures, the benchmark takes {count}")
+    return map(photograph, paths[:: len(paths) // count])
+
+
+def write_shards(
+    folder: Path, pictures: Iterator[np.ndarray], edges: Callable[[np.ndarray], np.ndarray], shards: int, per_shard: int
+) -> None:
+    """Writes and indexes shards of JPEGs, their edges as PNG and captions."""
     sizes = []
-    pictures = map(photograph, paths[:: max(1, len(paths) // count)]) if photos else map(drawn_picture, range(count))
-    pictures = iter(tqdm(pictures, total=count, desc="pictures", leave=False))
-    for number in range(SHARDS):
+    pictures = iter(tqdm(pictures, total=shards * per_shard, desc="pictures", leave=False))
+    for number in range(shards):
         with webdataset.TarWriter(str(folder / f"{number:03d}.tar"), encoder=False, mtime=0) as writer:
-            for i, picture in enumerate(itertools.islice(pictures, PER_SHARD), number * PER_SHARD):
+            for i, picture in enumerate(itertools.islice(pictures, per_shard), number * per_shard):
                 jpeg = simplejpeg.encode_jpeg(np.ascontiguousarray(picture), quality=QUALITY, colorsubsampling="420")
-                png = encode_png(canny(picture) if photos else canny(picture, low=60, high=120))
-                sizes.append((len(jpeg), len(png)))
+                png = encode_png(edges(picture))
+                sizes.append((picture.shape[0], picture.shape[1], len(jpeg), len(png)))
                 parts = {"jpg": jpeg, "cond.canny.png": png, "txt": f"number {i}".encode()}
                 writer.write({"__key__": f"k{i:05d}", **parts})
-    jpeg, png = np.mean(sizes, axis=0) / 1000
     assert ensure_indexes(sorted(folder.glob("*.tar"))) == []
-    print(f"{count} samples of {SIZE} px: JPEG of {jpeg:.0f} KB, quality {QUALITY}, and gray PNG of {png:.1f} KB")
+    height, width, jpeg, png = np.mean(sizes, axis=0)
+    print(
+        f"{len(sizes)} samples of {width:.0f} x {height:.0f} pixels: JPEG of {jpeg / 1000:.0f} KB, quality {QUALITY}, "
+        f"and gray PNG of {png / 1000:.1f} KB, in the mean"
+    )
 
 
 def decode(sample: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, str]:
@@ -189,7 +204,10 @@ def main() -> None:
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="decode-speed-") as folder:
-        write_shards(Path(folder), options.photos)
+        count = SHARDS * PER_SHARD
+        pictures = photographs(options.photos, count) if options.photos else map(drawn_picture, range(count))
+        edges = canny if options.photos else drawn_edges
+        write_shards(Path(folder), pictures, edges, SHARDS, PER_SHARD)
         if options.memory_minutes:
             watch_memory(Path(folder), options.memory_minutes)
         else:

@@ -36,6 +36,7 @@ from controlbooth.data.order.buckets import Buckets
 from controlbooth.data.pictures.images import (
     BadSample,
     decode_image,
+    keep_freed_memory,
     memory_named,
     prepare_condition,
     prepare_target,
@@ -297,6 +298,7 @@ def compute(
     data = config.data
     mine = sorted(jobs)[world.rank :: world.world_size]
     cv2.setNumThreads(1)
+    keep_freed_memory()
     cache = Cache(data.cache, int(data.cache_gib * 2**30)) if data.cache else None
     name = "precompute" if world.world_size == 1 else f"precompute, rank 0 of {world.world_size}"
     total, bad = sum(dataset.rows[shard].usable for shard in mine), 0

@@ -65,6 +65,28 @@ def test_thinning_joins_and_parts_nothing(seed, density):
     assert (thin(thinned) == thinned).all()
 
 
+def thinned_by_turns(ink):
+    """Takes pixels off the whole picture, side by side, as the definition has it."""
+    padded = np.pad(ink.astype(np.int64), 1)
+    clockwise = [(-1, 0), (-1, 1), (0, 1), (1, 1), (1, 0), (1, -1), (0, -1), (-1, -1)]
+    before = None
+    while before is None or (before != padded).any():
+        before = padded.copy()
+        for side in (0, 4, 6, 2):  # north, south, west, east
+            ring = [np.roll(padded, (-down, -right), (0, 1)) for down, right in clockwise]
+            pieces = sum((1 - ring[k]) * (1 - (1 - ring[k + 1]) * (1 - ring[(k + 2) % 8])) for k in (0, 2, 4, 6))
+            padded[(padded == 1) & (ring[side] == 0) & (pieces == 1) & (sum(ring) >= 2)] = 0
+    return padded[1:-1, 1:-1]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.floats(0.0, 1.0), st.integers(1, 9), st.integers(1, 40), st.integers(1, 40))
+def test_thinning_takes_the_pixels_that_turns_over_the_whole_picture_take(seed, density, width, height, length):
+    dots = (np.random.default_rng(seed).random((height, length)) < density).astype(np.uint8)
+    ink = cv2.dilate(dots, np.ones((width, width), np.uint8))
+    assert np.array_equal(thin(ink), thinned_by_turns(ink))
+
+
 @pytest.mark.parametrize("side", [64, 128, 256])
 def test_drawn_outlines_are_those_of_the_drawing_at_that_size(side):
     found, truth = [], []
