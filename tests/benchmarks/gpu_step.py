@@ -210,7 +210,7 @@ def step(trained: Trained, batch: MicroBatch, world: World) -> bool:
     """Takes one optimizer step, and tells whether it was skipped."""
     backward = partial(engines.accumulate, trained.engine)
     controlnet_step(trained.base, trained.engine, backward, [batch], None, world.device)
-    return engines.apply_gradients(trained.engine, 1e-5)[1]
+    return bool(engines.apply_gradients(trained.engine, 1e-5).skipped)
 
 
 def synchronize(device: torch.device) -> None:

@@ -55,9 +55,9 @@ def test_in_bf16_all_stages_learn_alike_and_checkpoints_hold_masters_that_are_no
         assert rounded.mean() < 0.01, f"ZeRO stage {stage}"
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_one_rank_adds_up_in_fp32_what_every_parameter_has_of_a_step_and_nothing_of_an_earlier_one(tmp_path, precision):
-    found = tiny.torchrun(1, "single_rank", tmp_path, precision, forks=False)
+@pytest.mark.parametrize(("ranks", "precision"), [(1, "fp32"), (1, "bf16"), (2, "bf16")])
+def test_gradients_are_added_up_in_fp32_of_all_of_a_step_and_nothing_of_an_earlier_one(tmp_path, ranks, precision):
+    found = tiny.torchrun(ranks, "flat_gradients", tmp_path, precision, forks=False)
     assert found["skipped"] == [step == 2 for step in range(7)]
     assert max(found["apart"]) < 2e-7, found["apart"]
     assert not found["mlflow"]  # DeepSpeed would, on every rank

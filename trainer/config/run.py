@@ -206,6 +206,12 @@ class EngineConfig(Section):
     """Keep optimizer states in CPU memory (stages 1 to 3)."""
     offload_parameters: bool = False
     """Keep parameters in CPU memory (stage 3)."""
+    deterministic: bool = True
+    """A GPU gives the same bits for the same work, so that a resumed run is the one that went on. `false` lets it take
+    whichever kernels are fastest: a resume is then equal within rounding only. Processors give the same bits anyway."""
+    tf32: bool = False
+    """Let a GPU multiply float32 in TF32, with 10 bits of the fraction instead of 23: for runs in fp32, several times
+    as fast."""
     hang_timeout_seconds: float = Field(default=900.0, gt=0.0, allow_inf_nan=True)  # .inf waits for ever
     """A step that takes longer is taken for one that hangs: the ranks write their stacks and end. The start, the first
     step, validations and checkpoints may take six times as long, and anything ten times the slowest of its kind. The

@@ -1,14 +1,22 @@
-"""What the steps of a run are worth and what they cost, counted over all ranks and logged step by step."""
+"""What the steps of a run are worth and what they cost, counted over all ranks and logged step by step.
+
+A step's values stay on the device until the next one is under way, so that the host never waits for a step that it has
+just begun; `settle` waits, where a validation or a checkpoint has to anyway.
+"""
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 from controlbooth.data.loading.batches import StepBatch
 from controlbooth.trainer.controlnet.session import Run, progress_bar, report_skipped
-from controlbooth.trainer.engine.distributed import all_rows
+from controlbooth.trainer.engine.flat_gradients import Taken
+from controlbooth.trainer.engine.late import Late
 from controlbooth.trainer.run import saving as savings
 from controlbooth.trainer.run.attempt import check_still_ours
 from controlbooth.trainer.run.process import peak_memory_gib, say
@@ -17,14 +25,27 @@ from controlbooth.trainer.run.stragglers import Pace, slowest
 
 @dataclass(frozen=True)
 class Counted:
-    """What all ranks know of a step after it."""
+    """What all ranks know of the latest step whose values were read."""
 
-    loss: float
+    loss: float = math.nan
     """The mean over ranks and micro-batches."""
-    stop: bool
+    stop: bool = False
     """Whether any rank was asked to stop."""
-    written: bool
+    written: bool = False
     """Whether all ranks have written the checkpoint that was begun, if there is one."""
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A step that was taken and whose values have not been read."""
+
+    step: int
+    batch: StepBatch
+    values: Late
+    """Norm, whether it was skipped, this rank's losses, and what all ranks told, flat."""
+    rates: Mapping[str, float]
+    seconds: float
+    """Since the one before."""
 
 
 class OfRank(NamedTuple):
@@ -55,6 +76,8 @@ class Meter:
         self._bar = progress_bar(run)
         self._first = run.step
         self._skipped_in_a_row = 0
+        self._pending: Pending | None = None
+        self._counted = Counted()
         self._started = time.perf_counter()
 
     def begin(self) -> None:
@@ -72,24 +95,12 @@ class Meter:
             self._first = self.run.step
         self._started = time.perf_counter()
 
-    def count(
-        self,
-        batch: StepBatch,
-        losses: Sequence[float],
-        norm: float,
-        skipped: bool,
-        rates: Mapping[str, float],
-        stop_requested: bool,
-    ) -> Counted:
-        """Counts the step that was just taken, and logs it. Called by every rank.
-
-        Raises Superseded where another start has taken the run, and TrainingStopped when too many steps were skipped.
-        """
-        run, world = self.run, self.run.world
-        seconds = time.perf_counter() - self._started
-        self.restart()
+    def row(self, batch: StepBatch, losses: Tensor, stop_requested: bool) -> Tensor:
+        """Returns what this rank tells the others of the step that is about to be taken, an OfRank, float64 on the
+        device. losses: of its micro-batches, (micro-batches,), on the device."""
+        run = self.run
         own = OfRank(
-            loss=sum(losses) / len(losses),
+            loss=0.0,
             stop=float(stop_requested),
             unwritten=float(run.saving is not None and not savings.is_written(run.saving)),
             substitutions=batch.substitutions,
@@ -98,16 +109,45 @@ class Meter:
             queue_depth=batch.queue_depth,
             fetch_seconds=batch.fetch_seconds,
             decode_seconds=batch.decode_seconds,
-            memory_gib=peak_memory_gib(world),
+            memory_gib=peak_memory_gib(run.world),
             busy_seconds=self.pace.seconds(),
         )
-        ranks = [OfRank(*row) for row in all_rows(own)]
-        check_still_ours(run.attempt)
+        pinned = run.world.device.type == "cuda"
+        row = torch.tensor(own, dtype=torch.float64, pin_memory=pinned).to(run.world.device, non_blocking=True)
+        row[0] = losses.double().mean()
+        return row
+
+    def count(self, batch: StepBatch, losses: Tensor, taken: Taken, rates: Mapping[str, float]) -> Counted:
+        """Counts the step that was just taken, and logs the one before. Called by every rank.
+
+        Raises Superseded where another start has taken the run, and TrainingStopped when too many steps were skipped.
+        """
+        seconds = time.perf_counter() - self._started
+        self.restart()
+        known = [taken.norm.reshape(1), taken.skipped.reshape(1), losses, taken.told.flatten()]
+        values = Late(torch.cat([tensor.to(torch.float64) for tensor in known]))
+        before, self._pending = self._pending, Pending(self.run.step, batch, values, rates, seconds)
+        check_still_ours(self.run.attempt)
+        return Counted() if before is None else self._log(before)
+
+    def settle(self) -> Counted:
+        """Reads and logs the step that was taken last, if it was not yet. Called by every rank."""
+        if self._pending is not None:
+            before, self._pending = self._pending, None
+            self._log(before)
+        return self._counted
+
+    def _log(self, taken: Pending) -> Counted:
+        run, world, batch, seconds, rates = self.run, self.run.world, taken.batch, taken.seconds, taken.rates
+        norm, skipped, *rest = taken.values.read()
+        losses, told = rest[: len(batch.micro_batches)], rest[len(batch.micro_batches) :]
+        fields = len(OfRank._fields)
+        ranks = [OfRank(*told[at : at + fields]) for at in range(0, len(told), fields)]
         busy = [one.busy_seconds for one in ranks]
         loss = math.fsum(one.loss for one in ranks) / world.world_size
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
         if skipped:
-            report_skipped(run, batch, losses, norm, self._skipped_in_a_row)
+            report_skipped(run, taken.step, batch, losses, norm, self._skipped_in_a_row)
         metrics = {
             "loss": loss,
             "grad_norm": norm,
@@ -121,16 +161,17 @@ class Meter:
             "substitutions": sum(one.substitutions for one in ranks),
             "cache_hits": sum(one.cache_hits for one in ranks),
             "peak_memory_gib": max(one.memory_gib for one in ranks),
-            "skipped": float(skipped),
+            "skipped": skipped,
         }
         if world.world_size > 1:
             metrics["slowest_rank"], metrics["slowest_rank_ratio"] = slowest(busy)
         if line := self.pace.note(busy, seconds):
             say(world, line)
         if run.tracker is not None:
-            run.tracker.log(run.step, {name: value for name, value in metrics.items() if math.isfinite(value)})
+            run.tracker.log(taken.step, {name: value for name, value in metrics.items() if math.isfinite(value)})
         self._show(metrics)
-        return Counted(loss, any(one.stop for one in ranks), not any(one.unwritten for one in ranks))
+        self._counted = Counted(loss, any(one.stop for one in ranks), not any(one.unwritten for one in ranks))
+        return self._counted
 
     def _show(self, metrics: Mapping[str, float]) -> None:
         """Moves the progress bar on by a step."""

@@ -146,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = load_config(options.run, options.overrides)
         folder = config.data.latent_cache
-        return precompute(config, join(), options.dry_run)
+        return precompute(config, join(config.engine.deterministic, config.engine.tf32), options.dry_run)
     except (ValueError, OSError, DistError) as error:
         if folder is not None and (folder / LOCK).exists():  # the command that started the ranks repeats it at the end
             with contextlib.suppress(OSError):  # a full disk may be what failed; the message on the terminal remains

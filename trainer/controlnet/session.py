@@ -149,8 +149,8 @@ def commit(run: Run) -> None:
     barrier()
 
 
-def report_skipped(run: Run, batch: StepBatch, losses: Sequence[float], norm: float, in_a_row: int) -> None:
-    """Says which samples made a step without finite gradients; raises TrainingStopped when that goes on."""
+def report_skipped(run: Run, step: int, batch: StepBatch, losses: Sequence[float], norm: float, in_a_row: int) -> None:
+    """Says which samples made step `step` one without finite gradients; raises TrainingStopped when that goes on."""
     suspects = [
         f"{run.dataset.paths[shard]}:{key}"  # as `data explain` takes it: keys may repeat
         for loss, micro in zip(losses, batch.micro_batches, strict=True)
@@ -160,10 +160,10 @@ def report_skipped(run: Run, batch: StepBatch, losses: Sequence[float], norm: fl
     ]
     everyone = [name for names in gather_objects(suspects, run.world) for name in names]
     where = f"the loss of {', '.join(everyone[:8])} is not finite" if everyone else "all losses are finite"
-    say(run.world, f"step {run.step} skipped: gradient norm {norm}; {where} ({in_a_row} in a row)")
+    say(run.world, f"step {step} skipped: gradient norm {norm}; {where} ({in_a_row} in a row)")
     if in_a_row > run.config.optimizer.max_skipped_steps:
         raise TrainingStopped(
-            f"{in_a_row} steps in a row had no finite gradient, up to step {run.step}; {where}. Look at these samples, "
+            f"{in_a_row} steps in a row had no finite gradient, up to step {step}; {where}. Look at these samples, "
             f"lower optimizer.learning_rate={run.config.optimizer.learning_rate}, or use engine.precision=fp32 or bf16"
         )
 

@@ -124,11 +124,12 @@ def controlnet_step(
     micro_batches: list[MicroBatch],
     min_snr_gamma: float | None,
     device: torch.device,
-) -> list[float]:
+) -> Tensor:
     """Runs this rank's share of one optimizer step: forward and backward over its micro-batches.
 
     `backward` takes a micro-batch's loss and accumulates its gradients, divided by the number of micro-batches. Returns
-    the loss of each micro-batch. Weights do not change here: engine.apply_gradients takes the step.
+    the loss of each micro-batch, (micro-batches,) float32 on the device, without waiting for it. Weights do not change
+    here: engine.apply_gradients takes the step.
     """
     losses = []
     for micro_batch in micro_batches:
@@ -137,4 +138,4 @@ def controlnet_step(
         with record_function("backward"):
             backward(loss)
         losses.append(loss.detach())
-    return torch.stack(losses).tolist()
+    return torch.stack(losses)

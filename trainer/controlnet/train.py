@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet_libraries()
     try:
         config = load_config(options.run, options.overrides)
-        return train(config, join(), stop)
+        return train(config, join(config.engine.deterministic, config.engine.tf32), stop)
     except Superseded as error:
         end_superseded(error, rank)
     except (ValueError, OSError, TrainingStopped, RankFailed, DistError) as error:
@@ -141,12 +141,12 @@ def loop(run: Run, stop: StopRequest) -> None:
             config.optimizer.min_snr_gamma,
             run.world.device,
         )
-        norm, skipped = engines.apply_gradients(run.engine, *rates.values())
-        if run.average is not None and not skipped:
-            run.average.update(run.step)
+        taken = engines.apply_gradients(run.engine, *rates.values(), tell=meter.row(batch, losses, stop.requested))
+        if run.average is not None:
+            run.average.update(run.step, taken.skipped)
         run.step += 1
 
-        counted = meter.count(batch, losses, norm, skipped, rates, stop.requested)
+        counted = meter.count(batch, losses, taken, rates)  # of the step before, so that this one is not waited for
         ended = close_step(run, meter, counted)
     meter.close()
 
@@ -160,10 +160,13 @@ def close_step(run: Run, meter: Meter, counted: Counted) -> bool:
         note_stall(run, began)
         meter.restart()
     last = run.step == config.max_steps or converged_long_ago(run)
+    validates = run.held is not None and (run.step % config.validation.every_steps == 0 or last)
+    if not (counted.stop or last or validates or run.step % config.checkpoint.every_steps == 0):
+        return False
+    counted = meter.settle()
     figures = {"loss": counted.loss}
-    if run.held and not counted.stop and (run.step % config.validation.every_steps == 0 or last):
+    if validates and not counted.stop:
         figures |= validate_and_log(run)
-        meter.restart()
         last = last or converged_long_ago(run)
     if counted.stop or last or run.step % config.checkpoint.every_steps == 0:
         began = time.perf_counter()
@@ -171,7 +174,7 @@ def close_step(run: Run, meter: Meter, counted: Counted) -> bool:
         if counted.stop or last:
             commit(run)
         note_stall(run, began)
-        meter.restart()
+    meter.restart()
     return counted.stop or last
 
 

@@ -145,9 +145,9 @@ def step_full(config: SubjectRunConfig, training: FullTraining, batch: SubjectBa
         config.prior.weight,
         config.min_snr_gamma,
     )
-    _, skipped = engines.apply_gradients(training.engine, training.task.learning_rate)
+    taken = engines.apply_gradients(training.engine, training.task.learning_rate)
     training.step += 1
-    return float(instance), float(prior), skipped
+    return float(instance), float(prior), bool(taken.skipped)
 
 
 def has_finite_weights(engine: Any) -> bool:

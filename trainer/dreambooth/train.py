@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             faults = {name: fault for name, fault in faults.items() if name in names}
         elif others := sorted((folder / "rows").glob("*")):
             raise ConfigError(f"{folder} was begun as an array ({others[0]}): go on with `controlbooth launch resume`")
-        world = join()
+        world = join(config.engine.deterministic, config.engine.tf32)
         if world.rank == 0:  # the others end with it
             refuse([*tracking_problems(config), *folder_problems(own)])
         with only_run(own, world) as attempt:

@@ -19,7 +19,12 @@ from torch import Tensor, nn
 
 from controlbooth.data.errors import UserError
 from controlbooth.trainer.config.run import EngineConfig, OptimizerConfig, RunConfig, gradient_accumulation_steps
-from controlbooth.trainer.engine.single_rank import SingleRankGradients
+from controlbooth.trainer.engine.distributed import gather_rows
+from controlbooth.trainer.engine.flat_gradients import FlatGradients, Taken, clipping, scaled_by
+
+FLAT_ELEMENTS = 500_000_000
+"""Parameters up to which several ranks at stage 2 keep all gradients until the step: as many as DeepSpeed would in its
+bucket (reduce_bucket_size). Of more, it reduces them while the backward pass goes on and keeps a rank's share alone."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -75,15 +80,16 @@ def sums_gradients(zero_stage: int, global_batch_size: int, micro_batch_size: in
     return zero_stage not in (1, 2) or global_batch_size > micro_batch_size
 
 
-def is_single_rank(engine: EngineConfig, ranks: int) -> bool:
-    """Tells whether SingleRankGradients takes the place of DeepSpeed's reduction."""
-    return ranks == 1 and engine.zero_stage == 2 and not engine.offload_optimizer
+def keeps_gradients_flat(engine: EngineConfig, ranks: int, parameters: int) -> bool:
+    """Tells whether FlatGradients takes the place of DeepSpeed's reduction and step. parameters: that are trained."""
+    fits = engine.zero_stage == 1 or ranks == 1 or parameters <= FLAT_ELEMENTS
+    return engine.zero_stage in (1, 2) and fits and not engine.offload_optimizer
 
 
 def deepspeed_config(
-    engine: EngineConfig, sizes: BatchSizes, max_grad_norm: float, precision: str, load_universal: bool
+    engine: EngineConfig, sizes: BatchSizes, max_grad_norm: float, precision: str, load_universal: bool, flat: bool
 ) -> dict[str, Any]:
-    """Builds the configuration for deepspeed.initialize, a JSON tree."""
+    """Builds the configuration for deepspeed.initialize, a JSON tree. flat: of `keeps_gradients_flat`."""
     zero: dict[str, Any] = {"stage": engine.zero_stage}
     if engine.zero_stage:
         # Small models: whole buckets, reduced at the end of the backward pass, in the order of the parameters.
@@ -107,7 +113,7 @@ def deepspeed_config(
     if precision == "bf16":
         tree["bf16"] = {"enabled": True, "check_grad_overflow": True}
         sums = sums_gradients(engine.zero_stage, sizes.global_batch_size, sizes.micro_batch_size)
-        if engine.zero_stage and sums and not is_single_rank(engine, sizes.ranks):
+        if engine.zero_stage and sums and not flat:
             # else every micro-batch and every rank that is added rounds to 8 bits
             tree["data_types"] = {"grad_accum_dtype": "fp32"}
             tree["communication_data_type"] = "fp32"
@@ -140,6 +146,8 @@ def initialize(
         weight_decay=optimizer_config.weight_decay,
         fused=True,
     )
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    flat = keeps_gradients_flat(engine_config, sizes.ranks, parameters)
     # Compiled at the first start, for a minute, where there is a compiler: gloo does the same everywhere.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_init_required=False)
@@ -147,20 +155,20 @@ def initialize(
     engine, *_ = deepspeed.initialize(
         model=network,
         optimizer=optimizer,
-        config=deepspeed_config(engine_config, sizes, optimizer_config.max_grad_norm, precision, load_universal),
+        config=deepspeed_config(engine_config, sizes, optimizer_config.max_grad_norm, precision, load_universal, flat),
         dist_init_required=False,
     )
     if engine.zero_optimization_stage() == 0 and precision != "fp32":
         engine.optimizer.optimizer.state.clear()  # DeepSpeed has made a step with zeros, to allocate
-    if hasattr(engine.optimizer, "has_overflow_partitioned_grads_serial"):
+    engine.flat_gradients = FlatGradients(engine.optimizer) if flat else None
+    if not flat and hasattr(engine.optimizer, "has_overflow_partitioned_grads_serial"):
         # DeepSpeed's own asks each gradient by itself, with five kernels: 40 ms of a 275 ms step of SD1.5 on an H200
         engine.optimizer.has_overflow_partitioned_grads_serial = partial(_any_not_finite, engine.optimizer)
-    if precision == "bf16" and hasattr(engine.optimizer, "has_overflow") and not engine_config.offload_optimizer:
+    if not flat and precision == "bf16" and hasattr(engine.optimizer, "has_overflow"):
         # Asked before the norm is taken, with a collective and a wait of its own. A gradient that is not finite has a
         # norm that is not finite either, and there DeepSpeed looks again and skips the step.
-        engine.optimizer.has_overflow = lambda partition_gradients=True: False
-    if is_single_rank(engine_config, sizes.ranks):
-        SingleRankGradients(engine.optimizer)
+        if not engine_config.offload_optimizer:
+            engine.optimizer.has_overflow = lambda partition_gradients=True: False
     return engine
 
 
@@ -222,34 +230,37 @@ def accumulate(engine: Any, loss: Tensor) -> None:
         engine.step()  # which only counts: the optimizer is moved by apply_gradients
 
 
-def apply_gradients(engine: Any, *rates: float) -> tuple[float, bool]:
-    """Takes one optimizer step with the accumulated gradients. Returns (gradient norm before clipping, skipped).
+def apply_gradients(engine: Any, *rates: float, tell: Tensor | None = None) -> Taken:
+    """Takes one optimizer step with the accumulated gradients, and returns what is known of it without waiting for it.
 
-    rates: one for each group of parameters. A step whose gradients are not finite is skipped on all ranks alike:
-    weights and optimizer stay as they were.
+    rates: one for each group of parameters. tell: what this rank tells the others of the step, (values,) float64 on the
+    engine's device. A step whose gradients are not finite is skipped on all ranks alike: weights and optimizer stay as
+    they were.
     """
     for group, rate in zip(engine.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
-    plain = not hasattr(
-        engine.optimizer, "overflow"
-    )  # stage 0 in fp32: PyTorch's optimizer itself, which checks nothing
-    if plain:
-        total = _gradient_norm(engine.module)
-        # DeepSpeed's own asks each gradient for its norm by itself, a wait each, and the other ranks for what they know
-        engine.clip_fp32_gradients = partial(
-            nn.utils.clip_grads_with_norm_, engine.module.parameters(), engine.gradient_clipping(), total
-        )
-        norm = float(total)
-        if not math.isfinite(norm):
-            engine.zero_grad()
-            engine.set_gradient_accumulation_boundary(False)  # so that step only counts this micro-batch
-            engine.step()
-            engine.set_gradient_accumulation_boundary(None)
-            return norm, True
+    row = torch.zeros(0, dtype=torch.float64, device=engine.device) if tell is None else tell
+    if engine.flat_gradients is not None:
+        engine.flat_gradients.row = row
+        engine.step()
+        return engine.flat_gradients.taken
+    if not hasattr(engine.optimizer, "overflow"):  # stage 0 in fp32: PyTorch's optimizer itself, which checks nothing
+        return _step_plainly(engine, row)
     engine.step()
-    if plain:
-        return norm, False
-    return float(engine.get_global_grad_norm()), bool(engine.optimizer.overflow)
+    norm = row.new_tensor(float(engine.get_global_grad_norm()))
+    skipped = torch.tensor(bool(engine.optimizer.overflow), device=engine.device)
+    return Taken(norm, skipped, gather_rows(row))
+
+
+def _step_plainly(engine: Any, row: Tensor) -> Taken:
+    """Takes the step of an engine whose optimizer is PyTorch's own; DeepSpeed's clipping asks each gradient for its
+    norm by itself, a wait each, and the other ranks for what they know."""
+    norm = _gradient_norm(engine.module).double()
+    scale, not_finite = clipping(norm, engine.gradient_clipping())
+    engine.clip_fp32_gradients = lambda: None
+    with scaled_by(engine.optimizer, scale, not_finite):
+        engine.step()
+    return Taken(norm, not_finite.bool(), gather_rows(row))
 
 
 def _gradient_norm(module: nn.Module) -> Tensor:
@@ -267,8 +278,6 @@ def masters(engine: Any) -> list[Tensor]:
         if hasattr(optimizer, "fp32_groups"):
             return [tensor for group in optimizer.fp32_groups for tensor in group]
         return list(engine.module.parameters())
-    if hasattr(optimizer, "fp32_groups_flat_partition"):  # stage 1 in bf16
-        return list(optimizer.fp32_groups_flat_partition)
     return list(optimizer.single_partition_of_fp32_groups)
 
 
@@ -286,6 +295,8 @@ def release(engine: Any) -> None:
 
     held, states = masters(engine), optimizer_state(engine)
     held += [parameter.ds_tensor for parameter in engine.module.parameters() if hasattr(parameter, "ds_tensor")]
+    if engine.flat_gradients is not None:
+        held += engine.flat_gradients.release()
     engine.destroy()
     for state in states:
         state.clear()

@@ -37,11 +37,12 @@ class World:
     ranks_per_node: int = 1
 
 
-def join() -> World:
+def join(deterministic: bool = True, tf32: bool = False) -> World:
     """Joins the ranks that torchrun (or the deepspeed launcher) started; started by hand, the world is one rank.
 
     Tensors on the CPU go through gloo on every machine, so that counters and flags need no accelerator. From here on
-    the rank gets SIGTERM when its torchrun agent ends. Raises ProcessLookupError where that has ended already.
+    the rank gets SIGTERM when its torchrun agent ends. deterministic, tf32: how a GPU computes, as EngineConfig has
+    them. Raises ProcessLookupError where the agent has ended already.
     """
     end_with_agent()
     allow_open_files()
@@ -58,7 +59,7 @@ def join() -> World:
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-        repeat_exactly()
+        set_arithmetic(deterministic, tf32)
         backend = "cpu:gloo,cuda:nccl"
     if not dist.is_initialized():
         dist.init_process_group(backend, timeout=TIMEOUT)
@@ -79,15 +80,20 @@ def allow_open_files() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def repeat_exactly() -> None:
-    """Makes a GPU give the same bits for the same work, so that a resumed run is the one that went on.
+def set_arithmetic(deterministic: bool, tf32: bool) -> None:
+    """Makes a GPU give the same bits for the same work, so that a resumed run is the one that went on, or else has it
+    take whichever kernels it finds fastest. tf32: whether float32 is multiplied in TF32.
 
-    To be called before the first work on the GPU. Where PyTorch has no such kernel it raises: told only to warn, it
-    would take flash and efficient attention with atomic additions, although both can do without.
+    To be called before the first work on the GPU. Where PyTorch has no kernel that repeats itself it raises: told only
+    to warn, it would take flash and efficient attention with atomic additions, although both can do without.
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
+    torch.backends.cudnn.conv.fp32_precision = "tf32" if tf32 else "ieee"  # pyright: ignore[reportAttributeAccessIssue]
+    torch.backends.cudnn.benchmark = not deterministic  # it times kernels, and may choose others at another start
+    torch.use_deterministic_algorithms(deterministic)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def leave() -> None:
@@ -113,6 +119,38 @@ def all_rows(values: Sequence[float], group: Any = None) -> list[list[float]]:
     For whatever is made of them, sums and maxima alike. Every rank gets the same numbers, bit for bit.
     """
     return _rows(torch.tensor(values, dtype=torch.float64), group).tolist()
+
+
+def gather_rows(row: Tensor) -> Tensor:
+    """Gives every rank the values of all ranks, (ranks, values): a row for each, in their order.
+
+    row: (values,), on the ranks' device: a GPU's go through NCCL, so that nothing waits for them.
+    """
+    if not row.is_cuda:
+        return _rows(row)
+    rows = row.new_empty(dist.get_world_size() * row.numel())
+    dist.all_gather_into_tensor(rows, row)
+    return rows.view(dist.get_world_size(), -1)
+
+
+def own_share(flat: Tensor) -> Tensor:
+    """Returns this rank's view of a flat tensor of as many equal shares as there are ranks, in the order of ranks."""
+    return flat.view(dist.get_world_size(), -1)[dist.get_rank()]
+
+
+def sum_into_shares(flat: Tensor) -> Tensor:
+    """Sums a flat tensor over all ranks, of which each gets its own share, a view of the tensor; the other shares are
+    left as they were. flat: as in `own_share`."""
+    share = own_share(flat)
+    if dist.get_world_size() > 1:
+        dist.reduce_scatter_tensor(share, flat)
+    return share
+
+
+def gather_shares(flat: Tensor) -> None:
+    """Fills a flat tensor, as in `own_share`, with the share that each rank has in its own."""
+    if dist.get_world_size() > 1:
+        dist.all_gather_into_tensor(flat, own_share(flat))
 
 
 def all_sum(values: Sequence[float]) -> list[float]:

@@ -22,10 +22,12 @@ class Average:
         self.shares = [share.detach().clone() for share in masters(engine)]
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
+    def update(self, step: int, skipped: Tensor) -> None:
+        """Moves the average towards the masters after an optimizer step, unless that was skipped, () bool."""
         weight = 1.0 - min(self.decay, (1 + step) / (10 + step))
+        weights = torch.where(skipped, 0.0, weight).to(torch.float32)
         for mean, share in zip(self.shares, masters(self.engine), strict=True):
-            mean.lerp_(share.detach(), weight)
+            mean.lerp_(share.detach(), weights.to(mean.device))
 
     def full_state(self) -> dict[str, Tensor]:
         """Gathers the average by parameter name, whole, in fp32, on the CPU of every rank. Every rank calls this."""

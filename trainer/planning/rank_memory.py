@@ -7,15 +7,13 @@ precision, N ranks and B = min(P, bucket) elements that are reduced at once:
     stage        weights  masters  Adam  gradients                    while reducing       in the optimizer's step
     0, fp32      4P       -        8P    4P                           4B                   -
     0, bf16      2P       4P       8P    2P                           2B                   4P, their copy in fp32
-    1, bf16      2P       4P/N     8P/N  4P in fp32, always; 2P       one parameter        -
-    1, 2; fp32   4P       4P/N     8P/N  4P, in the bucket            4B                   8P/N
+    1, 2; flat   bP       4P/N     8P/N  4P in fp32, always           4P, a copy of gloo   -
     2, bf16      2P       4P/N     8P/N  2P, in the bucket            6B + 4P/N            4P/N
-    1, at once   2P       4P       8P    2P, in the bucket            2B                   8P
-    2, single    bP       4P       8P    4P in fp32, always           -                    -
+    2, fp32      4P       4P/N     8P/N  4P, in the bucket            4B                   8P/N
     3            bP/N     4P/N     8P/N  4P/N, always                 gathered bP, (8-b)B  4P/N
 
-at once: one rank that takes the whole batch at once, in bf16 or fp16, so that nothing is added up in fp32.
-single: a single rank, whose gradients SingleRankGradients takes.
+flat: where FlatGradients takes them (engine.keeps_gradients_flat): all but stage 2 of more parameters than a bucket
+holds, on several ranks. Under offload, where DeepSpeed takes them, stage 1 is as stage 2.
 
 A bucket is allocated whole: 5e8 elements, whatever is in it. A CPU's memory is only taken where something was written.
 The three moments are compared, since activations are gone when the optimizer steps. On a CPU their memory is not: glibc
@@ -29,7 +27,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from controlbooth.trainer.config.run import EngineConfig
-from controlbooth.trainer.engine.deepspeed import is_single_rank, sums_gradients
+from controlbooth.trainer.engine.deepspeed import keeps_gradients_flat, sums_gradients
 from controlbooth.trainer.planning.footprint import Footprint
 
 BUCKET_ELEMENTS = 500_000_000
@@ -102,7 +100,7 @@ def rank_memory(
     width = 4 if fp32 else 2
     batch = global_batch_size or ranks * one.micro_batch_size
     native = fp32 or not sums_gradients(stage, batch, one.micro_batch_size)  # gradients have the weights' dtype
-    single_rank = is_single_rank(engine, ranks)
+    flat = keeps_gradients_flat(engine, ranks, total)
     share = total if stage == 0 else -(-total // ranks)
     masters = 0 if stage == 0 and fp32 else MASTER * share
     weights = width * (share if stage == 3 else total)
@@ -111,12 +109,13 @@ def rank_memory(
         "trained weights": weights,
         "optimizer": masters + MOMENTS * share,
         "moving average": MASTER * share if averaged else 0,
-        "gradients": ACCUMULATED * total if single_rank else _kept_gradients(stage, native, total, share),
+        "gradients": ACCUMULATED * total if flat else _kept_gradients(stage, native, total, share),
         "runtime": RUNTIME_BYTES[kind] + (ZERO_BYTES[kind] if stage else 0),
     }
-    if single_rank:
+    if flat:
         moments = {
             "backward": {"activations": one.activation_bytes, "gradients": width * one.largest_parameter},
+            "reduction": {"communication": ACCUMULATED * total if kind == "cpu" and ranks > 1 else 0},
             "optimizer": {},
         }
     else:

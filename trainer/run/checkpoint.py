@@ -150,8 +150,12 @@ def load_checkpoint(
 
 
 def needs_universal(state: Mapping[str, Any], world_size: int) -> bool:
-    """Tells whether states that were split over the saved world's ranks must be split anew."""
-    return state["zero_stage"] > 0 and state["world_size"] != world_size
+    """Tells whether states that were split over the saved world's ranks must be split anew.
+
+    Older versions had DeepSpeed's BF16_Optimizer at stage 1 in bf16, which splits them in another way.
+    """
+    another_class = "deepspeed_optimizer" not in state and state["zero_stage"] == 1 and state["precision"] == "bf16"
+    return state["zero_stage"] > 0 and (state["world_size"] != world_size or another_class)
 
 
 def prune(run: Path, keep: int, keep_best: int, attempt: Attempt, committed: Path) -> None:

@@ -88,8 +88,9 @@ def begin_save(
     weights = full_state(engine) if average is None else average.full_state()
     if world.rank > 0:
         weights = {}  # rank 0 writes them; another whole copy on each rank would be held until then
+    state = state | {"deepspeed_optimizer": type(engine.optimizer).__name__}
     if average is not None:
-        state = state | {"average": True}
+        state |= {"average": True}
 
     def sync(path: Path) -> None:
         _sync(path)

@@ -38,13 +38,14 @@ class Pace:
         self._told: int | None = None
         self._on_gpu = world.device.type == "cuda"
         self._events: list[Any] = []
+        self._past: list[Any] = []
         self.begin()
 
     def begin(self) -> None:
         """Begins a step."""
         self._started, self._seconds = time.perf_counter(), None
         if self._on_gpu:
-            self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            self._past, self._events = self._events, [torch.cuda.Event(enable_timing=True) for _ in range(2)]
             self._events[0].record()
 
     def before(self, backward: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
@@ -60,10 +61,13 @@ class Pace:
         return call
 
     def seconds(self) -> float:
-        """Tells after the step how long this rank worked in it before it waited for others."""
+        """Tells after the backward passes how long this rank worked in the step before it waited for others.
+
+        A GPU's own time is that of the step before, as far as it is known without waiting for it.
+        """
         seconds = self._seconds or 0.0
-        if self._on_gpu:  # both events are past, since the step has read the gradient norm
-            seconds = max(seconds, self._events[0].elapsed_time(self._events[1]) / 1000.0)
+        if self._past and all(event.query() for event in self._past):
+            seconds = max(seconds, self._past[0].elapsed_time(self._past[1]) / 1000.0)
         return seconds
 
     def note(self, seconds: Sequence[float], step_seconds: float) -> str | None:

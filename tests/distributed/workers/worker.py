@@ -215,7 +215,7 @@ def counts(folder: Path, world: World, *engines_asked: str) -> dict:
             build.make_loader = opened
         calls = {name: count / Counted.STEPS for name, count in kept[0].calls.count.items()}
         found[engine] = dict(
-            waits=calls.get("aten._local_scalar_dense", 0.0) + 1.0,  # the losses' list is none of them
+            waits=calls.get("aten._local_scalar_dense", 0.0),
             collectives=sum(n for name, n in calls.items() if name.startswith("c10d.") and name not in MESSAGES),
             messages=calls.get("c10d.send", 0.0),
             copies=sum(calls.get(f"aten.{name}", 0.0) for name in ("copy_", "_to_copy", "clone")),
@@ -252,7 +252,7 @@ def plain(folder: Path, world: World) -> dict:
             torch.nn.utils.clip_grad_norm_(controlnet.parameters(), o.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-            losses.append(sum(step) / share)
+            losses.append(sum(step.tolist()) / share)
             for name, parameter in controlnet.named_parameters():
                 mean[name].lerp_(parameter.detach(), 1.0 - min(o.ema_decay, (1 + number) / (10 + number)))
     save_file(mean, folder / "plain-average.safetensors")
@@ -315,7 +315,7 @@ def unlocking_plain(folder: Path, world: World) -> dict:
             torch.nn.utils.clip_grad_norm_(network.parameters(), o.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-            losses.append(sum(step) / share)
+            losses.append(sum(step.tolist()) / share)
             for name, parameter in unlocked.named_parameters():
                 mean[name].lerp_(parameter.detach(), 1.0 - min(o.ema_decay, (1 + number) / (10 + number)))
     save_file(mean, folder / "unlocking-plain-average.safetensors")
@@ -418,7 +418,7 @@ def settings(folder: Path, world: World) -> dict:
                 x = torch.linspace(-1, 1, 16, dtype=engines.DTYPES[precision]).view(2, 8) * (step + 1 + world.rank)
                 engines.accumulate(engine, engine(x).square().mean())
                 engines.apply_gradients(engine, 1e-2)
-                average.update(step)
+                average.update(step, torch.tensor(False))
             where = folder / f"settings-{stage}-{precision}"
             engine.save_checkpoint(str(where), tag="x")
             other = engine_of(changed, stage, precision, world)
@@ -456,8 +456,8 @@ class Forked(nn.Module):
         return x + self.second(x) if x.abs().max() > 2 else x
 
 
-def single_rank(folder: Path, world: World, precision: str) -> dict:
-    """Seven steps of two micro-batches on one rank at stage 2, beside the same in plain PyTorch.
+def flat_gradients(folder: Path, world: World, precision: str) -> dict:
+    """Seven steps of two micro-batches at stage 2, the same on every rank, beside the same in plain PyTorch.
 
     Says how far their weights are apart after each step, which steps were skipped, and whether MLflow was imported. The
     second layer has no part in the first step nor in the fifth, the third step's first micro-batch has no finite
@@ -469,12 +469,11 @@ def single_rank(folder: Path, world: World, precision: str) -> dict:
     masters = {name: value.to(dtype).float().clone().requires_grad_() for name, value in ours.state_dict().items()}
     plain = Forked().to(dtype)
     settings = OptimizerConfig(max_grad_norm=0.05)
-    sizes = engines.BatchSizes(4, 2, 2)
+    sizes = engines.BatchSizes(4 * world.world_size, 2, 2)
     adam = torch.optim.AdamW(
         masters.values(), rate, settings.betas, settings.epsilon, settings.weight_decay, fused=True
     )
     engine = engines.initialize(ours, EngineConfig(zero_stage=2), settings, sizes, precision, load_universal=False)
-    from deepspeed.utils import safe_get_full_grad  # only now: what initialize imports is looked at
 
     apart, skipped = [], []
     for step in range(7):
@@ -490,11 +489,7 @@ def single_rank(folder: Path, world: World, precision: str) -> dict:
                 gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 before = masters[name].grad if micro else None
                 masters[name].grad = gradient.float() if before is None else before + gradient.float()
-        for name, parameter in ours.named_parameters():  # DeepSpeed's own way of looking at them
-            whole = safe_get_full_grad(parameter)
-            near = partial(torch.allclose, rtol=1e-3, atol=1e-3, equal_nan=True)
-            assert whole is not None and near(whole, masters[name].grad), (step, name)
-        skipped.append(engines.apply_gradients(engine, rate)[1])
+        skipped.append(bool(engines.apply_gradients(engine, rate).skipped))
         norm = torch.stack([master.grad.norm() for master in masters.values()]).norm()
         if norm.isfinite():
             for master in masters.values():
@@ -616,7 +611,7 @@ def background(folder: Path, world: World) -> dict:
                 x = torch.linspace(-1, 1, 16, dtype=engines.DTYPES[precision]).view(2, 8) * (step + 1 + world.rank)
                 engines.accumulate(engine, engine(x).square().mean())
                 engines.apply_gradients(engine, 1e-2)
-                average.update(step)
+                average.update(step, torch.tensor(False))
 
             run = folder / f"background-{stage}-{precision}"
             attempt = Attempt(run, 1, "id")

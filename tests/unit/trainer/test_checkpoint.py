@@ -318,3 +318,6 @@ def test_only_split_states_need_to_be_split_anew():
     assert needs_universal(dict(zero_stage=2, world_size=4), 2)
     assert not needs_universal(dict(zero_stage=2, world_size=2), 2)
     assert not needs_universal(dict(zero_stage=0, world_size=4), 2)
+    older = dict(zero_stage=1, world_size=2, precision="bf16")  # by DeepSpeed's BF16_Optimizer, which splits otherwise
+    assert needs_universal(older, 2) and not needs_universal(older | dict(precision="fp32"), 2)
+    assert not needs_universal(older | dict(deepspeed_optimizer="DeepSpeedZeroOptimizer"), 2)

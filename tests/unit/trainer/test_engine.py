@@ -4,8 +4,15 @@ import pytest
 import torch
 
 from controlbooth.trainer.config.loading import build_config
-from controlbooth.trainer.config.run import OptimizerConfig
-from controlbooth.trainer.engine.deepspeed import batch_sizes, deepspeed_config, learning_rate, resolve_precision
+from controlbooth.trainer.config.run import EngineConfig, OptimizerConfig
+from controlbooth.trainer.engine.deepspeed import (
+    FLAT_ELEMENTS,
+    batch_sizes,
+    deepspeed_config,
+    keeps_gradients_flat,
+    learning_rate,
+    resolve_precision,
+)
 from controlbooth.trainer.engine.distributed import allow_open_files
 
 
@@ -19,7 +26,8 @@ def config(**changes):
 
 def settings(run, world_size):
     sizes = batch_sizes(run, world_size)
-    return deepspeed_config(run.engine, sizes, run.optimizer.max_grad_norm, "bf16", load_universal=False)
+    flat = keeps_gradients_flat(run.engine, sizes.ranks, parameters=1000)
+    return deepspeed_config(run.engine, sizes, run.optimizer.max_grad_norm, "bf16", load_universal=False, flat=flat)
 
 
 def test_learning_rate_warms_up_and_ends_at_zero():
@@ -50,13 +58,21 @@ def test_offload_reaches_deepspeed_without_its_compiled_optimizer():
 
 
 def test_half_precision_gradients_are_added_up_in_fp32_over_micro_batches_and_ranks():
+    for engine in (dict(zero_stage=3), dict(zero_stage=1, offload_optimizer=True)):  # elsewhere FlatGradients does
+        tree = settings(config(engine=engine), world_size=2)
+        assert tree["data_types"] == {"grad_accum_dtype": "fp32"} and tree["communication_data_type"] == "fp32"
     tree = settings(config(), world_size=2)
-    assert tree["data_types"] == {"grad_accum_dtype": "fp32"} and tree["communication_data_type"] == "fp32"
-    accumulated = settings(config(engine=dict(zero_stage=1)), world_size=1)
-    assert accumulated["data_types"] == {"grad_accum_dtype": "fp32"}
-    for nothing_to_add in (config(micro_batch_size=8, engine=dict(zero_stage=1)), config()):  # SingleRankGradients adds
-        tree = settings(nothing_to_add, world_size=1)
-        assert "data_types" not in tree and "communication_data_type" not in tree
+    assert "data_types" not in tree and "communication_data_type" not in tree
+
+
+def test_gradients_are_kept_flat_where_the_stage_keeps_them_whole_anyway():
+    stage = {number: EngineConfig(zero_stage=number) for number in (0, 1, 2, 3)}
+    large = FLAT_ELEMENTS + 1
+    assert keeps_gradients_flat(stage[1], 8, large) and keeps_gradients_flat(stage[2], 8, FLAT_ELEMENTS)
+    assert keeps_gradients_flat(stage[2], 1, large)
+    assert not keeps_gradients_flat(stage[2], 8, large)  # DeepSpeed reduces these while the backward pass goes on
+    assert not keeps_gradients_flat(stage[0], 8, 10) and not keeps_gradients_flat(stage[3], 8, 10)
+    assert not keeps_gradients_flat(EngineConfig(zero_stage=2, offload_optimizer=True), 1, 10)
 
 
 def test_fp16_where_losses_are_not_scaled_is_refused_with_what_can_be_used():

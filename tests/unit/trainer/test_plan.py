@@ -429,19 +429,41 @@ def test_the_peak_is_the_worst_of_three_moments():
     assert rank_memory(heavy, EngineConfig(zero_stage=0), "fp32", 1, "cuda").moment == "backward"
 
 
-def test_a_cpu_keeps_the_memory_of_activations_beside_flat_gradients_and_a_card_does_not():
-    heavy = replace(ONE, profile=((50_000, 0), (0, 3200)))
+def test_flat_gradients_are_there_always_and_need_nothing_besides_on_a_card():
+    for stage in (1, 2):
+        for precision in ("fp32", "bf16"):
+            device = parts(stage, 4, precision)
+            assert device["gradients"] == 4 * 800 + (4 if precision == "fp32" else 2) * 100  # and the one being added
+            assert device["communication"] == 0 and device["activations"] == 5000
+    light = replace(ONE, profile=((10, 0), (0, 3200)))
+    on_cpu, on_card = (rank_memory(light, EngineConfig(), "fp32", 2, kind).device for kind in ("cpu", "cuda"))
+    assert on_cpu["communication"] == 4 * 800 and on_card["communication"] == 0  # gloo reduces a copy
+
+
+def of_many_parameters(activations, width=4):
+    total = BUCKET_ELEMENTS + 1000
+    profile = ((activations, 0), (0, width * total))
+    return replace(ONE, trained_parameters=total, largest_parameter=100, profile=profile)
+
+
+def test_a_cpu_keeps_the_memory_of_activations_beside_a_bucket_and_a_card_does_not():
+    heavy = of_many_parameters(10**11)
     cpu, card = (rank_memory(heavy, EngineConfig(zero_stage=2), "fp32", 4, kind) for kind in ("cpu", "cuda"))
-    assert cpu.moment == "reduction" and cpu.device["activations"] == 50_000
-    assert cpu.device["communication"] == 2 * 3200
-    assert card.device["activations"] in (50_000, 0)
+    assert cpu.moment == "reduction" and cpu.device["activations"] == heavy.activation_bytes
+    assert cpu.device["communication"] == 2 * 4 * BUCKET_ELEMENTS
+    assert card.device["activations"] in (heavy.activation_bytes, 0)
+    heavy = replace(ONE, profile=((50_000, 0), (0, 3200)))
     alone = rank_memory(heavy, EngineConfig(zero_stage=0), "fp32", 4, "cpu")  # single gradients fit into what is free
     assert alone.device["activations"] + alone.device["gradients"] == 50_000
 
 
 def test_a_bucket_is_allocated_whole_on_a_card_and_touched_in_part_on_a_cpu():
-    assert parts(2, 2, kind="cuda")["communication"] >= 4 * BUCKET_ELEMENTS
-    assert parts(2, 2, kind="cpu")["communication"] <= 2 * 4 * 800
+    one = of_many_parameters(0, width=2)
+    assert (
+        rank_memory(one, EngineConfig(zero_stage=2), "bf16", 2, "cuda").device["communication"] >= 2 * BUCKET_ELEMENTS
+    )
+    assert parts(3, 2, kind="cuda")["communication"] >= 4 * BUCKET_ELEMENTS
+    assert parts(3, 2, kind="cpu")["communication"] <= 3 * 4 * 800
 
 
 def test_offload_moves_optimizer_states_to_the_host_and_nothing_is_lost():
