@@ -68,13 +68,13 @@ def cases() -> list[Case]:
         replace(SD15, micro_batch_size=32),
         replace(SD15, precision="fp32", seconds=60.0),
     )
-    switched = ("not deterministic", "channels_last", "cudnn.benchmark", "all of these")
+    switched = ("not deterministic", "channels_last", "compile", "all of these")
     return [
         *sized(SD15, 8, 32, 1),
         replace(SD15, work="waits"),
         *sized(online, 8, 32, 1),
         *(replace(case, settings=name) for name in switched for case in (SD15, large)),
-        *(replace(fp32, settings=name) for name in ("no TF32", "TF32")),
+        *(replace(fp32, settings=name) for name in ("default", "TF32")),
         SDXL,
         Case("sd35-medium", 1024, 4, seconds=90.0),
         Case("flux-dev", 1024, 1, gradient_checkpointing=True, seconds=120.0),
@@ -99,7 +99,7 @@ def small_cases() -> list[Case]:
         replace(tiny, cached=False),
         *(
             replace(tiny, settings=name)
-            for name in ("not deterministic", "channels_last", "cudnn.benchmark", "all of these", "no TF32", "TF32")
+            for name in ("not deterministic", "channels_last", "compile", "all of these", "TF32")
         ),
         replace(tiny, attention="cudnn"),
         replace(tiny, attention="math", gradient_checkpointing=True),

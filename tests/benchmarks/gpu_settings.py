@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from controlbooth.models.base import Base
+from controlbooth.trainer.engine.compiling import compile_blocks, run_plainly
+from controlbooth.trainer.engine.distributed import set_arithmetic
 
 
 @contextmanager
@@ -15,24 +17,30 @@ def nothing(base: Base, engine: Any) -> Iterator[None]:
     yield
 
 
-@contextmanager
-def free_order(base: Base, engine: Any) -> Iterator[None]:
-    """Lifts the demand that the same work gives the same bits."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(False)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
+def arithmetic(deterministic: bool, tf32: bool) -> Callable[[Base, Any], AbstractContextManager[None]]:
+    """Makes a setting of engine.deterministic and engine.tf32."""
+
+    @contextmanager
+    def set_both(base: Base, engine: Any) -> Iterator[None]:
+        set_arithmetic(deterministic, tf32)
+        try:
+            yield
+        finally:
+            set_arithmetic(deterministic=True, tf32=False)
+
+    return set_both
 
 
 @contextmanager
-def cudnn_benchmark(base: Base, engine: Any) -> Iterator[None]:
-    torch.backends.cudnn.benchmark = True
+def compiled(base: Base, engine: Any) -> Iterator[None]:
+    """Compiles repeated blocks, without the proof of their gradients that a run begins with."""
+    for network in (base.denoiser, engine.module):
+        compile_blocks(network)
     try:
         yield
     finally:
-        torch.backends.cudnn.benchmark = False
+        for network in (base.denoiser, engine.module):
+            run_plainly(network)
 
 
 @contextmanager
@@ -52,26 +60,10 @@ def channels_last(base: Base, engine: Any) -> Iterator[None]:
             module.to(memory_format=torch.contiguous_format)
 
 
-def in_fp32(products: str, convolutions: str) -> Callable[[Base, Any], AbstractContextManager[None]]:
-    """Makes a setting of how fp32 is multiplied: `ieee` or `tf32`."""
-
-    @contextmanager
-    def set_both(base: Base, engine: Any) -> Iterator[None]:
-        matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
-        before = matmul.fp32_precision, conv.fp32_precision
-        matmul.fp32_precision, conv.fp32_precision = products, convolutions
-        try:
-            yield
-        finally:
-            matmul.fp32_precision, conv.fp32_precision = before
-
-    return set_both
-
-
 @contextmanager
 def all_of_these(base: Base, engine: Any) -> Iterator[None]:
     with ExitStack() as stack:
-        for one in (channels_last, free_order, cudnn_benchmark):
+        for one in (channels_last, arithmetic(deterministic=False, tf32=True), compiled):
             stack.enter_context(one(base, engine))
         yield
 
@@ -89,11 +81,10 @@ class Setting:
 
 SETTINGS = {
     "default": Setting(),
-    "not deterministic": Setting(free_order),
+    "not deterministic": Setting(arithmetic(deterministic=False, tf32=False)),
+    "TF32": Setting(arithmetic(deterministic=True, tf32=True)),
     "channels_last": Setting(channels_last),
-    "cudnn.benchmark": Setting(cudnn_benchmark),
-    "all of these": Setting(all_of_these),
-    "no TF32": Setting(in_fp32("ieee", "ieee")),
-    "TF32": Setting(in_fp32("tf32", "tf32")),
+    "compile": Setting(compiled, needs_gpu=True),
+    "all of these": Setting(all_of_these, needs_gpu=True),
 }
-"""PyTorch's default, with which `default` runs, is TF32 in convolutions alone."""
+"""`default` is deterministic and without TF32. A row with compile is left out on a CPU, where it takes minutes."""

@@ -212,6 +212,9 @@ class EngineConfig(Section):
     tf32: bool = False
     """Let a GPU multiply float32 in TF32, with 10 bits of the fraction instead of 23: for runs in fp32, several times
     as fast."""
+    compile: bool = False
+    """Compile the blocks that the networks repeat with torch.compile (stages 0 to 2). At each start one step is taken
+    with and without, and what has other gradients is not compiled, aloud."""
     hang_timeout_seconds: float = Field(default=900.0, gt=0.0, allow_inf_nan=True)  # .inf waits for ever
     """A step that takes longer is taken for one that hangs: the ranks write their stacks and end. The start, the first
     step, validations and checkpoints may take six times as long, and anything ten times the slowest of its kind. The
@@ -299,6 +302,11 @@ class RunConfig(Section):
             )
         if given and any(source.repeat != 1 for source in self.data.sources):
             raise UserError("data.sources have weights and a repeat: a weight says it all, leave repeat out")
+        if self.engine.compile and self.engine.zero_stage == 3:
+            raise UserError(
+                "engine.compile=true needs whole weights, and engine.zero_stage=3 gathers them layer by layer: set "
+                "engine.zero_stage=2, or engine.compile=false"
+            )
         if self.data.random_flip and tells_sides(self.data.condition):
             raise UserError(
                 f"data.condition={self.data.condition} tells left from right by colour, and data.random_flip would "
