@@ -307,6 +307,11 @@ class RunConfig(Section):
                 "engine.compile=true needs whole weights, and engine.zero_stage=3 gathers them layer by layer: set "
                 "engine.zero_stage=2, or engine.compile=false"
             )
+        if self.engine.compile and self.model.unlock_decoder_at is not None:
+            raise UserError(
+                "engine.compile=true proves the gradients of a network whose decoder is locked, and "
+                f"model.unlock_decoder_at={self.model.unlock_decoder_at} unlocks it: leave one of them out"
+            )
         if self.data.random_flip and tells_sides(self.data.condition):
             raise UserError(
                 f"data.condition={self.data.condition} tells left from right by colour, and data.random_flip would "

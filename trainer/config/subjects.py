@@ -154,6 +154,8 @@ class SubjectRunConfig(Section):
             raise UserError("engine is for method=full: adapters of a subject are trained by one rank alone")
         if self.engine.precision != "auto":
             raise UserError(f"engine.precision={self.engine.precision} is set as `precision` in a run of subjects")
+        if self.engine.compile:
+            raise UserError("engine.compile is for ControlNets: leave it out in a run of subjects")
         for field, template in (("instance_prompt", self.instance_prompt), ("class_prompt", self.class_prompt)):
             fill(field, template, identifier="x", class_noun="y")
         return self

@@ -44,8 +44,6 @@ class Pending:
     values: Late
     """Norm, whether it was skipped, this rank's losses, and what all ranks told, flat."""
     rates: Mapping[str, float]
-    seconds: float
-    """Since the one before."""
 
 
 class OfRank(NamedTuple):
@@ -87,7 +85,7 @@ class Meter:
         self.pace.begin()
 
     def restart(self, with_a_first_step: bool = False) -> None:
-        """Leaves what happened since the last step out of the next one's time.
+        """Leaves what happened since the last step out of the next one's time. To be called after `settle`.
 
         with_a_first_step: whether the next one takes as long as a first one may.
         """
@@ -122,11 +120,9 @@ class Meter:
 
         Raises Superseded where another start has taken the run, and TrainingStopped when too many steps were skipped.
         """
-        seconds = time.perf_counter() - self._started
-        self.restart()
         known = [taken.norm.reshape(1), taken.skipped.reshape(1), losses, taken.told.flatten()]
         values = Late(torch.cat([tensor.to(torch.float64) for tensor in known]))
-        before, self._pending = self._pending, Pending(self.run.step, batch, values, rates, seconds)
+        before, self._pending = self._pending, Pending(self.run.step, batch, values, rates)
         check_still_ours(self.run.attempt)
         return Counted() if before is None else self._log(before)
 
@@ -138,8 +134,9 @@ class Meter:
         return self._counted
 
     def _log(self, taken: Pending) -> Counted:
-        run, world, batch, seconds, rates = self.run, self.run.world, taken.batch, taken.seconds, taken.rates
+        run, world, batch, rates = self.run, self.run.world, taken.batch, taken.rates
         norm, skipped, *rest = taken.values.read()
+        seconds, self._started = taken.values.known_at - self._started, taken.values.known_at
         losses, told = rest[: len(batch.micro_batches)], rest[len(batch.micro_batches) :]
         fields = len(OfRank._fields)
         ranks = [OfRank(*told[at : at + fields]) for at in range(0, len(told), fields)]

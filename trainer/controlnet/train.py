@@ -123,6 +123,7 @@ def loop(run: Run, stop: StopRequest) -> None:
     ended = run.step >= config.max_steps or converged_long_ago(run)
     while not ended:
         if unlocking.unlocks_now(config, run.step, run.engine):
+            meter.settle()
             run.watchdog.begin("unlocking the decoder", run.step)
             if run.saving is not None:  # its thread writes through the engine that is about to go
                 commit(run)
@@ -155,6 +156,7 @@ def close_step(run: Run, meter: Meter, counted: Counted) -> bool:
     """Commits, validates and saves where it is time to, on every rank; -> whether that was the last step."""
     config = run.config
     if run.saving is not None and counted.written:
+        counted = meter.settle()
         began = time.perf_counter()
         commit(run)
         note_stall(run, began)

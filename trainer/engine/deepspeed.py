@@ -200,6 +200,7 @@ def apply_settings(engine: Any, config: OptimizerConfig) -> None:
     """Sets the run's optimizer settings in place of those that a checkpoint holds. To be called after it was loaded."""
     for group in engine.optimizer.param_groups:
         group |= dict(betas=config.betas, eps=config.epsilon, weight_decay=config.weight_decay)
+        group |= dict(fused=True, foreach=None)  # checkpoints of older versions say nothing of it, or otherwise
     if hasattr(engine.optimizer, "clip_grad"):
         engine.optimizer.clip_grad = config.max_grad_norm
     inner = getattr(engine.optimizer, "optimizer", engine.optimizer)

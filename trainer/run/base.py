@@ -48,7 +48,8 @@ def _digests_once_a_machine(
     own = weights_digests(root, files) if world.local_rank == 0 else None
     digests = from_first_rank(own)
     if own is not None and own != digests:
-        other = next(part for part, digest in digests[1].items() if own[1].get(part) != digest)
+        parts = sorted({*digests[1], *own[1]})
+        other = next((part for part in parts if own[1].get(part) != digests[1].get(part)), "its files' names")
         raise UserError(
             f"{root} on this machine, of rank {world.rank}, holds other weights than on that of rank 0, first in "
             f"{other}: copy the base there again, or put it on a shared disk"

@@ -10,6 +10,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -36,16 +37,22 @@ class Pace:
         self.hosts = gather_objects(socket.gethostname(), world)
         self._slow: deque[int | None] = deque(maxlen=WINDOW)
         self._told: int | None = None
-        self._on_gpu = world.device.type == "cuda"
+        self._new_event: Callable[[], Any] | None = None
+        if world.device.type == "cuda":
+            self._new_event = partial(torch.cuda.Event, enable_timing=True)
         self._events: list[Any] = []
         self._past: list[Any] = []
+        """Those of the step before, both recorded; none before the second step."""
+        self._seconds: float | None = None
         self.begin()
 
     def begin(self) -> None:
         """Begins a step."""
+        if self._seconds is not None:
+            self._past = self._events
         self._started, self._seconds = time.perf_counter(), None
-        if self._on_gpu:
-            self._past, self._events = self._events, [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        if self._new_event is not None:
+            self._events = [self._new_event(), self._new_event()]
             self._events[0].record()
 
     def before(self, backward: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
@@ -54,7 +61,7 @@ class Pace:
         def call(loss: Tensor) -> None:
             if self._seconds is None:
                 self._seconds = time.perf_counter() - self._started
-                if self._on_gpu:
+                if self._events:
                     self._events[1].record()
             backward(loss)
 

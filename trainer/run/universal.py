@@ -69,9 +69,10 @@ def _handing_out(world: World) -> Iterator[None]:
     def share_out(do: Do, chunks: Sequence[Any], workers: int) -> list[Any]:
         nonlocal together
         chunks = list(chunks)  # of a set, whose order is another one in each process
-        from_first_rank((do, chunks))
+        ranks = min(world.ranks_per_node, world.world_size)
+        from_first_rank((do, chunks, ranks))
         together = True  # what fails from here on fails on all ranks
-        results = _do_together(do, chunks, world)
+        results = _do_together(do, chunks, ranks, world)
         together = False
         return results
 
@@ -93,16 +94,15 @@ def _help(world: World) -> None:
     while (work := from_first_rank(None)) is not None:
         if isinstance(work, CheckpointError):
             raise work
-        do, chunks = work
-        _do_together(do, chunks, world)
+        _do_together(*work, world)
 
 
-def _do_together(do: Do, chunks: Sequence[Any], world: World) -> list[Any]:
-    """Does the work on the ranks of rank 0's machine, and returns its results on every rank, in the order of chunks.
+def _do_together(do: Do, chunks: Sequence[Any], of: int, world: World) -> list[Any]:
+    """Does the work on the first `of` ranks, and returns its results on every rank, in the order of chunks.
 
     Raises on all ranks where one has failed.
     """
-    share, of = world.rank, min(world.ranks_per_node, world.world_size)
+    share = world.rank
     own, error = [], None
     try:
         own = [do(chunk) for chunk in chunks[share::of]] if share < of else []

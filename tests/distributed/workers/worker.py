@@ -431,6 +431,7 @@ def settings(folder: Path, world: World) -> dict:
             same_average = all(torch.equal(copied.full_state()[n], average.full_state()[n]) for n in before)
             untouched = all(torch.equal(engines.full_state(other)[n], after[n]) for n in after)
             (group,) = other.optimizer.param_groups
+            assert group["fused"], "clipping and skipping by tensors asks for it"
             outcome[f"{stage} {precision}"] = dict(
                 betas=group["betas"],
                 weight_decay=group["weight_decay"],

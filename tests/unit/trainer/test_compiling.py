@@ -26,16 +26,20 @@ def faulty_without_gradients_of_its_own(graph, inputs):
     return graph if all(one.requires_grad for one in weights) else faulty(graph, inputs)
 
 
+def run_of(**changes):
+    tree = dict(
+        name="t", max_steps=10, global_batch_size=2, micro_batch_size=2,
+        model=dict(base="b"), data=dict(shards="s", condition="canny", resolution=64),
+    )  # fmt: skip
+    return build_config(tree | changes)
+
+
 @pytest.fixture()
 def networks(load_tiny):
     base = load_tiny("miniature")
     torch.manual_seed(0)
     controlnet = build_controlnet(base.denoiser, (4, 8, 8, 16)).float()
-    tree = dict(
-        name="t", max_steps=10, global_batch_size=2, micro_batch_size=2,
-        model=dict(base="b"), data=dict(shards="s", condition="canny", resolution=64),
-    )  # fmt: skip
-    yield build_config(tree), base, controlnet
+    yield run_of(), base, controlnet
     torch.compiler.reset()
 
 
@@ -85,10 +89,8 @@ def test_what_is_compiled_are_the_blocks_that_repeat(networks):
     assert BasicTransformerBlock in kinds and len(kinds) == 2
 
 
-def test_a_run_that_gathers_weights_layer_by_layer_is_not_compiled():
-    tree = dict(
-        name="t", max_steps=10, global_batch_size=2, micro_batch_size=2,
-        model=dict(base="b"), data=dict(shards="s", condition="canny"), engine=dict(compile=True, zero_stage=3),
-    )  # fmt: skip
+def test_a_run_whose_weights_are_gathered_or_whose_network_changes_is_not_compiled():
     with pytest.raises((ValueError, ConfigError), match="engine.zero_stage=2, or engine.compile=false"):
-        build_config(tree)
+        run_of(engine=dict(compile=True, zero_stage=3))
+    with pytest.raises((ValueError, ConfigError), match="unlock_decoder_at=5 unlocks it: leave one of them out"):
+        run_of(engine=dict(compile=True), model=dict(base="b", unlock_decoder_at=5))

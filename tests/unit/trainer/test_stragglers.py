@@ -44,3 +44,33 @@ def test_a_ranks_own_work_ends_at_its_first_backward_pass(pace):
     time.sleep(0.05)
     backward(torch.tensor(2.0))
     assert len(calls) == 2 and pace.seconds() == first and 0.0 < first < 0.05
+
+
+class Event:
+    """Keeps the rules of torch.cuda.Event: one that was never recorded counts as past, and has no time."""
+
+    at: float | None = None
+
+    def record(self):
+        self.at = time.perf_counter()
+
+    def query(self):
+        return True
+
+    def elapsed_time(self, other):
+        if self.at is None or other.at is None:
+            raise ValueError("both events must be recorded before their time is asked")
+        return 1000.0 * (other.at - self.at)
+
+
+def test_a_gpus_own_time_is_told_a_step_later_and_asked_of_events_that_were_recorded(pace):
+    pace._new_event = Event
+    backward = pace.before(lambda loss: None)
+    told = []
+    for _ in range(3):
+        pace.begin()
+        time.sleep(0.02)
+        backward(torch.tensor(1.0))
+        pace._seconds = 0.0  # as where the host only launches
+        told.append(pace.seconds())
+    assert told[0] == 0.0 and all(0.02 <= seconds < 0.2 for seconds in told[1:])
