@@ -147,11 +147,12 @@ def run_stack(run: SubjectRun, stack: Stack) -> None:
             keep = [slot for slot, training in enumerate(stack.trainings) if training not in ended]
             stack.trainings = [stack.trainings[slot] for slot in keep]
             keep_slots(stack.adapters, stack.optimizer, keep)
-        if ended or stop.requested or since_saved >= run.config.checkpoint_every_steps:
+        stopping = stop.requested  # asked once: what is requested while a state is saved stops after the next step
+        if ended or stopping or since_saved >= run.config.checkpoint_every_steps:
             save_stack(stack, path, run.attempt)
-            note_saved(run, stack, "stopped" if stop.requested else "training")
+            note_saved(run, stack, "stopped" if stopping else "training")
             since_saved = 0
-        if stop.requested:
+        if stopping:
             for training in stack.trainings:
                 run.tracking.end(training.task, "stopped")
             break
