@@ -33,6 +33,7 @@ import torch
 from gpu_rows import Case, Row
 from gpu_settings import SETTINGS
 from random_weights import materialise
+from torch import nn
 from transformers.utils.logging import disable_progress_bar
 
 from controlbooth.data.errors import UserError
@@ -43,6 +44,7 @@ from controlbooth.data.shards.latent_cache import EncodedBatch
 from controlbooth.models.architectures import PUBLISHED
 from controlbooth.models.attention import JOINT_KERNELS, KERNELS, AttentionChoice, apply_attention, choose_attention
 from controlbooth.models.base import Base
+from controlbooth.models.denoisers.registry import reads_latents
 from controlbooth.trainer.config.loading import build_config
 from controlbooth.trainer.config.run import RunConfig
 from controlbooth.trainer.controlnet.build import base_attention_shapes, make_controlnet
@@ -149,8 +151,9 @@ def make_engine(config: RunConfig, base: Base, precision: str) -> Any:
     )
 
 
-def make_batch(case: Case, base: Base) -> MicroBatch:
+def make_batch(case: Case, base: Base, controlnet: nn.Module) -> MicroBatch:
     """Makes what the loader would bring, on the CPU."""
+    latents = case.cached and reads_latents(controlnet)  # of conditions, which the cache then holds
     count, side = case.micro_batch_size, case.resolution // base.family.vae_factor
     shape = (base.latent_channels, side, side)
     positions = np.arange(count, dtype=np.int64)
@@ -162,8 +165,8 @@ def make_batch(case: Case, base: Base) -> MicroBatch:
         keys=[str(position) for position in positions],
         places=np.stack([positions * 0, positions], axis=1),
         pixel_values=None if case.cached else pictures[0],
-        conditioning=pictures[1],
-        encoded=cached_batch(base, (count, *shape), sum(map(bool, captions))) if case.cached else None,
+        conditioning=None if latents else pictures[1],
+        encoded=cached_batch(base, (count, *shape), sum(map(bool, captions)), latents) if case.cached else None,
         captions=captions,
         dropped=np.array([not caption for caption in captions]),
         timesteps=draws.noise_levels(0, positions, drawn),
@@ -173,8 +176,11 @@ def make_batch(case: Case, base: Base) -> MicroBatch:
     )
 
 
-def cached_batch(base: Base, shape: tuple[int, ...], kept: int) -> EncodedBatch:
-    """Makes what a latent cache would hold, of random numbers: latents of `shape`, and text of `kept` captions."""
+def cached_batch(base: Base, shape: tuple[int, ...], kept: int, condition: bool) -> EncodedBatch:
+    """Makes what a latent cache would hold, of random numbers: latents of `shape`, and text of `kept` captions.
+
+    condition: whether it holds latents of conditions too.
+    """
     states, pooled = base.empty_prompt(encode_captions)
 
     def drawn(shape: Any, like: Any) -> np.ndarray:
@@ -183,6 +189,7 @@ def cached_batch(base: Base, shape: tuple[int, ...], kept: int) -> EncodedBatch:
     return EncodedBatch(
         mean=drawn(shape, base.vae),
         std=drawn(shape, base.vae),
+        condition=drawn(shape, base.vae) if condition else None,
         latents_dtype=dtype_name(base.vae),
         hidden_states=drawn((kept, *states.shape[1:]), states),
         pooled=None if pooled is None else drawn((kept, *pooled.shape[1:]), pooled),
@@ -295,7 +302,7 @@ def waits_in_a_step(trained: Trained, batch: MicroBatch, effort: Effort, world: 
 def measure(case: Case, trained: Trained, chosen: AttentionChoice, effort: Effort, world: World) -> Row:
     """Measures a case with the attention kernels that were chosen for it."""
     prepare(trained, chosen, case.gradient_checkpointing)
-    batch = make_batch(case, trained.base)
+    batch = make_batch(case, trained.base, trained.engine)
     with SETTINGS[case.settings].around(trained.base, trained.engine):
         if case.work == "waits":
             found = waits_in_a_step(trained, batch, effort, world)
