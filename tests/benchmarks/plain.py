@@ -23,7 +23,7 @@ def plain_loss(base: Base, controlnet: Any, batch: DeviceBatch, autocast: bool) 
         posterior = base.vae.encode(batch.pixel_values.to(base.dtype)).latent_dist
         latents = posterior.mean + posterior.std * batch.posterior_noise.to(base.dtype)
         latents = latents * base.vae.config.scaling_factor
-        noisy = base.process.scheduler.add_noise(latents.float(), batch.noise, batch.timesteps).to(base.dtype)  # type: ignore[arg-type]
+        noisy = base.process.scheduler.add_noise(latents.float(), batch.noise, batch.levels).to(base.dtype)  # type: ignore[arg-type]
         tokenizer = base.tokenizers[0]
         length = tokenizer.model_max_length
         words = tokenizer(batch.captions, max_length=length, padding="max_length", truncation=True, return_tensors="pt")
@@ -31,11 +31,11 @@ def plain_loss(base: Base, controlnet: Any, batch: DeviceBatch, autocast: bool) 
         hint = batch.conditioning_pixel_values.to(base.dtype)
     with torch.autocast("cpu", dtype=base.dtype, enabled=autocast):
         down, mid = controlnet(
-            noisy, batch.timesteps, encoder_hidden_states=text, controlnet_cond=hint, return_dict=False
+            noisy, batch.levels, encoder_hidden_states=text, controlnet_cond=hint, return_dict=False
         )
     said = unet(
         noisy,
-        batch.timesteps,
+        batch.levels,
         encoder_hidden_states=text,
         down_block_additional_residuals=[one.to(base.dtype) for one in down],
         mid_block_additional_residual=mid.to(base.dtype),
