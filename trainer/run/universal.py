@@ -94,7 +94,8 @@ def _help(world: World) -> None:
     while (work := from_first_rank(None)) is not None:
         if isinstance(work, CheckpointError):
             raise work
-        _do_together(*work, world)
+        do, chunks, ranks = work
+        _do_together(do, chunks, ranks, world)
 
 
 def _do_together(do: Do, chunks: Sequence[Any], of: int, world: World) -> list[Any]:
