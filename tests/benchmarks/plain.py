@@ -30,9 +30,7 @@ def plain_loss(base: Base, controlnet: Any, batch: DeviceBatch, autocast: bool) 
         text = base.text_encoders[0](words.input_ids, return_dict=False)[0]
         hint = batch.conditioning_pixel_values.to(base.dtype)
     with torch.autocast("cpu", dtype=base.dtype, enabled=autocast):
-        down, mid = controlnet(
-            noisy, batch.levels, encoder_hidden_states=text, controlnet_cond=hint, return_dict=False
-        )
+        down, mid = controlnet(noisy, batch.levels, encoder_hidden_states=text, controlnet_cond=hint, return_dict=False)
     said = unet(
         noisy,
         batch.levels,
