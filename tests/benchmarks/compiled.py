@@ -18,7 +18,8 @@ from record import write
 from controlbooth.models.denoisers.registry import denoiser_of
 from controlbooth.models.pretrained import MINIATURE, load_base
 from controlbooth.trainer.config.loading import build_config
-from controlbooth.trainer.controlnet.build import make_controlnet, trial_loss
+from controlbooth.trainer.controlnet.build import make_controlnet
+from controlbooth.trainer.controlnet.trial import trial_loss
 from controlbooth.trainer.engine.compiling import compile_blocks, prove, repeated_blocks, run_plainly
 
 

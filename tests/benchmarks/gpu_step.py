@@ -47,8 +47,9 @@ from controlbooth.models.base import Base
 from controlbooth.models.denoisers.registry import reads_latents
 from controlbooth.trainer.config.loading import build_config
 from controlbooth.trainer.config.run import RunConfig
-from controlbooth.trainer.controlnet.build import base_attention_shapes, make_controlnet
+from controlbooth.trainer.controlnet.build import make_controlnet
 from controlbooth.trainer.controlnet.step import controlnet_step
+from controlbooth.trainer.controlnet.trial import base_attention_shapes
 from controlbooth.trainer.encoding import as_array, dtype_name, encode_captions
 from controlbooth.trainer.engine import deepspeed as engines
 from controlbooth.trainer.engine.device import device_name

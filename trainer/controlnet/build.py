@@ -24,24 +24,18 @@ from controlbooth.models.attention import (
     JOINT_KERNELS,
     KERNELS,
     AttentionChoice,
-    AttentionShape,
     apply_attention,
-    attention_shapes,
 )
 from controlbooth.models.base import Base
 from controlbooth.models.denoisers.registry import (
     ParameterReport,
-    denoise,
     denoiser_of,
-    encode_condition,
     parameter_report,
-    predict,
     reads_latents,
 )
 from controlbooth.models.denoisers.unet import build_controlnet, keep_only_mid_control
 from controlbooth.models.families import identify
 from controlbooth.models.pretrained import load_controlnet, read_controlnet_folder
-from controlbooth.models.text import encode_with_dropout
 from controlbooth.models.unlocked_decoder import UnlockedNetwork
 from controlbooth.trainer.config.loading import changes, dump
 from controlbooth.trainer.config.run import ModelConfig, OptimizerConfig, RunConfig, order_settings, sources
@@ -49,11 +43,12 @@ from controlbooth.trainer.config.section import ConfigError
 from controlbooth.trainer.controlnet import unlock as unlocking
 from controlbooth.trainer.controlnet.data import open_data, run_buckets
 from controlbooth.trainer.controlnet.session import Run
+from controlbooth.trainer.controlnet.trial import base_attention_shapes, compile_where_right
 from controlbooth.trainer.encoding import computed_here, latent_cache_identities
-from controlbooth.trainer.engine import compiling, ema
 from controlbooth.trainer.engine import deepspeed as engines
+from controlbooth.trainer.engine import ema
 from controlbooth.trainer.engine.device import device_name
-from controlbooth.trainer.engine.distributed import World, gather_objects, on_first_rank
+from controlbooth.trainer.engine.distributed import World, on_first_rank
 from controlbooth.trainer.evaluation.extract import Extract, extractor, measures_control
 from controlbooth.trainer.evaluation.held_out import HeldOutSet
 from controlbooth.trainer.evaluation.verdict import cannot_announce
@@ -141,54 +136,6 @@ def load_networks(
     return controlnet, chosen
 
 
-def compile_where_right(
-    config: RunConfig, world: World, base: Base, controlnet: Any, dtype: torch.dtype, backend: Any = "inductor"
-) -> None:
-    """Compiles the repeated blocks of the ControlNet, and of the base where gradients through it stay what they are.
-
-    Every rank calls this, and all of them do the same. backend: of torch.compile.
-    """
-    loss_of = partial(trial_loss, config, base)
-    zero_parts = denoiser_of(controlnet).file.ZERO
-    for frozen, what in (([base.denoiser], "the ControlNet and the base"), ([], "the ControlNet alone")):
-        proof = compiling.prove(loss_of, controlnet.to(world.device), frozen, dtype, zero_parts, backend)
-        proofs = gather_objects(proof, world)
-        worst = max(proofs, key=lambda one: one.worst)
-        if not worst.wrong:
-            count = compiling.compile_blocks(controlnet, backend)
-            count += sum(len(compiling.repeated_blocks(network)) for network in frozen)
-            apart = f"gradients of {worst.compared} parameters are within {worst.worst:.1e} of those without"
-            say(world, f"engine.compile: {count} blocks of {what}; {apart}")
-            return
-        for network in frozen:
-            compiling.run_plainly(network)
-        many = f" and {len(worst.wrong) - 3} more" if len(worst.wrong) > 3 else ""
-        say(
-            world,
-            f"warning: engine.compile does not compile {what}: gradients are up to {worst.worst:.1e} of their size off "
-            f"({', '.join(worst.wrong[:3])}{many})",
-        )
-
-
-def trial_loss(config: RunConfig, base: Base, controlnet: Any) -> torch.Tensor:
-    """Returns the loss of a micro-batch of noise under control, always the same, in the shapes that the run trains."""
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator).to(base.device)
-
-    count, resolution = config.micro_batch_size, config.data.resolution
-    size = resolution // base.family.vae_factor
-    with torch.no_grad():
-        text = encode_with_dropout(base, [""] * count, picture_size=(resolution, resolution))
-        condition = encode_condition(base, controlnet, random(count, 3, resolution, resolution).sigmoid())
-        latents, noise = (random(count, base.latent_channels, size, size) for _ in range(2))
-        levels = torch.full((count,), base.process.levels // 2, dtype=torch.int64, device=base.device)
-        noisy = base.process.noised(latents, noise, levels)
-    prediction = predict(base.denoiser, controlnet, noisy.latents, noisy.times, text, condition)
-    return (prediction.float() - noisy.target.float()).square().mean()
-
-
 def check_saved(
     saved: Mapping[str, Any], latest: Path, config: RunConfig, world: World, base: Base, precision: str
 ) -> bool:
@@ -271,18 +218,6 @@ def report_changes(world: World, config: RunConfig, before: str, step: int) -> N
     now = engines.learning_rate(config.optimizer, step, config.max_steps)
     if not math.isclose(was, now):
         say(world, f"warning: by that the learning rate of step {step} is {now:.4g}, and was to be {was:.4g}")
-
-
-def base_attention_shapes(config: RunConfig, base: Base) -> tuple[AttentionShape, ...]:
-    """Returns the attention shapes of the base's forward pass for one micro-batch, for choosing the kernel by timing
-    it."""
-    resolution = config.data.resolution
-    size = resolution // base.family.vae_factor
-    latents = torch.zeros(config.micro_batch_size, base.latent_channels, size, size, device=base.device)
-    text = encode_with_dropout(base, [""] * len(latents), picture_size=(resolution, resolution))
-    levels = torch.zeros(len(latents), dtype=torch.int64, device=base.device)
-    times = base.process.noised(latents, latents, levels).times
-    return attention_shapes(base.denoiser, lambda: denoise(base.denoiser, latents, times, text))
 
 
 def check_measurable(config: RunConfig, held: HeldOutSet, extract: Extract | None, world: World) -> None:

@@ -13,7 +13,7 @@ precision, N ranks and B = min(P, bucket) elements that are reduced at once:
     3            bP/N     4P/N     8P/N  4P/N, always                 gathered bP, (8-b)B  4P/N
 
 flat: where FlatGradients takes them (engine.keeps_gradients_flat): all but stage 2 of more parameters than a bucket
-holds, on several ranks. Under offload, where DeepSpeed takes them, stage 1 is as stage 2.
+holds, on several ranks. Under offload, where DeepSpeed takes them, stage 1 in bf16 is counted with 4P in fp32 and 2P.
 
 A bucket is allocated whole: 5e8 elements, whatever is in it. A CPU's memory is only taken where something was written.
 The three moments are compared, since activations are gone when the optimizer steps. On a CPU their memory is not: glibc

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from bases import SD3, T5_TOKENS, TRANSFORMER_FAMILIES
+from bases import SD3, T5_TOKENS, TRANSFORMER_FAMILIES, sharp
 from diffusers import (
     FluxControlNetModel,
     FluxControlNetPipeline,
@@ -273,14 +273,6 @@ def test_packing_is_the_pipelines_and_unpacking_its_inverse():
     packed = flux.pack(latents)
     assert torch.equal(packed, FluxControlNetPipeline._pack_latents(latents, 2, 4, 6, 10))
     assert torch.equal(flux.unpack(packed, 6, 10), latents)
-
-
-def sharp(vae: Any) -> None:
-    """Makes the posterior so narrow that a draw from it is its mode, which is what we take of a condition."""
-    with torch.no_grad():
-        channels = vae.config["latent_channels"]
-        vae.encoder.conv_out.weight[channels:] = 0.0
-        vae.encoder.conv_out.bias[channels:] = -60.0
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])

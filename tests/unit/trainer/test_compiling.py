@@ -8,7 +8,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from controlbooth.models.denoisers.unet import build_controlnet
 from controlbooth.trainer.config.loading import build_config
 from controlbooth.trainer.config.section import ConfigError
-from controlbooth.trainer.controlnet.build import compile_where_right, trial_loss
+from controlbooth.trainer.controlnet.trial import compile_where_right, trial_loss
 from controlbooth.trainer.engine.compiling import compare, repeated_blocks
 from controlbooth.trainer.engine.distributed import World
 
