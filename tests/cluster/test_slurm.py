@@ -127,7 +127,8 @@ def disturbed(world, slurm) -> tuple[Path, list[Cost]]:
         return "PENDING" in slurm.run("squeue", "-h", "-j", job, "-o", "%T")
 
     def note(what: str, step: int, attempt: int, began: float, taken: int) -> None:
-        """taken: steps that the disturbed attempt had taken."""
+        """taken: steps that the disturbed attempt had taken: where it was asked to stop, that step and one more, since
+        the ranks read what they tell each other of a step while the next one is under way."""
         after = attempt + (what != "controller restarted")
 
         def new() -> list[dict]:
@@ -155,7 +156,7 @@ def disturbed(world, slurm) -> tuple[Path, list[Cost]]:
     slurm.run("sbatch", *urgent, "--wrap=sleep 1")
     slurm.wait_until(lambda: is_pending(job), 60, "it is requeued")
     hold.write_text("38")
-    note("preempted", 25, 1001, began, taken=26)
+    note("preempted", 25, 1001, began, taken=27)
 
     wait_at(38, 1002)
     elapsed = slurm.run("squeue", "-h", "-j", job, "-o", "%M").split(":")
@@ -165,7 +166,7 @@ def disturbed(world, slurm) -> tuple[Path, list[Cost]]:
     slurm.wait_until(lambda: is_pending(job), 150, "it is requeued")
     hold.write_text("50")
     slurm.run("scontrol", "update", f"jobid={job}", "timelimit=30")
-    note("time limit", 38, 1002, began, taken=39)
+    note("time limit", 38, 1002, began, taken=40)
 
     wait_at(50, 1003)
     began = time.time()
@@ -222,7 +223,7 @@ def test_a_cancelled_job_ends_with_a_checkpoint_is_not_requeued_and_resumes(slur
     job = json.loads((folder / "job" / "job.json").read_text())["id"]
     slurm.wait_until(lambda: "COMPLETED" in slurm.run("scontrol", "show", "job", job), 60, "the job has ended")
     status = slurm.run(*CONTROLBOOTH, "launch", "status", str(folder))
-    assert "stopped at step 64" in status and "launch resume" in status and "step-00000064" in status
+    assert "stopped at step 65" in status and "launch resume" in status and "step-00000065" in status
 
 
 def test_a_partition_that_does_not_exist_is_refused_with_those_that_do(slurm, world):
