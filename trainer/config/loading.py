@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from controlbooth.data.files.records import Damaged, parse_yaml, read_yaml
 from controlbooth.data.secrets import without_secrets
 from controlbooth.trainer.config.file_kinds import RUN, kind_of, mistaken_for
+from controlbooth.trainer.config.other_names import FIELDS_OF
 from controlbooth.trainer.config.renamed import rename_keys, renamed, with_new_names
 from controlbooth.trainer.config.run import RESOLVED, EngineConfig, FlowConfig, ModelConfig, RunConfig
 from controlbooth.trainer.config.section import ConfigError
@@ -117,8 +118,7 @@ def _override(tree: dict[str, Any], override: str, kind: str) -> None:
 def _explain(error: Any, model: type[BaseModel]) -> str:
     where = _dotted(error["loc"])
     if error["type"] == "extra_forbidden":
-        meant = _dotted((*error["loc"][:-1], _nearest_key(error["loc"], model)))
-        return f"unknown key '{where}'; did you mean '{meant}'?"
+        return f"unknown key '{where}'; did you mean '{_nearest_key(error['loc'], model)}'?"
     if error["type"] == "missing" and isinstance(error["loc"][-1], int):
         return f"'{where.rpartition('.')[0]}' has {error['loc'][-1]} values, and needs more"
     if error["type"] == "missing":
@@ -137,9 +137,36 @@ def _dotted(location: tuple[Any, ...]) -> str:
 
 
 def _nearest_key(location: tuple[Any, ...], model: type[BaseModel]) -> str | None:
-    """Returns the known key that is spelled most like an unknown one, or None where none is close."""
-    close = difflib.get_close_matches(str(location[-1]), _keys_beside(location, model), n=1)
-    return close[0] if close else None
+    """Returns the known key that an unknown one stands for, as section.key, or None where there is none.
+
+    It is the key of that name in another section, else the one that other trainers call so, else the one in the same
+    section that is spelled most alike, else such a one elsewhere.
+    """
+    *parents, leaf = map(str, location)
+    keys = dict.fromkeys(key for key, _ in fields_of(model))
+    inside = _dotted(tuple(part for part in location[:-1] if isinstance(part, int)))  # of a list, which is kept
+    if not inside:
+        elsewhere = [key for key in keys if key.rpartition(".")[2] == leaf]
+        if len(elsewhere) == 1:
+            return elsewhere[0]
+        if called_so := [key for key in FIELDS_OF.get(leaf, ()) if key in keys]:
+            return called_so[0]
+    close = difflib.get_close_matches(leaf, _keys_beside(location, model), n=1, cutoff=0.7)
+    if close:
+        return _dotted((*parents, close[0]))
+    leaves = {key.rpartition(".")[2]: key for key in keys}
+    close = difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.8)
+    return leaves[close[0]] if close and not inside else None
+
+
+def fields_of(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields each field of a file's class that is no section itself, as section.key, with what pydantic knows of it."""
+    for name, field in model.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            yield from fields_of(inner, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field
 
 
 def _keys_beside(location: tuple[Any, ...], model: type[BaseModel]) -> list[str]:

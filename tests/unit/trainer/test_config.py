@@ -7,7 +7,8 @@ import torch
 import yaml
 
 from controlbooth.launch.commands.ablate import load_ablations, planned_runs
-from controlbooth.trainer.config.loading import build_config, changes, dump, load_config
+from controlbooth.trainer.config.loading import build_config, changes, dump, fields_of, load_config
+from controlbooth.trainer.config.other_names import FIELDS_OF, OTHER_NAMES
 from controlbooth.trainer.config.run import (
     DataConfig,
     EngineConfig,
@@ -23,8 +24,9 @@ from controlbooth.trainer.config.run import (
     tracking_uri,
 )
 from controlbooth.trainer.config.section import ConfigError
-from controlbooth.trainer.config.subjects import load_run
+from controlbooth.trainer.config.subjects import SubjectRunConfig, load_run
 from controlbooth.trainer.controlnet.build import report_changes
+from controlbooth.trainer.dreambooth.manifest import Subject
 from controlbooth.trainer.engine.distributed import World
 
 SHIPPED = sorted((Path(__file__).parents[3] / "launch/configs").glob("*.yaml"))
@@ -59,6 +61,12 @@ def test_the_last_override_wins_over_earlier_ones_over_the_file_over_the_default
         ("data.resolution=510", r"'data.resolution' is 510: not a multiple of 8, the VAE's factor. Use 504 or 512"),
         ("data.resolution=3", "'data.resolution' is 3: .* Use 8$"),
         ("optimizer.learning_rat=1.0", "unknown key 'optimizer.learning_rat'; did you mean 'optimizer.learning_rate'"),
+        ("learning_rate=1.0", "unknown key 'learning_rate'; did you mean 'optimizer.learning_rate'?"),
+        ("model.precision=bf16", "unknown key 'model.precision'; did you mean 'engine.precision'?"),
+        ("train_batch_size=4", "unknown key 'train_batch_size'; did you mean 'micro_batch_size'?"),
+        ("data.batch=4", "unknown key 'data.batch'; did you mean 'micro_batch_size'?"),
+        ("data.prompt_droput=.5", "unknown key 'data.prompt_droput'; did you mean 'data.prompt_dropout'?"),
+        ("precison=bf16", "unknown key 'precison'; did you mean 'engine.precision'?"),
         ("zzz=1", "unknown key 'zzz'; known keys: name, output, seed"),
         ("max_steps=many", "'max_steps' is 'many': Input should be a valid integer"),
         ("max_steps=0", "'max_steps' is 0: Input should be greater than 0"),
@@ -268,3 +276,10 @@ def test_what_follows_from_the_fields(tmp_path):
     assert tracking_uri(load_config(write(tmp_path), ["tracking.uri=http://host:5000"])) == "http://host:5000"
     assert base_path(config).parts[-2:] == ("models", "miniature")
     assert base_path(load_config(write(tmp_path), ["model.base=/models/sd"])) == Path("/models/sd")
+
+
+def test_what_other_trainers_call_a_field_leads_to_one_that_a_file_has():
+    known = {key for model in (RunConfig, SubjectRunConfig, Subject) for key, _ in fields_of(model)}
+    assert known >= OTHER_NAMES.keys()
+    clashes = [(name, key) for name, keys in FIELDS_OF.items() for key in keys if name in known and key == name]
+    assert clashes == []

@@ -78,6 +78,7 @@ def test_csv_jsonl_and_parquet_say_the_same_as_yaml(folder):
         ([row("rex"), row("rex")], "rex", "2 subjects are named 'rex'; give each its own name"),
         ([row("mug"), row("rex", images="nowhere")], "rex", "nowhere is no folder"),
         ([row("mug", identifier="kcz"), row("rex", identifier="kcz")], "rex", "'kcz' is another subject's too"),
+        ([row("mug"), row("rex", prompt="a mug")], "rex", "unknown key 'prompt'; did you mean 'instance_prompt'?"),
         ([row("mug"), row("rex", stepz=3)], "rex", "unknown key 'stepz'; did you mean 'steps'?"),
         ([row("mug"), {"name": "rex", "images": "rex"}], "rex", "'class_noun' is missing"),
         ([row("mug"), row("rex", steps=-1)], "rex", "'steps' is -1"),

@@ -1,0 +1,61 @@
+"""What other trainers, and people, call the fields of a run or of a run of subjects."""
+
+OTHER_NAMES: dict[str, tuple[str, ...]] = {
+    "steps": ("max_train_steps", "max_steps", "iterations"),
+    "learning_rate": ("lr", "unet_lr"),
+    "precision": ("mixed_precision", "dtype", "fp16", "bf16", "fp32", "weight_dtype"),
+    "instance_batch_size": ("batch", "batch_size", "train_batch_size", "micro_batch_size"),
+    "adapter.rank": ("lora_rank", "network_dim", "dim"),
+    "prior.weight": ("prior_loss_weight", "with_prior_preservation"),
+    "prior.images": ("num_class_images", "class_data_dir"),
+    "checkpoint_every_steps": ("checkpointing_steps", "save_every_n_steps"),
+    "name": ("run_name", "tracker_project_name", "output_name"),
+    "output": ("output_dir", "logging_dir"),
+    "max_steps": ("max_train_steps", "num_train_steps", "steps", "iterations", "max_iterations"),
+    "micro_batch_size": ("batch", "batch_size", "train_batch_size", "micro_batch", "per_device_train_batch_size"),
+    "global_batch_size": ("total_batch_size", "effective_batch_size", "gradient_accumulation_steps"),
+    "model.base": ("pretrained_model_name_or_path", "pretrained_model", "base_model", "model_name", "checkpoint_path"),
+    "model.controlnet": ("controlnet_model_name_or_path",),
+    "model.attention": ("enable_xformers_memory_efficient_attention", "xformers", "sdpa", "attention_backend"),
+    "model.gradient_checkpointing": ("checkpointing", "activation_checkpointing"),
+    "data.shards": ("dataset", "dataset_name", "train_data_dir", "instance_data_dir", "data_dir", "train_data"),
+    "data.held_out": ("validation_data", "val_data", "validation_image"),
+    "data.condition": ("conditioning_image_column", "conditioning", "control"),
+    "data.prompt_dropout": ("proportion_empty_prompts", "caption_dropout_rate", "caption_dropout_probability"),
+    "data.threads": ("dataloader_num_workers", "num_workers", "max_data_loader_n_workers", "workers"),
+    "data.latent_cache": ("cache_latents", "cache_latents_to_disk", "cache_dir_vae"),
+    "data.max_aspect_ratio": ("enable_bucket", "aspect_bucketing", "buckets"),
+    "data.random_flip": ("flip", "flip_aug", "hflip"),
+    "optimizer.learning_rate": ("lr", "learning_rates", "unet_lr"),
+    "optimizer.schedule": ("lr_scheduler", "lr_scheduler_type", "scheduler"),
+    "optimizer.warmup_steps": ("lr_warmup_steps", "warmup"),
+    "optimizer.weight_decay": ("adam_weight_decay", "wd"),
+    "optimizer.epsilon": ("adam_epsilon", "eps"),
+    "optimizer.betas": ("adam_beta1", "adam_beta2", "beta1", "beta2"),
+    "optimizer.max_grad_norm": ("gradient_clipping", "clip", "grad_clip"),
+    "optimizer.min_snr_gamma": ("snr_gamma",),
+    "optimizer.ema_decay": ("use_ema", "ema"),
+    "flow.density": ("weighting_scheme", "timestep_sampling"),
+    "flow.shift": ("flow_shift", "discrete_flow_shift", "flow_schedule_shift"),
+    "engine.precision": ("mixed_precision", "dtype", "fp16", "bf16", "fp32", "weight_dtype"),
+    "engine.zero_stage": ("zero", "stage", "deepspeed", "deepspeed_stage"),
+    "engine.tf32": ("allow_tf32",),
+    "engine.compile": ("torch_compile", "dynamo_backend"),
+    "checkpoint.every_steps": ("checkpointing_steps", "save_steps", "save_every_n_steps", "save_every"),
+    "checkpoint.keep": ("checkpoints_total_limit", "save_total_limit"),
+    "validation.every_steps": ("validation_steps", "eval_steps", "sample_every_n_steps"),
+    "validation.prompts": ("validation_prompt", "validation_prompts", "sample_prompts"),
+    "validation.guidance_scale": ("cfg", "cfg_scale", "guidance"),
+    "tracking.uri": ("tracking_uri", "mlflow_tracking_uri", "report_to"),
+    "instance_prompt": ("prompt", "subject_prompt", "caption"),
+    "class_prompt": ("regularization_prompt", "prior_prompt"),
+    "class_noun": ("class", "class_name", "noun"),
+    "images": ("instance_data", "instance_images", "image_dir", "folder", "pictures"),
+}
+"""A field, as section.key -> what else it is called. Two fields with one such name are of different files."""
+
+FIELDS_OF: dict[str, list[str]] = {}
+"""Another name -> the fields that may be meant, as section.key."""
+for _field, _others in OTHER_NAMES.items():
+    for _other in _others:
+        FIELDS_OF.setdefault(_other, []).append(_field)
