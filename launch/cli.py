@@ -71,13 +71,36 @@ VERBS = {  # group -> verb -> (module[:function] of controlbooth, what it does);
 }
 TABLE = {verb: entry for group in VERBS.values() for verb, entry in group.items()}
 
-EXAMPLES = """\
-Examples:
-  controlbooth quickstart
-  controlbooth train launch/configs/quickstart.yaml max_steps=200
-  controlbooth train run.yaml --processes 8 --dry-run
-  controlbooth data index shards/
-"""
+EXAMPLES = {  # the first word of a group's verbs, or nothing for all verbs -> command lines
+    "": (
+        "quickstart",
+        "train launch/configs/quickstart.yaml max_steps=200",
+        "train run.yaml --processes 8 --dry-run",
+        "data index shards/",
+    ),
+    "dreambooth": (
+        "dreambooth demo",
+        "dreambooth run subjects.yaml run.yaml --dry-run",
+        "dreambooth measure runs/subjects",
+    ),
+    "launch": (
+        "launch slurm run.yaml --cluster cluster.yaml --dry-run",
+        "launch status runs/my-run",
+        "launch logs runs/my-run --follow",
+        "launch resume runs/my-run max_steps=20000",
+    ),
+    "retrain": (
+        "retrain tick policy.yaml --dry-run",
+        "retrain status policy.yaml",
+        "retrain rollback policy.yaml",
+    ),
+    "data": (
+        "data pack photos/ -o shards/ --condition canny --held-out 5%",
+        "data lint shards/train",
+        "data show shards/train --resolution 512",
+        "data order shards/train --step 1000 --world-size 8",
+    ),
+}
 
 USER_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -154,7 +177,8 @@ def _help(prefix: str) -> str:
         shown = {verb: text for verb, (_, text) in verbs.items() if verb.startswith(prefix)}
         if shown:
             lines += [f"{group}:", *(f"  {verb:<{width}}  {text}" for verb, text in shown.items()), ""]
-    return "\n".join(lines) + "\n" + EXAMPLES
+    examples = [f"  controlbooth {line}" for line in EXAMPLES.get(prefix, ())]
+    return "\n".join([*lines, "Examples:", *examples]) + "\n"
 
 
 if __name__ == "__main__":

@@ -61,6 +61,19 @@ def test_a_group_shows_its_own_verbs(capsys):
     assert "data index" in shown and "  train " not in shown
 
 
+@pytest.mark.parametrize("group", sorted({verb.split()[0] for verb in cli.TABLE if " " in verb} | {""}))
+def test_help_of_a_group_has_examples_of_its_own_with_options_that_its_verbs_take(group, capsys):
+    for line in cli.EXAMPLES[group]:
+        verb = next(name for name in cli.TABLE if line.startswith(f"{name} ") or line == name)
+        assert verb.startswith(group)
+        assert cli.main([*verb.split(), "--help"]) == 0
+        options = [word for word in line.split() if word.startswith("-")]
+        shown = capsys.readouterr().out
+        assert all(option in shown for option in options), line
+    assert cli.main([group] if group else []) == 0
+    assert all(f"  controlbooth {line}\n" in capsys.readouterr().out for line in cli.EXAMPLES[group][:1])
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
