@@ -20,7 +20,7 @@ def comfy_layers(family: str, shapes: Shapes) -> list[Original]:
     """Returns the layers that ComfyUI's form names, for the base of these shapes."""
     rows = [Original(f"diffusion_model.{row.name}", row.parts, row.swapped) for row in original_layers(family, shapes)]
     for folder, prefix in comfy_prefixes(family).items():
-        own = [name for name in shapes if name.startswith(f"{folder}.") and is_text_layer(name, family)]
+        own = [name for name in shapes if name.startswith(f"{folder}.") and is_text_layer(name)]
         rows += [Original(f"{prefix}.{name.removeprefix(f'{folder}.')}", (name,)) for name in own]
     return rows
 
@@ -29,7 +29,7 @@ def to_comfy(lora: Lora, family: str, shapes: Shapes) -> dict[str, Tensor]:
     """Returns the tensors of a file in ComfyUI's form. Raises ValueError for a layer or base that it has no name
     for."""
     refuse_form("comfy", family)
-    return to_named(lora, comfy_layers(family, shapes), shapes, "comfy", family)
+    return to_named(lora, comfy_layers(family, shapes), shapes, "comfy")
 
 
 def from_comfy(tensors: Mapping[str, Tensor], family: str, shapes: Shapes) -> Lora:

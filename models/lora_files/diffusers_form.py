@@ -13,21 +13,21 @@ from torch import Tensor
 
 from controlbooth.data.errors import UserError
 from controlbooth.models.lora_files.layers import Lora, checked_layer
-from controlbooth.models.lora_files.text_names import is_clip_layer, is_t5, refuse
+from controlbooth.models.lora_files.text_names import is_clip_layer, refuse
 
 SETTINGS = "lora_adapter_metadata"
 """In the header of files that diffusers has written: JSON with peft's settings, such as unet.lora_alpha."""
 
 
-def to_diffusers(lora: Lora, family: str) -> dict[str, Tensor]:
+def to_diffusers(lora: Lora) -> dict[str, Tensor]:
     """Returns the tensors of a file in diffusers' form.
 
     Raises ValueError for a layer that its loaders pass over: T5's, and of CLIP all but the layers of its blocks.
     """
     tensors: dict[str, Tensor] = {}
     for name, layer in lora.items():
-        if name.startswith("text_encoder") and (is_t5(name, family) or not is_clip_layer(name)):
-            raise refuse(name, "diffusers", family)
+        if name.startswith("text_encoder") and not is_clip_layer(name):
+            raise refuse(name, "diffusers")
         scale = layer.alpha / layer.rank
         tensors[f"{name}.lora_A.weight"] = layer.down
         tensors[f"{name}.lora_B.weight"] = layer.up if scale == 1.0 else layer.up * scale

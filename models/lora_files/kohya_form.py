@@ -9,7 +9,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from controlbooth.models.lora_files.layers import Lora, Shapes
+from controlbooth.models.families import FAMILIES
+from controlbooth.models.lora_files.layers import Lora, Shapes, with_one_alpha
 from controlbooth.models.lora_files.named_layers import from_named, to_named
 from controlbooth.models.lora_files.original_names import Original, original_layers
 from controlbooth.models.lora_files.text_names import is_text_layer, kohya_prefixes, refuse_form
@@ -25,15 +26,20 @@ def kohya_layers(family: str, shapes: Shapes) -> list[Original]:
         denoiser = [Original(name.removeprefix("unet."), (name,)) for name in shapes if name.startswith("unet.")]
     rows = [Original(f"lora_unet_{_word(row.name)}", row.parts, row.swapped) for row in denoiser]
     for folder, prefix in kohya_prefixes(family).items():
-        own = [name for name in shapes if name.startswith(f"{folder}.") and is_text_layer(name, family)]
+        own = [name for name in shapes if name.startswith(f"{folder}.") and is_text_layer(name)]
         rows += [Original(f"{prefix}_{_word(name.removeprefix(f'{folder}.'))}", (name,)) for name in own]
     return rows
 
 
 def to_kohya(lora: Lora, family: str, shapes: Shapes) -> dict[str, Tensor]:
-    """Returns the tensors of a file in kohya's form. Raises ValueError for a layer or base that it has no name for."""
+    """Returns the tensors of a file in kohya's form. Raises ValueError for a layer or base that it has no name for.
+
+    Of a U-Net all layers get one alpha: diffusers 0.42 finds no other alphas than the most frequent one for attention
+    and text encoders, and would scale these layers wrongly without a word.
+    """
     refuse_form("kohya", family)
-    return to_named(lora, kohya_layers(family, shapes), shapes, "kohya", family)
+    lora = with_one_alpha(lora) if not FAMILIES[family].is_transformer else lora
+    return to_named(lora, kohya_layers(family, shapes), shapes, "kohya")
 
 
 def from_kohya(tensors: Mapping[str, Tensor], family: str, shapes: Shapes) -> Lora:

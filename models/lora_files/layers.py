@@ -7,7 +7,7 @@ installed transformers has dropped it: files have kept it.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -71,9 +71,7 @@ def checked_layer(name: str, down: Tensor, up: Tensor, alpha: float) -> LoraLaye
     if not (down.is_floating_point() and up.is_floating_point()):
         raise UserError(f"{name}: the LoRA holds no numbers with a fraction ({down.dtype}, {up.dtype})")
     if not (math.isfinite(alpha) and alpha > 0):  # 0 adds nothing in some programs, and is the rank in others
-        raise UserError(
-            f"{name}: its alpha is {alpha:g}, which programs read in different ways. Give a positive one"
-        )
+        raise UserError(f"{name}: its alpha is {alpha:g}, which programs read in different ways. Give a positive one")
     return LoraLayer(down, up, alpha)
 
 
@@ -85,3 +83,12 @@ def check_fits(lora: Lora, shapes: Shapes) -> None:
         shape = (len(layer.up), *layer.down.shape[1:])
         if shape != tuple(shapes[name]):
             raise UserError(f"the LoRA adapts {name} as one of shape {shape}, and the base has {tuple(shapes[name])}")
+
+
+def with_one_alpha(lora: Lora) -> Lora:
+    """Returns the same LoRA with the first layer's alpha everywhere; B of the others is scaled to it."""
+    alpha = next(iter(lora.values())).alpha if lora else 0.0
+    return {
+        name: one if one.alpha == alpha else replace(one, up=one.up * (one.alpha / alpha), alpha=alpha)
+        for name, one in lora.items()
+    }

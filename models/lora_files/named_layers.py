@@ -12,7 +12,7 @@ from controlbooth.models.lora_files.original_names import Original
 from controlbooth.models.lora_files.text_names import refuse
 
 
-def to_named(lora: Lora, table: Sequence[Original], shapes: Shapes, form: str, family: str) -> dict[str, Tensor]:
+def to_named(lora: Lora, table: Sequence[Original], shapes: Shapes, form: str) -> dict[str, Tensor]:
     """Returns the tensors of a file. table: the layers that the form has, by its names.
 
     Raises ValueError for a layer that is in no row of the table, or not of the base with these shapes.
@@ -20,7 +20,7 @@ def to_named(lora: Lora, table: Sequence[Original], shapes: Shapes, form: str, f
     check_fits(lora, shapes)
     known = {part for row in table for part in row.parts}
     if unknown := next((name for name in lora if name not in known), None):
-        raise refuse(unknown, form, family)
+        raise refuse(unknown, form)
     tensors: dict[str, Tensor] = {}
     for row in table:
         parts = [lora.get(part) for part in row.parts]

@@ -1,12 +1,17 @@
-"""What the forms call text encoders, and the refusal of a layer that a form has no name for."""
+"""What the forms call text encoders, and the refusal of a layer or base that a form has no name for."""
 
 import re
 
 from controlbooth.data.errors import UserError
 from controlbooth.models.families import FAMILIES
 
+FORMS = ("diffusers", "kohya", "comfy")
+NOT_ELSEWHERE = {"miniature": ("comfy",), "miniature-dit": ("kohya", "comfy")}
+"""Bases of our own -> the forms whose programs have no such base. diffusers' loader reads kohya's names of a U-Net."""
 _KOHYA = {"CLIP_L": "lora_te1", "CLIP_G": "lora_te2", "T5": "lora_te3"}
 _COMFY = {"CLIP_L": "clip_l", "CLIP_G": "clip_g", "T5": "t5xxl"}
+_CLIP = re.compile(r"text_encoder(_2)?\.text_model\.encoder\.layers\.\d+\.(self_attn|mlp)\.\w+")
+_T5 = re.compile(r"text_encoder_[23]\.encoder\.block\.\d+\.layer\.\d+\.\w+\.\w+")
 
 
 def encoder_kinds(family: str) -> dict[str, str]:
@@ -32,42 +37,30 @@ def comfy_prefixes(family: str) -> dict[str, str]:
     return {folder: f"text_encoders.{name}.transformer" for folder, name in named.items()}
 
 
-def is_t5(name: str, family: str) -> bool:
-    return encoder_kinds(family).get(name.split(".")[0]) == "T5"
-
-
 def is_clip_layer(name: str) -> bool:
-    return re.fullmatch(r"text_encoder(_2)?\.text_model\.encoder\.layers\.\d+\.(self_attn|mlp)\.\w+", name) is not None
+    """Tells whether a full name is of a layer in a block of CLIP."""
+    return _CLIP.fullmatch(name) is not None
 
 
-def is_text_layer(name: str, family: str) -> bool:
-    """Tells whether a full name is of a layer inside a block of a text encoder, which is what LoRAs adapt there."""
-    return is_clip_layer(name) or (
-        is_t5(name, family) and re.match(r"\w+\.encoder\.block\.\d+\.layer\.", name) is not None
-    )
+def is_text_layer(name: str) -> bool:
+    """Tells whether a full name is of a layer in a block of a text encoder, which is what LoRAs adapt there."""
+    return is_clip_layer(name) or _T5.fullmatch(name) is not None
 
 
-def refuse(name: str, form: str, family: str) -> UserError:
-    """Returns the error for a layer that a form cannot hold, with the forms that can."""
+def refuse(name: str, form: str) -> UserError:
+    """Makes the error for a layer that a form cannot hold. It names the forms that can."""
     if name.startswith("text_encoder"):
-        others = ["kohya", "comfy"] if is_text_layer(name, family) else []
+        remedy = "Use kohya or comfy" if is_text_layer(name) else "No form has one for it: leave it out"
     else:
-        others = ["diffusers"]
-    if others and FAMILIES[family].name in NOT_ELSEWHERE:
-        others = [one for one in others if one not in NOT_ELSEWHERE[family]]
-    remedy = f"Use {' or '.join(others)}" if others else "No form has one: leave it out"
+        remedy = "Use diffusers"
     return UserError(f"{name} has no name in the form {form!r} that its programs read. {remedy}")
-
-
-NOT_ELSEWHERE = {"miniature": ("comfy",), "miniature-dit": ("kohya", "comfy")}
-"""Bases of our own -> the forms whose programs have no such base. diffusers' loader reads kohya's names of a U-Net."""
 
 
 def refuse_form(form: str, family: str) -> None:
     """Raises ValueError where no program that reads a form has such a base."""
     if form in NOT_ELSEWHERE.get(family, ()):
-        others = [one for one in ("diffusers", "kohya", "comfy") if one not in NOT_ELSEWHERE[family]]
+        others = " or ".join(one for one in FORMS if one not in NOT_ELSEWHERE[family])
         raise UserError(
             f"a LoRA of {FAMILIES[family].title} cannot be written in the form {form!r}: the programs that read it "
-            f"have no such base. Use {' or '.join(others)}"
+            f"have no such base. Use {others}"
         )

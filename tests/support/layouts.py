@@ -159,7 +159,8 @@ def original_transformer(transformer: Any, family: str) -> dict[str, Tensor]:
             joined = []
             for kind in ("weight", "bias"):
                 four = (*(f"attn.{name}" for name in ("to_q", "to_k", "to_v")), "proj_mlp")
-                result[f"{theirs}linear1.{kind}"] = torch.cat([own.pop(f"{name}.{kind}") for name in four])
+                if f"proj_mlp.{kind}" in own:
+                    result[f"{theirs}linear1.{kind}"] = torch.cat([own.pop(f"{name}.{kind}") for name in four])
         for module, three, name in joined:
             for kind in ("weight", "bias"):
                 if f"{module}.{three[0]}.{kind}" in own:
