@@ -3,7 +3,6 @@
 import argparse
 import hashlib
 import importlib.metadata
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
+from controlbooth.data.files.records import is_whole, read_json
 from controlbooth.data.files.whole import replaced
 from controlbooth.models.files.loading import read_tensors
 from controlbooth.models.files.weights import save_weights
@@ -32,7 +32,7 @@ from controlbooth.trainer.run.disk_full import named_when_full
 
 DIGEST = "weights_sha256"
 """In a file's header: of the LoRA in the run's folder that it was made of."""
-KOHYA_BASES = {"sd15": "sd_v1", "sd21": "sd_v2", "sdxl": "sdxl_base_v1-0", "sd3": "sd3m", "flux": "flux1"}
+KOHYA_BASES = {"sd15": "sd_v1", "sd21": "sd_v2", "sdxl": "sdxl_base_v1-0", "flux": "flux1"}
 """Family -> what kohya's scripts call the base in a header, by which UIs sort LoRAs."""
 KOHYA_MODULES = {"sd3": "networks.lora_sd3", "flux": "networks.lora_flux"}
 
@@ -78,15 +78,14 @@ def export_one(options: argparse.Namespace, config: SubjectRunConfig, tasks: Seq
     if state != "finished" and not options.best:
         raise ConfigError(f"{task.name} is {state}, and has nothing to export before it is finished")
     if len(options.format) > 1:
-        raise ConfigError(
-            f"{options.out} is one file, and {len(options.format)} forms are asked for: give --all FOLDER"
-        )
+        raise ConfigError(f"{options.out} is one file, not {len(options.format)}: give one form, or --all FOLDER")
     if options.out.suffix != ".safetensors":
         raise ConfigError(f"{options.out} must end in .safetensors")
     if options.out.exists() and not options.force:
         raise ConfigError(f"{options.out} is there already; --force writes over it")
     form = options.format[0]
-    planned = Planned(task, form, *trained_file(options.run, task, options.best), options.out)
+    source, step = trained_file(options.run, task.name, options.best), step_of(options.run, task, options.best)
+    planned = Planned(task, form, source, step, options.out)
     write(planned, config, layers_for([form], config), options.dry_run)
     said = "would be written" if options.dry_run else f"prompt it with {task.instance_prompt!r}"
     print(f"{options.out}: {task.name}, {form}; {said}")
@@ -107,7 +106,7 @@ def export_all(options: argparse.Namespace, config: SubjectRunConfig, tasks: Seq
         elif state != "finished" and not options.best:
             rows.append((task.name, "-", "-", "-", f"not finished: {state}"))
         else:
-            source, step = trained_file(options.run, task, options.best)
+            source, step = trained_file(options.run, task.name, options.best), step_of(options.run, task, options.best)
             files = [(form, options.all / f"{task.name}.{form}.safetensors") for form in options.format]
             planned += [Planned(task, form, source, step, out) for form, out in files]
     if not planned:
@@ -132,20 +131,28 @@ def export_all(options: argparse.Namespace, config: SubjectRunConfig, tasks: Seq
     return 1 if blocked else 0
 
 
-def trained_file(run: Path, task: Task, best: bool) -> tuple[Path, int]:
-    """Returns the LoRA file of a subject's last step, or with `best` that of its best step, and which step it is.
+def trained_file(run: Path, name: str, best: bool) -> Path:
+    """Returns the LoRA file of a subject's last step, or with `best` that of its best step.
 
     Raises ConfigError where no step was found to be the best.
     """
-    own = run / "subjects" / task.name
+    own = run / "subjects" / name
     if not best:
-        return own / LORA_FILE, int(status_of(run, task.name).get("step") or task.steps)
+        return own / LORA_FILE
     if not (own / BEST_LORA).is_file():
         raise ConfigError(
-            f"{task.name} has no {BEST_LORA}: no step of it was seen to be learnt and not copied yet, or its run had "
-            "no validation.encoders that could tell. Leave --best out for the last step"
+            f"{name} has no {BEST_LORA}: no step of it was seen to be learnt and not copied yet, or its run had no "
+            "validation.encoders that could tell. Leave --best out for the last step"
         )
-    return own / BEST_LORA, int(json.loads((own / BEST).read_text())["step"])
+    return own / BEST_LORA
+
+
+def step_of(run: Path, task: Task, best: bool) -> int:
+    """Returns the step of that file."""
+    if not best:
+        return int(status_of(run, task.name).get("step") or task.steps)
+    remedy = "Leave --best out for the last step"
+    return read_json(run / "subjects" / task.name / BEST, remedy, {"step": is_whole})["step"]
 
 
 def layers_for(forms: Sequence[str], config: SubjectRunConfig) -> Layers | None:

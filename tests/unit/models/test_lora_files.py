@@ -1,4 +1,4 @@
-"""LoRAs by the names of diffusers, kohya's scripts and ComfyUI: there and back, and what other programs make of them."""
+"""LoRAs by the names of diffusers, kohya's scripts and ComfyUI: there and back, and what programs make of them."""
 
 import copy
 import functools
@@ -49,7 +49,7 @@ def written_forms(family):
 
 
 @pytest.mark.parametrize(("family", "form"), [(one, form) for one in FAMILIES for form in written_forms(one)])
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.data())
 def test_what_is_written_in_a_form_is_read_back_as_the_same_lora(family, form, data):
     shapes = shapes_of(family)
@@ -63,7 +63,8 @@ def test_what_is_written_in_a_form_is_read_back_as_the_same_lora(family, form, d
     assert back.keys() == lora.keys()
     for name, layer in lora.items():
         assert back[name].rank == layer.rank
-        torch.testing.assert_close(back[name].delta(), layer.delta(), rtol=1e-5, atol=1e-6)
+        wrong = (back[name].delta() - layer.delta()).abs().max()
+        assert wrong <= 1e-5 * layer.delta().abs().max()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -151,7 +152,7 @@ def layer_of(family, name):
             "kohya",
             "flux",
             "transformer.x_embedder",
-            "transformer.x_embedder has no name in the form 'kohya'.*diffusers$",
+            "x_embedder has no name in the form 'kohya'.*Use diffusers$",
         ),
         ("comfy", "sd3", "transformer.norm_out.linear", "norm_out.linear has no name.*'comfy'.*Use diffusers"),
         ("diffusers", "sd3", "text_encoder_3.encoder.block.0.layer.0.SelfAttention.q", "'diffusers'.*kohya or comfy"),
@@ -195,14 +196,14 @@ def test_every_layer_of_a_full_size_unet_has_the_name_that_diffusers_reads_it_by
     shapes = {f"unet.{name}": tuple(module.weight.shape) for name, module in layers.items()}
     rows = original_layers("sdxl", shapes)
     assert len({row.name for row in rows}) == len(rows) == len(layers)
-    own = {row.name: layers[row.parts[0].removeprefix("unet.")].weight for row in rows}
-    converted = convert_ldm_unet_checkpoint(
-        {f"model.diffusion_model.{name}.weight": weight for name, weight in own.items()}, unet.config
-    )
-    assert {
-        name for name, weight in converted.items() if weight is not layers[name.removesuffix(".weight")].weight
-    } == set()
-    assert len(converted) == len(layers)
+    original, expected = {}, {}
+    for row in rows:
+        name = row.parts[0].removeprefix("unet.")
+        for kind, tensor in layers[name].named_parameters():
+            original[f"model.diffusion_model.{row.name}.{kind}"] = expected[f"{name}.{kind}"] = tensor
+    converted = convert_ldm_unet_checkpoint(original, unet.config)
+    assert converted.keys() == expected.keys()
+    assert all(tensor is expected[name] for name, tensor in converted.items())
 
 
 def test_flux_at_its_own_size_has_the_304_layers_that_kohyas_scripts_list():
