@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from bases import TRANSFORMER_FAMILIES
-from layouts import original_vae, sharded
+from layouts import original_transformer, original_vae, sharded
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -23,127 +23,6 @@ from controlbooth.models.pretrained import load_base
 from controlbooth.models.single_files.keys import identify_file
 
 UNET_PREFIX = "model.diffusion_model."
-
-
-def renamed(name: str, names: dict[str, str]) -> str:
-    """Replaces whole components of a name, the longest ones first."""
-    for ours in sorted(names, key=len, reverse=True):
-        name = re.sub(rf"(?<![^.]){re.escape(ours)}(?![^.])", names[ours], name)
-    return name
-
-
-def swapped(tensor: Tensor) -> Tensor:
-    first, second = tensor.chunk(2)
-    return torch.cat([second, first])
-
-
-EDGES = {
-    "sd3": {
-        "pos_embed.pos_embed": "pos_embed",
-        "pos_embed.proj": "x_embedder.proj",
-        "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
-        "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
-        "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
-        "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
-        "norm_out.linear": "final_layer.adaLN_modulation.1",
-        "proj_out": "final_layer.linear",
-    },
-    "flux": {
-        "time_text_embed.timestep_embedder.linear_1": "time_in.in_layer",
-        "time_text_embed.timestep_embedder.linear_2": "time_in.out_layer",
-        "time_text_embed.text_embedder.linear_1": "vector_in.in_layer",
-        "time_text_embed.text_embedder.linear_2": "vector_in.out_layer",
-        "time_text_embed.guidance_embedder.linear_1": "guidance_in.in_layer",
-        "time_text_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
-        "context_embedder": "txt_in",
-        "x_embedder": "img_in",
-        "norm_out.linear": "final_layer.adaLN_modulation.1",
-        "proj_out": "final_layer.linear",
-    },
-}
-BLOCKS = {
-    "sd3": {
-        "attn.norm_q": "x_block.attn.ln_q",
-        "attn.norm_k": "x_block.attn.ln_k",
-        "attn.norm_added_q": "context_block.attn.ln_q",
-        "attn.norm_added_k": "context_block.attn.ln_k",
-        "attn2.norm_q": "x_block.attn2.ln_q",
-        "attn2.norm_k": "x_block.attn2.ln_k",
-        "attn.to_out.0": "x_block.attn.proj",
-        "attn.to_add_out": "context_block.attn.proj",
-        "attn2.to_out.0": "x_block.attn2.proj",
-        "norm1.linear": "x_block.adaLN_modulation.1",
-        "norm1_context.linear": "context_block.adaLN_modulation.1",
-        "ff.net.0.proj": "x_block.mlp.fc1",
-        "ff.net.2": "x_block.mlp.fc2",
-        "ff_context.net.0.proj": "context_block.mlp.fc1",
-        "ff_context.net.2": "context_block.mlp.fc2",
-    },
-    "flux": {
-        "norm1.linear": "img_mod.lin",
-        "norm1_context.linear": "txt_mod.lin",
-        "norm.linear": "modulation.lin",
-        "attn.to_out.0": "img_attn.proj",
-        "attn.to_add_out": "txt_attn.proj",
-        "attn.norm_added_q": "txt_attn.norm.query_norm",
-        "attn.norm_added_k": "txt_attn.norm.key_norm",
-        "ff.net.0.proj": "img_mlp.0",
-        "ff.net.2": "img_mlp.2",
-        "ff_context.net.0.proj": "txt_mlp.0",
-        "ff_context.net.2": "txt_mlp.2",
-        "proj_out": "linear2",
-    },
-}
-JOINED = {  # the first of tensors that lie in one -> those, and that one
-    "sd3": [
-        ("attn", ("to_q", "to_k", "to_v"), "x_block.attn.qkv"),
-        ("attn", ("add_q_proj", "add_k_proj", "add_v_proj"), "context_block.attn.qkv"),
-        ("attn2", ("to_q", "to_k", "to_v"), "x_block.attn2.qkv"),
-    ],
-    "flux": [
-        ("attn", ("to_q", "to_k", "to_v"), "img_attn.qkv"),
-        ("attn", ("add_q_proj", "add_k_proj", "add_v_proj"), "txt_attn.qkv"),
-    ],
-}
-
-
-def original_transformer(transformer: Any, family: str) -> dict[str, Tensor]:
-    """Gives the transformer's weights the names that its authors' code would have saved them under."""
-    state = transformer.state_dict()
-    last = transformer.config["num_layers"] - 1
-    single = re.compile(r"single_transformer_blocks\.\d+\.")
-    result: dict[str, Tensor] = {}
-    blocks = sorted({match[0] for name in state if (match := re.match(r"(single_)?transformer_blocks\.\d+\.", name))})
-    for start in blocks:
-        own = {name.removeprefix(start): state.pop(name) for name in list(state) if name.startswith(start)}
-        number = start.split(".")[1]
-        theirs = {"sd3": "joint_blocks", "flux": "double_blocks"}[family]
-        theirs = f"{'single_blocks' if single.match(start) else theirs}.{number}."
-        joined = JOINED[family]
-        if single.match(start):
-            joined = []
-            for kind in ("weight", "bias"):
-                four = (*(f"attn.{name}" for name in ("to_q", "to_k", "to_v")), "proj_mlp")
-                result[f"{theirs}linear1.{kind}"] = torch.cat([own.pop(f"{name}.{kind}") for name in four])
-        for module, three, name in joined:
-            for kind in ("weight", "bias"):
-                if f"{module}.{three[0]}.{kind}" in own:
-                    parts = [own.pop(f"{module}.{one}.{kind}") for one in three]
-                    result[f"{theirs}{name}.{kind}"] = torch.cat(parts)
-        names = dict(BLOCKS[family])
-        if family == "flux":
-            at = "" if single.match(start) else "img_attn."
-            names |= {"attn.norm_q": f"{at}norm.query_norm", "attn.norm_k": f"{at}norm.key_norm"}
-        for name, tensor in own.items():
-            if family == "sd3" and int(number) == last and name.startswith("norm1_context"):
-                tensor = swapped(tensor)
-            new = renamed(name, names)
-            if family == "flux" and "_norm." in new:
-                new = new.replace(".weight", ".scale")
-            result[theirs + new] = tensor
-    for name, tensor in state.items():
-        result[renamed(name, EDGES[family])] = swapped(tensor) if name.startswith("norm_out") else tensor
-    return result
 
 
 def original_state(base: Base, encoders: bool) -> dict[str, Tensor]:

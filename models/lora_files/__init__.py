@@ -1,0 +1,1 @@
+"""LoRAs in files: by the names that diffusers, kohya's scripts and ComfyUI read, and back."""
