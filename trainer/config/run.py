@@ -175,9 +175,21 @@ Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[A-Za-z0-9]
 """Of a folder: most disks take 255 bytes, and names of files in the making are some longer."""
 
 
+OptimizerName = Literal["adamw", "adamw8bit", "adafactor", "prodigy", "muon"]
+PRODIGY_RATES = (0.1, 10.0)
+"""What optimizer.learning_rate may be with Prodigy, whose authors advise 1."""
+
+
 class OptimizerConfig(Section):
+    name: OptimizerName = "adamw"
+    """What moves the weights, and keeps for each of them so many bytes: AdamW 8; AdamW with moments of 8 bits (of
+    bitsandbytes) 2; Adafactor (of PyTorch) a row and a column of each matrix, nearly 0; Muon (of PyTorch) 4, with AdamW
+    for what is no matrix between the network's ends; Prodigy 16, which finds the learning rate itself, on one rank. All
+    but AdamW need engine.zero_stage 1 or 2. The same from a run's start to its end."""
     learning_rate: float = Field(default=1e-5, gt=0.0)
-    """Peak learning rate, reached after warmup_steps (ControlNet: 1e-5)."""
+    """Peak learning rate, reached after warmup_steps (ControlNet: 1e-5). Muon's updates are brought to the size of
+    AdamW's, so that the same is right; Adafactor's is relative to the size of each tensor's weights, 1e-3 a usual one;
+    Prodigy multiplies its own by it: 1."""
     decoder_learning_rate: float = Field(default=2e-6, gt=0.0)
     """The same of the decoder, from model.unlock_decoder_at on. The released code advises 2e-6 once it is unlocked, and
     has one rate for all: set learning_rate to it too for that."""
@@ -195,6 +207,18 @@ class OptimizerConfig(Section):
     """Min-SNR weighting of the loss (arXiv 2303.09556; the paper takes 5)."""
     ema_decay: float | None = Field(default=None, gt=0.0, lt=1.0)
     """Keep an exponential moving average of the trained weights, and validate and export that."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "OptimizerConfig":
+        for key in ("betas", "epsilon"):
+            value, default = getattr(self, key), type(self).model_fields[key].default
+            if self.name == "adafactor" and value != default:
+                raise UserError(
+                    f"optimizer.{key} is of Adam's moments, which optimizer.name=adafactor has not: leave it out"
+                )
+        if problem := rate_problem(self.name, "learning_rate", self.learning_rate):
+            raise UserError(problem)
+        return self
 
 
 class EngineConfig(Section):
@@ -361,6 +385,13 @@ class RunConfig(Section):
             )
         if self.engine.offload_optimizer and self.engine.zero_stage == 0:
             raise UserError("engine.offload_optimizer needs engine.zero_stage 1, 2 or 3, and it is 0")
+        if problem := optimizer_problem(self.optimizer.name, "optimizer.name", self.engine):
+            raise UserError(problem)
+        if self.optimizer.name != "adamw" and unlock is not None:
+            raise UserError(
+                f"model.unlock_decoder_at={unlock} hands AdamW's moments from one engine to the next, and "
+                f"optimizer.name={self.optimizer.name} has others: leave one of them out"
+            )
         if self.optimizer.warmup_steps > self.max_steps:
             raise UserError(
                 f"optimizer.warmup_steps={self.optimizer.warmup_steps} is more than max_steps={self.max_steps}"
@@ -376,6 +407,32 @@ class RunConfig(Section):
                 f"validation.samples={self.validation.samples}. Lower the one or raise the other"
             )
         return self
+
+
+def rate_problem(name: str, field: str, rate: float) -> str | None:
+    """Says why a learning rate makes no sense with an optimizer, and the remedy; None where it may. field: its own."""
+    low, high = PRODIGY_RATES
+    if name != "prodigy" or low <= rate <= high:
+        return None
+    return (
+        f"Prodigy finds the learning rate itself and multiplies it by {field}, which is {rate:g}: set {field}=1, or "
+        f"another number from {low:g} to {high:g}"
+    )
+
+
+def optimizer_problem(name: str, field: str, engine: EngineConfig) -> str | None:
+    """Says why an optimizer cannot work under an engine's settings, and the remedy; None where it can.
+
+    field: by which it was asked for.
+    """
+    if name == "adamw" or (engine.zero_stage in (1, 2) and not engine.offload_optimizer):
+        return None
+    if engine.offload_optimizer:
+        return f"{field}={name} is not offloaded: set engine.offload_optimizer=false, or {field}=adamw"
+    return (
+        f"{field}={name} moves whole tensors, which engine.zero_stage={engine.zero_stage} does not hand over: set "
+        f"engine.zero_stage=2, which is the same on one rank and splits the states over several, or {field}=adamw"
+    )
 
 
 def gradient_accumulation_steps(config: RunConfig, world_size: int) -> int:

@@ -14,7 +14,14 @@ from controlbooth.data.arguments import SEEDS
 from controlbooth.data.errors import UserError
 from controlbooth.trainer.config.file_kinds import SUBJECTS
 from controlbooth.trainer.config.loading import explain_errors, read_tree
-from controlbooth.trainer.config.run import EngineConfig, Name, TrackingConfig
+from controlbooth.trainer.config.run import (
+    EngineConfig,
+    Name,
+    OptimizerName,
+    TrackingConfig,
+    optimizer_problem,
+    rate_problem,
+)
 from controlbooth.trainer.config.section import ConfigError, Section
 
 
@@ -127,6 +134,9 @@ class SubjectRunConfig(Section):
     steps: int = Field(default=800, gt=0)
     learning_rate: float | None = Field(default=None, gt=0.0)
     """Default: 1e-4 for adapters, and the paper's 5e-6 for all layers."""
+    optimizer: OptimizerName = "adamw"
+    """Of `full`: as optimizer.name of a ControlNet's run. Adapters are moved by an AdamW of their own, which clips and
+    skips each subject by itself."""
     weight_decay: float = Field(default=1e-2, ge=0.0)
     max_grad_norm: float = Field(default=1.0, gt=0.0)
     min_snr_gamma: float | None = Field(default=None, gt=0.0)
@@ -156,6 +166,17 @@ class SubjectRunConfig(Section):
             raise UserError(f"engine.precision={self.engine.precision} is set as `precision` in a run of subjects")
         if self.engine.compile:
             raise UserError("engine.compile is for ControlNets: leave it out in a run of subjects")
+        if self.optimizer != "adamw" and self.method == "lora":
+            raise UserError(
+                f"optimizer={self.optimizer} is for method=full: adapters of many subjects are moved by one AdamW, "
+                "which clips and skips each subject by itself. Leave it out"
+            )
+        for problem in (
+            optimizer_problem(self.optimizer, "optimizer", self.engine),
+            rate_problem(self.optimizer, "learning_rate", self.default_learning_rate),
+        ):
+            if problem is not None:
+                raise UserError(problem)
         for field, template in (("instance_prompt", self.instance_prompt), ("class_prompt", self.class_prompt)):
             fill(field, template, identifier="x", class_noun="y")
         return self

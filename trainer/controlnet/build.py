@@ -149,6 +149,7 @@ def check_saved(
         precision=precision,
         base_digest=base.digest,
         condition=config.data.condition,
+        optimizer=config.optimizer.name,
         model=config.model.model_dump(mode="json", include=SHAPING),
     )
     check_same_run(saved, identity, latest)

@@ -101,6 +101,7 @@ def begin_full(run: SubjectRun, task: Task) -> FullTraining:
     )
     training = FullTraining(task, base, engine)
     if saved is not None and latest is not None:
+        saved = {"optimizer": "adamw"} | saved  # which older versions had alone
         now = identity(config, task, run.precision, base)
         if changed := [name for name, value in now.items() if saved[name] != value]:
             raise ConfigError(
@@ -115,7 +116,10 @@ def begin_full(run: SubjectRun, task: Task) -> FullTraining:
 
 def optimizer_settings(config: SubjectRunConfig, task: Task) -> OptimizerConfig:
     return OptimizerConfig(
-        learning_rate=task.learning_rate, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm
+        name=config.optimizer,
+        learning_rate=task.learning_rate,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
     )
 
 
@@ -126,6 +130,7 @@ def identity(config: SubjectRunConfig, task: Task, precision: str, base: Base) -
         precision=precision,
         base_digest=base.digest,
         train_text_encoder=config.train_text_encoder,
+        optimizer=config.optimizer,
         prompt=task.instance_prompt,
     )
 
