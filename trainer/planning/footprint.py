@@ -39,6 +39,7 @@ from controlbooth.trainer.controlnet.build import new_controlnet
 from controlbooth.trainer.controlnet.step import DeviceBatch, condition_input, controlnet_loss
 from controlbooth.trainer.encoding import encode_captions, encode_kept, encode_posterior
 from controlbooth.trainer.engine.deepspeed import DTYPES
+from controlbooth.trainer.engine.optimizers import state_bytes
 from controlbooth.trainer.run.base import with_run_settings
 
 WITHOUT_SCORES = ("auto", "xformers", "efficient", "flash")
@@ -101,6 +102,9 @@ class Footprint:
     """What the loader hands over and the device holds of one micro-batch."""
     cached_bytes: int
     """What of that is latents and hidden states from the latent cache, as they are stored; 0 with online encoders."""
+    states: tuple[tuple[int, int], ...] = ()
+    """Of each trained tensor in turn its elements and the bytes that the optimizer keeps of it; empty with AdamW, which
+    keeps the same of every element."""
     host_bytes: int = 0
     """In host memory: of a transformer's ControlNet, what its files hold besides trained weights, in fp32."""
     reads_conditions: bool = True
@@ -361,6 +365,7 @@ def _measured(config: RunConfig, base: Base, controlnet: Any, micro_batch_size: 
         frozen_bytes=sum(tensor.untyped_storage().nbytes() for tensor in frozen),
         host_bytes=sum(4 * tensor.numel() for tensor in fixed_tensors(controlnet).values()),
         trained_parameters=sum(parameter.numel() for parameter in trained),
+        states=states_of(config.optimizer.name, controlnet),
         largest_parameter=max(parameter.numel() for parameter in trained),
         trained_modules=modules_with_weights(controlnet),
         profile=worst_moments(live.moments),
@@ -376,6 +381,13 @@ def _measured(config: RunConfig, base: Base, controlnet: Any, micro_batch_size: 
         ),
         reads_conditions=batch.conditioning_pixel_values is not None,
     )
+
+
+def states_of(optimizer: str, network: nn.Module) -> tuple[tuple[int, int], ...]:
+    """Returns `Footprint.states` of a network that is trained."""
+    if optimizer == "adamw":
+        return ()
+    return tuple((p.numel(), state_bytes(optimizer, name, p.shape)) for name, p in network.named_parameters())
 
 
 def fake_batch(config: RunConfig, base: Base, controlnet: Any, size: int) -> DeviceBatch:
