@@ -4,10 +4,11 @@ Free of torch, so that the launcher can check a run before anything heavy is imp
 resolved one is saved with each checkpoint. Numbers that follow from others are functions at the end of this file.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from controlbooth.data.arguments import SEEDS
 from controlbooth.data.condition_names import COMPUTED, MAX_PIXELS, computed_kind, tells_sides
@@ -21,6 +22,16 @@ RESOLVED = "config.yaml"
 """What a run's folder and its checkpoints hold: the resolved tree, as the run wrote it."""
 BUILT_IN = "miniature"
 """As model.base: the base model that is shipped with controlbooth."""
+
+
+def _all_none_or_a_share(value: Any) -> Any:
+    if isinstance(value, bool) or (isinstance(value, float) and 0.0 < value < 1.0):
+        return value
+    raise UserError("true, false, or a share of the blocks between 0 and 1 is taken here, such as 0.5")
+
+
+Recomputed = Annotated[bool | float, BeforeValidator(_all_none_or_a_share)]
+"""Which blocks recompute their activations: all, none, or a share."""
 
 
 class ModelConfig(Section):
@@ -60,8 +71,10 @@ class ModelConfig(Section):
     attention: Literal["auto", "xformers", "flash", "cudnn", "efficient", "math", "plain"] = "auto"
     """Memory-efficient attention: `xformers` needs CUDA and the package; the others are PyTorch's kernels, of which
     `cudnn` and `efficient` need CUDA; `plain` is matrix products alone. `auto` takes the fastest."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    gradient_checkpointing: Recomputed = False
+    """Recompute activations in the backward pass: less memory, about a third more time. A number between 0 and 1 does
+    it for that share of the blocks of each network, on a U-Net those on the largest grids first, whose activations are
+    the largest. Gradients are the same bit for bit."""
 
     @field_validator("controlnet")
     @classmethod
@@ -180,6 +193,17 @@ PRODIGY_RATES = (0.1, 10.0)
 """What optimizer.learning_rate may be with Prodigy, whose authors advise 1."""
 
 
+def rate_problem(name: str, field: str, rate: float) -> str | None:
+    """Says why a learning rate makes no sense with an optimizer, and the remedy; None where it may. field: its own."""
+    low, high = PRODIGY_RATES
+    if name != "prodigy" or low <= rate <= high:
+        return None
+    return (
+        f"Prodigy finds the learning rate itself and multiplies it by {field}, which is {rate:g}: set {field}=1, or "
+        f"another number from {low:g} to {high:g}"
+    )
+
+
 class OptimizerConfig(Section):
     name: OptimizerName = "adamw"
     """What moves the weights, and keeps for each of them so many bytes: AdamW 8; AdamW with moments of 8 bits (of
@@ -230,6 +254,10 @@ class EngineConfig(Section):
     """Keep optimizer states in CPU memory (stages 1 to 3)."""
     offload_parameters: bool = False
     """Keep parameters in CPU memory (stage 3)."""
+    activations: Literal["device", "cpu"] = "device"
+    """Where a GPU keeps what the backward pass needs of the forward pass: `cpu` is the host's memory (stages 0 to 2),
+    which takes time by the bus between them. With model.gradient_checkpointing, what the blocks begin with is there
+    too. Gradients are the same bit for bit."""
     deterministic: bool = True
     """A GPU gives the same bits for the same work, so that a resumed run is the one that went on. `false` lets it take
     whichever kernels are fastest: a resume is then equal within rounding only. Processors give the same bits anyway."""
@@ -336,6 +364,8 @@ class RunConfig(Section):
                 "engine.compile=true proves the gradients of a network whose decoder is locked, and "
                 f"model.unlock_decoder_at={self.model.unlock_decoder_at} unlocks it: leave one of them out"
             )
+        for problem in activation_problems(self.engine):
+            raise UserError(problem)
         if self.data.random_flip and tells_sides(self.data.condition):
             raise UserError(
                 f"data.condition={self.data.condition} tells left from right by colour, and data.random_flip would "
@@ -409,15 +439,19 @@ class RunConfig(Section):
         return self
 
 
-def rate_problem(name: str, field: str, rate: float) -> str | None:
-    """Says why a learning rate makes no sense with an optimizer, and the remedy; None where it may. field: its own."""
-    low, high = PRODIGY_RATES
-    if name != "prodigy" or low <= rate <= high:
-        return None
-    return (
-        f"Prodigy finds the learning rate itself and multiplies it by {field}, which is {rate:g}: set {field}=1, or "
-        f"another number from {low:g} to {high:g}"
-    )
+def activation_problems(engine: EngineConfig, on_gpu: bool = True) -> Iterator[str]:
+    """Says why activations cannot be kept in host memory under an engine's settings, each with the remedy."""
+    if engine.activations == "device":
+        return
+    if not on_gpu:
+        yield "engine.activations=cpu moves what a GPU keeps to the host, and this run is on a CPU: leave it out"
+    if engine.zero_stage == 3:
+        yield (
+            "engine.activations=cpu would copy the weights that engine.zero_stage=3 gathers, too: set "
+            "engine.zero_stage=2, or leave it out"
+        )
+    if engine.compile:
+        yield "engine.activations=cpu and engine.compile=true were never proved together: leave one of them out"
 
 
 def optimizer_problem(name: str, field: str, engine: EngineConfig) -> str | None:

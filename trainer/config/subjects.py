@@ -18,7 +18,9 @@ from controlbooth.trainer.config.run import (
     EngineConfig,
     Name,
     OptimizerName,
+    Recomputed,
     TrackingConfig,
+    activation_problems,
     optimizer_problem,
     rate_problem,
 )
@@ -33,8 +35,9 @@ class BaseConfig(Section):
     attention: Literal["auto", "xformers", "flash", "cudnn", "efficient", "math", "plain"] = "auto"
     """Memory-efficient attention: `xformers` needs CUDA and the package; the others are PyTorch's kernels, of which
     `cudnn` and `efficient` need CUDA; `plain` is matrix products alone. `auto` takes the fastest."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    gradient_checkpointing: Recomputed = False
+    """Recompute activations in the backward pass: less memory, about a third more time. A number between 0 and 1 does
+    it for that share of the U-Net's blocks, those on the largest grids first."""
 
 
 class AdapterConfig(Section):
@@ -125,7 +128,7 @@ class SubjectRunConfig(Section):
     train_text_encoder: bool = False
     """Of `full`: train the text encoder too."""
     engine: EngineConfig = EngineConfig()
-    """Of `full`: ZeRO stage and offload. `precision` is that of the run, above it."""
+    """Of `full`: ZeRO stage, offload and activations. `precision` is that of the run, above it."""
     subjects_per_batch: int = Field(default=8, gt=0)
     """Of `lora`: subjects that one process trains together."""
     instance_batch_size: int = Field(default=1, gt=0)
@@ -174,6 +177,7 @@ class SubjectRunConfig(Section):
         for problem in (
             optimizer_problem(self.optimizer, "optimizer", self.engine),
             rate_problem(self.optimizer, "learning_rate", self.default_learning_rate),
+            *activation_problems(self.engine),
         ):
             if problem is not None:
                 raise UserError(problem)

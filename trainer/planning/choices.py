@@ -9,7 +9,8 @@ from typing import Any
 
 from controlbooth.data.shards.manifest import join_datasets, open_dataset
 from controlbooth.trainer.config.loading import build_config
-from controlbooth.trainer.config.run import EngineConfig, RunConfig, sources
+from controlbooth.trainer.config.run import EngineConfig, RunConfig, activation_problems, sources
+from controlbooth.trainer.config.section import ConfigError
 from controlbooth.trainer.engine.deepspeed import check_fits, cpu_multiplies_bf16
 from controlbooth.trainer.planning.accelerators import STORAGE_GBIT, Accelerator, Layout
 from controlbooth.trainer.planning.calibration import (
@@ -116,6 +117,8 @@ def make_plan(
     """
     card = layout.accelerator
     check_fits(config.optimizer, layout.ranks, flat=True)
+    for problem in activation_problems(config.engine, card.kind == "cuda"):
+        raise ConfigError(problem)
     precision = planned_precision(config, card)
     asked_size = min(config.micro_batch_size, config.global_batch_size // layout.ranks)
     facts = planned_facts(config, precision, asked_size, shapes)

@@ -139,7 +139,11 @@ def rank_memory(
                 moments[name] = _beside_free_blocks(moments[name], one.activation_bytes, apart)
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     device = {name: fixed.get(name, 0) + moments[moment].get(name, 0) for name in CATEGORIES}
-    host = dict.fromkeys(CATEGORIES, 0) | {"frozen weights": one.host_bytes, "loader": loader_bytes}
+    host = dict.fromkeys(CATEGORIES, 0) | {
+        "frozen weights": one.host_bytes,
+        "activations": one.host_activation_bytes,
+        "loader": loader_bytes,
+    }
     _offload(engine, device, host, masters, share, width, one.largest_parameter)
     if kind == "cpu":
         return RankMemory({name: device[name] + host[name] for name in CATEGORIES}, {}, moment)
