@@ -49,8 +49,8 @@ def state_bytes(optimizer: str, name: str, shape: Sequence[int]) -> int:
         return 4 * (sum(matrix) if len(matrix) == 2 else count) + 4  # and the number of its steps
     if optimizer == "prodigy":
         return 16 * count  # two moments, their sum and the weights of the start
-    if optimizer == "muon" and moved_by_muon(name, shape):
-        return 4 * count
+    if optimizer == "muon":
+        return 4 * count if moved_by_muon(name, shape) else 8 * count + 4
     return 8 * count
 
 
