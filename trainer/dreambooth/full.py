@@ -103,7 +103,7 @@ def begin_full(run: SubjectRun, task: Task) -> FullTraining:
     )
     training = FullTraining(task, base, engine)
     if saved is not None and latest is not None:
-        saved = {"optimizer": "adamw"} | saved  # which older versions had alone
+        saved = {**saved, "optimizer": saved.get("optimizer", "adamw")}  # which older versions had alone
         now = identity(config, task, run.precision, base)
         if changed := [name for name, value in now.items() if saved[name] != value]:
             raise ConfigError(
