@@ -80,6 +80,10 @@ setup(
             "torchmetrics>=1.8,<2",
             "wordfreq>=3.1,<4",  # tells words from letters
         ],
+        "optimizers": [  # of optimizer.name; Adafactor and Muon are PyTorch's
+            "bitsandbytes>=0.50,<0.51",
+            "prodigyopt>=1.1,<2",
+        ],
         "remote": [  # shards in stores and on web servers
             "aiohttp>=3.9",
             "botocore>=1.34",

@@ -39,9 +39,9 @@ PLAIN = {
     ("RunConfig", "output"): "Folder that holds the folders of runs.",
     ("RunConfig", "max_steps"): "Optimizer steps of the whole run.",
     ("OptimizerConfig", "warmup_steps"): "Optimizer steps in which the learning rate rises linearly to its peak.",
-    ("OptimizerConfig", "betas"): "Of AdamW.",
-    ("OptimizerConfig", "weight_decay"): "Of AdamW.",
-    ("OptimizerConfig", "epsilon"): "Of AdamW.",
+    ("OptimizerConfig", "betas"): "Of AdamW, in 8 bits too, of Prodigy, and of the AdamW beside Muon.",
+    ("OptimizerConfig", "weight_decay"): "Decoupled from the gradient, as AdamW has it; of every optimizer.",
+    ("OptimizerConfig", "epsilon"): "Of AdamW, in 8 bits too, of Prodigy, and of the AdamW beside Muon.",
     ("CheckpointConfig", "every_steps"): "Optimizer steps between two checkpoints; the last step has one too.",
     ("ValidationConfig", "every_steps"): "Optimizer steps between two validations; the last step has one too.",
     ("ValidationConfig", "sampling_steps"): "Steps of the sampler for each picture.",
@@ -52,7 +52,7 @@ PLAIN = {
     ("SubjectRunConfig", "seed"): "With the configuration and the pictures it determines the run.",
     ("SubjectRunConfig", "resolution"): "Side of the square training picture in pixels.",
     ("SubjectRunConfig", "steps"): "Optimizer steps of each subject.",
-    ("SubjectRunConfig", "weight_decay"): "Of AdamW.",
+    ("SubjectRunConfig", "weight_decay"): "Decoupled from the gradient, as AdamW has it.",
     ("SubjectRunConfig", "max_grad_norm"): "Gradients of each subject are scaled down to this norm.",
     ("SubjectRunConfig", "min_snr_gamma"): "Min-SNR weighting of the loss (arXiv 2303.09556; the paper takes 5).",
     ("SubjectRunConfig", "instance_prompt"): "Prompt of a subject's own pictures.",
@@ -170,7 +170,7 @@ def type_name(annotation: Any, metadata: typing.Sequence[Any] = ()) -> str:
     if origin is typing.Literal:
         return ", ".join(f"`{part}`" for part in parts)
     if origin in (typing.Union, types.UnionType):
-        return type_name(next(part for part in parts if part is not type(None)), metadata)
+        return " or ".join(type_name(part, metadata) for part in parts if part is not type(None))
     if origin is tuple:
         if parts[-1] is Ellipsis:
             return f"list of {plural(type_name(parts[0]))}"

@@ -88,6 +88,24 @@ def test_a_killed_run_ends_with_bitwise_the_same_weights(two, whole):
     assert all(largest(unet(two, "full-killed", n), unet(two, whole, n)) == 0.0 for n in range(2))
 
 
+def test_an_optimizer_of_8_bits_goes_on_from_a_kill_with_the_same_bits_and_another_one_is_refused(two):
+    settings = SETTINGS | dict(optimizer="adamw8bit")
+    finish(start(two, run_file(two, "bits", **settings), processes=2, subjects="two.yaml"))
+    path, run = run_file(two, "bits-killed", **settings), two / "runs" / "bits-killed"
+    process = start(two, path, processes=2, subjects="two.yaml")
+    deadline = time.monotonic() + 200
+    while not list((run / "subjects" / "subject-0" / "checkpoints").glob("step-*")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.005)
+    kill(process)
+    other = run_file(two, "bits-killed", **settings | dict(optimizer="muon"))
+    output, _ = start(two, other, processes=2, subjects="two.yaml").communicate(timeout=600)
+    assert "was saved with optimizer='adamw8bit', and the run has 'muon'. Set it back" in output
+    finish(start(two, run_file(two, "bits-killed", **settings), processes=2, subjects="two.yaml"))
+    for number in range(2):
+        assert largest(unet(two, "bits", number), unet(two, "bits-killed", number)) == 0.0
+
+
 def test_a_subject_whose_last_update_is_skipped_ends_with_the_weights_of_the_one_before(two):
     rows = yaml.safe_load((two / "subjects.yaml").read_text())
     (two / "first.yaml").write_text(yaml.safe_dump(rows[:1]))

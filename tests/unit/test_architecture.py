@@ -33,6 +33,7 @@ DIRECTIONS = {  # folder -> room -> the rooms of this folder that it may import,
     "models": {
         "architectures": (),
         "attention": (),
+        "recomputing": (),
         "control_schedules": (),
         "lora": (),
         "lora_files": ("base",),

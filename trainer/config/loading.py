@@ -14,7 +14,7 @@ from controlbooth.data.secrets import without_secrets
 from controlbooth.trainer.config.file_kinds import RUN, kind_of, mistaken_for
 from controlbooth.trainer.config.other_names import FIELDS_OF
 from controlbooth.trainer.config.renamed import rename_keys, renamed, with_new_names
-from controlbooth.trainer.config.run import RESOLVED, EngineConfig, FlowConfig, ModelConfig, RunConfig
+from controlbooth.trainer.config.run import RESOLVED, EngineConfig, FlowConfig, ModelConfig, OptimizerConfig, RunConfig
 from controlbooth.trainer.config.section import ConfigError
 
 
@@ -192,6 +192,8 @@ LATER = (
     "engine.deterministic",
     "engine.tf32",
     "engine.compile",
+    "engine.activations",
+    "optimizer.name",
     *(f"flow.{name}" for name in FlowConfig.model_fields),
 )
 """Fields that versions before 2026-11-30 did not have: at their defaults they say what those did."""
@@ -200,13 +202,15 @@ LATER = (
 def without_later_fields(tree: dict[str, Any]) -> dict[str, Any]:
     """Removes from a run's tree, in place, what earlier versions did not have, so that saved digests stay the same.
 
-    Only fields at their defaults are removed: each of `model` and `engine` by itself, and the section `flow` where all
-    of it is at its default. Where validation.guidance_scale is not set it becomes 7.5, as it was in those versions.
+    Only fields at their defaults are removed: each of `model`, `engine` and `optimizer` by itself, and the section
+    `flow` where all of it is at its default. Where validation.guidance_scale is not set it becomes 7.5, as it was in
+    those versions.
     """
     later = RunConfig.model_fields["flow"].default
     if tree.get("flow") == later.model_dump(mode="json"):
         del tree["flow"]
-    for section, fields in (("model", ModelConfig.model_fields), ("engine", EngineConfig.model_fields)):
+    sections = {"model": ModelConfig, "engine": EngineConfig, "optimizer": OptimizerConfig}
+    for section, fields in ((name, kind.model_fields) for name, kind in sections.items()):
         for name in (one.partition(".")[2] for one in LATER if one.startswith(f"{section}.")):
             if tree[section].get(name) == fields[name].default:
                 tree[section].pop(name, None)

@@ -4,10 +4,11 @@ Free of torch, so that the launcher can check a run before anything heavy is imp
 resolved one is saved with each checkpoint. Numbers that follow from others are functions at the end of this file.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from controlbooth.data.arguments import SEEDS
 from controlbooth.data.condition_names import COMPUTED, MAX_PIXELS, computed_kind, tells_sides
@@ -21,6 +22,16 @@ RESOLVED = "config.yaml"
 """What a run's folder and its checkpoints hold: the resolved tree, as the run wrote it."""
 BUILT_IN = "miniature"
 """As model.base: the base model that is shipped with controlbooth."""
+
+
+def _all_none_or_a_share(value: Any) -> Any:
+    if isinstance(value, bool) or (isinstance(value, float) and 0.0 < value < 1.0):
+        return value
+    raise UserError("true, false, or a share of the blocks between 0 and 1 is taken here, such as 0.5")
+
+
+Recomputed = Annotated[bool | float, BeforeValidator(_all_none_or_a_share)]
+"""Which blocks recompute their activations: all, none, or a share."""
 
 
 class ModelConfig(Section):
@@ -60,8 +71,10 @@ class ModelConfig(Section):
     attention: Literal["auto", "xformers", "flash", "cudnn", "efficient", "math", "plain"] = "auto"
     """Memory-efficient attention: `xformers` needs CUDA and the package; the others are PyTorch's kernels, of which
     `cudnn` and `efficient` need CUDA; `plain` is matrix products alone. `auto` takes the fastest."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    gradient_checkpointing: Recomputed = False
+    """Recompute activations in the backward pass: less memory, about a third more time. A number between 0 and 1 does
+    it for that share of the blocks of each network, on a U-Net those on the largest grids first, whose activations are
+    the largest. Gradients are the same bit for bit."""
 
     @field_validator("controlnet")
     @classmethod
@@ -175,9 +188,32 @@ Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[A-Za-z0-9]
 """Of a folder: most disks take 255 bytes, and names of files in the making are some longer."""
 
 
+OptimizerName = Literal["adamw", "adamw8bit", "adafactor", "prodigy", "muon"]
+PRODIGY_RATES = (0.1, 10.0)
+"""What optimizer.learning_rate may be with Prodigy, whose authors advise 1."""
+
+
+def rate_problem(name: str, field: str, rate: float) -> str | None:
+    """Says why a learning rate makes no sense with an optimizer, and the remedy; None where it may. field: its own."""
+    low, high = PRODIGY_RATES
+    if name != "prodigy" or low <= rate <= high:
+        return None
+    return (
+        f"Prodigy finds the learning rate itself and multiplies it by {field}, which is {rate:g}: set {field}=1, or "
+        f"another number from {low:g} to {high:g}"
+    )
+
+
 class OptimizerConfig(Section):
+    name: OptimizerName = "adamw"
+    """What moves the weights, and keeps for each of them so many bytes: AdamW 8; AdamW with moments of 8 bits (of
+    bitsandbytes) 2; Adafactor (of PyTorch) a row and a column of each matrix, nearly 0; Muon (of PyTorch) 4, with AdamW
+    for what is no matrix between the network's ends; Prodigy 16, which finds the learning rate itself, on one rank. All
+    but AdamW need engine.zero_stage 1 or 2. The same from a run's start to its end."""
     learning_rate: float = Field(default=1e-5, gt=0.0)
-    """Peak learning rate, reached after warmup_steps (ControlNet: 1e-5)."""
+    """Peak learning rate, reached after warmup_steps (ControlNet: 1e-5). Muon's updates are brought to the size of
+    AdamW's, so that the same is right; Adafactor's is relative to the size of each tensor's weights, 1e-3 a usual one;
+    Prodigy multiplies its own by it: 1."""
     decoder_learning_rate: float = Field(default=2e-6, gt=0.0)
     """The same of the decoder, from model.unlock_decoder_at on. The released code advises 2e-6 once it is unlocked, and
     has one rate for all: set learning_rate to it too for that."""
@@ -196,6 +232,18 @@ class OptimizerConfig(Section):
     ema_decay: float | None = Field(default=None, gt=0.0, lt=1.0)
     """Keep an exponential moving average of the trained weights, and validate and export that."""
 
+    @model_validator(mode="after")
+    def _consistent(self) -> "OptimizerConfig":
+        for key in ("betas", "epsilon"):
+            value, default = getattr(self, key), type(self).model_fields[key].default
+            if self.name == "adafactor" and value != default:
+                raise UserError(
+                    f"optimizer.{key} is of Adam's moments, which optimizer.name=adafactor has not: leave it out"
+                )
+        if problem := rate_problem(self.name, "learning_rate", self.learning_rate):
+            raise UserError(problem)
+        return self
+
 
 class EngineConfig(Section):
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
@@ -206,6 +254,10 @@ class EngineConfig(Section):
     """Keep optimizer states in CPU memory (stages 1 to 3)."""
     offload_parameters: bool = False
     """Keep parameters in CPU memory (stage 3)."""
+    activations: Literal["device", "cpu"] = "device"
+    """Where a GPU keeps what the backward pass needs of the forward pass: `cpu` is the host's memory (stages 0 to 2),
+    which takes time by the bus between them. With model.gradient_checkpointing, what the blocks begin with is there
+    too. Gradients are the same bit for bit."""
     deterministic: bool = True
     """A GPU gives the same bits for the same work, so that a resumed run is the one that went on. `false` lets it take
     whichever kernels are fastest: a resume is then equal within rounding only. Processors give the same bits anyway."""
@@ -312,6 +364,8 @@ class RunConfig(Section):
                 "engine.compile=true proves the gradients of a network whose decoder is locked, and "
                 f"model.unlock_decoder_at={self.model.unlock_decoder_at} unlocks it: leave one of them out"
             )
+        for problem in activation_problems(self.engine):
+            raise UserError(problem)
         if self.data.random_flip and tells_sides(self.data.condition):
             raise UserError(
                 f"data.condition={self.data.condition} tells left from right by colour, and data.random_flip would "
@@ -361,6 +415,13 @@ class RunConfig(Section):
             )
         if self.engine.offload_optimizer and self.engine.zero_stage == 0:
             raise UserError("engine.offload_optimizer needs engine.zero_stage 1, 2 or 3, and it is 0")
+        if problem := optimizer_problem(self.optimizer.name, "optimizer.name", self.engine):
+            raise UserError(problem)
+        if self.optimizer.name != "adamw" and unlock is not None:
+            raise UserError(
+                f"model.unlock_decoder_at={unlock} hands AdamW's moments from one engine to the next, and "
+                f"optimizer.name={self.optimizer.name} has others: leave one of them out"
+            )
         if self.optimizer.warmup_steps > self.max_steps:
             raise UserError(
                 f"optimizer.warmup_steps={self.optimizer.warmup_steps} is more than max_steps={self.max_steps}"
@@ -376,6 +437,36 @@ class RunConfig(Section):
                 f"validation.samples={self.validation.samples}. Lower the one or raise the other"
             )
         return self
+
+
+def activation_problems(engine: EngineConfig, on_gpu: bool = True) -> Iterator[str]:
+    """Says why activations cannot be kept in host memory under an engine's settings, each with the remedy."""
+    if engine.activations == "device":
+        return
+    if not on_gpu:
+        yield "engine.activations=cpu moves what a GPU keeps to the host, and this run is on a CPU: leave it out"
+    if engine.zero_stage == 3:
+        yield (
+            "engine.activations=cpu would copy the weights that engine.zero_stage=3 gathers, too: set "
+            "engine.zero_stage=2, or leave it out"
+        )
+    if engine.compile:
+        yield "engine.activations=cpu and engine.compile=true were never proved together: leave one of them out"
+
+
+def optimizer_problem(name: str, field: str, engine: EngineConfig) -> str | None:
+    """Says why an optimizer cannot work under an engine's settings, and the remedy; None where it can.
+
+    field: by which it was asked for.
+    """
+    if name == "adamw" or (engine.zero_stage in (1, 2) and not engine.offload_optimizer):
+        return None
+    if engine.offload_optimizer:
+        return f"{field}={name} is not offloaded: set engine.offload_optimizer=false, or {field}=adamw"
+    return (
+        f"{field}={name} moves whole tensors, which engine.zero_stage={engine.zero_stage} does not hand over: set "
+        f"engine.zero_stage=2, which is the same on one rank and splits the states over several, or {field}=adamw"
+    )
 
 
 def gradient_accumulation_steps(config: RunConfig, world_size: int) -> int:

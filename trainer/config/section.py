@@ -3,7 +3,7 @@
 import contextlib
 import unicodedata
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
@@ -56,7 +56,7 @@ class Section(BaseModel):
             raise UserError(f"a password, token or signature was given in it, not shown here. Leave it out{remedy}")
         if value is None and isinstance(wanted, type) and issubclass(wanted, Section):
             return {}
-        if isinstance(value, bool) and wanted is not bool:
+        if isinstance(value, bool) and bool not in (wanted, *get_args(wanted)):
             raise UserError("yes and no are not taken here; where a value may be left out, write null")
         if isinstance(value, str) and wanted in (int, int | None):
             with contextlib.suppress(ValueError):

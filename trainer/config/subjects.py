@@ -14,7 +14,16 @@ from controlbooth.data.arguments import SEEDS
 from controlbooth.data.errors import UserError
 from controlbooth.trainer.config.file_kinds import SUBJECTS
 from controlbooth.trainer.config.loading import explain_errors, read_tree
-from controlbooth.trainer.config.run import EngineConfig, Name, TrackingConfig
+from controlbooth.trainer.config.run import (
+    EngineConfig,
+    Name,
+    OptimizerName,
+    Recomputed,
+    TrackingConfig,
+    activation_problems,
+    optimizer_problem,
+    rate_problem,
+)
 from controlbooth.trainer.config.section import ConfigError, Section
 
 
@@ -26,8 +35,9 @@ class BaseConfig(Section):
     attention: Literal["auto", "xformers", "flash", "cudnn", "efficient", "math", "plain"] = "auto"
     """Memory-efficient attention: `xformers` needs CUDA and the package; the others are PyTorch's kernels, of which
     `cudnn` and `efficient` need CUDA; `plain` is matrix products alone. `auto` takes the fastest."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    gradient_checkpointing: Recomputed = False
+    """Recompute activations in the backward pass: less memory, about a third more time. A number between 0 and 1 does
+    it for that share of the U-Net's blocks, those on the largest grids first."""
 
 
 class AdapterConfig(Section):
@@ -118,7 +128,7 @@ class SubjectRunConfig(Section):
     train_text_encoder: bool = False
     """Of `full`: train the text encoder too."""
     engine: EngineConfig = EngineConfig()
-    """Of `full`: ZeRO stage and offload. `precision` is that of the run, above it."""
+    """Of `full`: ZeRO stage, offload and activations. `precision` is that of the run, above it."""
     subjects_per_batch: int = Field(default=8, gt=0)
     """Of `lora`: subjects that one process trains together."""
     instance_batch_size: int = Field(default=1, gt=0)
@@ -127,6 +137,9 @@ class SubjectRunConfig(Section):
     steps: int = Field(default=800, gt=0)
     learning_rate: float | None = Field(default=None, gt=0.0)
     """Default: 1e-4 for adapters, and the paper's 5e-6 for all layers."""
+    optimizer: OptimizerName = "adamw"
+    """Of `full`: as optimizer.name of a ControlNet's run. Adapters are moved by an AdamW of their own, which clips and
+    skips each subject by itself."""
     weight_decay: float = Field(default=1e-2, ge=0.0)
     max_grad_norm: float = Field(default=1.0, gt=0.0)
     min_snr_gamma: float | None = Field(default=None, gt=0.0)
@@ -156,6 +169,18 @@ class SubjectRunConfig(Section):
             raise UserError(f"engine.precision={self.engine.precision} is set as `precision` in a run of subjects")
         if self.engine.compile:
             raise UserError("engine.compile is for ControlNets: leave it out in a run of subjects")
+        if self.optimizer != "adamw" and self.method == "lora":
+            raise UserError(
+                f"optimizer={self.optimizer} is for method=full: adapters of many subjects are moved by one AdamW, "
+                "which clips and skips each subject by itself. Leave it out"
+            )
+        for problem in (
+            optimizer_problem(self.optimizer, "optimizer", self.engine),
+            rate_problem(self.optimizer, "learning_rate", self.default_learning_rate),
+            *activation_problems(self.engine),
+        ):
+            if problem is not None:
+                raise UserError(problem)
         for field, template in (("instance_prompt", self.instance_prompt), ("class_prompt", self.class_prompt)):
             fill(field, template, identifier="x", class_noun="y")
         return self

@@ -36,9 +36,17 @@ from controlbooth.models.denoisers.registry import (
 from controlbooth.models.denoisers.unet import build_controlnet, keep_only_mid_control
 from controlbooth.models.families import identify
 from controlbooth.models.pretrained import load_controlnet, read_controlnet_folder
+from controlbooth.models.recomputing import recompute
 from controlbooth.models.unlocked_decoder import UnlockedNetwork
 from controlbooth.trainer.config.loading import changes, dump
-from controlbooth.trainer.config.run import ModelConfig, OptimizerConfig, RunConfig, order_settings, sources
+from controlbooth.trainer.config.run import (
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    activation_problems,
+    order_settings,
+    sources,
+)
 from controlbooth.trainer.config.section import ConfigError
 from controlbooth.trainer.controlnet import unlock as unlocking
 from controlbooth.trainer.controlnet.data import open_data, run_buckets
@@ -71,6 +79,8 @@ def build(config: RunConfig, world: World, attempt: Attempt, watchdog: Watchdog,
     saved = on_first_rank(lambda: checkpoints.read_state(latest), world) if latest else None
     if saved and latest:
         check_version(saved["order"], str(latest))
+    for problem in activation_problems(config.engine, world.device.type == "cuda"):
+        raise ConfigError(problem)
     precision = settle_precision(config, world, saved)
     base = open_base(config, engines.DTYPES[precision], world.device, once_a_machine(world))
     config = with_usual_guidance(config, base)
@@ -128,9 +138,7 @@ def load_networks(
     controlnet = make_controlnet(config, base)
     for module in (base.denoiser, controlnet):
         apply_attention(module, chosen)
-    if config.model.gradient_checkpointing:
-        controlnet.enable_gradient_checkpointing()
-        base.denoiser.enable_gradient_checkpointing()
+        recompute(module, config.model.gradient_checkpointing)
     if config.engine.compile:
         compile_where_right(config, world, base, controlnet, engines.DTYPES[precision])
     return controlnet, chosen
@@ -149,6 +157,7 @@ def check_saved(
         precision=precision,
         base_digest=base.digest,
         condition=config.data.condition,
+        optimizer=config.optimizer.name,
         model=config.model.model_dump(mode="json", include=SHAPING),
     )
     check_same_run(saved, identity, latest)

@@ -110,6 +110,7 @@ def save(run: Run, figures: dict[str, float]) -> None:
         base_digest=run.base.digest,
         **base_facts(run.base),
         zero_stage=run.config.engine.zero_stage,
+        optimizer=run.config.optimizer.name,
         precision=run.precision,
         attention=run.attention,
         world_size=run.world.world_size,

@@ -76,6 +76,7 @@ def check_continues(config: RunConfig, latest: Path, state: dict[str, Any]) -> N
     now = {
         "zero_stage": config.engine.zero_stage,
         "condition": config.data.condition,
+        "optimizer": config.optimizer.name,
         "model": config.model.model_dump(mode="json", include=SHAPING),
     }
     if config.engine.precision != "auto":

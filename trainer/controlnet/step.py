@@ -2,6 +2,7 @@
 the weights, called by train.py."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -124,17 +125,19 @@ def controlnet_step(
     micro_batches: list[MicroBatch],
     min_snr_gamma: float | None,
     device: torch.device,
+    keeping: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Tensor:
     """Runs this rank's share of one optimizer step: forward and backward over its micro-batches.
 
     `backward` takes a micro-batch's loss and accumulates its gradients, divided by the number of micro-batches. Returns
     the loss of each micro-batch, (micro-batches,) float32 on the device, without waiting for it. Weights do not change
-    here: engine.apply_gradients takes the step.
+    here: engine.apply_gradients takes the step. keeping: says where what the backward pass needs is kept until then.
     """
     losses = []
     for micro_batch in micro_batches:
         batch = to_device(micro_batch, device)
-        loss = controlnet_loss(base, engine, batch, min_snr_gamma)
+        with keeping():
+            loss = controlnet_loss(base, engine, batch, min_snr_gamma)
         with record_function("backward"):
             backward(loss)
         losses.append(loss.detach())

@@ -44,6 +44,7 @@ from controlbooth.trainer.engine.distributed import (
     leave,
     on_first_rank,
 )
+from controlbooth.trainer.engine.offloading import keeping_activations
 from controlbooth.trainer.run import checkpoint as checkpoints
 from controlbooth.trainer.run.attempt import Superseded, only_run, write_text
 from controlbooth.trainer.run.continuing import compared_with, describe_finished, is_finished
@@ -141,6 +142,7 @@ def loop(run: Run, stop: StopRequest) -> None:
             batch.micro_batches,
             config.optimizer.min_snr_gamma,
             run.world.device,
+            keeping_activations(config.engine, run.base.denoiser, run.engine.module),
         )
         taken = engines.apply_gradients(run.engine, *rates.values(), tell=meter.row(batch, losses, stop.requested))
         if run.average is not None:

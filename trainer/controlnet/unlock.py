@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from controlbooth.models.base import Base
 from controlbooth.models.denoisers.unet import keep_only_mid_control
 from controlbooth.models.pretrained import DECODER_FILE, save_controlnet
+from controlbooth.models.recomputing import recompute
 from controlbooth.models.unlocked_decoder import UnlockedNetwork, save_decoder
 from controlbooth.trainer.config.run import RunConfig
 from controlbooth.trainer.engine import deepspeed as engines
@@ -76,8 +77,6 @@ def take_out(engine: Any, average: ema.Average | None) -> tuple[Any, list[Share]
     trained = engine.module
     controlnet = as_module(trained, engines.full_state(engine)).train()
     controlnet.set_attn_processor(dict(trained.attn_processors))
-    if trained.is_gradient_checkpointing:
-        controlnet.enable_gradient_checkpointing()
     states = engines.optimizer_state(engine)
     masters = engines.masters(engine)
     means = [None] * len(masters) if average is None else average.shares
@@ -106,6 +105,7 @@ def unlocked_engine(
     engines.reclaim(base.device)
     if config.model.only_mid_control:
         keep_only_mid_control(controlnet)
+    recompute(controlnet, config.model.gradient_checkpointing)
     network = UnlockedNetwork(controlnet, base).to(base.device)
     sizes = engines.batch_sizes(config, world_size)
     engine = engines.initialize(

@@ -26,6 +26,7 @@ from controlbooth.models.attention import apply_attention
 from controlbooth.models.base import Base
 from controlbooth.models.denoisers.registry import denoise
 from controlbooth.models.pretrained import load_base
+from controlbooth.models.recomputing import recompute
 from controlbooth.models.text import TextEncoding, encode_prompts
 from controlbooth.trainer.config.run import OptimizerConfig, base_folder
 from controlbooth.trainer.config.section import ConfigError
@@ -40,6 +41,7 @@ from controlbooth.trainer.dreambooth.step import SubjectBatch, dreambooth_step
 from controlbooth.trainer.dreambooth.validation import BEST_PIPELINE, ROWS, is_due, recall, validate_subjects
 from controlbooth.trainer.engine import deepspeed as engines
 from controlbooth.trainer.engine.distributed import World, all_sum, barrier, gather_objects, on_first_rank
+from controlbooth.trainer.engine.offloading import keeping_activations
 from controlbooth.trainer.run import checkpoint as checkpoints
 from controlbooth.trainer.run import saving
 from controlbooth.trainer.run.base import once_a_machine
@@ -79,8 +81,8 @@ def begin_full(run: SubjectRun, task: Task) -> FullTraining:
     where, once = base_folder(config.model.base), once_a_machine(world)
     base = load_base(where, config.model.family, torch.float32, world.device, digests_of=once)
     apply_attention(base.denoiser, run.attention)
+    recompute(base.denoiser, config.model.gradient_checkpointing)
     if config.model.gradient_checkpointing:
-        base.denoiser.enable_gradient_checkpointing()
         base.denoiser.train()
     network = FullNetwork(base, config.train_text_encoder, (config.resolution, config.resolution))
     share = config.instance_batch_size // world.world_size
@@ -101,6 +103,7 @@ def begin_full(run: SubjectRun, task: Task) -> FullTraining:
     )
     training = FullTraining(task, base, engine)
     if saved is not None and latest is not None:
+        saved = {**saved, "optimizer": saved.get("optimizer", "adamw")}  # which older versions had alone
         now = identity(config, task, run.precision, base)
         if changed := [name for name, value in now.items() if saved[name] != value]:
             raise ConfigError(
@@ -115,7 +118,10 @@ def begin_full(run: SubjectRun, task: Task) -> FullTraining:
 
 def optimizer_settings(config: SubjectRunConfig, task: Task) -> OptimizerConfig:
     return OptimizerConfig(
-        learning_rate=task.learning_rate, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm
+        name=config.optimizer,
+        learning_rate=task.learning_rate,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
     )
 
 
@@ -126,6 +132,7 @@ def identity(config: SubjectRunConfig, task: Task, precision: str, base: Base) -
         precision=precision,
         base_digest=base.digest,
         train_text_encoder=config.train_text_encoder,
+        optimizer=config.optimizer,
         prompt=task.instance_prompt,
     )
 
@@ -135,7 +142,12 @@ def step_full(config: SubjectRunConfig, training: FullTraining, batch: SubjectBa
 
     batch: this rank's SubjectBatch of one subject.
     """
-    network: Any = training.engine
+    keeping = keeping_activations(config.engine, training.engine.module)
+
+    def network(*inputs: Any) -> Tensor:
+        with keeping():
+            return training.engine(*inputs)
+
     instance, prior = dreambooth_step(
         training.base,
         network,

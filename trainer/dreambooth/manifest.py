@@ -14,7 +14,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from controlbooth.data.files.records import Fields, each, is_number, is_text, is_whole, maybe, read_json_list, read_yaml
 from controlbooth.data.packing.folders import IMAGE_SUFFIXES, is_picture, left_out
 from controlbooth.trainer.config.loading import explain_errors
-from controlbooth.trainer.config.run import Name, base_folder
+from controlbooth.trainer.config.run import Name, base_folder, rate_problem
 from controlbooth.trainer.config.section import ConfigError, Section
 from controlbooth.trainer.config.subjects import SubjectRunConfig, fill, load_run
 
@@ -155,6 +155,10 @@ def settle(subjects: Sequence[Subject], config: SubjectRunConfig) -> tuple[list[
                 "train on. Add some, or hold out fewer"
             )
             continue
+        rate = subject.learning_rate or config.default_learning_rate
+        if problem := rate_problem(config.optimizer, "learning_rate", rate):
+            faults[subject.name] = problem
+            continue
         words = dict(identifier=identifier, class_noun=subject.class_noun)
         try:
             instance_prompt = fill("instance_prompt", subject.instance_prompt or config.instance_prompt, **words)
@@ -171,7 +175,7 @@ def settle(subjects: Sequence[Subject], config: SubjectRunConfig) -> tuple[list[
                 instance_prompt=instance_prompt,
                 class_prompt=class_prompt,
                 steps=subject.steps or config.steps,
-                learning_rate=subject.learning_rate or config.default_learning_rate,
+                learning_rate=rate,
                 rank=subject.rank or config.adapter.rank,
                 held_out=tuple(images[kept:]),
             )

@@ -32,7 +32,8 @@ from controlbooth.models.attention import apply_attention
 from controlbooth.models.base import Base
 from controlbooth.models.families import refuse_for_subjects
 from controlbooth.models.pretrained import load_base
-from controlbooth.trainer.config.run import base_folder
+from controlbooth.models.recomputing import recompute
+from controlbooth.trainer.config.run import activation_problems, base_folder
 from controlbooth.trainer.config.section import ConfigError
 from controlbooth.trainer.config.subjects import SubjectRunConfig, load_run
 from controlbooth.trainer.dreambooth.batches import draw_prior
@@ -161,6 +162,8 @@ def train_subjects(
     precision = resolve_precision(config.precision, world.device, zero_stage)
     if config.method == "full":
         check_full(config, world.world_size)
+    for problem in activation_problems(config.engine, world.device.type == "cuda"):
+        raise ConfigError(problem)
     where, once = base_folder(config.model.base), once_a_machine(world)
     base = load_base(where, config.model.family, DTYPES[precision], world.device, digests_of=once)
     refuse_for_subjects(base.family, f"model.base {config.model.base!r}")
@@ -169,8 +172,8 @@ def train_subjects(
         config.model.attention, world, precision, attempt, lambda: stack_attention_shapes(config, base)
     )
     apply_attention(base.denoiser, attention)
+    recompute(base.denoiser, config.model.gradient_checkpointing)
     if config.model.gradient_checkpointing:
-        base.denoiser.enable_gradient_checkpointing()
         base.denoiser.train()  # without which it is passed over; the U-Net has no dropout
     if world.rank == 0:
         if own == folder:  # of an array all subjects are in the record, which who submitted it has written

@@ -1,7 +1,7 @@
 """DeepSpeed: its configuration from ours, the engine, and what the loop asks of it.
 
 Only what is trained is handed over. Frozen networks stay outside, so that no optimizer state, gradient or master copy
-is kept for them. The optimizer is PyTorch's AdamW, which needs no compiler on the machine.
+is kept for them. The optimizer is PyTorch's AdamW, which needs no compiler on the machine, or one of optimizers.py.
 """
 
 import gc
@@ -21,6 +21,7 @@ from controlbooth.data.errors import UserError
 from controlbooth.trainer.config.run import EngineConfig, OptimizerConfig, RunConfig, gradient_accumulation_steps
 from controlbooth.trainer.engine.distributed import gather_rows
 from controlbooth.trainer.engine.flat_gradients import FlatGradients, Taken, clipping, scaled_by
+from controlbooth.trainer.engine.whole_tensors import WholeTensors
 
 FLAT_ELEMENTS = 500_000_000
 """Parameters up to which several ranks at stage 2 keep all gradients until the step: as many as DeepSpeed would in its
@@ -138,16 +139,11 @@ def initialize(
     with _without_mlflow():
         import deepspeed  # costs seconds, and `--help` should not pay them
 
-    optimizer = torch.optim.AdamW(
-        [{"params": group} for group in groups] or network.parameters(),
-        lr=optimizer_config.learning_rate,
-        betas=optimizer_config.betas,
-        eps=optimizer_config.epsilon,
-        weight_decay=optimizer_config.weight_decay,
-        fused=True,
-    )
     parameters = sum(parameter.numel() for parameter in network.parameters())
     flat = keeps_gradients_flat(engine_config, sizes.ranks, parameters)
+    check_fits(optimizer_config, sizes.ranks, flat)
+    whole = optimizer_config.name != "adamw"
+    optimizer = _optimizer_for_deepspeed(optimizer_config, [{"params": one} for one in groups] or network.parameters())
     # Compiled at the first start, for a minute, where there is a compiler: gloo does the same everywhere.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_init_required=False)
@@ -160,7 +156,9 @@ def initialize(
     )
     if engine.zero_optimization_stage() == 0 and precision != "fp32":
         engine.optimizer.optimizer.state.clear()  # DeepSpeed has made a step with zeros, to allocate
-    engine.flat_gradients = FlatGradients(engine.optimizer) if flat else None
+    engine.whole_tensors = WholeTensors(engine.optimizer, network, optimizer_config) if whole else None
+    move = engine.whole_tensors and engine.whole_tensors.move
+    engine.flat_gradients = FlatGradients(engine.optimizer, move) if flat else None
     if not flat and hasattr(engine.optimizer, "has_overflow_partitioned_grads_serial"):
         # DeepSpeed's own asks each gradient by itself, with five kernels: 40 ms of a 275 ms step of SD1.5 on an H200
         engine.optimizer.has_overflow_partitioned_grads_serial = partial(_any_not_finite, engine.optimizer)
@@ -170,6 +168,35 @@ def initialize(
         if not engine_config.offload_optimizer:
             engine.optimizer.has_overflow = lambda partition_gradients=True: False
     return engine
+
+
+def check_fits(config: OptimizerConfig, ranks: int, flat: bool) -> None:
+    """Raises UserError where an optimizer cannot move what a rank holds. flat: of `keeps_gradients_flat`."""
+    if config.name == "prodigy" and ranks > 1:
+        raise UserError(
+            f"optimizer.name=prodigy makes its step size of sums over all weights, which its library takes on one "
+            f"rank, and there are {ranks}: start one, or take another optimizer.name"
+        )
+    if config.name != "adamw" and not flat:
+        raise UserError(
+            f"optimizer.name={config.name} moves whole tensors, and of more than {FLAT_ELEMENTS:,} parameters "
+            "engine.zero_stage=2 has whole gradients on one rank alone: set engine.zero_stage=1"
+        )
+
+
+def _optimizer_for_deepspeed(config: OptimizerConfig, parameters: Any) -> torch.optim.Optimizer:
+    """Makes the optimizer that DeepSpeed is handed: for one that moves whole tensors, one in its place that never takes
+    a step and keeps no state, and has the groups with their learning rates."""
+    if config.name != "adamw":
+        return torch.optim.SGD(parameters, lr=config.learning_rate)
+    return torch.optim.AdamW(
+        parameters,
+        lr=config.learning_rate,
+        betas=config.betas,
+        eps=config.epsilon,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
 
 
 @contextmanager
@@ -198,7 +225,7 @@ def _any_not_finite(optimizer: Any) -> Tensor:
 
 def apply_settings(engine: Any, config: OptimizerConfig) -> None:
     """Sets the run's optimizer settings in place of those that a checkpoint holds. To be called after it was loaded."""
-    for group in engine.optimizer.param_groups:
+    for group in engine.optimizer.param_groups if engine.whole_tensors is None else ():
         group |= dict(betas=config.betas, eps=config.epsilon, weight_decay=config.weight_decay)
         group |= dict(fused=True, foreach=None)  # checkpoints of older versions say nothing of it, or otherwise
     if hasattr(engine.optimizer, "clip_grad"):
@@ -298,6 +325,8 @@ def release(engine: Any) -> None:
     held += [parameter.ds_tensor for parameter in engine.module.parameters() if hasattr(parameter, "ds_tensor")]
     if engine.flat_gradients is not None:
         held += engine.flat_gradients.release()
+    if engine.whole_tensors is not None:
+        held += engine.whole_tensors.release()
     engine.destroy()
     for state in states:
         state.clear()

@@ -4,10 +4,11 @@ DeepSpeed copies each gradient into a bucket, out of it again after the reductio
 to fp32, for every micro-batch; its step asks for the gradients' norm and waits for the answer three times. Here each
 gradient is added in fp32 to its place in a flat tensor as soon as it is there, and let go. At the end of a step one
 reduce-scatter gives each rank the sum of its share, one collective tells all ranks the norm and whatever else they tell
-each other of the step, and nothing waits: the fused optimizer takes the clipping and the skipping as tensors.
+each other of the step, and nothing waits: the fused optimizer takes the clipping and the skipping as tensors. Other
+optimizers than AdamW move whole tensors instead (whole_tensors.py).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,11 @@ from controlbooth.trainer.engine.distributed import gather_rows, gather_shares, 
 
 ROW = 2**14
 """Elements of a sum of squares in float32."""
+
+
+Move = Callable[[Sequence[Tensor], Tensor, Tensor], None]
+"""Takes a step with this rank's share of the gradients of each group, what they are divided by, and whether they are
+not finite: both as of `clipping`."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +70,9 @@ class FlatGradients:
     and its `step`. Its flat weights, masters and their shares are read; checkpoints are DeepSpeed's own.
     """
 
-    def __init__(self, optimizer: Any) -> None:
+    def __init__(self, optimizer: Any, move: Move | None = None) -> None:
         self.optimizer = optimizer
+        self.move: Move = partial(_move_fused, optimizer) if move is None else move
         self.flats: list[Tensor] = []
         """For each group of parameters the gradients of all, (parameters and padding,) float32: ranks' shares in
         turn, of equal size. After the step's reduction a rank's own share holds the sum over ranks."""
@@ -116,14 +123,10 @@ class FlatGradients:
         if optimizer.dtype == torch.float16:  # its scale is the host's, and depends on the answer
             optimizer.overflow = bool(not_finite)
             optimizer._update_scale(optimizer.overflow)
-        masters = optimizer.single_partition_of_fp32_groups
-        for master, share in zip(masters, shares, strict=True):
-            master.grad = share
-        with scaled_by(optimizer.optimizer, scale, not_finite):
-            optimizer.optimizer.step()
+        self.move(shares, scale, not_finite)
         optimizer._lazy_init_hp_params_optimizer_state()
+        masters = optimizer.single_partition_of_fp32_groups
         for weights, master in zip(optimizer.bit16_groups_flat, masters, strict=True):
-            master.grad = None
             own_share(weights).copy_(master)
             gather_shares(weights)
         self.taken = Taken(norm, not_finite.bool(), rows[:, 1:])
@@ -146,6 +149,17 @@ class FlatGradients:
             if (ranks := flat.numel() // share.numel()) > 1:
                 share.div_(ranks)
         return shares
+
+
+def _move_fused(optimizer: Any, shares: Sequence[Tensor], scale: Tensor, not_finite: Tensor) -> None:
+    """Moves the masters of a DeepSpeedZeroOptimizer by the fused optimizer in it, without waiting for anything."""
+    masters = optimizer.single_partition_of_fp32_groups
+    for master, share in zip(masters, shares, strict=True):
+        master.grad = share
+    with scaled_by(optimizer.optimizer, scale, not_finite):
+        optimizer.optimizer.step()
+    for master in masters:
+        master.grad = None
 
 
 @contextmanager

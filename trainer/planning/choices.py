@@ -9,8 +9,9 @@ from typing import Any
 
 from controlbooth.data.shards.manifest import join_datasets, open_dataset
 from controlbooth.trainer.config.loading import build_config
-from controlbooth.trainer.config.run import EngineConfig, RunConfig, sources
-from controlbooth.trainer.engine.deepspeed import cpu_multiplies_bf16
+from controlbooth.trainer.config.run import EngineConfig, RunConfig, activation_problems, sources
+from controlbooth.trainer.config.section import ConfigError
+from controlbooth.trainer.engine.deepspeed import check_fits, cpu_multiplies_bf16
 from controlbooth.trainer.planning.accelerators import STORAGE_GBIT, Accelerator, Layout
 from controlbooth.trainer.planning.calibration import (
     COUNTED,
@@ -115,6 +116,9 @@ def make_plan(
     planned with.
     """
     card = layout.accelerator
+    check_fits(config.optimizer, layout.ranks, flat=True)
+    for problem in activation_problems(config.engine, card.kind == "cuda"):
+        raise ConfigError(problem)
     precision = planned_precision(config, card)
     asked_size = min(config.micro_batch_size, config.global_batch_size // layout.ranks)
     facts = planned_facts(config, precision, asked_size, shapes)
@@ -180,12 +184,14 @@ def all_choices(config: RunConfig, one: Footprint, layout: Layout, precision: st
     """Makes the choices of ZeRO 0 to 3, and of 2 and 3 with offload, at every micro-batch that is possible.
 
     Micro-batches are those of MICRO_BATCHES that divide the samples of a rank. ZeRO 0 is left out in fp16, which it
-    does not support.
+    does not support, and with optimizers besides AdamW, which have 1 and 2 alone.
     """
     samples = config.global_batch_size // layout.ranks
     sizes = [size for size in MICRO_BATCHES if samples % size == 0]
     engines = [(stage, False) for stage in range(4)] + [(stage, True) for stage in (2, 3)]
-    if precision == "fp16":
+    if config.optimizer.name != "adamw":
+        engines = [(1, False), (2, False)]  # of the others optimizer_problem refuses what is left
+    if precision == "fp16" and (0, False) in engines:
         engines.remove((0, False))  # which engine.resolve_precision refuses
     return [
         one_choice(
@@ -349,11 +355,12 @@ def sample_size(config: RunConfig, one: Footprint) -> tuple[float, bool]:
 def checkpoint_bytes(one: Footprint, precision: str, averaged: bool) -> int:
     """Computes the bytes of a checkpoint.
 
-    It holds fp32 masters and Adam's moments, weights in the run's precision (none in fp32), the trained weights in fp32
-    for diffusers, and, where there is one, the moving average.
+    It holds fp32 masters and the optimizer's state, weights in the run's precision (none in fp32), the trained
+    weights in fp32 for diffusers, and, where there is one, the moving average.
     """
     width = 0 if precision == "fp32" else 2
-    return one.trained_parameters * (4 + 8 + width + 4 + (4 if averaged else 0))
+    states = sum(size for _, size in one.states) if one.states else 8 * one.trained_parameters
+    return one.trained_parameters * (4 + width + 4 + (4 if averaged else 0)) + states
 
 
 def days_and_price(plan: Plan, step: Step) -> tuple[float, float]:

@@ -9,6 +9,7 @@ Only what the engine adds (gradient buckets, masters, optimizer states) is arith
 
 import weakref
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,12 +34,15 @@ from controlbooth.models.noise.checks import check_noise, scheduler_file
 from controlbooth.models.noise.process import Diffusion, Process
 from controlbooth.models.pretrained import check_dtype, class_of, controlnet_class, flow_process
 from controlbooth.models.recognition import check_part, recognise_folder
+from controlbooth.models.recomputing import recompute
 from controlbooth.trainer.config.run import RunConfig, base_path
 from controlbooth.trainer.config.section import ConfigError
 from controlbooth.trainer.controlnet.build import new_controlnet
 from controlbooth.trainer.controlnet.step import DeviceBatch, condition_input, controlnet_loss
 from controlbooth.trainer.encoding import encode_captions, encode_kept, encode_posterior
 from controlbooth.trainer.engine.deepspeed import DTYPES
+from controlbooth.trainer.engine.offloading import activations_on_host
+from controlbooth.trainer.engine.optimizers import state_bytes
 from controlbooth.trainer.run.base import with_run_settings
 
 WITHOUT_SCORES = ("auto", "xformers", "efficient", "flash")
@@ -101,8 +105,13 @@ class Footprint:
     """What the loader hands over and the device holds of one micro-batch."""
     cached_bytes: int
     """What of that is latents and hidden states from the latent cache, as they are stored; 0 with online encoders."""
+    states: tuple[tuple[int, int], ...] = ()
+    """Of each trained tensor in turn its elements and the bytes that the optimizer keeps of it; empty with AdamW, which
+    keeps the same of every element."""
     host_bytes: int = 0
     """In host memory: of a transformer's ControlNet, what its files hold besides trained weights, in fp32."""
+    host_activation_bytes: int = 0
+    """The most that is in host memory of what the backward pass needs, where engine.activations is cpu."""
     reads_conditions: bool = True
     """Whether the loader reads pictures of conditions: not where the latent cache holds their latents."""
 
@@ -124,7 +133,14 @@ def scaled(one: Footprint, micro_batch_size: int) -> Footprint:
         profile=tuple((round(activations * times), gradients) for activations, gradients in one.profile),
         **{
             name: round(getattr(one, name) * times)
-            for name in ("encoder_flops", "training_flops", "traffic_bytes", "batch_bytes", "cached_bytes")
+            for name in (
+                "encoder_flops",
+                "training_flops",
+                "traffic_bytes",
+                "batch_bytes",
+                "cached_bytes",
+                "host_activation_bytes",
+            )
         },
     )
 
@@ -150,6 +166,7 @@ class LiveStorages(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.live, self.gradients, self.traffic, self.operations, self.flops = 0, 0, 0, 0, 0
+        self.on_host, self.most_on_host = 0, 0
         self.moments: list[tuple[int, int]] = []
         self._known: dict[int, Any] = {}
 
@@ -165,6 +182,21 @@ class LiveStorages(TorchDispatchMode):
         self.gradients += size
         self.live -= size
         self.moments.append((self.live, self.gradients))
+
+    def is_on_host(self, tensor: Tensor) -> None:
+        """Counts this tensor, the one made last, as one in host memory from now on."""
+        storage = tensor.untyped_storage()
+        address, size = storage._cdata, storage.nbytes()
+
+        def gone(_: Any) -> None:
+            self.on_host -= size
+            del self._known[address]
+
+        self._known[address] = weakref.ref(storage, gone)
+        self.live -= size
+        self.moments.pop()
+        self.on_host += size
+        self.most_on_host = max(self.most_on_host, self.on_host)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
@@ -328,9 +360,7 @@ def footprint(
         choice = AttentionChoice("flash" if attention in WITHOUT_SCORES else attention, "planned")
         for module in (base.denoiser, controlnet):
             apply_attention(module, choice)
-        if config.model.gradient_checkpointing:
-            controlnet.enable_gradient_checkpointing()
-            base.denoiser.enable_gradient_checkpointing()
+            recompute(module, config.model.gradient_checkpointing)
         base.empty_prompt(encode_captions)  # once, not in every step
         return _measured(config, base, controlnet, micro_batch_size)
 
@@ -351,7 +381,11 @@ def _measured(config: RunConfig, base: Base, controlnet: Any, micro_batch_size: 
     with live:
         batch = fake_batch(config, base, controlnet, micro_batch_size)
         size, live.traffic, live.operations = live.live, 0, 0
-        controlnet_loss(base, controlnet, batch, config.optimizer.min_snr_gamma).backward()
+        stay = [*frozen, *trained]
+        moved = config.engine.activations == "cpu"
+        with activations_on_host(stay, noted=live.is_on_host) if moved else nullcontext():
+            loss = controlnet_loss(base, controlnet, batch, config.optimizer.min_snr_gamma)
+        loss.backward()
     for handle in handles:
         handle.remove()
     for parameter in trained:
@@ -359,8 +393,10 @@ def _measured(config: RunConfig, base: Base, controlnet: Any, micro_batch_size: 
     return Footprint(
         micro_batch_size=micro_batch_size,
         frozen_bytes=sum(tensor.untyped_storage().nbytes() for tensor in frozen),
+        host_activation_bytes=live.most_on_host,
         host_bytes=sum(4 * tensor.numel() for tensor in fixed_tensors(controlnet).values()),
         trained_parameters=sum(parameter.numel() for parameter in trained),
+        states=states_of(config.optimizer.name, controlnet),
         largest_parameter=max(parameter.numel() for parameter in trained),
         trained_modules=modules_with_weights(controlnet),
         profile=worst_moments(live.moments),
@@ -376,6 +412,13 @@ def _measured(config: RunConfig, base: Base, controlnet: Any, micro_batch_size: 
         ),
         reads_conditions=batch.conditioning_pixel_values is not None,
     )
+
+
+def states_of(optimizer: str, network: nn.Module) -> tuple[tuple[int, int], ...]:
+    """Returns `Footprint.states` of a network that is trained."""
+    if optimizer == "adamw":
+        return ()
+    return tuple((p.numel(), state_bytes(optimizer, name, p.shape)) for name, p in network.named_parameters())
 
 
 def fake_batch(config: RunConfig, base: Base, controlnet: Any, size: int) -> DeviceBatch:

@@ -15,6 +15,9 @@ precision, N ranks and B = min(P, bucket) elements that are reduced at once:
 flat: where FlatGradients takes them (engine.keeps_gradients_flat): all but stage 2 of more parameters than a bucket
 holds, on several ranks. Under offload, where DeepSpeed takes them, stage 1 in bf16 is counted with 4P in fp32 and 2P.
 
+Adam's 8P/N are AdamW's; of other optimizers it is the state of the tensors that the fullest share holds a part of, and
+on several ranks tensors that shares cut are put together in the optimizer's step, gradient and master, 8 bytes each.
+
 A bucket is allocated whole: 5e8 elements, whatever is in it. A CPU's memory is only taken where something was written.
 The three moments are compared, since activations are gone when the optimizer steps. On a CPU their memory is not: glibc
 keeps freed blocks of less than 32 MiB for others that fit, which are the next step's and gradients that are tensors of
@@ -107,7 +110,7 @@ def rank_memory(
     fixed = {
         "frozen weights": one.frozen_bytes,
         "trained weights": weights,
-        "optimizer": masters + MOMENTS * share,
+        "optimizer": masters + _states(one, share + share % 2),  # DeepSpeed's shares are even
         "moving average": MASTER * share if averaged else 0,
         "gradients": ACCUMULATED * total if flat else _kept_gradients(stage, native, total, share),
         "runtime": RUNTIME_BYTES[kind] + (ZERO_BYTES[kind] if stage else 0),
@@ -116,7 +119,7 @@ def rank_memory(
         moments = {
             "backward": {"activations": one.activation_bytes, "gradients": width * one.largest_parameter},
             "reduction": {"communication": ACCUMULATED * total if kind == "cpu" and ranks > 1 else 0},
-            "optimizer": {},
+            "optimizer": {"communication": 2 * 4 * _cut_elements(one, share + share % 2)},
         }
     else:
         moments = {
@@ -136,11 +139,36 @@ def rank_memory(
                 moments[name] = _beside_free_blocks(moments[name], one.activation_bytes, apart)
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     device = {name: fixed.get(name, 0) + moments[moment].get(name, 0) for name in CATEGORIES}
-    host = dict.fromkeys(CATEGORIES, 0) | {"frozen weights": one.host_bytes, "loader": loader_bytes}
+    host = dict.fromkeys(CATEGORIES, 0) | {
+        "frozen weights": one.host_bytes,
+        "activations": one.host_activation_bytes,
+        "loader": loader_bytes,
+    }
     _offload(engine, device, host, masters, share, width, one.largest_parameter)
     if kind == "cpu":
         return RankMemory({name: device[name] + host[name] for name in CATEGORIES}, {}, moment)
     return RankMemory(device, host, moment)
+
+
+def _states(one: Footprint, share: int) -> int:
+    """Computes the bytes of the optimizer's state of the fullest share, besides masters. share: elements of one."""
+    if not one.states:
+        return MOMENTS * share
+    shares, start = dict[int, int](), 0
+    for elements, size in one.states:
+        for number in range(start // share, (start + elements - 1) // share + 1):
+            shares[number] = shares.get(number, 0) + size
+        start += elements
+    return max(shares.values())
+
+
+def _cut_elements(one: Footprint, share: int) -> int:
+    """Counts the elements of tensors that lie in more than one share; 0 with AdamW, which needs none whole."""
+    cut, start = 0, 0
+    for elements, _ in one.states:
+        cut += elements if start // share != (start + elements - 1) // share else 0
+        start += elements
+    return cut
 
 
 def needed(memory: RankMemory, kind: str) -> float:
@@ -240,7 +268,7 @@ def _offload(
 ) -> None:
     """Moves to the host what offloading keeps there, with its staging buffers."""
     if engine.offload_optimizer:
-        states = masters + MOMENTS * share
+        states = masters + MOMENTS * share  # AdamW's: others are not offloaded
         device["optimizer"] -= states
         host["optimizer"] += states
         host["gradients"] += ACCUMULATED * share

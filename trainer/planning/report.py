@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from controlbooth.data.files.whole import replaced
+from controlbooth.trainer.config.run import RunConfig
 from controlbooth.trainer.config.section import ConfigError
 from controlbooth.trainer.planning.accelerators import PRICES_OF, Layout
 from controlbooth.trainer.planning.choices import ALIKE, WRITE_BYTES, Choice, Plan, days_and_price, memory_of
@@ -84,7 +85,7 @@ def _heading(plan: Plan) -> str:
     parts = [
         f"{config.name}: {config.data.resolution} px, {plan.precision}, shapes of {plan.shapes}",
         "latent cache" if config.data.latent_cache else "online encoders",
-        "gradient checkpointing" if config.model.gradient_checkpointing else "all activations kept",
+        recomputed(config),
         f"{_cards(plan.layout)}, {plan.layout.accelerator.title}",
     ]
     work = (
@@ -93,6 +94,14 @@ def _heading(plan: Plan) -> str:
         f"memory; a micro-batch takes {one.operations:,} operations"
     )
     return ", ".join(parts) + "\n" + work
+
+
+def recomputed(config: RunConfig) -> str:
+    """Says what becomes of activations until the backward pass."""
+    which = config.model.gradient_checkpointing
+    told = "gradient checkpointing" if which is True else f"gradient checkpointing of {100 * which:g} % of the blocks"
+    told = told if which else "all activations kept"
+    return told + (" in host memory" if config.engine.activations == "cpu" else "")
 
 
 def _cards(layout: Layout) -> str:
@@ -154,7 +163,9 @@ def recommendation_lines(plan: Plan) -> list[str]:
     lines = [f"as written    {_worth(plan, plan.asked)}" + ("" if plan.asked.fits else "; DOES NOT FIT")]
     best = plan.recommended
     if best is None:
-        remedy = "" if plan.config.model.gradient_checkpointing else ": try model.gradient_checkpointing=true"
+        remedy = ": try model.gradient_checkpointing=true"
+        if plan.config.model.gradient_checkpointing is True:
+            remedy = ": try engine.activations=cpu" if plan.config.engine.activations == "device" else ""
         return [*lines, f"recommended   nothing fits {plan.layout.accelerator.title}{remedy}"]
     overrides = f"engine.zero_stage={best.zero_stage} micro_batch_size={best.micro_batch_size}"
     if best.offload_optimizer or plan.config.engine.offload_optimizer:

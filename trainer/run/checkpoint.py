@@ -1,6 +1,7 @@
 """Checkpoints: how they lie, found again, loaded at any world size, pruned. saving.py writes them, integrity.py checks.
 
     checkpoints/step-00000400/deepspeed/     DeepSpeed's files, one set a rank: weights, master copies, optimizer
+                              optimizer/     of optimizers besides AdamW the states of whole tensors (whole_states.py)
                               controlnet/    the trained weights (or their moving average) in fp32, as diffusers reads
                                              them
                               config.yaml    the resolved configuration that the step was trained with
@@ -45,6 +46,7 @@ from controlbooth.trainer.run.integrity import (
 )
 from controlbooth.trainer.run.torch_files import quiet, tensors_only
 from controlbooth.trainer.run.universal import make_universal
+from controlbooth.trainer.run.whole_states import load_whole
 
 _TAG = "deepspeed"
 _UNIVERSAL = "universal"
@@ -139,7 +141,11 @@ def load_checkpoint(
         if any(gather_objects(files_damage(checkpoint / _UNIVERSAL, world.rank, world.world_size), world)):
             make_universal(checkpoint / _TAG, checkpoint / _UNIVERSAL, attempt, world)
     with quiet(), tensors_only(checkpoint):
-        path, _ = engine.load_checkpoint(str(checkpoint), tag=tag, load_lr_scheduler_states=False)
+        if engine.whole_tensors is not None:
+            load_whole(engine, checkpoint, checkpoint / tag)
+            path = checkpoint
+        else:
+            path, _ = engine.load_checkpoint(str(checkpoint), tag=tag, load_lr_scheduler_states=False)
     if path is None:
         raise CheckpointError(
             f"DeepSpeed could not read {checkpoint / tag}. Delete {checkpoint} to resume from an older one"
@@ -152,8 +158,11 @@ def load_checkpoint(
 def needs_universal(state: Mapping[str, Any], world_size: int) -> bool:
     """Tells whether states that were split over the saved world's ranks must be split anew.
 
-    Older versions had DeepSpeed's BF16_Optimizer at stage 1 in bf16, which splits them in another way.
+    Older versions had DeepSpeed's BF16_Optimizer at stage 1 in bf16, which splits them in another way. States of whole
+    tensors are not split.
     """
+    if state.get("optimizer", "adamw") != "adamw":
+        return False
     another_class = "deepspeed_optimizer" not in state and state["zero_stage"] == 1 and state["precision"] == "bf16"
     return state["zero_stage"] > 0 and (state["world_size"] != world_size or another_class)
 

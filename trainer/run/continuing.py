@@ -20,7 +20,7 @@ HOW = (
     "micro_batch_size",
     "model.gradient_checkpointing",
     *(f"data.{name}" for name in ("threads", "prefetch_steps", "cache", "max_bad_rate")),
-    *(f"engine.{name}" for name in ("offload", "hang_timeout_seconds")),
+    *(f"engine.{name}" for name in ("offload", "activations", "hang_timeout_seconds")),
 )
 """How the names of settings begin that say how a run is trained and kept, and not what becomes of it."""
 SHAPING = {
@@ -163,7 +163,9 @@ def check_same_run(state: Mapping[str, Any], now: Mapping[str, Any], checkpoint:
         "precision": "engine.precision",
         "base_digest": "model.base, of digest",
         "condition": "data.condition",
+        "optimizer": "optimizer.name",
     }
+    state = {"optimizer": "adamw"} | dict(state)  # which older versions had alone
     pairs = [(field, state.get(key), now[key]) for key, field in fields.items() if key in now]
     saved = read_yaml(checkpoint / CONFIG, "Delete the checkpoint to use an older one")["model"]
     pairs += [(f"model.{name}", saved[name], value) for name, value in now["model"].items() if name in saved]

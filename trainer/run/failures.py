@@ -19,7 +19,7 @@ import torch
 from controlbooth.data.files.records import Damaged, is_text, read_json
 from controlbooth.data.processes.parent import REFUSED
 from controlbooth.data.secrets import error_text
-from controlbooth.trainer.config.run import RunConfig
+from controlbooth.trainer.config.run import RunConfig, activation_problems
 from controlbooth.trainer.engine.distributed import World
 from controlbooth.trainer.run.attempt import Attempt, Superseded, write_text
 
@@ -68,9 +68,12 @@ def explain(error: Exception, config: RunConfig, rank: int) -> RankFailed | None
         isinstance(error, (RuntimeError, OSError))
         and (getattr(error, "errno", None) == errno.ENOMEM or any(text in str(error) for text in OUT_OF_MEMORY))
     ):
-        memory = "GPU memory" if isinstance(error, torch.OutOfMemoryError) else "memory of the machine"
+        on_gpu = isinstance(error, torch.OutOfMemoryError)
+        memory = "GPU memory" if on_gpu else "memory of the machine"
         said = f" ({first_line})" if first_line else ""
-        return RankFailed(f"rank {rank} on {socket.gethostname()} has no {memory} left{said}. {remedies(config)}")
+        return RankFailed(
+            f"rank {rank} on {socket.gethostname()} has no {memory} left{said}. {remedies(config, on_gpu)}"
+        )
     if isinstance(error, RuntimeError) and any(text in str(error) for text in LOST):
         return RankLost(
             f"rank {rank} on {socket.gethostname()} has lost another rank ({first_line}). What that one said last, in "
@@ -79,16 +82,24 @@ def explain(error: Exception, config: RunConfig, rank: int) -> RankFailed | None
     return None
 
 
-def remedies(config: RunConfig) -> str:
-    """Says what takes less memory in this run, the cheapest first; none of it changes the global batch."""
-    ways = []
+def remedies(config: RunConfig, on_gpu: bool = False) -> str:
+    """Says what takes less memory in this run, the cheapest first; none of it changes the global batch.
+
+    on_gpu: whether it is the memory of a GPU.
+    """
+    engine, ways = config.engine, []
+    moved = engine.model_copy(update={"activations": "cpu"})
+    can_move = moved != engine and not list(activation_problems(moved))
     if config.micro_batch_size > 1:
         ways.append(f"lower micro_batch_size={config.micro_batch_size}")
-    if not config.model.gradient_checkpointing:
+    if config.model.gradient_checkpointing is not True:
         ways.append("set model.gradient_checkpointing=true")
-    if config.engine.zero_stage < 3:
+    elif on_gpu and can_move:
+        ways.append("set engine.activations=cpu where the machine has more memory than the GPU")
+    adamw = config.optimizer.name == "adamw"  # others need stage 1 or 2 without offload
+    if config.engine.zero_stage < (3 if adamw else 2):
         ways.append(f"raise engine.zero_stage={config.engine.zero_stage}, with a new name for the run")
-    if config.engine.zero_stage and not config.engine.offload_optimizer:
+    if adamw and config.engine.zero_stage and not config.engine.offload_optimizer:
         ways.append("set engine.offload_optimizer=true where the machine has more memory than the GPU")
     ways.append("start on more ranks or fewer of them on each machine")
     return f"{', '.join(ways)[0].upper()}{', or '.join(ways)[1:]}; then start again"

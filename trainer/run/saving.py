@@ -23,6 +23,7 @@ from controlbooth.trainer.run.checkpoint import _TAG, as_module, delete, folder_
 from controlbooth.trainer.run.continuing import CheckpointError
 from controlbooth.trainer.run.integrity import COMPLETE, CONFIG, STATE, folder_digest, sizes_of, write_marker
 from controlbooth.trainer.run.torch_files import quiet
+from controlbooth.trainer.run.whole_states import file_of_rank
 
 
 def write_controlnet(engine: Any, weights: dict[str, Tensor], folder: Path) -> None:
@@ -82,9 +83,13 @@ def begin_save(
     if world.rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
+        if engine.whole_tensors is not None:
+            file_of_rank(partial, 0).parent.mkdir()
     barrier()
     with quiet(), _copied(engine) as files:
         engine.save_checkpoint(str(partial), tag=_TAG, client_state={}, save_latest=False)
+        if engine.whole_tensors is not None:
+            engine.checkpoint_engine.save(engine.whole_tensors.states(), str(file_of_rank(partial, world.rank)))
     weights = full_state(engine) if average is None else average.full_state()
     if world.rank > 0:
         weights = {}  # rank 0 writes them; another whole copy on each rank would be held until then
@@ -205,10 +210,10 @@ def _sync(path: Path) -> None:
 def check_space(engine: Any, run: Path, world: World) -> int:
     """Returns the bytes that a checkpoint takes at most. Raises OSError on all ranks where the disk has less.
 
-    Weights in fp32 twice, two moments, a half-precision copy, the average: 24 bytes a parameter.
+    Weights in fp32 twice, a half-precision copy, the average: 16 bytes a parameter; and the optimizer's, of AdamW 8.
     """
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
-    needed = parameters * 24
+    needed = parameters * 16 + (8 * parameters if engine.whole_tensors is None else engine.whole_tensors.planned_bytes)
     if lack := _lack_of_space(needed, run, on_first_rank(lambda: shutil.disk_usage(run).free, world)):
         raise UnusableFile(lack)
     return needed

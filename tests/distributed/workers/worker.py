@@ -8,6 +8,7 @@ import shutil
 import sys
 import weakref
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -40,7 +41,9 @@ from controlbooth.trainer.dreambooth.validation import open_studio
 from controlbooth.trainer.engine import deepspeed as engines
 from controlbooth.trainer.engine import ema
 from controlbooth.trainer.engine.distributed import World, barrier, end_process, gather_objects, join, leave
-from controlbooth.trainer.planning.footprint import Footprint, LiveStorages
+from controlbooth.trainer.engine.flat_gradients import clipping
+from controlbooth.trainer.engine.optimizers import make_optimizers, matrix_shape
+from controlbooth.trainer.planning.footprint import Footprint, LiveStorages, states_of
 from controlbooth.trainer.planning.rank_memory import BUCKET_ELEMENTS, rank_memory
 from controlbooth.trainer.run import checkpoint as checkpoints
 from controlbooth.trainer.run import saving
@@ -48,6 +51,22 @@ from controlbooth.trainer.run.attempt import Attempt, only_run
 from controlbooth.trainer.run.base import open_base
 from controlbooth.trainer.run.universal import make_universal
 from controlbooth.trainer.tracking.spool import read_metrics
+
+FOOTPRINT = Footprint(
+    micro_batch_size=1,
+    frozen_bytes=0,
+    trained_parameters=0,
+    largest_parameter=0,
+    trained_modules=0,
+    profile=((0, 0),),
+    encoder_flops=0,
+    training_flops=0,
+    traffic_bytes=0,
+    operations=0,
+    batch_bytes=0,
+    cached_bytes=0,
+)
+"""Of a step that takes nothing."""
 
 
 class Never:
@@ -500,6 +519,153 @@ def flat_gradients(folder: Path, world: World, precision: str) -> dict:
     return dict(apart=apart, skipped=skipped, mlflow="mlflow" in sys.modules)
 
 
+class Shapes(nn.Module):
+    """Tensors of one to four dimensions, one of them larger than half of all, so that two ranks cut it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(3, 8, 3, padding=1)
+        self.middle = nn.Conv2d(8, 64, 3, padding=1)
+        self.wide = nn.Linear(64, 160)
+        self.conv_out = nn.Linear(160, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.nn.functional.silu(self.middle(torch.nn.functional.silu(self.conv_in(x))).mean((2, 3)))
+        return self.conv_out(torch.nn.functional.silu(self.wide(x)))
+
+
+def batch_of(step: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.sin(torch.arange(2 * 3 * 8 * 8).view(2, 3, 8, 8) * 0.37 * (1 + step)).to(dtype)
+
+
+def alone(settings: OptimizerConfig, network: nn.Module, norms: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights in fp32 after steps of the library's optimizers on whole matrices, without DeepSpeed or ranks.
+
+    norms: of the gradients of each step, by which they are clipped; steps without a finite one are left out.
+    """
+    held = {name: nn.Parameter(p.detach().view(matrix_shape(p.shape))) for name, p in network.named_parameters()}
+    movers = make_optimizers(settings, held)
+    for step, norm in enumerate(norms):
+        if not norm.isfinite():
+            continue
+        network.zero_grad()
+        network(batch_of(step, torch.float32)).square().mean().backward()
+        scale, _ = clipping(norm, settings.max_grad_norm)
+        assert scale > 1, "clipping bites"
+        for name, parameter in network.named_parameters():
+            assert parameter.grad is not None
+            held[name].grad = (parameter.grad / scale).view_as(held[name])
+        for mover in movers:
+            for group in mover.param_groups:
+                group["lr"] = settings.learning_rate
+            mover.step()
+    return {name: parameter.detach() for name, parameter in network.named_parameters()}
+
+
+def whole_tensors(folder: Path, world: World, optimizer: str, stage: str, rate: str) -> dict:
+    """Six steps of a small network, the same on every rank, the third without a finite gradient; saved after the
+    fourth, and gone on from there by another engine.
+
+    Says how far the weights are from those that the library makes alone, what the skipped step changed, whether the
+    second engine ended with the same bits, and the bytes of the states beside the planned ones. The weights and states
+    after the load are written to a file that names the ranks.
+    """
+    settings = OptimizerConfig(name=optimizer, learning_rate=float(rate), max_grad_norm=0.002)
+    engine_config, plans = EngineConfig(zero_stage=int(stage)), run_tree(folder, "unused")
+    sizes = engines.BatchSizes(2 * world.world_size, 2, 1)
+
+    def made():
+        torch.manual_seed(0)
+        return engines.initialize(Shapes(), engine_config, settings, sizes, "fp32", load_universal=False)
+
+    def step(engine, number: int) -> engines.Taken:
+        bad = float("nan") if number == 2 and world.rank == world.world_size - 1 else 1.0
+        engines.accumulate(engine, bad * engine(batch_of(number, torch.float32)).square().mean())
+        return engines.apply_gradients(engine, settings.learning_rate)
+
+    def held(engine) -> dict[str, torch.Tensor]:
+        states = engine.whole_tensors.states()["tensors"]
+        own = {f"{name}/{k}": torch.as_tensor(v).clone() for name, state in states.items() for k, v in state.items()}
+        return own | {f"weight/{name}": value for name, value in engines.full_state(engine).items()}
+
+    engine, skipped, norms, untouched = made(), [], [], False
+    for number in range(4):
+        before = held(engine)
+        taken = step(engine, number)
+        skipped.append(bool(taken.skipped))
+        norms.append(taken.norm)
+        if skipped[-1]:
+            after = held(engine)
+            untouched = before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+    run = folder / "runs" / f"whole-{optimizer}-{stage}-on-{world.world_size}"
+    attempt = Attempt(run, 1, "id")
+    attempt.folder.mkdir(parents=True, exist_ok=True)
+    barrier()
+    about = dict(step=4, zero_stage=int(stage), precision="fp32", world_size=world.world_size, optimizer=optimizer)
+    saved = saving.save_checkpoint(engine, run, about, json.dumps(plans), None, world, attempt, "weights", write_plain)
+    one, kept = made(), held(engine)
+    checkpoints.load_checkpoint(one, saved, None, world, attempt)
+    loaded = held(one)
+    for number in (4, 5):
+        norms.append(step(engine, number).norm)
+        step(one, number)
+    ours, theirs = held(engine), held(one)
+    torch.manual_seed(0)
+    plain = alone(settings, Shapes(), norms)
+    largest = max(gather_objects(engine.whole_tensors.state_bytes(), world))
+    network = Shapes()
+    planned = rank_memory(
+        replace(FOOTPRINT, trained_parameters=sum(p.numel() for p in network.parameters()),
+                states=states_of(optimizer, network)),
+        engine_config, "fp32", world.world_size, "cpu",
+    ).device["optimizer"]  # fmt: skip
+    masters = 4 * -(-sum(p.numel() for p in network.parameters()) // world.world_size)
+    return dict(
+        skipped=skipped,
+        untouched=all(gather_objects(untouched, world)),
+        loaded=all(
+            gather_objects(
+                kept.keys() == loaded.keys() and all(map(torch.equal, kept.values(), loaded.values())), world
+            )
+        ),
+        resumed=all(gather_objects(all(torch.equal(ours[k], theirs[k]) for k in ours), world)),
+        apart=max(float((ours[f"weight/{name}"] - value).abs().max()) for name, value in plain.items()),
+        moved=max(float((ours[f"weight/{name}"] - p.detach()).abs().max()) for name, p in network.named_parameters())
+        > 0,
+        cut=engine.whole_tensors.cut_elements,
+        states=largest,
+        planned=planned - masters,
+    )
+
+
+def whole_tensors_elsewhere(folder: Path, world: World, optimizer: str, stage: str, ranks: str) -> dict:
+    """Loads on these ranks what `whole_tensors` saved on others, and says whether every weight and state is the one in
+    the files, bit for bit."""
+    run = folder / "runs" / f"whole-{optimizer}-{stage}-on-{ranks}"
+    checkpoint = checkpoints.folder_of(run, 4)
+    settings = OptimizerConfig(name=optimizer)
+    torch.manual_seed(1)
+    engine = engines.initialize(
+        Shapes(), EngineConfig(zero_stage=int(stage)), settings, engines.BatchSizes(2 * world.world_size, 2, 1), "fp32",
+        checkpoints.needs_universal(checkpoints.read_state(checkpoint), world.world_size),
+    )  # fmt: skip
+    checkpoints.load_checkpoint(engine, checkpoint, None, world, Attempt(run, 2, "id"))
+    weights, states = engines.full_state(engine), engine.whole_tensors.states()["tensors"]
+    written = load_file(checkpoint / "weights" / "weights.safetensors")
+    files = [torch.load(path, weights_only=True)["tensors"] for path in (checkpoint / "optimizer").iterdir()]
+    saved = {name: state for one in files for name, state in one.items()}
+    here = [name for names in gather_objects(list(states), world) for name in names]
+    return dict(
+        names=sorted(here) == sorted(saved),
+        weights=all(torch.equal(weights[name], written[name]) for name in written),
+        states=all(
+            torch.equal(torch.as_tensor(value), torch.as_tensor(saved[name][key]))
+            for name, state in states.items()
+            for key, value in state.items()
+        ),
+    )
+
+
 def engine_memory(folder: Path, world: World, precision: str) -> dict:
     """Of every stage: the planned peak of a rank without its runtime, and what a real engine's tensors came to."""
     return {stage: peaks_of_engine(stage, precision, world) for stage in (0, 1, 2, 3)}
@@ -523,19 +689,12 @@ def peaks_of_engine(stage: int, precision: str, world: World) -> tuple[int, int]
             gc.collect()
             steps.append([size for size, _ in live.moments])
     bytes_each = 4 if precision == "fp32" else 2
-    one = Footprint(
+    one = replace(
+        FOOTPRINT,
         micro_batch_size=samples,
-        frozen_bytes=0,
         trained_parameters=total,
         largest_parameter=width * width,
-        trained_modules=0,
         profile=((0, bytes_each * total),),
-        encoder_flops=0,
-        training_flops=0,
-        traffic_bytes=0,
-        operations=0,
-        batch_bytes=0,
-        cached_bytes=0,
     )
     memory = rank_memory(one, config, precision, world.world_size, "cpu")
     planned = memory.peak - memory.device["runtime"]

@@ -26,6 +26,7 @@ from controlbooth.models.denoisers.registry import (
 )
 from controlbooth.models.denoisers.transformer_copy import fixed_tensors, used_but_last, used_evenly
 from controlbooth.models.pretrained import load_base, load_controlnet, read_controlnet_folder, save_controlnet
+from controlbooth.models.recomputing import blocks_by_grid, recompute
 from controlbooth.models.sampling import Control, sample
 from controlbooth.models.text import TEXT_ENCODINGS, encode_prompts
 
@@ -359,16 +360,18 @@ def test_the_first_controlnets_for_sd3_get_what_they_were_trained_with(load_tiny
 
 
 def test_gradient_checkpointing_gives_equal_gradients(base):
-    gradients = []
-    for checkpointing in (False, True):
+    gradients, recomputed = [], []
+    for which in (False, 0.5, True):
         controlnet = trained_controlnet(base)
-        if checkpointing:
-            controlnet.enable_gradient_checkpointing()
-            base.denoiser.enable_gradient_checkpointing()
+        for network in (controlnet, base.denoiser):
+            recompute(network, which)
+        recomputed.append(sum(getattr(block, "computes_again", False) for block in blocks_by_grid(base.denoiser)))
         latents, times, text, condition = batch(base, controlnet)
         predict(base.denoiser, controlnet, latents, times, text, condition).square().mean().backward()
         gradients.append([parameter.grad for parameter in controlnet.parameters()])
-    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+    assert recomputed[1] == -(-len(blocks_by_grid(base.denoiser)) // 2)
+    for others in gradients[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(gradients[0], others, strict=True))
 
 
 def test_guidance_is_told_to_flux_and_moves_its_prediction(load_tiny):
