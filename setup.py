@@ -80,6 +80,10 @@ setup(
             "torchmetrics>=1.8,<2",
             "wordfreq>=3.1,<4",  # tells words from letters
         ],
+        "quantized": [  # model.frozen.precision: int8 and fp8, nf4
+            "bitsandbytes>=0.50,<0.51",
+            "torchao>=0.18,<0.19",
+        ],
         "remote": [  # shards in stores and on web servers
             "aiohttp>=3.9",
             "botocore>=1.34",

@@ -9,6 +9,8 @@ Both packages are imported only where they are asked for: the extra `quantized`.
 """
 
 import importlib
+import logging
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -49,15 +51,26 @@ def check_installed(precision: str) -> None:
         )
 
 
+def _imported(name: str) -> Any:
+    """Imports a module of a package for quantizing without its warnings, of kernels that this machine cannot load."""
+    if name in sys.modules:
+        return sys.modules[name]
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            return importlib.import_module(name)
+    finally:
+        logging.disable(before)
+
+
 def _bf16(weight: Tensor) -> Packed:
     return Packed({"data": weight.to(torch.bfloat16)}, lambda parts, dtype: parts["data"].to(dtype))
 
 
 def _torchao(precision: str, weight: Tensor) -> Packed:
     """Quantizes by torchao's weight-only kind, with a scale for each row."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of kernels for other machines that this one cannot load
-        torchao: Any = importlib.import_module("torchao.quantization")
+    torchao = _imported("torchao.quantization")
     if precision == "int8":
         config = torchao.Int8WeightOnlyConfig()
     else:
@@ -78,7 +91,7 @@ def _torchao(precision: str, weight: Tensor) -> Packed:
 
 def _nf4(weight: Tensor) -> Packed:
     """Quantizes by bitsandbytes to NormalFloat4 (arXiv 2305.14314), with a scale in fp32 for each NF4_BLOCK weights."""
-    functional: Any = importlib.import_module("bitsandbytes.functional")
+    functional = _imported("bitsandbytes.functional")
     data, state = functional.quantize_4bit(weight, blocksize=NF4_BLOCK, quant_type="nf4", compress_statistics=False)
     size = weight.shape
 
@@ -97,15 +110,22 @@ def pack(weight: Tensor, precision: str) -> Packed:
     return _nf4(whole) if precision == "nf4" else _torchao(precision, whole)
 
 
-def packed_bytes(rows: int, columns: int, precision: str) -> int:
-    """Computes the bytes of a packed weight, scales included."""
+def packed_parts(rows: int, columns: int, precision: str) -> tuple[int, ...]:
+    """Computes the bytes of each part of a packed weight: the numbers, and what scales them."""
     count = rows * columns
     return {
-        "bf16": 2 * count,
-        "int8": count + (4 + 1) * rows,  # a scale in fp32 and a zero point for each row
-        "fp8": count + 4 * rows,
-        "nf4": -(-count // 2) + 4 * -(-count // NF4_BLOCK),
+        "bf16": (2 * count,),
+        "int8": (count, 4 * rows, rows),  # a scale in fp32 and a zero point for each row
+        "fp8": (count, 4 * rows),
+        "nf4": (-(-count // 2), 4 * -(-count // NF4_BLOCK)),
     }[precision]
+
+
+def restoring_bytes(count: int, precision: str, width: int) -> int:
+    """Computes the most bytes that are held while `count` packed weights are brought back to numbers of `width` bytes,
+    the result included: torchao multiplies in fp32."""
+    each = {"bf16": width, "nf4": width, "int8": 8 if width == 4 else 6, "fp8": 8 if width == 4 else 10}
+    return count * each[precision]
 
 
 class QuantizedLinear(nn.Module):

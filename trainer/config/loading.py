@@ -175,7 +175,8 @@ def without_later_fields(tree: dict[str, Any]) -> dict[str, Any]:
     """Removes from a run's tree, in place, what earlier versions did not have, so that saved digests stay the same.
 
     Only fields at their defaults are removed: each of `model` and `engine` by itself, and the sections `flow` and
-    `model.frozen` where all of them is at its default. Where validation.guidance_scale is not set it becomes 7.5, as it was in those versions.
+    `model.frozen` where all of them is at its default. Where validation.guidance_scale is not set it becomes 7.5, as it
+    was in those versions.
     """
     later = RunConfig.model_fields["flow"].default
     if tree.get("flow") == later.model_dump(mode="json"):

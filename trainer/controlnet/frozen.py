@@ -80,6 +80,6 @@ def describe_frozen(config: RunConfig, base: Base, world: World) -> str | None:
     split = f", split over {ranks} rank{'s' * (ranks > 1)}" if frozen.shards != "none" else ""
     streamed = ", blocks in host memory" if frozen.stream == "cpu" else ""
     return (
-        f"frozen base: {frozen.precision}{split}{streamed}; a rank keeps {kept / 2**20:.1f} MiB of the denoiser and "
-        f"{encoders / 2**20:.1f} MiB of text encoders"
+        f"frozen base: {frozen.precision}{split}{streamed}; a rank keeps {kept / 2**20:.2f} MiB of the denoiser and "
+        f"{encoders / 2**20:.2f} MiB of text encoders"
     )
