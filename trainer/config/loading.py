@@ -185,7 +185,7 @@ def without_later_fields(tree: dict[str, Any]) -> dict[str, Any]:
         del tree["model"]["frozen"]
     for section, fields in (("model", ModelConfig.model_fields), ("engine", EngineConfig.model_fields)):
         for name in (one.partition(".")[2] for one in LATER if one.startswith(f"{section}.")):
-            if tree[section].get(name) == fields[name].default:
+            if name in fields and tree[section].get(name) == fields[name].default:
                 tree[section].pop(name, None)
     if tree["validation"].get("guidance_scale") is None:
         tree["validation"]["guidance_scale"] = 7.5

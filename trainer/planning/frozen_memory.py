@@ -67,7 +67,7 @@ def frozen_memory(one: "Footprint", frozen: FrozenConfig, sharers: int) -> Froze
     streams, splits = frozen.stream == "cpu", frozen.shards != "none" and sharers > 1
     device, host, passing = one.frozen_bytes, 0, 0
     if streams or splits:
-        here, kept = (sum(sizes) for sizes in zip(*one.denoiser_blocks, strict=True))
+        here, kept = both_sums(one.denoiser_blocks)
         kept = -(-kept // (sharers if splits else 1))
         passing = largest_pair(one.denoiser_blocks)
         if splits and streams:
@@ -75,10 +75,14 @@ def frozen_memory(one: "Footprint", frozen: FrozenConfig, sharers: int) -> Froze
         device += (0 if streams else kept) - here
         host += kept if streams else 0
     if streams:
-        here, kept = (sum(sizes) for sizes in zip(*one.encoder_blocks, strict=True))
+        here, kept = both_sums(one.encoder_blocks)
         device, host = device - here, host + kept
         passing = max(passing, largest_pair(one.encoder_blocks))
     return FrozenMemory(device, passing + one.restoring_bytes, host)
+
+
+def both_sums(blocks: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    return sum(plain for plain, _ in blocks), sum(aligned for _, aligned in blocks)
 
 
 def largest_pair(blocks: Sequence[tuple[int, int]]) -> int:

@@ -10,7 +10,6 @@ import yaml
 from torch import nn
 
 from controlbooth.data.errors import UserError
-
 from controlbooth.models.blocks import repeated_blocks
 from controlbooth.models.quantized import PACKAGES, QuantizedLinear, check_installed, packed_parts, restoring_bytes
 from controlbooth.trainer.config.loading import build_config, changes, dump, without_later_fields
