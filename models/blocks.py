@@ -1,4 +1,4 @@
-"""The blocks that networks repeat: what is compiled, kept in fewer bits, split over ranks or streamed, block by block."""
+"""The blocks that networks repeat: compiled, kept in fewer bits, split over ranks or streamed, each as a whole."""
 
 from torch import nn
 
