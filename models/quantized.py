@@ -79,9 +79,10 @@ def _torchao(precision: str, weight: Tensor) -> Packed:
     layer: Any = nn.Sequential(nn.Linear(columns, rows, bias=False, device="meta"))
     layer[0].weight = nn.Parameter(weight, requires_grad=False)
     torchao.quantize_(layer, config)
-    tensor = layer[0].weight.detach()
+    tensor: Any = layer[0].weight.detach()
     names, attributes = tensor.__tensor_flatten__()
-    kind, size, stride = type(tensor), tensor.shape, tensor.stride()
+    kind: Any = type(tensor)
+    size, stride = tensor.shape, tensor.stride()
 
     def restore(parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         return kind.__tensor_unflatten__(dict(parts), attributes, size, stride).dequantize(dtype)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from controlbooth.models.base import Base
 from controlbooth.models.quantized import linear_layers, packed_parts, restoring_bytes
@@ -29,9 +30,9 @@ class FrozenMemory:
     host: int
 
 
-def changes_weight(weight: nn.Parameter, precision: str) -> bool:
+def changes_weight(weight: Tensor, precision: str) -> bool:
     """Tells whether a linear layer's weight is held in another precision than the engine's."""
-    return precision != "engine" and not (precision == "bf16" and str(weight.dtype) == "torch.bfloat16")
+    return precision != "engine" and not (precision == "bf16" and weight.dtype == torch.bfloat16)
 
 
 def block_bytes(block: nn.Module, precision: str) -> tuple[int, int]:
@@ -43,7 +44,7 @@ def block_bytes(block: nn.Module, precision: str) -> tuple[int, int]:
         if layer is None or not changes_weight(layer.weight, precision):
             sizes.append(tensor.nbytes)
         else:
-            sizes += packed_parts(*layer.weight.shape, precision)
+            sizes += packed_parts(layer.out_features, layer.in_features, precision)
     return sum(sizes), places_of(sizes)[1]
 
 
@@ -54,7 +55,7 @@ def quantized_bytes(config: RunConfig, base: Base) -> tuple[int, int]:
         for _, _, layer in linear_layers(network):
             weight = layer.weight
             if changes_weight(weight, precision):
-                saved += weight.nbytes - sum(packed_parts(*weight.shape, precision))
+                saved += weight.nbytes - sum(packed_parts(layer.out_features, layer.in_features, precision))
                 largest = max(largest, restoring_bytes(weight.numel(), precision, weight.element_size()))
     return saved, largest
 
