@@ -257,7 +257,7 @@ def assumption_lines(plan: Plan) -> list[str]:
     )
     if plan.config.model.frozen != FrozenConfig():
         lines.append(
-            "  frozen base: gathering and streaming its blocks, and bringing quantized weights back, is in the memory and "
+            "  frozen base: gathering and streaming its blocks, and bringing quantized weights back, is in the memory, "
             "not in the times"
         )
     if card.price:
