@@ -33,6 +33,8 @@ DIRECTIONS = {  # folder -> room -> the rooms of this folder that it may import,
     "models": {
         "architectures": (),
         "attention": (),
+        "blocks": (),
+        "quantized": ("blocks",),
         "control_schedules": (),
         "lora": (),
         "files": (),

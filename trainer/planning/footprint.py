@@ -40,7 +40,7 @@ from controlbooth.trainer.controlnet.build import new_controlnet
 from controlbooth.trainer.controlnet.step import DeviceBatch, condition_input, controlnet_loss
 from controlbooth.trainer.encoding import encode_captions, encode_kept, encode_posterior
 from controlbooth.trainer.engine.deepspeed import DTYPES
-from controlbooth.trainer.planning.frozen_memory import block_bytes, quantized_bytes
+from controlbooth.trainer.planning.frozen_bytes import block_bytes, quantized_bytes
 from controlbooth.trainer.run.base import with_run_settings
 
 WITHOUT_SCORES = ("auto", "xformers", "efficient", "flash")

@@ -1,22 +1,10 @@
-"""Memory of a frozen base that is held in fewer bits, split over ranks or streamed: arithmetic on its shapes.
-
-Neither torchao nor bitsandbytes is needed for it, nor a weight.
-"""
+"""Memory of one rank for a frozen base that is held in fewer bits, split over ranks or streamed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
-
-from controlbooth.models.base import Base
-from controlbooth.models.quantized import linear_layers, packed_parts, restoring_bytes
-from controlbooth.trainer.config.run import FrozenConfig, RunConfig
-from controlbooth.trainer.engine.frozen import own_tensors, places_of
-
-if TYPE_CHECKING:
-    from controlbooth.trainer.planning.footprint import Footprint
+from controlbooth.trainer.config.run import FrozenConfig
+from controlbooth.trainer.planning.footprint import Footprint
 
 
 @dataclass(frozen=True)
@@ -30,37 +18,7 @@ class FrozenMemory:
     host: int
 
 
-def changes_weight(weight: Tensor, precision: str) -> bool:
-    """Tells whether a linear layer's weight is held in another precision than the engine's."""
-    return precision != "engine" and not (precision == "bf16" and weight.dtype == torch.bfloat16)
-
-
-def block_bytes(block: nn.Module, precision: str) -> tuple[int, int]:
-    """Computes the bytes of a block's tensors, and those that it takes where it is fetched, with aligned places."""
-    weights = {id(layer.weight): layer for layer in block.modules() if type(layer) is nn.Linear}
-    sizes: list[int] = []
-    for tensor in own_tensors(block):
-        layer = weights.get(id(tensor))
-        if layer is None or not changes_weight(layer.weight, precision):
-            sizes.append(tensor.nbytes)
-        else:
-            sizes += packed_parts(layer.out_features, layer.in_features, precision)
-    return sum(sizes), places_of(sizes)[1]
-
-
-def quantized_bytes(config: RunConfig, base: Base) -> tuple[int, int]:
-    """Computes how many bytes fewer the base's quantized layers take, and what bringing back the largest one does."""
-    precision, saved, largest = config.model.frozen.precision, 0, 0
-    for network in (base.denoiser, *base.text_encoders):
-        for _, _, layer in linear_layers(network):
-            weight = layer.weight
-            if changes_weight(weight, precision):
-                saved += weight.nbytes - sum(packed_parts(layer.out_features, layer.in_features, precision))
-                largest = max(largest, restoring_bytes(weight.numel(), precision, weight.element_size()))
-    return saved, largest
-
-
-def frozen_memory(one: "Footprint", frozen: FrozenConfig, sharers: int) -> FrozenMemory:
+def frozen_memory(one: Footprint, frozen: FrozenConfig, sharers: int) -> FrozenMemory:
     """Computes what the base takes on a rank. sharers: ranks that a block is split over.
 
     Of split or streamed blocks two are on the device at once, the one that works and the next one.
