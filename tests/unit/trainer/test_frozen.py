@@ -125,8 +125,8 @@ def test_places_are_aligned_and_all_of_them_divide_among_ranks():
 
 
 AGREEMENT = {"bf16": 0.9999, "int8": 0.999, "fp8": 0.99, "nf4": 0.9}
-"""Least cosines of the gradients of all trained weights. Those of these tiny bases of random weights are in the output;
-nf4 turns weights by 9 % of their size."""
+"""Least cosines of the gradients of all trained weights. Of these tiny bases of random weights they were .99996, .9998,
+.990 and .940 or more, relative errors of .012, .022, .14 and .42: widths of 16 leave little to average over."""
 
 
 @pytest.mark.slow
@@ -164,7 +164,8 @@ def test_a_plan_has_the_bytes_that_a_base_takes(load_tiny, base_folder, family, 
     config = config.model_copy(update={"model": config.model.model_copy(update=own)})
     one = footprint(config, "fp32", 2, "flash")
     _, base, controlnet = networks(load_tiny, family, **frozen)
-    gradients(config, base, controlnet)
+    for _ in range(2):  # from the second pass on the next block is fetched ahead
+        gradients(config, base, controlnet)
     planned = frozen_memory(one, config.model.frozen, 1)
     held_now = [bytes_held(network) for network in (base.denoiser, base.vae, *base.text_encoders)]
     fixed = sum(tensor.nbytes for tensor in controlnet.buffers())
