@@ -81,7 +81,7 @@ ifeq ($(DEVICE),cuda)
 
 $(READY): setup.py constraints-cuda.txt | .venv/bin/python
 	@echo "Installing the CUDA set. These very versions have not run on a GPU yet, see docs/results/h200.md; DEVICE=cpu takes a set that has run."
-	$(BIN)/python -m pip install -q -c constraints-cuda.txt -e ".[dev,measure,mlflow,optimizers,remote,cuda]"
+	$(BIN)/python -m pip install -q -c constraints-cuda.txt -e ".[dev,measure,mlflow,optimizers,quantized,remote,cuda]"
 	@$(BIN)/python -c 'import torch; raise SystemExit(None if torch.version.cuda else \
 	  f"torch {torch.__version__} has no CUDA: pip is configured for CPU builds. Change that, or use DEVICE=cpu")'
 	@touch $@
@@ -95,7 +95,7 @@ $(READY): setup.py constraints-cpu.txt | .venv/bin/python
 	@$(BIN)/python -m pip install -q --no-deps -c constraints-cpu.txt torch >/dev/null 2>&1 \
 	  || $(BIN)/python -m pip install -q --no-deps -c constraints-cpu.txt $(addprefix --index-url ,$(TORCH_INDEX)) torch \
 	  || { echo "No CPU build of torch found. Give an index that has one: make setup TORCH_INDEX=URL" >&2; exit 1; }
-	$(BIN)/python -m pip install -q -c constraints-cpu.txt -e ".[dev,measure,mlflow,optimizers,remote]"
+	$(BIN)/python -m pip install -q -c constraints-cpu.txt -e ".[dev,measure,mlflow,optimizers,quantized,remote]"
 	@$(BIN)/python -c 'import torch; raise SystemExit(torch.version.cuda and \
 	  f"torch {torch.__version__} is a CUDA build of several GB. Delete .venv and give an index of CPU builds: " \
 	  "make setup TORCH_INDEX=URL")'

@@ -84,6 +84,10 @@ setup(
             "bitsandbytes>=0.50,<0.51",
             "prodigyopt>=1.1,<2",
         ],
+        "quantized": [  # model.frozen.precision: int8 and fp8, nf4
+            "bitsandbytes>=0.50,<0.51",
+            "torchao>=0.18,<0.19",
+        ],
         "remote": [  # shards in stores and on web servers
             "aiohttp>=3.9",
             "botocore>=1.34",

@@ -40,7 +40,7 @@ def test_twenty_random_kills_cost_repeated_steps_and_time_and_nothing_else(world
     assert "weights bitwise equal; losses of" in text and "NOT once" not in text
     redone = [int(row.split()[5]) for row in text.splitlines() if re.match(r"  (rank|agent) by ", row)]
     assert len(redone) == 20 and max(redone) <= 4
-    # A checkpoint of step n is committed at n + 2: what the ranks tell of a step, they read with the next one. So a kill
+    # A checkpoint of step n is committed at n + 2: what the ranks tell of a step, they read with the next one. A kill
     # just before the commit goes on from n - 2.
 
 

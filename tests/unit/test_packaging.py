@@ -152,7 +152,7 @@ def test_every_requirement_is_pinned_to_one_version(name, requirements):
     pinned = {re.sub(r"[_.]", "-", pin.lower()) for pin, _ in pins}
     lines = [line for line in (ROOT / name).read_text().splitlines() if line and not line.startswith("#")]
     assert len(pins) == len(lines)
-    extras = ["", "dev", "docs", "mlflow", "remote", *(["cuda"] if "cuda" in name else [])]
+    extras = ["", "dev", "docs", "mlflow", "quantized", "remote", *(["cuda"] if "cuda" in name else [])]
     wanted = set().union(*(requirements[extra] for extra in extras))
     assert wanted <= pinned, f"{name} lacks {wanted - pinned}"
 

@@ -14,7 +14,15 @@ from controlbooth.data.secrets import without_secrets
 from controlbooth.trainer.config.file_kinds import RUN, kind_of, mistaken_for
 from controlbooth.trainer.config.other_names import FIELDS_OF
 from controlbooth.trainer.config.renamed import rename_keys, renamed, with_new_names
-from controlbooth.trainer.config.run import RESOLVED, EngineConfig, FlowConfig, ModelConfig, OptimizerConfig, RunConfig
+from controlbooth.trainer.config.run import (
+    RESOLVED,
+    EngineConfig,
+    FlowConfig,
+    FrozenConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+)
 from controlbooth.trainer.config.section import ConfigError
 
 
@@ -189,6 +197,7 @@ LATER = (
     "model.copied_blocks",
     "model.t5",
     "model.text_tokens",
+    *(f"model.frozen.{name}" for name in FrozenConfig.model_fields),
     "engine.deterministic",
     "engine.tf32",
     "engine.compile",
@@ -202,17 +211,19 @@ LATER = (
 def without_later_fields(tree: dict[str, Any]) -> dict[str, Any]:
     """Removes from a run's tree, in place, what earlier versions did not have, so that saved digests stay the same.
 
-    Only fields at their defaults are removed: each of `model`, `engine` and `optimizer` by itself, and the section
-    `flow` where all of it is at its default. Where validation.guidance_scale is not set it becomes 7.5, as it was in
-    those versions.
+    Only fields at their defaults are removed: each of `model`, `engine` and `optimizer` by itself, and the sections
+    `flow` and `model.frozen` where all of them is at its default. Where validation.guidance_scale is not set it becomes
+    7.5, as it was in those versions.
     """
     later = RunConfig.model_fields["flow"].default
     if tree.get("flow") == later.model_dump(mode="json"):
         del tree["flow"]
+    if tree["model"].get("frozen") == FrozenConfig().model_dump(mode="json"):
+        del tree["model"]["frozen"]
     sections = {"model": ModelConfig, "engine": EngineConfig, "optimizer": OptimizerConfig}
     for section, fields in ((name, kind.model_fields) for name, kind in sections.items()):
         for name in (one.partition(".")[2] for one in LATER if one.startswith(f"{section}.")):
-            if tree[section].get(name) == fields[name].default:
+            if name in fields and tree[section].get(name) == fields[name].default:
                 tree[section].pop(name, None)
     if tree["validation"].get("guidance_scale") is None:
         tree["validation"]["guidance_scale"] = 7.5

@@ -34,6 +34,22 @@ Recomputed = Annotated[bool | float, BeforeValidator(_all_none_or_a_share)]
 """Which blocks recompute their activations: all, none, or a share."""
 
 
+class FrozenConfig(Section):
+    """How the frozen base is held in memory. Its ControlNet is copied from whole weights before."""
+
+    precision: Literal["engine", "bf16", "fp8", "int8", "nf4"] = "engine"
+    """Of the linear layers in the blocks of the denoiser and of the text encoders; all else stays in the engine's
+    precision, in which all is computed. int8 and fp8 are torchao's, with a scale a row, nf4 is bitsandbytes', with one
+    for 64 weights: `pip install "controlbooth[quantized]"`. What is trained stays as it is. The same from start to
+    end."""
+    shards: Literal["none", "node", "world"] = "none"
+    """Split each block of the denoiser over the ranks of a node, or over all ranks; it is gathered for its forward pass
+    and again for its backward pass, ahead of use. Results are the same, bit for bit."""
+    stream: Literal["none", "cpu"] = "none"
+    """Keep the blocks of the denoiser and of the text encoders in host memory, from where they are copied to the device
+    ahead of use. With shards, each rank keeps its share there. Results are the same, bit for bit."""
+
+
 class ModelConfig(Section):
     base: str
     """A diffusers folder, a single .safetensors file, or `miniature` for the model shipped with controlbooth."""
@@ -75,6 +91,7 @@ class ModelConfig(Section):
     """Recompute activations in the backward pass: less memory, about a third more time. A number between 0 and 1 does
     it for that share of the blocks of each network, on a U-Net those on the largest grids first, whose activations are
     the largest. Gradients are the same bit for bit."""
+    frozen: FrozenConfig = FrozenConfig()
 
     @field_validator("controlnet")
     @classmethod
@@ -366,6 +383,21 @@ class RunConfig(Section):
             )
         for problem in activation_problems(self.engine):
             raise UserError(problem)
+        if self.model.frozen != FrozenConfig():
+            held = ", ".join(
+                f"model.frozen.{name}={value}"
+                for name, value in self.model.frozen.model_dump().items()
+                if value != FrozenConfig.model_fields[name].default
+            )
+            if self.model.unlock_decoder_at is not None:
+                raise UserError(
+                    f"{held} is for a base that stays frozen, and model.unlock_decoder_at="
+                    f"{self.model.unlock_decoder_at} trains its decoder: leave one of them out"
+                )
+            if self.engine.compile:
+                raise UserError(
+                    f"engine.compile=true is for a base that is held whole, and {held} is set: leave one of them out"
+                )
         if self.data.random_flip and tells_sides(self.data.condition):
             raise UserError(
                 f"data.condition={self.data.condition} tells left from right by colour, and data.random_flip would "

@@ -50,6 +50,7 @@ from controlbooth.trainer.config.run import (
 from controlbooth.trainer.config.section import ConfigError
 from controlbooth.trainer.controlnet import unlock as unlocking
 from controlbooth.trainer.controlnet.data import open_data, run_buckets
+from controlbooth.trainer.controlnet.frozen import describe_frozen, hold_base, loading_device, quantize_encoders
 from controlbooth.trainer.controlnet.session import Run
 from controlbooth.trainer.controlnet.trial import base_attention_shapes, compile_where_right
 from controlbooth.trainer.encoding import computed_here, latent_cache_identities
@@ -65,7 +66,7 @@ from controlbooth.trainer.run import saving as savings
 from controlbooth.trainer.run.attempt import Attempt
 from controlbooth.trainer.run.attention import choose_once
 from controlbooth.trainer.run.base import once_a_machine, open_base, with_usual_guidance
-from controlbooth.trainer.run.continuing import SHAPING, check_position, check_same_run, check_unlocked
+from controlbooth.trainer.run.continuing import check_position, check_same_run, check_unlocked, shaping
 from controlbooth.trainer.run.process import say
 from controlbooth.trainer.run.same_base import back_or_anew, check_same_base, describe_base_changes
 from controlbooth.trainer.run.watchdog import Watchdog
@@ -82,7 +83,8 @@ def build(config: RunConfig, world: World, attempt: Attempt, watchdog: Watchdog,
     for problem in activation_problems(config.engine, world.device.type == "cuda"):
         raise ConfigError(problem)
     precision = settle_precision(config, world, saved)
-    base = open_base(config, engines.DTYPES[precision], world.device, once_a_machine(world))
+    base = open_base(config, engines.DTYPES[precision], loading_device(config, world.device), once_a_machine(world))
+    quantize_encoders(config, base)
     config = with_usual_guidance(config, base)
     dataset, held, extract = open_inputs(config, world, base)
     latent_cache = open_run_latent_cache(config, world, base, dataset)
@@ -130,12 +132,17 @@ def open_inputs(config: RunConfig, world: World, base: Base) -> tuple[Dataset, H
 def load_networks(
     config: RunConfig, world: World, attempt: Attempt, base: Base, precision: str
 ) -> tuple[Any, AttentionChoice]:
-    """Makes the ControlNet, and sets the attention kernels of both networks, alike on every rank."""
-    kernels = JOINT_KERNELS if base.family.is_transformer else ("xformers", *KERNELS)
-    shapes = partial(base_attention_shapes, config, base)
-    chosen = choose_once(config.model.attention, world, precision, attempt, shapes, kernels)
+    """Makes the ControlNet, holds the base as the run asks, and sets the attention kernels of both networks, alike on
+    every rank."""
     torch.manual_seed(config.seed)  # the hint network, alike on every rank
     controlnet = make_controlnet(config, base)
+    hold_base(config, base, world)
+    kernels = JOINT_KERNELS if base.family.is_transformer else ("xformers", *KERNELS)
+    shapes = partial(base_attention_shapes, config, base)
+    if config.model.frozen.shards != "none":  # a pass through the base is for all ranks, and rank 0 alone chooses
+        found = shapes()
+        shapes = partial(tuple, found)
+    chosen = choose_once(config.model.attention, world, precision, attempt, shapes, kernels)
     for module in (base.denoiser, controlnet):
         apply_attention(module, chosen)
         recompute(module, config.model.gradient_checkpointing)
@@ -158,7 +165,7 @@ def check_saved(
         base_digest=base.digest,
         condition=config.data.condition,
         optimizer=config.optimizer.name,
-        model=config.model.model_dump(mode="json", include=SHAPING),
+        model=shaping(config),
     )
     check_same_run(saved, identity, latest)
     return check_unlocked(saved, config, latest)
@@ -202,6 +209,8 @@ def announce(run: Run, report: ParameterReport, chosen: AttentionChoice, latest:
         f"{run.precision}, ZeRO-{config.engine.zero_stage}, "
         f"{world.world_size} ranks on {world.device.type}; attention {chosen.name}: {chosen.reason}",
     )
+    if line := describe_frozen(config, run.base, world):
+        say(world, line)
     if run.precision == "fp32" and config.engine.precision == "auto" and world.device.type == "cpu":
         say(
             world,

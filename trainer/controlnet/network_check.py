@@ -17,6 +17,7 @@ from controlbooth.trainer.run.network_check import problem
 
 def network_problems(config: RunConfig) -> Iterator[str]:
     """Yields why a ControlNet run cannot work with its base and its ControlNet as they are now."""
+    yield from problem("", lambda: _check_precision(config))
     found: list[Any] = []
     yield from problem(f"model.base is {config.model.base!r}", lambda: found.append(_base(config)))
     if not found:
@@ -25,6 +26,12 @@ def network_problems(config: RunConfig) -> Iterator[str]:
     yield from problem(f"model.controlnet is {config.model.controlnet!r}", lambda: _controlnet(config, base))
     yield from problem("", lambda: _check_latest(config, base))
     yield from _prompt_problems(base, config.validation.prompts)
+
+
+def _check_precision(config: RunConfig) -> None:
+    from controlbooth.models.quantized import check_installed
+
+    check_installed(config.model.frozen.precision)
 
 
 def _base(config: RunConfig) -> Any:

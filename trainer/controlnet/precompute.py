@@ -72,6 +72,7 @@ from controlbooth.trainer.config.run import RunConfig
 from controlbooth.trainer.config.section import ConfigError
 from controlbooth.trainer.controlnet.build import cached_values
 from controlbooth.trainer.controlnet.data import open_data, run_buckets
+from controlbooth.trainer.controlnet.frozen import hold_base, loading_device, quantize_encoders
 from controlbooth.trainer.encoding import (
     as_array,
     computed_here,
@@ -166,7 +167,8 @@ def precompute(config: RunConfig, world: World, dry_run: bool = False) -> int:
             "data.latent_cache is not set: name the folder to write to, e.g. data.latent_cache=shards/latents"
         )
     precision = engines.resolve_precision(config.engine.precision, world.device, config.engine.zero_stage)
-    base = open_base(config, engines.DTYPES[precision], world.device, once_a_machine(world))
+    base = open_base(config, engines.DTYPES[precision], loading_device(config, world.device), once_a_machine(world))
+    quantize_encoders(config, base)
     without_held_out = config.model_copy(update={"data": config.data.model_copy(update={"held_out": None})})
     dataset, _ = open_data(without_held_out, world)
     check_apart(folder, dataset)
@@ -185,6 +187,7 @@ def precompute(config: RunConfig, world: World, dry_run: bool = False) -> int:
         jobs = from_first_rank(jobs)
         if dry_run:
             return 0
+        hold_base(config, base, world)
         bad = compute(config, world, base, dataset, buckets, latent_cache, jobs)
     if bad:
         print(f"rank {world.rank}: {bad} samples cannot be read, and are not in the latent cache", file=sys.stderr)

@@ -11,7 +11,6 @@ from typing import Any
 from controlbooth.data.files.records import is_mapping, is_whole, read_json
 from controlbooth.trainer.config.run import RunConfig, order_settings, run_folder, sources
 from controlbooth.trainer.run.continuing import (
-    SHAPING,
     all_damaged,
     asks_for_another,
     check_position,
@@ -22,6 +21,7 @@ from controlbooth.trainer.run.continuing import (
     is_finished,
     latest_readable,
     read_record,
+    shaping,
 )
 from controlbooth.trainer.run.integrity import STATE
 from controlbooth.trainer.run.starting import folder_problems
@@ -77,7 +77,7 @@ def check_continues(config: RunConfig, latest: Path, state: dict[str, Any]) -> N
         "zero_stage": config.engine.zero_stage,
         "condition": config.data.condition,
         "optimizer": config.optimizer.name,
-        "model": config.model.model_dump(mode="json", include=SHAPING),
+        "model": shaping(config),
     }
     if config.engine.precision != "auto":
         now["precision"] = config.engine.precision

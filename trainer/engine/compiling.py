@@ -13,20 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from controlbooth.models.blocks import repeated_blocks
+
 NOTHING = 1e-5
 """Share of the norm of all gradients below which one of a parameter is rounding."""
 SHAPES = 256
 """In how many shapes a block may be compiled: each resolution and width of a U-Net has its own. PyTorch stops at 8."""
-BLOCKS = frozenset(
-    {
-        "BasicTransformerBlock",
-        "ResnetBlock2D",
-        "JointTransformerBlock",
-        "FluxTransformerBlock",
-        "FluxSingleTransformerBlock",
-    }
-)
-"""Classes of diffusers whose modules are compiled: each once, however many of it a network has."""
 MOST_APART = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 """How far compiled gradients of a parameter may be from plain ones, as a share of their norm. What is wrong is off by
 about 1; what is right is apart by rounding, of which half precision has some per cent in small gradients."""
@@ -42,11 +34,6 @@ class Proof:
     """The largest distance of a parameter's gradients, as a share of their norm."""
     wrong: list[str]
     """Parameters whose gradients are too far apart, or whose compiling failed with the error that is named."""
-
-
-def repeated_blocks(network: nn.Module) -> list[nn.Module]:
-    """Returns the blocks of a network that are worth compiling."""
-    return [module for module in network.modules() if type(module).__name__ in BLOCKS]
 
 
 def compile_blocks(network: nn.Module, backend: Any = "inductor") -> int:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from controlbooth.data.errors import UserError
 from controlbooth.data.processes.parent import end_with_agent
 
 TIMEOUT = datetime.timedelta(minutes=30)
@@ -151,6 +152,44 @@ def gather_shares(flat: Tensor) -> None:
     """Fills a flat tensor, as in `own_share`, with the share that each rank has in its own."""
     if dist.get_world_size() > 1:
         dist.all_gather_into_tensor(flat, own_share(flat))
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """Ranks of which each keeps a part of what all of them need."""
+
+    group: Any
+    rank: int
+    """This rank's place among them."""
+    ranks: int
+
+
+def sharing_of(world: World, scope: str) -> Sharing | None:
+    """Makes groups of their own of the ranks of each node, or of all ranks, and returns this rank's; None where it
+    would be alone. Every rank calls this.
+
+    scope: node or world. The groups have connections of their own, so that what they gather ahead of its use runs
+    beside other collectives. Raises UserError where nodes have different numbers of ranks.
+    """
+    size = world.ranks_per_node if scope == "node" else world.world_size
+    if world.world_size % size:
+        raise UserError(
+            f"model.frozen.shards=node needs nodes with equally many ranks, and {world.world_size} ranks are not a "
+            f"multiple of {size}, the ranks of this node: set model.frozen.shards=world"
+        )
+    if size == 1:
+        return None
+    firsts = range(0, world.world_size, size)
+    groups = [dist.new_group(list(range(first, first + size)), timeout=TIMEOUT) for first in firsts]
+    return Sharing(groups[world.rank // size], world.rank % size, size)
+
+
+def gather_later(whole: Tensor, share: Tensor, sharing: Sharing) -> Any:
+    """Begins to fill `whole` with the shares of all ranks, in their order; returns what to call `wait` of.
+
+    whole (ranks * n,) and share (n,), uint8 on the ranks' device. Every rank of the group calls this, in one order.
+    """
+    return dist.all_gather_into_tensor(whole, share, group=sharing.group, async_op=True)
 
 
 def all_sum(values: Sequence[float]) -> list[float]:

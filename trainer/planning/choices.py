@@ -240,6 +240,8 @@ def memory_of(config: RunConfig, one: Footprint, engine: EngineConfig, layout: L
         global_batch_size=config.global_batch_size,
         averaged=config.optimizer.ema_decay is not None,
         loader_bytes=loader_bytes(config, one, layout.ranks),
+        frozen=config.model.frozen,
+        sharers={"none": 1, "node": layout.processes_per_node, "world": layout.ranks}[config.model.frozen.shards],
     )
 
 

@@ -26,6 +26,7 @@ from torch.utils.flop_counter import flop_registry
 from controlbooth.models.architectures import PUBLISHED, Config
 from controlbooth.models.attention import AttentionChoice, apply_attention
 from controlbooth.models.base import Base, vae_dtype
+from controlbooth.models.blocks import repeated_blocks
 from controlbooth.models.denoisers.registry import denoiser_of, reads_latents
 from controlbooth.models.denoisers.transformer_copy import fixed_tensors
 from controlbooth.models.families import FAMILIES, VAE, Family, Part
@@ -43,6 +44,7 @@ from controlbooth.trainer.encoding import encode_captions, encode_kept, encode_p
 from controlbooth.trainer.engine.deepspeed import DTYPES
 from controlbooth.trainer.engine.offloading import activations_on_host
 from controlbooth.trainer.engine.optimizers import state_bytes
+from controlbooth.trainer.planning.frozen_bytes import block_bytes, quantized_bytes
 from controlbooth.trainer.run.base import with_run_settings
 
 WITHOUT_SCORES = ("auto", "xformers", "efficient", "flash")
@@ -114,6 +116,13 @@ class Footprint:
     """The most that is in host memory of what the backward pass needs, where engine.activations is cpu."""
     reads_conditions: bool = True
     """Whether the loader reads pictures of conditions: not where the latent cache holds their latents."""
+    denoiser_blocks: tuple[tuple[int, int], ...] = ()
+    """Of each of the base's blocks, which may be split over ranks or streamed, in the order in which they work: the
+    bytes of its tensors, which frozen_bytes has too, and those that it takes where it is fetched."""
+    encoder_blocks: tuple[tuple[int, int], ...] = ()
+    """The same of the text encoders."""
+    restoring_bytes: int = 0
+    """What the largest quantized weight takes while it is brought back to the run's precision."""
 
     @property
     def activation_bytes(self) -> int:
@@ -378,6 +387,11 @@ def _measured(config: RunConfig, base: Base, controlnet: Any, micro_batch_size: 
         if batch.pixel_values is not None:
             encode_posterior(base, batch.pixel_values)
             encode_kept(base, batch.captions)
+    order: dict[nn.Module, None] = {}  # of the denoiser's blocks
+    handles += [
+        block.register_forward_pre_hook(lambda block, _: order.setdefault(block))
+        for block in repeated_blocks(base.denoiser)
+    ]
     with live:
         batch = fake_batch(config, base, controlnet, micro_batch_size)
         size, live.traffic, live.operations = live.live, 0, 0
@@ -390,9 +404,14 @@ def _measured(config: RunConfig, base: Base, controlnet: Any, micro_batch_size: 
         handle.remove()
     for parameter in trained:
         parameter.grad = None
+    saved, restoring = quantized_bytes(config, base)
+    encoder_blocks = [block for encoder in base.text_encoders for block in repeated_blocks(encoder)]
     return Footprint(
         micro_batch_size=micro_batch_size,
-        frozen_bytes=sum(tensor.untyped_storage().nbytes() for tensor in frozen),
+        frozen_bytes=sum(tensor.untyped_storage().nbytes() for tensor in frozen) - saved,
+        denoiser_blocks=tuple(block_bytes(block, config.model.frozen.precision) for block in order),
+        encoder_blocks=tuple(block_bytes(block, config.model.frozen.precision) for block in encoder_blocks),
+        restoring_bytes=restoring,
         host_activation_bytes=live.most_on_host,
         host_bytes=sum(4 * tensor.numel() for tensor in fixed_tensors(controlnet).values()),
         trained_parameters=sum(parameter.numel() for parameter in trained),

@@ -29,9 +29,10 @@ told to map every block and give it back (glibc.malloc.mmap_threshold=65536), a 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from controlbooth.trainer.config.run import EngineConfig
+from controlbooth.trainer.config.run import EngineConfig, FrozenConfig
 from controlbooth.trainer.engine.deepspeed import keeps_gradients_flat, sums_gradients
 from controlbooth.trainer.planning.footprint import Footprint
+from controlbooth.trainer.planning.frozen_memory import frozen_memory
 
 BUCKET_ELEMENTS = 500_000_000
 """DeepSpeed's reduce_bucket_size."""
@@ -53,6 +54,8 @@ HIDDEN_BYTES = round(1.5 * 2**30)
 """CUDA: context, NCCL's buffers and kernels' workspaces, which the allocator does not see. An assumption."""
 FRAGMENTATION = 0.05
 """CUDA: share of what is allocated that is reserved besides and is not usable. An assumption."""
+WHOLE = FrozenConfig()
+"""How the base is held where nothing else is asked for."""
 
 CATEGORIES = (
     "frozen weights",
@@ -93,11 +96,14 @@ def rank_memory(
     global_batch_size: int | None = None,
     averaged: bool = False,
     loader_bytes: int = 0,
+    frozen: FrozenConfig = WHOLE,
+    sharers: int = 1,
 ) -> RankMemory:
     """Computes the memory of one of `ranks` ranks at its peak.
 
     kind: cuda or cpu. global_batch_size: None is one micro-batch a rank, without accumulation. averaged: whether a
-    moving average is kept. loader_bytes: of decoded batches that wait in host memory.
+    moving average is kept. loader_bytes: of decoded batches that wait in host memory. frozen: how the base is held,
+    its blocks split over `sharers` ranks.
     """
     stage, total, fp32 = engine.zero_stage, one.trained_parameters, precision == "fp32"
     width = 4 if fp32 else 2
@@ -107,14 +113,16 @@ def rank_memory(
     share = total if stage == 0 else -(-total // ranks)
     masters = 0 if stage == 0 and fp32 else MASTER * share
     weights = width * (share if stage == 3 else total)
+    base = frozen_memory(one, frozen, sharers)
     fixed = {
-        "frozen weights": one.frozen_bytes,
+        "frozen weights": base.device,
         "trained weights": weights,
         "optimizer": masters + _states(one, share + share % 2),  # DeepSpeed's shares are even
         "moving average": MASTER * share if averaged else 0,
         "gradients": ACCUMULATED * total if flat else _kept_gradients(stage, native, total, share),
         "runtime": RUNTIME_BYTES[kind] + (ZERO_BYTES[kind] if stage else 0),
     }
+    moments: dict[str, dict[str, int]]
     if flat:
         moments = {
             "backward": {"activations": one.activation_bytes, "gradients": width * one.largest_parameter},
@@ -137,10 +145,11 @@ def rank_memory(
             apart = width * total if stage == 0 or (stage == 1 and not native) else 0
             for name in ("reduction", "optimizer"):
                 moments[name] = _beside_free_blocks(moments[name], one.activation_bytes, apart)
+    moments["backward"] = moments["backward"] | {"frozen weights": base.passing}
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     device = {name: fixed.get(name, 0) + moments[moment].get(name, 0) for name in CATEGORIES}
     host = dict.fromkeys(CATEGORIES, 0) | {
-        "frozen weights": one.host_bytes,
+        "frozen weights": one.host_bytes + base.host,
         "activations": one.host_activation_bytes,
         "loader": loader_bytes,
     }

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from controlbooth.data.files.whole import replaced
-from controlbooth.trainer.config.run import RunConfig
+from controlbooth.trainer.config.run import FrozenConfig, RunConfig
 from controlbooth.trainer.config.section import ConfigError
 from controlbooth.trainer.planning.accelerators import PRICES_OF, Layout
 from controlbooth.trainer.planning.choices import ALIKE, WRITE_BYTES, Choice, Plan, days_and_price, memory_of
@@ -265,6 +265,11 @@ def assumption_lines(plan: Plan) -> list[str]:
         f"between nodes, of which {100 * NETWORK:.0f} % is reached; not overlapped with the backward pass; {COUNTERS} "
         f"collectives a step of counters through gloo, {1e6 * GLOO_HOP_SECONDS:g} us for each of 2 (ranks - 1) hops"
     )
+    if plan.config.model.frozen != FrozenConfig():
+        lines.append(
+            "  frozen base: gathering and streaming its blocks, and bringing quantized weights back, is in the memory, "
+            "not in the times"
+        )
     if card.price:
         lines.append(
             f"  price: ${card.price:.2f} an hour of one card, list prices of {PRICES_OF}; validations come on top"

@@ -18,7 +18,7 @@ HOW = (
     "tracking.",
     "checkpoint.",
     "micro_batch_size",
-    "model.gradient_checkpointing",
+    *(f"model.{name}" for name in ("gradient_checkpointing", "frozen.shards", "frozen.stream")),
     *(f"data.{name}" for name in ("threads", "prefetch_steps", "cache", "max_bad_rate")),
     *(f"engine.{name}" for name in ("offload", "activations", "hang_timeout_seconds")),
 )
@@ -28,6 +28,13 @@ SHAPING = {
     *("copied_blocks", "condition_entry", "t5", "text_tokens"),
 }
 """Fields of `model` that say which weights there are and which of them learn: the same from start to end."""
+
+
+def shaping(config: RunConfig) -> dict[str, Any]:
+    """Returns the settings of the network that a run keeps from start to end, as `check_same_run` takes them: those of
+    SHAPING, and in which precision the base is held."""
+    model = config.model
+    return model.model_dump(mode="json", include=SHAPING) | {"frozen.precision": model.frozen.precision}
 
 
 RECORD = "attempt.json"
@@ -155,8 +162,8 @@ def describe_start(config: RunConfig) -> list[str]:
 def check_same_run(state: Mapping[str, Any], now: Mapping[str, Any], checkpoint: Path) -> None:
     """Refuses a checkpoint whose optimizer states cannot be carried over, with what to set back.
 
-    now: what is known of the run as it is asked for, as `state` has it, and `model`, its settings of the network, which
-    are compared with those in config.yaml. Raises CheckpointError.
+    now: what is known of the run as it is asked for, as `state` has it, and `model`, of `shaping`, which is compared
+    with what is in config.yaml. Raises CheckpointError.
     """
     fields = {
         "zero_stage": "engine.zero_stage",
@@ -168,6 +175,7 @@ def check_same_run(state: Mapping[str, Any], now: Mapping[str, Any], checkpoint:
     state = {"optimizer": "adamw"} | dict(state)  # which older versions had alone
     pairs = [(field, state.get(key), now[key]) for key, field in fields.items() if key in now]
     saved = read_yaml(checkpoint / CONFIG, "Delete the checkpoint to use an older one")["model"]
+    saved |= {"frozen.precision": saved.get("frozen", {}).get("precision", "engine")}  # there was no other before
     pairs += [(f"model.{name}", saved[name], value) for name, value in now["model"].items() if name in saved]
     for field, before, asked in pairs:
         if before != asked:
