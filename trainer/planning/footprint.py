@@ -25,6 +25,7 @@ from torch.utils.flop_counter import flop_registry
 from controlbooth.models.architectures import PUBLISHED, Config
 from controlbooth.models.attention import AttentionChoice, apply_attention
 from controlbooth.models.base import Base, vae_dtype
+from controlbooth.models.denoisers.control_lora import ControlLora, merged, share_weights
 from controlbooth.models.denoisers.registry import denoiser_of, reads_latents
 from controlbooth.models.denoisers.transformer_copy import fixed_tensors
 from controlbooth.models.families import FAMILIES, VAE, Family, Part
@@ -296,6 +297,9 @@ def _controlnet(config: RunConfig, network: Any) -> Any:
         folder = Path(model.controlnet)
         with torch.device("meta"):
             controlnet: Any = controlnet_class(folder).from_config(read_json(folder / "config.json"))
+        if isinstance(controlnet, ControlLora):
+            share_weights(controlnet, network)
+            controlnet = controlnet if model.method == "lora" else merged(controlnet)
         return denoiser_of(controlnet).file.finish_reading(controlnet).train()
     return new_controlnet(network, model)
 
@@ -323,8 +327,9 @@ def footprint(
     """
     base, controlnet = shapes_of(config, precision, shapes)
     with FakeTensorMode(allow_non_fake_inputs=True):
+        made: dict[int, Tensor] = {}
         for module in (base.vae, base.denoiser, controlnet, *base.text_encoders):
-            without_memory(module)
+            without_memory(module, made)
         choice = AttentionChoice("flash" if attention in WITHOUT_SCORES else attention, "planned")
         for module in (base.denoiser, controlnet):
             apply_attention(module, choice)
@@ -358,7 +363,7 @@ def _measured(config: RunConfig, base: Base, controlnet: Any, micro_batch_size: 
         parameter.grad = None
     return Footprint(
         micro_batch_size=micro_batch_size,
-        frozen_bytes=sum(tensor.untyped_storage().nbytes() for tensor in frozen),
+        frozen_bytes=sum({one._cdata: one.nbytes() for one in map(Tensor.untyped_storage, frozen)}.values()),
         host_bytes=sum(4 * tensor.numel() for tensor in fixed_tensors(controlnet).values()),
         trained_parameters=sum(parameter.numel() for parameter in trained),
         largest_parameter=max(parameter.numel() for parameter in trained),
@@ -414,19 +419,26 @@ def tensors_of(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
-def without_memory(module: nn.Module) -> None:
+def without_memory(module: nn.Module, made: dict[int, Tensor] | None = None) -> None:
     """Puts fake tensors in place of those on the meta device, which operations with other tensors would refuse.
 
-    A parameter that has two names, as T5's embedding, stays one.
+    A parameter that has two names, as T5's embedding, stays one. made: what was put in the place of which storage, for
+    modules that share tensors.
     """
-    made: dict[int, nn.Parameter] = {}
+    made, parameters = {} if made is None else made, dict[int, nn.Parameter]()
+
+    def empty(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()._cdata
+        if storage not in made:
+            made[storage] = torch.empty(tensor.shape, dtype=tensor.dtype)
+        return made[storage]
+
     for part in module.modules():
         for name, parameter in list(part._parameters.items()):
             if parameter is not None:
-                if id(parameter) not in made:
-                    empty = torch.empty(parameter.shape, dtype=parameter.dtype)
-                    made[id(parameter)] = nn.Parameter(empty, parameter.requires_grad)
-                part._parameters[name] = made[id(parameter)]
+                if id(parameter) not in parameters:
+                    parameters[id(parameter)] = nn.Parameter(empty(parameter), parameter.requires_grad)
+                part._parameters[name] = parameters[id(parameter)]
         for name, buffer in list(part._buffers.items()):
             if buffer is not None:
-                part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+                part._buffers[name] = empty(buffer)
