@@ -322,9 +322,9 @@ def _single_file_scheduler(
 def load_controlnet(path: str | os.PathLike[str], unet: Any, dtype: torch.dtype = torch.float32) -> Any:
     """Reads a ControlNet to continue from: a diffusers folder, or a single .safetensors file in either layout.
 
-    It is on the CPU and trainable; a control-LoRA is made whole. Raises FileNotFoundError where it is not there, and ValueError if it was not made
-    for such a U-Net, is of a kind that is not trained here (see `denoisers.foreign`), or if a decoder has learned with
-    it: `unlocked_decoder.load_networks` reads these too.
+    It is on the CPU and trainable; a control-LoRA is made whole. Raises FileNotFoundError where it is not there, and
+    ValueError if it was not made for such a U-Net, is of a kind that is not trained here (see `denoisers.foreign`), or
+    if a decoder has learned with it: `unlocked_decoder.load_networks` reads these too.
     """
     path = Path(path)
     if (path / DECODER_FILE).exists() or ((path / UNET_FOLDER).exists() and (path / "config.json").exists()):
@@ -385,8 +385,8 @@ def load_control_lora(path: str | os.PathLike[str], unet: Any, rank: int) -> Con
     controlnet = read_controlnet_folder(path, empty=unet.device.type == "meta")
     if not isinstance(controlnet, ControlLora):
         raise UserError(
-            f"{path} is a whole ControlNet, and model.method=lora trains differences from the base's own weights: go on "
-            "with model.method=full, or begin anew with model.controlnet=unet"
+            f"{path} is a whole ControlNet, and model.method=lora trains differences from the base's own weights: go "
+            "on with model.method=full, or begin anew with model.controlnet=unet"
         )
     check_fits(controlnet, unet, str(path))
     if controlnet.config["rank"] != rank:
@@ -444,8 +444,8 @@ def save_controlnet(controlnet: nn.Module, folder: str | os.PathLike[str]) -> No
 
 
 def save_single_file(controlnet: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Writes one .safetensors in the layout of the released ControlNet 1.0 code, which image UIs read; of a control-LoRA
-    in that of Stability's.
+    """Writes one .safetensors in the layout of the released ControlNet 1.0 code, which image UIs read; of a
+    control-LoRA in that of Stability's.
 
     Raises ValueError for a ControlNet of the miniature, whose pooled text has no name in that layout, and for one of
     `variants`.

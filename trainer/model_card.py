@@ -225,10 +225,11 @@ def _unet_note(exported: Exported) -> str:
 
 def _lora_note(exported: Exported) -> str:
     config = exported.config
-    kept = "The file holds these, and not the base's weights" if exported.weights.startswith(config.name) else "Merged"
+    is_single = exported.weights != "diffusion_pytorch_model.safetensors"
+    kept = "The file holds these, and not the base's weights" if is_single else "Here they are added to its weights"
     return (
-        f"A control-LoRA: it was trained as differences of rank {config.model.rank} from the base's own encoder, beside "
-        f"a hint network and zero convolutions. {kept}."
+        f"A control-LoRA: it was trained as differences of rank {config.model.rank} from the base's own encoder, "
+        f"beside a hint network and zero convolutions. {kept}."
     )
 
 

@@ -91,8 +91,9 @@ def build_controlnet(
     one convolution for each block of the copy; Gaussian weights where zero convolutions are.
     only_mid_control: only the middle block's residual learns; the others stay zero convolutions, so that such a
     ControlNet is used like any other. rank: makes a ControlLora, whose copy is the base's own weights with low-rank
-    differences of this rank; it has no variants. device: default the U-Net's; on "meta" the ControlNet has shapes and no weights.
-    Raises ValueError for hint_channels that miss the latents' size and for a U-Net that ControlNetModel cannot mirror.
+    differences of this rank; it has no variants. device: default the U-Net's; on "meta" the ControlNet has shapes and
+    no weights. Raises ValueError for hint_channels that miss the latents' size and for a U-Net that ControlNetModel
+    cannot mirror.
     """
     check_hint_channels(hint_channels)
     for key, usable in _NOT_IN_A_CONTROLNET.items():

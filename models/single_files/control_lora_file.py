@@ -53,8 +53,8 @@ def merged_weights(weights: Mapping[str, Weight], controlnet: Any, unet: Any, wh
             result[name] = _on_host(own[name])
     if unknown := sorted(weights.keys() - used):
         raise UserError(
-            f"{where} holds {len(unknown)} tensors that a control-LoRA for this base has not ({', '.join(unknown[:4])}): "
-            "it was made for another base"
+            f"{where} holds {len(unknown)} tensors that a control-LoRA for this base has not "
+            f"({', '.join(unknown[:4])}): it was made for another base"
         )
     return result
 
