@@ -28,7 +28,7 @@ from transformers import AutoTokenizer
 from controlbooth.data.errors import MissingFile, UserError
 from controlbooth.models.architectures import MINIATURE
 from controlbooth.models.base import Base, check_parts_fit, vae_dtype
-from controlbooth.models.denoisers.control_lora import ControlLora, merged, share_weights
+from controlbooth.models.denoisers.control_lora import ControlLora, merged, share_weights, small_weights
 from controlbooth.models.denoisers.foreign import borrow, check_trainable
 from controlbooth.models.denoisers.pixel_controlnet import PixelSD3ControlNet
 from controlbooth.models.denoisers.registry import DENOISERS, check_fits, denoiser_of
@@ -453,7 +453,10 @@ def save_single_file(controlnet: nn.Module, path: str | os.PathLike[str]) -> Non
     module = _unwrapped(controlnet)
     if isinstance(module, VariantControlNet):
         raise UserError("a ControlNet-lite, or one with the paper's hint network, has no names in the original layout")
-    (control_lora_file if isinstance(module, ControlLora) else unet_file).save(module, Path(path))
+    if isinstance(module, ControlLora):
+        control_lora_file.save(small_weights(module), module.config["layers_per_block"], Path(path))
+    else:
+        unet_file.save(module, Path(path))
 
 
 def _unwrapped(controlnet: nn.Module) -> Any:

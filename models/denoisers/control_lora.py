@@ -16,12 +16,10 @@ from diffusers import ControlNetModel
 from torch import Tensor, nn
 
 from controlbooth.models.denoisers.variants import accepted
-from controlbooth.models.lora import StackedAdapter
+from controlbooth.models.lora import DIFFERENCES, StackedAdapter, product
 
 COPIED = ("conv_in", "time_embedding", "class_embedding", "add_embedding", "down_blocks", "mid_block")
 """Modules that a ControlNet has in common with its U-Net."""
-DIFFERENCES = (".down", ".up")
-"""Ends of the names of A and B."""
 
 
 class ControlLora(ControlNetModel):
@@ -114,11 +112,6 @@ def start(controlnet: ControlLora, device: torch.device) -> None:
                 module._parameters[name] = nn.Parameter(torch.zeros(parameter.shape, device=device))
     for adapter in adapters_of(controlnet).values():
         nn.init.normal_(adapter.down, std=adapter.down[0, 0].numel() ** -0.5)
-
-
-def product(up: Tensor, down: Tensor, like: Tensor) -> Tensor:
-    """Multiplies B (out, r, ...) and A (r, in, ...) in float32, in the shape of a layer's weight `like`."""
-    return (up.float().flatten(1) @ down.float().flatten(1)).reshape(like.shape)
 
 
 @torch.no_grad()

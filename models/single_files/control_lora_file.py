@@ -13,19 +13,21 @@ import torch
 from torch import Tensor
 
 from controlbooth.data.errors import UserError
-from controlbooth.models.denoisers.control_lora import DIFFERENCES, ControlLora, product, small_weights
 from controlbooth.models.files.loading import Weight
 from controlbooth.models.files.stored import Stored
 from controlbooth.models.files.weights import save_weights
+from controlbooth.models.lora import DIFFERENCES, product
 from controlbooth.models.single_files.unet_file import key_map, original_key
 
 MARK = "lora_controlnet"
 
 
-def save(controlnet: ControlLora, path: Path) -> None:
-    """Writes the trained tensors. Raises ValueError for the miniature, whose pooled text has no name in that layout."""
-    layers = controlnet.config["layers_per_block"]
-    weights = {original_key(name, layers): tensor.detach().cpu() for name, tensor in small_weights(controlnet).items()}
+def save(trained: Mapping[str, Tensor], layers_per_block: int, path: Path) -> None:
+    """Writes the trained tensors, given by diffusers' names.
+
+    Raises ValueError for the miniature, whose pooled text has no name in that layout.
+    """
+    weights = {original_key(name, layers_per_block): tensor.detach().cpu() for name, tensor in trained.items()}
     save_weights(weights | {MARK: torch.zeros(0)}, path, metadata={"format": "pt"})
 
 

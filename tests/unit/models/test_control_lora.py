@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from controlbooth.launch.commands.export import main as export_main
-from controlbooth.models.denoisers.control_lora import COPIED, ControlLora, adapters_of, is_difference, merged, product
+from controlbooth.models.denoisers.control_lora import COPIED, ControlLora, adapters_of, is_difference, merged
 from controlbooth.models.denoisers.registry import control_residuals, denoise, parameter_report, predict
 from controlbooth.models.denoisers.unet import build_controlnet
-from controlbooth.models.lora import StackedAdapter
+from controlbooth.models.lora import StackedAdapter, product
 from controlbooth.models.noise.schedules import SCHEDULERS
 from controlbooth.models.pretrained import load_control_lora, load_controlnet, save_controlnet, save_single_file
 from controlbooth.models.sampling import Control, initial_noise, sample
