@@ -349,7 +349,7 @@ def read_controlnet(path: Path, unet: Any, dtype: torch.dtype = torch.float32) -
         check_fits(controlnet, unet, str(path))
         if isinstance(controlnet, ControlLora):
             share_weights(controlnet, unet)
-            return merged(controlnet).to(dtype).train()
+            return nn.Module.to(merged(controlnet), dtype).train()
         borrow(controlnet, unet)
         return controlnet.train()
     if not path.is_file():
