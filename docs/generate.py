@@ -277,6 +277,7 @@ STEP = {
     "grad_norm": "norm of the gradients before clipping, over all ranks",
     "learning_rate": "of the ControlNet",
     "decoder_learning_rate": "of the base's decoder, once it learns",
+    "lora_learning_rate": "of the low-rank differences of `model.method: lora`",
     "samples_per_second": "global batch size / seconds of the step",
     "step_seconds": "seconds of the step, waiting for data included",
     "stall_percent": "share of the step in which the slowest rank waited for data, percent",

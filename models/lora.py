@@ -21,6 +21,10 @@ CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "proj_in", "proj_out")
 """Of residual blocks and at the ends of transformers, as LoCon adapts them."""
 
 
+DIFFERENCES = (".down", ".up")
+"""Ends of the names of A and B."""
+
+
 class StackedAdapter(nn.Module):
     """A frozen linear layer or convolution, and what K subjects add to it."""
 
@@ -66,6 +70,11 @@ def _convolved(x: Tensor, down: Tensor, up: Tensor, layer: nn.Conv2d) -> Tensor:
     )  # (b, K * r, h', w')
     added = nn.functional.conv2d(hidden, up.flatten(0, 1), groups=subjects)  # (b, K * out, h', w')
     return added.view(batch, subjects, -1, *added.shape[2:]).transpose(0, 1).flatten(0, 1)
+
+
+def product(up: Tensor, down: Tensor, like: Tensor) -> Tensor:
+    """Multiplies B (out, r, ...) and A (r, in, ...) in float32, in the shape of a layer's weight `like`."""
+    return (up.float().flatten(1) @ down.float().flatten(1)).reshape(like.shape)
 
 
 def adapted_names(network: nn.Module, layers: Sequence[str]) -> list[str]:

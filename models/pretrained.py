@@ -28,6 +28,7 @@ from transformers import AutoTokenizer
 from controlbooth.data.errors import MissingFile, UserError
 from controlbooth.models.architectures import MINIATURE
 from controlbooth.models.base import Base, check_parts_fit, vae_dtype
+from controlbooth.models.denoisers.control_lora import ControlLora, merged, share_weights, small_weights
 from controlbooth.models.denoisers.foreign import borrow, check_trainable
 from controlbooth.models.denoisers.pixel_controlnet import PixelSD3ControlNet
 from controlbooth.models.denoisers.registry import DENOISERS, check_fits, denoiser_of
@@ -52,7 +53,7 @@ from controlbooth.models.recognition import (
     recognise_file,
     recognise_folder,
 )
-from controlbooth.models.single_files import transformer_file, unet_file
+from controlbooth.models.single_files import control_lora_file, transformer_file, unet_file
 
 Digests = Callable[[Path, Mapping[str, Iterable[Path]]], tuple[str, dict[str, str]]]
 """What gives the digests of a base's files: `weights_digests`, or what calls it for several processes."""
@@ -321,9 +322,9 @@ def _single_file_scheduler(
 def load_controlnet(path: str | os.PathLike[str], unet: Any, dtype: torch.dtype = torch.float32) -> Any:
     """Reads a ControlNet to continue from: a diffusers folder, or a single .safetensors file in either layout.
 
-    It is on the CPU and trainable. Raises FileNotFoundError where it is not there, and ValueError if it was not made
-    for such a U-Net, is of a kind that is not trained here (see `denoisers.foreign`), or if a decoder has learned with
-    it: `unlocked_decoder.load_networks` reads these too.
+    It is on the CPU and trainable; a control-LoRA is made whole. Raises FileNotFoundError where it is not there, and
+    ValueError if it was not made for such a U-Net, is of a kind that is not trained here (see `denoisers.foreign`), or
+    if a decoder has learned with it: `unlocked_decoder.load_networks` reads these too.
     """
     path = Path(path)
     if (path / DECODER_FILE).exists() or ((path / UNET_FOLDER).exists() and (path / "config.json").exists()):
@@ -339,12 +340,16 @@ def load_controlnet(path: str | os.PathLike[str], unet: Any, dtype: torch.dtype 
 def read_controlnet(path: Path, unet: Any, dtype: torch.dtype = torch.float32) -> Any:
     """Reads a ControlNet as `load_controlnet` does, also one with which a decoder has learned.
 
+    A control-LoRA becomes the whole ControlNet that its differences from the base's weights make of them.
     unet: the base's network, a transformer too. If it is on "meta", all is checked but values.
     """
     empty = unet.device.type == "meta"
     if path.is_dir():
         controlnet = read_controlnet_folder(path, dtype, empty)
         check_fits(controlnet, unet, str(path))
+        if isinstance(controlnet, ControlLora):
+            share_weights(controlnet, unet)
+            return nn.Module.to(merged(controlnet), dtype).train()
         borrow(controlnet, unet)
         return controlnet.train()
     if not path.is_file():
@@ -358,8 +363,38 @@ def read_controlnet(path: Path, unet: Any, dtype: torch.dtype = torch.float32) -
     widths = unet_file.hint_channels(weights, str(path))
     check_condition_channels(unet_file.condition_channels(weights), str(path))
     controlnet = build_controlnet(unet, widths, device="meta")
-    fill(controlnet, unet_file.to_diffusers(weights, controlnet), dtype, str(path), CONTROLNET_REMEDY)
+    if control_lora_file.is_control_lora(weights):
+        weights = control_lora_file.merged_weights(weights, controlnet, unet, str(path))
+    else:
+        weights = unet_file.to_diffusers(weights, controlnet)
+    fill(controlnet, weights, dtype, str(path), CONTROLNET_REMEDY)
     return controlnet
+
+
+def load_control_lora(path: str | os.PathLike[str], unet: Any, rank: int) -> ControlLora:
+    """Reads a control-LoRA to go on training, with the base's own weights: the folder of a checkpoint.
+
+    Raises as `load_controlnet`, and ValueError for a whole ControlNet and for another rank.
+    """
+    path = Path(path)
+    if not (path / "config.json").is_file():
+        raise MissingFile(
+            f"{path / 'config.json'} does not exist, and a control-LoRA is trained further from the folder of its "
+            "checkpoint, RUN/checkpoints/step-N/controlnet"
+        )
+    controlnet = read_controlnet_folder(path, empty=unet.device.type == "meta")
+    if not isinstance(controlnet, ControlLora):
+        raise UserError(
+            f"{path} is a whole ControlNet, and model.method=lora trains differences from the base's own weights: go "
+            "on with model.method=full, or begin anew with model.controlnet=unet"
+        )
+    check_fits(controlnet, unet, str(path))
+    if controlnet.config["rank"] != rank:
+        raise UserError(
+            f"{path} has differences of rank {controlnet.config['rank']}, and model.rank is {rank}: set it so"
+        )
+    share_weights(controlnet, unet)
+    return controlnet.train()
 
 
 CONTROLNET_REMEDY = "It was made for another base, or is incomplete"
@@ -378,6 +413,7 @@ def read_controlnet_folder(folder: Path, dtype: torch.dtype = torch.float32, emp
 CLASSES: tuple[Any, ...] = (
     ControlNetModel,
     VariantControlNet,
+    ControlLora,
     SD3ControlNetModel,
     PixelSD3ControlNet,
     FluxControlNetModel,
@@ -408,14 +444,19 @@ def save_controlnet(controlnet: nn.Module, folder: str | os.PathLike[str]) -> No
 
 
 def save_single_file(controlnet: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Writes one .safetensors in the layout of the released ControlNet 1.0 code, which image UIs read.
+    """Writes one .safetensors in the layout of the released ControlNet 1.0 code, which image UIs read; of a
+    control-LoRA in that of Stability's.
 
     Raises ValueError for a ControlNet of the miniature, whose pooled text has no name in that layout, and for one of
     `variants`.
     """
-    if isinstance(_unwrapped(controlnet), VariantControlNet):
+    module = _unwrapped(controlnet)
+    if isinstance(module, VariantControlNet):
         raise UserError("a ControlNet-lite, or one with the paper's hint network, has no names in the original layout")
-    unet_file.save(_unwrapped(controlnet), Path(path))
+    if isinstance(module, ControlLora):
+        control_lora_file.save(small_weights(module), module.config["layers_per_block"], Path(path))
+    else:
+        unet_file.save(module, Path(path))
 
 
 def _unwrapped(controlnet: nn.Module) -> Any:

@@ -163,9 +163,10 @@ def check_tokenizer(folder: Path, name: str) -> None:
 
 
 CONTROLNETS = (
-    "ControlNetModel", "VariantControlNet", "SD3ControlNetModel", "PixelSD3ControlNet", "FluxControlNetModel"
+    "ControlNetModel", "VariantControlNet", "ControlLora",
+    "SD3ControlNetModel", "PixelSD3ControlNet", "FluxControlNetModel",
 )  # fmt: skip
-"""Classes of ControlNets that are read: diffusers', and two of ours."""
+"""Classes of ControlNets that are read: diffusers', and three of ours."""
 
 
 def check_controlnet(config: Mapping[str, Any], where: str) -> None:

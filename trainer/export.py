@@ -90,8 +90,15 @@ def export(run: Path, checkpoint: Path, out: Path, format: str, dtype: str, forc
 def _write(run: Path, checkpoint: Path, folder: Path, format: str, dtype: str) -> None:
     import torch
 
+    from controlbooth.models.denoisers.control_lora import ControlLora
     from controlbooth.models.families import identify
-    from controlbooth.models.pretrained import DECODER_FILE, read_controlnet_folder, save_controlnet, save_single_file
+    from controlbooth.models.pretrained import (
+        DECODER_FILE,
+        read_controlnet,
+        read_controlnet_folder,
+        save_controlnet,
+        save_single_file,
+    )
     from controlbooth.trainer.run.checkpoint import check_weights, read_state
 
     config = load_config(checkpoint / "config.yaml")
@@ -112,6 +119,9 @@ def _write(run: Path, checkpoint: Path, folder: Path, format: str, dtype: str) -
             "image UIs read it for Stable Diffusion 1.x, 2.x and XL. Export this one with --format diffusers"
         )
     if format == "diffusers":
+        if isinstance(controlnet, ControlLora):
+            base = _base_of(config, state, checkpoint, torch.float32, "The whole ControlNet")
+            controlnet = read_controlnet(checkpoint / "controlnet", base.denoiser).to(torch_dtype)
         save_controlnet(controlnet, folder)
         weights = "diffusion_pytorch_model.safetensors"
     else:
@@ -142,20 +152,31 @@ def _write_unet(config: RunConfig, state: dict[str, Any], checkpoint: Path, fold
     """Writes the whole U-Net, with the locked parts of the base. Raises ValueError where that is not the base that was
     trained on."""
     from controlbooth.models.files.weights import save_pretrained
-    from controlbooth.models.pretrained import UNET_FOLDER, load_base
+    from controlbooth.models.pretrained import UNET_FOLDER
     from controlbooth.models.unlocked_decoder import load_networks
+
+    base = _base_of(config, state, checkpoint, dtype, "The U-Net")
+    unet: Any = load_networks(checkpoint / "controlnet", base)[0].denoiser
+    save_pretrained(unet, folder / UNET_FOLDER)
+
+
+def _base_of(config: RunConfig, state: dict[str, Any], checkpoint: Path, dtype: Any, made: str) -> Any:
+    """Reads the base that a checkpoint was trained on. made: what is made of both, for the message.
+
+    Raises ValueError where the base there is another one.
+    """
+    from controlbooth.models.pretrained import load_base
     from controlbooth.trainer.run.same_base import check_same_base
 
     base = load_base(base_path(config), config.model.family, dtype, "cpu")
     if base.digest != state["base_digest"]:
         raise UserError(
             f"{base.path} is not the base that {checkpoint.name} was trained on: its weights have the digest "
-            f"{base.digest[:12]}, and were {state['base_digest'][:12]}. The U-Net is made of both: put that base back"
+            f"{base.digest[:12]}, and were {state['base_digest'][:12]}. {made} is made of both: put that base back"
         )
     own = {"base": {"unet": state["base"]["unet"]}} if "unet" in state.get("base", {}) else {}  # of no other part
-    check_same_base(own, base, f"at step {state['step']}", "The U-Net is made of both: put that base back")
-    unet: Any = load_networks(checkpoint / "controlnet", base)[0].denoiser
-    save_pretrained(unet, folder / UNET_FOLDER)
+    check_same_base(own, base, f"at step {state['step']}", f"{made} is made of both: put that base back")
+    return base
 
 
 def _evaluation_of(run: Path, digest: str) -> dict[str, Any] | None:

@@ -73,6 +73,7 @@ def model_card(exported: Exported) -> str:
         f"Trained with controlbooth for {state['step']:,} steps of {config.global_batch_size} samples "
         f"at {config.data.resolution} pixels.",
         _unet_note(exported) if exported.unet else "",
+        _lora_note(exported) if config.model.method == "lora" else "",
         "![Samples of the validation set](samples.png)" if exported.grid else "",
         "## Use",
         _single_file_usage(exported) if is_single else f"In this folder:\n\n{block(usage(exported), 'python')}",
@@ -222,9 +223,24 @@ def _unet_note(exported: Exported) -> str:
     )
 
 
-def _single_file_usage(exported: Exported) -> str:
+def _lora_note(exported: Exported) -> str:
+    config = exported.config
+    is_single = exported.weights != "diffusion_pytorch_model.safetensors"
+    kept = "The file holds these, and not the base's weights" if is_single else "Here they are added to its weights"
     return (
-        f"`{exported.weights}` has the key names of the original ControlNet code (`control_model.*`). Put it where "
+        f"A control-LoRA: it was trained as differences of rank {config.model.rank} from the base's own encoder, "
+        f"beside a hint network and zero convolutions. {kept}."
+    )
+
+
+def _single_file_usage(exported: Exported) -> str:
+    layout = (
+        "has the key names of Stability's control-LoRAs (`lora_controlnet`, `*.up`, `*.down`)"
+        if exported.config.model.method == "lora"
+        else "has the key names of the original ControlNet code (`control_model.*`)"
+    )
+    return (
+        f"`{exported.weights}` {layout}. Put it where "
         f"your image UI keeps its ControlNets, and use it with a checkpoint of {exported.title}; without a "
         "preprocessor if the picture that you give is already of the kind "
         f"{plain(exported.config.data.condition_name)}."

@@ -10,7 +10,8 @@ EXAMPLES = """\
 examples:
   controlbooth export runs/edges exported/edges                       the latest checkpoint, as diffusers reads it
   controlbooth export runs/edges exported/edges --best --dtype fp16   the best validated one, at half the size
-  controlbooth export runs/edges exported/ui --format single-file     one .safetensors for image UIs
+  controlbooth export runs/edges exported/ui --format single-file     one .safetensors for image UIs; of a run with
+                                                                      model.method=lora a control-LoRA
 """
 
 

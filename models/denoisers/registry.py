@@ -38,6 +38,7 @@ DENOISERS = {
     "UNet2DConditionModel": UNET,
     "ControlNetModel": UNET,
     "VariantControlNet": UNET,
+    "ControlLora": UNET,
     "UnlockedNetwork": UNET,
     "SD3Transformer2DModel": SD3,
     "SD3ControlNetModel": SD3,
@@ -132,6 +133,7 @@ class ParameterReport:
     """Numbers of trained parameters. SD1.5: 348,712,960 + 11,479,680 + 1,086,480 = 361,279,120."""
 
     copy: int
+    """Of a control-LoRA: the low-rank differences from it."""
     zero_convolutions: int
     """The output layers, one a residual; the one that ends the hint network is counted there."""
     hint: int

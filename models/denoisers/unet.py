@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from controlbooth.data.errors import UserError
 from controlbooth.models.base import for_convolutions
+from controlbooth.models.denoisers import control_lora
+from controlbooth.models.denoisers.control_lora import COPIED, ControlLora
 from controlbooth.models.denoisers.residuals import Residuals
 from controlbooth.models.denoisers.variants import (
     HINT_CHANNELS,
@@ -29,9 +31,6 @@ from controlbooth.models.denoisers.variants import (
     start_gaussian,
 )
 from controlbooth.models.text import TextEncoding
-
-COPIED = ("conv_in", "time_embedding", "class_embedding", "add_embedding", "down_blocks", "mid_block")
-"""Modules that a ControlNet has in common with its U-Net, and starts as a copy of."""
 
 _SHARED = set(inspect.signature(ControlNetModel.__init__).parameters) & set(
     inspect.signature(UNet2DConditionModel.__init__).parameters
@@ -80,6 +79,7 @@ def build_controlnet(
     connections: Literal["zero", "gaussian"] = "zero",
     hint_network: HintNetwork = "released",
     only_mid_control: bool = False,
+    rank: int | None = None,
 ) -> ControlNetModel:
     """Builds a trainable ControlNet for `unet`, in float32: copied encoder, zero convolutions, hint network.
 
@@ -90,8 +90,10 @@ def build_controlnet(
     generator: seed it first. trainable_copy "lite" and connections "gaussian" are what the paper's ablation replaces:
     one convolution for each block of the copy; Gaussian weights where zero convolutions are.
     only_mid_control: only the middle block's residual learns; the others stay zero convolutions, so that such a
-    ControlNet is used like any other. device: default the U-Net's; on "meta" the ControlNet has shapes and no weights.
-    Raises ValueError for hint_channels that miss the latents' size and for a U-Net that ControlNetModel cannot mirror.
+    ControlNet is used like any other. rank: makes a ControlLora, whose copy is the base's own weights with low-rank
+    differences of this rank; it has no variants. device: default the U-Net's; on "meta" the ControlNet has shapes and
+    no weights. Raises ValueError for hint_channels that miss the latents' size and for a U-Net that ControlNetModel
+    cannot mirror.
     """
     check_hint_channels(hint_channels)
     for key, usable in _NOT_IN_A_CONTROLNET.items():
@@ -103,14 +105,20 @@ def build_controlnet(
     device = torch.device(device or unet.device)
     shared["conditioning_embedding_out_channels"] = tuple(hint_channels)
     plain = trainable_copy == "full" and hint_network == "released"
-    with device:
-        controlnet: Any = (
-            ControlNetModel(**shared)
-            if plain
-            else VariantControlNet(trainable_copy=trainable_copy, hint_network=hint_network, **shared)
-        )
+    controlnet: Any
+    if rank is not None:
+        controlnet = _control_lora(unet, rank, device, shared)
+    else:
+        with device:
+            controlnet = (
+                ControlNetModel(**shared)
+                if plain
+                else VariantControlNet(trainable_copy=trainable_copy, hint_network=hint_network, **shared)
+            )
+        if device.type != "meta":
+            _copy(controlnet, unet, trainable_copy)
     if device.type != "meta":
-        _start(controlnet, unet, trainable_copy, connections, hint_network)
+        _start(controlnet, trainable_copy, connections, hint_network)
     if only_mid_control:
         keep_only_mid_control(controlnet)
     return controlnet.train()
@@ -128,12 +136,24 @@ def keep_only_mid_control(controlnet: ControlNetModel) -> None:
         parameter.register_hook(torch.zeros_like)
 
 
-def _start(controlnet: Any, unet: Any, trainable_copy: str, connections: str, hint_network: str) -> None:
-    """Sets the weights that a ControlNet has before the first step: copies of the U-Net's, or Gaussian ones."""
+def _control_lora(unet: Any, rank: int, device: torch.device, shared: dict[str, Any]) -> ControlLora:
+    with torch.device("meta"):  # the copy's own weights would be thrown away
+        controlnet = ControlLora(rank=rank, **shared)
+    if device.type != "meta":
+        control_lora.start(controlnet, device)
+    control_lora.share_weights(controlnet, unet)
+    return controlnet
+
+
+def _copy(controlnet: Any, unet: Any, trainable_copy: str) -> None:
     for name in COPIED if trainable_copy == "full" else ("conv_in",):
         module = getattr(controlnet, name, None)
         if module is not None:
             module.load_state_dict(getattr(unet, name).state_dict())
+
+
+def _start(controlnet: Any, trainable_copy: str, connections: str, hint_network: str) -> None:
+    """Sets the other weights that a ControlNet has before the first step: Gaussian ones."""
     if trainable_copy == "lite":
         start_gaussian([*controlnet.down_blocks, controlnet.mid_block], SILU_GAIN)
     _start_hint_network(controlnet, SILU_GAIN if hint_network == "released" else RELU_GAIN)

@@ -47,10 +47,10 @@ def key_map(controlnet: nn.Module, layers_per_block: int) -> dict[str, str]:
 
     Raises ValueError for a module that the original layout has no name for: the miniature's pooled text.
     """
-    return {key: _original_key(key, layers_per_block) for key in controlnet.state_dict()}
+    return {key: original_key(key, layers_per_block) for key in controlnet.state_dict()}
 
 
-def _original_key(key: str, layers_per_block: int) -> str:
+def original_key(key: str, layers_per_block: int) -> str:
     """Returns the original name of one tensor. Raises ValueError as `key_map`.
 
     `input_blocks.0` is conv_in; a level has layers_per_block blocks and, except the last level, a downsampler.

@@ -27,7 +27,7 @@ def misplaced(config: RunConfig, family: Family) -> list[str]:
         own = [
             *([] if pixels else [("hint_channels", "U-Net, or for SD3 with model.condition_entry=pixels")]),
             *((name, "U-Net") for name in ("hint_network", "trainable_copy", "connections", "only_mid_control")),
-            ("unlock_decoder_at", "U-Net"),
+            *((name, "U-Net") for name in ("unlock_decoder_at", "method", "rank")),
             *([] if family.name == "sd3" else [("t5", "base with T5 as its third text encoder (SD3)")]),
             *([] if family.text_tokens else [("text_tokens", "base with T5 (SD3, FLUX.1)")]),
         ]

@@ -75,6 +75,12 @@ class ModelConfig(Section):
     With a transformer as the base it is there where `condition_entry` is pixels."""
     hint_network: Literal["released", "paper"] = "released"
     """That of the released code, or the smaller one of the paper's text, whose widths are [16, 32, 64, 128]."""
+    method: Literal["full", "lora"] = "full"
+    """Of U-Nets: `lora` leaves the copy as the base has it, and trains low-rank differences from it beside the hint
+    network and the zero convolutions (control-LoRA): a few per cent of the parameters. See
+    `optimizer.lora_learning_rate`."""
+    rank: int = Field(default=32, gt=0)
+    """Of these differences."""
     trainable_copy: Literal["full", "lite"] = "full"
     """`lite` puts one convolution in place of each block of the copy: the paper's ablation."""
     connections: Literal["zero", "gaussian"] = "zero"
@@ -234,6 +240,9 @@ class OptimizerConfig(Section):
     decoder_learning_rate: float = Field(default=2e-6, gt=0.0)
     """The same of the decoder, from model.unlock_decoder_at on. The released code advises 2e-6 once it is unlocked, and
     has one rate for all: set learning_rate to it too for that."""
+    lora_learning_rate: float | None = Field(default=None, gt=0.0)
+    """The same of the low-rank differences of model.method=lora, which need a larger one than whole weights. Default:
+    20 times learning_rate, which the hint network and the zero convolutions keep."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """How the learning rate goes on after the warmup; linear and cosine end at 0 at max_steps."""
     warmup_steps: int = Field(default=0, ge=0)
@@ -428,6 +437,7 @@ class RunConfig(Section):
                         f"model.{key}={getattr(self.model, key)} is how a new ControlNet starts, and "
                         f"model.controlnet={self.model.controlnet} has started: leave one of them out"
                     )
+        self._check_method()
         unlock = self.model.unlock_decoder_at
         if unlock is not None and unlock >= self.max_steps:
             raise UserError(
@@ -469,6 +479,28 @@ class RunConfig(Section):
                 f"validation.samples={self.validation.samples}. Lower the one or raise the other"
             )
         return self
+
+    def _check_method(self) -> None:
+        """Raises ValueError for settings that do not go with model.method."""
+        model, rate = self.model, self.optimizer.lora_learning_rate
+        if model.method == "full":
+            if model.rank != ModelConfig.model_fields["rank"].default:
+                raise UserError(f"model.rank={model.rank} is of model.method=lora: set that too, or leave the rank out")
+            if rate is not None:
+                raise UserError(
+                    f"optimizer.lora_learning_rate={rate:g} is for the low-rank differences of model.method=lora: set "
+                    "that too, or leave the rate out"
+                )
+            return
+        others = {
+            "model.trainable_copy": model.trainable_copy != "full" and model.trainable_copy,
+            "model.hint_network": model.hint_network != "released" and model.hint_network,
+            "model.unlock_decoder_at": model.unlock_decoder_at is not None and str(model.unlock_decoder_at),
+            "engine.compile": self.engine.compile and "true",
+        }
+        for field, value in others.items():
+            if value:
+                raise UserError(f"{field}={value} does not go with model.method=lora: leave one of them out")
 
 
 def activation_problems(engine: EngineConfig, on_gpu: bool = True) -> Iterator[str]:
@@ -532,6 +564,16 @@ def data_set_name(config: RunConfig) -> str:
         + (f" (x {source.repeat})" if source.repeat > 1 else "")
         for source in sources(config)
     )
+
+
+LORA_RATE = 20.0
+"""Of low-rank differences: their learning rate in those of whole weights."""
+
+
+def lora_learning_rate(config: RunConfig) -> float:
+    """Returns the peak learning rate of low-rank differences."""
+    own = config.optimizer.lora_learning_rate
+    return LORA_RATE * config.optimizer.learning_rate if own is None else own
 
 
 def lanes(config: RunConfig) -> int:

@@ -35,7 +35,7 @@ from controlbooth.models.denoisers.registry import (
 )
 from controlbooth.models.denoisers.unet import build_controlnet, keep_only_mid_control
 from controlbooth.models.families import identify
-from controlbooth.models.pretrained import load_controlnet, read_controlnet_folder
+from controlbooth.models.pretrained import load_control_lora, load_controlnet, read_controlnet_folder
 from controlbooth.models.recomputing import recompute
 from controlbooth.models.unlocked_decoder import UnlockedNetwork
 from controlbooth.trainer.config.loading import changes, dump
@@ -51,6 +51,7 @@ from controlbooth.trainer.config.section import ConfigError
 from controlbooth.trainer.controlnet import unlock as unlocking
 from controlbooth.trainer.controlnet.data import open_data, run_buckets
 from controlbooth.trainer.controlnet.frozen import describe_frozen, hold_base, loading_device, quantize_encoders
+from controlbooth.trainer.controlnet.rates import parameter_groups
 from controlbooth.trainer.controlnet.session import Run
 from controlbooth.trainer.controlnet.trial import base_attention_shapes, compile_where_right
 from controlbooth.trainer.encoding import computed_here, latent_cache_identities
@@ -186,7 +187,7 @@ def make_engine(
     universal = bool(saved) and checkpoints.needs_universal(saved, world.world_size)
     sizes = engines.batch_sizes(config, world.world_size)
     network = (UnlockedNetwork(controlnet, base) if unlocked else controlnet).to(world.device)
-    groups = unlocking.parameter_groups(network)
+    groups = parameter_groups(network)
     engine = engines.initialize(network, config.engine, config.optimizer, sizes, precision, universal, groups)
     savings.check_space(engine, attempt.run, world)  # now, and not after all steps up to the first checkpoint
     average = None if config.optimizer.ema_decay is None else ema.Average(engine, config.optimizer.ema_decay)
@@ -202,9 +203,10 @@ def make_engine(
 def announce(run: Run, report: ParameterReport, chosen: AttentionChoice, latest: Path | None) -> None:
     """Says what is trained, how, and from where it goes on."""
     config, world = run.config, run.world
+    copy = "copy" if config.model.method == "full" else f"differences from the copy, of rank {config.model.rank},"
     say(
         world,
-        f"ControlNet {report.total:,} parameters (copy {report.copy:,}, zero convolutions "
+        f"ControlNet {report.total:,} parameters ({copy} {report.copy:,}, zero convolutions "
         f"{report.zero_convolutions:,}, hint {report.hint:,}) on {run.base.family.title}; "
         f"{run.precision}, ZeRO-{config.engine.zero_stage}, "
         f"{world.world_size} ranks on {world.device.type}; attention {chosen.name}: {chosen.reason}",
@@ -256,11 +258,18 @@ def check_measurable(config: RunConfig, held: HeldOutSet, extract: Extract | Non
 def make_controlnet(config: RunConfig, base: Base) -> Any:
     model = config.model
     if model.controlnet == "unet":
-        return new_controlnet(base.denoiser, model).float()
-    controlnet = load_controlnet(model.controlnet, base.denoiser)
+        return new_controlnet(base.denoiser, model)
+    controlnet = continued_controlnet(base.denoiser, model)
     if model.only_mid_control:
         keep_only_mid_control(controlnet)
     return controlnet
+
+
+def continued_controlnet(network: Any, model: ModelConfig) -> Any:
+    """Reads the ControlNet that a run goes on from, in float32. Raises as `load_controlnet` and `load_control_lora`."""
+    if model.method == "lora":
+        return load_control_lora(model.controlnet, network, model.rank)
+    return load_controlnet(model.controlnet, network)
 
 
 def new_controlnet(network: Any, model: ModelConfig, device: str | torch.device | None = None) -> Any:
@@ -278,6 +287,7 @@ def new_controlnet(network: Any, model: ModelConfig, device: str | torch.device 
         connections=model.connections,
         hint_network=model.hint_network,
         only_mid_control=model.only_mid_control,
+        rank=model.rank if model.method == "lora" else None,
     )
 
 

@@ -44,12 +44,11 @@ def _base(config: RunConfig) -> Any:
 
 
 def _controlnet(config: RunConfig, base: Any) -> None:
-    from controlbooth.models.pretrained import load_controlnet
-    from controlbooth.trainer.controlnet.build import new_controlnet
+    from controlbooth.trainer.controlnet.build import continued_controlnet, new_controlnet
 
     model = config.model
     if model.controlnet != "unet":
-        load_controlnet(model.controlnet, base.denoiser)
+        continued_controlnet(base.denoiser, model)
         return
     new_controlnet(base.denoiser, model, device="meta")
 

@@ -22,6 +22,7 @@ from controlbooth.trainer.controlnet import unlock as unlocking
 from controlbooth.trainer.controlnet.build import build, unlock_decoder
 from controlbooth.trainer.controlnet.meter import Counted, Meter
 from controlbooth.trainer.controlnet.network_check import network_problems
+from controlbooth.trainer.controlnet.rates import learning_rates
 from controlbooth.trainer.controlnet.session import (
     Run,
     TrainingStopped,
@@ -134,7 +135,7 @@ def loop(run: Run, stop: StopRequest) -> None:
         batch = next(run.loader)
 
         # One optimizer step. Everything random about it was drawn from (seed, position).
-        rates = unlocking.learning_rates(config, run.step, run.engine)
+        rates = learning_rates(config, run.step, run.engine)
         losses = controlnet_step(
             run.base,
             run.engine,

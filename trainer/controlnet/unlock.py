@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from controlbooth.models.base import Base
 from controlbooth.models.denoisers.unet import keep_only_mid_control
@@ -22,6 +22,7 @@ from controlbooth.models.pretrained import DECODER_FILE, save_controlnet
 from controlbooth.models.recomputing import recompute
 from controlbooth.models.unlocked_decoder import UnlockedNetwork, save_decoder
 from controlbooth.trainer.config.run import RunConfig
+from controlbooth.trainer.controlnet.rates import parameter_groups
 from controlbooth.trainer.engine import deepspeed as engines
 from controlbooth.trainer.engine import ema
 from controlbooth.trainer.run.checkpoint import as_module
@@ -49,23 +50,6 @@ def unlocks_now(config: RunConfig, step: int, engine: Any) -> bool:
     """Tells whether the decoder must learn from this step on and does not yet."""
     at = config.model.unlock_decoder_at
     return at is not None and step >= at and not is_unlocked(engine)
-
-
-def parameter_groups(network: nn.Module) -> list[list[nn.Parameter]]:
-    """Returns the groups of parameters that have learning rates of their own, in the order of `learning_rates`."""
-    parts = (network.controlnet, network.decoder) if isinstance(network, UnlockedNetwork) else (network,)
-    return [list(part.parameters()) for part in parts]
-
-
-def learning_rates(config: RunConfig, step: int, engine: Any) -> dict[str, float]:
-    """Returns the learning rates by the names of their metrics: the ControlNet's and, once the decoder learns, the
-    decoder's on the same schedule."""
-    rate = engines.learning_rate(config.optimizer, step, config.max_steps)
-    rates = {"learning_rate": rate}
-    if is_unlocked(engine):
-        share = config.optimizer.decoder_learning_rate / config.optimizer.learning_rate
-        rates["decoder_learning_rate"] = rate * share
-    return rates
 
 
 def take_out(engine: Any, average: ema.Average | None) -> tuple[Any, list[Share]]:

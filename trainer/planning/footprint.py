@@ -27,6 +27,7 @@ from controlbooth.models.architectures import PUBLISHED, Config
 from controlbooth.models.attention import AttentionChoice, apply_attention
 from controlbooth.models.base import Base, vae_dtype
 from controlbooth.models.blocks import repeated_blocks
+from controlbooth.models.denoisers.control_lora import ControlLora, merged, share_weights
 from controlbooth.models.denoisers.registry import denoiser_of, reads_latents
 from controlbooth.models.denoisers.transformer_copy import fixed_tensors
 from controlbooth.models.families import FAMILIES, VAE, Family, Part
@@ -337,6 +338,9 @@ def _controlnet(config: RunConfig, network: Any) -> Any:
         folder = Path(model.controlnet)
         with torch.device("meta"):
             controlnet: Any = controlnet_class(folder).from_config(read_json(folder / "config.json"))
+        if isinstance(controlnet, ControlLora):
+            share_weights(controlnet, network)
+            controlnet = controlnet if model.method == "lora" else merged(controlnet)
         return denoiser_of(controlnet).file.finish_reading(controlnet).train()
     return new_controlnet(network, model)
 
@@ -364,8 +368,9 @@ def footprint(
     """
     base, controlnet = shapes_of(config, precision, shapes)
     with FakeTensorMode(allow_non_fake_inputs=True):
+        made: dict[int, Tensor] = {}
         for module in (base.vae, base.denoiser, controlnet, *base.text_encoders):
-            without_memory(module)
+            without_memory(module, made)
         choice = AttentionChoice("flash" if attention in WITHOUT_SCORES else attention, "planned")
         for module in (base.denoiser, controlnet):
             apply_attention(module, choice)
@@ -408,7 +413,7 @@ def _measured(config: RunConfig, base: Base, controlnet: Any, micro_batch_size: 
     encoder_blocks = [block for encoder in base.text_encoders for block in repeated_blocks(encoder)]
     return Footprint(
         micro_batch_size=micro_batch_size,
-        frozen_bytes=sum(tensor.untyped_storage().nbytes() for tensor in frozen) - saved,
+        frozen_bytes=sum({one._cdata: one.nbytes() for one in map(Tensor.untyped_storage, frozen)}.values()) - saved,
         denoiser_blocks=tuple(block_bytes(block, config.model.frozen.precision) for block in order),
         encoder_blocks=tuple(block_bytes(block, config.model.frozen.precision) for block in encoder_blocks),
         restoring_bytes=restoring,
@@ -476,19 +481,26 @@ def tensors_of(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
-def without_memory(module: nn.Module) -> None:
+def without_memory(module: nn.Module, made: dict[int, Tensor] | None = None) -> None:
     """Puts fake tensors in place of those on the meta device, which operations with other tensors would refuse.
 
-    A parameter that has two names, as T5's embedding, stays one.
+    A parameter that has two names, as T5's embedding, stays one. made: what was put in the place of which storage, for
+    modules that share tensors.
     """
-    made: dict[int, nn.Parameter] = {}
+    made, parameters = {} if made is None else made, dict[int, nn.Parameter]()
+
+    def empty(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()._cdata
+        if storage not in made:
+            made[storage] = torch.empty(tensor.shape, dtype=tensor.dtype)
+        return made[storage]
+
     for part in module.modules():
         for name, parameter in list(part._parameters.items()):
             if parameter is not None:
-                if id(parameter) not in made:
-                    empty = torch.empty(parameter.shape, dtype=parameter.dtype)
-                    made[id(parameter)] = nn.Parameter(empty, parameter.requires_grad)
-                part._parameters[name] = made[id(parameter)]
+                if id(parameter) not in parameters:
+                    parameters[id(parameter)] = nn.Parameter(empty(parameter), parameter.requires_grad)
+                part._parameters[name] = parameters[id(parameter)]
         for name, buffer in list(part._buffers.items()):
             if buffer is not None:
-                part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+                part._buffers[name] = empty(buffer)

@@ -10,7 +10,7 @@ from typing import Any
 from controlbooth.data.errors import UserError
 from controlbooth.data.files.records import is_moment, is_text, is_whole, maybe, read_json, read_yaml
 from controlbooth.trainer.config.loading import changes, dump, load_config
-from controlbooth.trainer.config.run import RunConfig, run_folder
+from controlbooth.trainer.config.run import ModelConfig, RunConfig, run_folder
 from controlbooth.trainer.config.section import ConfigError
 from controlbooth.trainer.run.integrity import CONFIG, records_damage, step_of, what_is_missing
 
@@ -25,7 +25,7 @@ HOW = (
 """How the names of settings begin that say how a run is trained and kept, and not what becomes of it."""
 SHAPING = {
     *("hint_channels", "hint_network", "trainable_copy", "only_mid_control"),
-    *("copied_blocks", "condition_entry", "t5", "text_tokens"),
+    *("copied_blocks", "condition_entry", "t5", "text_tokens", "method", "rank"),
 }
 """Fields of `model` that say which weights there are and which of them learn: the same from start to end."""
 
@@ -175,8 +175,10 @@ def check_same_run(state: Mapping[str, Any], now: Mapping[str, Any], checkpoint:
     state = {"optimizer": "adamw"} | dict(state)  # which older versions had alone
     pairs = [(field, state.get(key), now[key]) for key, field in fields.items() if key in now]
     saved = read_yaml(checkpoint / CONFIG, "Delete the checkpoint to use an older one")["model"]
-    saved |= {"frozen.precision": saved.get("frozen", {}).get("precision", "engine")}  # there was no other before
-    pairs += [(f"model.{name}", saved[name], value) for name, value in now["model"].items() if name in saved]
+    # A field that an older version did not have says what that version did by its default.
+    held = ModelConfig(base="").model_dump(mode="json") | saved
+    held["frozen.precision"] = held["frozen"]["precision"]
+    pairs += [(f"model.{name}", held[name], value) for name, value in now["model"].items() if name in held]
     for field, before, asked in pairs:
         if before != asked:
             raise CheckpointError(

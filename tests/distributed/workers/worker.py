@@ -27,10 +27,11 @@ from controlbooth.models.attention import AttentionChoice, apply_attention
 from controlbooth.models.pretrained import load_base
 from controlbooth.models.unlocked_decoder import UnlockedNetwork
 from controlbooth.trainer.config.loading import build_config
-from controlbooth.trainer.config.run import EngineConfig, OptimizerConfig
+from controlbooth.trainer.config.run import EngineConfig, OptimizerConfig, lora_learning_rate
 from controlbooth.trainer.config.subjects import load_run
 from controlbooth.trainer.controlnet import build
 from controlbooth.trainer.controlnet import train as training
+from controlbooth.trainer.controlnet.rates import parameter_groups
 from controlbooth.trainer.controlnet.step import controlnet_step
 from controlbooth.trainer.dreambooth import full
 from controlbooth.trainer.dreambooth.batches import draw_prior
@@ -253,7 +254,9 @@ def plain(folder: Path, world: World) -> dict:
     for module in (base.denoiser, controlnet):
         apply_attention(module, AttentionChoice("math", "the same for all"))
     o = config.optimizer
-    optimizer = torch.optim.AdamW(controlnet.parameters(), o.learning_rate, o.betas, o.epsilon, o.weight_decay)
+    own_rates = [o.learning_rate, lora_learning_rate(config)]
+    groups = [dict(params=group, lr=rate) for group, rate in zip(parameter_groups(controlnet), own_rates, strict=False)]
+    optimizer = torch.optim.AdamW(groups, o.learning_rate, o.betas, o.epsilon, o.weight_decay)
     losses = []
     mean = {name: parameter.detach().clone() for name, parameter in controlnet.named_parameters()}
     with build.make_loader(config, world, base, open_dataset(config.data.shards), 0, folder) as loader:

@@ -200,7 +200,7 @@ def original_unet(unet: nn.Module, layers_per_block: int) -> dict[str, torch.Ten
         elif parts[0] in ("conv_norm_out", "conv_out"):
             name = key.replace("conv_norm_out", "out.0").replace("conv_out", "out.2")
         else:
-            name = original_layout._original_key(key, layers_per_block)
+            name = original_layout.original_key(key, layers_per_block)
         weights[f"model.diffusion_model.{name}"] = tensor
     return weights
 

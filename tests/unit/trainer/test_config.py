@@ -10,6 +10,7 @@ from controlbooth.launch.commands.ablate import load_ablations, planned_runs
 from controlbooth.trainer.config.loading import build_config, changes, dump, fields_of, load_config
 from controlbooth.trainer.config.other_names import FIELDS_OF, OTHER_NAMES
 from controlbooth.trainer.config.run import (
+    LORA_RATE,
     DataConfig,
     EngineConfig,
     OptimizerConfig,
@@ -20,6 +21,7 @@ from controlbooth.trainer.config.run import (
     base_path,
     gradient_accumulation_steps,
     lanes,
+    lora_learning_rate,
     run_folder,
     tracking_uri,
 )
@@ -85,6 +87,8 @@ def test_the_last_override_wins_over_earlier_ones_over_the_file_over_the_default
         ("model.unlock_decoder_at=100", "unlock_decoder_at=100 is never reached: the run ends at max_steps=100. Raise"),
         ("model.unlock_decoder_at=-1", "'model.unlock_decoder_at' is -1: Input should be greater than or equal to 0"),
         ("optimizer.decoder_learning_rate=1e-6", "rate=1e-06 is for a decoder that learns, and it stays locked: say"),
+        ("model.rank=4", "model.rank=4 is of model.method=lora: set that too, or leave the rank out"),
+        ("optimizer.lora_learning_rate=1e-4", "rate=0.0001 is for the low-rank differences of model.method=lora: set"),
         ("engine.offload_parameters=true", "needs engine.zero_stage=3, and it is 2. Set engine.zero_stage=3, or"),
         ("validation.grid=17", "validation.grid=17 pictures cannot be shown of validation.samples=16"),
         ("seed", "override 'seed' is not section.key=value, e.g. optimizer.learning_rate=1e-5"),
@@ -95,6 +99,22 @@ def test_the_last_override_wins_over_earlier_ones_over_the_file_over_the_default
 def test_an_error_names_the_key_the_value_and_the_remedy(tmp_path, override, message):
     with pytest.raises(ConfigError, match=message):
         load_config(write(tmp_path, RUN + "seed: 0\n"), [override])
+
+
+@pytest.mark.parametrize(
+    "other",
+    ["model.trainable_copy=lite", "model.hint_network=paper", "model.unlock_decoder_at=5", "engine.compile=true"],
+)
+def test_what_does_not_go_with_low_rank_differences_is_refused(tmp_path, other):
+    with pytest.raises(ConfigError, match=f"{other} does not go with model.method=lora: leave one of them out"):
+        load_config(write(tmp_path), ["model.method=lora", other])
+
+
+def test_low_rank_differences_have_a_multiple_of_the_learning_rate_unless_they_are_given_one(tmp_path):
+    given = ["model.method=lora", "optimizer.learning_rate=2e-5"]
+    assert lora_learning_rate(load_config(write(tmp_path), given)) == pytest.approx(LORA_RATE * 2e-5)
+    own = load_config(write(tmp_path), [*given, "optimizer.lora_learning_rate=3e-3"])
+    assert lora_learning_rate(own) == 3e-3
 
 
 FLOATS = [

@@ -158,6 +158,19 @@ def test_planned_weights_are_those_of_the_real_modules(bases, family):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", ["sd15", "miniature"])
+def test_of_a_control_lora_the_weights_that_it_shares_with_its_base_are_planned_once(bases, family):
+    from controlbooth.trainer.controlnet.build import make_controlnet
+
+    config = run_on(bases, family, method="lora", rank=3)
+    whole, small = (footprint(one, "fp32", 2, "flash") for one in (run_on(bases, family), config))
+    controlnet = make_controlnet(config, real_base(bases / family))
+    assert small.frozen_bytes == whole.frozen_bytes
+    assert small.trained_parameters == count(controlnet.parameters()) < whole.trained_parameters
+    assert small.profile[-1][1] == 4 * small.trained_parameters
+
+
+@pytest.mark.slow
 def test_activations_and_work_grow_with_the_micro_batch_and_gradients_do_not(bases):
     config = run(bases)
     one, four = (footprint(config, "fp32", size, "flash") for size in (1, 4))
@@ -286,6 +299,8 @@ def test_what_a_run_on_a_transformer_would_refuse_its_plan_refuses(bases):
         shapes_of(run_on(bases, "sd3"), "fp16")
     with pytest.raises(ValueError, match="model.trainable_copy=lite is for a U-Net, and the base is FLUX.1-dev"):
         shapes_of(run_on(bases, "flux", trainable_copy="lite"), "bf16")
+    with pytest.raises(ValueError, match="model.method=lora is for a U-Net, and the base is Stable Diffusion 3"):
+        shapes_of(run_on(bases, "sd3", method="lora"), "bf16")
     odd = run_on(bases, "sd3")
     odd = odd.model_copy(update={"data": odd.data.model_copy(update={"resolution": 40})})
     with pytest.raises(ValueError, match="data.resolution=40 is not a multiple of 16"):
