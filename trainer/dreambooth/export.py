@@ -48,6 +48,11 @@ def run(options: argparse.Namespace) -> int:
                 "kohya's files for Stable Diffusion XL name layers as the original code does, which is not written "
                 "here: use --format diffusers, which diffusers and most UIs read too"
             )
+        if other := sorted({name.partition(".")[0] for name in weights} - {"unet"}):
+            raise ConfigError(
+                f"{task.name} has adapters in {other[0]}, and kohya's names are written of U-Nets alone: use --format "
+                "diffusers, which diffusers and ComfyUI read too"
+            )
         weights = kohya_names(weights)
         metadata |= {"ss_network_module": "networks.lora", "ss_network_dim": str(task.rank)}
         metadata |= {"ss_network_alpha": str(task.rank)}
