@@ -31,9 +31,15 @@ def attach(config: SubjectRunConfig, base: Base, subjects: int, rank: int) -> tu
     """Puts stacked adapters into the networks of a base that a run trains; -> these networks, and the adapters."""
     encoders = trained_encoders(base) if config.train_text_encoder else {}
     networks = nn.ModuleDict({base.family.denoiser.folder: base.denoiser} | encoders)
-    layers = layers_of(config.adapter.layers, base.family.is_transformer) + (TEXT if encoders else ())
     base.text_by_row = bool(encoders)
-    return networks, attach_adapters(networks, layers, subjects, rank)
+    layers = {name: layers_of(config.adapter.layers, base.family.is_transformer) for name in networks}
+    layers |= dict.fromkeys(encoders, TEXT)
+    adapters = {
+        f"{folder}.{name}": adapter
+        for folder, network in networks.items()
+        for name, adapter in attach_adapters(network, layers[folder], subjects, rank).items()
+    }
+    return networks, adapters
 
 
 def by_part(adapters: Mapping[str, StackedAdapter]) -> tuple[Adapters, Adapters]:

@@ -11,7 +11,6 @@ from controlbooth.trainer.config.run import base_folder
 from controlbooth.trainer.config.subjects import SubjectRunConfig, fill
 from controlbooth.trainer.dreambooth.manifest import Task
 
-
 BEGINS_A_WORD = "▁"
 """In vocabularies of SentencePiece, of which T5's is one; of CLIP's, </w> ends one."""
 MOST_PIECES = 3
@@ -47,7 +46,8 @@ def check_words(tasks: Sequence[Task], config: SubjectRunConfig) -> tuple[dict[s
     """Checks how the base reads the subjects' words. Returns, by subject, faults and warnings.
 
     An identifier must be one token of every tokenizer, of T5's at most MOST_PIECES: of one that is split, each piece
-    has a meaning of its own. It must be among the tokens that the tokenizer keeps of the prompt, and no other subject's may be the same to the base.
+    has a meaning of its own. It must be among the tokens that the tokenizer keeps of the prompt, and no other subject's
+    may be the same to the base.
     A class noun that is split so finely that hardly two letters stay together is a word that the base has never read,
     so it has no prior for it.
     """
@@ -74,7 +74,8 @@ def _identifier_fault(tokenizer: Any, task: Task) -> str | None:
     if task.identifier not in task.instance_prompt:
         return None
     pieces = pieces_of(tokenizer, task.identifier)
-    if is_t5(tokenizer) and (len(pieces) > MOST_PIECES or tokenizer.unk_token in pieces):
+    numbers = tokenizer.convert_tokens_to_ids(pieces)
+    if is_t5(tokenizer) and (len(pieces) > MOST_PIECES or tokenizer.unk_token_id in numbers):
         return (
             f"T5's tokenizer reads the identifier {task.identifier!r} as {' '.join(pieces)}; take one that is at most "
             f"{MOST_PIECES} pieces that it knows, as `controlbooth dreambooth identifiers` finds them"
@@ -85,7 +86,6 @@ def _identifier_fault(tokenizer: Any, task: Task) -> str | None:
             "that is a single token, as `controlbooth dreambooth identifiers` finds them"
         )
     (whole,), (kept,) = (tokens_of(tokenizer, [task.instance_prompt], cut) for cut in (False, True))
-    numbers = tokenizer.convert_tokens_to_ids(pieces)
     if _has(whole, numbers) and not _has(kept, numbers):
         return (
             f"its instance_prompt has {len(whole)} tokens, and the identifier {task.identifier!r} is not among the "

@@ -199,7 +199,7 @@ def forget_others(run: Path, config: SubjectRunConfig, base: Base, task: Task) -
 def trained_files(own: Path, method: str) -> list[Path]:
     """Returns the files of a subject's trained weights, always in the same order. own: the subject's folder.
 
-    A network above 10 GB is in several files, and a text encoder may have learned with the U-Net.
+    A network above 10 GB is in several files, and text encoders may have learned too.
     """
     if method == "lora":
         return [own / LORA_FILE]
