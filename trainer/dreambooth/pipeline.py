@@ -73,7 +73,9 @@ def write_pipeline(config: SubjectRunConfig, weights: dict[str, Tensor], made: P
         prefix = NETWORKS.get(part, "no network that learns")
         own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
         if own:
-            module.load_state_dict(own)
+            learnt = {name for name, _ in module.named_parameters()}
+            kept = {name: tensor for name, tensor in module.state_dict().items() if name not in learnt}
+            module.load_state_dict(kept | own)  # kept: such as SD3's table of places, which is no parameter
         save_pretrained(module, made / part)
     for folder in sorted(path for path in made.iterdir() if path.is_dir() and path.name not in parts):
         without_variant(folder)

@@ -432,6 +432,7 @@ def test_every_finished_subject_has_its_figures_its_grid_and_its_pictures(measur
 def test_a_picture_of_a_stack_is_the_one_that_its_lora_draws_alone(measured, base_folder):
     from PIL import Image
 
+    from controlbooth.models.files.loading import read_tensors
     from controlbooth.models.lora import ATTENTION, attach_adapters, load_subject
     from controlbooth.models.pretrained import load_base
     from controlbooth.models.sampling import sample
@@ -443,7 +444,8 @@ def test_a_picture_of_a_stack_is_the_one_that_its_lora_draws_alone(measured, bas
     _, tasks = read_record(measured)
     others = []
     for one in tasks[:3]:
-        load_subject(adapters, 0, measure.read_lora(measured / "subjects" / one.name / LORA_FILE))
+        saved = read_tensors([measured / "subjects" / one.name / LORA_FILE])
+        load_subject(adapters, 0, {name.removeprefix("unet."): tensor for name, tensor in saved.items()})
         row = protocol.drawings(one, measured / "subjects" / one.name / "pictures", False, 2, 2)[0]
         alone = sample(base, [row.prompt], seeds=[row.seed], steps=2, guidance_scale=3.0)[0].numpy()
         stacked = np.asarray(Image.open(row.path))
