@@ -162,6 +162,15 @@ def test_all_layers_are_trained_under_zero_3_and_diffusers_reads_the_pipeline(fo
     assert (picture(base).float() - theirs).abs().max() < 0.51
 
 
+def test_attention_is_chosen_among_the_kernels_that_transformers_have(folder):
+    model = dict(base=str(folder / "base"), text_tokens=bases.T5_TOKENS)
+    plain = settings(folder, "plain", model=model | dict(attention="plain"))
+    assert "attention 'plain' is for U-Nets" in finish(start(folder, plain), status=1)
+    chosen = settings(folder, "chosen", model=model | dict(attention="auto"), steps=1, prior=dict(weight=0.0))
+    finish(start(folder, chosen, subjects="one.yaml"))
+    assert states(folder, "chosen")["subject-0"]["state"] == "finished"
+
+
 def test_what_is_for_u_nets_is_refused_before_a_folder_is_taken(folder):
     for changes, message in (
         (dict(min_snr_gamma=5.0), "min_snr_gamma=5.0 is for a U-Net"),

@@ -21,10 +21,9 @@ from controlbooth.data.shards.cache import Cache
 from controlbooth.data.shards.latent_cache import LatentCache, open_latent_cache
 from controlbooth.data.shards.manifest import Dataset, open_dataset
 from controlbooth.models.attention import (
-    JOINT_KERNELS,
-    KERNELS,
     AttentionChoice,
     apply_attention,
+    kernels_for,
 )
 from controlbooth.models.base import Base
 from controlbooth.models.denoisers.registry import (
@@ -121,7 +120,7 @@ def load_networks(
     config: RunConfig, world: World, attempt: Attempt, base: Base, precision: str
 ) -> tuple[Any, AttentionChoice]:
     """Makes the ControlNet, and sets the attention kernels of both networks, alike on every rank."""
-    kernels = JOINT_KERNELS if base.family.is_transformer else ("xformers", *KERNELS)
+    kernels = kernels_for(base.family.is_transformer)
     shapes = partial(base_attention_shapes, config, base)
     chosen = choose_once(config.model.attention, world, precision, attempt, shapes, kernels)
     torch.manual_seed(config.seed)  # the hint network, alike on every rank

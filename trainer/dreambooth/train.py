@@ -28,7 +28,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 from controlbooth.data.secrets import error_text
-from controlbooth.models.attention import apply_attention
+from controlbooth.models.attention import apply_attention, kernels_for
 from controlbooth.models.base import Base
 from controlbooth.trainer.config.run import base_folder
 from controlbooth.trainer.config.section import ConfigError
@@ -164,7 +164,12 @@ def train_subjects(
     config = with_usual_guidance(config, base)
     go_on_with_base(attempt, folder, base, world)
     attention = choose_once(
-        config.model.attention, world, precision, attempt, lambda: stack_attention_shapes(config, base)
+        config.model.attention,
+        world,
+        precision,
+        attempt,
+        lambda: stack_attention_shapes(config, base),
+        kernels_for(base.family.is_transformer),
     )
     apply_attention(base.denoiser, attention)
     if config.model.gradient_checkpointing:
