@@ -397,7 +397,8 @@ def trained(base_folder, tmp_path_factory):
         reset_subject(adapters, 0, rank, seed=number)
         for adapter in adapters.values():
             adapter.up.data[0, :, :rank] = torch.randn(adapter.up.shape[1], rank) * 2
-        save_lora(attempt, subject_weights(adapters, 0, rank), root / "pets" / "subjects" / name / LORA_FILE)
+        weights = {f"unet.{layer}": tensor for layer, tensor in subject_weights(adapters, 0, rank).items()}
+        save_lora(attempt, weights, root / "pets" / "subjects" / name / LORA_FILE)
         write_status(attempt, root / "pets", name, state="finished", step=10)
     for name, text in record_texts(load_run(root / "run.yaml"), tasks).items():
         (root / "pets" / name).write_text(text)
