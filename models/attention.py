@@ -219,6 +219,13 @@ def choose_attention(
 
 JOINT_KERNELS = tuple(SDP_KERNELS)
 """Those that a transformer's layers can be called with."""
+
+
+def kernels_for(is_transformer: bool) -> tuple[str, ...]:
+    """Returns the kernels that the layers of a base's network can be called with: a transformer's, or a U-Net's."""
+    return JOINT_KERNELS if is_transformer else ("xformers", *KERNELS)
+
+
 JOINT = ("JointAttn", "FluxAttn", "KernelOf")
 """Beginnings of the names of processors of transformers."""
 

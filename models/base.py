@@ -51,6 +51,9 @@ class Base:
     """Of T5, to which prompts are filled up or cut; 0 where the family has none."""
     zero_empty_prompt: bool = False
     """SDXL: a sampling pipeline without a negative prompt guides away from zeros, not from the empty prompt."""
+    text_by_row: bool = False
+    """Whether each row of prompts is read by text encoders of its own, as adapters of many subjects make it: what is
+    read in one row, such as the empty prompt, then holds for no other."""
     _empty: Encoded | None = field(default=None, repr=False)
 
     @property

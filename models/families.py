@@ -2,7 +2,7 @@
 
 Adding a family: an entry in FAMILIES and a branch in `identify`; a text encoding in TEXT_ENCODINGS of text.py; for an
 architecture that is new, a file beside denoisers/sd3.py and its entry in DENOISERS of denoisers/registry.py; its name
-in `model.family` of trainer/config/run.py, of a U-Net also of subjects.py, and in PIPELINES of trainer/model_card.py. A
+in `model.family` of trainer/config/run.py and subjects.py, and in PIPELINES of trainer/model_card.py. A
 transformer's class also in _TRANSFORMERS here, its ControlNet's in CONTROLNETS of recognition.py, CLASSES of
 pretrained.py, CLASSES and TAGS of trainer/model_card.py; its layers in JOINT of attention.py; how its text encoders fit
 in base.py; and which settings it has in trainer/config/families.py. So that it can be
@@ -238,13 +238,3 @@ def check_family(requested: str, found: Family, where: str) -> Family:
             f"Use family {found.name!r} or 'auto', or give another base."
         )
     return found
-
-
-def refuse_for_subjects(family: Family, where: str) -> None:
-    """Raises ValueError for a base on which DreamBooth cannot be trained."""
-    if family.is_transformer:
-        raise UserError(
-            f"{where} is {family.title}, and subjects are trained on U-Nets so far: "
-            + ", ".join(one.title for one in FAMILIES.values() if not one.is_transformer)
-            + ". ControlNets are trained on it"
-        )

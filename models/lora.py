@@ -18,7 +18,19 @@ from controlbooth.data.errors import UserError
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 """The layers that diffusers' DreamBooth example adapts: the projections of every attention."""
 CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "proj_in", "proj_out")
-"""Of residual blocks and at the ends of transformers, as LoCon adapts them."""
+"""Of a U-Net's residual blocks and at the ends of its transformers, as LoCon adapts them."""
+ADDED = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+"""The projections of the text in the joint attention of SD3 and FLUX.1."""
+MLP = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out")
+"""What follows attention in the blocks of SD3 and FLUX.1; the last two are of FLUX.1's single blocks."""
+TEXT = ("q_proj", "k_proj", "v_proj", "out_proj")
+"""The projections of every attention of a CLIP text encoder."""
+
+
+def layers_of(layers: str, is_transformer: bool) -> tuple[str, ...]:
+    """Returns the names in which those of adapted layers end. layers: as `adapter.layers` of a run says it."""
+    attention = ATTENTION + (ADDED if is_transformer else ())
+    return attention + {"attention": (), "attention+convolutions": CONVOLUTIONS, "attention+mlp": MLP}[layers]
 
 
 DIFFERENCES = (".down", ".up")

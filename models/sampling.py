@@ -31,7 +31,13 @@ def drawn_by(base: Base) -> dict[str, Any]:
         "base": identity_digest(base.identity),
         "sampling": VERSION,
         "libraries": {name: versions[name] for name in ("diffusers", "transformers")},
+        **({"text_tokens": base.text_tokens} if base.text_tokens else {}),
     }
+
+
+def branches(base: Base, guidance_scale: float) -> int:
+    """Returns how many predictions a step of sampling makes of each picture: 2 with guidance that is not embedded."""
+    return 2 if guidance_scale > 1.0 and not base.family.embeds_guidance else 1
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,7 @@ def sample(
     scheduler = scheduler or base.process.samplers[0]
     _check(base, prompts, seeds, steps, controls, scheduler)
     height, width = _picture_size(base, controls, picture_size)
-    guided = guidance_scale > 1.0 and not base.family.embeds_guidance
+    guided = branches(base, guidance_scale) == 2
     text = _text_of_both_branches(base, prompts, negative_prompt, (height, width), guided, guidance_scale)
     latents = initial_noise(base, seeds, height, width)
     sampler = base.process.sampler(scheduler, steps, latents.shape, base.device)

@@ -56,6 +56,9 @@ def encode_with_dropout(
     on the base. Sizes are as in `encode_prompts`. guidance: the number that FLUX.1 is given; by default the one that it
     is trained with.
     """
+    if base.text_by_row:
+        hidden_states, pooled = TEXT_ENCODINGS[base.family.name](base, list(captions))
+        return with_rest(base, hidden_states, pooled, picture_size, original_sizes, crops, guidance)
     kept = [row for row, caption in enumerate(captions) if caption]
     empty_states, empty_pooled = base.empty_prompt(TEXT_ENCODINGS[base.family.name])
     hidden_states = empty_states.repeat(len(captions), 1, 1)

@@ -56,12 +56,13 @@ def plan(config: SubjectRunConfig, tasks: Sequence[Task], processes: int) -> str
     """Describes what is about to run, for a person to check at a glance."""
     classes = sorted({task.class_prompt for task in tasks})
     steps = [sum(task.steps for task in share_of_rank(tasks, rank, processes)) for rank in range(processes)]
-    trained = f"LoRA of rank {config.adapter.rank} on {config.adapter.layers}"
+    texts = " and text encoders" if config.train_text_encoder else ""
+    trained = f"LoRA of rank {config.adapter.rank} on {config.adapter.layers}{texts}"
     together = f"{config.subjects_per_batch} together on each of {processes} ranks"
     if config.method == "full":
         check_full(config, processes)
         steps = [sum(task.steps for task in tasks)]
-        trained = f"all layers of the U-Net{' and the text encoder' if config.train_text_encoder else ''}"
+        trained = f"all layers{' and the text encoders' if config.train_text_encoder else ''}"
         together = f"one after another on {processes} ranks, ZeRO-{config.engine.zero_stage}"
     prior = f"{config.prior.images} of each of {len(classes)} classes, weight {config.prior.weight:g}"
     lines = [

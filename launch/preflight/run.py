@@ -45,6 +45,7 @@ from controlbooth.trainer.config.run import (
     run_folder,
 )
 from controlbooth.trainer.config.section import ConfigError
+from controlbooth.trainer.config.subjects import SubjectRunConfig
 from controlbooth.trainer.controlnet.starting import refusals
 from controlbooth.trainer.evaluation.verdict import cannot_announce
 from controlbooth.trainer.run.continuing import holder_of, read_record
@@ -96,7 +97,7 @@ def check_ranks(config: RunConfig, node: Node) -> Iterator[str]:
 
 
 def check_base(config: RunConfig, node: Node) -> Iterator[str]:
-    yield from base_problems(config.model.base, config.model.family, config)
+    yield from base_problems(config)
     if config.model.controlnet != "unet":
         yield from controlnet_problems(Path(config.model.controlnet))
 
@@ -121,13 +122,14 @@ def controlnet_problems(path: Path) -> Iterator[str]:
         yield from problem_of(named, partial(_read_headers, path, UNET.stem))
 
 
-def base_problems(name: str, family: str, config: RunConfig | None = None) -> Iterator[str]:
-    """Yields why the base of this name cannot be taken as a model of this family, as far as its files' headers tell.
+def base_problems(config: RunConfig | SubjectRunConfig) -> Iterator[str]:
+    """Yields why the base of a run cannot be taken as a model of its family, as far as its files' headers tell.
 
-    config: of a ControlNet run; its settings that have no meaning with the base's family are problems too.
+    Settings of the run that have no meaning with the base's family are problems too.
 
     The trainer compares every tensor with the network that it belongs to, and so does a dry run (network_check.py).
     """
+    name = config.model.base
     base, named = base_folder(name), f"model.base is {name!r}"
     if name == BUILT_IN and not (base / "unet" / "config.json").is_file():
         yield f"{named}, but its weights are not in {base}: this install is incomplete, install controlbooth again"
@@ -142,17 +144,17 @@ def base_problems(name: str, family: str, config: RunConfig | None = None) -> It
             "read: convert the model with save_pretrained(..., safe_serialization=True)"
         )
     else:
-        yield from _part_problems(named, base, family, config)
+        yield from _part_problems(named, base, config)
 
 
-def _part_problems(named: str, base: Path, requested: str, config: RunConfig | None) -> Iterator[str]:
+def _part_problems(named: str, base: Path, config: RunConfig | SubjectRunConfig) -> Iterator[str]:
     """Yields the problems of a folder or a single file that is there: whether it is of the family that is asked for,
     and whether all of its parts are there."""
     found: list[Family] = []
-    yield from problem_of(named, lambda: found.append(recognise(base, requested)))
+    yield from problem_of(named, lambda: found.append(recognise(base, config.model.family)))
     for family in found:
-        yield from [] if config is None else misplaced(config, family)
-        family = family if config is None or config.model.t5 else family.without_t5()
+        yield from misplaced(config, family)
+        family = family if config.model.t5 else family.without_t5()
         beside = base if base.is_dir() else base.parent
         scheduler = beside / "scheduler" / "scheduler_config.json"
         if base.is_dir():

@@ -6,10 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from controlbooth.data.errors import UserError
-from controlbooth.launch.preflight.run import base_problems, problem_of
+from controlbooth.launch.preflight.run import base_problems
 from controlbooth.models.architectures import VAE_FACTOR
-from controlbooth.models.families import refuse_for_subjects
-from controlbooth.models.recognition import recognise
 from controlbooth.trainer.config.run import base_folder
 from controlbooth.trainer.config.subjects import SubjectRunConfig
 from controlbooth.trainer.dreambooth.manifest import Task, check_pictures, load_subjects, settle
@@ -20,12 +18,9 @@ from controlbooth.trainer.tracking.mlflow_address import tracking_problems
 
 def run_problems(config: SubjectRunConfig) -> Iterator[str]:
     """Yields what would stop all subjects, wherever they are trained."""
-    problems = list(base_problems(config.model.base, config.model.family))
-    base, named = base_folder(config.model.base), f"model.base {config.model.base!r}"
-    if not problems:
-        problems += problem_of("", lambda: refuse_for_subjects(recognise(base, config.model.family), named))
+    problems = list(base_problems(config))
     yield from problems
-    unet, size = base / "unet" / "config.json", config.resolution
+    unet, size = base_folder(config.model.base) / "unet" / "config.json", config.resolution
     if problems or config.prior.weight == 0 or not unet.is_file():  # of a single file the trainer knows it
         return
     sample_size = json.loads(unet.read_text()).get("sample_size")

@@ -1,15 +1,18 @@
 """Subjects per hour: K in one batch against one after another, and against diffusers' train_dreambooth_lora.py.
 
-    .venv/bin/python tests/benchmarks/subjects.py [BASE] [--stacks 1,2,4,8,16]
+    .venv/bin/python tests/benchmarks/subjects.py [BASE | --family sd3] [--stacks 1,2,4,8,16] [--subjects 16]
         [--peer-diffusers CHECKOUT --peer-python PYTHON]
 
-BASE: a diffusers folder. All train at the base's own size, rank 4 on attention, batch 1 + 1 class picture, one process.
-Ours trains 16 subjects to the end with each K, reading and encoding included, in turns; the peer trains one subject in
-a process, as its users do, and takes 16 times as long for 16. Peak memory is that of the process.
+BASE: a diffusers folder, of a U-Net or a transformer; --family: a tiny base of the tests in its place. All train at the
+base's own size, rank 4 on attention, batch 1 + 1 class picture, one process. Ours trains all subjects to the end with
+each K, reading and encoding included, in turns; the peer trains one subject in a process, as its users do, and takes as
+many times as long for all. Peak memory is that of the process. "from K = 1" is the largest difference of a weight from
+the same subject's trained alone, as a share of the largest weight of B there.
 """
 
 import argparse
 import os
+import string
 import subprocess
 import sys
 import tempfile
@@ -21,21 +24,43 @@ import cv2
 import numpy as np
 import yaml
 from equal_work import write_base
+from safetensors.numpy import load_file
 
-SUBJECTS = 16
+sys.path.append(str(Path(__file__).parents[1] / "support"))
+
+import bases
+
+from controlbooth.data.scenes import render
+from controlbooth.models.pretrained import load_tokenizers
+from controlbooth.trainer.dreambooth.stack import LORA_FILE
+from controlbooth.trainer.dreambooth.words import pieces_of
+
+WORDS = [*render.COLOURS, "small", "large"]
+"""Of the built-in vocabulary; other bases read letters."""
 
 
-def write_subjects(folder: Path, size: int) -> Path:
-    """16 folders of 4 pictures of coloured noise, as what is in them costs nothing; and a manifest."""
+def words_of(base: Path, count: int) -> list[str]:
+    """An identifier for each subject, one token of all of the base's tokenizers."""
+    tokenizers = load_tokenizers(base)
+    known = [
+        word for word in [*WORDS, *string.ascii_lowercase] if all(len(pieces_of(one, word)) == 1 for one in tokenizers)
+    ]
+    if len(known) < count:
+        raise SystemExit(f"the base's tokenizers know {len(known)} words for {count} subjects: give fewer --subjects")
+    return known[:count]
+
+
+def write_subjects(folder: Path, size: int, words: list[str]) -> Path:
+    """A folder for each word of 4 pictures of coloured noise, as what is in them costs nothing; and a manifest."""
     rng = np.random.default_rng(0)
     rows = []
-    for number in range(SUBJECTS):
+    for number, word in enumerate(words):
         where = folder / "pictures" / f"subject-{number:02d}"
         where.mkdir(parents=True)
         for shot in range(4):
             small = rng.integers(0, 256, (8, 8, 3), np.uint8)
             cv2.imwrite(str(where / f"{shot}.png"), cv2.resize(small, (size, size), interpolation=cv2.INTER_CUBIC))
-        rows.append(dict(name=where.name, images=str(where), class_noun="dog", identifier=chr(ord("a") + number)))
+        rows.append(dict(name=where.name, images=str(where), class_noun="dog", identifier=word))
     path = folder / "subjects.yaml"
     path.write_text(yaml.safe_dump(rows))
     return path
@@ -53,6 +78,20 @@ def timed(command: list[str]) -> tuple[float, float]:
             log.seek(0)
             raise SystemExit(f"{' '.join(command)} failed:\n{log.read()[-3000:]}")
     return time.perf_counter() - began, usage.ru_maxrss / 2**20
+
+
+def weights_of(command: list[str]) -> dict[str, np.ndarray]:
+    """All weights that a run has written, by subject and name."""
+    tree = yaml.safe_load(Path(command[-1]).read_text())
+    files = sorted((Path(tree["output"]) / tree["name"]).glob(f"subjects/*/{LORA_FILE}"))
+    return {f"{path.parent.name}/{name}": own for path in files for name, own in load_file(path).items()}
+
+
+def difference(ours: dict[str, np.ndarray], alone: dict[str, np.ndarray]) -> float:
+    if ours.keys() != alone.keys():
+        raise SystemExit(f"{len(ours.keys() ^ alone.keys())} tensors are in one run alone")
+    largest = max(float(np.abs(own).max()) for name, own in alone.items() if "lora_B" in name)
+    return max(float(np.abs(ours[name] - own).max()) for name, own in alone.items()) / largest
 
 
 def ours(base: Path, manifest: Path, folder: Path, stack: int, size: int, steps: int, precision: str) -> list[str]:
@@ -84,6 +123,12 @@ def peers(python: Path, script: Path, base: Path, folder: Path, size: int, steps
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", type=Path, nargs="?", help="default: that of equal_work.py, written anew")
+    parser.add_argument(
+        "--family",
+        choices=sorted({*bases.UNETS, *bases.TRANSFORMERS}),
+        help="a tiny, random base of the tests, written anew",
+    )
+    parser.add_argument("--subjects", type=int, default=16)
     parser.add_argument("--stacks", default="1,2,4,8,16")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--size", type=int, default=128)
@@ -95,12 +140,17 @@ def main() -> None:
     stacks = [int(stack) for stack in options.stacks.split(",")]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        base = options.base or write_base(folder / "base")
-        manifest = write_subjects(folder, options.size)
+        if options.family:
+            base = bases.write_base(folder / "base", options.family)
+        else:
+            base = options.base or write_base(folder / "base")
+        count = options.subjects
+        manifest = write_subjects(folder, options.size, words_of(base, count))
         common = (options.size, options.steps, options.precision)
-        timed(ours(base, manifest, folder, SUBJECTS, options.size, 1, options.precision))  # class pictures, caches
+        timed(ours(base, manifest, folder, count, options.size, 1, options.precision))  # class pictures, caches
         seconds: dict[str, list[float]] = {}
         memory: dict[str, float] = {}
+        weights: dict[str, dict[str, np.ndarray]] = {}
         for _ in range(options.rounds):
             commands = {f"K = {k}": ours(base, manifest, folder, k, *common) for k in stacks}
             if options.peer_diffusers:
@@ -108,19 +158,23 @@ def main() -> None:
                 commands["diffusers"] = peers(options.peer_python, script, base, folder, *common)
             for name, command in commands.items():
                 took, peak = timed(command)
-                seconds.setdefault(name, []).append(took * (SUBJECTS if name == "diffusers" else 1))
+                seconds.setdefault(name, []).append(took * (count if name == "diffusers" else 1))
+                if name != "diffusers":
+                    weights[name] = weights_of(command)
                 memory[name] = max(memory.get(name, 0.0), peak)
                 print(f"{name}: {took:.1f} s, {peak:.2f} GiB", file=sys.stderr, flush=True)
         alone = median(seconds.get("K = 1", [float("nan")]))
         peer = median(seconds.get("diffusers", [float("nan")]))
-        print(f"{SUBJECTS} subjects of {options.steps} steps at {options.size} px, {options.precision}")
-        print(f"{'':10} {'seconds':>8} {'subjects/h':>11} {'peak GiB':>9} {'over K = 1':>11} {'over diffusers':>15}")
+        print(f"{count} subjects of {options.steps} steps at {options.size} px, {options.precision}")
+        heads = f"{'over K = 1':>11} {'from K = 1':>11} {'over diffusers':>15}"
+        print(f"{'':10} {'seconds':>8} {'subjects/h':>11} {'peak GiB':>9} {heads}")
         for name, took in seconds.items():
-            mine = median(took)
-            print(
-                f"{name:10} {mine:8.1f} {3600 * SUBJECTS / mine:11.0f} {memory[name]:9.2f} {alone / mine:10.2f}x"
-                + (f"{peer / mine:15.2f}x" if options.peer_diffusers else f"{'no peer':>16}")
-            )
+            mine, apart = median(took), ""
+            if name in weights and "K = 1" in weights:
+                apart = f"{difference(weights[name], weights['K = 1']):.1e}"
+            beside = f"{peer / mine:15.2f}x" if options.peer_diffusers else f"{'no peer':>16}"
+            rate = f"{3600 * count / mine:11.0f} {memory[name]:9.2f} {alone / mine:10.2f}x {apart:>11}"
+            print(f"{name:10} {mine:8.1f} {rate}{beside}")
         if not options.peer_diffusers:
             print("diffusers: no checkout given, see --peer-diffusers")
 

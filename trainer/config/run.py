@@ -497,6 +497,11 @@ class RunConfig(Section):
             "model.hint_network": model.hint_network != "released" and model.hint_network,
             "model.unlock_decoder_at": model.unlock_decoder_at is not None and str(model.unlock_decoder_at),
             "engine.compile": self.engine.compile and "true",
+            "optimizer.name": self.optimizer.name != "adamw" and self.optimizer.name,
+            **{
+                f"model.frozen.{name}": value != FrozenConfig.model_fields[name].default and value
+                for name, value in model.frozen.model_dump().items()
+            },
         }
         for field, value in others.items():
             if value:

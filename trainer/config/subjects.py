@@ -16,6 +16,7 @@ from controlbooth.trainer.config.file_kinds import SUBJECTS
 from controlbooth.trainer.config.loading import explain_errors, read_tree
 from controlbooth.trainer.config.run import (
     EngineConfig,
+    FlowConfig,
     Name,
     OptimizerName,
     Recomputed,
@@ -30,8 +31,13 @@ from controlbooth.trainer.config.section import ConfigError, Section
 class BaseConfig(Section):
     base: str
     """A diffusers folder, a single .safetensors file, or `miniature` for the model shipped with controlbooth."""
-    family: Literal["auto", "sd15", "sd21", "sdxl", "miniature"] = "auto"
+    family: Literal["auto", "sd15", "sd21", "sdxl", "miniature", "sd3", "flux", "miniature-dit"] = "auto"
     """What the base is; `auto` reads it from the base's own configuration."""
+    t5: bool = True
+    """Whether SD3's third text encoder, T5, is used; without it zeros stand in its place, as in the pipelines."""
+    text_tokens: int | None = Field(default=None, ge=1, le=512)
+    """To which T5's prompts are filled up or cut. Default: as in the pipelines, 256 for SD3 and 512 for FLUX.1. What
+    fills up is read as words are, so inference wants the same number."""
     attention: Literal["auto", "xformers", "flash", "cudnn", "efficient", "math", "plain"] = "auto"
     """Memory-efficient attention: `xformers` needs CUDA and the package; the others are PyTorch's kernels, of which
     `cudnn` and `efficient` need CUDA; `plain` is matrix products alone. `auto` takes the fastest."""
@@ -44,7 +50,9 @@ class AdapterConfig(Section):
     """LoRA (arXiv 2106.09685), with alpha = rank, as in diffusers' example."""
 
     rank: int = Field(default=4, gt=0)
-    layers: Literal["attention", "attention+convolutions"] = "attention"
+    layers: Literal["attention", "attention+convolutions", "attention+mlp"] = "attention"
+    """The projections of every attention, in a transformer those of picture and text. Besides, of a U-Net its
+    convolutions, or of a transformer (SD3, FLUX.1) the layers that each block has behind its attention."""
 
 
 class PriorConfig(Section):
@@ -55,7 +63,9 @@ class PriorConfig(Section):
     images: int = Field(default=200, gt=0)
     """Class pictures drawn for each class noun (the paper: about 1000)."""
     sampling_steps: int = Field(default=25, gt=0)
-    guidance_scale: float = Field(default=7.5, ge=1.0)
+    guidance_scale: float | None = Field(default=None, ge=1.0)
+    """Of classifier-free guidance; 1 is without. FLUX.1 is told it instead. Default: 7.5, on SD3 4.5 and on FLUX.1
+    3.5; the run's config.yaml says which."""
     cache: Path | None = None
     """Folder that keeps them for all runs. Default: prior/ beside the runs."""
 
@@ -88,7 +98,8 @@ class SubjectValidationConfig(Section):
     pictures: int = Field(default=2, gt=0)
     """Of each prompt."""
     sampling_steps: int = Field(default=25, gt=0)
-    guidance_scale: float = Field(default=7.5, ge=1.0)
+    guidance_scale: float | None = Field(default=None, ge=1.0)
+    """As prior.guidance_scale."""
     hold_out: int = Field(default=0, ge=0)
     """So many pictures of each subject, the last by name, are not trained on, and give validation/held_out_loss."""
     encoders: SubjectEncoders = SubjectEncoders()
@@ -122,11 +133,14 @@ class SubjectRunConfig(Section):
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Of the frozen base; adapters and their optimizer are fp32."""
     resolution: int = Field(default=512, gt=0, multiple_of=8)
+    flow: FlowConfig = FlowConfig()
+    """Of bases of flow matching (SD3, FLUX.1) alone."""
     method: Literal["lora", "full"] = "lora"
-    """`lora` trains adapters of many subjects in one batch. `full` trains all layers of the U-Net, one subject after
-    another, with all ranks and ZeRO on each, as the paper does."""
+    """`lora` trains adapters of many subjects in one batch. `full` trains all layers of the U-Net or the transformer,
+    one subject after another, with all ranks and ZeRO on each, as the paper does."""
     train_text_encoder: bool = False
-    """Of `full`: train the text encoder too."""
+    """Train the text encoders too: all layers of them, or with `lora` adapters in their attention. T5, which SD3 and
+    FLUX.1 have besides CLIP's, is never trained."""
     engine: EngineConfig = EngineConfig()
     """Of `full`: ZeRO stage, offload and activations. `precision` is that of the run, above it."""
     subjects_per_batch: int = Field(default=8, gt=0)
@@ -161,8 +175,6 @@ class SubjectRunConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "SubjectRunConfig":
-        if self.train_text_encoder and self.method == "lora":
-            raise UserError("train_text_encoder=true needs method=full: adapters are those of the U-Net")
         if self.method == "lora" and self.engine != EngineConfig():
             raise UserError("engine is for method=full: adapters of a subject are trained by one rank alone")
         if self.engine.precision != "auto":

@@ -21,10 +21,9 @@ from controlbooth.data.shards.cache import Cache
 from controlbooth.data.shards.latent_cache import LatentCache, open_latent_cache
 from controlbooth.data.shards.manifest import Dataset, open_dataset
 from controlbooth.models.attention import (
-    JOINT_KERNELS,
-    KERNELS,
     AttentionChoice,
     apply_attention,
+    kernels_for,
 )
 from controlbooth.models.base import Base
 from controlbooth.models.denoisers.registry import (
@@ -138,7 +137,7 @@ def load_networks(
     torch.manual_seed(config.seed)  # the hint network, alike on every rank
     controlnet = make_controlnet(config, base)
     hold_base(config, base, world)
-    kernels = JOINT_KERNELS if base.family.is_transformer else ("xformers", *KERNELS)
+    kernels = kernels_for(base.family.is_transformer)
     shapes = partial(base_attention_shapes, config, base)
     if config.model.frozen.shards != "none":  # a pass through the base is for all ranks, and rank 0 alone chooses
         found = shapes()

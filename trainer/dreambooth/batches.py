@@ -38,7 +38,8 @@ class Pictures:
     """(n, C, h, w)"""
     std: Tensor
     text: TextEncoding
-    """One row, of the prompt that they have in common."""
+    """One row, of the prompt that they have in common, by the frozen encoders."""
+    prompt: str = ""
 
 
 @dataclass
@@ -90,7 +91,7 @@ def encode_pictures(config: SubjectRunConfig, base: Base, pictures: Sequence[np.
         encode_posterior(base, to_pixel_values(torch.from_numpy(picture)[None].to(base.device))) for picture in shown
     ]
     text = encode_prompts(base, [prompt], picture_size=(config.resolution, config.resolution))
-    return Pictures(torch.cat([mean for mean, _ in encoded]), torch.cat([std for _, std in encoded]), text)
+    return Pictures(torch.cat([mean for mean, _ in encoded]), torch.cat([std for _, std in encoded]), text, prompt)
 
 
 def make_batch(
@@ -103,28 +104,34 @@ def make_batch(
     has the subject to itself.
     """
     count = config.instance_batch_size
-    parts = []
+    parts, prompts = [], []
     for training in trainings:
         seed = subject_seed(config, training.task)
         groups = [("instance", training.instance)] + ([("prior", training.prior)] if training.prior else [])
         for purpose, pictures in groups:
             positions = np.arange(training.step * count, (training.step + 1) * count)[share]
             parts.append(_rows(base, pictures, draws.hash64(seed, purpose), positions))
-    latents, timesteps, noise, texts = zip(*parts, strict=True)
-    added = {key: torch.cat([text.added_cond_kwargs[key] for text in texts]) for key in texts[0].added_cond_kwargs}
+            prompts += [pictures.prompt] * len(positions)
+    latents, levels, noise, texts = zip(*parts, strict=True)
     return SubjectBatch(
         latents=torch.cat(latents),
-        text=TextEncoding(torch.cat([text.encoder_hidden_states for text in texts]), added),
-        timesteps=torch.cat(timesteps),
+        text=prompts if config.train_text_encoder else together(texts),
+        levels=torch.cat(levels),
         noise=torch.cat(noise),
         instance_rows=len(range(count)[share]),
     )
 
 
+def together(texts: Sequence[TextEncoding]) -> TextEncoding:
+    """Returns the rows of several encodings, one after another."""
+    added = {key: torch.cat([text.added_cond_kwargs[key] for text in texts]) for key in texts[0].added_cond_kwargs}
+    return TextEncoding(torch.cat([text.encoder_hidden_states for text in texts]), added)
+
+
 def _rows(
     base: Base, pictures: Pictures, seed: int, positions: np.ndarray
 ) -> tuple[Tensor, Tensor, Tensor, TextEncoding]:
-    """Returns latents (B, C, h, w) float32, timesteps (B,) int64, noise (B, C, h, w) float32 and text of B positions.
+    """Returns latents (B, C, h, w) float32, levels (B,) int64, noise (B, C, h, w) float32 and text of B positions.
 
     Each pass over the pictures is shuffled anew.
     """
@@ -137,11 +144,14 @@ def _rows(
 
     posterior_noise = on_device(draws.posterior_noise(seed, positions, shape))
     latents = sample_posterior(base, pictures.mean[chosen], pictures.std[chosen], posterior_noise).float()
-    steps = base.process.levels
-    text = pictures.text
+    process, text = base.process, pictures.text
+    if process.thresholds is None:
+        levels = draws.timesteps(seed, positions, process.levels)
+    else:
+        levels = draws.levels_by_density(seed, positions, process.thresholds)
     return (
         latents,
-        on_device(draws.timesteps(seed, positions, steps)),
+        on_device(levels),
         on_device(draws.noise(seed, positions, shape)),
         TextEncoding(
             text.encoder_hidden_states.expand(len(positions), -1, -1),

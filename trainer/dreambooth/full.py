@@ -1,9 +1,10 @@
-"""DreamBooth as the paper has it (arXiv 2208.12242): all layers of the U-Net, and the text encoder where that is asked.
+"""DreamBooth as the paper has it (arXiv 2208.12242): all layers of the U-Net or the transformer, and the text encoders
+where that is asked, but not T5 (see `adapted.trained_encoders`).
 
 Subjects come one after another, each from the base's own weights, and all ranks train the same one under ZeRO. What a
 step holds is drawn from (the subject's seed, the step), as with adapters, and dealt out to the ranks.
 
-    RUN/subjects/NAME/pipeline/      StableDiffusionPipeline.from_pretrained reads it, in float32
+    RUN/subjects/NAME/pipeline/      the family's pipeline of diffusers reads it, in float32
                       checkpoints/   while it trains
 """
 
@@ -11,7 +12,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,21 +25,20 @@ from tqdm import tqdm
 
 from controlbooth.models.attention import apply_attention
 from controlbooth.models.base import Base
-from controlbooth.models.denoisers.registry import denoise
-from controlbooth.models.pretrained import load_base
 from controlbooth.models.recomputing import recompute
-from controlbooth.models.text import TextEncoding, encode_prompts
-from controlbooth.trainer.config.run import OptimizerConfig, base_folder
+from controlbooth.trainer.config.run import OptimizerConfig
 from controlbooth.trainer.config.section import ConfigError
 from controlbooth.trainer.config.subjects import SubjectRunConfig
+from controlbooth.trainer.dreambooth.adapted import trained_encoders
+from controlbooth.trainer.dreambooth.base import open_base
 from controlbooth.trainer.dreambooth.batches import Training, begin_training, make_batch
 from controlbooth.trainer.dreambooth.images import SubjectError
 from controlbooth.trainer.dreambooth.manifest import Task
 from controlbooth.trainer.dreambooth.pipeline import PIPELINE, WEIGHTS, put_pipeline, write_weights
 from controlbooth.trainer.dreambooth.session import SubjectRun
 from controlbooth.trainer.dreambooth.status import MOST_SKIPPED, divergence
-from controlbooth.trainer.dreambooth.step import SubjectBatch, dreambooth_step
-from controlbooth.trainer.dreambooth.validation import BEST_PIPELINE, ROWS, is_due, recall, validate_subjects
+from controlbooth.trainer.dreambooth.step import SubjectBatch, Text, dreambooth_step, predict
+from controlbooth.trainer.dreambooth.validation import BEST_PIPELINE, is_due, recall, validate_subjects
 from controlbooth.trainer.engine import deepspeed as engines
 from controlbooth.trainer.engine.distributed import World, all_sum, barrier, gather_objects, on_first_rank
 from controlbooth.trainer.engine.offloading import keeping_activations
@@ -49,19 +49,17 @@ from controlbooth.trainer.run.process import StopRequest, peak_memory_gib
 
 
 class FullNetwork(nn.Module):
-    """What is trained: the U-Net of a base, and its text encoders where they learn too."""
+    """What is trained: the U-Net or the transformer of a base, and its text encoders where they learn too."""
 
-    def __init__(self, base: Base, train_text_encoder: bool, picture_size: tuple[int, int]):
+    def __init__(self, base: Base, train_text_encoder: bool, side: int):
         super().__init__()
-        self.unet = base.denoiser
-        self.text_encoders = nn.ModuleList(base.text_encoders if train_text_encoder else ())
-        self.base, self.picture_size = base, picture_size
+        self.add_module(base.family.denoiser.folder, base.denoiser)
+        self.text_encoders = nn.ModuleList(trained_encoders(base).values() if train_text_encoder else ())
+        self.base, self.side = base, side
         self.requires_grad_(True)
 
-    def forward(self, noisy_latents: Tensor, timesteps: Tensor, text: TextEncoding | list[str]) -> Tensor:
-        if isinstance(text, list):
-            text = encode_prompts(self.base, text, picture_size=self.picture_size)
-        return denoise(self.base.denoiser, noisy_latents, timesteps, text)
+    def forward(self, noisy_latents: Tensor, times: Tensor, text: Text) -> Tensor:
+        return predict(self.base, self.side, noisy_latents, times, text)
 
 
 @dataclass
@@ -70,7 +68,7 @@ class FullTraining:
 
     task: Task
     base: Base
-    """Its own, whose U-Net learns."""
+    """Its own, whose U-Net or transformer learns."""
     engine: Any
     step: int = 0
 
@@ -78,13 +76,16 @@ class FullTraining:
 def begin_full(run: SubjectRun, task: Task) -> FullTraining:
     """Begins a subject with the base's own weights, or those of the subject's latest checkpoint."""
     config, world = run.config, run.world
-    where, once = base_folder(config.model.base), once_a_machine(world)
-    base = load_base(where, config.model.family, torch.float32, world.device, digests_of=once)
+    base = open_base(config, torch.float32, world.device, once_a_machine(world))
+    base.text_encoders = tuple(  # T5 never learns, and a second one, of 19 GB in float32, would be for nothing
+        frozen if own.config.model_type == "t5" else own
+        for own, frozen in zip(base.text_encoders, run.base.text_encoders, strict=True)
+    )
     apply_attention(base.denoiser, run.attention)
     recompute(base.denoiser, config.model.gradient_checkpointing)
     if config.model.gradient_checkpointing:
         base.denoiser.train()
-    network = FullNetwork(base, config.train_text_encoder, (config.resolution, config.resolution))
+    network = FullNetwork(base, config.train_text_encoder, config.resolution)
     share = config.instance_batch_size // world.world_size
     own = run.folder / "subjects" / task.name
     try:
@@ -308,19 +309,13 @@ def validate_full(run: SubjectRun, training: FullTraining, pictures: Training) -
     if not is_due(config, pictures):
         return 0.0
     began = time.perf_counter()
-    kinds = [pictures.instance, pictures.prior, pictures.held_out]
-    prompts = (training.task.instance_prompt, training.task.class_prompt, training.task.instance_prompt)
-    words = [prompt for prompt, kind in zip(prompts, kinds, strict=True) if kind is not None for _ in range(ROWS)]
-
-    def network(noisy_latents: Tensor, timesteps: Tensor, text: TextEncoding) -> Tensor:
-        return training.engine(noisy_latents, timesteps, words if config.train_text_encoder else text)
 
     def keep_best(_: Training, own: Path) -> None:
         weights = engines.full_state(training.engine)
         if run.world.rank == 0:
             put_pipeline(config, weights, own / BEST_PIPELINE, studio.attempt)
 
-    validate_subjects(studio, training.base, network, [pictures], lambda _: contextlib.nullcontext(), keep_best)
+    validate_subjects(studio, training.base, training.engine, [pictures], lambda _: contextlib.nullcontext(), keep_best)
     return time.perf_counter() - began
 
 
@@ -344,14 +339,9 @@ def log_full(
 
 
 def batch_of_rank(config: SubjectRunConfig, base: Base, pictures: Training, world: World) -> SubjectBatch:
-    """Returns this rank's share of a step, with prompts in place of embeddings where the text encoder is trained."""
+    """Returns this rank's share of a step."""
     share = config.instance_batch_size // world.world_size
-    batch = make_batch(config, base, [pictures], slice(world.rank * share, (world.rank + 1) * share))
-    if not config.train_text_encoder:
-        return batch
-    prompts = [pictures.task.instance_prompt] * share
-    prompts += [pictures.task.class_prompt] * (len(batch.latents) - share)
-    return replace(batch, text=prompts)
+    return make_batch(config, base, [pictures], slice(world.rank * share, (world.rank + 1) * share))
 
 
 def stop_everywhere(stop: StopRequest, world: World) -> bool:

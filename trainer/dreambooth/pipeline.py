@@ -13,9 +13,10 @@ from controlbooth.models.base import Base
 from controlbooth.models.files.loading import read_tensors
 from controlbooth.models.files.weight_files import read_json, variant_of, weights_files
 from controlbooth.models.files.weights import save_pretrained, save_weights
-from controlbooth.models.pretrained import WEIGHTS_STEM, load_base, parts_of
+from controlbooth.models.pretrained import WEIGHTS_STEM, parts_of
 from controlbooth.trainer.config.run import base_folder
 from controlbooth.trainer.config.subjects import SubjectRunConfig
+from controlbooth.trainer.dreambooth.base import open_base
 from controlbooth.trainer.run import checkpoint as checkpoints
 from controlbooth.trainer.run.attempt import Attempt, move
 from controlbooth.trainer.run.disk_full import named_when_full
@@ -26,7 +27,12 @@ PIPELINE = "pipeline"
 WEIGHTS = "network"
 
 
-NETWORKS = {"unet": "unet.", "text_encoder": "text_encoders.0.", "text_encoder_2": "text_encoders.1."}
+NETWORKS = {
+    "unet": "unet.",
+    "transformer": "transformer.",
+    "text_encoder": "text_encoders.0.",
+    "text_encoder_2": "text_encoders.1.",
+}
 """Folder in the pipeline -> what its parameters' names begin with in FullNetwork, of all networks that may learn."""
 
 
@@ -55,7 +61,7 @@ def write_pipeline(config: SubjectRunConfig, weights: dict[str, Tensor], made: P
     has only half-precision variants, the trained networks would be found and the others not, or in another dtype.
     """
     where = base_folder(config.model.base)
-    fresh = load_base(where, config.model.family, torch.float32, torch.device("cpu"))
+    fresh = open_base(config, torch.float32, torch.device("cpu"))
     parts = parts_of(fresh)
     others = shutil.ignore_patterns("*.md", ".*")
 
@@ -67,7 +73,9 @@ def write_pipeline(config: SubjectRunConfig, weights: dict[str, Tensor], made: P
         prefix = NETWORKS.get(part, "no network that learns")
         own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
         if own:
-            module.load_state_dict(own)
+            learnt = {name for name, _ in module.named_parameters()}
+            kept = {name: tensor for name, tensor in module.state_dict().items() if name not in learnt}
+            module.load_state_dict(kept | own)  # kept: such as SD3's table of places, which is no parameter
         save_pretrained(module, made / part)
     for folder in sorted(path for path in made.iterdir() if path.is_dir() and path.name not in parts):
         without_variant(folder)
@@ -98,5 +106,5 @@ def without_variant(folder: Path) -> None:
 
 def base_of_subject(config: SubjectRunConfig, base: Base, pipeline: Path) -> Base:
     """Returns `base` with the trained networks of a finished subject's pipeline in place of its own."""
-    own = load_base(pipeline, config.model.family, base.dtype, base.device)
+    own = open_base(config, base.dtype, base.device, where=pipeline)
     return replace(base, denoiser=own.denoiser, text_encoders=own.text_encoders, _empty=None)

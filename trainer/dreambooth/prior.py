@@ -10,6 +10,7 @@ from controlbooth.data.order.draws import hash64
 from controlbooth.models.base import Base
 from controlbooth.models.sampling import drawn_by, sample
 from controlbooth.trainer.config.subjects import PriorConfig
+from controlbooth.trainer.dreambooth.base import drawn_size
 from controlbooth.trainer.evaluation.drawing import write_png
 from controlbooth.trainer.run.disk_full import named_when_full
 
@@ -45,10 +46,11 @@ def draw_class_images(base: Base, missing: Sequence[tuple[Path, str]], prior: Pr
     """Draws these class pictures, given as (file, prompt).
 
     Each picture depends on its prompt and number alone, and its file appears whole or not at all. Raises ValueError
-    where resolution is not the base's own picture size.
+    where resolution is not the picture size of a U-Net; a transformer draws at any.
     """
     size = (resolution, resolution)
-    if base.picture_size != size:
+    assert prior.guidance_scale is not None, "the run has its family's guidance where it says none"
+    if drawn_size(base, resolution) != size:
         raise UserError(
             f"resolution is {resolution}, and the base draws {base.picture_size[0]} x {base.picture_size[1]}: class "
             "pictures are drawn at the base's own size. Set resolution to it, or prior.weight=0"
@@ -59,6 +61,7 @@ def draw_class_images(base: Base, missing: Sequence[tuple[Path, str]], prior: Pr
         seeds=[hash64("class image", prompt, int(path.stem)) >> 1 for path, prompt in missing],
         steps=prior.sampling_steps,
         guidance_scale=prior.guidance_scale,
+        picture_size=size,
     )
     for (path, prompt), image in zip(missing, images.numpy(), strict=True):
         path.parent.mkdir(parents=True, exist_ok=True)

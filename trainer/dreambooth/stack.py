@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,11 +14,8 @@ from controlbooth.models.base import Base
 from controlbooth.models.denoisers.registry import denoise
 from controlbooth.models.files.weights import save_weights
 from controlbooth.models.lora import (
-    ATTENTION,
-    CONVOLUTIONS,
     StackedAdamW,
-    attach_adapters,
-    chosen_subjects,
+    detached_adapters,
     keep_slots,
     reset_subject,
     subject_weights,
@@ -25,6 +23,7 @@ from controlbooth.models.lora import (
 from controlbooth.models.text import encode_prompts
 from controlbooth.trainer.config.section import ConfigError
 from controlbooth.trainer.config.subjects import SubjectRunConfig
+from controlbooth.trainer.dreambooth.adapted import attach, drawn_subjects
 from controlbooth.trainer.dreambooth.batches import Training, begin_training, make_batch, subject_seed
 from controlbooth.trainer.dreambooth.images import SubjectError
 from controlbooth.trainer.dreambooth.manifest import Task, share_of_rank
@@ -38,14 +37,11 @@ from controlbooth.trainer.dreambooth.stack_state import (
     state_path,
 )
 from controlbooth.trainer.dreambooth.status import MOST_SKIPPED, divergence, unfinished
-from controlbooth.trainer.dreambooth.step import dreambooth_step
+from controlbooth.trainer.dreambooth.step import dreambooth_step, predict
 from controlbooth.trainer.dreambooth.validation import BEST_LORA, is_due, recall, validate_subjects
 from controlbooth.trainer.engine.distributed import barrier, gather_objects, patient_group
 from controlbooth.trainer.run.attempt import Attempt, check_still_ours, write_file
 from controlbooth.trainer.run.process import peak_memory_gib
-
-LAYERS = {"attention": ATTENTION, "attention+convolutions": ATTENTION + CONVOLUTIONS}
-
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
@@ -91,10 +87,10 @@ def make_stack(run: SubjectRun, tasks: Sequence[Task], faults: dict[str, str], l
             trainings.append(training)
             slots.append(saved)
     rank = max([task.rank for task in tasks], default=run.config.adapter.rank)
-    adapters = attach_adapters(run.base.denoiser, LAYERS[run.config.adapter.layers], len(trainings), rank)
+    networks, adapters = attach(run.config, run.base, len(trainings), rank)
     optimizer = StackedAdamW(adapters, weight_decay=run.config.weight_decay)
     queue += share_of_rank(new, run.world.rank, run.world.world_size)
-    stack = Stack(run.base, adapters, optimizer, trainings, queue, waiting)
+    stack = Stack(run.base, networks, adapters, optimizer, trainings, queue, waiting)
     for slot, saved in enumerate(slots):
         restore_slot(stack, slot, saved)
         recall(run.studio, trainings[slot])
@@ -179,9 +175,9 @@ def validate_due(run: SubjectRun, stack: Stack) -> float:
     validate_subjects(
         run.studio,
         stack.base,
-        lambda *inputs: denoise(stack.base.denoiser, *inputs),
+        partial(predict, stack.base, run.config.resolution),
         [trainings[slot] for slot in due],
-        lambda branches: chosen_subjects(stack.adapters, due * branches),
+        lambda branches: drawn_subjects(stack.adapters, due, branches),
         keep_best,
     )
     return time.perf_counter() - began
@@ -222,7 +218,8 @@ def fill_slots(run: SubjectRun, stack: Stack) -> None:
     """Begins subjects of the queue while there is room. One that cannot begin has failed, and takes no slot."""
     while stack.queue and len(stack.trainings) < run.config.subjects_per_batch:
         task = stack.queue.pop(0)
-        training = try_to_begin(run, task)
+        with detached_adapters(stack.networks, stack.adapters):  # the stack's rows are those of its subjects alone
+            training = try_to_begin(run, task)
         if training is None:
             continue
         slot = len(stack.trainings)
@@ -245,7 +242,7 @@ def step_stack(config: SubjectRunConfig, stack: Stack) -> dict[str, float]:
     batch = make_batch(config, stack.base, trainings)
     instance, prior = dreambooth_step(
         stack.base,
-        lambda *inputs: denoise(stack.base.denoiser, *inputs),
+        partial(predict, stack.base, config.resolution),
         torch.Tensor.backward,
         batch,
         len(trainings),
@@ -282,8 +279,7 @@ def end_training(run: SubjectRun, stack: Stack, training: Training) -> None:
 
 def save_lora(attempt: Attempt, weights: dict[str, Tensor], path: Path) -> None:
     """Writes a LoRA by the names that diffusers' load_lora_weights reads, whole or not at all. Raises Superseded."""
-    tensors = {f"unet.{name}": tensor for name, tensor in weights.items()}
-    write_file(attempt, path, lambda made: save_weights(tensors, made))
+    write_file(attempt, path, lambda made: save_weights(weights, made))
 
 
 def stack_attention_shapes(config: SubjectRunConfig, base: Base) -> tuple[AttentionShape, ...]:

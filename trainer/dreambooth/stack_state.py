@@ -9,12 +9,13 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from controlbooth.data.secrets import error_text
 from controlbooth.models.base import Base
 from controlbooth.models.files.weights import save_weights
 from controlbooth.models.lora import StackedAdamW, StackedAdapter
+from controlbooth.trainer.config.section import ConfigError
 from controlbooth.trainer.config.subjects import SubjectRunConfig
 from controlbooth.trainer.dreambooth.batches import Training
 from controlbooth.trainer.dreambooth.manifest import Task, share_of_rank
@@ -27,6 +28,8 @@ class Stack:
     """What one rank trains: slot k of the adapters belongs to trainings[k]."""
 
     base: Base
+    networks: nn.ModuleDict
+    """Those of the base that have adapters."""
     adapters: dict[str, StackedAdapter]
     optimizer: StackedAdamW
     trainings: list[Training]
@@ -132,6 +135,13 @@ def save_stack(stack: Stack, path: Path, attempt: Attempt) -> None:
 @torch.no_grad()
 def restore_slot(stack: Stack, slot: int, saved: dict[str, Tensor]) -> None:
     training = stack.trainings[slot]
+    kept = sum(name.startswith("weight.") for name in saved)
+    if kept != len(stack.optimizer.parameters):
+        raise ConfigError(
+            f"{training.task.name} has begun with {kept // 2} adapted layers, and the run now has "
+            f"{len(stack.optimizer.parameters) // 2}. Set adapter.layers and train_text_encoder back as they were, or "
+            "take another name for the run"
+        )
     training.step, training.skipped = int(saved["step"]), int(saved["skipped"])
     for number, parameter in enumerate(stack.optimizer.parameters):
         for name, stacked in (

@@ -7,8 +7,12 @@ import torch
 from torch import Tensor
 
 from controlbooth.models.base import Base
-from controlbooth.models.text import TextEncoding
+from controlbooth.models.denoisers.registry import denoise
+from controlbooth.models.text import TextEncoding, encode_prompts
 from controlbooth.trainer.losses import squared_error
+
+Text = TextEncoding | list[str]
+"""Of a batch's rows; prompts where a text encoder learns too."""
 
 
 @dataclass(frozen=True)
@@ -17,19 +21,29 @@ class SubjectBatch:
 
     latents: Tensor
     """(K * b, C, h, w) float32, sampled from the VAE's posterior and scaled."""
-    text: TextEncoding | list[str]
-    """K * b rows; prompts where the text encoder learns too."""
-    timesteps: Tensor
-    """(K * b,) int64. Those of class pictures are drawn independently, arXiv 2208.12242, eq. 2."""
+    text: Text
+    """K * b rows."""
+    levels: Tensor
+    """Of noise, (K * b,) int64. Those of class pictures are drawn independently, arXiv 2208.12242, eq. 2."""
     noise: Tensor
     """(K * b, C, h, w) float32."""
     instance_rows: int
     """Of each subject's b rows; the rest are class pictures."""
 
 
+def predict(base: Base, side: int, noisy_latents: Tensor, times: Tensor, text: Text) -> Tensor:
+    """Predicts (B, C, h, w) with the base's own networks, whatever has been put into them.
+
+    side: of the pictures, in pixels. Shapes and dtypes are as in `registry.denoise`.
+    """
+    if isinstance(text, list):
+        text = encode_prompts(base, text, picture_size=(side, side))
+    return denoise(base.denoiser, noisy_latents, times, text)
+
+
 def dreambooth_step(
     base: Base,
-    network: Callable[[Tensor, Tensor, TextEncoding | list[str]], Tensor],
+    network: Callable[[Tensor, Tensor, Text], Tensor],
     backward: Callable[[Tensor], None],
     batch: SubjectBatch,
     subjects: int,
@@ -43,10 +57,10 @@ def dreambooth_step(
     over subjects of instance loss + prior_loss_weight * prior loss (arXiv 2208.12242, eq. 2), so a subject's gradient
     does not depend on how many others there are.
     """
-    noisy = base.process.noised(batch.latents, batch.noise, batch.timesteps)
+    noisy = base.process.noised(batch.latents, batch.noise, batch.levels)
     prediction = network(noisy.latents, noisy.times, batch.text)  # (K * b, C, h, w)
     errors = squared_error(prediction, noisy.target)  # (K * b,)
-    weights = base.process.loss_weights(batch.timesteps, noisy.target.shape, min_snr_gamma)
+    weights = base.process.loss_weights(batch.levels, noisy.target.shape, min_snr_gamma)
     if weights is not None:  # by each row's own level
         errors = errors * weights
     errors = errors.view(subjects, -1)

@@ -28,14 +28,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 from controlbooth.data.secrets import error_text
-from controlbooth.models.attention import apply_attention
+from controlbooth.models.attention import apply_attention, kernels_for
 from controlbooth.models.base import Base
-from controlbooth.models.families import refuse_for_subjects
-from controlbooth.models.pretrained import load_base
 from controlbooth.models.recomputing import recompute
 from controlbooth.trainer.config.run import activation_problems, base_folder
 from controlbooth.trainer.config.section import ConfigError
 from controlbooth.trainer.config.subjects import SubjectRunConfig, load_run
+from controlbooth.trainer.dreambooth.base import open_base, with_usual_guidance
 from controlbooth.trainer.dreambooth.batches import draw_prior
 from controlbooth.trainer.dreambooth.full import train_fully
 from controlbooth.trainer.dreambooth.manifest import Task, check_full, load_subjects, record_texts, settle
@@ -164,17 +163,21 @@ def train_subjects(
         check_full(config, world.world_size)
     for problem in activation_problems(config.engine, world.device.type == "cuda"):
         raise ConfigError(problem)
-    where, once = base_folder(config.model.base), once_a_machine(world)
-    base = load_base(where, config.model.family, DTYPES[precision], world.device, digests_of=once)
-    refuse_for_subjects(base.family, f"model.base {config.model.base!r}")
+    base = open_base(config, DTYPES[precision], world.device, once_a_machine(world))
+    config = with_usual_guidance(config, base)
     go_on_with_base(attempt, folder, base, world)
     attention = choose_once(
-        config.model.attention, world, precision, attempt, lambda: stack_attention_shapes(config, base)
+        config.model.attention,
+        world,
+        precision,
+        attempt,
+        lambda: stack_attention_shapes(config, base),
+        kernels_for(base.family.is_transformer),
     )
     apply_attention(base.denoiser, attention)
     recompute(base.denoiser, config.model.gradient_checkpointing)
     if config.model.gradient_checkpointing:
-        base.denoiser.train()  # without which it is passed over; the U-Net has no dropout
+        base.denoiser.train()  # without which it is passed over; there is no dropout
     if world.rank == 0:
         if own == folder:  # of an array all subjects are in the record, which who submitted it has written
             for name, text in record_texts(config, tasks).items():

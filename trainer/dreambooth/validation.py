@@ -26,15 +26,17 @@ from tqdm import tqdm
 from controlbooth.data.files.records import is_whole, read_json_list
 from controlbooth.data.order import draws
 from controlbooth.models.base import Base
-from controlbooth.models.sampling import sample
+from controlbooth.models.sampling import branches, sample
 from controlbooth.models.text import TextEncoding
 from controlbooth.trainer.config.subjects import SubjectRunConfig, fill
-from controlbooth.trainer.dreambooth.batches import Pictures, Training, subject_seed
+from controlbooth.trainer.dreambooth.base import drawn_size
+from controlbooth.trainer.dreambooth.batches import Pictures, Training, subject_seed, together
 from controlbooth.trainer.dreambooth.images import read_picture
 from controlbooth.trainer.dreambooth.manifest import Task
 from controlbooth.trainer.dreambooth.measuring.fidelity import mean_off_diagonal, prompt_similarity, similarity
 from controlbooth.trainer.dreambooth.measuring.overfitting import Course, course
 from controlbooth.trainer.dreambooth.prior import DRAWN_AT_ONCE
+from controlbooth.trainer.dreambooth.step import Text
 from controlbooth.trainer.dreambooth.tracking import Untracked
 from controlbooth.trainer.encoding import sample_posterior
 from controlbooth.trainer.evaluation.encoders import (
@@ -51,7 +53,7 @@ from controlbooth.trainer.run.attempt import Attempt, write_file, write_text
 FILE, BEST, BEST_LORA, BEST_PIPELINE = "validation.json", "best.json", "best.safetensors", "best"
 ROWS = 4
 """Of each kind of pictures, in the losses: evenly over all noise levels."""
-Network = Callable[[Tensor, Tensor, TextEncoding], Tensor]
+Network = Callable[[Tensor, Tensor, Text], Tensor]
 Figures = dict[str, float]
 
 
@@ -121,7 +123,9 @@ def validate_subjects(
         figures = fixed_losses(studio.config, base, network, trainings)
     pictures: dict[str, np.ndarray] = {}
     if studio.config.validation.prompts:
-        with hold(2 if studio.config.validation.guidance_scale > 1 else 1):
+        guidance = studio.config.validation.guidance_scale
+        assert guidance is not None, "the run has its family's guidance where it says none"
+        with hold(branches(base, guidance)):
             pictures = draw_samples(studio.config, base, [training.task for training in trainings])
     for training in trainings:
         task, found = training.task, figures[training.task.name]
@@ -177,20 +181,21 @@ def fixed_losses(
 ) -> dict[str, Figures]:
     """Returns each subject's training loss by kind of pictures, with noise and timesteps that never change.
 
-    They can be compared between steps, which those of training cannot. The latents are the posterior's means.
+    They can be compared between steps, which those of training cannot. The latents are the posterior's means; levels
+    are spread evenly, of flow matching over the quantiles of the run's density.
     """
     kinds = ["instance", *(["prior"] if trainings[0].prior else []), *(["held_out"] if trainings[0].held_out else [])]
-    count, steps = len(kinds), base.process.levels
-    parts = []
+    count = len(kinds)
+    parts, prompts = [], []
     for training in trainings:
         for kind in kinds:
             pictures = getattr(training, kind)
             seed = draws.hash64(subject_seed(config, training.task), "validation", kind)
-            parts.append(_fixed_rows(base, pictures, seed, steps))
-    latents, noise, timesteps, texts = zip(*parts, strict=True)
-    added = {key: torch.cat([text.added_cond_kwargs[key] for text in texts]) for key in texts[0].added_cond_kwargs}
-    text = TextEncoding(torch.cat([text.encoder_hidden_states for text in texts]), added)
-    every = [torch.cat(part) for part in (latents, noise, timesteps)]
+            parts.append(_fixed_rows(base, pictures, seed))
+            prompts += [pictures.prompt] * ROWS
+    latents, noise, levels, texts = zip(*parts, strict=True)
+    text: Text = prompts if config.train_text_encoder else together(texts)
+    every = [torch.cat(part) for part in (latents, noise, levels)]
     noisy = base.process.noised(*every)
     errors = (
         squared_error(network(noisy.latents, noisy.times, text), noisy.target)
@@ -204,16 +209,16 @@ def fixed_losses(
     }
 
 
-def _fixed_rows(base: Base, pictures: Pictures, seed: int, steps: int) -> tuple[Tensor, Tensor, Tensor, TextEncoding]:
-    """Returns latents and noise (ROWS, C, h, w) float32, timesteps (ROWS,) int64, and the text's rows."""
+def _fixed_rows(base: Base, pictures: Pictures, seed: int) -> tuple[Tensor, Tensor, Tensor, TextEncoding]:
+    """Returns latents and noise (ROWS, C, h, w) float32, levels of noise (ROWS,) int64, and the text's rows."""
     chosen = [row % len(pictures.mean) for row in range(ROWS)]
     mean, device = pictures.mean[chosen], pictures.mean.device
     latents = sample_posterior(base, mean, torch.zeros_like(mean), torch.zeros_like(mean)).float()
     noise = torch.from_numpy(draws.noise(seed, np.arange(ROWS), pictures.mean.shape[1:])).to(device)
-    timesteps = torch.tensor([(2 * row + 1) * steps // (2 * ROWS) for row in range(ROWS)], device=device)
+    levels = torch.from_numpy(base.process.even_levels(np.arange(ROWS), ROWS)).to(device)
     text = pictures.text
     expanded = {key: value.expand(ROWS, *value.shape[1:]) for key, value in text.added_cond_kwargs.items()}
-    return latents, noise, timesteps, TextEncoding(text.encoder_hidden_states.expand(ROWS, -1, -1), expanded)
+    return latents, noise, levels, TextEncoding(text.encoder_hidden_states.expand(ROWS, -1, -1), expanded)
 
 
 def prompts_of(config: SubjectRunConfig, task: Task) -> list[str]:
@@ -227,6 +232,7 @@ def draw_samples(config: SubjectRunConfig, base: Base, tasks: Sequence[Task]) ->
     Returns by subject (prompts * pictures, H, W, 3) uint8, prompt after prompt.
     """
     asked = config.validation
+    assert asked.guidance_scale is not None, "the run has its family's guidance where it says none"
     rows = {
         task.name: [(prompt, number) for prompt in prompts_of(config, task) for number in range(asked.pictures)]
         for task in tasks
@@ -243,6 +249,7 @@ def draw_samples(config: SubjectRunConfig, base: Base, tasks: Sequence[Task]) ->
             seeds=[draws.hash64("subject sample", task.name, prompt, number) >> 1 for task, prompt, number in chosen],
             steps=asked.sampling_steps,
             guidance_scale=asked.guidance_scale,
+            picture_size=drawn_size(base, config.resolution),
         )
         for (task, _, _), image in zip(chosen, images.numpy(), strict=True):
             drawn[task.name].append(image)

@@ -12,7 +12,7 @@ from controlbooth.models.identity import weights_digests
 from controlbooth.models.noise.process import FlowMatching, FlowSettings
 from controlbooth.models.pretrained import Digests, load_base
 from controlbooth.trainer.config.families import misplaced
-from controlbooth.trainer.config.run import RunConfig, base_path
+from controlbooth.trainer.config.run import FlowConfig, RunConfig, base_path
 from controlbooth.trainer.engine.distributed import World, from_first_rank
 
 
@@ -64,20 +64,28 @@ def with_run_settings(config: RunConfig, base: Base) -> Base:
     """
     for message in misplaced(config, base.family):
         raise UserError(message)
+    return for_pictures(base, config.flow, "data.resolution", config.data.resolution)
+
+
+def for_pictures(base: Base, flow: FlowConfig, field: str, side: int) -> Base:
+    """Gives a base of flow matching what a run decides about its noise; -> the base.
+
+    side: of its square pictures, in pixels. field: of the run, which says it. Raises ValueError for a side that a
+    transformer cannot take.
+    """
     if isinstance(base.process, FlowMatching):
-        base.process = base.process.with_settings(FlowSettings(**config.flow.model_dump()))
-    side = config.data.resolution
+        base.process = base.process.with_settings(FlowSettings(**flow.model_dump()))
     if base.family.is_transformer and side % base.pixel_multiple:
         step = base.pixel_multiple
         near = sorted({max(1, side // step) * step, -(-side // step) * step})
         raise UserError(
-            f"data.resolution={side} is not a multiple of {base.pixel_multiple}, the side of a token of "
+            f"{field}={side} is not a multiple of {base.pixel_multiple}, the side of a token of "
             f"{base.family.title} in pixels. Use {' or '.join(map(str, near))}"
         )
     places = base.denoiser.config.get("pos_embed_max_size")
     if base.family.is_transformer and places is not None and side > places * base.pixel_multiple:
         raise UserError(
-            f"data.resolution={side} is more than {places * base.pixel_multiple}, up to which this base knows places "
+            f"{field}={side} is more than {places * base.pixel_multiple}, up to which this base knows places "
             "in a picture. Lower it"
         )
     return base

@@ -397,7 +397,8 @@ def trained(base_folder, tmp_path_factory):
         reset_subject(adapters, 0, rank, seed=number)
         for adapter in adapters.values():
             adapter.up.data[0, :, :rank] = torch.randn(adapter.up.shape[1], rank) * 2
-        save_lora(attempt, subject_weights(adapters, 0, rank), root / "pets" / "subjects" / name / LORA_FILE)
+        weights = {f"unet.{layer}": tensor for layer, tensor in subject_weights(adapters, 0, rank).items()}
+        save_lora(attempt, weights, root / "pets" / "subjects" / name / LORA_FILE)
         write_status(attempt, root / "pets", name, state="finished", step=10)
     for name, text in record_texts(load_run(root / "run.yaml"), tasks).items():
         (root / "pets" / name).write_text(text)
@@ -432,6 +433,7 @@ def test_every_finished_subject_has_its_figures_its_grid_and_its_pictures(measur
 def test_a_picture_of_a_stack_is_the_one_that_its_lora_draws_alone(measured, base_folder):
     from PIL import Image
 
+    from controlbooth.models.files.loading import read_tensors
     from controlbooth.models.lora import ATTENTION, attach_adapters, load_subject
     from controlbooth.models.pretrained import load_base
     from controlbooth.models.sampling import sample
@@ -443,7 +445,8 @@ def test_a_picture_of_a_stack_is_the_one_that_its_lora_draws_alone(measured, bas
     _, tasks = read_record(measured)
     others = []
     for one in tasks[:3]:
-        load_subject(adapters, 0, measure.read_lora(measured / "subjects" / one.name / LORA_FILE))
+        saved = read_tensors([measured / "subjects" / one.name / LORA_FILE])
+        load_subject(adapters, 0, {name.removeprefix("unet."): tensor for name, tensor in saved.items()})
         row = protocol.drawings(one, measured / "subjects" / one.name / "pictures", False, 2, 2)[0]
         alone = sample(base, [row.prompt], seeds=[row.seed], steps=2, guidance_scale=3.0)[0].numpy()
         stacked = np.asarray(Image.open(row.path))

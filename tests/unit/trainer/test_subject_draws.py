@@ -32,7 +32,7 @@ def training(base, name, step=0):
 
 
 def rows(batch):
-    return batch.latents, batch.noise, batch.timesteps
+    return batch.latents, batch.noise, batch.levels
 
 
 def test_a_subject_draws_the_same_alone_and_in_any_company(base):
@@ -55,7 +55,7 @@ def test_subjects_with_the_same_pictures_and_class_draw_independently_and_so_do_
     steps, late, noise = 60, [], []
     for step in range(steps):
         batch = make_batch(CONFIG, base, [training(base, name, step) for name in ("rex", "max", "tom", "ace")])
-        late.append(2.0 * (batch.timesteps >= 500) - 1)
+        late.append(2.0 * (batch.levels >= 500) - 1)
         noise.append(batch.noise.flatten(1))
     spread = (torch.stack(late).sum(dim=1) ** 2).mean() / 16  # 16 where all rows of a step draw alike
     assert abs(float(spread) - 1) < 5 * (2 / steps) ** 0.5

@@ -146,7 +146,7 @@ def test_the_step_between_learnt_and_copied_is_kept_in_files_of_its_own(scene):
     assert (told["step"], told["learnt"], told["overfits"], told["best"]) == (5, 5, None, 5)
     assert told["prompt"] == "a olis dog" and told["figures"]["test"] == pytest.approx(np.cos([0.5, 0.3]).mean())
     saved = load_file(trained_file(studio.folder, "rex", best=True))
-    assert all(torch.equal(saved[f"unet.{name}"], tensor) for name, tensor in kept[5].items())
+    assert all(torch.equal(saved[name], tensor) for name, tensor in kept[5].items())
 
 
 def test_fixed_losses_tell_pictures_apart_and_come_again(scene):

@@ -5,7 +5,8 @@ import pytest
 from controlbooth.data.loading.tokens import cut_prompts, describe_cut, equal_prompts
 from controlbooth.trainer.config.subjects import SubjectRunConfig
 from controlbooth.trainer.dreambooth.manifest import Task
-from controlbooth.trainer.dreambooth.words import check_words
+from controlbooth.trainer.dreambooth.measuring.identifiers import candidates
+from controlbooth.trainer.dreambooth.words import check_words, is_t5, pieces_of, tokenizers_of
 
 TOKENS = 12  # of conftest's tokenizers, whose words are single letters, begin and end included
 NINE = "a b c d e f g h i"
@@ -82,3 +83,47 @@ def test_prompts_are_equal_only_where_all_tokenizers_take_them_for_one(load_tiny
     assert equal_prompts((first, second), prompts) == [(prompts[0], prompts[1]), ("a b", "A B")]
     second.model_max_length = 20
     assert equal_prompts((first, second), prompts) == [("a b", "A B")]
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_t5_reads_an_identifier_in_up_to_three_pieces_that_it_knows(family, config):
+    tasks = [task("known", "z", "a z"), task("capital", "Q", "a Q")]
+    faults, _ = check_words(tasks, config(family))
+    assert faults.keys() == {"capital"}
+    assert faults["capital"].startswith("T5's tokenizer reads the identifier 'Q' as")
+    (long,) = [task("long", "abcd", "a abcd")]
+    assert "splits the identifier 'abcd' into a b c d" in check_words([long], config(family))[0]["long"]
+
+
+def test_t5s_length_is_the_runs_and_a_run_without_t5_leaves_its_tokenizer_out(base_folder):
+    model = {"base": str(base_folder("sd3")), "text_tokens": 9}
+    tokenizers = tokenizers_of(SubjectRunConfig(name="x", model=model))
+    assert [one.model_max_length for one in tokenizers] == [TOKENS, TOKENS, 9]
+    assert [is_t5(one) for one in tokenizers] == [False, False, True]
+    assert len(tokenizers_of(SubjectRunConfig(name="x", model=model | {"t5": False}))) == 2
+
+
+def test_proposed_identifiers_are_rare_in_clip_and_those_that_are_in_t5_too_come_first():
+    pytest.importorskip("wordfreq")
+    from transformers import CLIPTokenizer, T5TokenizerFast
+
+    words = ["qzx", "kvq", "wqz", "zzqv"]
+    letters = sorted(set("".join(words)))
+    pieces = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
+    merges = []
+    for word in words:
+        parts = [*word[:-1], f"{word[-1]}</w>"]
+        while len(parts) > 1:
+            merges.append((parts[-2], parts[-1]))
+            parts[-2:] = ["".join(parts[-2:])]
+            pieces.append(parts[-1])
+    merges = list(dict.fromkeys(merges))
+    clip = CLIPTokenizer(vocab={piece: n for n, piece in enumerate(dict.fromkeys(pieces))}, merges=merges)
+    begin = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0), ("▁", -4.0), *((letter, -9.0) for letter in letters)]
+    filler = [(f"<filler {number}>", -99.0) for number in range(5000 - len(begin))]
+    t5 = T5TokenizerFast(vocab=[*begin, *filler, ("▁kvq", -5.0), ("zqv", -5.0), ("▁z", -5.0)], extra_ids=0)
+    assert [pieces_of(t5, word) for word in ("kvq", "zzqv")] == [["▁kvq"], ["▁z", "zqv"]]
+    found = candidates([clip, t5])
+    assert set(found[:3]) == {"kvq", "zzqv", "zqv"}
+    assert set(found[3:]) == {"qzx", "wqz"}  # three letters, three pieces
+    assert set(candidates([clip])) == {*words, "zqv"}

@@ -8,6 +8,8 @@ model. Its rule for T5, ids 5000 to 10000 and at most three characters, is none 
    the most frequent first, so a token's id is its rank.
 3. No word: at most one in ten million (a Zipf frequency of 2.0) in each of nine languages, by the package wordfreq.
 4. Words without vowels first: most of the others are ends of words, which lend them a meaning.
+5. Where T5 reads prompts beside CLIP (SD3, FLUX.1), at most three pieces of its vocabulary. Those whose pieces are all
+   of the paper's ids come before all others, and how many are not is said.
 
 With --draw the base itself is asked: pictures of `a [identifier]` and of `a [identifier] [class noun]` are to be no
 more alike than pictures of `a [class noun]`. A word that the base has an image for, such as a club's, makes them alike.
@@ -32,10 +34,13 @@ from controlbooth.models.sampling import sample
 from controlbooth.trainer.config.run import base_folder
 from controlbooth.trainer.dreambooth.measuring.fidelity import mean_off_diagonal
 from controlbooth.trainer.dreambooth.prior import DRAWN_AT_ONCE
+from controlbooth.trainer.dreambooth.words import MOST_PIECES, is_t5, pieces_of
 from controlbooth.trainer.engine.deepspeed import DTYPES, resolve_precision
 from controlbooth.trainer.evaluation.encoders import Encoder, encoder_folders, open_encoders
 
 LETTERS = (3, 4)
+PAPERS_IDS = range(5000, 10001)
+"""Of T5's vocabulary, the most frequent pieces first: rare ones, and not yet long words."""
 MOST_FREQUENT = 2.0
 """On the Zipf scale: the logarithm of how often a word comes in a billion words."""
 LANGUAGES = ("en", "es", "fr", "de", "it", "pt", "nl", "id", "tr")
@@ -47,7 +52,8 @@ def run(options: argparse.Namespace) -> int:
     if options.draw and not options.class_noun:
         raise UserError("--draw compares with pictures of a class: give --class-noun, once or several times")
     where = base_folder(options.base)
-    found = candidates(load_tokenizers(where))
+    tokenizers = load_tokenizers(where)
+    found = candidates(tokenizers)
     if not found:
         raise UserError(f"the tokenizer of {options.base} has no rare token of {LETTERS[0]} to {LETTERS[1]} letters")
     if options.draw:
@@ -60,14 +66,17 @@ def run(options: argparse.Namespace) -> int:
     chosen = found[: options.count]
     if len(chosen) < options.count:
         print(f"only {len(chosen)} of {options.count} were found", file=sys.stderr)
+    if common := sum(not is_rare_in_t5(tokenizers, word) for word in chosen):
+        told = f"{common} of them have pieces outside of T5's ids {PAPERS_IDS[0]} to {PAPERS_IDS[-1]}"
+        print(f"{told}, the paper's range", file=sys.stderr)
     print(f"identifiers: [{', '.join(chosen)}]")
     return 0
 
 
 def candidates(tokenizers: Sequence[Any]) -> list[str]:
-    """Returns the words by rules 1 to 4 that are one token of every tokenizer.
+    """Returns the words by rules 1 to 5 that are one token of every tokenizer of CLIP.
 
-    Those without vowels come first, and among them the rarest.
+    Those that are rare in T5 come first, then those without vowels, and among them the rarest.
     """
     from wordfreq import zipf_frequency  # reads its lists, and only this command wants them
 
@@ -80,10 +89,20 @@ def candidates(tokenizers: Sequence[Any]) -> list[str]:
         if not LETTERS[0] <= len(word) <= LETTERS[1] or len(set(word)) == 1 or number < len(tokens) // 2:
             continue
         frequency = max(zipf_frequency(word, language) for language in LANGUAGES)
-        if frequency > MOST_FREQUENT or any(len(other.tokenize(word)) != 1 for other in tokenizers):
+        if frequency > MOST_FREQUENT or any(len(pieces_of(one, word)) > most_pieces(one) for one in tokenizers):
             continue
-        found.append((bool(VOWELS & set(word)), frequency, -number, word))
+        found.append((not is_rare_in_t5(tokenizers, word), bool(VOWELS & set(word)), frequency, -number, word))
     return [word for *_, word in sorted(found)]
+
+
+def most_pieces(tokenizer: Any) -> int:
+    return MOST_PIECES if is_t5(tokenizer) else 1
+
+
+def is_rare_in_t5(tokenizers: Sequence[Any], word: str) -> bool:
+    """Tells whether all pieces of a word have the paper's ids in T5's vocabulary; true where no tokenizer is T5's."""
+    numbers = [one.convert_tokens_to_ids(pieces_of(one, word)) for one in tokenizers if is_t5(one)]
+    return all(number in PAPERS_IDS for row in numbers for number in row)
 
 
 def without_a_prior(

@@ -24,16 +24,18 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from controlbooth.data.errors import UserError
 from controlbooth.data.files.records import read_note
 from controlbooth.data.files.whole import write_whole
 from controlbooth.models.base import Base
 from controlbooth.models.files.loading import read_tensors
-from controlbooth.models.lora import StackedAdapter, attach_adapters, load_subject
-from controlbooth.models.pretrained import load_base
-from controlbooth.models.sampling import drawn_by, sample
-from controlbooth.trainer.config.run import base_folder, tracking_uri
+from controlbooth.models.lora import StackedAdapter, load_subject
+from controlbooth.models.sampling import branches, drawn_by, sample
+from controlbooth.trainer.config.run import tracking_uri
 from controlbooth.trainer.config.section import ConfigError
-from controlbooth.trainer.config.subjects import PriorConfig, SubjectRunConfig
+from controlbooth.trainer.config.subjects import SubjectRunConfig
+from controlbooth.trainer.dreambooth.adapted import attach, by_part
+from controlbooth.trainer.dreambooth.base import drawn_size, open_base, with_usual_guidance
 from controlbooth.trainer.dreambooth.images import SubjectError, read_picture
 from controlbooth.trainer.dreambooth.manifest import Task, find_images, read_record
 from controlbooth.trainer.dreambooth.measuring.fidelity import (
@@ -46,7 +48,7 @@ from controlbooth.trainer.dreambooth.measuring.fidelity import (
 from controlbooth.trainer.dreambooth.measuring.protocol import Drawing, asked_background, drawings
 from controlbooth.trainer.dreambooth.pipeline import NETWORKS, PIPELINE, base_of_subject
 from controlbooth.trainer.dreambooth.prior import DRAWN_AT_ONCE
-from controlbooth.trainer.dreambooth.stack import LAYERS, LORA_FILE
+from controlbooth.trainer.dreambooth.stack import LORA_FILE
 from controlbooth.trainer.dreambooth.status import status_of
 from controlbooth.trainer.dreambooth.tracking import count_states, last_step, subject_params, subject_tags
 from controlbooth.trainer.engine.deepspeed import DTYPES, resolve_precision
@@ -128,11 +130,11 @@ def measure_run(
     at_the_end = patient_group()
     encoders = open_encoders(folders, world.device)  # its errors come before hours of drawing
     precision = resolve_precision(config.precision, world.device, zero_stage=1)
-    where, once = base_folder(config.model.base), once_a_machine(world)
-    base = load_base(where, config.model.family, DTYPES[precision], world.device, digests_of=once)
+    base = open_base(config, DTYPES[precision], world.device, once_a_machine(world))
+    config = with_usual_guidance(config, base)
     remedy = "Put it back as it was: what a subject has learnt holds on that base alone"
     check_same_base(read_base_facts(run) or {}, base, "when the run began", remedy)
-    embedded = base.family.name == "miniature"
+    embedded = base.family.name in ("miniature", "miniature-dit")
     plans = {task.name: drawings(task, pictures_folder(run, task), embedded, prompts, images) for task in tasks}
     mine = list(tasks[world.rank :: world.world_size])
     for task in mine:
@@ -183,6 +185,7 @@ def forget_others(run: Path, config: SubjectRunConfig, base: Base, task: Task) -
         **drawn_by(base),
         sampling_steps=config.prior.sampling_steps,
         guidance_scale=config.prior.guidance_scale,
+        **({"resolution": config.resolution} if base.family.is_transformer else {}),
     )
     record = folder / "drawn_by.json"
     if read_note(record, "The pictures are drawn anew") == now:
@@ -196,7 +199,7 @@ def forget_others(run: Path, config: SubjectRunConfig, base: Base, task: Task) -
 def trained_files(own: Path, method: str) -> list[Path]:
     """Returns the files of a subject's trained weights, always in the same order. own: the subject's folder.
 
-    A network above 10 GB is in several files, and a text encoder may have learned with the U-Net.
+    A network above 10 GB is in several files, and text encoders may have learned too.
     """
     if method == "lora":
         return [own / LORA_FILE]
@@ -233,15 +236,14 @@ def draw(
     if config.method == "full":
         draw_full(run, config, base, tasks, missing, world)
         return
-    branches = 2 if config.prior.guidance_scale > 1 else 1
-    adapters = attach_adapters(base.denoiser, LAYERS[config.adapter.layers], subjects=0, rank=1)
+    _, adapters = attach(config, base, subjects=0, rank=1)
     total = sum(len(missing[task.name]) for task in tasks)
     bar = tqdm(total=total, desc="drawing", unit="picture", disable=world.rank > 0, dynamic_ncols=True)
     for first in range(0, len(tasks), config.subjects_per_batch):
         together = tasks[first : first + config.subjects_per_batch]
-        loras = [read_lora(run / "subjects" / task.name / LORA_FILE) for task in together]
+        loras = [read_tensors([run / "subjects" / task.name / LORA_FILE]) for task in together]
         try:
-            fill_stack(adapters, loras * branches)
+            fill_stack(adapters, loras, branches(base, guidance_of(config)))
         except ValueError as error:
             raise ConfigError(f"a LoRA of {', '.join(task.name for task in together)}: {error}") from error
         each = max(1, DRAWN_AT_ONCE // len(together))
@@ -252,7 +254,7 @@ def draw(
                 for task in together
                 for number in range(each)
             ]
-            pictures = sample_rows(base, rows, config.prior)
+            pictures = sample_rows(base, rows, config)
             for row, picture in zip(rows, pictures.numpy(), strict=True):
                 if not row.path.exists():
                     write_png(row.path, picture)
@@ -275,32 +277,45 @@ def draw_full(
         own = base_of_subject(config, base, run / "subjects" / task.name / PIPELINE)
         for start in range(0, len(missing[task.name]), DRAWN_AT_ONCE):
             rows = missing[task.name][start : start + DRAWN_AT_ONCE]
-            pictures = sample_rows(own, rows, config.prior)
+            pictures = sample_rows(own, rows, config)
             for row, picture in zip(rows, pictures.numpy(), strict=True):
                 write_png(row.path, picture)
                 bar.update()
     bar.close()
 
 
-def sample_rows(base: Base, rows: Sequence[Drawing], prior: PriorConfig) -> Tensor:
+def guidance_of(config: SubjectRunConfig) -> float:
+    assert config.prior.guidance_scale is not None, "the run has its family's guidance where it says none"
+    return config.prior.guidance_scale
+
+
+def sample_rows(base: Base, rows: Sequence[Drawing], config: SubjectRunConfig) -> Tensor:
     """Draws these rows with the settings of class pictures, and returns them as (len(rows), H, W, 3) uint8."""
     return sample(
         base,
         [row.prompt for row in rows],
         seeds=[row.seed for row in rows],
-        steps=prior.sampling_steps,
-        guidance_scale=prior.guidance_scale,
+        steps=config.prior.sampling_steps,
+        guidance_scale=guidance_of(config),
+        picture_size=drawn_size(base, config.resolution),
     )
 
 
-def read_lora(path: Path) -> dict[str, Tensor]:
-    """Reads the tensors of a LoRA, by the names of its layers in the U-Net."""
-    return {name.removeprefix("unet."): tensor for name, tensor in read_tensors([path]).items()}
+def fill_stack(adapters: dict[str, StackedAdapter], loras: Sequence[dict[str, Tensor]], branches: int) -> None:
+    """Makes the stack hold these LoRAs, in this order, as the base draws them with so many branches of guidance."""
+    if other := sorted({name for lora in loras for name in lora if name.partition(".lora_")[0] not in adapters}):
+        raise UserError(
+            f"the LoRA is of other layers: {len(other)} of its names are none of theirs, such as {other[0]}"
+        )
+    for part, times in zip(by_part(adapters), (branches, 1), strict=True):
+        own = [{name: lora[name] for name in lora if name.partition(".lora_")[0] in part} for lora in loras]
+        if part:
+            _fill(part, own * times)
 
 
 @torch.no_grad()
-def fill_stack(adapters: dict[str, StackedAdapter], loras: Sequence[dict[str, Tensor]]) -> None:
-    """Makes the stack hold these LoRAs, in this order, with room for the largest rank among them."""
+def _fill(adapters: dict[str, StackedAdapter], loras: Sequence[dict[str, Tensor]]) -> None:
+    """Makes adapters hold these LoRAs, in this order, with room for the largest rank among them."""
     rank = max(len(tensor) for lora in loras for name, tensor in lora.items() if name.endswith("lora_A.weight"))
     for adapter in adapters.values():
         (_, _, *inputs), (_, outputs, _, *kernel) = adapter.down.shape, adapter.up.shape
