@@ -174,8 +174,9 @@ def test_weights_are_written_in_one_module():
 
 
 def test_a_package_file_is_a_docstring_and_nothing_else():
+    """But that of models, which must come before whatever imports diffusers: it keeps start-up lines out."""
     for path in FILES:
-        if path.name == "__init__.py":
+        if path.name == "__init__.py" and path.parent.name != "models":
             tree = ast.parse(path.read_text())
             assert len(tree.body) == 1 and ast.get_docstring(tree), path
 

@@ -12,7 +12,7 @@ RUN, SUBJECTS, ABLATIONS, POLICY, CLUSTER = (
     "a cluster file",
 )
 OWN_KEYS = {
-    RUN: ("max_steps", "global_batch_size", "micro_batch_size", "optimizer", "checkpoint"),
+    RUN: ("max_steps", "global_batch_size", "micro_batch_size", "checkpoint"),
     SUBJECTS: ("subjects_per_batch", "instance_batch_size", "steps", "instance_prompt", "adapter", "prior"),
     ABLATIONS: ("variants", "seeds"),
     POLICY: ("triggers", "evaluation", "gate"),

@@ -197,12 +197,15 @@ LATER = (
     "model.copied_blocks",
     "model.t5",
     "model.text_tokens",
+    "model.method",
+    "model.rank",
     *(f"model.frozen.{name}" for name in FrozenConfig.model_fields),
     "engine.deterministic",
     "engine.tf32",
     "engine.compile",
     "engine.activations",
     "optimizer.name",
+    "optimizer.lora_learning_rate",
     *(f"flow.{name}" for name in FlowConfig.model_fields),
 )
 """Fields that versions before 2026-11-30 did not have: at their defaults they say what those did."""

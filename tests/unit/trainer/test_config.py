@@ -172,7 +172,7 @@ def test_known_keys_are_listed_once_for_all_that_are_unknown(tmp_path):
 
 
 def test_a_file_that_is_not_there_names_those_that_are_shipped(tmp_path):
-    shipped = "photos.yaml, quickstart.yaml, sd15-edges.yaml"
+    shipped = "photos.yaml, quickstart.yaml, sd15-edges.yaml, transformer.yaml"
     with pytest.raises(ConfigError) as caught:
         load_config(tmp_path / "nothing.yaml")
     assert str(caught.value).endswith(f"nothing.yaml does not exist. Runs to start from, in launch/configs: {shipped}")
@@ -254,7 +254,7 @@ def test_every_shipped_run_is_complete_and_is_told_how_to_be_started(path):
     if path.stem == "dreambooth":
         load_run(path)
         assert f"controlbooth dreambooth run SUBJECTS.yaml launch/configs/{path.name}" in header
-    elif path.stem == "ablations":
+    elif path.stem in ("ablations", "copied-blocks"):
         grid = load_ablations(path)
         for _, _, changes in planned_runs(grid, path.parent / grid.run):
             load_config(path.parent / grid.run, changes)

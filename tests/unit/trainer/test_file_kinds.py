@@ -28,6 +28,8 @@ SHIPPED = {
     "quickstart.yaml": RUN,
     "photos.yaml": RUN,
     "sd15-edges.yaml": RUN,
+    "transformer.yaml": RUN,
+    "copied-blocks.yaml": ABLATIONS,
     "dreambooth.yaml": SUBJECTS,
     "ablations.yaml": ABLATIONS,
     "retrain.yaml": POLICY,

@@ -27,7 +27,8 @@ def run(base_folder, tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     tree = dict(name="pets", output=str(root), model=dict(base=str(base_folder("sdxl"))), resolution=32)
     (root / "run.yaml").write_text(yaml.safe_dump(tree))
-    adapters = attach_adapters(load_base(base_folder("sdxl")).denoiser, ATTENTION, 1, 4)
+    plain = attach_adapters(load_base(base_folder("sdxl")).denoiser, ATTENTION, 1, 4)
+    adapters = {f"unet.{name}": adapter for name, adapter in plain.items()}
     attempt = Attempt(root / "pets", 1, "id")
     attempt.folder.mkdir(parents=True)
     tasks = []
