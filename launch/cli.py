@@ -177,7 +177,7 @@ def _help(prefix: str) -> str:
         shown = {verb: text for verb, (_, text) in verbs.items() if verb.startswith(prefix)}
         if shown:
             lines += [f"{group}:", *(f"  {verb:<{width}}  {text}" for verb, text in shown.items()), ""]
-    examples = [f"  controlbooth {line}" for line in EXAMPLES.get(prefix, ())]
+    examples = [f"  controlbooth {line}" for line in EXAMPLES[prefix]]
     return "\n".join([*lines, "Examples:", *examples]) + "\n"
 
 

@@ -1,6 +1,5 @@
 """Real trainings of control-LoRAs on the tiny base, on ranks of torchrun, through DeepSpeed."""
 
-import random
 import shutil
 
 import forked
@@ -9,7 +8,7 @@ import pytest
 import tiny
 import yaml
 from safetensors.numpy import load_file
-from trainings import finish, kill, logged, run_file, start, wait_for_step
+from trainings import finish, finish_after_two_kills, logged, run_file, start
 
 from controlbooth.trainer.run.integrity import write_marker
 
@@ -61,11 +60,7 @@ def test_in_bf16_all_stages_train_alike_and_keep_masters_that_are_not_rounded(fo
 
 def test_a_run_killed_twice_ends_with_bitwise_the_weights_of_an_uninterrupted_one(folder, whole):
     path, killed = run_file(folder, "killed", max_steps=8, **RATES), folder / "runs" / "killed"
-    for step in sorted(random.Random(6).sample(range(2, 7), 2)):
-        process = start(path, 2)
-        wait_for_step(killed, step)
-        kill(process)
-    assert "going on from" in finish(start(path, 2))
+    finish_after_two_kills(path, killed, seed=6)
     assert logged(killed, "loss") == logged(whole, "loss")
     assert all(np.array_equal(last_weights(killed)[name], tensor) for name, tensor in last_weights(whole).items())
     rates = logged(whole, "lora_learning_rate")

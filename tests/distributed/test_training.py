@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -17,7 +16,16 @@ import tiny
 import webdataset
 from diffusers import ControlNetModel
 from safetensors.numpy import load_file
-from trainings import finish, free_port, kill, logged, path_with_python, run_file, start, wait_for_step
+from trainings import (
+    finish,
+    finish_after_two_kills,
+    free_port,
+    logged,
+    path_with_python,
+    run_file,
+    start,
+    wait_for_step,
+)
 
 from controlbooth.data.pictures.images import encode_png
 from controlbooth.data.scenes import render
@@ -112,11 +120,7 @@ def whole(world_folder):
 def test_a_run_killed_twice_ends_with_bitwise_the_weights_of_an_uninterrupted_one(world_folder, whole):
     path = run_file(world_folder, "killed", max_steps=8)
     killed = world_folder / "runs" / "killed"
-    for step in sorted(random.Random(5).sample(range(2, 7), 2)):
-        process = start(path, 2)
-        wait_for_step(killed, step)
-        kill(process)
-    assert "going on from" in finish(start(path, 2))
+    finish_after_two_kills(path, killed, seed=5)
     assert logged(killed, "loss") == logged(whole, "loss")
     ours, theirs = (tiny.weights(run / "checkpoints" / "step-00000008") for run in (killed, whole))
     assert ours.keys() == theirs.keys()

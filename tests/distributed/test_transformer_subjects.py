@@ -19,9 +19,9 @@ from controlbooth.models.files.loading import read_tensors
 from controlbooth.models.sampling import sample
 from controlbooth.trainer.config.subjects import load_run
 from controlbooth.trainer.dreambooth.adapted import attach
-from controlbooth.trainer.dreambooth.base import open_base
 from controlbooth.trainer.dreambooth.measuring.measure import fill_stack
 from controlbooth.trainer.dreambooth.stack import LORA_FILE
+from controlbooth.trainer.run.base import open_base
 
 PIPELINES: dict[str, Any] = {"sd3": diffusers.StableDiffusion3Pipeline, "flux": diffusers.FluxPipeline}
 NAMES = ("subject-0", "subject-1", "subject-2")

@@ -1,7 +1,6 @@
 """Real trainings of ControlNets on tiny bases of flow matching, on ranks of torchrun, through DeepSpeed."""
 
 import json
-import random
 import shutil
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 import tiny
 import torch
 from safetensors.numpy import load_file
-from trainings import finish, kill, logged, run_file, start, wait_for_step
+from trainings import finish, finish_after_two_kills, logged, run_file, start
 
 from controlbooth.launch.commands import export as export_command
 from controlbooth.models.pretrained import load_base, load_controlnet
@@ -74,11 +73,7 @@ def load_base_tensor(folder, name):
 
 def test_a_run_killed_twice_ends_with_bitwise_the_weights_of_an_uninterrupted_one(folder, whole):
     path, killed = run_file(folder, "killed", max_steps=8), folder / "runs" / "killed"
-    for step in sorted(random.Random(6).sample(range(2, 7), 2)):
-        process = start(path, 2)
-        wait_for_step(killed, step)
-        kill(process)
-    assert "going on from" in finish(start(path, 2))
+    finish_after_two_kills(path, killed, seed=6)
     assert logged(killed, "loss") == logged(whole, "loss")
     assert all(np.array_equal(last_weights(killed)[name], tensor) for name, tensor in last_weights(whole).items())
 

@@ -34,3 +34,11 @@ def steps_moving(controlnet: nn.Module, prediction: Callable[[], Tensor], steps:
         assert all(parameter.grad is not None for parameter in controlnet.parameters())
         optimizer.step()
         yield {name for name, one in controlnet.named_parameters() if not torch.equal(one, before[name])}
+
+
+@torch.no_grad()
+def disturbed(network, by=0.1):
+    """Moves all weights, as a training might, by torch's own generator; -> the network."""
+    for parameter in network.parameters():
+        parameter += by * torch.randn(parameter.shape)
+    return network

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import socket
 import sys
@@ -51,6 +52,15 @@ def kill(process):
     for one in [*psutil.Process(process.pid).children(recursive=True), process]:
         one.send_signal(signal.SIGKILL)
     process.communicate()
+
+
+def finish_after_two_kills(path, run, seed):
+    """Trains on two ranks to the end, killed at two of the steps 2 to 6."""
+    for step in sorted(random.Random(seed).sample(range(2, 7), 2)):
+        process = start(path, 2)
+        wait_for_step(run, step)
+        kill(process)
+    assert "going on from" in finish(start(path, 2))
 
 
 def free_port():

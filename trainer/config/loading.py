@@ -152,8 +152,8 @@ def _nearest_key(location: tuple[Any, ...], model: type[BaseModel]) -> str | Non
     """
     *parents, leaf = map(str, location)
     keys = dict.fromkeys(key for key, _ in fields_of(model))
-    inside = _dotted(tuple(part for part in location[:-1] if isinstance(part, int)))  # of a list, which is kept
-    if not inside:
+    in_a_list = any(isinstance(part, int) for part in location)  # whose elements have no keys elsewhere
+    if not in_a_list:
         elsewhere = [key for key in keys if key.rpartition(".")[2] == leaf]
         if len(elsewhere) == 1:
             return elsewhere[0]
@@ -164,7 +164,7 @@ def _nearest_key(location: tuple[Any, ...], model: type[BaseModel]) -> str | Non
         return _dotted((*parents, close[0]))
     leaves = {key.rpartition(".")[2]: key for key in keys}
     close = difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.8)
-    return leaves[close[0]] if close and not inside else None
+    return leaves[close[0]] if close and not in_a_list else None
 
 
 def fields_of(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:

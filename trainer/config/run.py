@@ -49,6 +49,14 @@ class FrozenConfig(Section):
     """Keep the blocks of the denoiser and of the text encoders in host memory, from where they are copied to the device
     ahead of use. With shards, each rank keeps its share there. Results are the same, bit for bit."""
 
+    def asked(self) -> dict[str, str]:
+        """Returns the fields that are not at their defaults, by their names in a run, and their values."""
+        return {
+            f"model.frozen.{name}": value
+            for name, value in self.model_dump().items()
+            if value != FrozenConfig.model_fields[name].default
+        }
+
 
 class ModelConfig(Section):
     base: str
@@ -393,11 +401,7 @@ class RunConfig(Section):
         for problem in activation_problems(self.engine):
             raise UserError(problem)
         if self.model.frozen != FrozenConfig():
-            held = ", ".join(
-                f"model.frozen.{name}={value}"
-                for name, value in self.model.frozen.model_dump().items()
-                if value != FrozenConfig.model_fields[name].default
-            )
+            held = ", ".join(f"{field}={value}" for field, value in self.model.frozen.asked().items())
             if self.model.unlock_decoder_at is not None:
                 raise UserError(
                     f"{held} is for a base that stays frozen, and model.unlock_decoder_at="
@@ -498,10 +502,7 @@ class RunConfig(Section):
             "model.unlock_decoder_at": model.unlock_decoder_at is not None and str(model.unlock_decoder_at),
             "engine.compile": self.engine.compile and "true",
             "optimizer.name": self.optimizer.name != "adamw" and self.optimizer.name,
-            **{
-                f"model.frozen.{name}": value != FrozenConfig.model_fields[name].default and value
-                for name, value in model.frozen.model_dump().items()
-            },
+            **model.frozen.asked(),
         }
         for field, value in others.items():
             if value:

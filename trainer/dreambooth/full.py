@@ -30,7 +30,6 @@ from controlbooth.trainer.config.run import OptimizerConfig
 from controlbooth.trainer.config.section import ConfigError
 from controlbooth.trainer.config.subjects import SubjectRunConfig
 from controlbooth.trainer.dreambooth.adapted import trained_encoders
-from controlbooth.trainer.dreambooth.base import open_base
 from controlbooth.trainer.dreambooth.batches import Training, begin_training, make_batch
 from controlbooth.trainer.dreambooth.images import SubjectError
 from controlbooth.trainer.dreambooth.manifest import Task
@@ -44,7 +43,7 @@ from controlbooth.trainer.engine.distributed import World, all_sum, barrier, gat
 from controlbooth.trainer.engine.offloading import keeping_activations
 from controlbooth.trainer.run import checkpoint as checkpoints
 from controlbooth.trainer.run import saving
-from controlbooth.trainer.run.base import once_a_machine
+from controlbooth.trainer.run.base import once_a_machine, open_base
 from controlbooth.trainer.run.process import StopRequest, peak_memory_gib
 
 

@@ -24,7 +24,7 @@ def _base(config: SubjectRunConfig) -> Any:
     """Reads the base without its weights, in the run's precision, which some text encoders do not bear."""
     import torch  # seconds, and the rest of this file none
 
-    from controlbooth.trainer.dreambooth.base import open_base
     from controlbooth.trainer.engine.deepspeed import DTYPES
+    from controlbooth.trainer.run.base import open_base
 
     return open_base(config, DTYPES.get(config.precision, torch.float32), "meta")

@@ -16,9 +16,9 @@ from controlbooth.models.files.weights import save_pretrained, save_weights
 from controlbooth.models.pretrained import WEIGHTS_STEM, parts_of
 from controlbooth.trainer.config.run import base_folder
 from controlbooth.trainer.config.subjects import SubjectRunConfig
-from controlbooth.trainer.dreambooth.base import open_base
 from controlbooth.trainer.run import checkpoint as checkpoints
 from controlbooth.trainer.run.attempt import Attempt, move
+from controlbooth.trainer.run.base import open_base
 from controlbooth.trainer.run.disk_full import named_when_full
 
 PIPELINE = "pipeline"

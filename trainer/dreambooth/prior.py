@@ -10,7 +10,6 @@ from controlbooth.data.order.draws import hash64
 from controlbooth.models.base import Base
 from controlbooth.models.sampling import drawn_by, sample
 from controlbooth.trainer.config.subjects import PriorConfig
-from controlbooth.trainer.dreambooth.base import drawn_size
 from controlbooth.trainer.evaluation.drawing import write_png
 from controlbooth.trainer.run.disk_full import named_when_full
 
@@ -70,3 +69,8 @@ def draw_class_images(base: Base, missing: Sequence[tuple[Path, str]], prior: Pr
         # tasks of an array that share a class may draw the same picture at once
         with named_when_full(path):
             write_png(path, image)
+
+
+def drawn_size(base: Base, resolution: int) -> tuple[int, int]:
+    """Returns height and width of the pictures that a run draws: a U-Net's own size, of a transformer the run's."""
+    return (resolution, resolution) if base.family.is_transformer else base.picture_size

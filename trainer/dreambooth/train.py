@@ -34,7 +34,6 @@ from controlbooth.models.recomputing import recompute
 from controlbooth.trainer.config.run import activation_problems, base_folder
 from controlbooth.trainer.config.section import ConfigError
 from controlbooth.trainer.config.subjects import SubjectRunConfig, load_run
-from controlbooth.trainer.dreambooth.base import open_base, with_usual_guidance
 from controlbooth.trainer.dreambooth.batches import draw_prior
 from controlbooth.trainer.dreambooth.full import train_fully
 from controlbooth.trainer.dreambooth.manifest import Task, check_full, load_subjects, record_texts, settle
@@ -50,7 +49,7 @@ from controlbooth.trainer.engine.device import device_name
 from controlbooth.trainer.engine.distributed import World, barrier, end_process, from_first_rank, join, leave
 from controlbooth.trainer.run.attempt import Attempt, Superseded, only_run, write_text
 from controlbooth.trainer.run.attention import choose_once
-from controlbooth.trainer.run.base import once_a_machine
+from controlbooth.trainer.run.base import once_a_machine, open_base, with_usual_guidance
 from controlbooth.trainer.run.failures import end_superseded, note_failure
 from controlbooth.trainer.run.process import StopRequest, quiet_libraries
 from controlbooth.trainer.run.same_base import (

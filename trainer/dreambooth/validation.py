@@ -29,13 +29,12 @@ from controlbooth.models.base import Base
 from controlbooth.models.sampling import branches, sample
 from controlbooth.models.text import TextEncoding
 from controlbooth.trainer.config.subjects import SubjectRunConfig, fill
-from controlbooth.trainer.dreambooth.base import drawn_size
 from controlbooth.trainer.dreambooth.batches import Pictures, Training, subject_seed, together
 from controlbooth.trainer.dreambooth.images import read_picture
 from controlbooth.trainer.dreambooth.manifest import Task
 from controlbooth.trainer.dreambooth.measuring.fidelity import mean_off_diagonal, prompt_similarity, similarity
 from controlbooth.trainer.dreambooth.measuring.overfitting import Course, course
-from controlbooth.trainer.dreambooth.prior import DRAWN_AT_ONCE
+from controlbooth.trainer.dreambooth.prior import DRAWN_AT_ONCE, drawn_size
 from controlbooth.trainer.dreambooth.step import Text
 from controlbooth.trainer.dreambooth.tracking import Untracked
 from controlbooth.trainer.encoding import sample_posterior

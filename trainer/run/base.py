@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -12,20 +13,28 @@ from controlbooth.models.identity import weights_digests
 from controlbooth.models.noise.process import FlowMatching, FlowSettings
 from controlbooth.models.pretrained import Digests, load_base
 from controlbooth.trainer.config.families import misplaced
-from controlbooth.trainer.config.run import FlowConfig, RunConfig, base_path
+from controlbooth.trainer.config.run import RunConfig, base_folder
+from controlbooth.trainer.config.subjects import SubjectRunConfig
 from controlbooth.trainer.engine.distributed import World, from_first_rank
+
+AnyRun = RunConfig | SubjectRunConfig
+OneRun = TypeVar("OneRun", RunConfig, SubjectRunConfig)
 
 
 def open_base(
-    config: RunConfig, dtype: torch.dtype, device: str | torch.device, digests_of: Digests = weights_digests
+    config: AnyRun,
+    dtype: torch.dtype,
+    device: str | torch.device,
+    digests_of: Digests = weights_digests,
+    where: Path | None = None,
 ) -> Base:
     """Reads a run's base, with what the run decides about its text encoders and its noise.
 
-    digests_of: see `load_base`. Raises FileNotFoundError and ValueError as `load_base`, and for settings that have no
-    meaning with its family.
+    where: in place of the run's own, the pipeline of a subject that was trained on it. digests_of: see `load_base`.
+    Raises FileNotFoundError and ValueError as `load_base`, and for settings that have no meaning with its family.
     """
     base = load_base(
-        base_path(config),
+        where or base_folder(config.model.base),
         config.model.family,
         dtype,
         device,
@@ -57,24 +66,19 @@ def _digests_once_a_machine(
     return digests
 
 
-def with_run_settings(config: RunConfig, base: Base) -> Base:
+def with_run_settings(config: AnyRun, base: Base) -> Base:
     """Gives a base what the run decides about its noise; -> the base.
 
     Raises ValueError for settings that have no meaning with its family, and for pictures of a size that it cannot take.
     """
     for message in misplaced(config, base.family):
         raise UserError(message)
-    return for_pictures(base, config.flow, "data.resolution", config.data.resolution)
-
-
-def for_pictures(base: Base, flow: FlowConfig, field: str, side: int) -> Base:
-    """Gives a base of flow matching what a run decides about its noise; -> the base.
-
-    side: of its square pictures, in pixels. field: of the run, which says it. Raises ValueError for a side that a
-    transformer cannot take.
-    """
     if isinstance(base.process, FlowMatching):
-        base.process = base.process.with_settings(FlowSettings(**flow.model_dump()))
+        base.process = base.process.with_settings(FlowSettings(**config.flow.model_dump()))
+    if isinstance(config, RunConfig):
+        field, side = "data.resolution", config.data.resolution
+    else:
+        field, side = "resolution", config.resolution
     if base.family.is_transformer and side % base.pixel_multiple:
         step = base.pixel_multiple
         near = sorted({max(1, side // step) * step, -(-side // step) * step})
@@ -91,9 +95,13 @@ def for_pictures(base: Base, flow: FlowConfig, field: str, side: int) -> Base:
     return base
 
 
-def with_usual_guidance(config: RunConfig, base: Base) -> RunConfig:
-    """Returns the run with its family's guidance where it says none."""
-    if config.validation.guidance_scale is not None:
-        return config
-    usual = config.validation.model_copy(update={"guidance_scale": base.family.usual_guidance})
-    return config.model_copy(update={"validation": usual})
+def with_usual_guidance(config: OneRun, base: Base) -> OneRun:
+    """Returns the run with its family's guidance in each section that draws pictures and says none."""
+    sections = {name: getattr(config, name, None) for name in ("prior", "validation")}
+    usual = {"guidance_scale": base.family.usual_guidance}
+    changed = {
+        name: section.model_copy(update=usual)
+        for name, section in sections.items()
+        if section is not None and section.guidance_scale is None
+    }
+    return config.model_copy(update=changed) if changed else config

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from bases import UNET_FAMILIES
+from checkpoints import write_run
 from diffusers import (
     ControlNetModel,
     StableDiffusionControlNetPipeline,
@@ -14,7 +15,7 @@ from diffusers import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from inputs import SIZE, batch, steps_moving
+from inputs import SIZE, batch, disturbed, steps_moving
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -26,8 +27,7 @@ from controlbooth.models.lora import StackedAdapter, product
 from controlbooth.models.noise.schedules import SCHEDULERS
 from controlbooth.models.pretrained import load_control_lora, load_controlnet, save_controlnet, save_single_file
 from controlbooth.models.sampling import Control, initial_noise, sample
-from controlbooth.trainer.config.loading import build_config, dump
-from controlbooth.trainer.run.integrity import COMPLETE, folder_digest
+from controlbooth.trainer.run.integrity import COMPLETE
 
 RANK = 3
 
@@ -39,11 +39,7 @@ def begun(base, **options) -> Any:
 
 def trained(base) -> Any:
     """One with weights as a training might leave them."""
-    controlnet = begun(base)
-    with torch.no_grad():
-        for parameter in controlnet.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape)
-    return controlnet
+    return disturbed(begun(base))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -207,24 +203,8 @@ def make_run(tmp_path, load_tiny, base_folder):
     """Family -> a run with a checkpoint of a control-LoRA as the trainer leaves it, without DeepSpeed's files."""
 
     def make(family):
-        base, run = load_tiny(family), tmp_path / "runs" / "edges"
-        checkpoint = run / "checkpoints" / "step-00000300"
-        checkpoint.mkdir(parents=True)
-        tree = dict(
-            name="edges", max_steps=400, global_batch_size=8, micro_batch_size=4,
-            model=dict(base=str(base_folder(family)), method="lora", rank=RANK),
-            data=dict(shards="shards/*.tar", condition="edges", resolution=SIZE),
-            validation=dict(sampling_steps=2),
-        )  # fmt: skip
-        for folder in (run, checkpoint):
-            (folder / "config.yaml").write_text(dump(build_config(tree)))
-        save_controlnet(trained(base), checkpoint / "controlnet")
-        digest = folder_digest(checkpoint / "controlnet")
-        state = dict(step=300, digest=digest, dataset_fingerprint="f1", base_digest=base.digest)
-        (checkpoint / "state.json").write_text(json.dumps(state))
-        sizes = {str(path.relative_to(checkpoint)): path.stat().st_size for path in checkpoint.rglob("*.*")}
-        (checkpoint / COMPLETE).write_text(json.dumps(sizes))
-        return run
+        base, model = load_tiny(family), dict(base=str(base_folder(family)), method="lora", rank=RANK)
+        return write_run(tmp_path, base, model, lambda folder: save_controlnet(trained(base), folder))
 
     return make
 

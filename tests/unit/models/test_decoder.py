@@ -6,7 +6,9 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from checkpoints import write_run
 from diffusers import StableDiffusionControlNetPipeline, StableDiffusionXLControlNetPipeline, UNet2DConditionModel
+from inputs import disturbed
 from PIL import Image
 
 from controlbooth.launch.commands.export import main as export_main
@@ -27,8 +29,6 @@ from controlbooth.models.unlocked_decoder import (
     save_decoder,
     with_own_decoder,
 )
-from controlbooth.trainer.config.loading import build_config, dump
-from controlbooth.trainer.run.integrity import COMPLETE, folder_digest
 
 SIZE = 32
 
@@ -43,10 +43,8 @@ def a_batch(base):
 def disturb(*modules):
     """Weights as a training might leave them."""
     torch.manual_seed(2)
-    with torch.no_grad():
-        for module in modules:
-            for parameter in module.parameters():
-                parameter += 0.1 * torch.randn(parameter.shape)
+    for module in modules:
+        disturbed(module)
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl", "miniature"])
@@ -117,24 +115,10 @@ def make_run(tmp_path, load_tiny, base_folder):
     """Family -> a run with an unlocked checkpoint as the trainer leaves it, without DeepSpeed's files; its networks."""
 
     def make(family):
-        base, run = load_tiny(family), tmp_path / "runs" / "edges"
-        checkpoint = run / "checkpoints" / "step-00000300"
-        checkpoint.mkdir(parents=True)
-        tree = dict(
-            name="edges", max_steps=400, global_batch_size=8, micro_batch_size=4,
-            model=dict(base=str(base_folder(family)), unlock_decoder_at=200),
-            data=dict(shards="shards/*.tar", condition="edges", resolution=SIZE),
-            validation=dict(sampling_steps=2),
-        )  # fmt: skip
-        for folder in (run, checkpoint):
-            (folder / "config.yaml").write_text(dump(build_config(tree)))
-        networks = trained(checkpoint / "controlnet", base)
-        digest = folder_digest(checkpoint / "controlnet")
-        state = dict(step=300, digest=digest, dataset_fingerprint="f1", base_digest=base.digest, unlocked=True)
-        (checkpoint / "state.json").write_text(json.dumps(state))
-        sizes = {str(path.relative_to(checkpoint)): path.stat().st_size for path in checkpoint.rglob("*.*")}
-        (checkpoint / COMPLETE).write_text(json.dumps(sizes))
-        return run, networks
+        base, networks = load_tiny(family), []
+        model = dict(base=str(base_folder(family)), unlock_decoder_at=200)
+        run = write_run(tmp_path, base, model, lambda folder: networks.append(trained(folder, base)), unlocked=True)
+        return run, networks[0]
 
     return make
 

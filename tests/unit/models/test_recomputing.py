@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from inputs import batch
+from inputs import batch, disturbed
 from torch import nn
 
 from controlbooth.models.denoisers.registry import predict
@@ -36,10 +36,7 @@ def test_a_share_of_the_blocks_keeps_less_than_none_and_more_than_all_with_equal
     for which in (False, 0.3, 0.7, True):
         base = load_tiny("sd15")
         torch.manual_seed(0)
-        controlnet = build_controlnet(base.denoiser)
-        with torch.no_grad():
-            for parameter in controlnet.parameters():
-                parameter += 0.1 * torch.randn(parameter.shape)
+        controlnet = disturbed(build_controlnet(base.denoiser))
         for network in (base.denoiser, controlnet):
             recompute(network, which)
         found.append(kept(base, copy.deepcopy(controlnet) if copied else controlnet))

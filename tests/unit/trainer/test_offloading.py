@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 from bases import TRANSFORMER_FAMILIES
-from inputs import batch
+from inputs import batch, disturbed
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -40,10 +40,7 @@ def gradients_of(network, compute, moved, noted=None, smallest=64):
 def test_a_unets_gradients_are_the_same_bit_for_bit(load_tiny, recomputed):
     base = load_tiny("sd15")
     torch.manual_seed(0)
-    controlnet = build_controlnet(base.denoiser)
-    with torch.no_grad():
-        for parameter in controlnet.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape)
+    controlnet = disturbed(build_controlnet(base.denoiser))
     for network in (base.denoiser, controlnet):
         recompute(network, recomputed)
     hosts: list[torch.Tensor] = []
@@ -62,9 +59,7 @@ def test_a_transformers_gradients_are_the_same_bit_for_bit(load_tiny, family):
     base = load_tiny(family)
     controlnet = denoiser_of(base.denoiser).file.build_controlnet(base.denoiser, None)
     torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in controlnet.parameters():
-            parameter += 0.05 * torch.randn(parameter.shape)
+    disturbed(controlnet, by=0.05)
     both = nn.ModuleList([controlnet, base.denoiser])
     latents, _, text, pixels = batch(base)
     times, condition = torch.tensor([250.0, 800.0]), encode_condition(base, controlnet, pixels)

@@ -15,10 +15,10 @@ from controlbooth.models.text import encode_prompts
 from controlbooth.trainer.config.families import misplaced
 from controlbooth.trainer.config.subjects import SubjectRunConfig
 from controlbooth.trainer.dreambooth.adapted import attach, drawn_subjects, trained_encoders
-from controlbooth.trainer.dreambooth.base import open_base, with_usual_guidance
 from controlbooth.trainer.dreambooth.batches import Pictures, Training, make_batch, subject_seed
 from controlbooth.trainer.dreambooth.manifest import Task
 from controlbooth.trainer.dreambooth.step import dreambooth_step, predict
+from controlbooth.trainer.run.base import open_base, with_usual_guidance
 
 FAMILIES_HERE = tuple(bases.TRANSFORMERS)
 SIDE = 64

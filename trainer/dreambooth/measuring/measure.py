@@ -35,7 +35,6 @@ from controlbooth.trainer.config.run import tracking_uri
 from controlbooth.trainer.config.section import ConfigError
 from controlbooth.trainer.config.subjects import SubjectRunConfig
 from controlbooth.trainer.dreambooth.adapted import attach, by_part
-from controlbooth.trainer.dreambooth.base import drawn_size, open_base, with_usual_guidance
 from controlbooth.trainer.dreambooth.images import SubjectError, read_picture
 from controlbooth.trainer.dreambooth.manifest import Task, find_images, read_record
 from controlbooth.trainer.dreambooth.measuring.fidelity import (
@@ -47,7 +46,7 @@ from controlbooth.trainer.dreambooth.measuring.fidelity import (
 )
 from controlbooth.trainer.dreambooth.measuring.protocol import Drawing, asked_background, drawings
 from controlbooth.trainer.dreambooth.pipeline import NETWORKS, PIPELINE, base_of_subject
-from controlbooth.trainer.dreambooth.prior import DRAWN_AT_ONCE
+from controlbooth.trainer.dreambooth.prior import DRAWN_AT_ONCE, drawn_size
 from controlbooth.trainer.dreambooth.stack import LORA_FILE
 from controlbooth.trainer.dreambooth.status import status_of
 from controlbooth.trainer.dreambooth.tracking import count_states, last_step, subject_params, subject_tags
@@ -58,7 +57,7 @@ from controlbooth.trainer.evaluation.encoders import Encoders, encoder_folders, 
 from controlbooth.trainer.evaluation.grids import draw_grid
 from controlbooth.trainer.evaluation.scenes.judge import ATTRIBUTES, NONE, load_judge, read
 from controlbooth.trainer.run.attempt import only_run
-from controlbooth.trainer.run.base import once_a_machine
+from controlbooth.trainer.run.base import once_a_machine, open_base, with_usual_guidance
 from controlbooth.trainer.run.process import quiet_libraries
 from controlbooth.trainer.run.same_base import check_same_base, read_base_facts
 from controlbooth.trainer.tracking.mlflow_run import EVALUATION
