@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 from bases import write_base  # noqa: E402
-from lora_matrix import FAMILIES, FORMS, LOADERS, cell, rows, shuffled  # noqa: E402
+from lora_cells import FAMILIES, FORMS, LOADERS, cell, rows, shuffled  # noqa: E402
 
 from controlbooth.models.pretrained import load_base  # noqa: E402
 

@@ -177,6 +177,12 @@ def test_the_project_has_one_list_of_folders():
     assert {name.split(".")[0] for folder in FOLDERS for name in find_packages(ROOT / folder)} >= {"evaluation"}
 
 
+def test_no_two_modules_that_tests_import_by_name_have_the_same_name():
+    # Which of the two a test would get depends on which other tests its process imported before.
+    names = [path.stem for folder in ("benchmarks", "support") for path in (ROOT / "tests" / folder).glob("*.py")]
+    assert sorted(names) == sorted(set(names))
+
+
 @pytest.mark.slow
 def test_every_benchmark_can_be_imported_as_the_code_is_now():
     folders = [ROOT / "tests" / name for name in ("benchmarks", "support", "distributed", "unit/data")]

@@ -10,7 +10,7 @@ from bases import write_base
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lora_matrix import FAMILIES, FORMS, cell, pipeline_of, random_lora, shuffled, targets_of, tensors_in
+from lora_cells import FAMILIES, FORMS, cell, pipeline_of, random_lora, shuffled, targets_of, tensors_in
 from safetensors import safe_open
 from safetensors.torch import load_file
 
