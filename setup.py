@@ -35,10 +35,12 @@ REQUIRED = [
     "safetensors>=0.5",
     "simplejpeg>=1.8",
     "sqlalchemy>=2.0,<3",  # as alembic
+    "starlette>=1.0,<2",  # pages for browsers; MLflow brings it and uvicorn
     "tokenizers>=0.22",
     "torch>=2.13,<2.15",
     "tqdm>=4.66",
     "transformers>=5.0,<6",
+    "uvicorn>=0.40,<1",  # serves them
     "webdataset>=1.0,<2",
 ]
 
