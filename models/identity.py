@@ -133,10 +133,11 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple
     """Lists (name, value before, value now) of everything that both identities of a base state and that differs.
 
     What only one of them states is passed over: a field that a newer library has added, or weights that were not read.
-    A part that only one of them has is of another family, and that is told; except T5, which SD3 may do without.
+    A part that only one of them has is of another family, and that is told; except T5, which SD3 may do without, and
+    the precision of a frozen base, which is that of the engine where it is not stated.
     """
     found = []
-    for name in before.keys() & now.keys():
+    for name in before.keys() & now.keys() - {FROZEN}:
         one, other = before[name], now[name]
         if isinstance(one, Mapping) and isinstance(other, Mapping):
             shared = [field for field in one if field in other]
@@ -147,10 +148,14 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple
             found.append((name, one, other))
     if before and now and (T5 in before) != (T5 in now):
         found.append((T5, *("there" if T5 in one else "left out" for one in (before, now))))
+    if before and now and before.get(FROZEN, "engine") != now.get(FROZEN, "engine"):
+        found.append((FROZEN, *(one.get(FROZEN, "engine") for one in (before, now))))
     return sorted(found, key=lambda difference: (difference[0] not in FIRST, difference[0]))
 
 
 T5 = "text_encoder_3"
+FROZEN = "model.frozen.precision"
+"""Stated where it is not that of the engine."""
 FIRST = ("family", "prediction_type")
 """What is told first."""
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from controlbooth.data.errors import UserError
+from controlbooth.models.quantized import QuantizedLinear
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 """The layers that diffusers' DreamBooth example adapts: the projections of every attention."""
@@ -33,6 +34,8 @@ def layers_of(layers: str, is_transformer: bool) -> tuple[str, ...]:
     return attention + {"attention": (), "attention+convolutions": CONVOLUTIONS, "attention+mlp": MLP}[layers]
 
 
+Adaptable = nn.Linear | nn.Conv2d | QuantizedLinear
+"""The layers that can have adapters."""
 DIFFERENCES = (".down", ".up")
 """Ends of the names of A and B."""
 
@@ -40,19 +43,19 @@ DIFFERENCES = (".down", ".up")
 class StackedAdapter(nn.Module):
     """A frozen linear layer or convolution, and what K subjects add to it."""
 
-    def __init__(self, layer: nn.Linear | nn.Conv2d, subjects: int, rank: int):
+    def __init__(self, layer: Adaptable, subjects: int, rank: int):
         super().__init__()
         self.layer = layer
-        weight = layer.weight
         if isinstance(layer, nn.Conv2d):
             if layer.groups != 1:
                 raise UserError("a grouped convolution has no LoRA in the formats that others read; leave it out")
-            down, up = (rank, *weight.shape[1:]), (weight.shape[0], rank, 1, 1)
+            down, up = (rank, *layer.weight.shape[1:]), (layer.weight.shape[0], rank, 1, 1)
         else:
-            down, up = (rank, weight.shape[1]), (weight.shape[0], rank)
-        self.down = nn.Parameter(torch.zeros((subjects, *down), device=weight.device))
+            down, up = (rank, layer.in_features), (layer.out_features, rank)
+        device = next(iter(layer.state_dict().values())).device
+        self.down = nn.Parameter(torch.zeros((subjects, *down), device=device))
         """(K, r, in), A of each subject; of convolutions (K, r, in, kh, kw)."""
-        self.up = nn.Parameter(torch.zeros((subjects, *up), device=weight.device))
+        self.up = nn.Parameter(torch.zeros((subjects, *up), device=device))
         """(K, out, r), B of each subject; of convolutions (K, out, r, 1, 1)."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -97,7 +100,7 @@ def adapted_names(network: nn.Module, layers: Sequence[str]) -> list[str]:
     names = [
         name
         for name, module in network.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d) and any(name.endswith(f".{layer}") for layer in layers)
+        if isinstance(module, Adaptable) and any(name.endswith(f".{layer}") for layer in layers)
     ]
     if not names:
         raise UserError(f"{type(network).__name__} has no layer named {', '.join(layers)}")
@@ -115,7 +118,7 @@ def attach_adapters(network: nn.Module, layers: Sequence[str], subjects: int, ra
     for name in adapted_names(network, layers):
         parent, _, leaf = name.rpartition(".")
         layer = network.get_submodule(name)
-        assert isinstance(layer, nn.Linear | nn.Conv2d)
+        assert isinstance(layer, Adaptable)
         adapters[name] = StackedAdapter(layer, subjects, rank)
         setattr(network.get_submodule(parent), leaf, adapters[name])
     return adapters

@@ -40,12 +40,12 @@ from controlbooth.models.pretrained import load_base
 from controlbooth.trainer.config.loading import build_config
 from controlbooth.trainer.config.run import RunConfig
 from controlbooth.trainer.controlnet.build import make_controlnet
-from controlbooth.trainer.controlnet.frozen import bytes_held, hold_base, quantize_encoders
 from controlbooth.trainer.controlnet.trial import trial_loss
 from controlbooth.trainer.engine.deepspeed import DTYPES
 from controlbooth.trainer.engine.distributed import end_process, gather_objects, join, leave
 from controlbooth.trainer.planning.footprint import footprint
 from controlbooth.trainer.planning.frozen_memory import frozen_memory
+from controlbooth.trainer.run.frozen import bytes_held, hold_base, quantize_encoders
 
 WHOLE = {"sdxl": 2.567e9, "flux": 11.9e9}
 """Parameters of the networks that are cut down."""

@@ -111,6 +111,21 @@ def test_a_killed_run_ends_with_bitwise_the_same_weights(folder, whole):
     assert all(difference(weights(folder, "killed", name), weights(folder, "whole", name)) == 0.0 for name in NAMES)
 
 
+def test_subjects_learn_on_a_base_in_int8_whose_blocks_wait_in_host_memory_as_on_one_that_is_there(folder):
+    for name, frozen in (("packed", dict(precision="int8")), ("streamed", dict(precision="int8", stream="cpu"))):
+        path = settings(folder, name, steps=3, learning_rate=1e-2, train_text_encoder=True)
+        tree = yaml.safe_load(path.read_text())
+        path.write_text(yaml.safe_dump(tree | dict(model=tree["model"] | dict(frozen=frozen))))
+        printed = finish(start(folder, path))
+        assert "frozen base: int8" in printed and ("blocks in host memory" in printed) == (name == "streamed")
+    moved = [np.abs(tensor).max() for key, tensor in weights(folder, "packed", NAMES[0]).items() if "lora_B" in key]
+    assert max(moved) > 1e-2
+    assert all(difference(weights(folder, "packed", name), weights(folder, "streamed", name)) == 0.0 for name in NAMES)
+    (folder / "other.yaml").write_text(path.read_text().replace("int8", "nf4"))
+    refused = finish(start(folder, folder / "other.yaml"), 2)
+    assert "model.frozen.precision was int8 when this run began and is nf4" in refused
+
+
 def test_a_pipeline_of_diffusers_loads_an_export_and_draws_our_picture(folder, family, whole, tmp_path):
     out = tmp_path / "subject.safetensors"
     assert export_main([str(folder / "runs" / "whole"), NAMES[0], str(out)]) == 0

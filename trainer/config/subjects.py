@@ -17,6 +17,7 @@ from controlbooth.trainer.config.loading import explain_errors, read_tree
 from controlbooth.trainer.config.run import (
     EngineConfig,
     FlowConfig,
+    FrozenConfig,
     Name,
     OptimizerName,
     Recomputed,
@@ -44,6 +45,9 @@ class BaseConfig(Section):
     gradient_checkpointing: Recomputed = False
     """Recompute activations in the backward pass: less memory, about a third more time. A number between 0 and 1 does
     it for that share of the U-Net's blocks, those on the largest grids first."""
+    frozen: FrozenConfig = FrozenConfig()
+    """Of `lora`: how the base is held in memory; `shards` is for ControlNets. Adapters are put into the base as it is
+    held, so they learn around what its precision rounds."""
 
 
 class AdapterConfig(Section):
@@ -177,6 +181,15 @@ class SubjectRunConfig(Section):
     def _consistent(self) -> "SubjectRunConfig":
         if self.method == "lora" and self.engine != EngineConfig():
             raise UserError("engine is for method=full: adapters of a subject are trained by one rank alone")
+        held = self.model.frozen
+        if self.method == "full" and held != FrozenConfig():
+            asked = ", ".join(f"{field}={value}" for field, value in held.asked().items())
+            raise UserError(f"{asked} is for a base that stays frozen, and method=full trains all of it: leave it out")
+        if held.shards != "none":
+            raise UserError(
+                f"model.frozen.shards={held.shards} is for ControlNets: ranks that share blocks pass through them "
+                "together, and each rank of a run of subjects trains its own, at its own pace. Leave it out"
+            )
         if self.engine.precision != "auto":
             raise UserError(f"engine.precision={self.engine.precision} is set as `precision` in a run of subjects")
         if self.engine.compile:

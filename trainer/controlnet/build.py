@@ -49,7 +49,6 @@ from controlbooth.trainer.config.run import (
 from controlbooth.trainer.config.section import ConfigError
 from controlbooth.trainer.controlnet import unlock as unlocking
 from controlbooth.trainer.controlnet.data import open_data, run_buckets
-from controlbooth.trainer.controlnet.frozen import describe_frozen, hold_base, loading_device, quantize_encoders
 from controlbooth.trainer.controlnet.rates import parameter_groups
 from controlbooth.trainer.controlnet.session import Run
 from controlbooth.trainer.controlnet.trial import base_attention_shapes, compile_where_right
@@ -67,6 +66,7 @@ from controlbooth.trainer.run.attempt import Attempt
 from controlbooth.trainer.run.attention import choose_once
 from controlbooth.trainer.run.base import once_a_machine, open_base, with_usual_guidance
 from controlbooth.trainer.run.continuing import check_position, check_same_run, check_unlocked, shaping
+from controlbooth.trainer.run.frozen import describe_frozen, hold_base, loading_device, quantize_encoders
 from controlbooth.trainer.run.process import say
 from controlbooth.trainer.run.same_base import back_or_anew, check_same_base, describe_base_changes
 from controlbooth.trainer.run.watchdog import Watchdog

@@ -72,7 +72,6 @@ from controlbooth.trainer.config.run import RunConfig
 from controlbooth.trainer.config.section import ConfigError
 from controlbooth.trainer.controlnet.build import cached_values
 from controlbooth.trainer.controlnet.data import open_data, run_buckets
-from controlbooth.trainer.controlnet.frozen import hold_base, loading_device, quantize_encoders
 from controlbooth.trainer.encoding import (
     as_array,
     computed_here,
@@ -94,6 +93,7 @@ from controlbooth.trainer.engine.distributed import (
     patient_group,
 )
 from controlbooth.trainer.run.base import once_a_machine, open_base
+from controlbooth.trainer.run.frozen import hold_base, loading_device, quantize_encoders
 from controlbooth.trainer.run.process import say
 
 LOCK = ".lock"

@@ -51,6 +51,7 @@ from controlbooth.trainer.run.attempt import Attempt, Superseded, only_run, writ
 from controlbooth.trainer.run.attention import choose_once
 from controlbooth.trainer.run.base import once_a_machine, open_base, with_usual_guidance
 from controlbooth.trainer.run.failures import end_superseded, note_failure
+from controlbooth.trainer.run.frozen import describe_frozen, hold_base, loading_device, quantize_encoders
 from controlbooth.trainer.run.process import StopRequest, quiet_libraries
 from controlbooth.trainer.run.same_base import (
     BASE_FILE,
@@ -162,7 +163,9 @@ def train_subjects(
         check_full(config, world.world_size)
     for problem in activation_problems(config.engine, world.device.type == "cuda"):
         raise ConfigError(problem)
-    base = open_base(config, DTYPES[precision], world.device, once_a_machine(world))
+    base = open_base(config, DTYPES[precision], loading_device(config, world.device), once_a_machine(world))
+    quantize_encoders(config, base)
+    hold_base(config, base, world)
     config = with_usual_guidance(config, base)
     go_on_with_base(attempt, folder, base, world)
     attention = choose_once(
@@ -183,6 +186,8 @@ def train_subjects(
                 write_text(attempt, folder / name, text)
         for name, fault in faults.items():
             write_status(attempt, folder, name, state="failed", error=fault)
+        if line := describe_frozen(config, base, world):
+            print(line, flush=True)
     barrier()
     tags = run_tags(config, base, attention.name, precision, world)
     writes = config.method == "lora" or world.rank == 0

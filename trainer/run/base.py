@@ -9,7 +9,7 @@ import torch
 
 from controlbooth.data.errors import UserError
 from controlbooth.models.base import Base
-from controlbooth.models.identity import weights_digests
+from controlbooth.models.identity import FROZEN, weights_digests
 from controlbooth.models.noise.process import FlowMatching, FlowSettings
 from controlbooth.models.pretrained import Digests, load_base
 from controlbooth.trainer.config.families import misplaced
@@ -69,12 +69,17 @@ def _digests_once_a_machine(
 def with_run_settings(config: AnyRun, base: Base) -> Base:
     """Gives a base what the run decides about its noise; -> the base.
 
+    Of a run of subjects the precision in which it is held becomes a part of what the base is: their adapters learn
+    around it, and class pictures are drawn by it.
+
     Raises ValueError for settings that have no meaning with its family, and for pictures of a size that it cannot take.
     """
     for message in misplaced(config, base.family):
         raise UserError(message)
     if isinstance(base.process, FlowMatching):
         base.process = base.process.with_settings(FlowSettings(**config.flow.model_dump()))
+    if isinstance(config, SubjectRunConfig) and config.model.frozen.precision != "engine":
+        base.identity = base.identity | {FROZEN: config.model.frozen.precision}
     if isinstance(config, RunConfig):
         field, side = "data.resolution", config.data.resolution
     else:

@@ -3,6 +3,7 @@ What ranks share is in tests/distributed/test_frozen.py."""
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,17 +16,20 @@ from controlbooth.models.quantized import PACKAGES, QuantizedLinear, check_insta
 from controlbooth.trainer.config.loading import build_config, changes, dump, without_later_fields
 from controlbooth.trainer.config.run import EngineConfig, FrozenConfig
 from controlbooth.trainer.config.section import ConfigError
-from controlbooth.trainer.config.subjects import load_run
+from controlbooth.trainer.config.subjects import PriorConfig, SubjectRunConfig, load_run
 from controlbooth.trainer.controlnet.build import make_controlnet
-from controlbooth.trainer.controlnet.frozen import bytes_held, frozen_blocks, hold_base, quantize_encoders
 from controlbooth.trainer.controlnet.network_check import network_problems
 from controlbooth.trainer.controlnet.trial import trial_loss
+from controlbooth.trainer.dreambooth.prior import class_folder
 from controlbooth.trainer.engine.distributed import Sharing, World, sharing_of
 from controlbooth.trainer.engine.frozen import ALIGNED, Block, Supply, own_tensors, places_of
 from controlbooth.trainer.planning.footprint import Footprint, LiveStorages, footprint
 from controlbooth.trainer.planning.frozen_memory import frozen_memory
 from controlbooth.trainer.planning.rank_memory import rank_memory
+from controlbooth.trainer.run.base import open_base
 from controlbooth.trainer.run.continuing import HOW, CheckpointError, check_same_run, shaping
+from controlbooth.trainer.run.frozen import bytes_held, frozen_blocks, hold_base, quantize_encoders
+from controlbooth.trainer.run.same_base import base_facts, check_same_base
 
 ONE_RANK = World(0, 1, 0, torch.device("cpu"))
 EMPTY = Footprint(
@@ -213,11 +217,47 @@ def test_what_a_frozen_base_cannot_be_is_refused_with_what_to_do(changes, messag
         build_config(tree | {"model": dict(base="b") | tree["model"]})
 
 
-def test_a_subject_in_all_layers_has_no_frozen_base(tmp_path):
-    path = tmp_path / "subjects.yaml"
-    path.write_text("name: s\nmethod: full\nmodel: {base: b, frozen: {precision: int8}}\n")
-    with pytest.raises(ConfigError, match="unknown key 'model.frozen'"):
+@pytest.mark.parametrize(
+    ("method", "frozen", "message"),
+    [
+        (
+            "full",
+            dict(precision="int8"),
+            "model.frozen.precision=int8 is for a base that stays frozen",
+        ),
+        ("full", dict(stream="cpu"), "model.frozen.stream=cpu is for a base that stays frozen"),
+        ("lora", dict(shards="node"), "model.frozen.shards=node is for ControlNets: ranks that share blocks"),
+    ],
+)
+def test_what_the_base_of_subjects_cannot_be_is_refused_with_what_to_do(tmp_path, method, frozen, message):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(dict(name="s", method=method, model=dict(base="b", frozen=frozen))))
+    with pytest.raises(ConfigError, match=re.escape(message)):
         load_run(path)
+
+
+def test_a_run_of_subjects_is_of_the_precision_in_which_its_base_is_held(base_folder):
+    """Adapters learn around what is rounded, and class pictures are drawn by it."""
+    whole, packed, other = (
+        open_base(
+            SubjectRunConfig.model_validate(
+                dict(
+                    name="s", resolution=64, model=dict(base=str(base_folder("sd15")), frozen=dict(precision=precision))
+                )
+            ),
+            torch.float32,
+            "meta",
+        )
+        for precision in ("engine", "int8", "nf4")
+    )
+    for before, now in ((whole, packed), (packed, whole), (packed, other)):
+        with pytest.raises(ConfigError, match=r"the base's model.frozen.precision was \w+ when it began and is \w+"):
+            check_same_base(base_facts(before), now, "when it began", "Put it back")
+    check_same_base(base_facts(packed), packed, "", "")
+    folders = {
+        class_folder(Path(), base, "a d", PriorConfig(guidance_scale=1.0), 64) for base in (whole, packed, other)
+    }
+    assert len(folders) == 3
 
 
 @pytest.mark.parametrize("precision", sorted(PACKAGES))

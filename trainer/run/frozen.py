@@ -1,8 +1,8 @@
 """Holds the frozen base of a run as `model.frozen` asks: in fewer bits, split over ranks, streamed from host memory.
 
 As it is by default nothing is done here, and the base is read straight to the device. Else it is read into host memory,
-so that the device never holds all of it: the ControlNet is copied from its whole weights there, and then each part is
-made small and brought to where it stays.
+so that the device never holds all of it: a ControlNet is copied from its whole weights there, and then each part is
+made small and brought to where it stays. Adapters of subjects are put into it after that.
 """
 
 import torch
@@ -11,16 +11,19 @@ from torch import nn
 from controlbooth.models.base import Base
 from controlbooth.models.quantized import check_installed, quantize
 from controlbooth.trainer.config.run import FrozenConfig, RunConfig
+from controlbooth.trainer.config.subjects import SubjectRunConfig
 from controlbooth.trainer.engine.distributed import World, sharing_of
 from controlbooth.trainer.engine.frozen import FrozenBlocks, Supply, own_tensors
 
+AnyRun = RunConfig | SubjectRunConfig
 
-def loading_device(config: RunConfig, device: torch.device) -> torch.device:
+
+def loading_device(config: AnyRun, device: torch.device) -> torch.device:
     """Returns where the base is read to: the device, or the host where it is to be held in another way than whole."""
     return device if config.model.frozen == FrozenConfig() else torch.device("cpu")
 
 
-def quantize_encoders(config: RunConfig, base: Base) -> None:
+def quantize_encoders(config: AnyRun, base: Base) -> None:
     """Puts the text encoders' linear layers into the run's precision, of which nothing is copied.
 
     Raises UserError where a package that this takes is missing.
@@ -30,9 +33,9 @@ def quantize_encoders(config: RunConfig, base: Base) -> None:
         quantize(encoder, config.model.frozen.precision)
 
 
-def hold_base(config: RunConfig, base: Base, world: World) -> None:
+def hold_base(config: AnyRun, base: Base, world: World) -> None:
     """Puts the denoiser into the run's precision and brings all of the base to the device, or to where its blocks are
-    fetched from. Every rank calls this, once the ControlNet is made.
+    fetched from. Every rank calls this, once the ControlNet is made, or before adapters are attached.
 
     The VAE stays whole. So do text encoders that are not streamed, since ranks need not encode equally often: a
     micro-batch whose prompts are all dropped asks for none.
@@ -68,7 +71,7 @@ def bytes_held(network: nn.Module) -> tuple[int, int]:
     return whole + blocks.kept_bytes, blocks.supply.most
 
 
-def describe_frozen(config: RunConfig, base: Base, world: World) -> str | None:
+def describe_frozen(config: AnyRun, base: Base, world: World) -> str | None:
     """Says how the base is held, and how much of it this rank keeps; None where it is whole, as the engine has it."""
     frozen = config.model.frozen
     if frozen == FrozenConfig():
