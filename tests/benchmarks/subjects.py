@@ -1,16 +1,18 @@
-"""Subjects per hour: K in one batch against one after another, and against diffusers' train_dreambooth_lora.py.
+"""Subjects per hour: K in one batch against one after another, and against diffusers' own programs.
 
     .venv/bin/python tests/benchmarks/subjects.py [BASE | --family sd3] [--stacks 1,2,4,8,16] [--subjects 16]
         [--peer-diffusers CHECKOUT --peer-python PYTHON]
 
-BASE: a diffusers folder, of a U-Net or a transformer; --family: a tiny base of the tests in its place. All train at the
-base's own size, rank 4 on attention, batch 1 + 1 class picture, one process. Ours trains all subjects to the end with
+BASE: a diffusers folder, of a U-Net or a transformer; --family: a base of the tests in its place, of SD3 and FLUX.1
+with blocks of the width and number in LARGER, beside which starting a process is less. All train at the base's own
+size, rank 4 on attention, batch 1 + 1 class picture, one process. Ours trains all subjects to the end with
 each K, reading and encoding included, in turns; the peer trains one subject in a process, as its users do, and takes as
 many times as long for all. Peak memory is that of the process. "from K = 1" is the largest difference of a weight from
 the same subject's trained alone, as a share of the largest weight of B there.
 """
 
 import argparse
+import json
 import os
 import string
 import subprocess
@@ -37,6 +39,20 @@ from controlbooth.trainer.dreambooth.words import pieces_of
 
 WORDS = [*render.COLOURS, "small", "large"]
 """Of the built-in vocabulary; other bases read letters."""
+
+
+LARGER = {
+    "sd3": dict(
+        num_layers=8, attention_head_dim=32, num_attention_heads=8, caption_projection_dim=256, sample_size=16,
+        pos_embed_max_size=16, dual_attention_layers=(),
+    ),
+    "flux": dict(
+        num_layers=4, num_single_layers=8, attention_head_dim=32, num_attention_heads=8, axes_dims_rope=(8, 12, 12)
+    ),
+}  # fmt: skip
+"""Shapes of some 20 to 30 million parameters."""
+SCRIPTS = {"StableDiffusion3Pipeline": "_sd3", "FluxPipeline": "_flux", "StableDiffusionXLPipeline": "_sdxl"}
+"""Pipeline of a base -> what the name of diffusers' program for it ends in."""
 
 
 def words_of(base: Path, count: int) -> list[str]:
@@ -100,9 +116,15 @@ def ours(base: Path, manifest: Path, folder: Path, stack: int, size: int, steps:
         precision=precision, resolution=size, subjects_per_batch=stack, steps=steps, learning_rate=1e-4,
         prior=dict(images=4, sampling_steps=2, cache=str(folder / "prior")), checkpoint_every_steps=10**6,
     )  # fmt: skip
+    if pipeline_of(base) in ("StableDiffusion3Pipeline", "FluxPipeline"):
+        tree["model"] = dict(base=str(base), text_tokens=bases.T5_TOKENS)
     path = folder / f"stack-{stack}.yaml"
     path.write_text(yaml.safe_dump(tree))
     return [sys.executable, "-m", "controlbooth.trainer.dreambooth.train", str(manifest), str(path)]
+
+
+def pipeline_of(base: Path) -> str:
+    return json.loads((base / "model_index.json").read_text())["_class_name"]
 
 
 def peers(python: Path, script: Path, base: Path, folder: Path, size: int, steps: int, precision: str) -> list[str]:
@@ -114,6 +136,8 @@ def peers(python: Path, script: Path, base: Path, folder: Path, size: int, steps
         num_class_images=4, resolution=size, train_batch_size=1, max_train_steps=steps, learning_rate=1e-4, rank=4,
         mixed_precision=mixed, checkpointing_steps=10**6, output_dir=folder / "peer", seed=0, dataloader_num_workers=0,
     )  # fmt: skip
+    if pipeline_of(base) in ("StableDiffusion3Pipeline", "FluxPipeline"):
+        arguments |= dict(max_sequence_length=bases.T5_TOKENS)
     flags = [str(part) for key, value in arguments.items() for part in (f"--{key}", value) if part != ""]
     launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
     launch += ["--num_cpu_threads_per_process", str(os.cpu_count()), "--mixed_precision", mixed]
@@ -141,7 +165,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         if options.family:
-            base = bases.write_base(folder / "base", options.family)
+            base = bases.write_base(folder / "base", options.family, **LARGER.get(options.family, {}))
         else:
             base = options.base or write_base(folder / "base")
         count = options.subjects
@@ -154,7 +178,8 @@ def main() -> None:
         for _ in range(options.rounds):
             commands = {f"K = {k}": ours(base, manifest, folder, k, *common) for k in stacks}
             if options.peer_diffusers:
-                script = options.peer_diffusers / "examples" / "dreambooth" / "train_dreambooth_lora.py"
+                name = f"train_dreambooth_lora{SCRIPTS.get(pipeline_of(base), '')}.py"
+                script = options.peer_diffusers / "examples" / "dreambooth" / name
                 commands["diffusers"] = peers(options.peer_python, script, base, folder, *common)
             for name, command in commands.items():
                 took, peak = timed(command)

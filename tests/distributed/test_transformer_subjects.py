@@ -122,7 +122,7 @@ def test_subjects_learn_on_a_base_in_int8_whose_blocks_wait_in_host_memory_as_on
     assert max(moved) > 1e-2
     assert all(difference(weights(folder, "packed", name), weights(folder, "streamed", name)) == 0.0 for name in NAMES)
     (folder / "other.yaml").write_text(path.read_text().replace("int8", "nf4"))
-    refused = finish(start(folder, folder / "other.yaml"), 2)
+    refused = finish(start(folder, folder / "other.yaml"), 1)  # torchrun's status
     assert "model.frozen.precision was int8 when this run began and is nf4" in refused
 
 

@@ -114,7 +114,7 @@ def t5(width: int):
     return T5EncoderModel(T5Config(**sizes, feed_forward_proj="gated-gelu"))
 
 
-def write_transformer_base(folder: Path, family: str) -> Path:
+def write_transformer_base(folder: Path, family: str, **changes) -> Path:
     """A diffusers folder of SD3's or FLUX.1's classes with some 50,000 parameters. Equal weights at every call.
 
     Modulations and the last layer are drawn anew, since diffusers starts some of them at zero, and a picture would
@@ -130,7 +130,7 @@ def write_transformer_base(folder: Path, family: str) -> Path:
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     torch.manual_seed(0)
-    settings = TRANSFORMERS[family]
+    settings = TRANSFORMERS[family] | changes
     transformer = FluxTransformer2DModel(**settings) if family == "flux" else SD3Transformer2DModel(**settings)
     for parameter in transformer.parameters():
         torch.nn.init.normal_(parameter, std=0.1 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5)
@@ -172,16 +172,16 @@ def write_transformer_base(folder: Path, family: str) -> Path:
     return folder
 
 
-def write_base(folder: Path, family: str) -> Path:
-    """A diffusers folder of about 100,000 parameters. Equal weights at every call."""
+def write_base(folder: Path, family: str, **changes) -> Path:
+    """A diffusers folder of about 100,000 parameters. Equal weights at every call. changes: of the denoiser's shape."""
     if family in TRANSFORMERS:
-        return write_transformer_base(folder, family)
+        return write_transformer_base(folder, family, **changes)
     import torch
     from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(**UNETS[family])
+    unet = UNet2DConditionModel(**UNETS[family] | changes)
     unet.save_pretrained(folder / "unet")
     AutoencoderKL(**VAE, latent_channels=unet.config["in_channels"], scaling_factor=0.4).save_pretrained(folder / "vae")
     parts = {"unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}

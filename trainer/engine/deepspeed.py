@@ -354,12 +354,13 @@ def full_state(engine: Any) -> dict[str, Tensor]:
     """Gathers the masters by parameter name, whole, in fp32, on the CPU of every rank. Every rank calls this."""
     from deepspeed.utils import safe_get_full_fp32_param
 
-    if engine.zero_optimization_stage() == 0:
+    own = engine.zero_optimization_stage() == 0  # masters themselves, which go on changing; else DeepSpeed's copies
+    if own:
         wholes: dict[str, Any] = dict(zip(_names_of_masters(engine), masters(engine), strict=True))
     else:
         wholes = {name: safe_get_full_fp32_param(p) for name, p in engine.module.named_parameters()}
     return {
-        name: wholes[name].detach().float().reshape(getattr(p, "ds_shape", p.shape)).cpu().clone()
+        name: wholes[name].detach().reshape(getattr(p, "ds_shape", p.shape)).to("cpu", torch.float32, copy=own)
         for name, p in engine.module.named_parameters()
     }
 
