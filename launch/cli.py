@@ -20,6 +20,7 @@ VERBS = {  # group -> verb -> (module[:function] of controlbooth, what it does);
         "quickstart": ("launch.commands.quickstart", "train a ControlNet on this machine, from nothing"),
         "train": ("launch.commands.train", "run a training on this machine, or resume it"),
         "plan": ("launch.commands.plan", "memory, time and price of a run before it is started"),
+        "watch": ("launch.commands.watch", "show runs in a browser while they train"),
         "sample": ("launch.commands.sample", "draw pictures with one ControlNet or several"),
         "evaluate": ("launch.commands.evaluate", "measure a ControlNet on held-out conditions"),
         "compare": ("launch.commands.compare", "what one ControlNet gains over another"),
