@@ -103,7 +103,7 @@ class ControlRun:
         verdict, (bad, bad_more) = self.verdict(), self.bad_samples()
         failures, attempt, tree = rank_failures(files), facts.attempt_of(files), facts.configuration(files)
         summary = self._summary(metrics, now)
-        last = metrics.recent[-1]["metrics"] if metrics.recent else {}
+        last = next((one["metrics"] for one in reversed(metrics.recent) if "loss" in one["metrics"]), {})
         return summary | {
             "read": metrics.offset / metrics.size if metrics.is_left and metrics.size else 1.0,
             "last": {name: number(last[name]) for name in LAST if name in last},
@@ -185,7 +185,8 @@ class ControlRun:
 
     def _shown_figure(self, name: str, step: int, values: dict[str, Any], share: dict[str, Any]) -> dict[str, Any]:
         verdict = self.verdict()
-        bound = verdict.last.bound if verdict and verdict.last else None
+        is_judged = bool(verdict and verdict.figure == name)
+        bound = verdict.last.bound if verdict and verdict.last and is_judged else None
         finite = {end: value for end, value in share.items() if value is not None and math.isfinite(value)}
         return {
             "title": title(name),
@@ -197,8 +198,8 @@ class ControlRun:
             "low": finite.get("_low", finite.get("")),
             "high": finite.get("_high", finite.get("")),
             "bound": bound if bound is not None and math.isfinite(bound) else None,
-            "obeys": bool(verdict and verdict.announced),
-            "since": verdict.announced.step if verdict and verdict.announced else None,
+            "obeys": bool(is_judged and verdict and verdict.announced),
+            "since": verdict.announced.step if is_judged and verdict and verdict.announced else None,
         }
 
     def _told(self, verdict: Verdict | None) -> dict[str, str] | None:

@@ -60,7 +60,7 @@ def stamp_of(path: Path) -> Stamp | None:
     """Returns what a path is known by; None where nothing is there, or it cannot be asked."""
     try:
         told = os.lstat(path)
-    except OSError:
+    except (OSError, ValueError):  # the latter of a name that no disk can have
         return None
     return Stamp(told.st_dev, told.st_ino, told.st_size, told.st_mtime_ns)
 

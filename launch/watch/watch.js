@@ -141,7 +141,11 @@ function play(root, before) {
     show(state.at === steps.length - 1 ? 0 : state.at);
     timer = setInterval(() => (state.at < steps.length - 1 ? show(state.at + 1) : state.stop()), FRAME);
   });
-  root.querySelectorAll("img").forEach(one => one.addEventListener("load", () => one.classList.toggle("grow", one.naturalWidth >= 400 || one.naturalWidth > 3 * one.naturalHeight)));
+  root.querySelectorAll("img").forEach(one => {
+    const size = () => { if (one.naturalWidth) one.style.width = `${Math.max(one.naturalWidth, Math.min(900, 2.5 * one.naturalWidth))}px`; };
+    one.addEventListener("load", size);
+    size();
+  });
   if (before) before.stop();
   show(before && !before.isLast ? Math.min(before.at, steps.length - 1) : steps.length - 1);
 }
@@ -181,7 +185,7 @@ function ticks(low, high, log) {
     for (let power = Math.ceil(low); power <= high; power++) found.push(power);
     if (found.length > 1) return found.filter((_, place) => place % Math.ceil(found.length / 5) === 0);
   }
-  const rough = (high - low) / 4 || 1, unit = 10 ** Math.floor(Math.log10(rough));
+  const rough = (high - low) / 5 || 1, unit = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 5, 10].map(one => one * unit).find(one => one >= rough);
   const found = [];
   for (let value = Math.ceil(low / step) * step; value <= high + 1e-9 * step; value += step) found.push(Math.abs(value) < 1e-12 ? 0 : value);
