@@ -139,7 +139,9 @@ def subject_charts(curves: dict[str, Curve]) -> list[Chart]:
             lines = [line(text, kind, curves[f"{VALIDATION}{one}"]) for one, text, kind in shown if one in names]
             found.append(chart(name, f"likeness by {name}", lines))
     if "clip_t" in names:
-        found.append(chart("clip_t", "prompts followed (CLIP-T)", [line("drawn", "own", curves[f"{VALIDATION}clip_t"])]))
+        found.append(
+            chart("clip_t", "prompts followed (CLIP-T)", [line("drawn", "own", curves[f"{VALIDATION}clip_t"])])
+        )
     return found
 
 

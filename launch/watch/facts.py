@@ -154,5 +154,3 @@ def _mapping(content: bytes, where: str) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise Damaged(where, "it holds no mapping", ANEW)
     return tree
-
-

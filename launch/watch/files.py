@@ -125,7 +125,10 @@ class Files:
         except (FileNotFoundError, NotADirectoryError):  # gone since, or no file
             value = missing
         except OSError as error:
-            self._problems[name, what], value = f"{self.folder / name} cannot be read ({error.strerror or error})", missing
+            self._problems[name, what], value = (
+                f"{self.folder / name} cannot be read ({error.strerror or error})",
+                missing,
+            )
         if time.time() - stamp.changed / 1e9 > SETTLED_SECONDS:
             self._kept[name, what] = stamp, value
         else:

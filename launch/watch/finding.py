@@ -2,8 +2,8 @@
 
 import os
 import time
-from hashlib import sha256
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 
 from controlbooth.data.errors import UserError

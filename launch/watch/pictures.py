@@ -65,7 +65,9 @@ def shrink(content: bytes, width: int) -> bytes:
         with Image.open(io.BytesIO(content), formats=("PNG", "JPEG", "WEBP")) as opened:
             picture = opened.convert("RGB")
         if picture.width > width:
-            picture = picture.resize((width, max(1, round(picture.height * width / picture.width))), Image.Resampling.BOX)
+            picture = picture.resize(
+                (width, max(1, round(picture.height * width / picture.width))), Image.Resampling.BOX
+            )
         out = io.BytesIO()
         lossless = picture.width <= 512  # pixels of small pictures are looked at one by one
         picture.save(out, format="WEBP", lossless=lossless, quality=85, method=2)

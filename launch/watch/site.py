@@ -144,7 +144,14 @@ class Site:
             return address_of(run, key, f"{folder}{name}", width)
 
         blocks = environment(HERE).get_template(template).blocks
-        values = dict(run=facts, key=key, picture=picture, folder=str(run.folder), player=player(facts, picture), learnt_share=LEARNT_SHARE)
+        values = dict(
+            run=facts,
+            key=key,
+            picture=picture,
+            folder=str(run.folder),
+            player=player(facts, picture),
+            learnt_share=LEARNT_SHARE,
+        )
         parts = {name: fill_block(template, name, values) for name in blocks if name.startswith("part_")}
         return {name.removeprefix("part_"): text for name, text in parts.items()} | {
             "charts": json.dumps(facts["charts"], separators=(",", ":"))

@@ -48,8 +48,8 @@ RULE = (
     f"Learnt: drawn pictures have come {LEARNT_SHARE:.0%} of the way from what the base draws at step 0 to what the "
     f"subject's own pictures have in common (where that way is at least {LEAST_WAY:g}), and stay there. Overfits: from "
     "some step on drawn pictures are nearer to one of the subject's own than these are to each other, and, where CLIP "
-    f"measures prompts, follow them less than {PROMPT_KEPT:.0%} as well as at step 0. Not learnt: measured, and neither. "
-    "Not told: nothing has compared its pictures; validation.encoders of the run does."
+    f"measures prompts, follow them less than {PROMPT_KEPT:.0%} as well as at step 0. Not learnt: measured, and "
+    "neither. Not told: nothing has compared its pictures; validation.encoders of the run does."
 )
 VALIDATION_FILE, BEST = "validation.json", "best.json"
 SUBJECTS_OF_JOB = "job/subjects.jsonl"
@@ -97,7 +97,8 @@ class Subject:
         pattern = re.compile(re.escape(self.name) + r"-step-(\d+)\.png")
         found = [(match, name) for name in self.files.names("samples") if (match := pattern.fullmatch(name))]
         return [
-            {"step": step, "name": f"samples/{name}"} for step, name in sorted((int(one[1]), name) for one, name in found)
+            {"step": step, "name": f"samples/{name}"}
+            for step, name in sorted((int(one[1]), name) for one, name in found)
         ]
 
     def _figures(self, validations: list[dict[str, float]]) -> dict[str, Any] | None:
@@ -178,7 +179,9 @@ class SubjectRun:
     def _summary(self, subjects: list[dict[str, Any]], metrics: Metrics, now: float) -> dict[str, Any]:
         tree, counts = facts.configuration(self.files), Counter(one["category"] for one in subjects)
         parts = [name for name in self.files.names("rows") if re.fullmatch(r"\d+-\d+", name)]
-        failures = rank_failures(self.files) + [one for part in parts for one in rank_failures(self.files, f"rows/{part}")]
+        failures = rank_failures(self.files) + [
+            one for part in parts for one in rank_failures(self.files, f"rows/{part}")
+        ]
         news = facts.news_of(self.files, "subjects", *(f"rows/{part}/metrics.jsonl" for part in parts))
         state = self._state(subjects, metrics, failures, news, now)
         step, of = sum(one["step"] for one in subjects), sum(one["of"] for one in subjects)

@@ -1,4 +1,4 @@
-"""What `controlbooth watch` costs and shows: 200 run folders in one page, its share of a core beside a training, pictures.
+"""What `controlbooth watch` costs and shows: 200 runs in one page, its share of a core beside a training, pictures.
 
     .venv/bin/python tests/benchmarks/watch.py WORK [--runs 200] [--seconds 60]
     .venv/bin/python tests/benchmarks/watch.py WORK --screenshots OUT
@@ -7,8 +7,8 @@ WORK is a folder for the runs, which are trained once and found again. Times: a 
 many folders; a fresh `watch` is asked for its overview, first and again, after a change of one run, and for the page of
 a run of a million steps. Cost: a browser (Chromium where there is one, else a client that asks as the page's script
 does) looks at a training that goes on beside it, and the processor's time of the `watch` process is read from
-/proc/PID/stat. Screenshots: runs on the built-in base, a ControlNet in training, a batch of subjects two of which cannot
-be trained, one that failed and one that was killed, in windows of a desktop and of a telephone.
+/proc/PID/stat. Screenshots: runs on the built-in base, a ControlNet in training, a batch of subjects two of which
+cannot be trained, one that failed and one that was killed, in windows of a desktop and of a telephone.
 """
 
 import argparse
@@ -30,13 +30,13 @@ from typing import Any
 
 import yaml
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "support"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 from browser import browser, open_page, screenshot, settle, why_no_browser
 
 from controlbooth.launch.watch.finding import key_of
 
+ROOT = Path(__file__).parents[2]
 CLI = [sys.executable, "-m", "controlbooth.launch.cli"]
 ENVIRONMENT = os.environ | {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
 SIZES = {"desktop": (1280, 800), "phone": (390, 844)}
@@ -109,6 +109,7 @@ def watch(*folders: Path) -> Iterator[tuple[str, subprocess.Popen]]:
     """Runs `controlbooth watch` at a free port; -> its address, and the process."""
     process = controlbooth("watch", *folders, "--port", 0, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
+        assert process.stdout is not None
         yield process.stdout.readline().strip(), process
     finally:
         process.send_signal(signal.SIGTERM)
@@ -143,9 +144,9 @@ def time_many(work: Path, run: Path, count: int) -> None:
         time.sleep(1.5)
         changed, answer = asked(f"{address}parts", version)
     assert page.count(b"<article") == count and len(json.loads(answer)["parts"]) == 1
-    print(f"{count} run folders, overview: first {cold:.3f} s, {len(page) / 2**10:.0f} KiB")
-    print(f"  again {median(one[0] for one in warm):.3f} s, asked whether anything has changed: nothing "
-          f"{median(one[0] for one in unchanged):.3f} s, one run {changed:.3f} s and {len(answer):,} bytes")  # fmt: skip
+    again, nothing = (median(one for one, _ in several) for several in (warm, unchanged))
+    print(f"{count} run folders, overview: first {cold:.3f} s, {len(page) / 2**10:.0f} KiB; again {again:.3f} s")
+    print(f"  what has changed? nothing: {nothing:.3f} s; one run: {changed:.3f} s, {len(answer):,} bytes")
 
 
 def time_long(work: Path, run: Path, steps: int = 1_000_000) -> None:
@@ -172,8 +173,8 @@ def time_long(work: Path, run: Path, steps: int = 1_000_000) -> None:
             time.sleep(0.5)
         spent = processor_seconds(process.pid) - before
         resident = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
-    print(f"{steps:,} steps, {size / 2**20:.0f} MiB: overview {overview:.3f} s; its page {first:.3f} s at first, all of "
-          f"it read in {spent:.1f} s of a processor, {resident / 2**20:.0f} MiB of memory")  # fmt: skip
+    print(f"{steps:,} steps, {size / 2**20:.0f} MiB: overview {overview:.3f} s; its page {first:.3f} s at first")
+    print(f"  all of it is read in {spent:.1f} s of a processor; {resident / 2**20:.0f} MiB of memory")
 
 
 def processor_seconds(process: int) -> float:
@@ -218,7 +219,8 @@ def looking(url: str | None) -> Iterator[None]:
     else:
         program = (
             "import sys, time, json, urllib.request as r\nv = ''\nwhile True:\n"
-            " try: v = json.load(r.urlopen(r.Request(sys.argv[1] + 'parts', headers={'If-None-Match': v})))['version']\n"
+            " try: v = json.load(r.urlopen(r.Request(sys.argv[1] + 'parts', headers={'If-None-Match': v})))"
+            "['version']\n"
             " except Exception: pass\n time.sleep(float(sys.argv[2]))"
         )
         client = subprocess.Popen([sys.executable, "-c", program, url, str(ASKED_EVERY)])
@@ -259,16 +261,18 @@ def make_shown(work: Path, runs: Path, steps: int) -> None:
     if not (runs / "pets").is_dir():
         common = [f"output={runs}", "name=pets", "validation.encoders={efficientnet: true}", f"steps={steps}"]
         settings = [f"validation.every_steps={max(1, steps // 8)}", "validation.pictures=2", "prior.images=16"]
-        done("dreambooth", "run", subjects / "subjects.yaml", ROOT / "launch/configs/dreambooth.yaml", *common, *settings)
+        done(
+            "dreambooth", "run", subjects / "subjects.yaml", ROOT / "launch/configs/dreambooth.yaml", *common, *settings
+        )
     if not (runs / "diverged").is_dir():
-        done("train", *control(data, runs, "diverged", 60), "optimizer.learning_rate=1e12", "optimizer.max_skipped_steps=3",
-             "validation.every_steps=20", "optimizer.warmup_steps=10")  # fmt: skip
+        wrong = ["optimizer.learning_rate=1e12", "optimizer.max_skipped_steps=3", "optimizer.warmup_steps=10"]
+        done("train", *control(data, runs, "diverged", 60), *wrong, "validation.every_steps=20")
     if not (runs / "killed").is_dir():
         kill_at(controlbooth("train", *control(data, runs, "killed", 200)), runs / "killed", 12)
 
 
 def spoil(subjects: Path) -> None:
-    """Makes two subjects such that they cannot be trained: one picture that is none, and a rate that is far too high."""
+    """Makes two subjects such that they cannot be trained: by a picture that is none, and a rate that is too high."""
     rows = yaml.safe_load((subjects / "subjects.yaml").read_text())
     next(iter(sorted((subjects / rows[5]["images"]).glob("*.png")))).write_bytes(b"not a picture")
     rows[6]["learning_rate"] = 1e9
@@ -319,7 +323,12 @@ def pictures(address: str, runs: Path, out: Path) -> None:
                 print(screenshot(driver, out / f"{name}-{size}.png"), flush=True)
                 if name != "overview":
                     whole = driver.execute_script("return document.documentElement.scrollHeight")
-                    shape = {"width": width, "height": min(whole, 6000), "deviceScaleFactor": 1, "mobile": size == "phone"}
+                    shape = {
+                        "width": width,
+                        "height": min(whole, 6000),
+                        "deviceScaleFactor": 1,
+                        "mobile": size == "phone",
+                    }
                     driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", shape)
                     settle(driver)
                     print(screenshot(driver, out / f"{name}-{size}-whole.png"), flush=True)

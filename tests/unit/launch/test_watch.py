@@ -62,7 +62,10 @@ def control_run(folder, state="running", age=1.0):
     ]
     start = dict(time=now - 30, status="RUNNING")
     write(folder / "metrics.jsonl", lines(start, *steps[:20], validated[0], *steps[20:], validated[1]))
-    write(folder / "config.yaml", yaml.safe_dump(dict(max_steps=100, model=dict(base="miniature"), data=dict(condition="edges"))))
+    write(
+        folder / "config.yaml",
+        yaml.safe_dump(dict(max_steps=100, model=dict(base="miniature"), data=dict(condition="edges"))),
+    )
     write(folder / "status.json", dict(state=state, step=20, time=now))
     write(folder / "attempt.json", dict(number=1, host="elsewhere", process=7, time=now - 40))
     write(folder / "samples" / "strips" / "captions.json", ["a cat", NAMED])
@@ -93,7 +96,10 @@ def subject_run(folder):
         write(own / "metrics.jsonl", lines(dict(step=20, time=1.0, metrics={"train/instance_loss": 0.1})))
         strip(own / "samples" / f"{name}-step-00000000.png", 50)
         strip(own / "samples" / f"{name}-step-00000020.png", 150)
-    write(folder / "subjects" / "hat" / "status.json", dict(state="failed", error="ConfigError: it has no pictures. Put some there"))
+    write(
+        folder / "subjects" / "hat" / "status.json",
+        dict(state="failed", error="ConfigError: it has no pictures. Put some there"),
+    )
     return folder
 
 
@@ -210,7 +216,10 @@ def test_what_became_of_a_subject_is_told_by_its_state_and_its_course(state, tol
 
 
 def test_the_pages_of_a_run_of_a_batch_and_of_a_subject_tell_what_their_files_say(runs):
-    write(runs / "first" / "bad-samples-0.jsonl", lines(dict(position=3, attempt=0, byte=512, shard="/d/a.tar", key="k7", part="image", error="cut")))
+    write(
+        runs / "first" / "bad-samples-0.jsonl",
+        lines(dict(position=3, attempt=0, byte=512, shard="/d/a.tar", key="k7", part="image", error="cut")),
+    )
     with served(runs) as here:
         one = page(f"{here}/run/{key_of(runs / 'first')}/")
         for words in ("edge F1", "0.620", "a.tar, byte 512", "k7", "image: cut", "controlbooth data quarantine",
@@ -295,7 +304,11 @@ def test_a_link_inside_a_run_is_not_read_for_the_page_either(runs):
 
 
 def test_secrets_of_a_configuration_are_not_shown(runs):
-    tree = dict(max_steps=100, tracking=dict(uri="postgresql://me:opensesame@host/db"), data=dict(shards="https://h/a?token=abcd1"))
+    tree = dict(
+        max_steps=100,
+        tracking=dict(uri="postgresql://me:opensesame@host/db"),
+        data=dict(shards="https://h/a?token=abcd1"),
+    )
     write(runs / "first" / "config.yaml", yaml.safe_dump(tree))
     with served(runs) as here:
         shown = page(f"{here}/run/{key_of(runs / 'first')}/")
@@ -306,8 +319,19 @@ CUT = ("", "{", "[]", "null", '{"state": 5}', "\udcff", "[" * 5000, "x: [", "a: 
 
 
 def test_files_that_are_cut_or_of_another_kind_are_told_and_never_an_error(runs):
-    names = ["first/status.json", "first/config.yaml", "first/control.json", "first/attempt.json", "first/metrics.jsonl"]
-    names += ["first/failed-0.json", "first/bad-samples-0.jsonl", "first/samples/strips/captions.json", "first/job/job.json"]
+    names = [
+        "first/status.json",
+        "first/config.yaml",
+        "first/control.json",
+        "first/attempt.json",
+        "first/metrics.jsonl",
+    ]
+    names += [
+        "first/failed-0.json",
+        "first/bad-samples-0.jsonl",
+        "first/samples/strips/captions.json",
+        "first/job/job.json",
+    ]
     names += ["pets/subjects.json", "pets/measures.json", "pets/config.yaml", "first/samples/strips/step-00000040.png"]
     names += [f"pets/subjects/rex/{name}" for name in ("status.json", "validation.json", "best.json", "metrics.jsonl")]
     one, batch = (f"run/{key_of(runs / name)}" for name in ("first", "pets"))
@@ -331,7 +355,9 @@ def test_what_cannot_be_read_is_named_on_the_page(runs):
 
 
 def everything(folder):
-    return {path: (path.lstat().st_mtime_ns, path.is_file() and path.read_bytes()) for path in [folder, *folder.rglob("*")]}
+    return {
+        path: (path.lstat().st_mtime_ns, path.is_file() and path.read_bytes()) for path in [folder, *folder.rglob("*")]
+    }
 
 
 def test_watching_changes_nothing_in_the_run_folders(runs):
