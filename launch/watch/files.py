@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
-from controlbooth.data.errors import UserError
+from controlbooth.data.errors import MissingFile, UserError
 from controlbooth.data.secrets import shown
 
 MOST_BYTES = 2**24
@@ -41,7 +41,7 @@ def open_inside(folder: Path, name: str) -> BinaryIO:
     """
     parts = name.split("/")
     if any(part in ("", ".", "..") or "\0" in part for part in parts):
-        raise FileNotFoundError(f"{name!r} names no file below a folder")
+        raise MissingFile(f"{name!r} names no file below a folder")
     inner = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         for part in parts[:-1]:
@@ -52,7 +52,7 @@ def open_inside(folder: Path, name: str) -> BinaryIO:
         os.close(inner)
     if not stat.S_ISREG(os.fstat(found).st_mode):
         os.close(found)
-        raise FileNotFoundError(f"{name!r} is no file")
+        raise MissingFile(f"{name!r} is no file")
     return open(found, "rb")
 
 

@@ -5,6 +5,7 @@ import threading
 from collections import OrderedDict
 from pathlib import Path
 
+from controlbooth.data.errors import MissingFile
 from controlbooth.launch.watch.files import Stamp, open_inside, stamp_of, suffix_of
 
 KINDS = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
@@ -26,11 +27,11 @@ class Pictures:
     def whole(self, folder: Path, name: str) -> bytes:
         """Returns a picture as it lies in a folder. Raises OSError where it is none that may be shown."""
         if suffix_of(name) not in KINDS:
-            raise FileNotFoundError(f"{name!r} is no picture")
+            raise MissingFile(f"{name!r} is no picture")
         with open_inside(folder, name) as file:
             content = file.read(MOST_PICTURE_BYTES + 1)
         if len(content) > MOST_PICTURE_BYTES:
-            raise FileNotFoundError(f"{name!r} is too large to be shown")
+            raise MissingFile(f"{name!r} is too large to be shown")
         return content
 
     def small(self, folder: Path, name: str, width: int) -> bytes:
@@ -72,5 +73,5 @@ def shrink(content: bytes, width: int) -> bytes:
         lossless = picture.width <= 512  # pixels of small pictures are looked at one by one
         picture.save(out, format="WEBP", lossless=lossless, quality=85, method=2)
     except (OSError, ValueError, SyntaxError, ArithmeticError, Image.DecompressionBombError) as error:
-        raise FileNotFoundError(f"no picture: {error}") from error  # as cut while it was copied
+        raise MissingFile(f"no picture: {error}") from error  # as cut while it was copied
     return out.getvalue()
