@@ -15,7 +15,8 @@ OWN_KIND = re.compile(r"(?:[A-Z]\w*(?:Error|Failed|Lost|Hung|Stopped|Damaged|Fil
 PLAIN = re.compile(r"(?:KeyError|TypeError|AttributeError|IndexError|AssertionError|RuntimeError|ValueError): ")
 """Kinds of errors that say nothing without their name."""
 SENTENCE_END = re.compile(r"\.\s+(?=[A-Z`])")
-LONGEST = 600
+LONGEST = 300
+"""Characters of each of the two sentences."""
 WITHOUT_REMEDY = "The end of its log tells more; started again, the run goes on from its latest checkpoint"
 
 
@@ -33,18 +34,23 @@ class Failure:
     """Whether it is no consequence of another rank's failure."""
 
 
-def sentences(error: str) -> tuple[str, str]:
+def sentences(error: str, without: str = WITHOUT_REMEDY) -> tuple[str, str]:
     """Splits the text of an error into what went wrong and what to do.
 
-    Our messages say first the one and then the other, in sentences. Where an error says nothing to do, the remedy is
-    where to look.
+    Our messages say first the one and then the other, in sentences. without: the remedy where an error says nothing to
+    do. Each is shortened to LONGEST characters.
     """
-    text = " ".join(shown(error).split())[:LONGEST]
+    text = " ".join(shown(error).split())
     if not PLAIN.match(text):
         text = OWN_KIND.sub("", text, count=1)
     end = SENTENCE_END.search(text)
     what, rest = (text[: end.start()], text[end.end() :]) if end else (text, "")
-    return what.rstrip("."), rest.rstrip(".") or WITHOUT_REMEDY
+    return _shortened(what), _shortened(rest) or without
+
+
+def _shortened(text: str) -> str:
+    text = text.rstrip(".")
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
 
 
 def failure(who: str, error: str, when: float | None) -> Failure:

@@ -51,6 +51,7 @@ RULE = (
     f"measures prompts, follow them less than {PROMPT_KEPT:.0%} as well as at step 0. Not learnt: measured, and "
     "neither. Not told: nothing has compared its pictures; validation.encoders of the run does."
 )
+WITHOUT_REMEDY = "Look at its pictures and its row of the manifest; started again, the run trains it anew"
 VALIDATION_FILE, BEST = "validation.json", "best.json"
 SUBJECTS_OF_JOB = "job/subjects.jsonl"
 ROOM_FOR_THUMBNAILS = 6
@@ -184,8 +185,9 @@ class SubjectRun:
         ]
         news = facts.news_of(self.files, "subjects", *(f"rows/{part}/metrics.jsonl" for part in parts))
         state = self._state(subjects, metrics, failures, news, now)
-        step, of = sum(one["step"] for one in subjects), sum(one["of"] for one in subjects)
-        left = sum(one["of"] - one["step"] for one in subjects if one["state"] not in ("finished", "failed"))
+        trained = [one for one in subjects if one["state"] != "failed"]
+        step, of = (sum(one[what] for one in trained) for what in ("step", "of"))
+        left = sum(one["of"] - one["step"] for one in trained if one["state"] != "finished")
         rate = steps_of_subjects(metrics)
         base = Path(str(facts.field(tree, "model.base", str, ""))).name
         failed = [one for one in subjects if one["category"] == "failed"]
@@ -320,7 +322,7 @@ def _remedy(one: dict[str, Any]) -> dict[str, str]:
 def _failure(status: dict[str, Any]) -> dict[str, str] | None:
     if status.get("state") != "failed":
         return None
-    what, remedy = sentences(str(status.get("error") or "it does not say why"))
+    what, remedy = sentences(str(status.get("error") or "it does not say why"), WITHOUT_REMEDY)
     return {"what": what, "remedy": remedy}
 
 

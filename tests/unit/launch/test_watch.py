@@ -427,3 +427,8 @@ def test_a_browser_shows_a_run_live_draws_its_curves_and_plays_its_pictures(runs
 def test_pages_come_with_the_package():
     folder = Path(sites.__file__).parent
     assert {"watch.css", "watch.js", "page.html", "card.html"} <= {path.name for path in folder.iterdir()}
+
+
+def test_a_long_error_keeps_its_remedy():
+    what, remedy = sentences(f"TrainingStopped: the loss of {'sample-7, ' * 200} is not finite. Lower the rate")
+    assert len(what) == 300 and what.endswith("…") and remedy == "Lower the rate"
