@@ -217,8 +217,7 @@ class ControlRun:
 
     def _failure(self, state: facts.State, failures: list[Failure]) -> dict[str, str] | None:
         if state.word == "silent":
-            what, _, remedy = state.more.partition(": ")
-            return {"what": what, "remedy": remedy}
+            return {"what": state.more, "remedy": state.remedy}
         if state.word != "failed":
             return None
         if failures:

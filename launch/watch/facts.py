@@ -31,7 +31,9 @@ class State:
     word: str
     """running, starting, waiting, silent, stopped, finished or failed: also the class of its badge."""
     more: str = ""
-    """What else is to be said of it, and what to do."""
+    """What else is to be said of it."""
+    remedy: str = ""
+    """What to do, where something is wrong."""
 
 
 def status_of(files: Files) -> Record:
@@ -100,9 +102,12 @@ def silent(attempt: Record, news: float | None, now: float) -> State:
     host, process = attempt.get("host"), attempt.get("process")
     since = f"no news for {duration(now - news)}" if news is not None else "no news"
     if process is not None and host == socket.gethostname() and not Path("/proc", str(process)).exists():
-        return State("silent", f"{since}: its process {process} has ended without a word. Start it again; it goes on")
-    where = f" whether process {process} on {host} lives" if process is not None and host else " at its log"
-    return State("silent", f"{since}: look{where}. Started again, it goes on from its latest checkpoint")
+        return State("silent", f"{since}: its process {process} has ended without a word", f"Start it again: {GOES_ON}")
+    where = f"whether process {process} on {host} lives" if process is not None and host else "at its log"
+    return State("silent", since, f"Look {where}. Started again, {GOES_ON}")
+
+
+GOES_ON = "it goes on from its latest checkpoint"
 
 
 def steps_a_second(records: Sequence[Record]) -> float:

@@ -272,8 +272,7 @@ class SubjectRun:
         self, state: facts.State, failures: list[Failure], failed: list[dict[str, Any]]
     ) -> dict[str, str] | None:
         if state.word == "silent":
-            what, _, remedy = state.more.partition(": ")
-            return {"what": what, "remedy": remedy}
+            return {"what": state.more, "remedy": state.remedy}
         if state.word == "failed" and failures:
             return {"what": f"{failures[0].who}: {failures[0].what}", "remedy": failures[0].remedy}
         if failed:

@@ -162,8 +162,9 @@ function element(name, attributes, text) {
   return made;
 }
 
-function short(value, percent) {
+function short(value, percent, unit) {
   if (percent) return `${Math.round(100 * value)} %`;
+  if (unit && Math.abs(value) >= 1e-3 && Math.abs(value) < 1e5) return value.toFixed(Math.min(8, Math.max(0, -Math.floor(Math.log10(unit) + 1e-9))));
   if (value !== 0 && (Math.abs(value) < 1e-3 || Math.abs(value) >= 1e5)) return value.toExponential(1).replace("e+", "e");
   return String(Number(value.toPrecision(3)));
 }
@@ -207,10 +208,11 @@ function draw(chart) {
   const x = step => LEFT + (step - first) / (last - first) * (WIDE - LEFT - RIGHT);
   const y = value => HIGH - BOTTOM - (Math.min(high, Math.max(low, scale(value))) - low) / (high - low) * (HIGH - TOP - BOTTOM);
   const svg = element("svg", {viewBox: `0 0 ${WIDE} ${HIGH}`, role: "img", "aria-label": chart.title});
-  for (const tick of ticks(low, high, log)) {
+  const marked = ticks(low, high, log), unit = log || marked.length < 2 ? 0 : marked[1] - marked[0];
+  for (const tick of marked) {
     const at = y(log ? 10 ** tick : tick);
     svg.append(element("line", {class: "axis", x1: LEFT, x2: WIDE - RIGHT, y1: at, y2: at}));
-    svg.append(element("text", {x: LEFT - 5, y: at + 3.5, "text-anchor": "end"}, short(log ? 10 ** tick : tick, chart.percent)));
+    svg.append(element("text", {x: LEFT - 5, y: at + 3.5, "text-anchor": "end"}, short(log ? 10 ** tick : tick, chart.percent, unit)));
   }
   for (const tick of ticks(first, last, false)) {
     if (tick >= first) svg.append(element("text", {x: x(tick), y: HIGH - 6, "text-anchor": x(tick) > WIDE - 30 ? "end" : "middle"}, tick.toLocaleString("en")));

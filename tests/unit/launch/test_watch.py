@@ -180,7 +180,7 @@ def test_a_run_without_news_is_silent_and_says_where_to_look(runs):
     control_run(runs / "first", age=700.0)
     shown = card(runs, "first")
     assert "badge silent" in shown and "no news for 11 min" in shown
-    assert "look whether process 7 on elsewhere lives" in shown
+    assert "Look whether process 7 on elsewhere lives" in shown
     write(runs / "first" / "attempt.json", dict(number=1, host=socket.gethostname(), process=2**22 + 1))
     os.utime(runs / "first" / "attempt.json", (0, 0))
     assert "has ended without a word" in card(runs, "first")
