@@ -1,9 +1,5 @@
 """metrics.jsonl as curves that grow with the file: what was read once is not read again.
 
-The training appends lines, and at a start, or when it goes on from an older checkpoint, puts a new file in the place of
-the old one. So a reader keeps the place up to which it has read complete lines, what the file is known by, and the last
-bytes before that place; where these differ it begins anew. A last line without its end is left for later.
-
 A curve keeps a bounded number of points, each the mean of several values with the smallest and the largest of them, so
 a run of millions of steps takes as much memory as one of thousands. Of a file beyond THIN_BYTES only every second,
 third, ... line of a step is parsed, by its place in the file alone; lines of validations always are. What is read in
@@ -12,18 +8,14 @@ pieces is the same as what is read at once.
 
 import math
 import os
-import time
 from collections import deque
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from controlbooth.data.files.records import Damaged
-from controlbooth.launch.watch.files import open_inside
+from controlbooth.launch.watch.growing import GrowingFile
 from controlbooth.trainer.tracking.spool import LINES, Record, parse_record
 
-CHUNK = 2**20
-LONGEST_LINE = 2**24
-MARKED_BYTES = 128
 THIN_BYTES = 2**25
 """After each such part of a file one more line is passed over for each that is parsed."""
 MOST_CURVES = 400
@@ -37,7 +29,6 @@ SAMPLE_BYTES = 2**12
 VALIDATION_BYTES = 2**22
 """Before that, in which a glance looks for the newest validation."""
 VALIDATED = b'"metrics":{"validation/'
-Identity = tuple[int, int]
 
 
 class Curve:
@@ -70,18 +61,17 @@ class Curve:
         return self.points[-1][1]
 
 
-class Metrics:
+class Metrics(GrowingFile):
     """What a run's metrics.jsonl holds, up to the place that was read."""
 
     def __init__(self, folder: Path, most: int = 512, glance: bool = False):
         """Reads nothing yet. most: points of a curve, an even number. glance: of a long file only samples and its end
         are read, which tell the last figures and the loss over the steps, but not every start."""
-        self._folder, self._most, self._glance = folder, most, glance
-        self._identity: Identity | None = None
-        self.problem = ""
-        self._begin()
+        super().__init__(folder, LINES)
+        self._most, self._glance = most, glance
+        self.begin()
 
-    def _begin(self) -> None:
+    def begin(self) -> None:
         self.curves: dict[str, Curve] = {}
         self.recent: deque[Record] = deque(maxlen=RECENT)
         """The last records of steps."""
@@ -93,58 +83,12 @@ class Metrics:
         """(time, field, value) of settings that a later start changed."""
         self.system: dict[str, float] = {}
         self.unreadable = 0
-        self.offset = 0
-        """Bytes up to the end of the last line that was read."""
-        self.size = 0
-        self.is_left = False
-        """Whether the time was up before the end of the file."""
         self._lines = 0
-        self._mark = b""
 
-    def update(self, seconds: float = math.inf) -> bool:
-        """Reads what is new, for about so many seconds; -> whether anything was."""
-        before = (self._identity, self.offset)
-        try:
-            with open_inside(self._folder, LINES) as file:
-                self._read(file, time.monotonic() + seconds)
-            self.problem = ""
-        except FileNotFoundError:
-            self._identity, self.problem = None, ""
-            self._begin()
-        except OSError as error:
-            self.problem = f"{self._folder / LINES} cannot be read ({error.strerror or error})"
-        return before != (self._identity, self.offset)
-
-    def _read(self, file: BinaryIO, until: float) -> None:
-        told = os.fstat(file.fileno())
-        identity = told.st_dev, told.st_ino
-        if identity != self._identity or told.st_size < self.offset or not self._is_marked(file):
-            self._identity = identity
-            self._begin()
-        self.size, self.is_left = told.st_size, False
-        if self._glance and not self.offset and self.size > TAIL_BYTES + SAMPLES * SAMPLE_BYTES:
-            self._sample(file)
-        file.seek(self.offset)
-        rest = b""
-        while chunk := file.read(CHUNK):
-            rest += chunk
-            *lines, rest = rest.split(b"\n")
-            for line in lines:
-                self._take(line)
-                self.offset += len(line) + 1
-            if lines:
-                self._mark = (self._mark + b"\n".join([*lines, b""]))[-MARKED_BYTES:]
-            if len(rest) > LONGEST_LINE:  # of no version: what follows it is looked at again when it has an end
-                return
-            if time.monotonic() > until:
-                self.is_left = True
-                return
-
-    def _is_marked(self, file: BinaryIO) -> bool:
-        return os.pread(file.fileno(), len(self._mark), self.offset - len(self._mark)) == self._mark
-
-    def _sample(self, file: BinaryIO) -> None:
-        """Looks for losses at places spread over a long file, and goes to the first line of its end."""
+    def skip(self, file: BinaryIO) -> None:
+        """Looks, of a long file that is glanced at, for losses at places spread over it, and goes to its end."""
+        if not self._glance or self.size <= TAIL_BYTES + SAMPLES * SAMPLE_BYTES:
+            return
         end = self.size - TAIL_BYTES
         for place in range(SAMPLES):
             window = os.pread(file.fileno(), SAMPLE_BYTES, place * end // SAMPLES)
@@ -155,8 +99,7 @@ class Metrics:
                     break
         self._find_validation(file, end)
         start = os.pread(file.fileno(), TAIL_BYTES, end).find(b"\n") + 1
-        self.offset = end + start
-        self._mark = os.pread(file.fileno(), MARKED_BYTES, self.offset - MARKED_BYTES)
+        self.go_to(file, end + start)
 
     def _find_validation(self, file: BinaryIO, end: int) -> None:
         """Looks for the newest validation in the last bytes before the end that a glance reads."""
@@ -166,7 +109,7 @@ class Metrics:
         if record is not None and "metrics" in record:
             self.validated = record["step"], {name: float(value) for name, value in record["metrics"].items()}
 
-    def _take(self, line: bytes) -> None:
+    def take(self, line: bytes) -> None:
         if b'"metrics":' in line and b'"validation/' not in line:
             self._lines += 1
             if self._lines % (1 + self.offset // THIN_BYTES):

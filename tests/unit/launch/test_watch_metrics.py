@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from controlbooth.launch.watch import growing
 from controlbooth.launch.watch import metrics as reading
 from controlbooth.launch.watch.metrics import Curve, Metrics
 
@@ -42,7 +43,7 @@ def test_what_is_read_in_any_pieces_is_what_is_read_at_once(tmp_path_factory, li
     ends = sorted({cut % (len(content) + 1) for cut in cuts} | {len(content)})
     in_pieces = Metrics(folder, most=8)
     with pytest.MonkeyPatch.context() as patch, (folder / "metrics.jsonl").open("wb", buffering=0) as file:
-        patch.setattr(reading, "CHUNK", chunk)
+        patch.setattr(growing, "CHUNK", chunk)
         for begin, end in zip([0, *ends], ends, strict=False):
             file.write(content[begin:end])
             in_pieces.update()
@@ -149,7 +150,7 @@ def test_of_a_very_long_file_steps_are_thinned_and_validations_are_not(tmp_path,
 
 
 def test_reading_takes_about_as_long_as_it_may_and_goes_on_where_it_was(tmp_path, monkeypatch):
-    monkeypatch.setattr(reading, "CHUNK", 4096)
+    monkeypatch.setattr(growing, "CHUNK", 4096)
     (tmp_path / "metrics.jsonl").write_text("".join(f"{step_line(step)}\n" for step in range(1, 1001)))
     one, rounds = Metrics(tmp_path), 0
     one.update(seconds=0.0)
