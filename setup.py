@@ -96,6 +96,8 @@ setup(
             "gcsfs>=2026.2",
             "s3fs>=2026.2",
         ],
+        "tensorboard": ["tensorboard>=2.19,<3"],  # what `controlbooth mirror` writes
+        "wandb": ["wandb>=0.22,<1"],
         "docs": [  # the site of docs/; make docs installs it
             "mkdocs>=1.6,<2",
             "mkdocs-material>=9.7,<10",

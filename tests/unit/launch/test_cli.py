@@ -83,7 +83,7 @@ def test_help_of_a_group_has_examples_of_its_own_with_options_that_its_verbs_tak
         (
             ["zzzzz"],
             "there is no verb 'zzzzz'; verbs are: quickstart, train, plan, sample, evaluate, compare, report, watch, "
-            "ablate, export, dreambooth",
+            "mirror, ablate, export, dreambooth",
         ),
     ],
 )
