@@ -68,7 +68,7 @@ setup(
     package_dir={f"{NAMESPACE}.{folder}": folder for folder in FOLDERS},
     packages=[f"{NAMESPACE}.{folder}" for folder in FOLDERS]
     + [f"{NAMESPACE}.{folder}.{inner}" for folder in FOLDERS for inner in find_packages(folder)],
-    package_data={f"{NAMESPACE}.{folder}": ["py.typed", "**/*.css", "**/*.html", "**/*.yaml"] for folder in FOLDERS}
+    package_data={f"{NAMESPACE}.{folder}": ["py.typed", "**/*.css", "**/*.html", "**/*.js", "**/*.yaml"] for folder in FOLDERS}
     | {f"{NAMESPACE}.models": ["py.typed", "miniature/**"]},
     exclude_package_data={"": ["*.pyc"]},
     install_requires=REQUIRED,
@@ -96,6 +96,8 @@ setup(
             "gcsfs>=2026.2",
             "s3fs>=2026.2",
         ],
+        "tensorboard": ["tensorboard>=2.19,<3"],  # what `controlbooth mirror` writes
+        "wandb": ["wandb>=0.22,<1"],
         "docs": [  # the site of docs/; make docs installs it
             "mkdocs>=1.6,<2",
             "mkdocs-material>=9.7,<10",

@@ -24,6 +24,8 @@ VERBS = {  # group -> verb -> (module[:function] of controlbooth, what it does);
         "evaluate": ("launch.commands.evaluate", "measure a ControlNet on held-out conditions"),
         "compare": ("launch.commands.compare", "what one ControlNet gains over another"),
         "report": ("launch.commands.report", "one page with everything about a run"),
+        "watch": ("launch.commands.watch", "show runs in a browser while they train"),
+        "mirror": ("launch.commands.mirror", "copy figures for TensorBoard or Weights & Biases"),
         "ablate": ("launch.commands.ablate", "train variants of a run and measure them side by side"),
         "export": ("launch.commands.export", "write a checkpoint in the format that diffusers loads"),
     },

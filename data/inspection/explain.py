@@ -30,7 +30,8 @@ from controlbooth.data.files.records import (
     parse_json,
     read_json,
 )
-from controlbooth.data.inspection.quarantine import read_ledgers, read_run, source_trees
+from controlbooth.data.inspection.ledger import read_ledgers
+from controlbooth.data.inspection.quarantine import read_run, source_trees
 from controlbooth.data.loading.plan import check_version, plan_order, source_weights
 from controlbooth.data.order import draws
 from controlbooth.data.order.buckets import Buckets

@@ -18,16 +18,8 @@ from tqdm import tqdm
 from controlbooth.data.arguments import quoted
 from controlbooth.data.errors import UserError
 from controlbooth.data.files.locks import is_locked
-from controlbooth.data.files.records import (
-    Damaged,
-    check_fields,
-    is_text,
-    is_whole,
-    maybe,
-    open_file,
-    parse_json,
-    read_yaml,
-)
+from controlbooth.data.files.records import read_yaml
+from controlbooth.data.inspection.ledger import LEDGER, read_ledgers
 from controlbooth.data.order.draws import hash64
 from controlbooth.data.shards.manifest import (
     NAME,
@@ -41,42 +33,8 @@ from controlbooth.data.shards.manifest import (
 from controlbooth.data.shards.sidecar import QUARANTINED, ShardIndex, index_path, load_index, make_index, write_index
 from controlbooth.data.shards.storage import Shard, base_name
 
-LEDGER = "bad-samples-*.jsonl"
 _NAMED_BY_PLACE = "header"
 """The part of ledger entries whose sample could not be read as far as its key."""
-_FIELDS = {
-    **dict.fromkeys(("position", "attempt", "byte"), is_whole),
-    **dict.fromkeys(("shard", "key", "part", "error"), is_text),
-    **{"contents": maybe(is_text), "substitute_shard": maybe(is_text), "substitute_byte": maybe(is_whole)},
-}
-_SINCE_CONTENTS = ("contents", "substitute_shard", "substitute_byte")
-"""Fields that ledgers of earlier versions lack; they are read as None there."""
-
-
-def read_ledgers(run: Path) -> list[dict]:
-    """Reads the entries of a run's ledgers, each event once, by position.
-
-    A run that goes on from a checkpoint meets the bad samples since then again, perhaps on another rank, and notes them
-    again; and a process that is killed may leave an incomplete line, to which its next entry is then appended. Raises
-    ValueError for a line that never was an entry.
-    """
-    events: dict[tuple[int, int], dict] = {}
-    for path in sorted(run.glob(LEDGER)):
-        with open_file(path, "Move it away") as file:
-            lines = file.read().decode(errors="replace").splitlines()
-        for number, line in enumerate(lines, 1):
-            where = f"{path}, line {number}"
-            try:
-                entry = parse_json(line[max(line.rfind('{"position"'), 0) :], where, "Remove it")
-            except Damaged:
-                if not line.startswith("{"):
-                    raise UserError(f"{where} is no ledger entry: {line[:80]!r}. Remove it") from None
-                continue
-            if missing := [name for name in _FIELDS if name not in (*entry, *_SINCE_CONTENTS)]:
-                raise UserError(f"{where} is no ledger entry, as it has no {', '.join(missing)}. Remove it")
-            check_fields(entry, _FIELDS, where, "Remove it")
-            events.setdefault((entry["position"], entry["attempt"]), dict.fromkeys(_SINCE_CONTENTS) | entry)
-    return [events[event] for event in sorted(events)]
 
 
 def read_run(folder: Path) -> dict[str, Any]:

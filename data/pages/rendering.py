@@ -3,6 +3,7 @@
 A page is one file that needs no other and no network: the style sheet and the pictures are inside it.
 """
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,17 @@ def render_page(template: Path, **values: Any) -> str:
 
     Raises jinja2.UndefinedError where the template names something that is not among the values.
     """
-    environment = Environment(
-        loader=FileSystemLoader([template.parent, FRAME]),
+    return environment(template.parent).get_template(template.name).render(values)
+
+
+@cache
+def environment(folder: Path) -> Environment:
+    """Returns what fills the templates of a folder; each is read once, and again where it has changed."""
+    return Environment(
+        loader=FileSystemLoader([folder, FRAME]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    return environment.get_template(template.name).render(values)

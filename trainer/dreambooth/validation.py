@@ -33,7 +33,7 @@ from controlbooth.trainer.dreambooth.batches import Pictures, Training, subject_
 from controlbooth.trainer.dreambooth.images import read_picture
 from controlbooth.trainer.dreambooth.manifest import Task
 from controlbooth.trainer.dreambooth.measuring.fidelity import mean_off_diagonal, prompt_similarity, similarity
-from controlbooth.trainer.dreambooth.measuring.overfitting import Course, course
+from controlbooth.trainer.dreambooth.measuring.overfitting import Course, course, describe
 from controlbooth.trainer.dreambooth.prior import DRAWN_AT_ONCE, drawn_size
 from controlbooth.trainer.dreambooth.step import Text
 from controlbooth.trainer.dreambooth.tracking import Untracked
@@ -159,12 +159,6 @@ def note(studio: Studio, training: Training, found: Figures, told: Course, pictu
     if (told.learnt, told.overfits) != (before.learnt, before.overfits):
         tqdm.write(f"{task.name}: {describe(told)} (step {step})", file=sys.stderr)
         studio.tracking.describe(task.name, course=f"**Course:** {describe(told)}")
-
-
-def describe(told: Course) -> str:
-    learnt = "not learnt yet" if told.learnt is None else f"learnt at step {told.learnt}"
-    overfits = "" if told.overfits is None else f", copies its pictures from step {told.overfits} on"
-    return learnt + overfits + ("" if told.best is None else f"; the best step is {told.best}")
 
 
 def write_best(studio: Studio, training: Training, found: Figures, told: Course) -> None:

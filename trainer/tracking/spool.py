@@ -390,16 +390,21 @@ def _lines(path: Path, offset: int) -> Iterator[tuple[bytes, int]]:
             yield line, offset
 
 
+def parse_record(line: bytes, where: str) -> Record:
+    """Parses a line of metrics.jsonl. where: what the message calls it. Raises Damaged for one that no version has
+    written."""
+    record = parse_json(line, where, LEFT_OUT, {"time": is_moment})
+    kind = next((kind for kind in KINDS if kind in record), None)
+    if kind is None:
+        raise Damaged(where, "it tells of nothing that is known", LEFT_OUT)
+    check_fields(record, KINDS[kind], where, LEFT_OUT)
+    return record
+
+
 def _parse(line: bytes, path: Path, end: int) -> Record | None:
     """Parses a line. Returns None for one that no version has written, and logs a warning."""
     try:
-        where = f"{path}, the line that ends at byte {end},"
-        record = parse_json(line, where, LEFT_OUT, {"time": is_moment})
-        kind = next((kind for kind in KINDS if kind in record), None)
-        if kind is None:
-            raise Damaged(where, "it tells of nothing that is known", LEFT_OUT)
-        check_fields(record, KINDS[kind], where, LEFT_OUT)
-        return record
+        return parse_record(line, f"{path}, the line that ends at byte {end},")
     except Damaged as error:
         logger.warning("%s: %.80r", error, line)
         return None

@@ -6,7 +6,8 @@ import yaml
 from loaders import make_loader
 from repeated import write_repeated
 
-from controlbooth.data.inspection.quarantine import apply_changes, plan_changes, read_ledgers
+from controlbooth.data.inspection.ledger import read_ledgers
+from controlbooth.data.inspection.quarantine import apply_changes, plan_changes
 from controlbooth.data.loading.plan import order_state, plan_order, resume_position
 from controlbooth.data.order.draws import hash64
 from controlbooth.data.order.settings import OrderSettings

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from controlbooth.data.inspection.quarantine import read_ledgers, read_run
+from controlbooth.data.inspection.ledger import read_ledgers
+from controlbooth.data.inspection.quarantine import read_run
 from controlbooth.deploy.retrain import audit
 from controlbooth.deploy.retrain.lease import Lease, holder
 from controlbooth.deploy.retrain.rounds import Round, State, read_state, write_state

@@ -85,3 +85,10 @@ def score(one: Validation, first: Validation) -> float:
     """
     kept = min(1.0, one["prompt"] / first["prompt"]) if first.get("prompt", 0.0) > 0 else 1.0
     return one["fidelity"] / one["real"] * kept
+
+
+def describe(told: Course) -> str:
+    """Describes what a subject has come to, in one line."""
+    learnt = "not learnt yet" if told.learnt is None else f"learnt at step {told.learnt}"
+    overfits = "" if told.overfits is None else f", copies its pictures from step {told.overfits} on"
+    return learnt + overfits + ("" if told.best is None else f"; the best step is {told.best}")

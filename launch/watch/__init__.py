@@ -1,0 +1,1 @@
+"""Pages that show run folders in a browser, live: what `controlbooth watch` serves."""
