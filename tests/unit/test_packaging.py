@@ -17,7 +17,7 @@ from setuptools import find_packages
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("data", "deploy", "launch", "models", "trainer")
-SHIPPED = re.compile(r"\.(css|html|py|typed|yaml)$|^models/miniature/")
+SHIPPED = re.compile(r"\.(css|html|js|py|typed|yaml)$|^models/miniature/")
 """What of the repository's files belongs into a wheel."""
 IMPORT_NAMES = {  # what a distribution is imported as, where that is not its name
     "cv2": "opencv-python-headless",
