@@ -12,8 +12,8 @@ def command_line() -> argparse.ArgumentParser:
         "study result",
         "Says what the answers of a study show: average human rank, also on the paper's scale of 5 points, "
         "preferences, Bradley-Terry scores, agreement between raters and of raters with themselves, checks failed, and "
-        "how many answers are still needed. Writes STUDY/result.json and STUDY/report.html. What it says of runs goes to their "
-        "report.html, to MLflow and to `controlbooth compare`. It may be called while the study is served.",
+        "how many answers are still needed. Writes STUDY/result.json and STUDY/report.html. What it says of runs goes "
+        "to their report.html, to MLflow and to `controlbooth compare`. It may be called while the study is served.",
         """examples:
   controlbooth study result study
   controlbooth study result study --half-width 0.03""",

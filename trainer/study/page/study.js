@@ -150,15 +150,15 @@ async function draw() {
   for (const one of document.querySelectorAll(".choose")) one.disabled = false;
   for (let step = 1; step <= AHEAD; step++) {
     const later = screens[place + step];
-    if (later) for (const name of [...later.pictures, ...later.given]) new Image().src = url(name);
+    if (later) for (const name of [...later.pictures, ...later.given]) new Image().src = address(name);
   }
 }
 
-const url = (name) => `/pictures/${name}.png`;
+const address = (name) => `/pictures/${name}.png`;
 
 function image(name, text) {
   const made = new Image();
-  made.src = url(name);
+  made.src = address(name);
   made.alt = text;
   made.draggable = false;
   return made;
@@ -320,7 +320,7 @@ function zoom(number) {
 function enlarge() {
   const screen = screens[place], all = [...screen.pictures, ...screen.given];
   large = (large + all.length) % all.length;
-  get("large").src = url(all[large]);
+  get("large").src = address(all[large]);
   get("large").classList.toggle("pixels", true);
   get("which").textContent = large < screen.pictures.length ? `Picture ${LETTERS[large]}`
     : screen.photographs ? "Photograph" : "Guide";
