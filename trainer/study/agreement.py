@@ -23,20 +23,25 @@ def krippendorff_alpha(ratings: np.ndarray, level: str = ORDINAL) -> float:
 
 
 def alpha_interval(
-    ratings: np.ndarray, level: str = ORDINAL, confidence: float = LEVEL, seed: int = 0
+    ratings: np.ndarray, together: int = 1, level: str = ORDINAL, confidence: float = LEVEL, seed: int = 0
 ) -> dict[str, float]:
     """Computes alpha with its bootstrap interval over units: dict(mean, low, high), NaN as `krippendorff_alpha` says.
 
-    Raters are not resampled: one who is drawn twice would agree with himself.
+    together: so many neighbouring units, such as the pictures of one trial, are drawn as one. Raters are not resampled:
+    one who is drawn twice would agree with himself.
     """
-    counts, values = _value_counts(ratings)
-    value = _alpha(counts, _differences(values, counts, level))
+    value = krippendorff_alpha(ratings, level)
     if not math.isfinite(value):
         return dict(mean=value, low=value, high=value)
+    groups = ratings.reshape(len(ratings), -1, together)
+    groups = groups[:, (np.isfinite(groups).sum(axis=0) >= 2).any(axis=1)]
+    values = np.unique(groups[np.isfinite(groups)])
+    counts = (groups[..., None] == values).sum(axis=0).astype(float)
     draw = np.random.default_rng(seed)
     draws = []
     for _ in range(RESAMPLES):
-        drawn = counts[draw.integers(0, len(counts), len(counts))]
+        drawn = counts[draw.integers(0, len(counts), len(counts))].reshape(-1, len(values))
+        drawn = drawn[drawn.sum(axis=1) >= 2]
         draws.append(_alpha(drawn, _differences(values, drawn, level)))
     known = np.array(draws)[np.isfinite(draws)]
     low, high = np.quantile(known, tails(confidence)) if len(known) else (value, value)

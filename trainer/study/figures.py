@@ -133,7 +133,7 @@ def question_figures(
         items=len({row[1] for row in rows}),
         methods=methods,
         preferences=preferences,
-        alpha=alpha_interval(ratings(plan, question, kept)),
+        alpha=alpha_interval(ratings(plan, question, kept), pictures_at_once(plan)),
         repeats=dict(count=len(repeats), same=same, ceiling=ceiling(same)),
         checks=dict(count=len(checks), failed=len(checks) - sum(checks)),
         needed=max((one["needed"] for one in preferences), default=0),
@@ -181,20 +181,26 @@ def judged_rows(
     return rows
 
 
+def pictures_at_once(plan: Plan) -> int:
+    """Returns how many pictures a judged trial has."""
+    return 2 if plan.form == PAIRS else len(plan.methods)
+
+
 def ratings(plan: Plan, question: str, kept: Mapping[str, Mapping[str, Answer]]) -> np.ndarray:
     """Makes the table for Krippendorff's alpha: (raters, units), NaN where a rater did not see the unit.
 
-    A unit is a picture among those of its trial, rated by its rank. Of a pair the second says no more than the first,
-    so it is left out.
+    A unit is a picture among those of its trial, which stand together, and its rating is its rank. All pictures of a
+    trial are units, though the last follows from the others: so every rank is as frequent as every other, chance is
+    that of a coin, and raters who all prefer one method throughout agree.
     """
     trials = [one for one in plan.trials if one.kind == JUDGED and one.question == question]
-    count = 1 if plan.form == PAIRS else len(plan.methods)
+    count = pictures_at_once(plan)
     place = {trial.id: number * count for number, trial in enumerate(trials)}
     table = np.full((len(kept), len(trials) * count), np.nan)
     for row, name in enumerate(sorted(kept)):
         for answer in kept[name].values():
             if answer.trial in place:
-                ranks = shown_ranks(plan.by_id[answer.trial], answer)[:count]
+                ranks = shown_ranks(plan.by_id[answer.trial], answer)
                 table[row, place[answer.trial] : place[answer.trial] + count] = ranks
     return table
 

@@ -249,7 +249,7 @@ def describe(plan: Plan, left: int) -> str:
     lines = [
         f"{len(plan.methods)} methods ({', '.join(plan.methods)}), {len(plan.items)} items; "
         f"questions: {', '.join(plan.questions)}",
-        f"a rater sees {screens_each(plan)} screens, about {seconds_each(plan) / 60:.0f} minutes: "
+        f"a rater sees {screens_each(plan)} screens, about {seconds_each(plan) / 60:.1f} min: "
         f"{plan.judged_each * questions} {shown}, {plan.checks_each * questions} checks with a known answer, "
         f"{plan.repeats_each * questions} repeats",
     ]

@@ -175,7 +175,7 @@ def test_the_dry_run_says_what_raters_would_do_and_makes_nothing(root, capsys):
     )
     told = capsys.readouterr().out
     assert "3 methods (crisp, hazy, smeared), 6 items; questions: quality, prompt" in told
-    assert "16 screens, about 4 minutes: 12 rankings of 3, 2 checks with a known answer, 2 repeats" in told
+    assert "16 screens, about 4.0 min: 12 rankings of 3, 2 checks with a known answer, 2 repeats" in told
     assert "1 rater ±40 %" in told and not (root / "dry").exists()
 
 

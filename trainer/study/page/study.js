@@ -107,6 +107,7 @@ function go(to) {
   place = to;
   progress();
   get("back").hidden = place <= 0 || !screens.length;
+  get("on").hidden = place >= screens.length || !screens[place].answer;
   if (place >= screens.length) { show("end"); return; }
   const asks = screens[place].asks;
   if (before !== null && before < screens.length && screens[before].asks !== asks && to > before) {
@@ -138,6 +139,7 @@ async function draw() {
   show("ask");
   layout();
   if (screen.answer) mark(screen.answer.ranks);
+  else if (study.form === "rankings") number();
   const all = [...get("pictures").querySelectorAll("img:not(.over)"), ...get("given").querySelectorAll("img")];
   try { await Promise.all(all.map((one) => one.decode())); } catch {
     if (at === place) fail("A picture could not be loaded.", () => { show("ask"); draw(); });
@@ -236,7 +238,7 @@ function actions(screen) {
     all.push(button("Clear", "", () => { picked = []; number(); }), done);
   }
   if (screen.overlay) {
-    const made = button("Guide over the pictures", "O", toggle);
+    const made = button("Guide on top", "O", toggle);
     made.setAttribute("aria-pressed", String(overlay));
     all.push(made);
   }
@@ -309,11 +311,16 @@ function back() {
   go(to);
 }
 
+function onward() {
+  if (busy || place >= screens.length) return;
+  go(place + 1 < screens.length && screens[place + 1].answer ? place + 1 : next(place));
+}
+
 // ---- one picture, large
 
 function zoom(number) {
   large = number;
-  if (!get("zoom").open) get("zoom").showModal();
+  if (!get("zoom").open) { get("zoom").showModal(); get("close").focus(); }
   enlarge();
 }
 
@@ -376,6 +383,7 @@ function fail(reason, again) {
 function intro() {
   const left = screens.filter((one) => !one.answer).length;
   if (!left) { go(screens.length); return; }
+  const keys = !matchMedia("(pointer: coarse)").matches; // which a telephone is said to be
   const rankings = study.form === "rankings", minutes = Math.ceil(left * (rankings ? 5 * screens[0].pictures.length : 6) / 60);
   document.title = study.title;
   get("title").textContent = study.title;
@@ -383,11 +391,13 @@ function intro() {
     ? `Welcome back. ${left} of ${screens.length} screens are left, about ${minutes} minute${minutes === 1 ? "" : "s"}.`
     : `${screens.length} screens, about ${minutes} minute${minutes === 1 ? "" : "s"}. There is no wrong answer: say what you see.`;
   const how = rankings
-    ? ["Tap the pictures from the best to the worst, or press their letters in that order; then Next or Enter."]
-    : ["Tap the picture that you choose, or press A or B." + (study.ties ? " If you cannot tell: No difference, or 0." : "")];
-  how.push("The magnifier, or Z, enlarges a picture; there ‹ and › change between the pictures.");
-  if (screens.some((one) => one.overlay)) how.push("O lays the guide picture over the others.");
-  how.push("Back, or Backspace, returns to your last answer, which you may change.");
+    ? ["Tap the pictures from the best to the worst" + (keys ? ", or press their letters in that order" : "") + "; then Next."]
+    : ["Tap the picture that you choose" + (keys ? ", or press A or B." : ".")];
+  if (study.ties) how.push("If you cannot tell: No difference" + (keys ? ", or 0." : "."));
+  how.push(`The magnifier${keys ? ", or Z," : ""} enlarges a picture; there ‹ and › change between the pictures.`);
+  if (screens.some((one) => one.overlay))
+    how.push(`Guide on top${keys ? ", or O," : ""} lays the guide picture over the others.`);
+  how.push(`Back${keys ? ", or Backspace," : ""} returns to your last answer, which you may change.`);
   get("how").replaceChildren(...how.map((text) => Object.assign(document.createElement("li"), { textContent: text })));
   get("start").textContent = left < screens.length ? "Go on" : "Start";
   show("intro");
@@ -422,6 +432,7 @@ async function begin() {
 get("start").addEventListener("click", () => { place = null; go(next(-1)); });
 get("go").addEventListener("click", () => draw());
 get("back").addEventListener("click", back);
+get("on").addEventListener("click", onward);
 get("close").addEventListener("click", () => get("zoom").close());
 get("before").addEventListener("click", () => { large -= 1; enlarge(); });
 get("after").addEventListener("click", () => { large += 1; enlarge(); });
