@@ -17,10 +17,10 @@ import random
 import re
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -107,14 +107,10 @@ def rate_in_browsers(study: Path, address: str) -> None:
         for driver, (name, (width, height)) in zip((one, other), SIZES.items(), strict=True):
             metrics = dict(width=width, height=height, deviceScaleFactor=1, mobile=name == "phone")
             driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-        at_once = [
-            threading.Thread(target=rate, args=(driver, plan, address, name), kwargs=dict(most=most, shots=shots))
-            for driver, name, most, shots in ((one, "careful", None, "desktop"), (other, "usual", 20, "phone"))
-        ]
-        for thread in at_once:
-            thread.start()
-        for thread in at_once:
-            thread.join()
+        with ThreadPoolExecutor() as at_once:
+            careful = at_once.submit(rate, one, plan, address, "careful", shots="desktop")
+            usual = at_once.submit(rate, other, plan, address, "usual", most=20, shots="phone")
+            careful.result(), usual.result()
     with browser(*SIZES["phone"]) as again:  # another window, as after the page was closed
         rate(again, plan, address, "usual", begin=20)
     with browser(*SIZES["desktop"]) as last:
@@ -145,10 +141,12 @@ def rate(
     shot("1-introduction")
     state("document.getElementById('start').click()")
     for place in range(begin, len(screens) if most is None else most):
-        if state("!document.getElementById('turn').hidden"):
+        card = "!document.getElementById('turn').hidden"
+        wait(lambda place=place: state(f"place === {place} && !busy && (ready || {card})"), f"screen {place}", 180)
+        if state(card):
             shot("3-next-question")
             state("document.getElementById('go').click()")
-        wait(lambda place=place: state(f"place === {place} && ready && !busy"), f"screen {place}", 180)
+            wait(lambda: state("ready"), f"screen {place}", 180)
         if place in (begin, len(screens) // 2 + 1):
             shot(f"2-screen-{place}")
         if place == len(screens) // 2 + 1 and state("screens[place].overlay"):

@@ -230,8 +230,10 @@ def _values(answer: Answer) -> list[Any]:
 
 
 def _answer(row: sqlite3.Row) -> Answer:
-    known = {name: row[name] for name in _COLUMNS}
-    return Answer(**known | {name: tuple(json.loads(row[name])) for name in ("pictures", "ranks")})
+    known: dict[str, Any] = {name: row[name] for name in _COLUMNS}
+    for name in ("pictures", "ranks"):
+        known[name] = tuple(json.loads(row[name]))
+    return Answer(**known)
 
 
 def _one(rows: sqlite3.Cursor) -> Answer | None:
@@ -242,8 +244,9 @@ def _one(rows: sqlite3.Cursor) -> Answer | None:
 def _read_lines(path: Path, content: bytes) -> Iterable[Answer]:
     for place, line in enumerate(content.splitlines(), 1):
         tree = parse_json(line, f"{path}, line {place},", REMEDY, _LINE)
-        known = {name: tree[name] for name in _COLUMNS}
-        yield Answer(**known | {name: tuple(tree[name]) for name in ("pictures", "ranks")})
+        known: dict[str, Any] = {name: tree[name] for name in _COLUMNS}
+        known["pictures"], known["ranks"] = tuple(tree["pictures"]), tuple(tree["ranks"])
+        yield Answer(**known)
 
 
 _LINE = {

@@ -226,19 +226,25 @@ def read_plan(folder: Path) -> Plan:
     digest = tree.pop("digest")
     if tree["version"] != VERSION:
         raise UserError(f"{path} is of version {tree['version']}, and this program reads {VERSION}")
-    known = {name: tree.get(name) for name in Plan.__dataclass_fields__}
+    known: dict[str, Any] = {name: tree.get(name) for name in Plan.__dataclass_fields__}
     known["items"] = tuple(
         Item(one["name"], one["prompt"], {kind: tuple(names) for kind, names in one["given"].items()})
         for one in tree["items"]
     )
-    known["trials"] = tuple(
-        Trial(**{name: tuple(value) if isinstance(value, list) else value for name, value in one.items()})
-        for one in tree["trials"]
-    )
-    plan = Plan(**known | {name: tuple(tree[name]) for name in ("questions", "methods")})
+    known["trials"] = tuple(map(_trial, tree["trials"]))
+    for name in ("questions", "methods"):
+        known[name] = tuple(tree[name])
+    plan = Plan(**known)
     if plan.digest != digest:
         raise Damaged(path, "it is not what was frozen", REMEDY)
     return plan
+
+
+def _trial(tree: dict[str, Any]) -> Trial:
+    known = dict(tree)
+    for name in ("methods", "pictures"):
+        known[name] = tuple(tree[name])
+    return Trial(**known)
 
 
 def _canonical(plan: Plan) -> bytes:

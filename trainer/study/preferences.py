@@ -51,9 +51,9 @@ def pairs_of(rows: Sequence[tuple[int, int, Sequence[int], Sequence[float]]]) ->
             for other in order[one + 1 :]:
                 value = 0.5 + 0.5 * float(np.sign(ranks[other] - ranks[place]))
                 found.append((rater, item, methods[place], methods[other], value))
-    columns = list(zip(*found, strict=True)) if found else [()] * 5
-    whole = [np.array(column, np.int64) for column in columns[:4]]
-    return Pairs(*whole, np.array(columns[4], np.float64))
+    columns = np.array(found, np.float64).reshape(-1, 5).T
+    raters, items, first, second = columns[:4].astype(np.int64)
+    return Pairs(raters, items, first, second, columns[4])
 
 
 def wins_of(pairs: Pairs, methods: int, weights: np.ndarray | None = None) -> np.ndarray:

@@ -201,14 +201,15 @@ async def _body(request: Request) -> dict[str, Any]:
 def _checked(plan: Plan, place: Shown, rater: str, tree: dict[str, Any]) -> Answer:
     """Makes an Answer of what a page sent. Raises Refused, which names what is wrong."""
     count = len(place.pictures)
-    ranks, seconds, pictures = tree.get("ranks"), tree.get("seconds"), tree.get("pictures")
+    ranks: Any = tree.get("ranks")
+    seconds: Any = tree.get("seconds")
     allowed = [list(range(1, count + 1))] + ([[1] * count] if plan.ties else [])
     whole = isinstance(ranks, list) and all(type(one) is int for one in ranks)
     if not whole or sorted(ranks) not in allowed:
         raise Refused(422, f"ranks are the numbers 1 to {count}, each once" + (", or all 1" if plan.ties else ""))
     if type(seconds) not in (int, float) or not (math.isfinite(seconds) and 0 <= seconds <= MOST_SECONDS):
         raise Refused(422, f"seconds are a number from 0 to {MOST_SECONDS:.0f}")
-    if pictures != list(place.pictures):
+    if tree.get("pictures") != list(place.pictures):
         raise Refused(422, "pictures are those of the trial, from left to right as they were shown")
     identity, replaces = tree.get("id"), tree.get("replaces", "")
     if not isinstance(identity, str) or not ANSWER.fullmatch(identity):

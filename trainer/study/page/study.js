@@ -105,6 +105,7 @@ function progress() {
 function go(to) {
   const before = place;
   place = to;
+  ready = false; // until its pictures are there
   progress();
   get("back").hidden = place <= 0 || !screens.length;
   get("on").hidden = place >= screens.length || !screens[place].answer;
