@@ -109,10 +109,10 @@ def rate_in_browsers(study: Path, address: str) -> None:
             driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
         with ThreadPoolExecutor() as at_once:
             careful = at_once.submit(rate, one, plan, address, "careful", shots="desktop")
-            usual = at_once.submit(rate, other, plan, address, "usual", most=20, shots="phone")
+            usual = at_once.submit(rate, other, plan, address, "usual", most=30, shots="phone")
             careful.result(), usual.result()
     with browser(*SIZES["phone"]) as again:  # another window, as after the page was closed
-        rate(again, plan, address, "usual", begin=20)
+        rate(again, plan, address, "usual", begin=30)
     with browser(*SIZES["desktop"]) as last:
         rate(last, plan, address, "hasty")
     replay(study, address, "hasty")
@@ -125,6 +125,7 @@ def rate(
     draw = np.random.default_rng([*rater.encode()])
     told = draw.random(1000) < RELIABILITY[rater]
     screens = screens_of(plan, rater)
+    shown: set[str] = set()
 
     def state(script: str) -> Any:
         return driver.execute_script(f"return {script}")
@@ -140,19 +141,23 @@ def rate(
     wait(lambda: state("!document.getElementById('intro').hidden"), "the introduction", 180)
     shot("1-introduction")
     state("document.getElementById('start').click()")
+    card = "!document.getElementById('turn').hidden"  # between two questions
     for place in range(begin, len(screens) if most is None else most):
-        card = "!document.getElementById('turn').hidden"
         wait(lambda place=place: state(f"place === {place} && !busy && (ready || {card})"), f"screen {place}", 180)
         if state(card):
             shot("3-next-question")
             state("document.getElementById('go').click()")
             wait(lambda: state("ready"), f"screen {place}", 180)
-        if place in (begin, len(screens) // 2 + 1):
-            shot(f"2-screen-{place}")
-        if place == len(screens) // 2 + 1 and state("screens[place].overlay"):
-            press("o")
+        asks = screens[place].trial.question
+        if shots and asks not in shown:
+            shown.add(asks)
+            shot(f"2-{asks}")
+        if shots and state("screens[place].overlay") and "overlay" not in shown:
+            shown.add("overlay")
+            press("t")
+            wait(lambda: state("[...document.images].every(one => one.complete)"), "the guide")
             shot("4-overlay")
-            press("o")
+            press("t")
             press("z")
             wait(lambda: state("document.getElementById('large').complete"), "the large picture")
             shot("5-zoom")

@@ -239,7 +239,7 @@ function actions(screen) {
     all.push(button("Clear", "", () => { picked = []; number(); }), done);
   }
   if (screen.overlay) {
-    const made = button("Guide on top", "O", toggle);
+    const made = button("Guide on top", "T", toggle);
     made.setAttribute("aria-pressed", String(overlay));
     all.push(made);
   }
@@ -357,7 +357,7 @@ function pressed(event) {
   if (get("ask").hidden) return;
   const letter = LETTERS.indexOf(key), digit = "12345678".indexOf(key);
   if (key === "0" || key === "=") tie();
-  else if (key === "O") toggle();
+  else if (key === "T") toggle();
   else if (key === "Z") zoom(0);
   else if (key === "Enter" && event.target === document.body) finish();
   else if (digit >= 0) pick(digit);
@@ -397,7 +397,7 @@ function intro() {
   if (study.ties) how.push("If you cannot tell: No difference" + (keys ? ", or 0." : "."));
   how.push(`The magnifier${keys ? ", or Z," : ""} enlarges a picture; there ‹ and › change between the pictures.`);
   if (screens.some((one) => one.overlay))
-    how.push(`Guide on top${keys ? ", or O," : ""} lays the guide picture over the others.`);
+    how.push(`Guide on top${keys ? ", or T," : ""} lays the guide picture over the others.`);
   how.push(`Back${keys ? ", or Backspace," : ""} returns to your last answer, which you may change.`);
   get("how").replaceChildren(...how.map((text) => Object.assign(document.createElement("li"), { textContent: text })));
   get("start").textContent = left < screens.length ? "Go on" : "Start";
