@@ -68,7 +68,9 @@ setup(
     package_dir={f"{NAMESPACE}.{folder}": folder for folder in FOLDERS},
     packages=[f"{NAMESPACE}.{folder}" for folder in FOLDERS]
     + [f"{NAMESPACE}.{folder}.{inner}" for folder in FOLDERS for inner in find_packages(folder)],
-    package_data={f"{NAMESPACE}.{folder}": ["py.typed", "**/*.css", "**/*.html", "**/*.js", "**/*.yaml"] for folder in FOLDERS}
+    package_data={
+        f"{NAMESPACE}.{folder}": ["py.typed", "**/*.css", "**/*.html", "**/*.js", "**/*.yaml"] for folder in FOLDERS
+    }
     | {f"{NAMESPACE}.models": ["py.typed", "miniature/**"]},
     exclude_package_data={"": ["*.pyc"]},
     install_requires=REQUIRED,

@@ -407,7 +407,9 @@ def metrics_page() -> str:
         "| `_empty_prompt`, `_empty_prompt_share` | with control and an empty prompt |\n"
         "| `_without_control`, `_without_control_share` | the base alone with the same captions |\n\n"
         "`validation/fixed_noise_loss` is the loss on the held-out set with noise and timesteps that never change. "
-        "`controlbooth evaluate` logs the figures as `evaluation/NAME`, with `_chance` and `_share` of the first.\n"
+        "`controlbooth evaluate` logs the figures as `evaluation/NAME`, with `_chance` and `_share` of the first; "
+        "`controlbooth study result` what people said, as `evaluation/human_rank_QUESTION` (1 is best) and "
+        "`evaluation/human_points_QUESTION` (5 is best).\n"
     )
     lines += ["## Subjects\n", *table(("name", "what it is"), SUBJECT_STEP)]
     lines.append("Each validation of a subject logs, as `validation/NAME`:\n")

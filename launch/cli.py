@@ -40,6 +40,11 @@ VERBS = {  # group -> verb -> (module[:function] of controlbooth, what it does);
         ),
         "dreambooth measure": ("launch.commands.dreambooth_measure", "measure subjects as the paper does"),
     },
+    "Studies": {
+        "study new": ("launch.commands.study_new", "make a blind comparison of pictures, for people to judge"),
+        "study serve": ("launch.commands.study_serve", "serve its page to raters, and keep their answers"),
+        "study result": ("launch.commands.study_result", "what the answers show, and how many are still needed"),
+    },
     "Clusters": {
         "launch local": ("launch.submit:local_main", "run in the background of this machine"),
         "launch slurm": ("launch.submit:slurm_main", "submit a run, or an array of subjects, to Slurm"),
@@ -84,6 +89,11 @@ EXAMPLES = {  # the first word of a group's verbs, or nothing for all verbs -> c
         "dreambooth demo",
         "dreambooth run subjects.yaml run.yaml --dry-run",
         "dreambooth measure runs/subjects",
+    ),
+    "study": (
+        "study new study --methods early=runs/x/checkpoints/step-00000400 late=runs/x",
+        "study serve study",
+        "study result study",
     ),
     "launch": (
         "launch slurm run.yaml --cluster cluster.yaml --dry-run",

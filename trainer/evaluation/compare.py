@@ -15,6 +15,7 @@ from controlbooth.models.identity import differences as base_differences
 from controlbooth.trainer.config.section import ConfigError
 from controlbooth.trainer.evaluation.figures import title
 from controlbooth.trainer.evaluation.kinds import LOWER_IS_BETTER
+from controlbooth.trainer.evaluation.opinions import between
 from controlbooth.trainer.evaluation.record import DISCS, NOISE, REAL, WITHOUT, read_result, read_samples
 from controlbooth.trainer.evaluation.statistics import LEVEL, mean_and_interval, per_picture, share_difference
 
@@ -35,9 +36,16 @@ def run(options: argparse.Namespace) -> int:
     """Does what `controlbooth compare` is asked, and returns its exit status."""
     differences = compare(read_evaluation(options.a), read_evaluation(options.b))
     print(table(differences, options.a, options.b))
+    for line in between(run_of(options.b), run_of(options.a)):
+        print(line)
     if options.json:
         write_whole(options.json, json.dumps(differences, indent=2).encode())
     return 0
+
+
+def run_of(where: Path) -> Path:
+    """Returns the folder of the run whose evaluation is named, as `read_evaluation` takes it."""
+    return where.resolve().parent if (where / "evaluation.json").is_file() else where
 
 
 Figures = dict[tuple[str, tuple[int, int]], dict[str, Any]]

@@ -32,6 +32,7 @@ from controlbooth.trainer.evaluation.curves import (
     read_figures,
     share_at,
 )
+from controlbooth.trainer.evaluation.opinions import read_opinions
 from controlbooth.trainer.evaluation.record import read_result
 from controlbooth.trainer.evaluation.strips import STRIPS, read_strips
 from controlbooth.trainer.evaluation.verdict import (
@@ -86,6 +87,7 @@ def write_report(runs: Sequence[Path], path: Path) -> None:
             obeys=obeys(run),
             curves=curves,
             fidelity=fidelity(run),
+            opinions=read_opinions(run),
             strips=over_the_steps(run, most),
             ends=ends(run),
             configuration=configuration(run),

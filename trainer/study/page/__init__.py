@@ -1,0 +1,1 @@
+"""The page that raters answer on, and the application that serves it."""
