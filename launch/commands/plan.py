@@ -19,6 +19,8 @@ Examples:
   controlbooth plan run.yaml --accelerator a100-80 --nodes 8 --processes-per-node 8 engine.zero_stage=1
   controlbooth plan run.yaml --shapes sdxl data.resolution=1024 --simulate curve.png
   controlbooth plan run.yaml --shapes sd35-medium --accelerator a100-80 model.gradient_checkpointing=true
+  controlbooth plan run.yaml --fit 24GiB                   the fastest setting that fits such a card
+  controlbooth plan run.yaml --fit h100 --gpus 8 --shapes flux-dev
   controlbooth plan run.yaml --calibration rows.jsonl      rows of tests/benchmarks/gpu.py, or a run's folder
 """
 
@@ -37,6 +39,12 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument(
         "--processes-per-node", type=whole_number(), help="ranks on each (default: as many as a node has cards)"
     )
+    parser.add_argument(
+        "--fit",
+        metavar="SIZE",
+        help="propose the fastest setting that fits: 24GiB, 80GB, or a card's name",
+    )
+    parser.add_argument("--gpus", type=whole_number(), help="cards in all, with --fit (default: 1)")
     parser.add_argument("--price", type=finite_number(0), help="dollars for an hour of one card (default: the table's)")
     parser.add_argument(
         "--network-gbit", type=finite_number(above=0), help="between nodes, of one card (default: the table's)"

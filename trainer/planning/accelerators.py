@@ -9,7 +9,7 @@ of the card: give your own with --network-gbit.
 import os
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
@@ -59,6 +59,12 @@ class Layout:
     @property
     def ranks(self) -> int:
         return self.nodes * self.processes_per_node
+
+
+def with_nodes(layout: Layout, ranks: int) -> Layout:
+    """Returns a layout of the same cards in another number: full nodes, or a part of one."""
+    per_node = min(ranks, layout.accelerator.cards_per_node)
+    return replace(layout, nodes=-(-ranks // per_node), processes_per_node=per_node)
 
 
 def _card(
@@ -125,6 +131,32 @@ def accelerator(name: str, precision: str = "bf16") -> Accelerator:
         hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
         raise UserError(f"accelerator {name!r} is not known; {hint}Known: {names}")
     return ACCELERATORS[plain]
+
+
+CARD_OF_SIZE = {24: "rtx4090", 40: "a100-40", 48: "l40s", 80: "h100", 141: "h200", 192: "mi300x"}
+"""GB by which cards are called, and the card by whose speed one of that size is planned."""
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(gib|gb)", re.IGNORECASE)
+
+
+def card_to_fit(text: str, like: str | None = None, precision: str = "bf16") -> Accelerator:
+    """Finds the card that a size such as 24GiB or 80GB, or a card's own name, stands for.
+
+    A size that cards are sold by stands for what PyTorch sees of such a card; any other is taken as it is, with the
+    speed of the card next to it. like: the name of the card whose speed is meant. Raises UserError for what is neither.
+    """
+    found = _SIZE.fullmatch(text.strip())
+    if found is None:
+        try:
+            return accelerator(text, precision)
+        except UserError as error:
+            raise UserError(f"--fit {text} is no size such as 24GiB or 80GB, and as a card: {error}") from None
+    number, unit = float(found[1]), found[2].lower()
+    if number == 0:
+        raise UserError(f"--fit {text} is nothing: give the memory of one card, such as 24GiB")
+    nearest_size = min(CARD_OF_SIZE, key=lambda size: abs(size - number))
+    card = accelerator(like or CARD_OF_SIZE[nearest_size], precision)
+    size = number * (2**30 if unit == "gib" else 1e9)
+    return replace(card, memory_bytes=min(size, card.memory_bytes) if nearest_size == number else size)
 
 
 def is_card(card: Accelerator, device: str) -> bool:

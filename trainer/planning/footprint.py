@@ -45,7 +45,7 @@ from controlbooth.trainer.encoding import encode_captions, encode_kept, encode_p
 from controlbooth.trainer.engine.deepspeed import DTYPES
 from controlbooth.trainer.engine.offloading import activations_on_host
 from controlbooth.trainer.engine.optimizers import state_bytes
-from controlbooth.trainer.planning.frozen_bytes import block_bytes, quantized_bytes
+from controlbooth.trainer.planning.frozen_bytes import HeldBytes, held_bytes
 from controlbooth.trainer.run.base import with_run_settings
 
 WITHOUT_SCORES = ("auto", "xformers", "efficient", "flash")
@@ -124,6 +124,8 @@ class Footprint:
     """The same of the text encoders."""
     restoring_bytes: int = 0
     """What the largest quantized weight takes while it is brought back to the run's precision."""
+    otherwise: tuple[tuple[str, HeldBytes], ...] = ()
+    """Of each of OTHER_PRECISIONS: the bytes of the base where it is held in that."""
 
     @property
     def activation_bytes(self) -> int:
@@ -132,6 +134,16 @@ class Footprint:
     @property
     def flops(self) -> int:
         return self.encoder_flops + self.training_flops
+
+
+OTHER_PRECISIONS = ("engine", "int8", "nf4")
+"""In which a frozen base may be held instead, from the one that changes results least. fp8 takes the bytes of int8,
+with fewer bits of a fraction; bf16 is that of nearly every engine."""
+
+
+def held_as(one: Footprint, precision: str) -> Footprint:
+    """Returns the footprint of the same step with its base held in one of OTHER_PRECISIONS."""
+    return replace(one, **vars(dict(one.otherwise)[precision]))
 
 
 def scaled(one: Footprint, micro_batch_size: int) -> Footprint:
@@ -409,14 +421,12 @@ def _measured(config: RunConfig, base: Base, controlnet: Any, micro_batch_size: 
         handle.remove()
     for parameter in trained:
         parameter.grad = None
-    saved, restoring = quantized_bytes(config, base)
+    whole = sum({one._cdata: one.nbytes() for one in map(Tensor.untyped_storage, frozen)}.values())
     encoder_blocks = [block for encoder in base.text_encoders for block in repeated_blocks(encoder)]
     return Footprint(
         micro_batch_size=micro_batch_size,
-        frozen_bytes=sum({one._cdata: one.nbytes() for one in map(Tensor.untyped_storage, frozen)}.values()) - saved,
-        denoiser_blocks=tuple(block_bytes(block, config.model.frozen.precision) for block in order),
-        encoder_blocks=tuple(block_bytes(block, config.model.frozen.precision) for block in encoder_blocks),
-        restoring_bytes=restoring,
+        **vars(held_bytes(base, whole, order, encoder_blocks, config.model.frozen.precision)),
+        otherwise=tuple((name, held_bytes(base, whole, order, encoder_blocks, name)) for name in OTHER_PRECISIONS),
         host_activation_bytes=live.most_on_host,
         host_bytes=sum(4 * tensor.numel() for tensor in fixed_tensors(controlnet).values()),
         trained_parameters=sum(parameter.numel() for parameter in trained),

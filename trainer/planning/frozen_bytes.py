@@ -3,13 +3,42 @@
 Neither torchao nor bitsandbytes is needed for it, nor a weight.
 """
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from controlbooth.models.base import Base
 from controlbooth.models.quantized import linear_layers, packed_parts, restoring_bytes
-from controlbooth.trainer.config.run import RunConfig
 from controlbooth.trainer.engine.frozen import own_tensors, places_of
+
+
+@dataclass(frozen=True)
+class HeldBytes:
+    """Bytes of a base that is held in one precision; of what each means see `footprint.Footprint`."""
+
+    frozen_bytes: int
+    denoiser_blocks: tuple[tuple[int, int], ...]
+    encoder_blocks: tuple[tuple[int, int], ...]
+    restoring_bytes: int
+
+
+def held_bytes(
+    base: Base, whole: int, denoiser: Iterable[nn.Module], encoders: Iterable[nn.Module], precision: str
+) -> HeldBytes:
+    """Computes the bytes of a base whose linear layers are held in `precision`.
+
+    whole: bytes of all that is frozen in the engine's precision. denoiser, encoders: the blocks that networks repeat,
+    in the order in which they work.
+    """
+    saved, restoring = quantized_bytes(base, precision)
+    return HeldBytes(
+        frozen_bytes=whole - saved,
+        denoiser_blocks=tuple(block_bytes(block, precision) for block in denoiser),
+        encoder_blocks=tuple(block_bytes(block, precision) for block in encoders),
+        restoring_bytes=restoring,
+    )
 
 
 def changes_weight(weight: Tensor, precision: str) -> bool:
@@ -30,9 +59,9 @@ def block_bytes(block: nn.Module, precision: str) -> tuple[int, int]:
     return sum(sizes), places_of(sizes)[1]
 
 
-def quantized_bytes(config: RunConfig, base: Base) -> tuple[int, int]:
+def quantized_bytes(base: Base, precision: str) -> tuple[int, int]:
     """Computes how many bytes fewer the base's quantized layers take, and what bringing back the largest one does."""
-    precision, saved, largest = config.model.frozen.precision, 0, 0
+    saved, largest = 0, 0
     for network in (base.denoiser, *base.text_encoders):
         for _, _, layer in linear_layers(network):
             weight = layer.weight

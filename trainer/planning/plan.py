@@ -12,12 +12,14 @@ from controlbooth.data.files.whole import write_whole
 from controlbooth.trainer.config.loading import load_config
 from controlbooth.trainer.config.run import RunConfig
 from controlbooth.trainer.config.section import ConfigError
-from controlbooth.trainer.planning.accelerators import Layout, accelerator
+from controlbooth.trainer.planning.accelerators import Layout, accelerator, card_to_fit, with_nodes
 
 
 def run(options: argparse.Namespace) -> int:
     """Does what `controlbooth plan` is asked, and returns its exit status."""
     config = load_config(options.run, options.overrides)
+    if options.fit or options.gpus:
+        return run_fit(options, config)
     layout = layout_of(options, config)
     if options.calibration and not options.calibration.exists():
         raise ConfigError(
@@ -36,6 +38,36 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         write_whole(options.json, json.dumps(as_tree(plan), indent=1).encode())
     return 0
+
+
+def run_fit(options: argparse.Namespace, config: RunConfig) -> int:
+    """Does what `controlbooth plan --fit` is asked; -> 0, or 1 where nothing fits."""
+    layout = layout_to_fit(options, config)
+    from controlbooth.trainer.planning.fit import find_fit
+    from controlbooth.trainer.planning.fit_report import fit_lines, fit_tree
+
+    found = find_fit(config, layout, options.shapes, say)
+    print("\n".join(fit_lines(found, options.run, options.overrides)))
+    if options.json:
+        write_whole(options.json, json.dumps(fit_tree(found), indent=1).encode())
+    return 0 if found.chosen else 1
+
+
+def layout_to_fit(options: argparse.Namespace, config: RunConfig) -> Layout:
+    """Finds the cards that --fit and --gpus name.
+
+    Raises ConfigError for options that do not go with --fit, and where the global batch cannot be divided among the
+    cards, and UserError for a size that is none.
+    """
+    if not options.fit:
+        raise ConfigError(f"--gpus {options.gpus} is of --fit: give --nodes and --processes-per-node, or --fit SIZE")
+    others = ("cluster", "nodes", "processes_per_node", "calibration", "simulate", "price", "network_gbit")
+    if given := [f"--{name.replace('_', '-')}" for name in others if getattr(options, name) is not None]:
+        raise ConfigError(f"{', '.join(given)} does not go with --fit, which knows cards by --fit and --gpus alone")
+    card = card_to_fit(options.fit, options.accelerator, "fp32" if config.engine.precision == "fp32" else "bf16")
+    layout = with_nodes(Layout(card, 1, 1), options.gpus or 1)
+    check_divides(config, layout.nodes, layout.processes_per_node, "--gpus")
+    return layout
 
 
 def say(message: str) -> None:
@@ -69,11 +101,16 @@ def layout_of(options: argparse.Namespace, config: RunConfig) -> Layout:
     for key, number in (("nodes", nodes), ("processes-per-node", processes)):
         if number < 1:
             raise ConfigError(f"--{key} is {number}: give 1 or more")
-    if config.global_batch_size % (nodes * processes):
-        raise ConfigError(
-            f"global_batch_size={config.global_batch_size} is not a multiple of {nodes * processes} ranks "
-            f"({nodes} nodes with {processes}). Change it, --nodes or --processes-per-node"
-        )
+    check_divides(config, nodes, processes, "--nodes or --processes-per-node")
     if card.kind == "cpu":
         card = replace(card, memory_bytes=card.memory_bytes / processes)
     return Layout(card, nodes, processes)
+
+
+def check_divides(config: RunConfig, nodes: int, processes: int, options: str) -> None:
+    """Raises ConfigError where the global batch cannot be divided among the ranks. options: that say how many."""
+    if config.global_batch_size % (nodes * processes):
+        raise ConfigError(
+            f"global_batch_size={config.global_batch_size} is not a multiple of {nodes * processes} ranks "
+            f"({nodes} nodes with {processes}). Change it, {options}"
+        )

@@ -6,11 +6,11 @@ engine.deepspeed_config says; ranks add up their counters through gloo after it,
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from controlbooth.data.errors import UserError
 from controlbooth.trainer.config.run import EngineConfig
-from controlbooth.trainer.planning.accelerators import Layout
+from controlbooth.trainer.planning.accelerators import Layout, with_nodes
 from controlbooth.trainer.planning.footprint import Footprint
 from controlbooth.trainer.planning.rank_memory import BUCKET_ELEMENTS
 from controlbooth.trainer.planning.speed import BANDWIDTH, Speed, device_seconds, host_seconds
@@ -158,12 +158,6 @@ class Data:
     @property
     def stored_samples(self) -> float:
         return self.storage_bandwidth / self.sample_bytes
-
-
-def with_nodes(layout: Layout, ranks: int) -> Layout:
-    """Returns a layout of the same cards in another number: full nodes, or a part of one."""
-    per_node = min(ranks, layout.accelerator.cards_per_node)
-    return replace(layout, nodes=-(-ranks // per_node), processes_per_node=per_node)
 
 
 @dataclass(frozen=True)
