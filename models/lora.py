@@ -63,13 +63,16 @@ class StackedAdapter(nn.Module):
 
         x: (K * b, ..., in), of convolutions (K * b, in, h, w).
         """
-        base = self.layer(x)
+        return self.layer(x) + self.added(x)
+
+    def added(self, x: Tensor) -> Tensor:
+        """Computes what the subjects add to the layer's output, in its shape."""
         down, up = self.down.to(x.dtype), self.up.to(x.dtype)
         if isinstance(self.layer, nn.Conv2d):
-            return base + _convolved(x, down, up, self.layer)
+            return _convolved(x, down, up, self.layer)
         rows = x.reshape(len(down), -1, x.shape[-1])  # (K, b * tokens, in)
         added = torch.bmm(torch.bmm(rows, down.mT), up.mT)  # (K, b * tokens, out)
-        return base + added.view(base.shape)
+        return added.view(*x.shape[:-1], up.shape[1])
 
 
 def _convolved(x: Tensor, down: Tensor, up: Tensor, layer: nn.Conv2d) -> Tensor:

@@ -29,6 +29,7 @@ from controlbooth.data.errors import MissingFile, UserError
 from controlbooth.models.architectures import MINIATURE
 from controlbooth.models.base import Base, check_parts_fit, vae_dtype
 from controlbooth.models.denoisers.control_lora import ControlLora, merged, share_weights, small_weights
+from controlbooth.models.denoisers.flux_control_lora import FluxControlLora
 from controlbooth.models.denoisers.foreign import borrow, check_trainable
 from controlbooth.models.denoisers.pixel_controlnet import PixelSD3ControlNet
 from controlbooth.models.denoisers.registry import DENOISERS, check_fits, denoiser_of
@@ -340,7 +341,8 @@ def load_controlnet(path: str | os.PathLike[str], unet: Any, dtype: torch.dtype 
 def read_controlnet(path: Path, unet: Any, dtype: torch.dtype = torch.float32) -> Any:
     """Reads a ControlNet as `load_controlnet` does, also one with which a decoder has learned.
 
-    A control-LoRA becomes the whole ControlNet that its differences from the base's weights make of them.
+    A control-LoRA becomes the whole ControlNet that its differences from the base's weights make of them; one of FLUX.1
+    has no whole form, and is given the base's weights.
     unet: the base's network, a transformer too. If it is on "meta", all is checked but values.
     """
     empty = unet.device.type == "meta"
@@ -350,6 +352,8 @@ def read_controlnet(path: Path, unet: Any, dtype: torch.dtype = torch.float32) -
         if isinstance(controlnet, ControlLora):
             share_weights(controlnet, unet)
             return nn.Module.to(merged(controlnet), dtype).train()
+        if isinstance(controlnet, FluxControlLora):
+            share_weights(controlnet, unet)
         borrow(controlnet, unet)
         return controlnet.train()
     if not path.is_file():
@@ -371,7 +375,7 @@ def read_controlnet(path: Path, unet: Any, dtype: torch.dtype = torch.float32) -
     return controlnet
 
 
-def load_control_lora(path: str | os.PathLike[str], unet: Any, rank: int) -> ControlLora:
+def load_control_lora(path: str | os.PathLike[str], unet: Any, rank: int) -> ControlLora | FluxControlLora:
     """Reads a control-LoRA to go on training, with the base's own weights: the folder of a checkpoint.
 
     Raises as `load_controlnet`, and ValueError for a whole ControlNet and for another rank.
@@ -383,7 +387,7 @@ def load_control_lora(path: str | os.PathLike[str], unet: Any, rank: int) -> Con
             "checkpoint, RUN/checkpoints/step-N/controlnet"
         )
     controlnet = read_controlnet_folder(path, empty=unet.device.type == "meta")
-    if not isinstance(controlnet, ControlLora):
+    if not isinstance(controlnet, ControlLora | FluxControlLora):
         raise UserError(
             f"{path} is a whole ControlNet, and model.method=lora trains differences from the base's own weights: go "
             "on with model.method=full, or begin anew with model.controlnet=unet"
@@ -417,6 +421,7 @@ CLASSES: tuple[Any, ...] = (
     SD3ControlNetModel,
     PixelSD3ControlNet,
     FluxControlNetModel,
+    FluxControlLora,
 )
 """Of ControlNets."""
 WEIGHTS_STEM = "diffusion_pytorch_model"

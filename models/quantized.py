@@ -142,6 +142,17 @@ class QuantizedLinear(nn.Module):
         for name, part in packed.parts.items():
             self.register_buffer(name, part.to(linear.weight.device))
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
+        """Moves the packed parts as they are, as an engine that casts a whole network does: numbers in fewer bits mean
+        nothing in another dtype."""
+        parts = {id(self._buffers[name]) for name in self.names}
+
+        def moved(tensor: Tensor) -> Tensor:
+            made = fn(tensor)
+            return tensor.to(made.device) if id(tensor) in parts and made.dtype != tensor.dtype else made
+
+        return super()._apply(moved, recurse)  # type: ignore[return-value]
+
     @property
     def weight(self) -> Tensor:
         """Makes the weight (out, in) in the dtype that the layer had."""

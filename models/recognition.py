@@ -164,9 +164,9 @@ def check_tokenizer(folder: Path, name: str) -> None:
 
 CONTROLNETS = (
     "ControlNetModel", "VariantControlNet", "ControlLora",
-    "SD3ControlNetModel", "PixelSD3ControlNet", "FluxControlNetModel",
+    "SD3ControlNetModel", "PixelSD3ControlNet", "FluxControlNetModel", "FluxControlLora",
 )  # fmt: skip
-"""Classes of ControlNets that are read: diffusers', and three of ours."""
+"""Classes of ControlNets that are read: diffusers', and four of ours."""
 
 
 def check_controlnet(config: Mapping[str, Any], where: str) -> None:

@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from controlbooth.data.errors import UserError
 from controlbooth.models.base import Base, for_convolutions
 from controlbooth.models.control_schedules import BY_HEIGHT, SCHEDULES, weights_of
-from controlbooth.models.denoisers.registry import control_residuals, denoise, encode_condition
+from controlbooth.models.denoisers.registry import (
+    control_residuals,
+    denoise,
+    encode_condition,
+    predict,
+    predicts_alone,
+)
 from controlbooth.models.denoisers.residuals import Residuals
 from controlbooth.models.identity import identity_digest, libraries
 from controlbooth.models.text import TextEncoding, encode_with_dropout
@@ -117,8 +123,14 @@ def guided_prediction(
     """
     branches = len(text.encoder_hidden_states) // len(model_input)
     doubled = torch.cat([model_input] * branches)
-    added = [residuals_of(control, model_input, timestep, text) for control in controls]
-    prediction = denoise(base.denoiser, doubled, timestep, text, _sum(added) if added else None)
+    if controls and predicts_alone(controls[0].network):
+        (control,) = controls
+        prediction = predict(
+            base.denoiser, control.network, doubled, timestep, text, control.conditioning, control.scale
+        )
+    else:
+        added = [residuals_of(control, model_input, timestep, text) for control in controls]
+        prediction = denoise(base.denoiser, doubled, timestep, text, _sum(added) if added else None)
     if branches == 1:
         return prediction
     unconditional, conditional = prediction.chunk(2)
@@ -298,11 +310,26 @@ def _check(
                 f"a control acts from a start to a later end in [0, 1], not {control.start} to {control.end}"
             )
         weights_of(control.schedule, [1])
+        if predicts_alone(control.network):
+            _check_alone(control, controls)
         if base.family.is_transformer and control.schedule in BY_HEIGHT:
             raise UserError(
                 f"control schedule {control.schedule!r} weighs by the residuals' heights, which are all equal in a "
                 f"transformer. Use {', '.join(name for name in SCHEDULES if name not in BY_HEIGHT)}"
             )
+
+
+def _check_alone(control: Control, controls: Sequence[Control]) -> None:
+    """Raises ValueError for what has no meaning with a network that predicts by itself under control."""
+    name = "a control-LoRA of FLUX.1 changes the base's own layers, and has no residuals"
+    if len(controls) > 1:
+        raise UserError(f"{name} that could be added up with others: use one control at a time")
+    if control.schedule != "uniform":
+        raise UserError(
+            f"{name} that control schedule {control.schedule!r} could weigh by depth: leave it out, and set the scale"
+        )
+    if control.branches != "both":
+        raise UserError(f"{name}: its control cannot be left out of one branch of guidance")
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from controlbooth.data.errors import MissingFile, Occupied, UserError
 from controlbooth.trainer.config.loading import load_config
 from controlbooth.trainer.config.run import RunConfig, base_path
 from controlbooth.trainer.evaluation.record import read_result
-from controlbooth.trainer.model_card import Exported, model_card
+from controlbooth.trainer.model_card import LORA_FILE, WHOLE_FILE, Exported, model_card
 from controlbooth.trainer.run.best import best_by
 from controlbooth.trainer.run.disk_full import named_when_full
 
@@ -91,7 +91,9 @@ def _write(run: Path, checkpoint: Path, folder: Path, format: str, dtype: str) -
     import torch
 
     from controlbooth.models.denoisers.control_lora import ControlLora
+    from controlbooth.models.denoisers.flux_control_lora import FluxControlLora, small_weights
     from controlbooth.models.families import identify
+    from controlbooth.models.files.weights import save_weights
     from controlbooth.models.pretrained import (
         DECODER_FILE,
         read_controlnet,
@@ -122,8 +124,12 @@ def _write(run: Path, checkpoint: Path, folder: Path, format: str, dtype: str) -
         if isinstance(controlnet, ControlLora):
             base = _base_of(config, state, checkpoint, torch.float32, "The whole ControlNet")
             controlnet = read_controlnet(checkpoint / "controlnet", base.denoiser).to(torch_dtype)
-        save_controlnet(controlnet, folder)
-        weights = "diffusion_pytorch_model.safetensors"
+        if isinstance(controlnet, FluxControlLora):
+            weights = LORA_FILE
+            save_weights(small_weights(controlnet), folder / weights)
+        else:
+            weights = WHOLE_FILE
+            save_controlnet(controlnet, folder)
     else:
         weights = f"{config.name}.safetensors"
         save_single_file(controlnet, folder / weights)

@@ -28,6 +28,8 @@ TAGS = {
     "flux": "flux",
     "miniature-dit": "stable-diffusion-3",
 }
+WHOLE_FILE, LORA_FILE = "diffusion_pytorch_model.safetensors", "pytorch_lora_weights.safetensors"
+"""Names by which diffusers finds the weights of a ControlNet's folder, and a LoRA in a folder."""
 UNPUBLISHED = ("output", "tracking")
 """Sections of a run's configuration that say where it ran, not what it is, and may hold addresses and passwords."""
 
@@ -58,17 +60,18 @@ def model_card(exported: Exported) -> str:
     """Returns the text of README.md: a YAML header for model hubs, then what this is, how to use it, how it did and how
     it was made."""
     config, state = exported.config, exported.state
+    kind = "control-LoRA" if exported.weights == LORA_FILE else "ControlNet"
     header = dict(
         library_name="diffusers",
         pipeline_tag="text-to-image",
         base_model=_base_name(config),
-        tags=["controlnet", TAGS.get(exported.family, "stable-diffusion"), config.data.condition_name, "controlbooth"],
+        tags=[kind.lower(), TAGS.get(exported.family, "stable-diffusion"), config.data.condition_name, "controlbooth"],
     )
-    is_single = exported.weights != "diffusion_pytorch_model.safetensors"
+    is_single = exported.weights not in (WHOLE_FILE, LORA_FILE)
     parts = [
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
         f"# {config.name}",
-        f"A ControlNet for {exported.title} ({code(_base_name(config))}) that follows "
+        f"A {kind} for {exported.title} ({code(_base_name(config))}) that follows "
         f"**{plain(config.data.condition_name)}** pictures. "
         f"Trained with controlbooth for {state['step']:,} steps of {config.global_batch_size} samples "
         f"at {config.data.resolution} pixels.",
@@ -102,6 +105,8 @@ def usage(exported: Exported) -> str:
     model = config.model
     if exported.pixels or exported.family == "miniature-dit":
         return own_usage(exported, base_name, base_line)
+    if exported.weights == LORA_FILE:
+        return lora_usage(exported, base_name, variant)
     if exported.family in CLASSES:
         return transformer_usage(exported, base_name, variant)
     if model.trainable_copy == "full" and model.hint_network == "released":
@@ -168,6 +173,34 @@ picture.save("picture.png")
 """
 
 
+def lora_usage(exported: Exported, base_name: str, variant: str) -> str:
+    """Returns the same script for a control-LoRA of FLUX.1, which a pipeline of diffusers reads into the base."""
+    config = exported.config
+    size, tokens = config.data.resolution, config.model.text_tokens or FAMILIES[exported.family].text_tokens
+    return f"""\
+import torch
+from diffusers import FluxControlPipeline
+from diffusers.utils import load_image
+
+pipeline = FluxControlPipeline.from_pretrained({base_name}, torch_dtype=torch.bfloat16{variant})
+pipeline.load_lora_weights(".", weight_name="{exported.weights}")  # widens x_embedder, where the condition comes in
+condition = load_image("condition.png")
+assert condition.size == ({size}, {size}), "make the condition at {size} x {size} pixels: shrinking blurs lines"
+picture = pipeline(
+    "a prompt like the captions of the training set",
+    control_image=condition,
+    height={size},
+    width={size},
+    max_sequence_length={tokens},
+    num_inference_steps={config.validation.sampling_steps},
+    guidance_scale={guidance_in(exported)},
+    joint_attention_kwargs={{"scale": 1.0}},  # strength of control
+    generator=torch.Generator().manual_seed(0),
+).images[0]
+picture.save("picture.png")
+"""
+
+
 def own_usage(exported: Exported, base_name: str, base_line: str) -> str:
     """Returns the same script with controlbooth, for what no pipeline of diffusers does: give a ControlNet of SD3's
     class pixels, or make SD3's text encodings with one encoder."""
@@ -225,7 +258,12 @@ def _unet_note(exported: Exported) -> str:
 
 def _lora_note(exported: Exported) -> str:
     config = exported.config
-    is_single = exported.weights != "diffusion_pytorch_model.safetensors"
+    if exported.weights == LORA_FILE:
+        return (
+            f"It holds differences of rank {config.model.rank} from the base's own layers, and no weight of the base. "
+            "The condition's latents come in as channels beside the picture's, as with FLUX.1-Canny-dev-lora."
+        )
+    is_single = exported.weights != WHOLE_FILE
     kept = "The file holds these, and not the base's weights" if is_single else "Here they are added to its weights"
     return (
         f"A control-LoRA: it was trained as differences of rank {config.model.rank} from the base's own encoder, "

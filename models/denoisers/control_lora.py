@@ -8,7 +8,7 @@ matrices, W + B A of rank r. Stability's control-LoRAs (2023) are the same netwo
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -29,26 +29,42 @@ class ControlLora(ControlNetModel):
     values: see `share_weights`.
     """
 
+    shared = COPIED
+
     def __init__(self, rank: int = 32, **config: Any) -> None:
         super().__init__(**config)
         self.register_to_config(rank=rank)
-        for name, module in list(_copied(self)):
-            if not _is_layer(module):
-                _hold(module, module)
-            elif isinstance(module, nn.Linear | nn.Conv2d):
-                adapter = StackedAdapter(module, 1, min(rank, *module.weight.flatten(1).shape))
-                adapter.layer = _frozen(module)  # type: ignore[assignment]
-                self.set_submodule(name, adapter)
-            else:
-                self.set_submodule(name, _frozen(module))
+        put_adapters(self, lambda _, layer: _adapter_of(layer, rank))
 
 
 ControlLora.__init__.__signature__ = accepted(ControlLora, ControlNetModel)  # type: ignore[attr-defined]
 
 
-def _copied(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yields the modules of a U-Net, or of a ControlNet, that both have, by their names."""
-    for part in COPIED:
+def _adapter_of(layer: nn.Module, rank: int) -> StackedAdapter | None:
+    if not isinstance(layer, nn.Linear | nn.Conv2d):
+        return None
+    return StackedAdapter(layer, 1, min(rank, *layer.weight.flatten(1).shape))
+
+
+def put_adapters(network: Any, adapter_of: Callable[[str, nn.Module], StackedAdapter | None]) -> None:
+    """Puts adapters in place of layers of a network's shared parts, and makes all else of them buffers.
+
+    network: of a class with `shared`, the names of these parts. adapter_of(name, layer) makes a layer's adapter, or
+    None where it stays as it is.
+    """
+    for name, module in list(_parts(network, network.shared)):
+        if not _is_layer(module):
+            _hold(module, module)
+        elif (adapter := adapter_of(name, module)) is not None:
+            adapter.layer = _frozen(module)  # type: ignore[assignment]
+            network.set_submodule(name, adapter)
+        else:
+            network.set_submodule(name, _frozen(module))
+
+
+def _parts(network: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, nn.Module]]:
+    """Yields the modules of those parts of a network that it has, by their names."""
+    for part in names:
         if (module := getattr(network, part, None)) is not None:
             yield from module.named_modules(prefix=part)
 
@@ -75,12 +91,13 @@ def _hold(own: nn.Module, module: nn.Module) -> None:
     own._non_persistent_buffers_set = set(own._buffers)
 
 
-def share_weights(controlnet: ControlLora, unet: Any) -> None:
-    """Gives the copy the base's own tensors, frozen. What is put in their place later in the base is not seen here.
+def share_weights(controlnet: Any, network: Any) -> None:
+    """Gives a control-LoRA the base's own tensors, frozen. What is put in their place later in the base is not seen
+    here.
 
-    unet: the base's network, with which `check_fits` agrees.
+    controlnet: of a class with `shared`. network: the base's, with which `check_fits` agrees.
     """
-    for name, module in _copied(unet):
+    for name, module in _parts(network, controlnet.shared):
         own = controlnet.get_submodule(name)
         if isinstance(own, StackedAdapter):
             own.layer = _frozen(module)  # type: ignore[assignment]
@@ -100,7 +117,7 @@ def is_difference(name: str) -> bool:
     return name.startswith(tuple(f"{part}." for part in COPIED)) and name.endswith(DIFFERENCES)
 
 
-def start(controlnet: ControlLora, device: torch.device) -> None:
+def start(controlnet: nn.Module, device: torch.device) -> None:
     """Makes the trained tensors, which have no memory, on a device: zeros, but for A, which is Gaussian.
 
     A keeps the variance of what it is given, so that what one step of the optimizer changes does not depend on the

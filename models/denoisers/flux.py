@@ -53,7 +53,7 @@ def _places(height: int, width: int, like: Tensor) -> Tensor:
     return places.reshape(-1, 3).to(like)
 
 
-def _inputs(network: Any, noisy_latents: Tensor, times: Tensor, text: TextEncoding, dtype: torch.dtype) -> Any:
+def inputs_of(network: Any, noisy_latents: Tensor, times: Tensor, text: TextEncoding, dtype: torch.dtype) -> Any:
     """Makes the arguments that the base and its ControlNet are both called with. times: (B,) or (), 1000 sigma."""
     states = text.encoder_hidden_states.to(dtype)
     config = getattr(network, "module", network).config
@@ -79,7 +79,7 @@ def denoise(
         names = ("controlnet_block_samples", "controlnet_single_block_samples")
         groups = ([residual.to(dtype) for residual in group] or None for group in residuals.groups)
         added = dict(zip(names, groups, strict=True)) | {"controlnet_blocks_repeat": residuals.repeated}
-    tokens = transformer(**_inputs(transformer, noisy_latents, times, text, dtype), **added)[0]
+    tokens = transformer(**inputs_of(transformer, noisy_latents, times, text, dtype), **added)[0]
     return unpack(tokens, *noisy_latents.shape[-2:])
 
 
@@ -91,7 +91,7 @@ def control_residuals(
     config: Any = getattr(controlnet, "module", controlnet).config
     added = {"controlnet_mode": union_mode(controlnet, len(condition), condition.device)} if is_union(config) else {}
     double, single = controlnet(
-        **_inputs(controlnet, noisy_latents, times, text, dtype),
+        **inputs_of(controlnet, noisy_latents, times, text, dtype),
         controlnet_cond=condition.to(dtype),
         conditioning_scale=scale,
         **added,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from controlbooth.data.errors import UserError
 from controlbooth.models.base import Base
-from controlbooth.models.denoisers import flux, sd3
+from controlbooth.models.denoisers import flux, flux_control_lora, sd3
 from controlbooth.models.denoisers import unet as unets
 from controlbooth.models.denoisers.residuals import Residuals
 from controlbooth.models.text import TextEncoding
@@ -29,11 +29,15 @@ class Denoiser:
     base: str
     """The class of the base's network."""
     is_transformer: bool
+    predicts: bool = False
+    """Whether what is trained predicts by itself, with the base's weights, and adds nothing to the base's own
+    prediction: then its file has `predict` in place of `denoise` and `control_residuals`."""
 
 
 UNET = Denoiser(unets, "UNet2DConditionModel", is_transformer=False)
 SD3 = Denoiser(sd3, "SD3Transformer2DModel", is_transformer=True)
 FLUX = Denoiser(flux, "FluxTransformer2DModel", is_transformer=True)
+FLUX_LORA = Denoiser(flux_control_lora, "FluxTransformer2DModel", is_transformer=True, predicts=True)
 DENOISERS = {
     "UNet2DConditionModel": UNET,
     "ControlNetModel": UNET,
@@ -45,6 +49,7 @@ DENOISERS = {
     "PixelSD3ControlNet": SD3,
     "FluxTransformer2DModel": FLUX,
     "FluxControlNetModel": FLUX,
+    "FluxControlLora": FLUX_LORA,
 }
 """Class of a base's network or of its ControlNet -> its family's file."""
 
@@ -106,6 +111,11 @@ def condition_latents(base: Base, controlnet: nn.Module, mean: Tensor) -> Tensor
     return denoiser_of(controlnet).file.condition_latents(base, controlnet, mean)
 
 
+def predicts_alone(controlnet: nn.Module) -> bool:
+    """Tells whether what is trained, or an engine around it, predicts by itself and has no residuals to add up."""
+    return denoiser_of(controlnet).predicts
+
+
 def predict(
     network: Any,
     controlnet: nn.Module | None,
@@ -124,6 +134,9 @@ def predict(
         return denoise(network, noisy_latents, times, text)
     if condition is None:
         raise UserError("a ControlNet was given without a condition picture")
+    if predicts_alone(controlnet):
+        file: Any = denoiser_of(controlnet).file
+        return file.predict(controlnet, noisy_latents, times, text, condition, conditioning_scale)
     residuals = control_residuals(controlnet, noisy_latents, times, text, condition, conditioning_scale)
     return denoise(network, noisy_latents, times, text, residuals)
 
@@ -133,7 +146,7 @@ class ParameterReport:
     """Numbers of trained parameters. SD1.5: 348,712,960 + 11,479,680 + 1,086,480 = 361,279,120."""
 
     copy: int
-    """Of a control-LoRA: the low-rank differences from it."""
+    """Of a control-LoRA: the low-rank differences from it, or from the base itself."""
     zero_convolutions: int
     """The output layers, one a residual; the one that ends the hint network is counted there."""
     hint: int
@@ -157,12 +170,12 @@ def parameter_report(controlnet: nn.Module) -> ParameterReport:
 def check_fits(controlnet: Any, network: Any, where: str = "the ControlNet") -> None:
     """Raises ValueError where a ControlNet was made for a base with other settings. where: its folder, to name it."""
     denoiser = denoiser_of(network)
-    if denoiser_of(controlnet) is not denoiser:
+    if denoiser_of(controlnet).base != denoiser.base:
         raise UserError(
             f"{where} is a {type(controlnet).__name__}, and the base is a {type(network).__name__}, which it does not "
             "fit. Give a ControlNet of the base's own family"
         )
-    for key in denoiser.file.must_fit(controlnet.config):
+    for key in denoiser_of(controlnet).file.must_fit(controlnet.config):
         theirs, ours = (_plain(config.get(key)) for config in (controlnet.config, network.config))
         if theirs != ours:
             raise UserError(

@@ -10,6 +10,11 @@ from controlbooth.trainer.config.subjects import BaseConfig, SubjectRunConfig
 Field = tuple[str, Any, Any, str]
 """Its name, its value, its default, and the kind of base that it is for."""
 FLOW = "base of flow matching (SD3, FLUX.1)"
+WITH_LORA = (
+    "U-Net or FLUX.1 (pipelines for FLUX.1 take a condition as channels beside the picture's, and there are none for "
+    "other transformers)"
+)
+WHOLE = "whole ControlNet (model.method=full) or a control-LoRA of FLUX.1"
 THREE_ENCODERS, WITH_T5 = "base with T5 as its third text encoder (SD3)", "base with T5 (SD3, FLUX.1)"
 
 
@@ -35,6 +40,9 @@ def misplaced(config: RunConfig | SubjectRunConfig, family: Family) -> list[str]
     if not of_subjects and family.name == "flux" and config.model.condition_entry == "pixels":
         told = f"model.condition_entry=pixels is for SD3, and conditions of {family.title} come in as latents"
         refused.append(f"{told}: leave it out")
+    if not of_subjects and family.name == "flux" and config.model.method == "lora" and config.model.copied_blocks:
+        told = f"model.copied_blocks={list(config.model.copied_blocks)} does not go with model.method=lora"
+        refused.append(f"{told}, which copies no blocks of {family.title}: leave one of them out")
     return refused
 
 
@@ -48,7 +56,8 @@ def _controlnet_fields(config: RunConfig, family: Family) -> list[Field]:
         own = [
             *([] if pixels else [("hint_channels", "U-Net, or for SD3 with model.condition_entry=pixels")]),
             *((name, "U-Net") for name in ("hint_network", "trainable_copy", "connections", "only_mid_control")),
-            *((name, "U-Net") for name in ("unlock_decoder_at", "method", "rank")),
+            ("unlock_decoder_at", "U-Net"),
+            *([] if family.name == "flux" else [(name, WITH_LORA) for name in ("method", "rank")]),
             *([] if family.name == "sd3" else [("t5", THREE_ENCODERS)]),
             *([] if family.text_tokens else [("text_tokens", WITH_T5)]),
         ]
@@ -57,6 +66,8 @@ def _controlnet_fields(config: RunConfig, family: Family) -> list[Field]:
     else:
         own = [(name, FLOW) for name in ("copied_blocks", "condition_entry", "t5", "text_tokens")]
         fields += _flow_fields(config.flow)
+        if config.model.method == "lora":
+            fields.append(("model.frozen.precision", config.model.frozen.precision, "engine", WHOLE))
     return fields + [(f"model.{name}", getattr(config.model, name), model[name].default, kind) for name, kind in own]
 
 

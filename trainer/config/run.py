@@ -84,9 +84,10 @@ class ModelConfig(Section):
     hint_network: Literal["released", "paper"] = "released"
     """That of the released code, or the smaller one of the paper's text, whose widths are [16, 32, 64, 128]."""
     method: Literal["full", "lora"] = "full"
-    """Of U-Nets: `lora` leaves the copy as the base has it, and trains low-rank differences from it beside the hint
-    network and the zero convolutions (control-LoRA): a few per cent of the parameters. See
-    `optimizer.lora_learning_rate`."""
+    """`lora` (control-LoRA) trains a few per cent of the parameters. Of U-Nets it leaves the copy as the base has it,
+    and trains low-rank differences from it beside the hint network and the zero convolutions. FLUX.1 gets no ControlNet
+    then: differences in its own layers are trained, and the condition's latents come in as channels beside the
+    picture's. See `optimizer.lora_learning_rate`."""
     rank: int = Field(default=32, gt=0)
     """Of these differences."""
     trainable_copy: Literal["full", "lite"] = "full"
@@ -250,7 +251,7 @@ class OptimizerConfig(Section):
     has one rate for all: set learning_rate to it too for that."""
     lora_learning_rate: float | None = Field(default=None, gt=0.0)
     """The same of the low-rank differences of model.method=lora, which need a larger one than whole weights. Default:
-    20 times learning_rate, which the hint network and the zero convolutions keep."""
+    20 times learning_rate, which the hint network and the zero convolutions keep; of FLUX.1 all are differences."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """How the learning rate goes on after the warmup; linear and cosine end at 0 at max_steps."""
     warmup_steps: int = Field(default=0, ge=0)
@@ -502,7 +503,7 @@ class RunConfig(Section):
             "model.unlock_decoder_at": model.unlock_decoder_at is not None and str(model.unlock_decoder_at),
             "engine.compile": self.engine.compile and "true",
             "optimizer.name": self.optimizer.name != "adamw" and self.optimizer.name,
-            **model.frozen.asked(),
+            **{field: value for field, value in model.frozen.asked().items() if not field.endswith(".precision")},
         }
         for field, value in others.items():
             if value:

@@ -20,16 +20,15 @@ from controlbooth.data.order.settings import DrawSettings
 from controlbooth.data.shards.cache import Cache
 from controlbooth.data.shards.latent_cache import LatentCache, open_latent_cache
 from controlbooth.data.shards.manifest import Dataset, open_dataset
-from controlbooth.models.attention import (
-    AttentionChoice,
-    apply_attention,
-    kernels_for,
-)
+from controlbooth.models.attention import AttentionChoice, apply_attention, kernels_for
 from controlbooth.models.base import Base
+from controlbooth.models.denoisers import flux_control_lora
+from controlbooth.models.denoisers.control_lora import share_weights
 from controlbooth.models.denoisers.registry import (
     ParameterReport,
     denoiser_of,
     parameter_report,
+    predicts_alone,
     reads_latents,
 )
 from controlbooth.models.denoisers.unet import build_controlnet, keep_only_mid_control
@@ -39,6 +38,7 @@ from controlbooth.models.recomputing import recompute
 from controlbooth.models.unlocked_decoder import UnlockedNetwork
 from controlbooth.trainer.config.loading import changes, dump
 from controlbooth.trainer.config.run import (
+    FrozenConfig,
     ModelConfig,
     OptimizerConfig,
     RunConfig,
@@ -137,6 +137,8 @@ def load_networks(
     torch.manual_seed(config.seed)  # the hint network, alike on every rank
     controlnet = make_controlnet(config, base)
     hold_base(config, base, world)
+    if predicts_alone(controlnet):  # with the base's weights, as they are held now
+        share_weights(controlnet, base.denoiser)
     kernels = kernels_for(base.family.is_transformer)
     shapes = partial(base_attention_shapes, config, base)
     if config.model.frozen.shards != "none":  # a pass through the base is for all ranks, and rank 0 alone chooses
@@ -202,11 +204,9 @@ def make_engine(
 def announce(run: Run, report: ParameterReport, chosen: AttentionChoice, latest: Path | None) -> None:
     """Says what is trained, how, and from where it goes on."""
     config, world = run.config, run.world
-    copy = "copy" if config.model.method == "full" else f"differences from the copy, of rank {config.model.rank},"
     say(
         world,
-        f"ControlNet {report.total:,} parameters ({copy} {report.copy:,}, zero convolutions "
-        f"{report.zero_convolutions:,}, hint {report.hint:,}) on {run.base.family.title}; "
+        f"{describe_trained(config, report, run.base)} on {run.base.family.title}; "
         f"{run.precision}, ZeRO-{config.engine.zero_stage}, "
         f"{world.world_size} ranks on {world.device.type}; attention {chosen.name}: {chosen.reason}",
     )
@@ -221,6 +221,23 @@ def announce(run: Run, report: ParameterReport, chosen: AttentionChoice, latest:
         say(world, f"going on from {latest} at step {run.step}")
         if world.rank == 0:
             report_changes(world, config, (latest / "config.yaml").read_text(), run.step)
+
+
+def describe_trained(config: RunConfig, report: ParameterReport, base: Base) -> str:
+    """Says how many parameters are trained, and of what."""
+    rank = config.model.rank
+    if config.model.method == "lora" and base.family.is_transformer:
+        whole = sum(getattr(one, "ds_numel", one.numel()) for one in base.denoiser.parameters())
+        share = f", {report.total / whole:.1%} of the base's" if config.model.frozen == FrozenConfig() else ""
+        return (
+            f"control-LoRA {report.total:,} parameters{share} (differences of rank {rank} in the blocks "
+            f"{report.copy:,}, where the condition enters {report.hint:,})"
+        )
+    copy = "copy" if config.model.method == "full" else f"differences from the copy, of rank {rank},"
+    return (
+        f"ControlNet {report.total:,} parameters ({copy} {report.copy:,}, zero convolutions "
+        f"{report.zero_convolutions:,}, hint {report.hint:,})"
+    )
 
 
 def report_changes(world: World, config: RunConfig, before: str, step: int) -> None:
@@ -268,12 +285,20 @@ def continued_controlnet(network: Any, model: ModelConfig) -> Any:
     """Reads the ControlNet that a run goes on from, in float32. Raises as `load_controlnet` and `load_control_lora`."""
     if model.method == "lora":
         return load_control_lora(model.controlnet, network, model.rank)
-    return load_controlnet(model.controlnet, network)
+    controlnet = load_controlnet(model.controlnet, network)
+    if predicts_alone(controlnet):
+        raise ConfigError(
+            f"model.controlnet={model.controlnet} is a control-LoRA of FLUX.1, which has no whole form: go on with "
+            f"model.method=lora and model.rank={controlnet.config['rank']}, or begin anew with model.controlnet=base"
+        )
+    return controlnet
 
 
 def new_controlnet(network: Any, model: ModelConfig, device: str | torch.device | None = None) -> Any:
     """Makes the ControlNet that a run begins with, on the device of the base's network unless another is named."""
     if (denoiser := denoiser_of(network)).is_transformer:
+        if model.method == "lora":
+            return flux_control_lora.build_controlnet(network, model.rank, device)
         family = identify({**network.config, "_class_name": type(network).__name__})
         entry = model.condition_entry or family.condition_entry
         widths = model.hint_channels if entry == "pixels" else None

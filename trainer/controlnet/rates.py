@@ -5,6 +5,7 @@ from typing import Any
 from torch import nn
 
 from controlbooth.models.denoisers.control_lora import ControlLora, is_difference
+from controlbooth.models.denoisers.flux_control_lora import FluxControlLora
 from controlbooth.models.unlocked_decoder import UnlockedNetwork
 from controlbooth.trainer.config.run import RunConfig, lora_learning_rate
 from controlbooth.trainer.engine import deepspeed as engines
@@ -24,10 +25,13 @@ def learning_rates(config: RunConfig, step: int, engine: Any) -> dict[str, float
     """Returns the learning rates by the names of their metrics, all on the same schedule: the ControlNet's, and that of
     the decoder once it learns, or of the low-rank differences where there are some."""
     rate = engines.learning_rate(config.optimizer, step, config.max_steps)
+    lora = {"lora_learning_rate": rate * (lora_learning_rate(config) / config.optimizer.learning_rate)}
+    if isinstance(engine.module, FluxControlLora):  # whose parameters all are differences
+        return lora
     rates = {"learning_rate": rate}
     if isinstance(engine.module, UnlockedNetwork):
         share = config.optimizer.decoder_learning_rate / config.optimizer.learning_rate
         rates["decoder_learning_rate"] = rate * share
     if isinstance(engine.module, ControlLora):
-        rates["lora_learning_rate"] = rate * (lora_learning_rate(config) / config.optimizer.learning_rate)
+        rates |= lora
     return rates

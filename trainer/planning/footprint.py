@@ -28,6 +28,7 @@ from controlbooth.models.attention import AttentionChoice, apply_attention
 from controlbooth.models.base import Base, vae_dtype
 from controlbooth.models.blocks import repeated_blocks
 from controlbooth.models.denoisers.control_lora import ControlLora, merged, share_weights
+from controlbooth.models.denoisers.flux_control_lora import FluxControlLora
 from controlbooth.models.denoisers.registry import denoiser_of, reads_latents
 from controlbooth.models.denoisers.transformer_copy import fixed_tensors
 from controlbooth.models.families import FAMILIES, VAE, Family, Part
@@ -353,6 +354,8 @@ def _controlnet(config: RunConfig, network: Any) -> Any:
         if isinstance(controlnet, ControlLora):
             share_weights(controlnet, network)
             controlnet = controlnet if model.method == "lora" else merged(controlnet)
+        if isinstance(controlnet, FluxControlLora):
+            share_weights(controlnet, network)
         return denoiser_of(controlnet).file.finish_reading(controlnet).train()
     return new_controlnet(network, model)
 
