@@ -48,8 +48,8 @@ def study_figures(plan: Plan, answers: Sequence[Answer], half_width: float) -> d
             by_rater.setdefault(answer.rater, {})[answer.trial] = answer
     raters = {name: rater_figures(plan, own) for name, own in sorted(by_rater.items())}
     kept = {name: own for name, own in by_rater.items() if raters[name]["counts"]}
-    for name in kept:
-        raters[name]["agrees_with_others"] = _with_others(plan, name, kept)
+    for name, agrees in agreements_with_others(plan, kept).items():
+        raters[name]["agrees_with_others"] = agrees
     return dict(
         answers=sum(map(len, by_rater.values())),
         raters=raters,
@@ -205,16 +205,20 @@ def ratings(plan: Plan, question: str, kept: Mapping[str, Mapping[str, Answer]])
     return table
 
 
-def _with_others(plan: Plan, name: str, kept: Mapping[str, Mapping[str, Answer]]) -> float:
-    """Computes how often a rater puts two pictures in the order in which most of the others do; NaN without others."""
-    own = sorted(kept).index(name)
-    agreed = []
+def agreements_with_others(plan: Plan, kept: Mapping[str, Mapping[str, Answer]]) -> dict[str, float]:
+    """Computes how often each rater puts two pictures in the order in which most of the others do.
+
+    A tie agrees half; pictures without others, or with as many of them for each order, do not count. NaN without any.
+    """
+    agreed: dict[int, list[float]] = {}
     for question in plan.questions:
         pairs = pairs_of(judged_rows(plan, question, kept))
-        unit = np.stack([pairs.item, pairs.first, pairs.second])
-        for place in np.flatnonzero(pairs.rater == own):
-            others = (unit == unit[:, place : place + 1]).all(axis=0) & (pairs.rater != own)
-            vote = np.sign(pairs.value[others].mean() - 0.5) if others.any() else 0.0
-            if vote:
-                agreed.append(0.5 + vote * (pairs.value[place] - 0.5))
-    return float(np.mean(agreed)) if agreed else math.nan
+        if not len(pairs):
+            continue
+        units = np.stack([pairs.item, pairs.first, pairs.second])
+        unit = np.unique(units, axis=1, return_inverse=True)[1].ravel()
+        others = np.bincount(unit)[unit] - 1
+        vote = np.sign(np.bincount(unit, pairs.value)[unit] - pairs.value - others / 2)
+        for rater, value in zip(pairs.rater[vote != 0], (0.5 + vote * (pairs.value - 0.5))[vote != 0], strict=True):
+            agreed.setdefault(int(rater), []).append(float(value))
+    return {name: float(np.mean(agreed.get(place, [math.nan]))) for place, name in enumerate(sorted(kept))}

@@ -19,6 +19,8 @@ import numpy as np
 from controlbooth.trainer.evaluation.statistics import LEVEL, tails
 
 RESAMPLES = 2000
+MOST_WEIGHTS = 2**22
+"""Weights of answers that are held at once."""
 PRIOR = 0.5
 """Wins that each of two methods gets over the other before anybody has answered: a method that won all has a score."""
 POINTS = 5.0
@@ -111,12 +113,18 @@ def bradley_terry(wins: np.ndarray, prior: float = PRIOR) -> np.ndarray:
 def resampled_wins(pairs: Pairs, methods: int, seed: int = 0, resamples: int = RESAMPLES) -> np.ndarray:
     """Draws the wins of resamples of raters and items at once: (resamples, M, M)."""
     draw = np.random.default_rng(seed)
-    weights = np.ones((resamples, len(pairs)))
+    drawn: list[tuple[np.ndarray, np.ndarray]] = []  # how often each rater, each item was drawn; whose an answer is
     for column in (pairs.rater, pairs.item):
         names, places = np.unique(column, return_inverse=True)
         if len(names) > 1:
-            weights *= draw.multinomial(len(names), np.full(len(names), 1 / len(names)), resamples)[:, places]
-    wins = wins_of(pairs, methods, weights)
+            drawn.append((draw.multinomial(len(names), np.full(len(names), 1 / len(names)), resamples), places))
+    wins = np.empty((resamples, methods, methods))
+    at_once = max(1, MOST_WEIGHTS // max(1, len(pairs)))
+    for start in range(0, resamples, at_once):
+        weights = np.ones((min(at_once, resamples - start), len(pairs)))
+        for counts, places in drawn:
+            weights *= counts[start : start + at_once, places]
+        wins[start : start + at_once] = wins_of(pairs, methods, weights)
     once = wins_of(pairs, methods)
     for first, second in zip(*np.nonzero((once > 0) & (once.T == 0)), strict=True):
         total = wins[:, first, second]

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from controlbooth.data.arguments import quoted
 from controlbooth.data.errors import MissingFile, UserError
 from controlbooth.data.files.records import read_yaml
 from controlbooth.data.packing.folders import files_below, is_picture
@@ -135,7 +136,7 @@ def pictures_of_subjects(run: Path) -> tuple[dict[str, Path], Beside]:
             references[task.name] = task.images[:MOST_REFERENCES]
     if not found:
         raise UserError(
-            f"{run} has no pictures of its subjects yet: `controlbooth dreambooth measure {run}` draws them"
+            f"{run} has no pictures of its subjects yet: `controlbooth dreambooth measure {quoted(run)}` draws them"
         )
     return found, Beside(prompts=prompts, references=references)
 

@@ -1,6 +1,7 @@
 """What a study asks: frozen, balanced, the same for a rater who comes back, and told before anything is made."""
 
 import json
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -217,3 +218,23 @@ def test_photographs_of_a_subject_stand_beside_its_pictures(root, tmp_path):
     plan = read_plan(tmp_path / "s")
     assert plan.questions == ("subject", "prompt")
     assert all(len(item.given["references"]) == 2 for item in plan.items)
+
+
+def test_runs_of_subjects_bring_what_was_drawn_of_them_with_their_photographs_and_no_identifier(root, tmp_path):
+    photographs = [str(path) for path in sorted((root / "targets").iterdir())[:3]]
+    subject = dict(name="rex", images=photographs, class_noun="dog", identifier="sks", instance_prompt="a sks dog")
+    subject |= dict(class_prompt="a dog", steps=1, learning_rate=1e-4, rank=4)
+    black = np.zeros((8, 8, 3), np.uint8)
+    for run in ("lora", "full"):
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "subjects.json").write_text(json.dumps([subject]))
+        (tmp_path / run / "config.yaml").write_text("name: pets\nmodel: {base: miniature}\n")
+        for file in ("00-0", "00-1", "class-0"):
+            studies.save(tmp_path / run / "subjects" / "rex" / "pictures" / f"{file}.png", black)
+    assert new(tmp_path, "s", methods=("lora", "full")) == 0
+    plan = read_plan(tmp_path / "s")
+    assert plan.questions == ("subject", "prompt") and [item.name for item in plan.items] == ["rex/00-0", "rex/00-1"]
+    assert all(item.prompt.startswith("a dog on a ") and len(item.given["references"]) == 3 for item in plan.items)
+    shutil.rmtree(tmp_path / "lora" / "subjects")
+    with pytest.raises(UserError, match="dreambooth measure .*/lora` draws them"):
+        new(tmp_path, "t", methods=("lora", "full"))
