@@ -75,6 +75,10 @@ VERBS = {  # group -> verb -> (module[:function] of controlbooth, what it does);
         "data precompute": ("launch.commands.data_precompute", "write a run's latents and text embeddings once"),
         "data quarantine": ("launch.commands.data_quarantine", "leave the bad samples of a run out of the next"),
     },
+    "Coming from other trainers": {
+        "import data": ("launch.commands.import_data", "data in the layout of another trainer, to shards or subjects"),
+        "import config": ("launch.commands.import_config", "flags of another trainer, to a run file"),
+    },
 }
 TABLE = {verb: entry for group in VERBS.values() for verb, entry in group.items()}
 
@@ -111,6 +115,11 @@ EXAMPLES = {  # the first word of a group's verbs, or nothing for all verbs -> c
         "data lint shards/train",
         "data show shards/train --resolution 512",
         "data order shards/train --step 1000 --world-size 8",
+    ),
+    "import": (
+        "import data pictures/ --dry-run",
+        "import data dataset_config.toml -o shards/",
+        "import config train.sh --condition canny -o run.yaml",
     ),
 }
 

@@ -4,6 +4,8 @@ What a folder's JSON files and a file's tensor names tell is enough to refuse a 
 launcher asks here too.
 """
 
+import re
+import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -57,6 +59,32 @@ _TITLES = {  # what model_index.json or a denoiser's configuration names, up to 
     "IF": "DeepFloyd IF",
     "QwenImage": "Qwen-Image",
 }
+
+
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+"""Weights in the format of torch.save, which can hold programs."""
+
+
+def base_remedy(base: str) -> tuple[str, str] | None:
+    """Returns the command that makes a base of what somebody has named, and where it then lies; None for no such name.
+
+    Converted is a pickle, with weights_only, so that nothing in it is run; an id of the Hugging Face hub that is no path
+    here is downloaded by hand.
+    """
+    path = Path(base)
+    if path.suffix in PICKLES:
+        target = str(path.with_suffix(".safetensors"))
+        program = (
+            "import torch; from safetensors.torch import save_file; "
+            f"tree = torch.load({str(path)!r}, map_location='cpu', weights_only=True); tree = tree.get('state_dict', tree); "
+            "save_file({name: one.clone().contiguous() for name, one in tree.items() "
+            f"if isinstance(one, torch.Tensor)}}, {target!r})"
+        )
+        return f"python -c {shlex.quote(program)}", target
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", base) and path.suffix != ".safetensors" and not path.exists():
+        target = f"models/{path.name}"
+        return f"hf download {base} --local-dir {target}", target
+    return None
 
 
 def recognise(path: Path, requested: str = "auto") -> Family:
@@ -115,7 +143,9 @@ def _leaves_t5_out(index: Path, family: Family) -> bool:
 def recognise_file(file: Path, requested: str = "auto") -> Family:
     """Finds the family of a single file in the original layout by its header. Raises as `recognise_folder`."""
     if file.suffix != ".safetensors":
-        raise UserError(f"{file} is not a .safetensors file. A .ckpt can run code when it is read: convert it first.")
+        remedy = base_remedy(str(file))
+        told = f" Convert it without running its code: {remedy[0]}" if remedy else ""
+        raise UserError(f"{file} is not a .safetensors file.{told}")
     shapes = {name: tuple(entry["shape"]) for name, entry in safetensors_header(file).items()}
     try:
         return check_family(requested, identify_file(shapes), str(file))

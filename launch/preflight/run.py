@@ -27,7 +27,7 @@ from controlbooth.launch.ranks.torchrun import Node, world_size
 from controlbooth.models.families import UNET, Family
 from controlbooth.models.files.weight_files import read_json, safetensors_header, shapes_of, weights_files
 from controlbooth.models.noise.checks import check_noise, scheduler_file
-from controlbooth.models.recognition import (
+from controlbooth.models.recognition import base_remedy, (
     check_beside,
     check_controlnet,
     check_part,
@@ -134,17 +134,27 @@ def base_problems(config: RunConfig | SubjectRunConfig) -> Iterator[str]:
     if name == BUILT_IN and not (base / "unet" / "config.json").is_file():
         yield f"{named}, but its weights are not in {base}: this install is incomplete, install controlbooth again"
     elif not base.exists():
+        remedy = base_remedy(name)
+        told = f". If it is a name on the Hugging Face hub, run `{remedy[0]}`, then give {remedy[1]}" if remedy else ""
         yield (
             f"{named}, which does not exist: give a diffusers folder, a .safetensors file or '{BUILT_IN}'; "
-            "nothing is downloaded from a hub"
+            f"nothing is downloaded from a hub{told}"
         )
     elif base.is_file() and base.suffix != ".safetensors":
         yield (
             f"{named}, but there is no .safetensors file of its U-Net, the one format that cannot run code when it is "
-            "read: convert the model with save_pretrained(..., safe_serialization=True)"
+            f"read: {_converting(name)}"
         )
     else:
         yield from _part_problems(named, base, config)
+
+
+def _converting(name: str) -> str:
+    """Returns how a base of another format becomes one that is read."""
+    remedy = base_remedy(name)
+    if remedy is None:
+        return "convert the model with save_pretrained(..., safe_serialization=True)"
+    return f"convert it by `{remedy[0]}`, then give {remedy[1]}"
 
 
 def _part_problems(named: str, base: Path, config: RunConfig | SubjectRunConfig) -> Iterator[str]:
