@@ -22,9 +22,11 @@ from controlbooth.data.errors import UserError
 from controlbooth.launch.cli import main as controlbooth
 from controlbooth.launch.watch import site as sites
 from controlbooth.launch.watch.app import make_app
+from controlbooth.launch.watch.facts import attempts
 from controlbooth.launch.watch.failures import sentences
 from controlbooth.launch.watch.files import open_inside
 from controlbooth.launch.watch.finding import Finder, key_of
+from controlbooth.launch.watch.metrics import Metrics
 from controlbooth.launch.watch.site import Site
 from controlbooth.launch.watch.subject_run import category
 from controlbooth.trainer.dreambooth.measuring.overfitting import Course
@@ -173,6 +175,19 @@ def test_a_failed_run_says_why_and_what_to_do_and_a_later_start_takes_that_back(
     assert "Check the rights" in shown and "abc" not in shown
     write(run / "attempt.json", dict(number=2, time=time.time() + 1))
     assert "badge running" in card(runs, "first")
+
+
+def test_starts_are_listed_with_their_ends_and_the_settings_that_each_changed(runs):
+    own = runs / "pets" / "subjects" / "rex" / "metrics.jsonl"
+    statuses = [(1.0, "SCHEDULED"), (100.0, "RUNNING"), (100.2, "RUNNING"), (200.0, "RUNNING"), (300.0, "FINISHED")]
+    changed = dict(time=201.0, tags={"changed.steps": "40", "state": "running"})
+    write(own, lines(*(dict(time=when, status=status) for when, status in statuses), changed))
+    metrics = Metrics(own.parent)
+    metrics.update()
+    assert attempts(metrics) == [
+        dict(number=2, begin=200.0, end=300.0, came_to="finished", changed=["steps=40"]),
+        dict(number=1, begin=100.0, end=None, came_to="", changed=[]),
+    ]
 
 
 def test_a_run_without_news_is_silent_and_says_where_to_look(runs):
