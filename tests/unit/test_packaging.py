@@ -139,7 +139,8 @@ def test_what_is_imported_is_asked_for(requirements):
         assert distribution in asked, f"{path} imports {name}: add it to setup.py"
     for name, path in third_party_imports(("tests",)).items():
         distribution = IMPORT_NAMES.get(name, name)
-        assert distribution in requirements[""] | requirements["dev"] | mirrors, f"{path} imports {name}: add it to setup.py"
+        asked = requirements[""] | requirements["dev"] | mirrors
+        assert distribution in asked, f"{path} imports {name}: add it to setup.py"
 
 
 def test_what_is_asked_for_is_imported(requirements):

@@ -288,6 +288,18 @@ def test_a_run_called_like_a_script_is_shown_as_text(runs):
             assert "script-src 'self'" in headers["Content-Security-Policy"]
 
 
+def test_folders_whose_names_are_no_text_are_shown_too(runs):
+    odd = os.fsdecode(b"caf\xe9")
+    control_run(runs / odd)
+    pets = runs / "pets" / "subjects"
+    (pets / "rex").rename(pets / odd)
+    with served(runs) as here:
+        assert page(here).count("<article") == 3 and json.loads(ask(f"{here}/parts")[2])["keys"]
+        for name in (odd, "pets"):
+            page(f"{here}/run/{key_of(runs / name)}/")
+            json.loads(page(f"{here}/run/{key_of(runs / name)}/parts"))
+
+
 HOSTILE = (
     "../secret.png", "..%2fsecret.png", "%2e%2e/secret.png", "/etc/passwd", "samples/../../secret.png", "link.png",
     "linked/inner.png", "status.json", "config.yaml", ".", "samples", "pipe.png", "a%00.png", "samples/strips/none.png",
