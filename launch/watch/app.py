@@ -117,7 +117,8 @@ def own_file(request: Request) -> Response:
 def page(template: str, view: View, **values: Any) -> Response:
     """Answers with a whole page, in which the parts are as they are now."""
     html = fill(template, version=view.version, **values)
-    return HTMLResponse(html, headers=HEADERS | {"Content-Security-Policy": POLICY, "Cache-Control": "no-store"})
+    content = html.encode(errors="backslashreplace")  # for names of folders that are no text
+    return HTMLResponse(content, headers=HEADERS | {"Content-Security-Policy": POLICY, "Cache-Control": "no-store"})
 
 
 def parts(request: Request, view: View) -> Response:

@@ -123,6 +123,8 @@ def attempts(metrics: Metrics) -> list[dict[str, Any]]:
     the settings that it changed. An end that nothing tells, as of a process that was killed, is None."""
     found: list[dict[str, Any]] = []
     for when, status in metrics.statuses:
+        if status == "SCHEDULED" or (status == "RUNNING" and found and when - found[-1]["begin"] < SAME_START_SECONDS):
+            continue
         if status == "RUNNING" or not found:
             found.append({"begin": when, "end": None, "came_to": "", "changed": []})
         if status != "RUNNING":
@@ -134,7 +136,9 @@ def attempts(metrics: Metrics) -> list[dict[str, Any]]:
     return [{"number": number, **one} for number, one in enumerate(found, 1)][::-1]
 
 
-ENDS = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "stopped", "SCHEDULED": "waiting"}
+SAME_START_SECONDS = 5.0
+"""Within which a start may say twice that it runs, as that of a subject does."""
+ENDS = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "stopped"}
 """What MLflow calls the ends of a run, by our words."""
 
 

@@ -109,7 +109,7 @@ class Site:
             while len(self._pages) > OPEN_PAGES:
                 self._forget(next(iter(self._pages)))
             view.look()
-            return view
+            return view if view.keys() else None  # it has gone meanwhile
 
     def _forget(self, address: tuple[str, ...]) -> None:
         """Gives back the memory of a page that nobody has asked for lately."""
@@ -151,6 +151,7 @@ class Site:
             folder=str(run.folder),
             player=player(facts, picture),
             learnt_share=LEARNT_SHARE,
+            address=address,
         )
         parts = {name: fill_block(template, name, values) for name in blocks if name.startswith("part_")}
         return {name.removeprefix("part_"): text for name, text in parts.items()} | {
@@ -172,11 +173,16 @@ def player(facts: dict[str, Any], picture: Callable[..., str]) -> str:
     return json.dumps({"steps": rows, "mark": told and told["announced"]})
 
 
+def address(name: str) -> str:
+    """Returns the name of a file or folder as it stands in an address."""
+    return quote(name, safe="", errors="surrogateescape")
+
+
 def address_of(run: Run, key: str, name: str, width: int = 0) -> str:
     """Returns the address of a picture, with what tells this version of it from others. width: 0 for the whole one."""
     stamp = run.files.stamp(name)
     version = sha256(repr(stamp).encode()).hexdigest()[:10]
-    return f"/run/{key}/{f'small/{width}' if width else 'file'}/{quote(name)}?v={version}"
+    return f"/run/{key}/{f'small/{width}' if width else 'file'}/{quote(name, errors='surrogateescape')}?v={version}"
 
 
 def fill(template: str, **values: Any) -> str:

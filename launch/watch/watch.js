@@ -120,6 +120,10 @@ function player(part) {
   return one && one.state ? {at: one.state.at, isLast: one.state.at === one.state.steps.length - 1, stop: one.state.stop} : null;
 }
 
+function isStrip(image) {
+  return image.naturalHeight < 200;  // small pictures side by side, whose pixels are looked at
+}
+
 function play(root, before) {
   const {steps, mark} = JSON.parse(root.dataset.player);
   const slider = root.querySelector("[data-at]"), image = root.querySelector("[data-frame]");
@@ -142,7 +146,7 @@ function play(root, before) {
     timer = setInterval(() => (state.at < steps.length - 1 ? show(state.at + 1) : state.stop()), FRAME);
   });
   root.querySelectorAll("img").forEach(one => {
-    const size = () => { if (one.naturalWidth) one.style.width = `${Math.max(one.naturalWidth, Math.min(900, 2.5 * one.naturalWidth))}px`; };
+    const size = () => { if (one.naturalWidth) one.style.width = `${isStrip(one) ? Math.max(one.naturalWidth, Math.min(900, 2.5 * one.naturalWidth)) : one.naturalWidth}px`; };
     one.addEventListener("load", size);
     size();
   });
@@ -164,7 +168,7 @@ function element(name, attributes, text) {
 
 function short(value, percent, unit) {
   if (percent) return `${Math.round(100 * value)} %`;
-  if (unit && Math.abs(value) >= 1e-3 && Math.abs(value) < 1e5) return value.toFixed(Math.min(8, Math.max(0, -Math.floor(Math.log10(unit) + 1e-9))));
+  if (unit >= 1e-6 && Math.abs(value) < 1e5) return value.toFixed(Math.min(8, Math.max(0, -Math.floor(Math.log10(unit) + 1e-9))));
   if (value !== 0 && (Math.abs(value) < 1e-3 || Math.abs(value) >= 1e5)) return value.toExponential(1).replace("e+", "e");
   return String(Number(value.toPrecision(3)));
 }

@@ -22,9 +22,11 @@ from controlbooth.data.errors import UserError
 from controlbooth.launch.cli import main as controlbooth
 from controlbooth.launch.watch import site as sites
 from controlbooth.launch.watch.app import make_app
+from controlbooth.launch.watch.facts import attempts
 from controlbooth.launch.watch.failures import sentences
 from controlbooth.launch.watch.files import open_inside
 from controlbooth.launch.watch.finding import Finder, key_of
+from controlbooth.launch.watch.metrics import Metrics
 from controlbooth.launch.watch.site import Site
 from controlbooth.launch.watch.subject_run import category
 from controlbooth.trainer.dreambooth.measuring.overfitting import Course
@@ -175,6 +177,19 @@ def test_a_failed_run_says_why_and_what_to_do_and_a_later_start_takes_that_back(
     assert "badge running" in card(runs, "first")
 
 
+def test_starts_are_listed_with_their_ends_and_the_settings_that_each_changed(runs):
+    own = runs / "pets" / "subjects" / "rex" / "metrics.jsonl"
+    statuses = [(1.0, "SCHEDULED"), (100.0, "RUNNING"), (100.2, "RUNNING"), (200.0, "RUNNING"), (300.0, "FINISHED")]
+    changed = dict(time=201.0, tags={"changed.steps": "40", "state": "running"})
+    write(own, lines(*(dict(time=when, status=status) for when, status in statuses), changed))
+    metrics = Metrics(own.parent)
+    metrics.update()
+    assert attempts(metrics) == [
+        dict(number=2, begin=200.0, end=300.0, came_to="finished", changed=["steps=40"]),
+        dict(number=1, begin=100.0, end=None, came_to="", changed=[]),
+    ]
+
+
 def test_a_run_without_news_is_silent_and_says_where_to_look(runs):
     shutil.rmtree(runs / "first")
     control_run(runs / "first", age=700.0)
@@ -271,6 +286,18 @@ def test_a_run_called_like_a_script_is_shown_as_text(runs):
             _, headers, body = ask(url)
             assert b"<script>alert" not in body and b"<img src=x>" not in body
             assert "script-src 'self'" in headers["Content-Security-Policy"]
+
+
+def test_folders_whose_names_are_no_text_are_shown_too(runs):
+    odd = os.fsdecode(b"caf\xe9")
+    control_run(runs / odd)
+    pets = runs / "pets" / "subjects"
+    (pets / "rex").rename(pets / odd)
+    with served(runs) as here:
+        assert page(here).count("<article") == 3 and json.loads(ask(f"{here}/parts")[2])["keys"]
+        for name in (odd, "pets"):
+            page(f"{here}/run/{key_of(runs / name)}/")
+            json.loads(page(f"{here}/run/{key_of(runs / name)}/parts"))
 
 
 HOSTILE = (
