@@ -65,7 +65,7 @@ DIRECTIONS = {  # folder -> room -> the rooms of this folder that it may import,
         "controlnet": ("evaluation", "encoding", "losses"),
         "model_card": ("evaluation",),
         "export": ("model_card",),
-        "planning": ("controlnet",),
+        "planning": ("controlnet", "dreambooth"),
         "miniature": ("evaluation",),
     },
     "launch": {
