@@ -18,6 +18,7 @@ from controlbooth.launch.ranks.torchrun import SPIN_COUNT
 VERBS = {  # group -> verb -> (module[:function] of controlbooth, what it does); the function is main
     "Training": {
         "quickstart": ("launch.commands.quickstart", "train a ControlNet on this machine, from nothing"),
+        "init": ("launch.commands.init", "write a run file from data, a base and a card, with reasons"),
         "train": ("launch.commands.train", "run a training on this machine, or resume it"),
         "plan": ("launch.commands.plan", "memory, time and price of a run before it is started"),
         "sample": ("launch.commands.sample", "draw pictures with one ControlNet or several"),

@@ -21,6 +21,7 @@ Examples:
   controlbooth plan run.yaml --shapes sd35-medium --accelerator a100-80 model.gradient_checkpointing=true
   controlbooth plan run.yaml --fit 24GiB                   the fastest setting that fits such a card
   controlbooth plan run.yaml --fit h100 --gpus 8 --shapes flux-dev
+  controlbooth plan subjects-run.yaml --subjects subjects.yaml --fit 24GiB --shapes sdxl    how many at a time
   controlbooth plan run.yaml --calibration rows.jsonl      rows of tests/benchmarks/gpu.py, or a run's folder
 """
 
@@ -45,6 +46,12 @@ def command_line() -> argparse.ArgumentParser:
         help="propose the fastest setting that fits: 24GiB, 80GB, or a card's name",
     )
     parser.add_argument("--gpus", type=whole_number(), help="cards in all, with --fit (default: 1)")
+    parser.add_argument(
+        "--subjects",
+        type=Path,
+        metavar="MANIFEST",
+        help="plan a run of DreamBooth subjects, RUN.yaml, of this manifest",
+    )
     parser.add_argument("--price", type=finite_number(0), help="dollars for an hour of one card (default: the table's)")
     parser.add_argument(
         "--network-gbit", type=finite_number(above=0), help="between nodes, of one card (default: the table's)"

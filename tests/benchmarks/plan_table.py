@@ -3,6 +3,7 @@ have published. ControlNets of Stable Diffusion 3, 3.5 and FLUX.1-dev: what memo
 
     .venv/bin/python tests/benchmarks/plan_table.py [--calibration ROWS.jsonl] [--quick]
     .venv/bin/python tests/benchmarks/plan_table.py --transformers [NAME ...]
+    .venv/bin/python tests/benchmarks/plan_table.py --fit [NAME ...]     what `controlbooth plan --fit` chooses by card
 
 Nothing is downloaded or trained. The table of speeds rests on the measured rows that `controlbooth plan` takes by
 itself, or on those of --calibration, as tests/benchmarks/gpu.py writes them; tests/benchmarks/plan_measured.py
@@ -12,6 +13,7 @@ core, with --quick one; the transformers take six minutes.
 
 import argparse
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,9 +31,12 @@ from controlbooth.models.families import FAMILIES
 from controlbooth.models.text import TextEncoding
 from controlbooth.trainer.config.loading import build_config
 from controlbooth.trainer.config.run import RunConfig
-from controlbooth.trainer.planning.accelerators import ACCELERATORS, Layout
+from controlbooth.trainer.config.subjects import SubjectRunConfig
+from controlbooth.trainer.planning.accelerators import ACCELERATORS, Layout, card_to_fit, with_nodes
 from controlbooth.trainer.planning.calibration import SHIPPED, nearest, planned_facts, rows_for
 from controlbooth.trainer.planning.choices import all_choices, fastest, footprint_of_row, measured_speed, one_choice
+from controlbooth.trainer.planning.fit import find_fit
+from controlbooth.trainer.planning.fit_report import in_words
 from controlbooth.trainer.planning.footprint import (
     Footprint,
     LiveStorages,
@@ -43,6 +48,8 @@ from controlbooth.trainer.planning.footprint import (
     worst_moments,
 )
 from controlbooth.trainer.planning.speed import UNMEASURED, Speed, micro_batch_seconds
+from controlbooth.trainer.planning.subjects import best_stack, stack_choices, stack_footprint
+from controlbooth.trainer.planning.subjects_report import subject_speed
 
 GLOBAL_BATCH, SAMPLES = 2048, 1_000_000
 GIB = 2**30
@@ -103,6 +110,83 @@ def table_rows(family: str, px: int, cached: bool, config: RunConfig, one: Footp
             f"{hours * cards * layout.accelerator.price:7.0f}",
             flush=True,
         )
+
+
+FITTED = ("sd15", "sdxl", "sd3-medium", "sd35-large", "flux-dev")
+SIZES = (("24GiB", 1), ("48GiB", 1), ("80GiB", 1), ("141GiB", 1), ("80GiB", 8))
+
+
+def fitted(names: list[str]) -> None:
+    """Prints what `controlbooth plan --fit` chooses for each base, resolution, method and size of card.
+
+    ControlNets with a global batch of 64; of subjects, on each card, how many are trained together. A row is printed as
+    soon as it is known: a base of transformers takes minutes.
+    """
+    print("| base | px | trained | " + " | ".join(f"{count} x {size}" for size, count in SIZES) + " |")
+    print("| --- " * (3 + len(SIZES)) + "|")
+    for resolution in (512, 1024):
+        for name in names:
+            is_transformer = FAMILIES[PUBLISHED[name].family].is_transformer
+            for method in ("full",) if is_transformer else ("full", "lora"):
+                cells = fitted_controlnet(name, resolution, method)
+                what = {"full": "ControlNet", "lora": "control-LoRA"}[method]
+                print(f"| {name} | {resolution} | {what} | " + " | ".join(cells) + " |", flush=True)
+            print(f"| {name} | {resolution} | LoRA subjects | " + " | ".join(fitted_subjects(name, resolution)) + " |")
+
+
+def fitted_controlnet(name: str, resolution: int, method: str) -> list[str]:
+    follow, cells = once(footprint), []
+    for size, count in SIZES:
+        config = build_config(
+            dict(
+                name="table",
+                max_steps=1000,
+                global_batch_size=64,
+                micro_batch_size=8,
+                model=dict(base="published", method=method),
+                data=dict(shards="none", condition="edges", resolution=resolution),
+                engine=dict(precision="bf16"),
+            )
+        )
+        found = find_fit(config, with_nodes(Layout(card_to_fit(size), 1, 1), count), name, follow=follow)
+        if found.chosen is None:
+            cells.append(f"no: {found.least.choice.needed_bytes / GIB:.0f} GiB at least")
+        else:
+            chosen = found.chosen
+            cells.append(
+                f"{in_words(chosen)}, micro-batch {chosen.config.micro_batch_size}: "
+                f"{chosen.choice.needed_bytes / GIB:.0f} GiB"
+            )
+    return cells
+
+
+def fitted_subjects(name: str, resolution: int) -> list[str]:
+    follow, cells = once(stack_footprint), []
+    config = SubjectRunConfig.model_validate(dict(name="table", model=dict(base="published"), resolution=resolution))
+    for size, count in SIZES:
+        card = card_to_fit(size)
+        speed, _ = subject_speed(card)
+        best = best_stack(stack_choices(config, card, "bf16", speed, name, follow=follow))
+        if best is None:
+            cells.append("no")
+        else:
+            again = ", gradient checkpointing" if best.gradient_checkpointing else ""
+            each = " on each" if count > 1 else ""
+            cells.append(f"{best.subjects} together{each}{again}: {best.needed_bytes / GIB:.0f} GiB")
+    return cells
+
+
+def once(follow: Callable[..., Footprint]) -> Callable[..., Footprint]:
+    """Returns a function that follows each step once, and has its footprint from then on."""
+    known: dict[Any, Footprint] = {}
+
+    def followed(config: RunConfig | SubjectRunConfig, *rest: Any) -> Footprint:
+        asked = config.model_dump_json(), *rest
+        if asked not in known:
+            known[asked] = follow(config, *rest)
+        return known[asked]
+
+    return followed
 
 
 CARDS = ("rtx4090", "a100-40", "l40s", "a100-80", "h100", "h200", "mi300x")
@@ -233,7 +317,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="without the rows of cached latents and text")
     names = [name for name, one in PUBLISHED.items() if FAMILIES[one.family].is_transformer]
     parser.add_argument("--transformers", nargs="*", metavar="NAME", help=f"only these: {', '.join(names)}")
+    parser.add_argument("--fit", nargs="*", metavar="NAME", help=f"only these: {', '.join(FITTED)}")
     options = parser.parse_args()
+    if options.fit is not None:
+        return fitted(options.fit or list(FITTED))
     if options.transformers is not None:
         return transformers(options.transformers or names)
     table(rows_for(ACCELERATORS["h100"], options.calibration or SHIPPED), options.quick)

@@ -32,7 +32,8 @@ from controlbooth.trainer.planning.scaling import HOST_BANDWIDTH, NETWORK
 from controlbooth.trainer.planning.speed import BANDWIDTH, UNMEASURED, Speed
 
 NEAR = 0.1
-"""Share of the speed that is given up for a base in more bits: the plan of such settings is no surer than that."""
+"""Share of the speed that is given up for a base in more bits, and for costs that were measured: a plan of the others
+is no surer than that."""
 SEARCHED = (
     "micro_batch_size",
     "model.gradient_checkpointing",
@@ -121,10 +122,12 @@ def find_fit(
     layout: Layout,
     shapes: str | None = None,
     say: Callable[[str], None] = lambda message: None,
+    follow: Callable[..., Footprint] = footprint,
 ) -> Fit:
     """Finds the fastest setting of a run that fits the cards of a layout.
 
-    layout: among whose ranks the global batch can be divided. say: is called with each stage. Raises ConfigError and
+    layout: among whose ranks the global batch can be divided. say: is called with each stage. follow: `footprint`, or
+    what has its results from before. Raises ConfigError and
     UserError as `choices.make_plan`.
     """
     precision = planned_precision(config, layout.accelerator)
@@ -134,7 +137,7 @@ def find_fit(
         if number >= 2 and any(setting.fits for setting in found):
             break  # only what keeps activations on the device and AdamW's moments whole is searched where it is enough
         say(f"a step on fake tensors{told_of(way, config)}")
-        one = footprint(way, precision, 1, way.model.attention, shapes)
+        one = follow(way, precision, 1, way.model.attention, shapes)
         found += settings_of(config, way, one, layout, precision, speed)
     chosen = best(found)
     least = min(found, key=lambda setting: (setting.choice.needed_bytes, setting.seconds))
@@ -272,8 +275,9 @@ def whole_seconds(
 def best(settings: Sequence[Setting]) -> Setting | None:
     """Chooses the best of the settings that fit; None where none does.
 
-    Of bases in more bits the first whose fastest setting is within NEAR of the fastest of all; of its settings within
-    ALIKE of each other the one that changes fewest fields of the run, and of those the one with the least memory.
+    Of bases in more bits the first whose fastest setting is within NEAR of the fastest of all, and of its settings
+    likewise those with the fewest costs that were never measured. Of these within ALIKE of each other it is the one
+    that changes fewest fields of the run, and of those the one with the least memory.
     """
     fitting = [setting for setting in settings if setting.fits]
     if not fitting:
@@ -283,6 +287,10 @@ def best(settings: Sequence[Setting]) -> Setting | None:
     by_precision = sorted(fitting, key=lambda setting: order.index(setting.config.model.frozen.precision))
     near = next(one for one in by_precision if one.samples_per_second >= (1 - NEAR) * top)
     tier = [one for one in fitting if one.config.model.frozen.precision == near.config.model.frozen.precision]
+    top = max(setting.samples_per_second for setting in tier)
+    near_all = [one for one in tier if one.samples_per_second >= (1 - NEAR) * top]
+    fewest = min(len(one.estimated) for one in near_all)
+    tier = [one for one in near_all if len(one.estimated) == fewest]
     top = max(setting.samples_per_second for setting in tier)
     close = [one for one in tier if one.samples_per_second >= (1 - ALIKE) * top]
     return min(close, key=lambda one: (len(one.changes), one.choice.needed_bytes))

@@ -38,7 +38,7 @@ from controlbooth.models.noise.process import Diffusion, Process
 from controlbooth.models.pretrained import check_dtype, class_of, controlnet_class, flow_process
 from controlbooth.models.recognition import check_part, recognise_folder
 from controlbooth.models.recomputing import recompute
-from controlbooth.trainer.config.run import RunConfig, base_path
+from controlbooth.trainer.config.run import RunConfig, base_folder
 from controlbooth.trainer.config.section import ConfigError
 from controlbooth.trainer.controlnet.build import new_controlnet
 from controlbooth.trainer.controlnet.step import DeviceBatch, condition_input, controlnet_loss
@@ -47,7 +47,7 @@ from controlbooth.trainer.engine.deepspeed import DTYPES
 from controlbooth.trainer.engine.offloading import activations_on_host
 from controlbooth.trainer.engine.optimizers import state_bytes
 from controlbooth.trainer.planning.frozen_bytes import HeldBytes, held_bytes
-from controlbooth.trainer.run.base import with_run_settings
+from controlbooth.trainer.run.base import AnyRun, with_run_settings
 
 WITHOUT_SCORES = ("auto", "xformers", "efficient", "flash")
 """Attention kernels that keep no matrix of tokens by tokens; `auto` takes one of them where such a matrix is large."""
@@ -265,6 +265,15 @@ def worst_moments(moments: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], 
 def shapes_of(config: RunConfig, precision: str, shapes: str | None = None) -> tuple[Base, Any]:
     """Makes the base and the ControlNet of a run on the meta device. shapes: of PUBLISHED, in place of model.base.
 
+    Raises ConfigError and ValueError as `base_shapes`.
+    """
+    base = base_shapes(config, precision, shapes)
+    return base, nn.Module.to(_controlnet(config, base.denoiser), DTYPES[precision])
+
+
+def base_shapes(config: AnyRun, precision: str, shapes: str | None = None) -> Base:
+    """Makes the base of a run, or of a run of subjects, on the meta device. shapes: of PUBLISHED.
+
     Raises ConfigError and ValueError for a base that cannot be read, for a family of which nothing is known, and for
     settings that have no meaning with it.
     """
@@ -290,7 +299,7 @@ def shapes_of(config: RunConfig, precision: str, shapes: str | None = None) -> t
         digest="",
         text_tokens=text_tokens,
     )
-    return with_run_settings(config, base), nn.Module.to(_controlnet(config, base.denoiser), dtype)
+    return with_run_settings(config, base)
 
 
 def _empty(part: Part, config: Config) -> Any:
@@ -308,10 +317,10 @@ def _process(family: Family, config: Config, where: str) -> Process:
     return Diffusion(scheduler)
 
 
-def _architecture(config: RunConfig, shapes: str | None) -> tuple[Family, dict[str, Config], Config]:
+def _architecture(config: AnyRun, shapes: str | None) -> tuple[Family, dict[str, Config], Config]:
     """Finds the family, the configurations of the networks by their folders and that of the noise: the published ones,
     or those that the base's folder holds."""
-    folder = base_path(config)
+    folder = base_folder(config.model.base)
     if shapes is None and folder.is_dir():
         family = _without_t5(config, recognise_folder(folder, config.model.family))
         for part in family.parts:
@@ -337,7 +346,7 @@ def _architecture(config: RunConfig, shapes: str | None) -> tuple[Family, dict[s
     return _without_t5(config, family), parts, published.noise_scheduler
 
 
-def _without_t5(config: RunConfig, family: Family) -> Family:
+def _without_t5(config: AnyRun, family: Family) -> Family:
     return family if config.model.t5 else family.without_t5()
 
 

@@ -3,7 +3,9 @@
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -12,11 +14,14 @@ from controlbooth.data.files.whole import write_whole
 from controlbooth.trainer.config.loading import load_config
 from controlbooth.trainer.config.run import RunConfig
 from controlbooth.trainer.config.section import ConfigError
+from controlbooth.trainer.config.subjects import load_run
 from controlbooth.trainer.planning.accelerators import Layout, accelerator, card_to_fit, with_nodes
 
 
 def run(options: argparse.Namespace) -> int:
     """Does what `controlbooth plan` is asked, and returns its exit status."""
+    if options.subjects:
+        return run_subjects(options)
     config = load_config(options.run, options.overrides)
     if options.fit or options.gpus:
         return run_fit(options, config)
@@ -53,6 +58,47 @@ def run_fit(options: argparse.Namespace, config: RunConfig) -> int:
     return 0 if found.chosen else 1
 
 
+def run_subjects(options: argparse.Namespace) -> int:
+    """Does what `controlbooth plan --subjects` is asked; -> 0, or 1 where not one subject fits."""
+    others = ("cluster", "nodes", "processes_per_node", "calibration", "simulate", "price", "network_gbit", "json")
+    refuse_beside("--subjects", others, options)
+    from controlbooth.trainer.dreambooth.manifest import load_subjects
+
+    config = load_run(Path(options.run), options.overrides)
+    subjects, faults = load_subjects(options.subjects)
+    for name, fault in faults.items():
+        say(f"warning: {name} is left out: {fault}")
+    if not subjects:
+        raise ConfigError(f"{options.subjects} has no subject that can be trained: see above")
+    steps = [subject.steps or config.steps for subject in subjects]
+    card = card_to_fit(
+        options.fit or options.accelerator or "h100",
+        options.accelerator,
+        "fp32" if config.precision == "fp32" else "bf16",
+    )
+    from controlbooth.trainer.planning.subjects_report import plan_subjects
+
+    lines, fits = plan_subjects(
+        config,
+        options.subjects,
+        steps,
+        card,
+        options.gpus or 1,
+        options.shapes,
+        options.run,
+        options.overrides,
+        say,
+    )
+    print("\n".join(lines))
+    return 0 if fits else 1
+
+
+def refuse_beside(option: str, others: Sequence[str], options: argparse.Namespace) -> None:
+    """Raises ConfigError where options are given that do not go with one. others: by their names in a Namespace."""
+    if given := [f"--{name.replace('_', '-')}" for name in others if getattr(options, name) is not None]:
+        raise ConfigError(f"{', '.join(given)} does not go with {option}, which knows cards by --fit and --gpus alone")
+
+
 def layout_to_fit(options: argparse.Namespace, config: RunConfig) -> Layout:
     """Finds the cards that --fit and --gpus name.
 
@@ -62,8 +108,7 @@ def layout_to_fit(options: argparse.Namespace, config: RunConfig) -> Layout:
     if not options.fit:
         raise ConfigError(f"--gpus {options.gpus} is of --fit: give --nodes and --processes-per-node, or --fit SIZE")
     others = ("cluster", "nodes", "processes_per_node", "calibration", "simulate", "price", "network_gbit")
-    if given := [f"--{name.replace('_', '-')}" for name in others if getattr(options, name) is not None]:
-        raise ConfigError(f"{', '.join(given)} does not go with --fit, which knows cards by --fit and --gpus alone")
+    refuse_beside("--fit", others, options)
     card = card_to_fit(options.fit, options.accelerator, "fp32" if config.engine.precision == "fp32" else "bf16")
     layout = with_nodes(Layout(card, 1, 1), options.gpus or 1)
     check_divides(config, layout.nodes, layout.processes_per_node, "--gpus")

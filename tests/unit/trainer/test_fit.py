@@ -127,7 +127,7 @@ def test_a_larger_card_is_never_much_slower(gib, more):
     small, large = (best(searched(run(), layout(size))) for size in (gib, gib + more))
     if small is not None:
         assert large is not None
-        assert large.samples_per_second >= 0.89 * small.samples_per_second  # NEAR is given up for more bits
+        assert large.samples_per_second >= 0.8 * small.samples_per_second  # NEAR is given up twice at most
 
 
 def test_streaming_is_never_faster_than_the_bus_and_quantizing_costs_time():
