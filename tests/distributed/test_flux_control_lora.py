@@ -92,7 +92,9 @@ def test_activations_that_are_recomputed_change_no_bit(folder, whole):
 def test_on_a_base_in_8_bits_it_is_trained_and_goes_on(folder):
     pytest.importorskip("torchao")
     model = dict(frozen=dict(precision="int8"))
-    said = finish(start(run_file(folder, "packed", max_steps=4, model=model, engine=dict(precision="bf16"), **RATES), 2))
+    said = finish(
+        start(run_file(folder, "packed", max_steps=4, model=model, engine=dict(precision="bf16"), **RATES), 2)
+    )
     assert "frozen base: int8" in said
     path = run_file(folder, "packed", max_steps=6, model=model, engine=dict(precision="bf16"), **RATES)
     assert "at step 4" in finish(start(path, 2))
