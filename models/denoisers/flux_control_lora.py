@@ -51,7 +51,9 @@ class ControlAdapter(StackedAdapter):
         """Computes (..., inputs) -> (..., out). The layer reads the first features."""
         assert not isinstance(self.layer, nn.Conv2d)
         added, features = self.added(x), self.layer.in_features
-        own = x if x.shape[-1] == features else x[..., :features].contiguous()  # laid out, and so rounded, as the base's
+        own = (
+            x if x.shape[-1] == features else x[..., :features].contiguous()
+        )  # laid out, and so rounded, as the base's
         return self.layer(own) + (added if self.scale == 1.0 else self.scale * added)
 
 
@@ -127,7 +129,9 @@ def must_fit(config: Any) -> tuple[str, ...]:
 def check_usable(config: Any, where: str) -> None:
     """Raises ValueError for a configuration without a rank that is a number above 0. where: its folder."""
     if type(config.get("rank")) is not int or config["rank"] < 1:
-        raise UserError(f"{where}: its rank is {config.get('rank')!r}, and a number above 0 belongs there. Copy it again")
+        raise UserError(
+            f"{where}: its rank is {config.get('rank')!r}, and a number above 0 belongs there. Copy it again"
+        )
 
 
 def small_weights(controlnet: nn.Module, prefix: str = "transformer.") -> Mapping[str, Tensor]:

@@ -24,6 +24,7 @@ from tiny import run_tree
 from controlbooth.data.order.draws import noise_hash
 from controlbooth.data.shards.manifest import open_dataset
 from controlbooth.models.attention import AttentionChoice, apply_attention
+from controlbooth.models.denoisers.registry import predicts_alone
 from controlbooth.models.pretrained import load_base
 from controlbooth.models.unlocked_decoder import UnlockedNetwork
 from controlbooth.trainer.config.loading import build_config
@@ -254,7 +255,7 @@ def plain(folder: Path, world: World) -> dict:
     for module in (base.denoiser, controlnet):
         apply_attention(module, AttentionChoice("math", "the same for all"))
     o = config.optimizer
-    own_rates = [o.learning_rate, lora_learning_rate(config)]
+    own_rates = [o.learning_rate, lora_learning_rate(config)][predicts_alone(controlnet) :]
     groups = [dict(params=group, lr=rate) for group, rate in zip(parameter_groups(controlnet), own_rates, strict=False)]
     optimizer = torch.optim.AdamW(groups, o.learning_rate, o.betas, o.epsilon, o.weight_decay)
     losses = []

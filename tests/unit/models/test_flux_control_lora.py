@@ -1,16 +1,19 @@
 """Control-LoRAs of FLUX.1: the base with low-rank differences, and conditions as channels beside the picture."""
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from checkpoints import write_run
-from diffusers import FluxControlPipeline
+from diffusers import FluxControlPipeline, FluxTransformer2DModel
 from inputs import SIZE, batch, disturbed, steps_moving
 from safetensors.torch import load_file
 
 from controlbooth.launch.commands.export import main as export_main
+from controlbooth.models.architectures import PUBLISHED
 from controlbooth.models.denoisers.control_lora import adapters_of, share_weights
 from controlbooth.models.denoisers.flux_control_lora import FluxControlLora, build_controlnet
 from controlbooth.models.denoisers.registry import (
@@ -21,10 +24,13 @@ from controlbooth.models.denoisers.registry import (
     parameter_report,
     predict,
 )
+from controlbooth.models.families import FAMILIES
 from controlbooth.models.pretrained import load_control_lora, load_controlnet, save_controlnet
 from controlbooth.models.quantized import quantize
 from controlbooth.models.recomputing import recompute
 from controlbooth.models.sampling import Control, initial_noise, sample
+from controlbooth.trainer.config.families import misplaced
+from controlbooth.trainer.config.loading import build_config
 
 RANK = 3
 
@@ -218,6 +224,45 @@ def test_diffusers_draws_our_pictures_from_an_export(base, base_folder, tmp_path
         max_sequence_length=base.text_tokens, joint_attention_kwargs={"scale": scale}, output_type="np",
     ).images  # fmt: skip
     assert (ours - 255 * torch.from_numpy(pictures)).abs().max() < 0.5 + 1e-2  # equal before they are rounded
+
+
+@pytest.mark.parametrize(
+    ("family", "model", "message"),
+    [
+        (
+            "sd3",
+            dict(method="lora"),
+            r"method=lora is for a U-Net or FLUX.1 \(pipelines .* none for other transformers\)",
+        ),
+        ("miniature-dit", dict(method="lora"), "model.method=lora is for a U-Net or FLUX.1"),
+        (
+            "flux",
+            dict(method="lora", copied_blocks=[2, 2]),
+            r"model.copied_blocks=\[2, 2\] does not go with model.method",
+        ),
+        ("flux", dict(method="lora", condition_entry="pixels"), "model.condition_entry=pixels is for SD3"),
+        (
+            "sd15",
+            dict(method="lora", frozen=dict(precision="int8")),
+            "precision=int8 is for a whole ControlNet .* FLUX.1",
+        ),
+    ],
+)
+def test_what_is_not_for_a_family_is_refused_by_its_field(family, model, message):
+    tree = dict(name="x", max_steps=1, global_batch_size=1, micro_batch_size=1, data=dict(shards="s", condition="c"))
+    told = misplaced(build_config(tree | dict(model=dict(base="b") | model)), FAMILIES[family])
+    assert len(told) == 1 and re.search(message, told[0])
+
+
+def test_of_flux_dev_it_has_one_to_four_per_cent_of_the_parameters():
+    shapes = {name: value for name, value in PUBLISHED["flux-dev"].denoiser.items() if not name.startswith("_")}
+    with torch.device("meta"):
+        transformer: Any = FluxTransformer2DModel(**shapes)
+    whole = sum(one.numel() for one in transformer.parameters())
+    totals = {rank: parameter_report(build_controlnet(transformer, rank)).total for rank in (32, 128)}
+    assert whole == 11_901_408_320 and totals == {32: 130_846_720, 128: 523_386_880}
+    documented = (Path(__file__).parents[3] / "docs" / "concepts" / "control-lora.md").read_text()
+    assert all(f"{number:,}" in documented for number in (whole, *totals.values()))
 
 
 def test_it_adds_nothing_that_residuals_could_be_asked_for(base):

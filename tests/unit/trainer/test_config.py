@@ -103,7 +103,10 @@ def test_an_error_names_the_key_the_value_and_the_remedy(tmp_path, override, mes
 
 @pytest.mark.parametrize(
     "other",
-    ["model.trainable_copy=lite", "model.hint_network=paper", "model.unlock_decoder_at=5", "engine.compile=true"],
+    [
+        *("model.trainable_copy=lite", "model.hint_network=paper", "model.unlock_decoder_at=5", "engine.compile=true"),
+        *("model.frozen.shards=node", "model.frozen.stream=cpu", "optimizer.name=muon"),
+    ],
 )
 def test_what_does_not_go_with_low_rank_differences_is_refused(tmp_path, other):
     with pytest.raises(ConfigError, match=f"{other} does not go with model.method=lora: leave one of them out"):

@@ -158,7 +158,7 @@ def test_planned_weights_are_those_of_the_real_modules(bases, family):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["sd15", "miniature"])
+@pytest.mark.parametrize("family", ["sd15", "miniature", "flux"])
 def test_of_a_control_lora_the_weights_that_it_shares_with_its_base_are_planned_once(bases, family):
     from controlbooth.trainer.controlnet.build import make_controlnet
 
@@ -299,7 +299,9 @@ def test_what_a_run_on_a_transformer_would_refuse_its_plan_refuses(bases):
         shapes_of(run_on(bases, "sd3"), "fp16")
     with pytest.raises(ValueError, match="model.trainable_copy=lite is for a U-Net, and the base is FLUX.1-dev"):
         shapes_of(run_on(bases, "flux", trainable_copy="lite"), "bf16")
-    with pytest.raises(ValueError, match="model.method=lora is for a U-Net, and the base is Stable Diffusion 3"):
+    with pytest.raises(
+        ValueError, match="model.method=lora is for a U-Net or FLUX.1 .*, and the base is Stable Diffusion 3"
+    ):
         shapes_of(run_on(bases, "sd3", method="lora"), "bf16")
     odd = run_on(bases, "sd3")
     odd = odd.model_copy(update={"data": odd.data.model_copy(update={"resolution": 40})})
