@@ -210,6 +210,8 @@ def settings_of(
         here = way.model_copy(update={"model": model})
         for choice in all_choices(here, held, layout, precision, speed):
             engine = engine_with(way.engine, choice)
+            if engine.zero_stage == 0 and config.engine.zero_stage:
+                continue  # it sums a step's gradients in the weights' precision, where others do in fp32
             if engine.activations == "cpu" and engine.zero_stage == 3:
                 continue
             if engine.compile and engine.zero_stage == 3:

@@ -82,8 +82,8 @@ def test_help_of_a_group_has_examples_of_its_own_with_options_that_its_verbs_tak
         (["order"], "there is no verb 'order'; did you mean 'data order'?"),
         (
             ["zzzzz"],
-            "there is no verb 'zzzzz'; verbs are: quickstart, train, plan, sample, evaluate, compare, report, watch, "
-            "mirror, ablate, export, dreambooth",
+            "there is no verb 'zzzzz'; verbs are: quickstart, init, train, plan, sample, evaluate, compare, report, "
+            "watch, mirror, ablate, export, dreambooth",
         ),
     ],
 )
