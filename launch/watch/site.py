@@ -114,12 +114,20 @@ class Site:
             if run is None or (subject is not None and not has_subject(run, subject)):
                 return None
             address = (key,) if subject is None else (key, subject)
-            view = self._pages.pop(address, None) or View(lambda now: self._page(key, subject, now))
+            view = self._pages.pop(address, None) or View(
+                lambda now: self._page(key, subject, now), lambda: self._is_read(key, subject)
+            )
             self._pages[address] = view
             while len(self._pages) > OPEN_PAGES:
                 self._forget(next(iter(self._pages)))
             view.look()
             return view if view.keys() else None  # it has gone meanwhile
+
+    def _is_read(self, key: str, subject: str | None) -> bool:
+        """Tells whether the metrics of a page have been read to their end."""
+        run = self._finder.runs().get(key)
+        whole = run.subject(subject).whole if subject is not None and isinstance(run, SubjectRun) else run and run.whole
+        return whole is None or not whole.is_left
 
     def _forget(self, address: tuple[str, ...]) -> None:
         """Gives back the memory of a page that nobody has asked for lately."""

@@ -180,7 +180,7 @@ def time_long(work: Path, run: Path, steps: int = 1_000_000) -> None:
         requests, before = 1, processor_seconds(process.pid)
         while b"of metrics.jsonl is read" in asked(page)[1]:
             requests += 1
-            time.sleep(0.5)
+            time.sleep(0.2)
         spent = processor_seconds(process.pid) - before
         resident = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
     print(f"{steps:,} steps, {size / 2**20:.0f} MiB: overview {overview:.3f} s; its page {first:.3f} s at first")
