@@ -10,6 +10,7 @@ when the command starts, the mirror is written anew: so no step is in it twice.
 """
 
 import argparse
+import importlib
 import importlib.util
 import json
 import shutil
@@ -48,11 +49,10 @@ class TensorBoard:
     """Writes event files, whose values are 32-bit floats."""
 
     def __init__(self, folder: Path, name: str):
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.compat.proto.summary_pb2 import Summary
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
-
-        self._event, self._summary, self._writer = Event, Summary, EventFileWriter(str(folder))
+        self._event = importlib.import_module("tensorboard.compat.proto.event_pb2").Event
+        self._summary = importlib.import_module("tensorboard.compat.proto.summary_pb2").Summary
+        writing = importlib.import_module("tensorboard.summary.writer.event_file_writer")
+        self._writer = writing.EventFileWriter(str(folder))
 
     def write(self, step: int, moment: float, figures: Mapping[str, float]) -> None:
         values = [self._summary.Value(tag=name, simple_value=value) for name, value in figures.items()]
@@ -69,8 +69,7 @@ class WeightsAndBiases:
     """Writes an offline run, which `wandb sync` sends later."""
 
     def __init__(self, folder: Path, name: str):
-        import wandb
-
+        wandb = importlib.import_module("wandb")
         settings = wandb.Settings(console="off", silent=True, x_disable_stats=True, x_disable_meta=True)
         self._run: Any = wandb.init(
             project="controlbooth", name=name, dir=str(folder), mode="offline", reinit="create_new", settings=settings

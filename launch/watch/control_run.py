@@ -15,7 +15,7 @@ from controlbooth.launch.progress import duration, number
 from controlbooth.launch.watch import facts
 from controlbooth.launch.watch.charts import control_charts, ordered, spark, step_charts
 from controlbooth.launch.watch.failures import Failure, rank_failures, sentences
-from controlbooth.launch.watch.files import Files
+from controlbooth.launch.watch.files import SETTLED_SECONDS, Files, Stamp
 from controlbooth.launch.watch.metrics import Metrics
 from controlbooth.trainer.evaluation.verdict import (
     CONTROL,
@@ -38,6 +38,12 @@ LEDGER_BYTES = 2**18
 SHOWN_BAD = 30
 CAPTION_LENGTH = 200
 LAST = ("loss", "grad_norm", "learning_rate", "samples_per_second", "stall_percent", "peak_memory_gib")
+OF_CARD = (
+    *("", "metrics.jsonl", "status.json", "attempt.json", "config.yaml", CONTROL, "samples", STRIPS, "job/job.json"),
+    f"{STRIPS}/{CAPTIONS}",
+)
+"""Files and folders of which the card of a run that is over is made; the run's own folder tells of failures and bad
+samples."""
 READING_SECONDS = 0.3
 """Of a request, that reading a long metrics.jsonl may take; the next request goes on."""
 
@@ -53,9 +59,22 @@ class ControlRun:
         self.glance = Metrics(folder, most=96, glance=True)
         self.whole: Metrics | None = None
         """Read when the run's own page is asked for."""
+        self._card: tuple[list[Stamp | None], dict[str, Any]] | None = None
 
     def card(self, now: float) -> dict[str, Any]:
-        """Gathers what the overview shows. now: seconds since 1970."""
+        """Gathers what the overview shows. now: seconds since 1970.
+
+        That of a run that is over is the same dict until one of its files changes.
+        """
+        stamps = [self.files.stamp(name) for name in OF_CARD]
+        if self._card is not None and self._card[0] == stamps:
+            return self._card[1]
+        card = self._made_card(now)
+        settled = all(stamp is None or now - stamp.changed / 1e9 > SETTLED_SECONDS for stamp in stamps)
+        self._card = (stamps, card) if settled and card["state"] in facts.OVER else None
+        return card
+
+    def _made_card(self, now: float) -> dict[str, Any]:
         self.glance.update(READING_SECONDS)
         return self._summary(self.glance, now) | {
             "spark": spark(self.glance.curves.get("loss")),

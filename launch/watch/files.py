@@ -56,7 +56,7 @@ def open_inside(folder: Path, name: str) -> BinaryIO:
     return open(found, "rb")
 
 
-def stamp_of(path: Path) -> Stamp | None:
+def stamp_of(path: Path | str) -> Stamp | None:
     """Returns what a path is known by; None where nothing is there, or it cannot be asked."""
     try:
         told = os.lstat(path)
@@ -70,6 +70,7 @@ class Files:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self._prefix = f"{folder}/"
         self._problems: dict[tuple[str, Any], str] = {}
         self._kept: dict[tuple[str, Any], tuple[Stamp, Any]] = {}
 
@@ -106,10 +107,10 @@ class Files:
         return sorted(set(self._problems.values()))
 
     def stamp(self, name: str) -> Stamp | None:
-        return stamp_of(self.folder / name)
+        return stamp_of(self._prefix + name)
 
     def _made(self, name: str, what: Any, missing: Any, make: Callable[[], Any]) -> Any:
-        stamp = stamp_of(self.folder / name if name else self.folder)
+        stamp = stamp_of(self._prefix + name if name else self.folder)
         if stamp is None:
             self._problems.pop((name, what), None)
             self._kept.pop((name, what), None)

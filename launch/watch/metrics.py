@@ -21,9 +21,9 @@ THIN_BYTES = 2**25
 MOST_CURVES = 400
 RECENT = 60
 """Records of steps by which speed is told."""
-TAIL_BYTES = 2**15
+TAIL_BYTES = 2**14
 """Of a long file, from its end, that a glance reads."""
-SAMPLES = 40
+SAMPLES = 24
 """Places of the part before, at which a glance looks for a loss."""
 SAMPLE_BYTES = 2**12
 VALIDATION_BYTES = 2**22
@@ -87,7 +87,7 @@ class Metrics(GrowingFile):
 
     def skip(self, file: BinaryIO) -> None:
         """Looks, of a long file that is glanced at, for losses at places spread over it, and goes to its end."""
-        if not self._glance or self.size <= TAIL_BYTES + SAMPLES * SAMPLE_BYTES:
+        if not self._glance or self.size <= 2 * TAIL_BYTES:
             return
         end = self.size - TAIL_BYTES
         for place in range(SAMPLES):

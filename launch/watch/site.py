@@ -24,6 +24,10 @@ SHARE = 0.005
 """Of one processor, that looking at the run folders may take while browsers ask."""
 LEAST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
 """Seconds between two looks."""
+FIRST_SECONDS = 0.4
+"""Of a look, in which runs that were never read are read; the others' cards follow with the next look."""
+READING = "reading"
+"""The state of a card whose run has not been read yet."""
 OPEN_PAGES = 16
 """Runs whose metrics are kept whole in memory."""
 ORDER = ("failed", "silent", "running", "starting", "waiting", "stopped", "finished")
@@ -34,8 +38,9 @@ Parts = dict[str, str]
 class View:
     """One page that is asked for again and again: its parts, each with the number of the look at which it changed."""
 
-    def __init__(self, gather: Callable[[float], Parts]):
-        self._gather = gather
+    def __init__(self, gather: Callable[[float], Parts], is_whole: Callable[[], bool] = lambda: True):
+        """Looks at nothing yet. is_whole: tells whether the last `gather` had the time to read everything."""
+        self._gather, self._is_whole = gather, is_whole
         self._boot = uuid.uuid4().hex[:8]
         self._parts: dict[str, tuple[int, str]] = {}
         self._number = 0
@@ -57,7 +62,9 @@ class View:
             changed |= not same
         if not changed:
             self._number -= 1
-        spent = 0.0 if self._is_first else time.thread_time() - began  # the first look reads everything, once
+        if not self._is_whole():
+            return  # the next one goes on
+        spent = 0.0 if self._is_first else time.thread_time() - began  # what is read once does not count
         self._is_first = False
         self._next = time.monotonic() + min(max(LEAST_PAUSE, spent / SHARE), LONGEST_PAUSE)
 
@@ -83,8 +90,11 @@ class Site:
         self._finder = Finder(folders)
         self.folders = folders
         self._lock = threading.RLock()
-        self._overview = View(self._cards)
+        self._unread = 0
+        self._overview = View(self._cards, lambda: not self._unread)
         self._pages: dict[tuple[str, ...], View] = {}
+        self._filled: dict[str, tuple[dict[str, Any], str]] = {}
+        """By run: what its card was filled from, and the HTML."""
 
     def run(self, key: str) -> Run | None:
         """Finds a run by its name in addresses; None where it is none, or has gone."""
@@ -104,12 +114,20 @@ class Site:
             if run is None or (subject is not None and not has_subject(run, subject)):
                 return None
             address = (key,) if subject is None else (key, subject)
-            view = self._pages.pop(address, None) or View(lambda now: self._page(key, subject, now))
+            view = self._pages.pop(address, None) or View(
+                lambda now: self._page(key, subject, now), lambda: self._is_read(key, subject)
+            )
             self._pages[address] = view
             while len(self._pages) > OPEN_PAGES:
                 self._forget(next(iter(self._pages)))
             view.look()
             return view if view.keys() else None  # it has gone meanwhile
+
+    def _is_read(self, key: str, subject: str | None) -> bool:
+        """Tells whether the metrics of a page have been read to their end."""
+        run = self._finder.runs().get(key)
+        whole = run.subject(subject).whole if subject is not None and isinstance(run, SubjectRun) else run and run.whole
+        return whole is None or not whole.is_left
 
     def _forget(self, address: tuple[str, ...]) -> None:
         """Gives back the memory of a page that nobody has asked for lately."""
@@ -121,13 +139,23 @@ class Site:
             run.subject(address[1]).whole = None
 
     def _cards(self, now: float) -> Parts:
-        cards = []
+        cards, until = [], time.monotonic() + FIRST_SECONDS
+        self._unread = 0
         for key, run in self._finder.runs().items():
-            card = run.card(now)
-            card["pictures"] = [address_of(run, key, name, 320) for name in card["pictures"]]
-            cards.append((ORDER.index(card["state"]) if card["state"] in ORDER else len(ORDER), card, key))
+            was_read = key in self._filled and self._filled[key][0]["state"] != READING
+            if was_read or time.monotonic() < until:
+                card = run.card(now)
+            else:
+                self._unread += 1
+                card = {"name": run.name, "state": READING, "news": None, "pictures": []}
+            place = ORDER.index(card["state"]) if card["state"] in ORDER else len(ORDER)
+            cards.append((place, card, key, run))
         cards.sort(key=lambda one: (one[0], -round((one[1]["news"] or 0.0) / 60), one[1]["name"]))
-        return {key: fill("card.html", run=card, key=key) for _, card, key in cards}
+        before, self._filled = self._filled, {}
+        for _, card, key, run in cards:
+            known = before.get(key)
+            self._filled[key] = known if known is not None and known[0] is card else (card, fill_card(run, key, card))
+        return {key: html for key, (_, html) in self._filled.items()}
 
     def _page(self, key: str, subject: str | None, now: float) -> Parts:
         run = self.run(key)
@@ -157,6 +185,14 @@ class Site:
         return {name.removeprefix("part_"): text for name, text in parts.items()} | {
             "charts": json.dumps(facts["charts"], separators=(",", ":"))
         }
+
+
+def fill_card(run: Run, key: str, card: dict[str, Any]) -> str:
+    """Returns the HTML of a run's card."""
+    if card["state"] == READING:
+        return fill("reading.html", run=card, key=key)
+    pictures = [address_of(run, key, name, 320) for name in card["pictures"]]
+    return fill("card.html", run=card, key=key, pictures=pictures)
 
 
 def has_subject(run: Run, name: str) -> bool:

@@ -1,7 +1,7 @@
 // Keeps a page of `controlbooth watch` up to date: asks for the parts that have changed, and draws curves and pictures.
 "use strict";
 
-const LIVELY = 3000, QUIET = 15000;  // milliseconds between two questions, while something runs, and while nothing does
+const SOON = 600, LIVELY = 3000, QUIET = 15000;  // milliseconds between two questions: while runs are not read yet, while one runs, and else
 const FRAME = 350;  // of an animation over the steps
 const parts = document.getElementById("parts");
 const link = document.getElementById("link");
@@ -63,7 +63,8 @@ function isLively() {
 }
 
 function again() {
-  setTimeout(() => ask().finally(again), isLively() ? LIVELY : QUIET);
+  const pause = parts.querySelector(".card.reading, p.reading") ? SOON : isLively() ? LIVELY : QUIET;
+  setTimeout(() => ask().finally(again), pause);
 }
 
 // ---- times, and what is shown of many runs

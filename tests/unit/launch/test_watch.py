@@ -263,6 +263,28 @@ def test_only_what_has_changed_is_sent_again(runs):
         assert len(json.loads(ask(f"{here}/parts", **{"If-None-Match": '"of-another-start"'})[2])["parts"]) == 2
 
 
+def test_the_first_page_comes_at_once_and_cards_that_take_longer_follow(runs, monkeypatch):
+    monkeypatch.setattr(sites, "FIRST_SECONDS", -1.0)
+    site = Site([runs])
+    first = site.overview().parts()
+    assert len(first) == 2 and all("badge reading" in card for card in first.values())
+    monkeypatch.setattr(sites, "FIRST_SECONDS", 60.0)
+    version = site.overview().version
+    assert all("badge reading" not in card for card in site.overview().parts().values())
+    assert site.overview().parts(version) == {}
+
+
+def test_the_card_of_a_run_that_is_over_is_made_again_only_when_a_file_of_it_changes(runs):
+    run = control_run(runs / "done", state="finished", age=100.0)
+    for path in [*run.rglob("*"), run]:
+        os.utime(path, (1e9, 1e9))
+    (made,) = (one for one in Finder([runs]).runs().values() if one.name == "done")
+    card = made.card(time.time())
+    assert card["state"] == "finished" and made.card(time.time()) is card
+    write(run / "status.json", dict(state="failed", error="it is gone. Put it back", time=time.time()))
+    assert made.card(time.time())["failure"]["remedy"] == "Put it back"
+
+
 def test_runs_are_found_as_they_come_and_vanish_without_an_error(runs):
     with served(runs) as here:
         assert page(here).count("<article") == 2
