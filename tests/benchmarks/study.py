@@ -103,16 +103,18 @@ def truth(plan: Plan, shown: Any) -> int:
 
 def rate_in_browsers(study: Path, address: str) -> None:
     plan = read_plan(study)
+    part = len(screens_of(plan, "usual")) * 5 // 8
     with browser(*SIZES["desktop"]) as one, browser(*SIZES["phone"]) as other:
         for driver, (name, (width, height)) in zip((one, other), SIZES.items(), strict=True):
             metrics = dict(width=width, height=height, deviceScaleFactor=1, mobile=name == "phone")
             driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+            driver.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", dict(enabled=name == "phone"))
         with ThreadPoolExecutor() as at_once:
             careful = at_once.submit(rate, one, plan, address, "careful", shots="desktop")
-            usual = at_once.submit(rate, other, plan, address, "usual", most=30, shots="phone")
+            usual = at_once.submit(rate, other, plan, address, "usual", most=part, shots="phone")
             careful.result(), usual.result()
     with browser(*SIZES["phone"]) as again:  # another window, as after the page was closed
-        rate(again, plan, address, "usual", begin=30)
+        rate(again, plan, address, "usual", begin=part)
     with browser(*SIZES["desktop"]) as last:
         rate(last, plan, address, "hasty")
     replay(study, address, "hasty")

@@ -25,6 +25,8 @@ from controlbooth.trainer.study.preferences import (
 )
 from controlbooth.trainer.study.questions import PAIRS
 
+LEAST_REPEATS = 10
+"""From which on it is said what they bound: fewer may agree or not by chance."""
 LEAST_FAILED = 2
 """Checks that a rater must have failed to be left out, whatever share they are: one may be a slip."""
 
@@ -134,7 +136,9 @@ def question_figures(
         methods=methods,
         preferences=preferences,
         alpha=alpha_interval(ratings(plan, question, kept), pictures_at_once(plan)),
-        repeats=dict(count=len(repeats), same=same, ceiling=ceiling(same)),
+        repeats=dict(
+            count=len(repeats), same=same, ceiling=ceiling(same) if len(repeats) >= LEAST_REPEATS else math.nan
+        ),
         checks=dict(count=len(checks), failed=len(checks) - sum(checks)),
         needed=max((one["needed"] for one in preferences), default=0),
     )

@@ -124,10 +124,10 @@ def agreement_lines(own: Mapping[str, Any]) -> list[str]:
     alpha, repeats, checks = own["alpha"], own["repeats"], own["checks"]
     lines = [f"agreement between raters: alpha {number(alpha['mean'])} ({span(alpha)}); chance 0, perfect 1"]
     if repeats["count"]:
-        lines.append(
-            f"raters agree with themselves in {percent(repeats['same'])} of {repeats['count']} repeats, chance 50%: "
-            f"the highest preference that they can show is about {percent(repeats['ceiling'])}"
-        )
+        told = f"raters agree with themselves in {percent(repeats['same'])} of {repeats['count']} repeats, chance 50%"
+        if repeats["ceiling"] is not None:
+            told += f": the highest preference that they can show is about {percent(repeats['ceiling'])}"
+        lines.append(told)
     if checks["count"]:
         lines.append(f"checks failed: {checks['failed']} of {checks['count']}")
     return lines
