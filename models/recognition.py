@@ -81,7 +81,11 @@ def base_remedy(base: str) -> tuple[str, str] | None:
             f"if isinstance(one, torch.Tensor)}}, {target!r})"
         )
         return f"python -c {shlex.quote(program)}", target
-    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", base) and path.suffix != ".safetensors" and not path.exists():
+    if (
+        re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", base)
+        and path.suffix != ".safetensors"
+        and not path.exists()
+    ):
         target = f"models/{path.name}"
         return f"hf download {base} --local-dir {target}", target
     return None

@@ -32,7 +32,9 @@ examples:
     parser.add_argument("--shards", default="shards", help="what import data wrote (default: shards)")
     parser.add_argument("--held-out", help="shards for validation")
     parser.add_argument("--samples", type=whole_number(), help="of the data, where the command counts epochs")
-    parser.add_argument("--processes", type=whole_number(), help="for the global batch (default: as the command says, or 1)")
+    parser.add_argument(
+        "--processes", type=whole_number(), help="for the global batch (default: as the command says, or 1)"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a variable of the script")
     parser.add_argument("--dry-run", action="store_true", help="print the run file, and write nothing")
     return parser
