@@ -563,9 +563,8 @@ def import_table(name: str) -> list[str]:
         same = entry.run == entry.subjects
         named = [f"`{entry.run}`"] if same and entry.run else [f"`{field}` {kind}" for kind, field in fields if field]
         why = entry.why.replace("|", "\\|")
-        lines.append(
-            f"| `{flag}` | {entry.kind} | {'; '.join([', '.join(named), why]) if named and why else ', '.join(named) or why} |"
-        )
+        told = "; ".join(part for part in (", ".join(named), why) if part)
+        lines.append(f"| `{flag}` | {entry.kind} | {told} |")
     return [*lines, ""]
 
 
@@ -576,9 +575,9 @@ def coming_from_page(trainer: str) -> str:
     title, data, config = COMING_FROM[trainer]
     lines = [NOTE, f"# Coming from {title}\n"]
     lines.append(
-        f"```sh\ncontrolbooth {data}\ncontrolbooth {config} -o run.yaml\n```\n\nBoth have `--dry-run`, which tells what "
-        "was understood and what was left out. Taken is what becomes a field with the same meaning; equivalent, what is "
-        "reached in another way; not needed, what is settled without being asked; missing, what is not here.\n"
+        f"```sh\ncontrolbooth {data}\ncontrolbooth {config} -o run.yaml\n```\n\nBoth have `--dry-run`, which tells "
+        "what was understood and what was left out. Taken is what becomes a field of the same meaning; equivalent, what "
+        "is reached in another way; not needed, what is settled without being asked; missing, what is not here.\n"
     )
     lines += ["## Flags\n", *import_table(trainer)]
     if trainer in DATA_TABLES:

@@ -12,7 +12,7 @@ from controlbooth.data.packing.text_tables import read_text
 
 
 def read_backends(path: Path) -> Understood:
-    """Reads the local backends of pictures, with their conditions and captions. Raises ValueError where it is no list."""
+    """Reads the local backends of pictures, with their conditions and captions. Raises ValueError for no list."""
     try:
         backends = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
@@ -103,7 +103,7 @@ def _same_place(root: Path, place: Path) -> Path | None:
 
 
 def _captions(picture: Path, backend: Mapping[str, Any]) -> Sequence[str]:
-    """Makes captions as the backend's strategy says. Raises ValueError where there are none, or it is not known here."""
+    """Makes captions as the backend's strategy says. Raises ValueError for none, or an unknown one."""
     strategy, prompt = backend.get("caption_strategy", "filename"), str(backend.get("instance_prompt") or "")
     if backend.get("only_instance_prompt") or strategy == "instanceprompt":
         if not prompt:

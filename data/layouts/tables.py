@@ -1,4 +1,4 @@
-"""diffusers' layouts: folders with a table of metadata, Parquet, save_to_disk; folders of pictures; img2dataset's output."""
+"""diffusers' layouts: folders with a table of metadata, Parquet, save_to_disk; and folders of pictures."""
 
 from pathlib import Path
 
@@ -74,7 +74,7 @@ def _is_file(path: Path) -> bool:
 
 
 def columns(names: list[str], where: str) -> tuple[str, str, str | None]:
-    """Finds the columns of pictures, captions and conditions. Raises ValueError where one of the first two is missing."""
+    """Finds the columns of pictures, captions and conditions. Raises ValueError without one of the first two."""
     image, caption, condition = (
         next((name for name in known if name in names), None) for known in (IMAGES, CAPTIONS, CONDITIONS)
     )

@@ -14,7 +14,7 @@ def command_line() -> argparse.ArgumentParser:
         "Make a run file of what another trainer was told, and account for each of its flags: taken as a field, "
         "equivalent to something here, not needed, or missing here.",
         """sources:
-  a shell script or text file with the command of one of diffusers' or kohya's programs (accelerate launch ... train_*.py)
+  a shell script with the command of a program of diffusers or kohya (accelerate launch ... train_*.py)
   a TOML file of kohya's settings, or SimpleTuner's config.json
   after --, the words of such a command
 
@@ -22,7 +22,7 @@ examples:
   controlbooth import config train.sh --condition canny -o run.yaml
   controlbooth import config train.sh --set MODEL_NAME=/models/sd15 --condition canny --dry-run
   controlbooth import config config.toml --samples 400 -o run.yaml
-  controlbooth import config --condition canny -o run.yaml -- accelerate launch train_controlnet.py --learning_rate=1e-5 ...""",
+  controlbooth import config --condition canny -o run.yaml -- accelerate launch train_controlnet.py ...""",
     )
     parser.add_argument("source", nargs="?", help="a file; or, after --, the words of the command")
     parser.add_argument("-o", "--out", type=Path, help="the run file to write")

@@ -17,8 +17,8 @@ def command_line() -> argparse.ArgumentParser:
         "Read data in the layout of another trainer, and pack it into shards, or write the rows of subjects. What was "
         "understood is told, and everything that is left out, with the reason.",
         """layouts:
-  diffusers    an image folder with metadata.jsonl or .csv, also with a column of conditioning pictures; Parquet with paths
-               or bytes; a folder of save_to_disk
+  diffusers    an image folder with metadata.jsonl or .csv, also with a column of conditioning pictures; Parquet with
+               paths or bytes; a folder of save_to_disk
   kohya        folders such as `10_sks dog`, also in img/ and reg/; a dataset TOML
   SimpleTuner  multidatabackend.json
   img2dataset  its folders of pictures, and its tars, which are indexed where they lie

@@ -177,8 +177,8 @@ def _steps(made: Imported, given: Given, asked: Asked, total: int) -> None:
         return
     if asked.samples is None:
         raise ConfigError(
-            f"{epochs} epochs are steps once the number of samples is known: give --samples N (`controlbooth data info` "
-            "counts those of shards)"
+            f"{epochs} epochs are steps once the number of samples is known: give --samples N (`controlbooth data "
+            "info` counts those of shards)"
         )
     steps = max(1, -(-asked.samples // total)) * whole(epochs)
     made.put(name, steps, f"{epochs} epochs of {asked.samples} samples in batches of {total}")
@@ -207,8 +207,8 @@ def _complete(made: Imported, given: Given, asked: Asked) -> None:
         return
     if asked.condition is None:
         raise ConfigError(
-            "a ControlNet's run names its kind of condition, which the flags do not: give --condition KIND, the one that "
-            "was packed, or computed:canny"
+            "a ControlNet's run names its kind of condition, which the flags do not: give --condition KIND, the one "
+            "that was packed, or computed:canny"
         )
     if "data.prompt_dropout" not in made.fields:
         made.put("data.prompt_dropout", 0.0, "the other trainer's default")
@@ -221,7 +221,7 @@ def _complete(made: Imported, given: Given, asked: Asked) -> None:
 
 
 def _settle_method(made: Imported, given: Given) -> None:
-    """Sets method to full for programs that train all layers, and takes other optimizers from adapters, which have one."""
+    """Sets method to full for programs that train all layers, and leaves adapters their one optimizer."""
     is_full = given.script.startswith("train_dreambooth") and "lora" not in given.script
     is_full |= given.trainer == "kohya" and given.script != "" and "network_module" not in given.flags
     if is_full and "method" not in made.fields:

@@ -1,4 +1,4 @@
-"""Flags of other trainers: the tables fit the fields, commands are read as a shell reads them, every flag is accounted for."""
+"""Flags of other trainers: tables fit the fields, commands are read as by a shell, every flag is accounted for."""
 
 import pytest
 import yaml
