@@ -576,8 +576,8 @@ def coming_from_page(trainer: str) -> str:
     lines = [NOTE, f"# Coming from {title}\n"]
     lines.append(
         f"```sh\ncontrolbooth {data}\ncontrolbooth {config} -o run.yaml\n```\n\nBoth have `--dry-run`, which tells "
-        "what was understood and what was left out. Taken is what becomes a field of the same meaning; equivalent, what "
-        "is reached in another way; not needed, what is settled without being asked; missing, what is not here.\n"
+        "what was understood and what was left out. Taken is what becomes a field of the same meaning; equivalent, "
+        "what is reached in another way; not needed, what is settled without being asked; missing, what is not here.\n"
     )
     lines += ["## Flags\n", *import_table(trainer)]
     if trainer in DATA_TABLES:

@@ -26,8 +26,9 @@ def read_backends(path: Path) -> Understood:
         kind = backend.get("dataset_type") or "image"
         if kind in ("text_embeds", "image_embeds", "conditioning"):
             continue  # caches are written anew; conditions are read with their pictures
-        if kind != "image" or (reason := _why_not(path, backend)):
-            found.leave(f"backend {backend.get('id')}", reason if kind == "image" else f"it holds {kind}")
+        reason = _why_not(path, backend) if kind == "image" else f"it holds {kind}"
+        if reason is not None:
+            found.leave(f"backend {backend.get('id')}", reason)
             continue
         _read(found, path, backend, _condition(path, found, backend, by_id))
     return found

@@ -65,10 +65,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for line in (*made.notes, *rest(made)):
         print(line, file=sys.stderr)
     print(", ".join(f"{count} {kind}" for kind, count in made.counts().items()), file=sys.stderr)
-    if options.dry_run:
+    if options.dry_run or options.out is None:
         print(text, end="")
         return 0
-    write_whole(options.out, text.encode())
+    out: Path = options.out
+    write_whole(out, text.encode())
     verb = "dreambooth run subjects.yaml" if made.subjects else "train"
-    print(f"{options.out} is written: controlbooth {verb} {quoted(options.out)}")
+    print(f"{out} is written: controlbooth {verb} {quoted(out)}")
     return 0

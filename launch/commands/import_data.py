@@ -116,40 +116,44 @@ def _subjects(found: Any, options: argparse.Namespace) -> int:
 def _shards(found: Any, options: argparse.Namespace) -> int:
     from controlbooth.data.errors import UserError
     from controlbooth.data.files.whole import write_whole
-    from controlbooth.data.layouts.recognise import folder_names, write_table
+    from controlbooth.data.layouts.recognise import folder_names
 
     parts = [part for part in found.parts if part.rows or part.table]
     if not parts:
         raise UserError(f"nothing of {options.source} can be packed")
+    if options.out is None or options.dry_run:
+        return 0
+    folder: Path = options.out
     sources = []
     for part, name in zip(parts, folder_names(parts), strict=True):
-        out = None if options.out is None else options.out / name if len(parts) > 1 else options.out
-        if options.dry_run:
-            continue
-        if part.table and any(part.table.glob("*.tar")):
-            from controlbooth.launch.commands import data_index
-
-            status, out = data_index.main([str(part.table)]), part.table
-        else:
-            table = part.table or options.out / "tables" / f"{name}.jsonl"
-            if part.table is None:
-                write_table(part, table)
-            status = _pack(part, table, out, options)
-        if status:
-            return status
-        is_split = options.held_out and out != part.table
-        sources.append({"shards": str(out / "train" if is_split else out), "repeat": part.repeat})
-        if is_split:
-            print(f"held out: {out / 'held-out'}, for data.held_out")
-    if options.dry_run:
-        return 0
+        place = _write(part, folder / name if len(parts) > 1 else folder, folder / "tables" / f"{name}.jsonl", options)
+        if place is None:
+            return 1
+        sources.append({"shards": str(place), "repeat": part.repeat})
     if len(sources) == 1 and parts[0].repeat > 1:
         print(f"left out: {parts[0].repeat} repeats of a single source, which change neither order nor shares")
     text = _data_text(sources)
-    options.out.mkdir(parents=True, exist_ok=True)
-    write_whole(options.out / "data.yaml", text.encode())
-    print(f"for the section data of a run ({options.out / 'data.yaml'}):\n{text}", end="")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "data.yaml", text.encode())
+    print(f"for the section data of a run ({folder / 'data.yaml'}):\n{text}", end="")
     return 0
+
+
+def _write(part: Any, out: Path, table: Path, options: argparse.Namespace) -> Path | None:
+    """Packs a part, or indexes the tars that it is; returns where the shards to train on are, None where it failed."""
+    from controlbooth.data.layouts.recognise import write_table
+    from controlbooth.launch.commands import data_index
+
+    if part.table and any(part.table.glob("*.tar")):
+        return None if data_index.main([str(part.table)]) else part.table
+    if part.table is None:
+        write_table(part, table)
+    if _pack(part, part.table or table, out, options):
+        return None
+    if options.held_out:
+        print(f"held out: {out / 'held-out'}, for data.held_out")
+        return out / "train"
+    return out
 
 
 def _data_text(sources: list[dict[str, Any]]) -> str:
