@@ -543,11 +543,57 @@ def run_folder_page() -> str:
     return "\n".join(parts)
 
 
+COMING_FROM = {  # trainer -> its title and the commands that bring over what it had
+    "diffusers": (
+        "diffusers",
+        "import data fill50k/ -o shards/ --condition fill",
+        "import config train.sh --condition fill",
+    ),
+    "kohya": ("kohya's scripts", "import data dataset.toml -o shards/", "import config config.toml --samples 400"),
+    "simpletuner": ("SimpleTuner", "import data multidatabackend.json -o shards/", "import config config.json"),
+}
+
+
+def import_table(name: str) -> list[str]:
+    """Writes the counts and the rows of a table of another trainer's flags."""
+    from controlbooth.trainer.imports.tables import counts, table
+
+    told = ", ".join(f"{count} {kind}" for kind, count in counts(name).items())
+    lines = [f"{len(table(name))}: {told}.\n", "| flag | here | what it becomes |\n| --- | --- | --- |"]
+    for flag, entry in table(name).items():
+        fields = [("of a run", entry.run), ("of subjects", entry.subjects)]
+        same = entry.run == entry.subjects
+        named = [f"`{entry.run}`"] if same and entry.run else [f"`{field}` {kind}" for kind, field in fields if field]
+        why = entry.why.replace("|", "\\|")
+        told = "; ".join(part for part in (", ".join(named), why) if part)
+        lines.append(f"| `{flag}` | {entry.kind} | {told} |")
+    return [*lines, ""]
+
+
+def coming_from_page(trainer: str) -> str:
+    """Writes the page of another trainer's flags, and of the keys by which it describes data."""
+    from controlbooth.trainer.imports.tables import DATA_TABLES
+
+    title, data, config = COMING_FROM[trainer]
+    lines = [NOTE, f"# Coming from {title}\n"]
+    lines.append(
+        f"```sh\ncontrolbooth {data}\ncontrolbooth {config} -o run.yaml\n```\n\nBoth have `--dry-run`, which tells "
+        "what was understood and what was left out. Taken is what becomes a field of the same meaning; equivalent, "
+        "what is reached in another way; not needed, what is settled without being asked; missing, what is not here.\n"
+    )
+    lines += ["## Flags\n", *import_table(trainer)]
+    if trainer in DATA_TABLES:
+        lines += ["## Keys of the description of data\n", *import_table(DATA_TABLES[trainer])]
+    return "\n".join(lines)
+
+
 def pages() -> dict[str, Callable[[], str]]:
     """Returns the generated pages by their paths below docs/."""
     fields = {path: lambda told=told: fields_page(*told) for path, told in FIELDS.items()}
+    coming = {f"coming-from/{name}.md": lambda name=name: coming_from_page(name) for name in COMING_FROM}
     return {
         **fields,
+        **coming,
         "reference/commands.md": commands_page,
         "reference/run-folder.md": run_folder_page,
         "reference/shards.md": shards_page,

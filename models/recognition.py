@@ -68,20 +68,25 @@ PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 def base_remedy(base: str) -> tuple[str, str] | None:
     """Returns the command that makes a base of what somebody has named, and where it then lies; None for no such name.
 
-    Converted is a pickle, with weights_only, so that nothing in it is run; an id of the Hugging Face hub that is no path
-    here is downloaded by hand.
+    A pickle is converted with weights_only, so that nothing in it is run; an id of the Hugging Face hub, which is no
+    path here, is downloaded.
     """
     path = Path(base)
     if path.suffix in PICKLES:
         target = str(path.with_suffix(".safetensors"))
         program = (
             "import torch; from safetensors.torch import save_file; "
-            f"tree = torch.load({str(path)!r}, map_location='cpu', weights_only=True); tree = tree.get('state_dict', tree); "
+            f"tree = torch.load({str(path)!r}, map_location='cpu', weights_only=True); "
+            "tree = tree.get('state_dict', tree); "
             "save_file({name: one.clone().contiguous() for name, one in tree.items() "
             f"if isinstance(one, torch.Tensor)}}, {target!r})"
         )
         return f"python -c {shlex.quote(program)}", target
-    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", base) and path.suffix != ".safetensors" and not path.exists():
+    if (
+        re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", base)
+        and path.suffix != ".safetensors"
+        and not path.exists()
+    ):
         target = f"models/{path.name}"
         return f"hf download {base} --local-dir {target}", target
     return None

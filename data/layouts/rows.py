@@ -1,4 +1,4 @@
-"""What every layout is read into: sources of rows, each a picture with its captions and conditions, and what was left out."""
+"""What every layout is read into: parts of rows, each a picture with captions and conditions; and what was left out."""
 
 from collections import Counter
 from collections.abc import Mapping

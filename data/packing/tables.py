@@ -370,3 +370,8 @@ def _is_file(path: Path) -> bool:
         if error.errno not in NO_FILE:
             raise
         return False
+
+
+def column_names(location: Path) -> list[str]:
+    """Lists the columns of what `open_rows` opens. Raises as it does."""
+    return _columns(str(_row_files(location)[0]))

@@ -14,7 +14,7 @@ def command_line() -> argparse.ArgumentParser:
         "Make a run file of what another trainer was told, and account for each of its flags: taken as a field, "
         "equivalent to something here, not needed, or missing here.",
         """sources:
-  a shell script or text file with the command of one of diffusers' or kohya's programs (accelerate launch ... train_*.py)
+  a shell script with the command of a program of diffusers or kohya (accelerate launch ... train_*.py)
   a TOML file of kohya's settings, or SimpleTuner's config.json
   after --, the words of such a command
 
@@ -22,7 +22,7 @@ examples:
   controlbooth import config train.sh --condition canny -o run.yaml
   controlbooth import config train.sh --set MODEL_NAME=/models/sd15 --condition canny --dry-run
   controlbooth import config config.toml --samples 400 -o run.yaml
-  controlbooth import config --condition canny -o run.yaml -- accelerate launch train_controlnet.py --learning_rate=1e-5 ...""",
+  controlbooth import config --condition canny -o run.yaml -- accelerate launch train_controlnet.py ...""",
     )
     parser.add_argument("source", nargs="?", help="a file; or, after --, the words of the command")
     parser.add_argument("-o", "--out", type=Path, help="the run file to write")
@@ -32,7 +32,9 @@ examples:
     parser.add_argument("--shards", default="shards", help="what import data wrote (default: shards)")
     parser.add_argument("--held-out", help="shards for validation")
     parser.add_argument("--samples", type=whole_number(), help="of the data, where the command counts epochs")
-    parser.add_argument("--processes", type=whole_number(), help="for the global batch (default: as the command says, or 1)")
+    parser.add_argument(
+        "--processes", type=whole_number(), help="for the global batch (default: as the command says, or 1)"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a variable of the script")
     parser.add_argument("--dry-run", action="store_true", help="print the run file, and write nothing")
     return parser
@@ -63,10 +65,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for line in (*made.notes, *rest(made)):
         print(line, file=sys.stderr)
     print(", ".join(f"{count} {kind}" for kind, count in made.counts().items()), file=sys.stderr)
-    if options.dry_run:
+    if options.dry_run or options.out is None:
         print(text, end="")
         return 0
-    write_whole(options.out, text.encode())
+    out: Path = options.out
+    write_whole(out, text.encode())
     verb = "dreambooth run subjects.yaml" if made.subjects else "train"
-    print(f"{options.out} is written: controlbooth {verb} {quoted(options.out)}")
+    print(f"{out} is written: controlbooth {verb} {quoted(out)}")
     return 0

@@ -27,7 +27,8 @@ from controlbooth.launch.ranks.torchrun import Node, world_size
 from controlbooth.models.families import UNET, Family
 from controlbooth.models.files.weight_files import read_json, safetensors_header, shapes_of, weights_files
 from controlbooth.models.noise.checks import check_noise, scheduler_file
-from controlbooth.models.recognition import base_remedy, (
+from controlbooth.models.recognition import (
+    base_remedy,
     check_beside,
     check_controlnet,
     check_part,

@@ -167,3 +167,13 @@ def test_the_site_is_built_without_a_warning(tmp_path):
     home = (tmp_path / "index.html").read_text()
     assert re.findall(r'src="(?:https?:)?//[^"]+"|<link[^>]+href="(?:https?:)?//[^"]+"', home) == []
     assert json.loads((tmp_path / "search" / "search_index.json").read_text())["docs"]
+
+
+@pytest.mark.parametrize("name", ["diffusers", "kohya", "simpletuner"])
+def test_the_page_of_another_trainer_has_a_row_for_each_flag_and_their_count(name, pages):
+    from controlbooth.trainer.imports.tables import counts, table
+
+    page = pages[f"coming-from/{name}.md"]
+    assert f"{len(table(name))}: {counts(name)['taken']} taken, " in page
+    for flag, entry in table(name).items():
+        assert f"\n| `{flag}` | {entry.kind} | " in page

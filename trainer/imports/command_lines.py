@@ -42,7 +42,9 @@ def read_given(source: str | Sequence[str], variables: Mapping[str, str], traine
         return _command(list(source), trainer, ())
     path = Path(source)
     if not path.is_file():
-        raise ConfigError(f"there is no file {source}: give a script, a TOML or a JSON file, or a command line after --")
+        raise ConfigError(
+            f"there is no file {source}: give a script, a TOML or a JSON file, or a command line after --"
+        )
     suffix = path.suffix.lower()
     if suffix in (".toml", ".json") or path.name.endswith(".json.example"):
         return _settings(path, trainer)

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +146,9 @@ def _base(base: str, made: Imported) -> str:
 def _join(made: Imported, given: Given, asked: Asked) -> None:
     """Sets the fields that several flags make: betas, the global batch, steps of epochs, copied blocks."""
     flags = given.flags
-    for name, places in {"optimizer.betas": (("adam_beta1", "optimizer_beta1"), ("adam_beta2", "optimizer_beta2"))}.items():
+    for name, places in {
+        "optimizer.betas": (("adam_beta1", "optimizer_beta1"), ("adam_beta2", "optimizer_beta2"))
+    }.items():
         found = [next((flags[one] for one in place if flags.get(one) is not None), None) for place in places]
         if any(one is not None for one in found) and not made.subjects:
             betas = [default if one is None else number(one) for one, default in zip(found, (0.9, 0.999), strict=True)]
@@ -175,8 +177,8 @@ def _steps(made: Imported, given: Given, asked: Asked, total: int) -> None:
         return
     if asked.samples is None:
         raise ConfigError(
-            f"{epochs} epochs are steps once the number of samples is known: give --samples N (`controlbooth data info` "
-            "counts those of shards)"
+            f"{epochs} epochs are steps once the number of samples is known: give --samples N (`controlbooth data "
+            "info` counts those of shards)"
         )
     steps = max(1, -(-asked.samples // total)) * whole(epochs)
     made.put(name, steps, f"{epochs} epochs of {asked.samples} samples in batches of {total}")
@@ -186,20 +188,27 @@ def _complete(made: Imported, given: Given, asked: Asked) -> None:
     """Sets what a run needs and the flags did not say. Raises ConfigError for what cannot be guessed."""
     if "name" not in made.fields:
         output = str(given.flags.get("output_dir") or "")
-        made.put("name", run_name(Path(output).name or "imported") if output.strip("./") else "imported", "the output folder")
+        made.put(
+            "name", run_name(Path(output).name or "imported") if output.strip("./") else "imported", "the output folder"
+        )
     if "model.base" not in made.fields:
         raise ConfigError("the command names no base: give --pretrained_model_name_or_path, or --set its variable")
-    made.notes.append("fields that no flag named keep their defaults here, which may be others than the other trainer's")
+    made.notes.append(
+        "fields that no flag named keep their defaults here, which may be others than the other trainer's"
+    )
     if made.subjects:
+        _settle_method(made, given)
         asked_for = any(not _is_off(given.flags.get(one)) for one in ("with_prior_preservation", "reg_data_dir"))
         if not asked_for:
             made.put("prior.weight", 0.0, "no class pictures were asked for")
-        made.notes.append("pictures, prompts and class nouns are rows of subjects.yaml: controlbooth import data --class")
+        made.notes.append(
+            "pictures, prompts and class nouns are rows of subjects.yaml: controlbooth import data --class"
+        )
         return
     if asked.condition is None:
         raise ConfigError(
-            "a ControlNet's run names its kind of condition, which the flags do not: give --condition KIND, the one that "
-            "was packed, or computed:canny"
+            "a ControlNet's run names its kind of condition, which the flags do not: give --condition KIND, the one "
+            "that was packed, or computed:canny"
         )
     if "data.prompt_dropout" not in made.fields:
         made.put("data.prompt_dropout", 0.0, "the other trainer's default")
@@ -209,6 +218,21 @@ def _complete(made: Imported, given: Given, asked: Asked) -> None:
         made.put("data.held_out", asked.held_out, "--held-out of import config")
     if "max_steps" not in made.fields:
         raise ConfigError("neither steps nor epochs are given: add --max_train_steps N to the command")
+
+
+def _settle_method(made: Imported, given: Given) -> None:
+    """Sets method to full for programs that train all layers, and leaves adapters their one optimizer."""
+    is_full = given.script.startswith("train_dreambooth") and "lora" not in given.script
+    is_full |= given.trainer == "kohya" and given.script != "" and "network_module" not in given.flags
+    if is_full and "method" not in made.fields:
+        made.put("method", "full", f"{given.script} trains all layers")
+    if made.fields.get("method") != "full" and made.fields.get("optimizer", "adamw") != "adamw":
+        name, origin = made.fields.pop("optimizer"), made.origin.pop("optimizer")
+        for number, account in enumerate(made.accounts):
+            if account.told == f"optimizer: {name}":
+                told = "adapters of subjects are moved by AdamW; other optimizers are for method: full"
+                made.accounts[number] = replace(account, kind="missing", told=told)
+        made.notes.append(f"the optimizer of {origin} is not taken: adapters of subjects are moved by AdamW")
 
 
 def check(made: Imported) -> None:

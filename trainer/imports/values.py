@@ -1,4 +1,4 @@
-"""Turns a value of another trainer into that of a field here. Raises ValueError, saying why, for one without counterpart."""
+"""Turns values of other trainers into those of fields. Raises ValueError, saying why, where there is no counterpart."""
 
 import re
 from collections.abc import Callable
