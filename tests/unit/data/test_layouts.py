@@ -108,3 +108,13 @@ def test_a_folder_of_pictures_with_a_class_is_a_subject_that_runs_read(tmp_path)
 def test_a_folder_without_class_is_no_subject(tmp_path):
     with pytest.raises(UserError, match="--class"):
         subjects_of(understand(foreign.dreambooth(tmp_path / "rex"), "x"), None)
+
+
+def test_tars_are_indexed_where_they_lie(tmp_path):
+    assert main(["import", "data", str(foreign.img2dataset(tmp_path / "files")), "-o", str(tmp_path / "tars")]) == 0
+    for extra in ("manifest.jsonl", "pack.jsonl", "data.yaml"):
+        (tmp_path / "tars" / extra).unlink()
+    assert main(["import", "data", str(tmp_path / "tars"), "-o", str(tmp_path / "out")]) == 0
+    data = yaml.safe_load((tmp_path / "out" / "data.yaml").read_text())["data"]
+    assert data == {"shards": str(tmp_path / "tars")}
+    assert sum(row.samples for row in open_dataset(data["shards"]).rows) == foreign.COUNT
