@@ -282,7 +282,7 @@ def first_lines(
         Line("data.prompt_dropout", 0.5, "half of the prompts are left empty, so that the condition itself is read"),
         Line("optimizer.learning_rate", SMALL_RATE if base.is_small else CONTROLNET_RATE,
              "as the shipped runs on the built-in base have it" if base.is_small else "that of the ControlNet paper"),
-        Line("engine.precision", "auto", "bf16 where the device multiplies in it, as all cards of the plan do; else fp32"),
+        Line("engine.precision", "auto", "bf16 where the device multiplies in it, as cards of the plan do"),
         Line("checkpoint.every_steps", often, "ten in the run: what a kill costs at most"),
     ]  # fmt: skip
     if data.held_out:
