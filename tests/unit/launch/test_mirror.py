@@ -5,6 +5,7 @@ import json
 import math
 import os
 import struct
+import time
 
 import pytest
 
@@ -63,11 +64,20 @@ def of_tensorboard(folder):
 
 
 def of_wandb(folder):
-    """-> (step, time, figures) of each entry of an offline run, whose file has the format of LevelDB's logs."""
+    """-> (step, time, figures) of each entry of an offline run, which another process of W&B's writes to its end."""
+    end = time.monotonic() + 60
+    while not (told := wandb_entries(folder))[1]:
+        assert time.monotonic() < end, "the offline run has no end"
+        time.sleep(0.2)
+    return told[0]
+
+
+def wandb_entries(folder):
+    """-> the entries of a file in the format of LevelDB's logs, and whether it has its end."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     (path,) = folder.glob("wandb/offline-run-*/*.wandb")
-    content, at, rest, found = path.read_bytes(), 7, b"", []
+    content, at, rest, found, has_end = path.read_bytes(), 7, b"", [], False
     while at + 7 <= len(content):
         if 2**15 - at % 2**15 < 7:
             at += 2**15 - at % 2**15
@@ -77,11 +87,12 @@ def of_wandb(folder):
         at += 7 + size
         if part in (1, 4):  # whole, or the last part
             one, rest = Record.FromString(rest), b""
+            has_end |= one.WhichOneof("record_type") in ("exit", "footer")
             if one.WhichOneof("record_type") == "history":
                 items = {(item.key or "/".join(item.nested_key)): item.value_json for item in one.history.item}
                 values = {name: float(json.loads(text)) for name, text in items.items() if not name.startswith("_")}
                 found.append((int(values.pop("step")), values.pop("time"), values))
-    return found
+    return found, has_end
 
 
 def same(found, expected):
