@@ -18,7 +18,6 @@ from controlbooth.models.denoisers.control_lora import adapters_of, share_weight
 from controlbooth.models.denoisers.flux_control_lora import FluxControlLora, build_controlnet
 from controlbooth.models.denoisers.registry import (
     check_fits,
-    control_residuals,
     denoise,
     encode_condition,
     parameter_report,
@@ -263,12 +262,6 @@ def test_of_flux_dev_it_has_one_to_four_per_cent_of_the_parameters():
     assert whole == 11_901_408_320 and totals == {32: 130_846_720, 128: 523_386_880}
     documented = (Path(__file__).parents[3] / "docs" / "concepts" / "control-lora.md").read_text()
     assert all(f"{number:,}" in documented for number in (whole, *totals.values()))
-
-
-def test_it_adds_nothing_that_residuals_could_be_asked_for(base):
-    controlnet = begun(base)
-    with pytest.raises(AttributeError):
-        control_residuals(controlnet, *inputs_of(base, controlnet))
 
 
 def test_without_a_base_it_has_shapes_and_no_memory(base):
