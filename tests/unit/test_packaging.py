@@ -139,7 +139,7 @@ def test_what_is_imported_is_asked_for(requirements):
         assert distribution in asked, f"{path} imports {name}: add it to setup.py"
     for name, path in third_party_imports(("tests",)).items():
         distribution = IMPORT_NAMES.get(name, name)
-        asked = requirements[""] | requirements["dev"] | mirrors
+        asked = requirements[""] | requirements["dev"] | requirements["measure"] | mirrors
         assert distribution in asked, f"{path} imports {name}: add it to setup.py"
 
 

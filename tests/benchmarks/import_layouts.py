@@ -1,6 +1,6 @@
 """Imports a small folder of every layout, packs it and trains it for three steps; counts flags by what becomes of them.
 
-    python tests/benchmarks/imports.py [LAYOUT ...]
+    python tests/benchmarks/import_layouts.py [LAYOUT ...]
 
 Each training is of the built-in base on this machine, with the run file that `import config` makes of a command line.
 """
