@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from controlbooth.data.shards.manifest import Dataset
-from controlbooth.trainer.config.run import RunConfig, base_path, data_set_name
+from controlbooth.trainer.config.run import RunConfig, base_path, data_set_name, lora_learning_rate
 from controlbooth.trainer.markdown import code, plain
 from controlbooth.trainer.tracking.tracker import Input
 
@@ -95,12 +95,13 @@ def describe_training(
     machine: ranks, device and precision, as text.
     """
     size, rate = config.data.resolution, config.optimizer
+    lora = f" ({lora_learning_rate(config):g} of low-rank differences)" if config.model.method == "lora" else ""
     rows = {
         "base": f"{code(config.model.base)}, {plain(base_title)}",
         "data": f"{usable(dataset, config):,} samples of {code(data_set_name(config))}",
         "held out": f"{usable(held_out, config):,} samples of {code(config.data.held_out)}" if held_out else "nothing",
         "training": f"{config.max_steps:,} steps of {config.global_batch_size} samples at {size} x {size} px, "
-        f"learning rate {rate.learning_rate:g}, {rate.schedule}",
+        f"learning rate {rate.learning_rate:g}{lora}, {rate.schedule}",
         "machine": machine,
         "folder": f"{code(folder.absolute())} on {socket.gethostname()}",
     }
