@@ -9,9 +9,10 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError
 
-from controlbooth.data.arguments import verb_parser
+from controlbooth.data.arguments import verb_parser, whole_number
 from controlbooth.data.files.records import Damaged, read_note, read_yaml
 from controlbooth.launch.commands.quickstart import beside_python, heading, packing, shown, train_command, verb
+from controlbooth.launch.commands.sweep import values_of, variants_of
 from controlbooth.launch.commands.train import train
 from controlbooth.launch.job.outcome import ANEW, STATUS
 from controlbooth.launch.ranks import child_process
@@ -54,16 +55,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = verb_parser(
         "ablate",
         "Trains each variant of a run with each seed, draws held-out conditions with four kinds of prompt, "
-        "and writes tables and pictures. Stopped at any point, the same command goes on.",
-        "example:\n  controlbooth ablate launch/configs/ablations.yaml --processes 2\n"
-        "  controlbooth ablate launch/configs/ablations.yaml --dry-run max_steps=100",
+        "and writes tables and pictures. Stopped at any point, the same command goes on. With --sweep it takes a "
+        "run's own file, tries values of one field, and says which is the best; a run that fails, as at a rate that is "
+        "too high, does not end a sweep.",
+        "examples:\n  controlbooth ablate launch/configs/ablations.yaml --processes 2\n"
+        "  controlbooth ablate launch/configs/ablations.yaml --dry-run max_steps=100\n"
+        "  controlbooth ablate run.yaml --sweep optimizer.learning_rate=1e-5..1e-3 max_steps=500",
     )
-    parser.add_argument("file", type=Path, metavar="ABLATIONS.yaml")
+    parser.add_argument("file", type=Path, metavar="ABLATIONS.yaml", help="or RUN.yaml, with --sweep")
+    parser.add_argument("--sweep", metavar="FIELD=LOW..HIGH", help="or FIELD=A,B,C: values of one field to try")
+    parser.add_argument("--points", type=whole_number(2), default=5, help="of a sweep from LOW to HIGH (default: 5)")
     parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="a field of every run")
     parser.add_argument("--processes", type=int, help="ranks (default: one per GPU, or 1 on a machine without)")
     parser.add_argument("--dry-run", action="store_true", help="check all runs and print their commands; start nothing")
     options = parser.parse_intermixed_args(arguments)
-    grid = load_ablations(options.file)
+    field, values = values_of(options.sweep, options.points) if options.sweep else ("", [])
+    grid = sweep_of(options.file, field, values) if field else load_ablations(options.file)
     run_file = options.file.parent / grid.run
     runs = planned_runs(grid, run_file, options.overrides)
     configs = [load_config(run_file, changes) for _, _, changes in runs]
@@ -77,6 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         str(folder),
     ]
     measuring.append(f"--samples={grid.samples}")
+    if field:
+        measuring.append(f"--sweep={field}")
     if options.dry_run:
         for command in packing(configs[0]):
             print(shown(command))
@@ -87,16 +96,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for command in packing(configs[0]):
         heading(f"data: {shown(command)}")
         verb(command)
+    listed = []
     for (variant, seed, changes), config in zip(runs, configs, strict=True):
-        if is_finished(config):
-            continue
-        heading(f"{variant}, seed {seed}: {shown(train_command(str(run_file), changes, options.processes))}")
-        if status := train(str(run_file), changes, options.processes):
-            return status
-    listed = [
-        dict(variant=variant, seed=seed, run=config.name)
-        for (variant, seed, _), config in zip(runs, configs, strict=True)
-    ]
+        if not is_finished(config):
+            heading(f"{variant}, seed {seed}: {shown(train_command(str(run_file), changes, options.processes))}")
+            status = train(str(run_file), changes, options.processes)
+            if status and not (field and has_failed(config)):
+                return status
+            if status:
+                print(f"{variant}, seed {seed}, has failed: the sweep goes on without it", file=sys.stderr)
+                continue
+        listed.append(dict(variant=variant, seed=seed, run=config.name))
+    if not listed:
+        raise ConfigError(f"all {len(runs)} runs of the sweep have failed: lower its values, or see {folder}")
+    if len(listed) < len(runs):
+        measuring.append(f"--failed={len(runs) - len(listed)}")
     (folder / "runs.json").write_text(json.dumps(listed))
     heading(shlex.join(measuring))
     return child_process.call([sys.executable, *measuring[1:]], os.environ | {"HF_HUB_OFFLINE": "1"})
@@ -108,6 +122,18 @@ def is_finished(config: RunConfig) -> bool:
     path = run_folder(config) / "status.json"
     status = read_note(path, ANEW, STATUS)
     return status.get("state") == "finished" and (status.get("step") or 0) >= config.max_steps
+
+
+def has_failed(config: RunConfig) -> bool:
+    """Tells whether its status.json says that the run has failed by itself, and was not stopped by somebody."""
+    return read_note(run_folder(config) / "status.json", ANEW, STATUS).get("state") == "failed"
+
+
+def sweep_of(run_file: Path, field: str, values: list[str]) -> Ablations:
+    """Makes the ablations of a sweep of a run's file, whose folder is named after the run and the field."""
+    config = load_config(run_file)
+    name = f"{config.name}-{field.rpartition('.')[2]}"
+    return Ablations.model_validate(dict(name=name, run=run_file.name, variants=variants_of(field, values)))
 
 
 def refuse_other_settings(config: RunConfig) -> None:
@@ -157,7 +183,7 @@ def planned_runs(grid: Ablations, run_file: Path, overrides: Sequence[str] = ())
     planned = []
     for name, variant in grid.variants.items():
         for seed in variant.seeds or grid.seeds:
-            run = f"{name.replace(' ', '-').replace(chr(39), '')}-{seed}"
+            run = f"{name.replace(' ', '-').replace('=', '-').replace(chr(39), '')}-{seed}"
             own = [*grid.changes, *variant.changes, f"seed={seed}", *overrides, f"name={run}", f"output={output}"]
             planned.append((name, seed, own))
     return planned

@@ -2,7 +2,8 @@
 
     python -m controlbooth.trainer.evaluation.ablations FOLDER      called by `controlbooth ablate`, which made the runs
 
-FOLDER/ablations.json holds every figure, and FOLDER/ablations.png the pictures of the first seed of each variant.
+FOLDER/ablations.json holds every figure, and FOLDER/ablations.png the pictures of the first seed of each variant. Of a
+sweep of one field, FOLDER/sweep.png has the figures over its values.
 """
 
 import argparse
@@ -38,6 +39,7 @@ from controlbooth.trainer.evaluation.grids import draw_grid
 from controlbooth.trainer.evaluation.held_out import HeldOutSet, load_held_out
 from controlbooth.trainer.evaluation.kinds import LOWER_IS_BETTER
 from controlbooth.trainer.evaluation.statistics import share_of_possible
+from controlbooth.trainer.evaluation.sweeps import describe_choice, draw_sweep, shares_of
 from controlbooth.trainer.evaluation.verdict import describe_run
 from controlbooth.trainer.run.base import open_base
 from controlbooth.trainer.run.checkpoint import complete_checkpoints, read_state
@@ -68,6 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m controlbooth.trainer.evaluation.ablations", description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--samples", type=whole_number(), default=48)
+    parser.add_argument("--sweep", metavar="FIELD", help="say which of its values is the best")
+    parser.add_argument("--failed", type=int, default=0, help="runs of the sweep that have failed")
     options = parser.parse_args(arguments)
     listed = options.folder / "runs.json"
     if not listed.is_file():
@@ -106,7 +110,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, told in control.items():
         print(f"{name}: {told}")
     print(f"pictures: {options.folder / 'ablations.png'}")
+    if options.sweep:
+        tell_sweep(options.folder, options.sweep, table, options.failed)
     return 0
+
+
+def tell_sweep(folder: Path, field: str, table: Sequence[dict[str, Any]], failed: int) -> None:
+    """Draws FOLDER/sweep.png and prints which value of the field to take."""
+    figure, shares = shares_of(table, field)
+    if shares:
+        why_not = draw_sweep(folder / "sweep.png", field, figure, shares)
+        print(why_not or f"curves: {folder / 'sweep.png'}")
+    print(describe_choice(field, figure, shares, failed))
 
 
 def draw_run(
