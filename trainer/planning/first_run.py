@@ -6,7 +6,6 @@ scenes, has the numbers of the shipped runs on it.
 """
 
 import argparse
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,11 +18,9 @@ from controlbooth.data.files.whole import write_whole
 from controlbooth.data.packing.folders import files_below, is_picture
 from controlbooth.data.shards.manifest import find_shards, open_dataset
 from controlbooth.trainer.config.loading import build_config
-from controlbooth.trainer.config.run import base_folder
 from controlbooth.trainer.planning.commented import Line, commented
+from controlbooth.trainer.planning.first_base import Base, base_of, say
 
-NATIVE = {"sd15": 512, "sd21": 512, "sdxl": 1024, "sd3": 1024, "flux": 1024, "miniature": 64, "miniature-dit": 64}
-"""Side of the pictures that a family was trained on, in pixels, where its base does not say."""
 CONTROLNET_RATE, SMALL_RATE = 1e-5, 3e-4
 EPOCHS = 100
 """After which a small data set has been seen often enough."""
@@ -40,21 +37,6 @@ class Data:
     why_condition: str
     pack: str | None = None
     """The command that writes the shards; None where they are there."""
-
-
-@dataclass(frozen=True)
-class Base:
-    """What a run is to be trained on top of."""
-
-    name: str
-    family: str
-    side: int
-    shapes: str | None
-
-    @property
-    def is_small(self) -> bool:
-        """Tells whether it is one that learns scenes of 64 pixels, on a processor."""
-        return self.family.startswith("miniature")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -79,10 +61,6 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def say(message: str) -> None:
-    print(f"init: {message}", file=sys.stderr, flush=True)
-
-
 def card_here() -> str:
     """Names the card of this machine as --card does: cpu where there is none."""
     import torch
@@ -94,32 +72,6 @@ def card_here() -> str:
     device = torch.cuda.get_device_name(0)
     known = next((name for name, card in ACCELERATORS.items() if is_card(card, device)), None)
     return known or f"{torch.cuda.get_device_properties(0).total_memory / 2**30:.1f}GiB"
-
-
-def base_of(name: str, shapes: str | None) -> Base:
-    """Finds the family of a base and the side of its pictures.
-
-    Raises UserError where it is not here and no shapes are named.
-    """
-    from controlbooth.models.architectures import PUBLISHED
-    from controlbooth.models.files.weight_files import read_json
-    from controlbooth.models.recognition import recognise_folder
-
-    folder = base_folder(name)
-    if shapes is not None:
-        family = PUBLISHED[shapes].family
-        return Base(name, family, NATIVE[family], shapes)
-    if not folder.is_dir():
-        raise UserError(
-            f"--base {name} is no diffusers folder here: give one, or name its shapes by --shapes "
-            f"{' or '.join(PUBLISHED)}"
-        )
-    family = recognise_folder(folder, "auto")
-    side = NATIVE[family.name]
-    if not family.is_transformer and not family.name.startswith("miniature"):
-        config = read_json(folder / family.denoiser.folder / "config.json")
-        side = int(config.get("sample_size") or side // family.vae_factor) * family.vae_factor
-    return Base(name, family.name, side, None)
 
 
 def data_of(path: Path) -> Data:

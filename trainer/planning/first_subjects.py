@@ -12,7 +12,7 @@ from controlbooth.trainer.dreambooth.manifest import load_subjects
 from controlbooth.trainer.engine.deepspeed import cpu_multiplies_bf16
 from controlbooth.trainer.planning.accelerators import card_to_fit
 from controlbooth.trainer.planning.commented import Line, commented
-from controlbooth.trainer.planning.first_run import Base, say
+from controlbooth.trainer.planning.first_base import Base, say
 from controlbooth.trainer.planning.subjects import best_stack, stack_choices
 from controlbooth.trainer.planning.subjects_report import subject_speed
 

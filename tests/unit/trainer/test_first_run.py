@@ -15,7 +15,8 @@ from controlbooth.launch.commands.init import main
 from controlbooth.trainer.config.loading import build_config, load_config
 from controlbooth.trainer.config.subjects import SubjectRunConfig
 from controlbooth.trainer.planning.commented import Line, commented
-from controlbooth.trainer.planning.first_run import Base, Data, base_of, batch_and_steps, data_of, first_lines, tries
+from controlbooth.trainer.planning.first_base import Base, base_of
+from controlbooth.trainer.planning.first_run import Data, batch_and_steps, data_of, first_lines, tries
 from controlbooth.trainer.planning.first_subjects import subject_lines
 
 DATA = Data("shards/train", "shards/held-out", "edges", 5000, "the shards hold it")
