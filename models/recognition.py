@@ -74,14 +74,14 @@ def base_remedy(base: str) -> tuple[str, str] | None:
     path = Path(base)
     if path.suffix in PICKLES:
         target = str(path.with_suffix(".safetensors"))
-        program = (
-            "import torch; from safetensors.torch import save_file; "
-            f"tree = torch.load({str(path)!r}, map_location='cpu', weights_only=True); "
-            "tree = tree.get('state_dict', tree); "
+        program = (  # without a quote of the shell's, so that it stands in a message as it is typed
+            "import sys, torch; from safetensors.torch import save_file; "
+            'tree = torch.load(sys.argv[1], map_location="cpu", weights_only=True); '
+            'tree = tree.get("state_dict", tree); '
             "save_file({name: one.clone().contiguous() for name, one in tree.items() "
-            f"if isinstance(one, torch.Tensor)}}, {target!r})"
+            "if isinstance(one, torch.Tensor)}, sys.argv[2])"
         )
-        return f"python -c {shlex.quote(program)}", target
+        return shlex.join(["python", "-c", program, str(path), target]), target
     if (
         re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", base)
         and path.suffix != ".safetensors"
