@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import uvicorn
 import yaml
-from browser import browser, open_page, text, wait, why_no_browser
+from browser import browser, text, wait, why_no_browser
 from PIL import Image
 
 from controlbooth.data.errors import UserError
@@ -452,16 +452,22 @@ def test_the_command_refuses_what_is_no_folder_in_a_line(tmp_path, capsys):
     assert "is no folder: give the folder of a run" in capsys.readouterr().err
 
 
+def live_page(driver, url, *words):
+    """Opens an address and waits for words. Such a page never stands still: it counts seconds."""
+    driver.get(url)
+    for word in words:
+        wait(lambda word=word: word in text(driver), f"{word!r} on {url}")
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(why_no_browser() is not None, reason=str(why_no_browser()))
 def test_a_browser_shows_a_run_live_draws_its_curves_and_plays_its_pictures(runs):
     run = runs / "first"
     with served(runs) as here, browser(1280, 800) as driver:
-        shown = open_page(driver, f"{here}/", "first", "running", "edge F1", "5 subjects")
-        assert "1 running" in shown
+        live_page(driver, f"{here}/", "first", "1 running", "edge F1", "5 subjects")
         driver.find_element("id", "words").send_keys("pets")
         wait(lambda: "first" not in text(driver), "the filter")
-        open_page(driver, f"{here}/run/{key_of(run)}/", "training loss", "Pictures over the steps", "step 40")
+        live_page(driver, f"{here}/run/{key_of(run)}/", "training loss", "Pictures over the steps", "step 40")
         assert len(driver.find_elements("css selector", ".chart svg polyline")) >= 4
         driver.execute_script("document.querySelector('[data-play]').click()")
         wait(lambda: "step 20" in text(driver), "the first frame")
