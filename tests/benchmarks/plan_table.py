@@ -49,7 +49,7 @@ from controlbooth.trainer.planning.footprint import (
 )
 from controlbooth.trainer.planning.speed import UNMEASURED, Speed, micro_batch_seconds
 from controlbooth.trainer.planning.subjects import best_stack, stack_choices, stack_footprint
-from controlbooth.trainer.planning.subjects_report import subject_speed
+from controlbooth.trainer.planning.subjects_report import base_in_words, subject_speed
 
 GLOBAL_BATCH, SAMPLES = 2048, 1_000_000
 GIB = 2**30
@@ -171,6 +171,7 @@ def fitted_subjects(name: str, resolution: int) -> list[str]:
             cells.append("no")
         else:
             again = ", gradient checkpointing" if best.gradient_checkpointing else ""
+            again += "" if best.frozen.precision == "engine" else f", base in {base_in_words(best)}"
             each = " on each" if count > 1 else ""
             cells.append(f"{best.subjects} together{each}{again}: {best.needed_bytes / GIB:.0f} GiB")
     return cells

@@ -50,6 +50,9 @@ def subjects_file(options: argparse.Namespace, base: Base, card_name: str) -> tu
     if chosen.gradient_checkpointing:
         why = "activations are computed again: about a third more work, and less memory"
         lines.append(Line("model.gradient_checkpointing", True, why))
+    for name, value in chosen.frozen.asked().items():
+        why = "not one subject fits with the whole base on the card; extra `quantized`" if "precision" in name else ""
+        lines.append(Line(name, value, why or "nor with all of it there: its blocks wait in host memory"))
     text = commented(lines)
     SubjectRunConfig.model_validate(yaml.safe_load(text))
     steps = sum(subject.steps or config.steps for subject in subjects)

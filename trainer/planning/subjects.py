@@ -14,9 +14,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from controlbooth.models.attention import AttentionChoice, apply_attention
 from controlbooth.models.base import Base
+from controlbooth.models.blocks import repeated_blocks
 from controlbooth.models.lora import StackedAdamW
 from controlbooth.models.recomputing import recompute
 from controlbooth.models.text import encode_prompts
+from controlbooth.trainer.config.run import FrozenConfig
 from controlbooth.trainer.config.section import ConfigError
 from controlbooth.trainer.config.subjects import SubjectRunConfig
 from controlbooth.trainer.dreambooth.adapted import attach
@@ -26,19 +28,29 @@ from controlbooth.trainer.encoding import encode_posterior
 from controlbooth.trainer.planning.accelerators import Accelerator
 from controlbooth.trainer.planning.choices import ALIKE
 from controlbooth.trainer.planning.footprint import (
+    OTHER_PRECISIONS,
     WITHOUT_SCORES,
     Footprint,
     LiveStorages,
     base_shapes,
+    held_as,
     tensors_of,
     without_memory,
     worst_moments,
 )
+from controlbooth.trainer.planning.frozen_bytes import held_bytes
+from controlbooth.trainer.planning.frozen_memory import frozen_memory
 from controlbooth.trainer.planning.rank_memory import CATEGORIES, RUNTIME_BYTES, RankMemory, needed
 from controlbooth.trainer.planning.speed import Speed, micro_batch_seconds
 
 TOGETHER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 """Subjects on one card that are tried."""
+SMALLER = (
+    FrozenConfig(precision="int8"),
+    FrozenConfig(precision="nf4"),
+    FrozenConfig(precision="nf4", stream="cpu"),
+)
+"""How a base is held where it is too large, from what changes results and time least."""
 MASTER_AND_MOMENTS = 12
 """Bytes of each weight of an adapter: itself and AdamW's two moments, in fp32."""
 
@@ -54,6 +66,8 @@ class StackChoice:
     fits: bool
     seconds: float
     """Of a step of all of them."""
+    frozen: FrozenConfig = FrozenConfig()
+    """How the base is held. What bringing it back or streaming it costs is not in `seconds`."""
 
     @property
     def subject_steps_per_second(self) -> float:
@@ -93,6 +107,12 @@ def stack_footprint(
 def followed(config: SubjectRunConfig, base: Base, subjects: int) -> Footprint:
     """Follows a step of so many new subjects on a base, which gets their adapters."""
     frozen = [tensor for module in (base.vae, base.denoiser, *base.text_encoders) for tensor in tensors_of(module)]
+    whole = sum({one._cdata: one.nbytes() for one in map(Tensor.untyped_storage, frozen)}.values())
+    encoder_blocks = [block for encoder in base.text_encoders for block in repeated_blocks(encoder)]
+    held = {  # before adapters are in the blocks
+        name: held_bytes(base, whole, repeated_blocks(base.denoiser), encoder_blocks, name)
+        for name in dict.fromkeys((*OTHER_PRECISIONS, config.model.frozen.precision))
+    }
     _, adapters = attach(config, base, subjects, config.adapter.rank)
     optimizer = StackedAdamW(adapters, weight_decay=config.weight_decay)
     trained = optimizer.parameters
@@ -121,7 +141,8 @@ def followed(config: SubjectRunConfig, base: Base, subjects: int) -> Footprint:
     alone = max((activations for activations, _ in encoding.moments), default=0)
     return Footprint(
         micro_batch_size=subjects * rows_of(config),
-        frozen_bytes=sum({one._cdata: one.nbytes() for one in map(Tensor.untyped_storage, frozen)}.values()),
+        **vars(held[config.model.frozen.precision]),
+        otherwise=tuple((name, held[name]) for name in OTHER_PRECISIONS),
         trained_parameters=sum(parameter.numel() for parameter in trained),
         largest_parameter=max(parameter.numel() for parameter in trained),
         trained_modules=len(adapters),
@@ -174,16 +195,18 @@ def with_subjects(one: Footprint, two: Footprint, subjects: int) -> Footprint:
     )
 
 
-def stack_memory(one: Footprint, kind: str) -> RankMemory:
-    """Computes the memory of one rank at its peak. kind: cuda or cpu."""
+def stack_memory(one: Footprint, kind: str, frozen: FrozenConfig) -> RankMemory:
+    """Computes the memory of one rank at its peak. kind: cuda or cpu. frozen: how the base is held, in the precision of
+    the footprint."""
+    base = frozen_memory(one, frozen, 1)
     device = dict.fromkeys(CATEGORIES, 0) | {
-        "frozen weights": one.frozen_bytes,
+        "frozen weights": base.device + base.passing + (base.host if kind == "cpu" else 0),
         "trained weights": 4 * one.trained_parameters,
         "optimizer": (MASTER_AND_MOMENTS - 4) * one.trained_parameters,
         "activations": peak_bytes(one),
         "runtime": RUNTIME_BYTES[kind],
     }
-    return RankMemory(device, {}, "backward")
+    return RankMemory(device, {"frozen weights": base.host} if base.host and kind != "cpu" else {}, "backward")
 
 
 def stack_choices(
@@ -197,22 +220,30 @@ def stack_choices(
 ) -> list[StackChoice]:
     """Makes the choices of TOGETHER up to `most` subjects, without and with gradient checkpointing.
 
-    follow: `stack_footprint`, or what has its results from before.
+    Where not one subject fits and the run says nothing of its frozen base, it is held in fewer bits as well, and then
+    streamed, each only where what comes before it is not enough. follow: `stack_footprint`, or what has its results
+    from before.
     """
-    choices = []
+    choices: list[StackChoice] = []
+    ways = []
     own = config.model.gradient_checkpointing
     for again in (False if own is True else own, True):
         model = config.model.model_copy(update={"gradient_checkpointing": again})
         way = config.model_copy(update={"model": model})
-        one, two = (follow(way, precision, count, way.model.attention, shapes) for count in (1, 2))
-        for subjects in (count for count in TOGETHER if count <= most):
-            step = with_subjects(one, two, subjects)
-            memory = stack_memory(step, card.kind)
-            bytes_needed = needed(memory, card.kind)
-            seconds = micro_batch_seconds(step, card, precision, speed)
-            choices.append(
-                StackChoice(subjects, again, memory, bytes_needed, bytes_needed <= card.memory_bytes, seconds)
-            )
+        ways.append((again, [follow(way, precision, count, way.model.attention, shapes) for count in (1, 2)]))
+    held = config.model.frozen
+    for frozen in (held, *(SMALLER if held == FrozenConfig() else ())):
+        for again, both in ways:
+            one, two = (step if frozen == held else held_as(step, frozen.precision) for step in both)
+            for subjects in (count for count in TOGETHER if count <= most):
+                step = with_subjects(one, two, subjects)
+                memory = stack_memory(step, card.kind, frozen)
+                bytes_needed = needed(memory, card.kind)
+                seconds = micro_batch_seconds(step, card, precision, speed)
+                fits = bytes_needed <= card.memory_bytes
+                choices.append(StackChoice(subjects, again, memory, bytes_needed, fits, seconds, frozen))
+        if any(choice.fits for choice in choices):
+            break
     return choices
 
 

@@ -56,7 +56,8 @@ def plan_subjects(
         f"subject; {ranks} x {card.memory_bytes / GIB:.1f} GiB, {card.title}",
         f"speed: {source}: estimated",
         "",
-        f"{'subjects':>10}{'checkpointing':>15}{'GiB':>7}{'s a step':>10}{'subject steps/s':>17}{'all, hours':>12}",
+        f"{'subjects':>10}{'base':>12}{'checkpointing':>15}{'GiB':>7}{'s a step':>10}{'subject steps/s':>17}"
+        f"{'all, hours':>12}",
     ]
     lines += [_row(one, steps, ranks, one is chosen) for one in choices]
     lines += ["", "drawing class pictures and validations come on top"]
@@ -64,7 +65,8 @@ def plan_subjects(
         least = min(choices, key=lambda one: one.needed_bytes)
         name, size = max(least.memory.device.items(), key=lambda item: item[1])
         lines.append(
-            f"nothing fits: one subject takes {least.needed_bytes / GIB:.1f} GiB, of which {name} {size / GIB:.1f}; "
+            f"nothing fits, with a base in nf4 and streamed neither: one subject takes "
+            f"{least.needed_bytes / GIB:.1f} GiB, of which {name} {size / GIB:.1f}; "
             "what would help: a smaller resolution, model.t5=false on SD3, another base"
         )
         return lines, False
@@ -72,8 +74,15 @@ def plan_subjects(
     changes = [f"subjects_per_batch={chosen.subjects}"] if chosen.subjects != config.subjects_per_batch else []
     if again != config.model.gradient_checkpointing:
         changes.append(f"model.gradient_checkpointing={str(again).lower()}")
+    if chosen.frozen != config.model.frozen:
+        changes += [f"{name}={value}" for name, value in chosen.frozen.asked().items()]
     command = ["controlbooth", "dreambooth", "run", manifest, run, *overrides, *changes]
     return [*lines, " ".join(map(quoted, command))], True
+
+
+def base_in_words(one: StackChoice) -> str:
+    """Says how the base is held: its precision, with + where it is streamed."""
+    return one.frozen.precision + (" + cpu" if one.frozen.stream == "cpu" else "")
 
 
 def _row(one: StackChoice, steps: Sequence[int], ranks: int, chosen: bool) -> str:
@@ -81,6 +90,6 @@ def _row(one: StackChoice, steps: Sequence[int], ranks: int, chosen: bool) -> st
     mark = "  chosen" if chosen else "" if one.fits else "  does not fit"
     again = "yes" if one.gradient_checkpointing is True else str(one.gradient_checkpointing).replace("False", "no")
     return (
-        f"{one.subjects:10}{again:>15}{one.needed_bytes / GIB:7.1f}{one.seconds:10.3f}"
+        f"{one.subjects:10}{base_in_words(one):>12}{again:>15}{one.needed_bytes / GIB:7.1f}{one.seconds:10.3f}"
         f"{one.subject_steps_per_second:17.2f}{hours:12.2f}{mark}"
     )

@@ -1,5 +1,7 @@
 """The plan of DreamBooth subjects: what is counted on fake tensors beside what a real step of real weights makes."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,14 +11,20 @@ from PIL import Image
 from controlbooth.launch.commands.plan import main
 from controlbooth.models.attention import AttentionChoice, apply_attention
 from controlbooth.models.pretrained import load_base
+from controlbooth.trainer.config.run import FrozenConfig
 from controlbooth.trainer.config.section import ConfigError
 from controlbooth.trainer.config.subjects import SubjectRunConfig
+from controlbooth.trainer.planning.accelerators import ACCELERATORS
+from controlbooth.trainer.planning.footprint import held_as
+from controlbooth.trainer.planning.rank_memory import needed
+from controlbooth.trainer.planning.speed import UNMEASURED
 from controlbooth.trainer.planning.subjects import (
     StackChoice,
     best_stack,
     followed,
     peak_bytes,
     rows_of,
+    stack_choices,
     stack_footprint,
     stack_memory,
     with_subjects,
@@ -34,7 +42,7 @@ def one():
 
 
 def choice(one, subjects, seconds, gib, fits=True):
-    memory = stack_memory(one, "cuda")
+    memory = stack_memory(one, "cuda", FrozenConfig())
     return StackChoice(subjects, False, memory, gib * 2**30, fits, seconds)
 
 
@@ -53,7 +61,7 @@ def test_the_planned_memory_is_what_a_real_step_of_the_built_in_base_makes(one):
 
 
 def test_memory_counts_each_adapter_weight_with_its_moments(one):
-    memory = stack_memory(one, "cuda")
+    memory = stack_memory(one, "cuda", FrozenConfig())
     assert memory.device["trained weights"] + memory.device["optimizer"] == 12 * one.trained_parameters
     assert memory.device["frozen weights"] == one.frozen_bytes
     assert memory.peak == one.frozen_bytes + 12 * one.trained_parameters + peak_bytes(one)
@@ -64,6 +72,26 @@ def test_the_fastest_number_that_fits_is_chosen_and_the_smaller_of_equals(one):
     assert best_stack([few, many, huge]) == few  # within 1 % as fast
     assert best_stack([choice(one, 1, 1.0, 5), many]) == many
     assert best_stack([huge]) is None
+
+
+def test_a_base_in_fewer_bits_is_planned_as_it_is_held_and_tried_only_where_nothing_fits_otherwise(one):
+    held = {name: held_as(one, name) for name in ("int8", "nf4")}
+    assert one.frozen_bytes > held["int8"].frozen_bytes > held["nf4"].frozen_bytes
+    frozen = FrozenConfig(precision="int8")
+    asked = stack_footprint(run(model=dict(base="miniature", frozen=dict(precision="int8"))), "fp32", 1, "flash")
+    assert asked.frozen_bytes == held["int8"].frozen_bytes
+    memory = stack_memory(held["int8"], "cuda", frozen)
+    assert memory.device["frozen weights"] == held["int8"].frozen_bytes + held["int8"].restoring_bytes
+    streamed = stack_memory(held["int8"], "cuda", FrozenConfig(precision="int8", stream="cpu"))
+    assert streamed.device["frozen weights"] < memory.device["frozen weights"] and streamed.host["frozen weights"] > 0
+
+    def choices(least):
+        size = needed(stack_memory(least, "cuda", frozen), "cuda")
+        card = replace(ACCELERATORS["h100"], memory_bytes=size)
+        return stack_choices(run(), card, "fp32", UNMEASURED["cuda"], most=1, follow=lambda *_: one)
+
+    assert {choice.frozen.precision for choice in choices(one)} == {"engine"}
+    assert best_stack(choices(held["int8"])).frozen == frozen
 
 
 def test_training_all_layers_is_planned_by_no_stack():
