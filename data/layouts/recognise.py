@@ -69,7 +69,8 @@ def write_table(part: Part, path: Path) -> None:
 def subjects_of(found: Understood, class_noun: str | None) -> tuple[list[dict[str, str]], list[str]]:
     """Makes rows of subjects.yaml, and says what was lost. Raises ValueError where a class noun is missing.
 
-    Of folders such as `10_sks dog` the first word is the identifier and the rest the class noun.
+    Of folders such as `10_sks dog` the first word is the identifier and the rest the class noun. Where `class_noun`
+    says the class, an identifier before that very word stays what it is.
     """
     rows, lost = [], []
     parts = [part for part in found.parts if not part.is_class and part.rows]
@@ -79,7 +80,9 @@ def subjects_of(found: Understood, class_noun: str | None) -> tuple[list[dict[st
             raise UserError(
                 f"the pictures of {part.name} are in {len(folders)} folders: a subject's are in one, name one"
             )
-        first, _, rest = part.words.partition(" ") if class_noun is None else ("", "", class_noun)
+        first, _, rest = part.words.partition(" ")
+        if class_noun is not None:
+            first, rest = first if rest.strip() == class_noun else "", class_noun
         if not rest.strip():
             raise UserError(f"{part.name} says of no class what it is: give --class NOUN, such as dog")
         row = {"name": re.sub(r"^\d+-", "", name.replace("_", "-")) or name, "images": str(folders.pop().absolute())}

@@ -33,7 +33,9 @@ examples:
     parser.add_argument("source", type=Path, help="file or folder")
     parser.add_argument("-o", "--out", type=Path, help="folder for the shards, or a .yaml for subjects")
     parser.add_argument("--class", dest="noun", metavar="NOUN", help="what the pictures of a subject show")
-    parser.add_argument("--to", choices=("shards", "subjects"), help="(default: subjects with --class, or else shards)")
+    parser.add_argument(
+        "--to", choices=("shards", "subjects"), help="(default: subjects with --class or -o FILE.yaml, or else shards)"
+    )
     parser.add_argument(
         "--condition",
         metavar="KIND",
@@ -55,9 +57,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("give -o OUT, or --dry-run")
     from controlbooth.data.layouts.recognise import understand
 
+    wants_list = options.out is not None and options.out.suffix in (".yaml", ".yml")
+    if wants_list and options.to == "shards":
+        parser.error(f"-o {options.out} names a list of subjects: for shards give a folder")
     found = understand(options.source, options.caption or options.noun or "")
     _tell(found, options)
-    if (options.to or ("subjects" if options.noun else "shards")) == "subjects":
+    if (options.to or ("subjects" if options.noun or wants_list else "shards")) == "subjects":
         return _subjects(found, options)
     return _shards(found, options)
 

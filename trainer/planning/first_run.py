@@ -18,10 +18,13 @@ from controlbooth.data.files.whole import write_whole
 from controlbooth.data.packing.folders import files_below, is_picture
 from controlbooth.data.shards.manifest import find_shards, open_dataset
 from controlbooth.trainer.config.loading import build_config
+from controlbooth.trainer.config.run import ValidationConfig
 from controlbooth.trainer.planning.commented import Line, commented
 from controlbooth.trainer.planning.first_base import Base, base_of, say
 
 CONTROLNET_RATE, SMALL_RATE = 1e-5, 3e-4
+MEASURED = ValidationConfig.model_fields["samples"].default
+"""Held-out samples that a validation draws where a run says nothing."""
 EPOCHS = 100
 """After which a small data set has been seen often enough."""
 
@@ -35,6 +38,8 @@ class Data:
     condition: str
     samples: int
     why_condition: str
+    held_out_samples: int | None = None
+    """None where it is not known."""
     pack: str | None = None
     """The command that writes the shards; None where they are there."""
 
@@ -94,17 +99,22 @@ def data_of(path: Path) -> Data:
         stored = max(kinds, key=lambda kind: kinds[kind], default=None)
         why = "the shards hold it" if stored else "the shards hold none: edges are made of each picture while loading"
         samples = sum(row.usable for row in dataset.rows)
-        return Data(str(shards), held_out, stored or f"{COMPUTED}canny", samples, why)
+        held = sum(row.usable for row in open_dataset(beside).rows) if held_out else None
+        return Data(str(shards), held_out, stored or f"{COMPUTED}canny", samples, why, held)
     pictures = [one for one in files_below(path) if is_picture(one)] if path.is_dir() else []
     if not pictures:
         raise UserError(f"{path} holds neither tar shards nor pictures: give what `controlbooth data pack` has written")
     out = f"{path.resolve().name}-shards"
     captioned = any(one.with_suffix(".txt").is_file() for one in pictures)
-    words = ["controlbooth", "data", "pack", path, "-o", out, "--held-out", "5%"]
+    held = max(MEASURED, round(0.05 * len(pictures)))
+    if len(pictures) <= held:
+        raise UserError(f"{path} holds {len(pictures)} pictures, and {held} are held out to measure control: give more")
+    words = ["controlbooth", "data", "pack", path, "-o", out, "--held-out", str(held)]
     words += [] if captioned else ["--caption", "a photo of a {folder}"]
     pack = " ".join(map(quoted, words))
     why = "edges are made of each picture while loading, which needs nothing packed"
-    return Data(f"{out}/train", f"{out}/held-out", f"{COMPUTED}canny", max(1, round(0.95 * len(pictures))), why, pack)
+    samples = len(pictures) - held
+    return Data(f"{out}/train", f"{out}/held-out", f"{COMPUTED}canny", samples, why, held, pack)
 
 
 def _has_shards(path: Path) -> bool:
@@ -240,6 +250,8 @@ def first_lines(
     if data.held_out:
         lines.append(Line("data.held_out", data.held_out, "never trained on; control is measured there"))
         lines.append(Line("validation.every_steps", often, "shows when control sets in"))
+        if data.held_out_samples is not None and data.held_out_samples < MEASURED:
+            lines.append(Line("validation.samples", data.held_out_samples, "all that are held out"))
     if base.is_small:
         lines.append(Line("validation.guidance_scale", 2.0, "what suits the built-in base"))
         lines.append(Line("validation.sampling_steps", 10, "enough for the built-in base, and quick"))

@@ -88,7 +88,9 @@ def test_backends_elsewhere_and_keys_that_nobody_knows_are_told(tmp_path, capsys
 
 
 def test_folders_of_subjects_become_rows_with_identifier_and_class(tmp_path):
-    rows, lost = subjects_of(understand(foreign.kohya_folders(tmp_path)), None)
+    found = understand(foreign.kohya_folders(tmp_path))
+    rows, lost = subjects_of(found, None)
+    assert [row.get("identifier") for row in subjects_of(found, "dog")[0]] == ["sks", None]  # the other is no dog
     assert [(row["name"], row["identifier"], row["class_noun"]) for row in rows] == [
         ("sks-dog", "sks", "dog"),
         ("kcz-b-r", "kcz", "bär"),
@@ -103,6 +105,12 @@ def test_a_folder_of_pictures_with_a_class_is_a_subject_that_runs_read(tmp_path)
     assert main(["import", "data", str(source), "--class", "dog", "-o", str(out)]) == 0
     (subject,), faults = load_subjects(out)
     assert (subject.name, subject.class_noun, subject.images, faults) == ("rex", "dog", source, {})
+
+
+def test_a_list_of_subjects_is_written_where_out_names_one_and_no_folder_of_shards(tmp_path):
+    source, out = foreign.kohya_folders(tmp_path / "kohya"), tmp_path / "subjects.yaml"
+    assert main(["import", "data", str(source), "-o", str(out)]) == 0 and out.is_file()
+    assert main(["import", "data", str(source), "-o", str(out), "--to", "shards"]) == 2
 
 
 def test_a_folder_without_class_is_no_subject(tmp_path):

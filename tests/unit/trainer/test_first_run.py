@@ -1,5 +1,6 @@
 """`controlbooth init`: what it writes is a run that the trainer takes, with a reason in each line."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from controlbooth.trainer.planning.first_base import Base, base_of
 from controlbooth.trainer.planning.first_run import Data, batch_and_steps, data_of, first_lines, tries
 from controlbooth.trainer.planning.first_subjects import subject_lines
 
+SMALL = Base("miniature", "miniature", 64, None)
 DATA = Data("shards/train", "shards/held-out", "edges", 5000, "the shards hold it")
 
 
@@ -71,14 +73,23 @@ def test_the_first_lines_are_a_run_of_each_family_by_the_papers_numbers(family):
 
 def test_pictures_are_to_be_packed_first_and_the_command_says_how(tmp_path, monkeypatch):
     data = data_of(pictures(tmp_path / "my photos" / "cats", 40).parent)
-    assert data.samples == 38 and data.condition == "computed:canny" and data.shards == "my photos-shards/train"
-    assert data.pack is not None and data.pack.endswith("--held-out 5% --caption 'a photo of a {folder}'")
+    assert data.samples == 24 and data.condition == "computed:canny" and data.shards == "my photos-shards/train"
+    assert data.pack is not None and data.pack.endswith("--held-out 16 --caption 'a photo of a {folder}'")
     monkeypatch.chdir(tmp_path)
     import shlex
 
     words = shlex.split(data.pack)
     assert words[:3] == ["controlbooth", "data", "pack"]
     assert data_pack.command_line().parse_args(words[3:]).source == tmp_path / "my photos"
+
+
+def test_what_is_held_out_is_enough_for_validations_or_they_are_told_how_many_there_are(tmp_path):
+    lines = first_lines("r", replace(DATA, held_out_samples=8), SMALL, 64, "full", batch_and_steps(50, 1, True))
+    assert build_config(yaml.safe_load(commented(lines))).validation.samples == 8
+    lines = first_lines("r", replace(DATA, held_out_samples=500), SMALL, 64, "full", batch_and_steps(50, 1, True))
+    assert build_config(yaml.safe_load(commented(lines))).validation.samples == 16
+    with pytest.raises(UserError, match="holds 16 pictures, and 16 are held out to measure control: give more"):
+        data_of(pictures(tmp_path / "cats", 16))
 
 
 def test_places_without_shards_or_pictures_and_unknown_bases_are_refused(tmp_path):
