@@ -189,10 +189,13 @@ def controlnet_file(options: argparse.Namespace, data: Data, base: Base, card: s
     assert made == chosen.config, "the file says another run than was planned"
     hours = steps * seconds / 3600
     price = hours * layout.ranks * layout.accelerator.price
+    time = f"{steps:,} steps of {seconds:.2f} s take {hours:.1f} hours" + (f" and ${price:,.0f}" if price else "")
+    time += f" on {layout.ranks} x {layout.accelerator.title}: estimated, speed {fit.speed_source}"
+    if layout.accelerator.kind == "cpu":  # whose speed is a guess, which can be many times too slow
+        time = f"{steps:,} steps; how long they take on this processor, `controlbooth train` shows after some of them"
     told = [
         f"wrote {options.out}: {base.name}, {data.condition}, {made.data.resolution} px, {data.samples:,} samples",
-        f"time  {steps:,} steps of {seconds:.2f} s take {hours:.1f} hours" + (f" and ${price:,.0f}" if price else "")
-        + f" on {layout.ranks} x {layout.accelerator.title}: estimated, speed {fit.speed_source}",
+        f"time  {time}",
         *(f"note  {one} do not fit" for one in tried),
         "next",
     ]  # fmt: skip
