@@ -44,32 +44,39 @@ def changes_of(options: argparse.Namespace) -> list[list[str]]:
     return [[*common, *own] for own in ([f"name=whole-{steps}"], *small)]
 
 
-def trained_and_measured(config: RunConfig, changes: list[str], options: argparse.Namespace) -> dict[str, Any]:
-    """One row: trains and measures what is not there yet."""
+def evaluated(config: RunConfig, changes: list[str], options: argparse.Namespace) -> dict[str, Any]:
+    """Trains and measures what is not there yet; -> each figure, its chance, what real pictures reach, its share."""
     run = run_folder(config)
     if not complete_checkpoints(run):
         verb(["train", str(CONFIG), *changes, "--processes", str(options.processes)])
     result = run / "evaluation" / "evaluation.json"
     if not result.is_file():
         verb(["evaluate", str(run), "--samples", str(options.samples)])
+    figures, row = read_json(result, "")["figures"], {}
+    for key, name in FIGURES.items():
+        own = figures[WITH][key]
+        row |= {name: own["mean"], f"{name} chance": own["chance"]["mean"], f"{name} real": figures[REAL][key]["mean"]}
+        row |= {f"{name} share": own["share"]["mean"]} if "share" in own else {}
+    return row
+
+
+def trained_and_measured(config: RunConfig, changes: list[str], options: argparse.Namespace) -> dict[str, Any]:
+    """One row: trains and measures what is not there yet."""
+    run, figures = run_folder(config), evaluated(config, changes, options)
     weights = complete_checkpoints(run)[-1] / "controlnet" / "diffusion_pytorch_model.safetensors"
     with safe_open(weights, "np") as file:
         parameters = sum(file.get_tensor(name).size for name in file.keys())
-    speed, figures = read_json(run / "speed.json", ""), read_json(result, "")["figures"]
+    speed = read_json(run / "speed.json", "")
     lora = config.model.method == "lora"
-    row: dict[str, Any] = {
+    return {
         "trained": f"rank {config.model.rank}" if lora else "whole",
         "rate": lora_learning_rate(config) if lora else config.optimizer.learning_rate,
         "MB": weights.stat().st_size / 1e6,
         "parameters": parameters,
         "samples/s": speed["samples_per_second"],
         "GiB": speed["peak_memory_gib"],
+        **figures,
     }
-    for key, name in FIGURES.items():
-        own = figures[WITH][key]
-        row |= {name: own["mean"], f"{name} chance": own["chance"]["mean"], f"{name} real": figures[REAL][key]["mean"]}
-        row |= {f"{name} share": own["share"]["mean"]} if "share" in own else {}
-    return row
 
 
 def main() -> None:

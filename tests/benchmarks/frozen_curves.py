@@ -11,7 +11,7 @@ are drawn in FOLDER/curves.png. What is in FOLDER already is not trained or meas
 """
 
 import argparse
-import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +19,25 @@ import numpy as np
 from matplotlib.figure import Figure
 from record import write
 
+sys.path.append(str(Path(__file__).parents[1] / "support"))
+
+from control_lora import evaluated
+from trainings import logged
+
 from controlbooth.data.files.records import read_json
 from controlbooth.launch.commands.dreambooth_demo import CONFIG as SUBJECTS
 from controlbooth.launch.commands.quickstart import CONFIG, packing, verb
 from controlbooth.trainer.config.loading import load_config
 from controlbooth.trainer.config.run import run_folder
 from controlbooth.trainer.config.subjects import load_run
-from controlbooth.trainer.evaluation.record import REAL, WITH
-from controlbooth.trainer.run.checkpoint import complete_checkpoints
 
 WINDOWS = 4
 """Parts of a run of which the mean loss is told."""
 
 
-def losses_of(path: Path, name: str) -> np.ndarray:
-    """The losses of all steps, (steps,) float64, of a metrics.jsonl."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    found = {row["step"]: row[name] for row in rows if name in row}
+def losses_of(run: Path, name: str) -> np.ndarray:
+    """The losses of all steps, (steps,) float64, of a folder's metrics.jsonl."""
+    found = logged(run, name)
     return np.array([found[step] for step in sorted(found)])
 
 
@@ -52,25 +54,14 @@ def controlled(precision: str, options: argparse.Namespace) -> tuple[np.ndarray,
     changes = [
         f"name=control-{precision}-{steps}", f"output={folder / 'runs'}", f"data.shards={folder / 'train'}",
         f"data.held_out={folder / 'held-out'}", f"max_steps={steps}", f"checkpoint.every_steps={steps}",
-        f"validation.every_steps={steps}", "validation.at_start=false", "tracking.log_every_steps=1",
+        f"validation.every_steps={steps}", "validation.at_start=false",
         f"model.frozen.precision={precision}", *options.overrides,
     ]  # fmt: skip
     config = load_config(CONFIG, changes)
-    run = run_folder(config)
     for command in packing(config):
         verb(command)
-    if not complete_checkpoints(run):
-        verb(["train", str(CONFIG), *changes, "--processes", str(options.processes)])
-    result = run / "evaluation" / "evaluation.json"
-    if not result.is_file():
-        verb(["evaluate", str(run), "--samples", str(options.samples)])
-    figures = read_json(result, "")["figures"]
-    row = {}
-    for name in ("edge_f1", "mask_iou"):
-        own = figures[WITH][name]
-        row |= {name: own["mean"], "chance": own["chance"]["mean"], "real": figures[REAL][name]["mean"]}
-        row = {key if key not in ("chance", "real") else f"{name} {key}": value for key, value in row.items()}
-    return losses_of(run / "metrics.jsonl", "train/loss"), row
+    figures = evaluated(config, changes, options)
+    return losses_of(run_folder(config), "loss"), figures
 
 
 def subjects(precision: str, options: argparse.Namespace) -> tuple[np.ndarray, dict[str, Any]]:
@@ -86,8 +77,8 @@ def subjects(precision: str, options: argparse.Namespace) -> tuple[np.ndarray, d
     if not (run / "measures.json").is_file():
         verb(["dreambooth", "run", str(pictures / "subjects.yaml"), str(SUBJECTS), *changes])
         verb(["dreambooth", "measure", str(run), "--prompts", "8"])
-    paths = sorted((run / "subjects").glob("*/metrics.jsonl"))
-    losses = np.mean([losses_of(path, "train/instance_loss") for path in paths], 0)
+    folders = sorted(path.parent for path in (run / "subjects").glob("*/metrics.jsonl"))
+    losses = np.mean([losses_of(folder, "train/instance_loss") for folder in folders], 0)
     return losses, read_json(run / "measures.json", "")["mean"]
 
 
