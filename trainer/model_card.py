@@ -146,8 +146,7 @@ picture.save("picture.png")
 
 def transformer_usage(exported: Exported, base_name: str, variant: str) -> str:
     """Returns the same script for a base of flow matching, whose scheduler is used as the base's folder has it."""
-    config, name, pipeline = exported.config, CLASSES[exported.family], PIPELINES[exported.family]
-    size, tokens = config.data.resolution, config.model.text_tokens or FAMILIES[exported.family].text_tokens
+    name, pipeline = CLASSES[exported.family], PIPELINES[exported.family]
     return f"""\
 import torch
 from diffusers import {name}, {pipeline}
@@ -157,26 +156,11 @@ controlnet = {name}.from_pretrained(".", torch_dtype=torch.bfloat16)
 pipeline = {pipeline}.from_pretrained(
     {base_name}, controlnet=controlnet, torch_dtype=torch.bfloat16{variant}
 )
-condition = load_image("condition.png")
-assert condition.size == ({size}, {size}), "make the condition at {size} x {size} pixels: shrinking blurs lines"
-picture = pipeline(
-    "a prompt like the captions of the training set",
-    control_image=condition,
-    height={size},
-    width={size},
-    max_sequence_length={tokens},
-    num_inference_steps={config.validation.sampling_steps},
-    guidance_scale={guidance_in(exported)},
-    generator=torch.Generator().manual_seed(0),
-).images[0]
-picture.save("picture.png")
-"""
+{_drawing(exported)}"""
 
 
 def lora_usage(exported: Exported, base_name: str, variant: str) -> str:
     """Returns the same script for a control-LoRA of FLUX.1, which a pipeline of diffusers reads into the base."""
-    config = exported.config
-    size, tokens = config.data.resolution, config.model.text_tokens or FAMILIES[exported.family].text_tokens
     return f"""\
 import torch
 from diffusers import FluxControlPipeline
@@ -184,6 +168,15 @@ from diffusers.utils import load_image
 
 pipeline = FluxControlPipeline.from_pretrained({base_name}, torch_dtype=torch.bfloat16{variant})
 pipeline.load_lora_weights(".", weight_name="{exported.weights}")  # widens x_embedder, where the condition comes in
+{_drawing(exported, 'joint_attention_kwargs={"scale": 1.0},  # strength of control')}"""
+
+
+def _drawing(exported: Exported, more: str = "") -> str:
+    """Returns the part of both scripts that draws. more: another argument of the pipeline, as a line."""
+    config = exported.config
+    size, tokens = config.data.resolution, config.model.text_tokens or FAMILIES[exported.family].text_tokens
+    more = f"    {more}\n" if more else ""
+    return f"""\
 condition = load_image("condition.png")
 assert condition.size == ({size}, {size}), "make the condition at {size} x {size} pixels: shrinking blurs lines"
 picture = pipeline(
@@ -194,8 +187,7 @@ picture = pipeline(
     max_sequence_length={tokens},
     num_inference_steps={config.validation.sampling_steps},
     guidance_scale={guidance_in(exported)},
-    joint_attention_kwargs={{"scale": 1.0}},  # strength of control
-    generator=torch.Generator().manual_seed(0),
+{more}    generator=torch.Generator().manual_seed(0),
 ).images[0]
 picture.save("picture.png")
 """

@@ -15,8 +15,9 @@ from controlbooth.launch.progress import duration, number
 from controlbooth.launch.watch import facts
 from controlbooth.launch.watch.charts import control_charts, ordered, spark, step_charts
 from controlbooth.launch.watch.failures import Failure, rank_failures, sentences
-from controlbooth.launch.watch.files import SETTLED_SECONDS, Files, Stamp
+from controlbooth.launch.watch.files import SETTLED_SECONDS, Stamp
 from controlbooth.launch.watch.metrics import Metrics
+from controlbooth.launch.watch.run_folder import READING_SECONDS, RunFolder
 from controlbooth.trainer.evaluation.verdict import (
     CONTROL,
     VALIDATION,
@@ -44,21 +45,15 @@ OF_CARD = (
 )
 """Files and folders of which the card of a run that is over is made; the run's own folder tells of failures and bad
 samples."""
-READING_SECONDS = 0.3
-"""Of a request, that reading a long metrics.jsonl may take; the next request goes on."""
 
 
-class ControlRun:
+class ControlRun(RunFolder):
     """The folder of a ControlNet run."""
 
     kind = "ControlNet"
 
     def __init__(self, folder: Path, name: str):
-        self.folder, self.name = folder, name
-        self.files = Files(folder)
-        self.glance = Metrics(folder, most=96, glance=True)
-        self.whole: Metrics | None = None
-        """Read when the run's own page is asked for."""
+        super().__init__(folder, name)
         self._card: tuple[list[Stamp | None], dict[str, Any]] | None = None
 
     def card(self, now: float) -> dict[str, Any]:
@@ -115,16 +110,13 @@ class ControlRun:
 
     def page(self, now: float) -> dict[str, Any]:
         """Gathers what the run's own page shows."""
-        if self.whole is None:
-            self.whole = Metrics(self.folder)
-        metrics, files = self.whole, self.files
-        metrics.update(READING_SECONDS)
+        metrics, files = self.read_whole(), self.files
         verdict, (bad, bad_more) = self.verdict(), self.bad_samples()
         failures, attempt, tree = rank_failures(files), facts.attempt_of(files), facts.configuration(files)
         summary = self._summary(metrics, now)
         last = next((one["metrics"] for one in reversed(metrics.recent) if "loss" in one["metrics"]), {})
         return summary | {
-            "read": metrics.offset / metrics.size if metrics.is_left and metrics.size else 1.0,
+            "read": metrics.share_read,
             "last": {name: number(last[name]) for name in LAST if name in last},
             "system": {name: number(value) for name, value in metrics.system.items()},
             "verdict": self._told(verdict),
@@ -235,12 +227,10 @@ class ControlRun:
         return {"kind": kind, "headline": headline, "told": f"{told[:1].upper()}{told[1:]}."}
 
     def _failure(self, state: facts.State, failures: list[Failure]) -> dict[str, str] | None:
-        if state.word == "silent":
-            return {"what": state.more, "remedy": state.remedy}
+        if (told := self.told_failure(state, failures)) is not None:
+            return told
         if state.word != "failed":
             return None
-        if failures:
-            return {"what": f"{failures[0].who}: {failures[0].what}", "remedy": failures[0].remedy}
         what, remedy = sentences(str(facts.status_of(self.files).get("error") or "it has failed and does not say why"))
         return {"what": what, "remedy": remedy}
 
@@ -278,13 +268,8 @@ class ControlRun:
     def _commands(self, tree: dict[str, Any]) -> dict[str, str]:
         """Returns commands about the run, by what they do, as a shell takes them."""
         folder = quoted(self.folder)
-        again = (
-            f"controlbooth launch resume {folder}"
-            if facts.job_of(self.files)
-            else f"controlbooth train {quoted(self.folder / 'config.yaml')}"
-        )
         commands = {
-            "go on": again,
+            "go on": self.going_on(f"controlbooth train {quoted(self.folder / 'config.yaml')}"),
             "state, in a terminal": f"controlbooth launch status {folder}",
             "measure on more samples": f"controlbooth evaluate {folder}",
             "one page to keep": f"controlbooth report {folder}",

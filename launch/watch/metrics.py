@@ -71,6 +71,11 @@ class Metrics(GrowingFile):
         self._most, self._glance = most, glance
         self.begin()
 
+    @property
+    def share_read(self) -> float:
+        """Returns how much of the file was read: 1 once all of it was."""
+        return self.offset / self.size if self.is_left and self.size else 1.0
+
     def begin(self) -> None:
         self.curves: dict[str, Curve] = {}
         self.recent: deque[Record] = deque(maxlen=RECENT)

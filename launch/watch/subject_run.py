@@ -21,10 +21,9 @@ from controlbooth.data.secrets import shown
 from controlbooth.launch.progress import SUBJECTS, duration, number
 from controlbooth.launch.watch import facts
 from controlbooth.launch.watch.charts import job_charts, subject_charts
-from controlbooth.launch.watch.control_run import READING_SECONDS
 from controlbooth.launch.watch.failures import Failure, rank_failures, sentences
-from controlbooth.launch.watch.files import Files
 from controlbooth.launch.watch.metrics import Metrics
+from controlbooth.launch.watch.run_folder import READING_SECONDS, RunFolder
 from controlbooth.trainer.dreambooth.measuring.overfitting import (
     LEARNT_SHARE,
     LEAST_WAY,
@@ -59,14 +58,8 @@ ROOM_FOR_THUMBNAILS = 6
 _MEASURED = ("fidelity", "nearest", "real", "real_nearest")
 
 
-class Subject:
+class Subject(RunFolder):
     """One subject of a run."""
-
-    def __init__(self, folder: Path, name: str):
-        self.name = name
-        self.files = Files(folder)
-        self.glance = Metrics(folder, most=96, glance=True)
-        self.whole: Metrics | None = None
 
     def facts(self, row: dict[str, Any]) -> dict[str, Any]:
         """Gathers what the gallery shows. row: of subjects.json."""
@@ -121,31 +114,26 @@ class Subject:
 
     def page(self, row: dict[str, Any]) -> dict[str, Any]:
         """Gathers what the subject's own page shows."""
-        if self.whole is None:
-            self.whole = Metrics(self.files.folder)
-        self.whole.update(READING_SECONDS)
+        metrics = self.read_whole()
         best = self.files.read(BEST, _best, {})
         return self.facts(row) | {
-            "charts": subject_charts(self.whole.curves),
-            "read": self.whole.offset / self.whole.size if self.whole.is_left and self.whole.size else 1.0,
+            "charts": subject_charts(metrics.curves),
+            "read": metrics.share_read,
             "steps": self.pictures(),
             "measured": "samples.png" if self.files.stamp("samples.png") else None,
-            "attempts": facts.attempts(self.whole),
+            "attempts": facts.attempts(metrics),
             "best_step": best.get("step"),
             "prompt": row.get("instance_prompt") or "",
         }
 
 
-class SubjectRun:
+class SubjectRun(RunFolder):
     """The folder of a run of subjects."""
 
     kind = "subjects"
 
     def __init__(self, folder: Path, name: str):
-        self.folder, self.name = folder, name
-        self.files = Files(folder)
-        self.glance = Metrics(folder, most=96, glance=True)
-        self.whole: Metrics | None = None
+        super().__init__(folder, name)
         self._subjects: dict[str, Subject] = {}
 
     def rows(self) -> dict[str, dict[str, Any]]:
@@ -217,27 +205,24 @@ class SubjectRun:
 
     def page(self, now: float) -> dict[str, Any]:
         """Gathers what the run's own page shows."""
-        if self.whole is None:
-            self.whole = Metrics(self.folder)
-        self.whole.update(READING_SECONDS)
-        subjects = self.subjects()
+        metrics, subjects = self.read_whole(), self.subjects()
         order = list(CATEGORIES)
         folder = quoted(self.folder)
-        return self._summary(subjects, self.whole, now) | {
-            "read": self.whole.offset / self.whole.size if self.whole.is_left and self.whole.size else 1.0,
+        return self._summary(subjects, metrics, now) | {
+            "read": metrics.share_read,
             "subjects": sorted(subjects, key=lambda one: (order.index(one["category"]), one["name"])),
             "rule": RULE,
-            "charts": job_charts(self.whole.curves),
+            "charts": job_charts(metrics.curves),
             "failures": rank_failures(self.files),
-            "attempts": facts.attempts(self.whole),
+            "attempts": facts.attempts(metrics),
             "attempt": facts.attempt_of(self.files),
             "measures": self.files.read("measures.json", _measures, {}),
-            "system": {name: number(value) for name, value in self.whole.system.items()},
+            "system": {name: number(value) for name, value in metrics.system.items()},
             "configuration": facts.configuration_text(self.files),
             "commands": {
-                "go on": f"controlbooth launch resume {folder}"
-                if facts.job_of(self.files)
-                else f"controlbooth dreambooth run SUBJECTS.yaml {quoted(self.folder / 'config.yaml')}",
+                "go on": self.going_on(
+                    f"controlbooth dreambooth run SUBJECTS.yaml {quoted(self.folder / 'config.yaml')}"
+                ),
                 "state, in a terminal": f"controlbooth launch status {folder}",
                 "measure as the paper does": f"controlbooth dreambooth measure {folder}",
                 "write LoRAs for other programs": f"controlbooth dreambooth export --all {folder}",
@@ -271,10 +256,8 @@ class SubjectRun:
     def _failure(
         self, state: facts.State, failures: list[Failure], failed: list[dict[str, Any]]
     ) -> dict[str, str] | None:
-        if state.word == "silent":
-            return {"what": state.more, "remedy": state.remedy}
-        if state.word == "failed" and failures:
-            return {"what": f"{failures[0].who}: {failures[0].what}", "remedy": failures[0].remedy}
+        if (told := self.told_failure(state, failures)) is not None:
+            return told
         if failed:
             others = f" ({len(failed) - 1} more have failed)" if len(failed) > 1 else ""
             return {"what": f"{failed[0]['name']}: {failed[0]['failure']['what']}{others}", **_remedy(failed[0])}

@@ -32,13 +32,15 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
-from browser import browser, open_page, screenshot, settle, why_no_browser
+from browser import browser, live_page, screenshot, settle, why_no_browser
 
 from controlbooth.launch.watch.finding import key_of
 
 ROOT = Path(__file__).parents[2]
 CLI = [sys.executable, "-m", "controlbooth.launch.cli"]
 ENVIRONMENT = os.environ | {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
+SETTLING = 3.0
+"""Seconds for pictures and curves to come, on pages that count seconds and so never stand still."""
 SIZES = {"desktop": (1280, 800), "phone": (390, 844)}
 ASKED_EVERY = 3.0
 """Seconds, as watch.js does while something runs."""
@@ -329,7 +331,8 @@ def pictures(address: str, runs: Path, out: Path) -> None:
                 {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": size == "phone"},
             )
             for name, url in pages(address, runs):
-                open_page(driver, url)
+                live_page(driver, url)
+                settle(driver, seconds=SETTLING)
                 print(screenshot(driver, out / f"{name}-{size}.png"), flush=True)
                 if name != "overview":
                     whole = driver.execute_script("return document.documentElement.scrollHeight")
@@ -340,7 +343,7 @@ def pictures(address: str, runs: Path, out: Path) -> None:
                         "mobile": size == "phone",
                     }
                     driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", shape)
-                    settle(driver)
+                    settle(driver, seconds=SETTLING)
                     print(screenshot(driver, out / f"{name}-{size}-whole.png"), flush=True)
                     driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", shape | {"height": height})
 

@@ -7,12 +7,17 @@ import numpy as np
 import pytest
 import tiny
 import yaml
+from control_loras import (
+    RATES,
+    check_another_world_size,
+    check_stages_in_bf16,
+    check_stages_with_a_plain_process,
+    check_two_kills,
+)
 from safetensors.numpy import load_file
-from trainings import finish, finish_after_two_kills, logged, run_file, start
+from trainings import finish, logged, run_file, start
 
 from controlbooth.trainer.run.integrity import write_marker
-
-RATES = dict(optimizer=dict(lora_learning_rate=5e-3))
 
 
 @pytest.fixture(scope="module")
@@ -32,49 +37,26 @@ def whole(folder):
     return folder / "runs" / "whole"
 
 
-def last_weights(run):
-    return tiny.weights(run / "checkpoints" / "step-00000008")
-
-
 def test_zero_stages_0_to_3_on_two_ranks_have_the_losses_and_averages_of_one_plain_process(folder):
-    plain = tiny.torchrun(1, "plain", folder)["losses"]
-    average = load_file(folder / "plain-average.safetensors")
+    _, weights = check_stages_with_a_plain_process(folder)
     base = load_file(folder / "base" / "unet" / "diffusion_pytorch_model.safetensors")
-    for stage, curve in tiny.torchrun(2, "stages", folder, "fp32").items():
-        np.testing.assert_allclose(curve, plain, rtol=3e-6, err_msg=f"ZeRO stage {stage}")
-        ours = tiny.weights(folder / "runs" / f"stage-{stage}-fp32" / "checkpoints" / "step-00000006")
-        assert ours.keys() == average.keys() and not ours.keys() & base.keys()
-        for name, tensor in average.items():
-            np.testing.assert_allclose(ours[name], tensor, atol=1e-4, err_msg=f"ZeRO stage {stage}: {name}")
+    for stage, ours in weights.items():
+        assert not ours.keys() & base.keys()
         assert all(np.any(tensor) for name, tensor in ours.items() if name.endswith(".up")), f"ZeRO stage {stage}"
 
 
 def test_in_bf16_all_stages_train_alike_and_keep_masters_that_are_not_rounded(folder):
-    curves = tiny.torchrun(2, "stages", folder, "bf16")
-    for stage, curve in curves.items():
-        np.testing.assert_allclose(curve, curves["0"], rtol=3e-2, err_msg=f"ZeRO stage {stage}")
-        ours = tiny.weights(folder / "runs" / f"stage-{stage}-bf16" / "checkpoints" / "step-00000006")
-        rounded = (ours["down_blocks.0.resnets.0.conv1.up"].view(np.uint32) & 0xFFFF) == 0
-        assert rounded.mean() < 0.05, f"ZeRO stage {stage}"
+    check_stages_in_bf16(folder, "down_blocks.0.resnets.0.conv1.up")
 
 
 def test_a_run_killed_twice_ends_with_bitwise_the_weights_of_an_uninterrupted_one(folder, whole):
-    path, killed = run_file(folder, "killed", max_steps=8, **RATES), folder / "runs" / "killed"
-    finish_after_two_kills(path, killed, seed=6)
-    assert logged(killed, "loss") == logged(whole, "loss")
-    assert all(np.array_equal(last_weights(killed)[name], tensor) for name, tensor in last_weights(whole).items())
+    check_two_kills(folder, whole)
     rates = logged(whole, "lora_learning_rate")
     assert set(rates.values()) == {5e-3} and set(logged(whole, "learning_rate").values()) == {1e-3}
 
 
 def test_a_run_goes_on_at_another_world_size_with_the_same_losses_within_rounding(folder, whole):
-    moved = folder / "runs" / "moved"
-    shutil.copytree(whole, moved)
-    for step in (6, 8):
-        shutil.rmtree(moved / "checkpoints" / f"step-{step:08d}")
-    assert "at step 4" in finish(start(run_file(folder, "moved", max_steps=8, **RATES), 1))
-    after, before = logged(moved, "loss"), logged(whole, "loss")
-    np.testing.assert_allclose([after[s] for s in range(5, 9)], [before[s] for s in range(5, 9)], rtol=3e-6)
+    check_another_world_size(folder, whole)
 
 
 def test_what_does_not_go_on_from_its_checkpoint_is_refused_and_a_new_run_takes_its_weights(folder, whole, tmp_path):

@@ -89,6 +89,13 @@ def open_page(driver: Any, url: str, *words: str, seconds: float = 60.0) -> str:
     return settle(driver, *words, seconds=seconds)
 
 
+def live_page(driver: Any, url: str, *words: str, seconds: float = 60.0) -> None:
+    """Opens an address and waits for words, on a page that never stands still, as it counts seconds."""
+    driver.get(url)
+    for word in words:
+        wait(lambda word=word: word in text(driver), f"{word!r} on {url}", seconds)
+
+
 def settle(driver: Any, *words: str, seconds: float = 60.0) -> str:
     """Waits until the page's text has these words and stands still, and its pictures are there; -> the text."""
     for word in words:

@@ -57,6 +57,10 @@ class FrozenConfig(Section):
             if value != FrozenConfig.model_fields[name].default
         }
 
+    def in_words(self) -> str:
+        """Names the fields that are not at their defaults, with their values, for a message."""
+        return ", ".join(f"{field}={value}" for field, value in self.asked().items())
+
 
 class ModelConfig(Section):
     base: str
@@ -402,7 +406,7 @@ class RunConfig(Section):
         for problem in activation_problems(self.engine):
             raise UserError(problem)
         if self.model.frozen != FrozenConfig():
-            held = ", ".join(f"{field}={value}" for field, value in self.model.frozen.asked().items())
+            held = self.model.frozen.in_words()
             if self.model.unlock_decoder_at is not None:
                 raise UserError(
                     f"{held} is for a base that stays frozen, and model.unlock_decoder_at="

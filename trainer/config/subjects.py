@@ -183,8 +183,9 @@ class SubjectRunConfig(Section):
             raise UserError("engine is for method=full: adapters of a subject are trained by one rank alone")
         held = self.model.frozen
         if self.method == "full" and held != FrozenConfig():
-            asked = ", ".join(f"{field}={value}" for field, value in held.asked().items())
-            raise UserError(f"{asked} is for a base that stays frozen, and method=full trains all of it: leave it out")
+            raise UserError(
+                f"{held.in_words()} is for a base that stays frozen, and method=full trains all of it: leave it out"
+            )
         if held.shards != "none":
             raise UserError(
                 f"model.frozen.shards={held.shards} is for ControlNets: ranks that share blocks pass through them "

@@ -12,12 +12,12 @@ from controlbooth.data.files.records import read_json
 from controlbooth.trainer.config.run import RunConfig, run_folder
 from controlbooth.trainer.run.continuing import latest_readable, step_of
 from controlbooth.trainer.run.integrity import STATE
-from controlbooth.trainer.run.network_check import problem
+from controlbooth.trainer.run.network_check import package_problems, problem
 
 
 def network_problems(config: RunConfig) -> Iterator[str]:
     """Yields why a ControlNet run cannot work with its base and its ControlNet as they are now."""
-    yield from problem("", lambda: _check_precision(config))
+    yield from package_problems(config.model.frozen)
     found: list[Any] = []
     yield from problem(f"model.base is {config.model.base!r}", lambda: found.append(_base(config)))
     if not found:
@@ -26,12 +26,6 @@ def network_problems(config: RunConfig) -> Iterator[str]:
     yield from problem(f"model.controlnet is {config.model.controlnet!r}", lambda: _controlnet(config, base))
     yield from problem("", lambda: _check_latest(config, base))
     yield from _prompt_problems(base, config.validation.prompts)
-
-
-def _check_precision(config: RunConfig) -> None:
-    from controlbooth.models.quantized import check_installed
-
-    check_installed(config.model.frozen.precision)
 
 
 def _base(config: RunConfig) -> Any:

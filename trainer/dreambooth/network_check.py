@@ -4,14 +4,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from controlbooth.trainer.config.subjects import SubjectRunConfig
-from controlbooth.trainer.run.network_check import problem
+from controlbooth.trainer.run.network_check import package_problems, problem
 
 
 def subjects_network_problems(config: SubjectRunConfig) -> Iterator[str]:
     """Yields the reasons why a run of subjects cannot work with its base as it is now."""
     from controlbooth.trainer.run.same_base import check_same_base, read_base_facts
 
-    yield from problem("", lambda: _check_precision(config))
+    yield from package_problems(config.model.frozen)
     found: list[Any] = []
     yield from problem(f"model.base is {config.model.base!r}", lambda: found.append(_base(config)))
     if found:
@@ -19,12 +19,6 @@ def subjects_network_problems(config: SubjectRunConfig) -> Iterator[str]:
         remedy = f"Put it back as it was, or give the run another name: {folder} holds subjects that were trained on it"
         saved = read_base_facts(folder) or {}
         yield from problem("", lambda: check_same_base(saved, found[0], "when this run began", remedy))
-
-
-def _check_precision(config: SubjectRunConfig) -> None:
-    from controlbooth.models.quantized import check_installed
-
-    check_installed(config.model.frozen.precision)
 
 
 def _base(config: SubjectRunConfig) -> Any:

@@ -10,12 +10,10 @@ from torch import nn
 
 from controlbooth.models.base import Base
 from controlbooth.models.quantized import check_installed, quantize
-from controlbooth.trainer.config.run import FrozenConfig, RunConfig
-from controlbooth.trainer.config.subjects import SubjectRunConfig
+from controlbooth.trainer.config.run import FrozenConfig
 from controlbooth.trainer.engine.distributed import World, sharing_of
 from controlbooth.trainer.engine.frozen import FrozenBlocks, Supply, own_tensors
-
-AnyRun = RunConfig | SubjectRunConfig
+from controlbooth.trainer.run.base import AnyRun
 
 
 def loading_device(config: AnyRun, device: torch.device) -> torch.device:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import uvicorn
 import yaml
-from browser import browser, text, wait, why_no_browser
+from browser import browser, live_page, text, wait, why_no_browser
 from PIL import Image
 
 from controlbooth.data.errors import UserError
@@ -450,13 +450,6 @@ def test_what_is_inside_a_run_is_no_run_and_hidden_folders_and_deep_ones_are_not
 def test_the_command_refuses_what_is_no_folder_in_a_line(tmp_path, capsys):
     assert controlbooth(["watch", str(tmp_path / "none")]) == 2
     assert "is no folder: give the folder of a run" in capsys.readouterr().err
-
-
-def live_page(driver, url, *words):
-    """Opens an address and waits for words. Such a page never stands still: it counts seconds."""
-    driver.get(url)
-    for word in words:
-        wait(lambda word=word: word in text(driver), f"{word!r} on {url}")
 
 
 @pytest.mark.slow
